@@ -1,0 +1,79 @@
+"""An erasure: which concept to take out of the activations, where, and how."""
+
+from typing import Annotated, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, field_validator
+
+from range_store.errors import InvalidErasure
+
+Method = Literal["range", "neuron"]
+Rule = Literal["sigma"]
+Ranking = Literal["max", "probeless", "selectivity"]
+RANKINGS: tuple[Ranking, ...] = ("max", "probeless", "selectivity")
+
+
+class Frozen(BaseModel):
+    """Base of the values that cross a border: immutable, unknown fields are errors."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
+
+
+class Damp(Frozen):
+    """Replacement h ← damp · h: 0 erases, 1 leaves the neuron as it is."""
+
+    damp: Annotated[float, Field(ge=0.0, le=1.0)]
+
+
+Replacement = Literal["zero", "mean"] | Damp
+"""What a masked neuron becomes: 0, its mean over the texts of the other concepts, or a fraction of itself."""
+
+
+class Erasure(Frozen):
+    """One concept taken out of the activations (paper §4; defaults from METHOD "Choices").
+
+    `layers` are block indices, negative ones from the end, or "all" blocks of the model.
+    `top_fraction` of the D neurons are masked, k = ⌊p·D⌋, those highest in `ranking`.
+    """
+
+    concept: Annotated[str, Field(min_length=1)]
+    method: Method = "range"
+    rule: Rule = "sigma"
+    tau: Annotated[float, Field(ge=0.0)] = 2.5
+    top_fraction: Annotated[float, Field(gt=0.0, le=1.0)] = 0.3
+    ranking: Ranking = "max"
+    layers: tuple[int, ...] | Literal["all"] = (-1,)
+    replacement: Replacement = "zero"
+
+    @field_validator("layers")
+    @classmethod
+    def _some_layer_once(cls, layers: tuple[int, ...] | str) -> tuple[int, ...] | str:
+        if not layers:
+            raise ValueError("name at least one layer, or 'all'")
+        if len(set(layers)) != len(layers):
+            raise ValueError("a layer is named twice")
+        return layers
+
+
+def resolve_layers(layers: tuple[int, ...] | Literal["all"], n_layers: int) -> tuple[int, ...]:
+    """Block indices counted from 0, ascending.
+
+    Raises:
+        InvalidErasure: a layer outside [-n_layers, n_layers), or one named twice (-1 and 5 of six).
+    """
+    if layers == "all":
+        return tuple(range(n_layers))
+    resolved = []
+    for layer in layers:
+        if not -n_layers <= layer < n_layers:
+            raise InvalidErasure(f"layer {layer} is out of range: the model has {n_layers} blocks, 0 to {n_layers - 1}")
+        resolved.append(layer % n_layers)
+    if len(set(resolved)) != len(resolved):
+        raise InvalidErasure(f"layers {', '.join(map(str, layers))} name one block twice")
+    return tuple(sorted(resolved))
+
+
+def check_distinct(concepts: list[str]) -> None:
+    """Raises InvalidErasure if a concept stands twice in one list of erasures."""
+    for concept in concepts:
+        if concepts.count(concept) > 1:
+            raise InvalidErasure(f"concept {concept!r} is named twice")

@@ -1,0 +1,91 @@
+"""What can go wrong between a caller and the range store, as a tree.
+
+Every error carries one sentence that says what to do. `app.problems` maps each class to its HTTP status.
+
+    RangeStoreError
+    ├── InvalidErasure          a setting out of its bounds, or one concept named twice          422
+    ├── NotFitted               the range set lacks that layer or ranking; names what it has     422
+    ├── UnknownConcept          the range set has no such concept                                404
+    ├── UnknownNeuron           no such neuron or layer in the model                             404
+    ├── UnknownRangeSet         no published range set of that id                                404
+    ├── ForeignRangeSet         fitted on another model than the one that asks                   409
+    ├── UnresolvableErasure     a live erasure that the range set to activate cannot serve       409
+    ├── RangeSetInUse           removing the active range set                                    409
+    ├── StaleGeneration         the live state has moved on since the caller read it             412
+    ├── InvalidRangeSet         corrupt, truncated or foreign bytes                              500 / exit 1
+    ├── NoRangeSet              nothing is active yet                                            503
+    └── StoreUnavailable        Redis cannot be reached, or refuses to write                     503
+"""
+
+from collections.abc import Iterable
+
+
+class RangeStoreError(Exception):
+    """Base of all errors of this package."""
+
+
+class InvalidErasure(RangeStoreError):
+    """A setting of an erasure is out of its bounds, or one concept is named twice."""
+
+
+class NotFitted(RangeStoreError):
+    """The range set holds no statistics for a layer or a ranking that was asked for."""
+
+    def __init__(self, what: str, wanted: Iterable[object], fitted: Iterable[object]) -> None:
+        self.what, self.wanted, self.fitted = what, sorted(wanted, key=str), list(fitted)
+        super().__init__(
+            f"{what} {', '.join(map(str, self.wanted))} not fitted; "
+            f"this range set has: {', '.join(map(str, self.fitted)) or 'none'}"
+        )
+
+
+class UnknownConcept(RangeStoreError):
+    """The range set has no concept of that name."""
+
+    def __init__(self, concept: str, known: Iterable[str]) -> None:
+        self.concept, self.known = concept, list(known)
+        super().__init__(f"unknown concept {concept!r}; known: {', '.join(map(repr, self.known)) or 'none'}")
+
+
+class UnknownNeuron(RangeStoreError):
+    """The model has no such layer or neuron."""
+
+
+class UnknownRangeSet(RangeStoreError):
+    """No published range set has that id."""
+
+    def __init__(self, range_set: str) -> None:
+        self.range_set = range_set
+        super().__init__(f"no published range set {range_set!r}; see `neuronlens ranges list`")
+
+
+class ForeignRangeSet(RangeStoreError):
+    """The range set was fitted on another model than the one that is to use it."""
+
+
+class UnresolvableErasure(RangeStoreError):
+    """A live erasure cannot be resolved on the range set that is to be activated."""
+
+
+class RangeSetInUse(RangeStoreError):
+    """The active range set cannot be removed."""
+
+
+class StaleGeneration(RangeStoreError):
+    """The live state has moved on: read it again, then decide."""
+
+    def __init__(self, expected: str, current: str) -> None:
+        self.expected, self.current = expected, current
+        super().__init__(f"live state is at generation {current}, not {expected}: read it again and retry")
+
+
+class InvalidRangeSet(RangeStoreError):
+    """Bytes that are no range set: corrupt, truncated, or written by something else."""
+
+
+class NoRangeSet(RangeStoreError):
+    """No range set is active: fit one with `neuronlens fit … --activate`."""
+
+
+class StoreUnavailable(RangeStoreError):
+    """Redis cannot be reached, or refuses to write."""
