@@ -20,7 +20,7 @@ from pydantic import Field, model_validator
 from range_store.erasure import Frozen, Ranking
 from range_store.errors import ForeignRangeSet, NotFitted, UnknownConcept
 
-FORMAT = 1
+FORMAT: Literal[1] = 1
 """Version of the stored form; a reader refuses any other."""
 
 Floats = npt.NDArray[np.float64]
@@ -163,7 +163,8 @@ class RangeSet:
         serve = self.layer(layer)
         if ranking not in serve.saliency:
             raise NotFitted("ranking", [ranking], self.provenance.settings.rankings)
-        return serve.saliency[ranking][self.concept_index(concept)]
+        of_concept: Floats = serve.saliency[ranking][self.concept_index(concept)]
+        return of_concept
 
 
 def check_model(provenance: Provenance, fingerprint: str) -> None:

@@ -1,0 +1,100 @@
+"""Tiny checkpoints of every supported family: random weights, real architecture, a tokenizer of their own."""
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
+from transformers import AutoConfig, AutoModelForSequenceClassification, PreTrainedTokenizerFast
+
+SENTENCES = (
+    "The home side won the cup final after extra time and a storm of late goals.",
+    "Shares of the miner fell when the central bank raised its rate again.",
+    "A probe sent back pictures of a frozen moon with plumes of water vapour.",
+    "Talks on the border ended without a treaty, and both capitals recalled their envoys.",
+    "Researchers trained a small network to read handwriting from the nineteenth century.",
+    "The striker limped off, the keeper was sent off, and nobody in the ground sat down.",
+    "Prices of wheat rose for a third week as ports stayed closed.",
+    "Voters queued before dawn in the first election since the generals left.",
+)
+
+LABELS = ("World", "Sports", "Business", "SciTech")
+WORDPIECE = ("bert", "distilbert", "electra")
+
+
+def save_tiny(
+    family: str,
+    directory: Path,
+    *,
+    n_layers: int = 3,
+    hidden: int = 32,
+    labels: tuple[str, ...] = LABELS,
+    seed: int = 0,
+    **config: Any,
+) -> Path:
+    """Write a random checkpoint of `family` to `directory`: weights far from zero, so that masking shows."""
+    tokenizer = _wordpiece() if family in WORDPIECE else _byte_level(family)
+    if family in WORDPIECE or family == "roberta":
+        fast = PreTrainedTokenizerFast(
+            tokenizer_object=tokenizer, pad_token="[PAD]", unk_token="[UNK]", cls_token="[CLS]", sep_token="[SEP]"
+        )
+    else:
+        fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<eos>", pad_token="<eos>")
+    fast.model_max_length = 64
+    sizes: dict[str, Any] = {"vocab_size": len(fast), "pad_token_id": fast.pad_token_id, "num_labels": len(labels)}
+    match family:
+        case "distilbert":
+            sizes |= {"dim": hidden, "n_layers": n_layers, "n_heads": 4, "hidden_dim": 2 * hidden}
+            sizes |= {"max_position_embeddings": 64}
+        case "gpt2":
+            sizes |= {"n_embd": hidden, "n_layer": n_layers, "n_head": 4, "n_positions": 64}
+        case _:
+            sizes |= {"hidden_size": hidden, "num_hidden_layers": n_layers, "num_attention_heads": 4}
+            sizes |= {"intermediate_size": 2 * hidden, "max_position_embeddings": 66}
+    if family in ("llama", "qwen2"):
+        sizes |= {"num_key_value_heads": 2}
+    if family == "electra":
+        sizes |= {"embedding_size": hidden // 2}
+    settings = AutoConfig.for_model(family, **{**sizes, **config})
+    settings.id2label = dict(enumerate(labels))
+    settings.label2id = {label: index for index, label in enumerate(labels)}
+    torch.manual_seed(seed)
+    model = AutoModelForSequenceClassification.from_config(settings)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.ndim > 1:
+                parameter.mul_(6.0)  # the usual initialisation is so small that all texts look alike
+    model.save_pretrained(directory)
+    fast.save_pretrained(directory)
+    return directory
+
+
+def _wordpiece() -> Tokenizer:
+    tokenizer = Tokenizer(models.WordPiece(unk_token="[UNK]"))
+    tokenizer.normalizer = normalizers.BertNormalizer(lowercase=True)
+    tokenizer.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
+    special = ["[PAD]", "[UNK]", "[CLS]", "[SEP]"]
+    tokenizer.train_from_iterator(SENTENCES, trainers.WordPieceTrainer(vocab_size=400, special_tokens=special))
+    _close(tokenizer)
+    return tokenizer
+
+
+def _byte_level(family: str) -> Tokenizer:
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    special = ["[PAD]", "[UNK]", "[CLS]", "[SEP]"] if family == "roberta" else ["<eos>"]
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    trainer = trainers.BpeTrainer(vocab_size=400, special_tokens=special, initial_alphabet=alphabet)
+    tokenizer.train_from_iterator(SENTENCES, trainer)
+    if family == "roberta":
+        _close(tokenizer)
+    return tokenizer
+
+
+def _close(tokenizer: Tokenizer) -> None:
+    """Texts become [CLS] … [SEP]."""
+    cls, sep = tokenizer.token_to_id("[CLS]"), tokenizer.token_to_id("[SEP]")
+    tokenizer.post_processor = processors.TemplateProcessing(
+        single="[CLS] $A [SEP]", special_tokens=[("[CLS]", cls), ("[SEP]", sep)]
+    )

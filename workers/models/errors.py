@@ -1,0 +1,44 @@
+"""What can go wrong between a checkpoint and an answer.
+
+ModelError
+├── CheckpointError      no such checkpoint, pickled weights, missing head, unreadable files
+├── UnsupportedModel     a family that `families.py` does not describe
+└── TextError            a text that the model cannot take
+    ├── TextTooLong      more tokens than the model has positions, with truncate: false
+    └── EmptyText        no token at all, so there is no state to read
+"""
+
+
+class ModelError(Exception):
+    """Base of the errors of this package; each says in one line what to do."""
+
+
+class CheckpointError(ModelError):
+    """The checkpoint cannot be loaded as it is."""
+
+
+class UnsupportedModel(ModelError):
+    """The checkpoint's family is not described in `workers/models/families.py`."""
+
+
+class TextError(ModelError):
+    """A text that the model cannot take. `index` is its place in the request."""
+
+    def __init__(self, index: int, message: str) -> None:
+        self.index = index
+        super().__init__(message)
+
+
+class TextTooLong(TextError):
+    """More tokens than the model has positions for, and truncation was not wanted."""
+
+    def __init__(self, index: int, tokens: int, limit: int) -> None:
+        self.tokens, self.limit = tokens, limit
+        super().__init__(index, f"input {index} has {tokens} tokens, the model takes {limit}: shorten it or truncate")
+
+
+class EmptyText(TextError):
+    """The text gives no token, and this model adds none of its own."""
+
+    def __init__(self, index: int) -> None:
+        super().__init__(index, f"input {index} holds no token that the model can read")

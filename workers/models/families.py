@@ -1,0 +1,58 @@
+"""How model families differ: the one place. To support another, add a row and see `docs/models.md`.
+
+Whatever a row claims is checked at load against hooked full passes (`SteeredModel.check`), so a wrong row
+ends in an error or in the whole-pass hook, never in a wrong answer.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from types import MappingProxyType
+from typing import Literal
+
+from workers.models.errors import UnsupportedModel
+
+
+@dataclass(frozen=True)
+class Family:
+    """One family of sequence classifiers.
+
+    Attributes:
+        blocks: dotted path of the block list inside the `…ForSequenceClassification` model.
+        reads: which token's state the head reads: "first", or "last" real one.
+        call: keyword arguments for every forward call.
+        positions_after_pad: the first position embedding in use is the one after the pad id (RoBERTa).
+    """
+
+    blocks: str
+    reads: Literal["first", "last"]
+    call: Mapping[str, object] = field(default_factory=lambda: MappingProxyType({}))
+    positions_after_pad: bool = False
+
+
+_NO_CACHE = MappingProxyType({"use_cache": False})
+
+FAMILIES: Mapping[str, Family] = MappingProxyType(
+    {
+        "bert": Family("bert.encoder.layer", "first"),
+        "distilbert": Family("distilbert.transformer.layer", "first"),
+        "roberta": Family("roberta.encoder.layer", "first", positions_after_pad=True),
+        "electra": Family("electra.encoder.layer", "first"),
+        "gpt2": Family("transformer.h", "last", _NO_CACHE),
+        "llama": Family("model.layers", "last", _NO_CACHE),
+        "qwen2": Family("model.layers", "last", _NO_CACHE),
+    }
+)
+
+
+def family_of(model_type: str) -> Family:
+    """The row for a config's `model_type`.
+
+    Raises:
+        UnsupportedModel: there is none; the error lists those there are.
+    """
+    try:
+        return FAMILIES[model_type]
+    except KeyError:
+        raise UnsupportedModel(
+            f"model family {model_type!r} is not supported; supported: {', '.join(FAMILIES)}"
+        ) from None

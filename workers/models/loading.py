@@ -1,0 +1,191 @@
+"""Load a Hugging Face sequence classifier, by path or hub name: safetensors only, and never remote code."""
+
+import hashlib
+import json
+import logging
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from transformers import AutoConfig, AutoModelForSequenceClassification, AutoTokenizer
+from transformers.utils.hub import cached_file
+
+from range_store.range_set import ModelIdentity
+from workers.models.errors import CheckpointError
+from workers.models.families import Family, family_of
+from workers.models.steered import SteeredModel
+from workers.models.tokens import TextTokenizer
+
+logger = logging.getLogger(__name__)
+
+DType = Literal["auto", "float32", "bfloat16", "float16"]
+
+_VOLATILE = ("_name_or_path", "transformers_version", "dtype", "torch_dtype")
+"""Config entries that say how a checkpoint was saved, not what it computes."""
+
+_CHECK_TEXTS = ("A short one.", "A rather longer text, so that the first one is padded.")
+
+
+@dataclass(frozen=True, eq=False)
+class LoadedModel:
+    """A classifier ready to be steered. `dtype` is the name of its parameters' type, e.g. "float32"."""
+
+    identity: ModelIdentity
+    problem_type: str | None
+    steered: SteeredModel
+    tokens: TextTokenizer
+    dtype: str
+    device: torch.device
+    source: str
+
+
+def load_model(
+    source: str,
+    *,
+    revision: str | None = None,
+    device: str = "auto",
+    dtype: DType = "auto",
+    allow_pickle: bool = False,
+    name: str | None = None,
+) -> LoadedModel:
+    """Load a checkpoint and check that it can be split.
+
+    Args:
+        source: directory of a checkpoint, or its name on the hub.
+        device: "auto" takes a GPU where there is one.
+        dtype: "auto" is float32 on the CPU and the checkpoint's own type elsewhere.
+        allow_pickle: accept weights that are pickled (`pytorch_model.bin`), which can run code when they load.
+        name: what to call the model; by default the last part of `source`.
+
+    Raises:
+        CheckpointError: no such checkpoint, pickled weights, or no trained classification head.
+        UnsupportedModel: a family that `families.py` does not describe.
+    """
+    place = torch.device(_auto_device() if device == "auto" else device)
+    config = _read(source, lambda: AutoConfig.from_pretrained(source, revision=revision, trust_remote_code=False))
+    family = family_of(config.model_type)
+    torch_dtype = _dtype(dtype, place, config)
+    files = _weight_files(source, revision, allow_pickle)
+    model, info = _read(
+        source,
+        lambda: AutoModelForSequenceClassification.from_pretrained(
+            source,
+            config=config,
+            revision=revision,
+            dtype=torch_dtype,
+            use_safetensors=None if allow_pickle else True,
+            trust_remote_code=False,
+            output_loading_info=True,
+        ),
+    )
+    if missing := sorted(info["missing_keys"]):
+        raise CheckpointError(
+            f"{source} is no trained sequence classifier (it lacks {', '.join(missing[:3])}): "
+            "fine-tune it first with `neuronlens train`"
+        )
+    tokenizer = _read(source, lambda: AutoTokenizer.from_pretrained(source, revision=revision, trust_remote_code=False))
+    pad = _pad_id(tokenizer, model, source)
+    tokens = TextTokenizer(tokenizer, _max_tokens(tokenizer, config, family, pad), pad, family.reads)
+    model = model.to(place).eval().requires_grad_(False)
+    steered = SteeredModel(model, family)
+    steered.check(tokens.pad([text.ids for text in tokens.encode(_CHECK_TEXTS)], place))
+    if not steered.splits:
+        logger.warning("%s cannot be split at its blocks: erasures cost a full forward pass each", source)
+    identity = ModelIdentity(
+        id=name or Path(source).name,
+        revision=revision or getattr(config, "_commit_hash", None),
+        kind="sequence-classification",
+        family=config.model_type,
+        fingerprint=_fingerprint(config.to_dict(), files),
+        labels=tuple(str(config.id2label[index]) for index in range(config.num_labels)),
+        n_layers=steered.n_layers,
+        hidden_size=config.hidden_size,
+    )
+    return LoadedModel(
+        identity, config.problem_type, steered, tokens, str(torch_dtype).removeprefix("torch."), place, source
+    )
+
+
+def _read(source: str, load: Any) -> Any:
+    """Whatever `load` returns; its many kinds of failure as one clear CheckpointError."""
+    try:
+        return load()
+    except (OSError, ValueError, RuntimeError, KeyError, ImportError) as error:
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise CheckpointError(f"cannot load {source!r}: {reason}") from error
+
+
+def _auto_device() -> str:
+    return "cuda" if torch.cuda.is_available() else "cpu"
+
+
+def _dtype(dtype: DType, place: torch.device, config: Any) -> torch.dtype:
+    if dtype == "auto":
+        own = getattr(config, "dtype", None)
+        return own if place.type != "cpu" and isinstance(own, torch.dtype) else torch.float32
+    chosen: torch.dtype = getattr(torch, dtype)
+    return chosen
+
+
+def _weight_files(source: str, revision: str | None, allow_pickle: bool) -> list[Path]:
+    """The checkpoint's weight files, by name."""
+    config_file = _read(source, lambda: cached_file(source, "config.json", revision=revision))
+    directory = Path(config_file).parent
+
+    def fetch(name: str) -> str | None:
+        found: str | None = cached_file(source, name, revision=revision, _raise_exceptions_for_missing_entries=False)
+        return found
+
+    kinds = [("model.safetensors", "*.safetensors")]
+    if allow_pickle:
+        kinds.append(("pytorch_model.bin", "pytorch_model*.bin"))
+    for single, pattern in kinds:
+        if fetch(single) is not None:
+            return [directory / single]
+        if index := fetch(f"{single}.index.json"):
+            shards = sorted(set(json.loads(Path(index).read_text())["weight_map"].values()))
+            for shard in shards:
+                fetch(shard)
+            return [directory / shard for shard in shards]
+        if files := sorted(directory.glob(pattern)):
+            return files
+    raise CheckpointError(
+        f"{source} has no safetensors weights"
+        + ("" if allow_pickle else "; pass --allow-pickle only if you trust where its pickled weights come from")
+    )
+
+
+def _fingerprint(config: dict[str, Any], files: list[Path]) -> str:
+    """sha256 over what the config says and every byte of the weights, [0-9a-f]{64}."""
+    digest = hashlib.sha256()
+    said = {key: value for key, value in config.items() if key not in _VOLATILE}
+    digest.update(json.dumps(said, sort_keys=True, default=str).encode())
+    for file in files:
+        for chunk in _chunks(file):
+            digest.update(chunk)
+    return digest.hexdigest()
+
+
+def _chunks(file: Path, size: int = 1 << 22) -> Iterator[bytes]:
+    with file.open("rb") as stream:
+        while chunk := stream.read(size):
+            yield chunk
+
+
+def _max_tokens(tokenizer: Any, config: Any, family: Family, pad: int) -> int:
+    """Most tokens of a text: the model's positions, or fewer if the tokenizer says so."""
+    positions = config.max_position_embeddings - (pad + 1 if family.positions_after_pad else 0)
+    return int(min(positions, tokenizer.model_max_length))
+
+
+def _pad_id(tokenizer: Any, model: Any, source: str) -> int:
+    """The id that model and tokenizer pad with, made one where they differ or lack it."""
+    pad = model.config.pad_token_id
+    if pad is None:
+        pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
+        if pad is None:
+            raise CheckpointError(f"{source} has neither a pad nor an eos token, so texts cannot be batched")
+        model.config.pad_token_id = pad
+    return int(pad)

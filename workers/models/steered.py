@@ -1,0 +1,248 @@
+"""A transformers classifier split at any block: one trunk, many tails (DESIGN "The engine").
+
+The model itself is left alone. A shallow copy of it shares every weight, but each block stands behind a `Site`,
+which can record the block's output, put cached hidden states in its place, skip it, or mask what it gives. The
+block list keeps its length, so models that look things up by block index (Qwen2's layer types) stay right.
+
+B: texts of a batch, V: variants (rows of the tail), T: tokens, D: hidden size, K: labels.
+"""
+
+import copy
+import threading
+from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+
+from workers.models.families import Family
+from workers.models.tokens import TokenBatch
+
+SPLIT_TOLERANCE: Mapping[torch.dtype, float] = {torch.float32: 1e-5, torch.bfloat16: 5e-2, torch.float16: 5e-3}
+"""Largest difference of logits, relative to max(1, |logit|), between tail and hooked full pass at load."""
+
+
+class Masking(Protocol):
+    """Something that masks hidden states at some layers."""
+
+    @property
+    def layers(self) -> Collection[int]:
+        """The blocks whose output it changes."""
+        ...
+
+    def __call__(self, layer: int, hidden: Tensor, batch: TokenBatch) -> Tensor:
+        """Masked `hidden` [V, T, D]; a new tensor. `batch` [V, T] says which tokens are real and which is read."""
+        ...
+
+
+@dataclass(frozen=True, eq=False)
+class Trunk:
+    """Hidden states [B, T, D] after block `split`, and the bare model's logits [B, K] if the pass went to the end."""
+
+    split: int
+    hidden: Tensor
+    logits: Tensor | None
+
+
+@dataclass
+class _Pass:
+    """What the sites do during one forward pass."""
+
+    record: Collection[int] = ()
+    stop_after: int | None = None
+    inject: tuple[int, Tensor] | None = None
+    mask: Callable[[int, Tensor], Tensor] | None = None
+    mask_layers: Collection[int] = ()
+    recorded: dict[int, Tensor] = field(default_factory=dict)
+
+
+class _Site(nn.Module):
+    """Stands in for block `index`; attributes that a model reads off its blocks are the block's."""
+
+    def __init__(self, index: int, block: nn.Module, model: "SteeredModel") -> None:
+        super().__init__()
+        self.index = index
+        self.block = block
+        self.__dict__["steered"] = model  # not a submodule: the model holds the site, not the other way round
+
+    def __getattr__(self, name: str) -> Any:
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            return getattr(self._modules["block"], name)
+
+    def forward(self, hidden: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        now: _Pass = self.__dict__["steered"].current
+        if now.inject is not None and self.index <= now.inject[0]:
+            return now.inject[1] if self.index == now.inject[0] else hidden
+        if now.stop_after is not None and self.index > now.stop_after:
+            return hidden
+        output = self.block(hidden, *args, **kwargs)
+        if not isinstance(output, Tensor):
+            raise TypeError(f"block {self.index} returns {type(output).__name__}, not a tensor")
+        if now.mask is not None and self.index in now.mask_layers:
+            output = now.mask(self.index, output)
+        if self.index in now.record:
+            now.recorded[self.index] = output
+        return output
+
+
+class SteeredModel:
+    """A sequence classifier whose activations can be recorded and masked at any block.
+
+    One forward pass at a time: calls from several threads wait for each other.
+
+    Args:
+        model: a transformers `…ForSequenceClassification` model in eval mode.
+        family: how it is built.
+    """
+
+    def __init__(self, model: nn.Module, family: Family) -> None:
+        self.model = model
+        self.family = family
+        blocks = model.get_submodule(family.blocks)
+        assert isinstance(blocks, nn.ModuleList)
+        self.blocks = blocks
+        self.n_layers = len(blocks)
+        self.splits = True
+        self.current = _Pass()
+        self._lock = threading.Lock()
+        sites = nn.ModuleList(_Site(index, block, self) for index, block in enumerate(blocks))
+        self._sited = _with_submodule(model, family.blocks.split("."), sites)
+
+    def logits(self, batch: TokenBatch) -> Tensor:
+        """The bare model's logits, [B, K]."""
+        with self._lock:
+            return self._call(self.model, batch)
+
+    def record(self, batch: TokenBatch, layers: Sequence[int]) -> tuple[Tensor, dict[int, Tensor]]:
+        """Bare logits [B, K], and per layer the states [B, D] that block l gives at the read position."""
+        rows = torch.arange(len(batch.ids), device=batch.ids.device)
+        if self.splits:
+            now = _Pass(record=frozenset(layers))
+            logits = self._pass(now, batch)
+            return logits, {layer: now.recorded[layer][rows, batch.read] for layer in layers}
+        recorded: dict[int, Tensor] = {}
+
+        def keep(layer: int, hidden: Tensor) -> Tensor:
+            recorded[layer] = hidden[rows, batch.read]
+            return hidden
+
+        return self._hooked(batch, layers, keep), recorded
+
+    def trunk(self, batch: TokenBatch, split: int, *, whole: bool) -> Trunk:
+        """Hidden states after block `split`.
+
+        Args:
+            whole: go on to the end, for the bare model's logits (bit for bit); else the blocks above are skipped.
+        """
+        if not self.splits:  # nothing to share: `steer` runs whole passes
+            empty = torch.empty(0, device=batch.ids.device)
+            return Trunk(split, empty, self.logits(batch) if whole else None)
+        now = _Pass(record=(split,), stop_after=None if whole else split)
+        logits = self._pass(now, batch)
+        return Trunk(split, now.recorded[split], logits if whole else None)
+
+    def steer(self, batch: TokenBatch, trunk: Trunk, rows: Tensor, masking: Masking) -> Tensor:
+        """Logits [V, K] of masked variants of the trunk's texts.
+
+        At the last block the tail is a head that reads one token, so only that token goes through it; what other
+        tokens' states would have become cannot matter any more.
+
+        Args:
+            rows: the text of each variant, [V] int64.
+            masking: its layers are `trunk.split` or above.
+        """
+        if not self.splits:
+            return self.hooked(batch.rows(rows), masking)
+        if trunk.split == self.n_layers - 1:
+            hidden = trunk.hidden[rows, batch.read[rows]].unsqueeze(1)
+            tail = batch.read_tokens(rows)
+        else:
+            hidden, tail = trunk.hidden[rows], batch.rows(rows)
+        if trunk.split in masking.layers:
+            hidden = masking(trunk.split, hidden, tail)
+        now = _Pass(
+            inject=(trunk.split, hidden),
+            mask=lambda layer, states: masking(layer, states, tail),
+            mask_layers=masking.layers,
+        )
+        return self._pass(now, tail)
+
+    def hooked(self, batch: TokenBatch, masking: Masking) -> Tensor:
+        """Logits [B, K] of a full pass of the bare model with a masking hook on each masked block: the reference."""
+        return self._hooked(batch, masking.layers, lambda layer, hidden: masking(layer, hidden, batch))
+
+    def check(self, batch: TokenBatch) -> None:
+        """Compares trunk and tail with hooked full passes at every block, and gives up splitting if they differ.
+
+        Run once at load on a small padded batch. Afterwards `splits` says whether the model is split, or runs
+        masked variants as hooked full passes (slower, and right).
+        """
+        tolerance = SPLIT_TOLERANCE.get(next(self.model.parameters()).dtype, 1e-5)
+        rows = torch.arange(len(batch.ids), device=batch.ids.device)
+        try:
+            for layer in range(self.n_layers):
+                masking = _Probe(layer)
+                split = self.steer(batch, self.trunk(batch, layer, whole=False), rows, masking).float()
+                full = self.hooked(batch, masking).float()
+                if not bool(((split - full).abs() <= tolerance * full.abs().clamp(min=1)).all()):
+                    self.splits = False
+                    return
+        except torch.OutOfMemoryError:
+            raise
+        except (TypeError, AttributeError, KeyError, RuntimeError):
+            self.splits = False
+
+    def _pass(self, now: _Pass, batch: TokenBatch) -> Tensor:
+        with self._lock:
+            self.current = now
+            try:
+                return self._call(self._sited, batch)
+            finally:
+                self.current = _Pass()
+
+    def _hooked(self, batch: TokenBatch, layers: Collection[int], change: Callable[[int, Tensor], Tensor]) -> Tensor:
+        def hook(layer: int) -> Callable[[nn.Module, Any, Any], Any]:
+            def apply(module: nn.Module, args: Any, output: Any) -> Any:
+                if isinstance(output, tuple):
+                    return (change(layer, output[0]), *output[1:])
+                return change(layer, output)
+
+            return apply
+
+        with self._lock:
+            handles = [self.blocks[layer].register_forward_hook(hook(layer)) for layer in layers]
+            try:
+                return self._call(self.model, batch)
+            finally:
+                for handle in handles:
+                    handle.remove()
+
+    def _call(self, model: nn.Module, batch: TokenBatch) -> Tensor:
+        with torch.inference_mode():
+            output = model(input_ids=batch.ids, attention_mask=batch.mask.to(torch.int64), **self.family.call)
+        logits: Tensor = output.logits
+        return logits
+
+
+class _Probe:
+    """A masking for `check` that every neuron and token takes part in: negative values of odd neurons become 0."""
+
+    def __init__(self, layer: int) -> None:
+        self.layers = (layer,)
+
+    def __call__(self, layer: int, hidden: Tensor, batch: TokenBatch) -> Tensor:
+        odd = torch.arange(hidden.shape[-1], device=hidden.device) % 2 == 1
+        return torch.where((hidden < 0) & odd & batch.mask.unsqueeze(-1), torch.zeros_like(hidden), hidden)
+
+
+def _with_submodule(module: nn.Module, path: list[str], replacement: nn.Module) -> nn.Module:
+    """A shallow copy of `module` that shares every weight, with another submodule at `path`."""
+    if not path:
+        return replacement
+    clone = copy.copy(module)
+    child = _with_submodule(module.get_submodule(path[0]), path[1:], replacement)
+    clone.__dict__["_modules"] = {**module._modules, path[0]: child}
+    return clone

@@ -1,0 +1,110 @@
+"""Texts to token ids, and token ids to right-padded batches that know their read positions."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from workers.models.errors import EmptyText, TextTooLong
+
+
+@dataclass(frozen=True)
+class Encoded:
+    """One text as token ids, special tokens included; `truncated` if the model takes no more of it."""
+
+    ids: tuple[int, ...]
+    truncated: bool = False
+
+
+@dataclass(frozen=True, eq=False)
+class TokenBatch:
+    """Right-padded texts. ids: [B, T] int64; mask: [B, T] bool, True on real tokens; read: [B] int64."""
+
+    ids: Tensor
+    mask: Tensor
+    read: Tensor
+
+    def rows(self, index: Tensor) -> "TokenBatch":
+        """The batch of these rows, each as often as it is named. index: [V] int64."""
+        return TokenBatch(self.ids[index], self.mask[index], self.read[index])
+
+    def read_tokens(self, index: Tensor) -> "TokenBatch":
+        """These rows cut down to the one token at the read position: a batch of shape [V, 1]."""
+        ids = self.ids[index, self.read[index]].unsqueeze(1)
+        return TokenBatch(ids, torch.ones_like(ids, dtype=torch.bool), torch.zeros_like(self.read[index]))
+
+
+class TextTokenizer:
+    """A Hugging Face tokenizer with this service's rules: no silent truncation, right padding.
+
+    Args:
+        tokenizer: the checkpoint's tokenizer.
+        max_tokens: most tokens that the model takes, special tokens included.
+        pad_id: the token id that the *model* takes for padding (its head looks for it).
+        reads: "first" or "last" real token.
+    """
+
+    def __init__(self, tokenizer: Any, max_tokens: int, pad_id: int, reads: Literal["first", "last"]) -> None:
+        self._tokenizer = tokenizer
+        self._reads = reads
+        self.max_tokens = max_tokens
+        self.pad_id = pad_id
+
+    def encode(self, texts: Sequence[str], truncate: bool = True) -> list[Encoded]:
+        """Token ids of each text.
+
+        Raises:
+            TextTooLong: a text needs more than `max_tokens` tokens and `truncate` is False.
+            EmptyText: a text gives no token at all.
+        """
+        if not texts:
+            return []
+        encoded = [Encoded(tuple(ids)) for ids in self._ids(texts, truncation=False)]
+        for index, text in enumerate(encoded):
+            if not text.ids:
+                raise EmptyText(index)
+        long = [index for index, text in enumerate(encoded) if len(text.ids) > self.max_tokens]
+        if long and not truncate:
+            raise TextTooLong(long[0], len(encoded[long[0]].ids), self.max_tokens)
+        if long:  # the tokenizer itself must cut, since it knows which special tokens close a text
+            cut = self._ids([texts[index] for index in long], truncation=True)
+            for index, ids in zip(long, cut, strict=True):
+                encoded[index] = Encoded(tuple(ids), truncated=True)
+        return encoded
+
+    def _ids(self, texts: Sequence[str], truncation: bool) -> list[list[int]]:
+        # a lone surrogate is legal in JSON, but no tokenizer takes it
+        clean = [text.encode("utf-8", "replace").decode("utf-8") for text in texts]
+        ids: list[list[int]] = self._tokenizer(
+            clean,
+            padding=False,
+            truncation=truncation,
+            max_length=self.max_tokens if truncation else None,
+            return_attention_mask=False,
+            return_token_type_ids=False,
+            verbose=False,
+        )["input_ids"]
+        return ids
+
+    def pad(self, rows: Sequence[Sequence[int]], device: torch.device | str = "cpu") -> TokenBatch:
+        """Rows of token ids as one right-padded batch on `device`."""
+        width = max(len(row) for row in rows)
+        ids = torch.full((len(rows), width), self.pad_id, dtype=torch.int64)
+        mask = torch.zeros((len(rows), width), dtype=torch.bool)
+        for i, row in enumerate(rows):
+            ids[i, : len(row)] = torch.tensor(row, dtype=torch.int64)
+            mask[i, : len(row)] = True
+        return TokenBatch(ids.to(device), mask.to(device), self._read_positions(ids, mask).to(device))
+
+    def _read_positions(self, ids: Tensor, mask: Tensor) -> Tensor:
+        """Where the head reads: token 0, or the last real token, [B].
+
+        Decoder heads of transformers take the last token *that is not the pad id*. Where pad and eos are one id and
+        a text ends in it, that is an earlier token; what is fitted and masked must be what is read.
+        """
+        if self._reads == "first":
+            return torch.zeros(len(ids), dtype=torch.int64)
+        readable = mask & (ids != self.pad_id)
+        return (torch.arange(ids.shape[1]) * readable).argmax(dim=1)
