@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
+from safetensors import SafetensorError
 from transformers import AutoConfig, AutoModelForSequenceClassification, AutoTokenizer
 from transformers.utils.hub import cached_file
 
@@ -112,7 +113,7 @@ def _read(source: str, load: Any) -> Any:
     """Whatever `load` returns; its many kinds of failure as one clear CheckpointError."""
     try:
         return load()
-    except (OSError, ValueError, RuntimeError, KeyError, ImportError) as error:
+    except (OSError, ValueError, RuntimeError, KeyError, ImportError, SafetensorError) as error:
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise CheckpointError(f"cannot load {source!r}: {reason}") from error
 

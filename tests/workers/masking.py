@@ -1,0 +1,20 @@
+"""Maskings for tests, written without the code under test."""
+
+from collections.abc import Collection
+
+import torch
+from torch import Tensor
+
+from workers.models.tokens import TokenBatch
+
+
+class ZeroBand:
+    """Components whose value lies in [low, high] become 0, at real tokens, at some layers."""
+
+    def __init__(self, layers: Collection[int], low: float = -0.7, high: float = 0.4) -> None:
+        self.layers = layers
+        self.low, self.high = low, high
+
+    def __call__(self, layer: int, hidden: Tensor, batch: TokenBatch) -> Tensor:
+        hit = (hidden >= self.low) & (hidden <= self.high) & batch.mask.unsqueeze(-1)
+        return torch.where(hit, torch.zeros_like(hidden), hidden)

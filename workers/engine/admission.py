@@ -1,0 +1,87 @@
+"""Admission: the moment at which a request's plan is frozen (DESIGN promise 4)."""
+
+import asyncio
+import time
+from collections import OrderedDict
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from range_store.mirror import Mirror
+
+from range_store.erasure import Erasure
+from range_store.errors import NoRangeSet, StoreUnavailable
+from range_store.plan import NO_ERASURE, resolve
+from range_store.range_set import RangeSet
+from workers.engine.masks import DevicePlan
+
+Source = Literal["live", "request", "none"]
+
+
+@dataclass(frozen=True, eq=False)
+class Admission:
+    """What a request was admitted with. `enforced` names the concepts that an operator enforces."""
+
+    source: Source
+    plan: DevicePlan
+    enforced: frozenset[str]
+    range_set: str | None
+    generation: str
+
+
+class Planner:
+    """Turns erasures into plans against the mirror's snapshot, and keeps the plans that it made.
+
+    Args:
+        device: where masks are to lie.
+        capacity: plans kept; the least recently used is dropped. Who holds a plan keeps it, dropped or not.
+    """
+
+    def __init__(self, mirror: Mirror, device: torch.device, capacity: int) -> None:
+        self._mirror = mirror
+        self._device = device
+        self._capacity = capacity
+        self._plans: OrderedDict[tuple[str, tuple[Erasure, ...]], DevicePlan] = OrderedDict()
+        self._no_erasure = DevicePlan.of(NO_ERASURE, device)
+
+    async def admit(self, erase: Sequence[Erasure] | None) -> Admission:
+        """The plan of a request that asks for `erase`, or for the live erasures where that is None.
+
+        Enforced live erasures join every plan, and stand first in it, so that their replacement counts.
+
+        Raises:
+            StoreUnavailable: the live erasures were never read, so it cannot be known what must be erased.
+            NoRangeSet: something is to be erased, and no range set is active.
+            InvalidErasure, UnknownConcept, NotFitted: see `range_store.plan.resolve`.
+        """
+        snapshot = self._mirror.snapshot
+        if snapshot is None:
+            raise StoreUnavailable("the live erasures were never read: the store cannot be reached")
+        live = snapshot.live.at(time.time())
+        enforced = [entry.erasure for entry in live if entry.enforced]
+        names = frozenset(erasure.concept for erasure in enforced)
+        if erase is None:
+            erasures = [entry.erasure for entry in live]
+        else:
+            erasures = enforced + [erasure for erasure in erase if erasure.concept not in names]
+        source: Source = "none" if not erasures else "request" if erase else "live"
+        plan = await self._plan(snapshot.range_set, tuple(erasures))
+        range_set = snapshot.range_set.id if snapshot.range_set else None
+        return Admission(source, plan, names, range_set, snapshot.live.generation)
+
+    async def _plan(self, range_set: RangeSet | None, erasures: tuple[Erasure, ...]) -> DevicePlan:
+        if not erasures:
+            return self._no_erasure
+        if range_set is None:
+            raise NoRangeSet("no range set is active: fit one with `neuronlens fit … --activate`")
+        key = (range_set.id, erasures)
+        plan = self._plans.get(key)
+        if plan is None:
+            plan = await asyncio.to_thread(lambda: DevicePlan.of(resolve(range_set, erasures), self._device))
+            self._plans[key] = plan
+            while len(self._plans) > self._capacity:
+                self._plans.popitem(last=False)
+        else:
+            self._plans.move_to_end(key)
+        return plan

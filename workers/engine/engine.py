@@ -1,0 +1,356 @@
+"""The engine: admits requests, freezes their plans, batches their texts, and answers.
+
+Three kinds of thread: the event loop admits and replies, one thread tokenizes, one runs the model. Nothing on the
+event loop waits for torch (promise 9), and a batch wakes it once, not once per text.
+"""
+
+import asyncio
+import logging
+import math
+import threading
+import time
+from collections import defaultdict
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+
+import numpy as np
+import numpy.typing as npt
+from prometheus_client import CollectorRegistry
+from range_store.mirror import Mirror
+
+from range_store.erasure import Erasure
+from workers.engine.admission import Planner, Source
+from workers.engine.errors import DeadlineExceeded, Draining, EngineError, EngineFailed, QueueFull, RequestTooLarge
+from workers.engine.forward import Variant, steer_variants
+from workers.engine.masks import DevicePlan
+from workers.engine.metrics import EngineMetrics
+from workers.engine.queue import BatchQueue
+from workers.engine.settings import EngineSettings
+from workers.models.loading import LoadedModel
+from workers.models.tokens import Encoded
+
+logger = logging.getLogger(__name__)
+
+Logits = npt.NDArray[np.float32]
+
+
+@dataclass(frozen=True, eq=False)
+class TextAnswer:
+    """One text's logits [K], those of the bare model if `compare` was asked for, and what was done to it."""
+
+    logits: Logits
+    baseline: Logits | None
+    masked_neurons: int
+    truncated: bool
+    tokens: int
+
+
+@dataclass(frozen=True, eq=False)
+class Answer:
+    """A request's answers in its order, and the plan that it was admitted with.
+
+    `erasures` have their layers resolved to block indices; `enforced` names the concepts that an operator enforces.
+    """
+
+    texts: tuple[TextAnswer, ...]
+    source: Source
+    erasures: tuple[Erasure, ...]
+    enforced: frozenset[str]
+    range_set: str | None
+    generation: str | None
+
+
+@dataclass(eq=False)
+class _Request:
+    loop: asyncio.AbstractEventLoop
+    done: asyncio.Future[None]
+    answers: list[TextAnswer | None]
+    missing: int
+    abandoned: bool = False
+
+
+@dataclass(eq=False)
+class _Text:
+    """One text that waits; satisfies `queue.Queued`."""
+
+    request: _Request
+    index: int
+    encoded: Encoded
+    plan: DevicePlan
+    compare: bool
+    split: int
+    admitted: float = field(default_factory=time.monotonic)
+
+    @property
+    def tokens(self) -> int:
+        return len(self.encoded.ids)
+
+    @property
+    def plan_key(self) -> str:
+        return self.plan.plan.key
+
+    @property
+    def abandoned(self) -> bool:
+        return self.request.abandoned
+
+
+class Engine:
+    """Answers texts with a model under the erasures of a mirror's snapshot.
+
+    Args:
+        model: the classifier.
+        mirror: live erasures and active range set, started by the caller.
+        registry: where its metrics go.
+    """
+
+    def __init__(
+        self, model: LoadedModel, mirror: Mirror, settings: EngineSettings, registry: CollectorRegistry
+    ) -> None:
+        self.model = model
+        self.settings = settings
+        self.metrics = EngineMetrics(registry)
+        self._planner = Planner(mirror, model.device, settings.plan_cache)
+        self._queue: BatchQueue[_Text] = BatchQueue(settings)
+        self._changed = threading.Condition()
+        self._tokenizer = ThreadPoolExecutor(1, "tokenizer")
+        self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
+        self._draining = False
+        self._closing = False
+        self._warm = threading.Event()
+        self._tokens_per_second = 0.0
+
+    @property
+    def ready(self) -> bool:
+        """The model is warm, its thread lives, and new requests are taken."""
+        return self._warm.is_set() and self._thread.is_alive() and not self._draining
+
+    def start(self) -> None:
+        """Start the model's thread and wait until a first batch went through.
+
+        Raises:
+            EngineFailed: the warm-up failed.
+        """
+        self._thread.start()
+        while not self._warm.wait(0.05):
+            if not self._thread.is_alive():
+                raise EngineFailed("the model failed on its first batch; see the log")
+
+    def drain(self) -> None:
+        """Take no new requests; those accepted are still answered."""
+        self._draining = True
+
+    def close(self) -> None:
+        """Drain, answer what was accepted, and stop the threads."""
+        self.drain()
+        with self._changed:
+            self._closing = True
+            self._changed.notify_all()
+        if self._thread.is_alive():
+            self._thread.join()
+        self._tokenizer.shutdown()
+
+    async def classify(
+        self,
+        texts: Sequence[str],
+        erase: Sequence[Erasure] | None,
+        *,
+        compare: bool = False,
+        truncate: bool = True,
+        timeout: float | None = None,
+    ) -> Answer:
+        """Classify texts under the erasures of the request, or under the live ones where `erase` is None.
+
+        Args:
+            compare: also give the bare model's logits.
+            truncate: cut texts that are too long; else they are an error.
+            timeout: seconds until the request is given up.
+
+        Raises:
+            QueueFull, RequestTooLarge, Draining, DeadlineExceeded, EngineFailed: see `workers.engine.errors`.
+            TextTooLong, EmptyText: see `workers.models.errors`.
+            RangeStoreError: the erasures cannot be resolved, or no range set or snapshot is at hand.
+        """
+        try:
+            async with asyncio.timeout(timeout):
+                return await self._classify(texts, erase, compare, truncate)
+        except TimeoutError:
+            self.metrics.rejections.labels("deadline").inc()
+            raise DeadlineExceeded(timeout or 0.0) from None
+        except asyncio.CancelledError:
+            self.metrics.rejections.labels("cancelled").inc()
+            raise
+        except QueueFull:
+            self.metrics.rejections.labels("queue_full").inc()
+            raise
+        except RequestTooLarge:
+            self.metrics.rejections.labels("too_large").inc()
+            raise
+        except Draining:
+            self.metrics.rejections.labels("draining").inc()
+            raise
+        except EngineFailed:
+            self.metrics.rejections.labels("failed").inc()
+            raise
+
+    async def _classify(
+        self, texts: Sequence[str], erase: Sequence[Erasure] | None, compare: bool, truncate: bool
+    ) -> Answer:
+        if self._draining:
+            raise Draining
+        loop = asyncio.get_running_loop()
+        admission = await self._planner.admit(erase)
+        encoded = await loop.run_in_executor(self._tokenizer, self.model.tokens.encode, texts, truncate)
+        request = _Request(loop, loop.create_future(), [None] * len(encoded), len(encoded))
+        split = admission.plan.plan.split
+        # a text without erasure needs no split: it joins the batches of the last block, where a bare answer is free
+        at = self.model.identity.n_layers - 1 if split is None else split
+        if encoded:
+            self._enqueue([_Text(request, i, text, admission.plan, compare, at) for i, text in enumerate(encoded)])
+            try:
+                await request.done
+            finally:
+                request.abandoned = True
+        answers = tuple(answer for answer in request.answers if answer is not None)
+        self.metrics.texts.labels(admission.source).inc(len(answers))
+        return Answer(
+            answers,
+            admission.source,
+            admission.plan.plan.erasures,
+            admission.enforced,
+            admission.range_set,
+            admission.generation,
+        )
+
+    def _enqueue(self, texts: list[_Text]) -> None:
+        """Queue all texts of a request, or none."""
+        tokens = sum(text.tokens for text in texts)
+        if tokens > self.settings.max_queue_tokens:
+            raise RequestTooLarge(tokens, self.settings.max_queue_tokens)
+        with self._changed:
+            if self._closing or self._draining:
+                raise Draining
+            if self._queue.tokens + tokens > self.settings.max_queue_tokens:
+                self._queue.discard(lambda text: text.abandoned)
+            if self._queue.tokens + tokens > self.settings.max_queue_tokens:
+                rate = self._tokens_per_second
+                raise QueueFull(math.ceil(self._queue.tokens / rate) if rate else 1.0)
+            for text in texts:
+                self._queue.add(text)
+            self._gauge()
+            self._changed.notify()
+
+    def _gauge(self) -> None:
+        self.metrics.queue_texts.set(len(self._queue))
+        self.metrics.queue_tokens.set(self._queue.tokens)
+
+    def _run(self) -> None:
+        """The model's thread: batch after batch until the engine closes."""
+        try:
+            warm = self.model.tokens.encode(["warm-up"])
+            self.model.steered.logits(self.model.tokens.pad([warm[0].ids], self.model.device))
+            self._warm.set()
+            while True:
+                with self._changed:
+                    while not len(self._queue) and not self._closing:
+                        self._changed.wait()
+                    batch = self._queue.take()
+                    self._gauge()
+                    if not batch and self._closing:
+                        return
+                if batch:
+                    self._answer(batch)
+        except BaseException:
+            logger.exception("the engine's thread died")
+            self.drain()
+            with self._changed:
+                self._closing = True
+                lost = self._queue.discard(lambda text: True)
+            _reply([(text, EngineFailed("the engine stopped")) for text in lost])
+            raise
+
+    def _answer(self, batch: list[_Text]) -> None:
+        """Run a batch and reply. If it raises, halves are tried, so that only the text that causes it fails."""
+        started = time.monotonic()
+        for text in batch:
+            self.metrics.queue_wait.observe(started - text.admitted)
+        try:
+            answers = self._forward(batch)
+        except Exception as error:
+            if len(batch) > 1:
+                middle = len(batch) // 2
+                self._answer(batch[:middle])
+                self._answer(batch[middle:])
+                return
+            logger.error("a text of %d tokens failed: %s", batch[0].tokens, type(error).__name__, exc_info=error)
+            _reply([(batch[0], EngineFailed("the model failed on this text"))])
+            return
+        seconds = time.monotonic() - started
+        self._observe(batch, answers, seconds)
+        _reply(list(zip(batch, answers, strict=True)))
+
+    def _forward(self, batch: list[_Text]) -> list[TextAnswer]:
+        model = self.model
+        tokens = model.tokens.pad([text.encoded.ids for text in batch], model.device)
+        variants = [Variant(row, text.plan) for row, text in enumerate(batch) if text.plan_key]
+        bare = any(text.compare or not text.plan_key for text in batch)
+        base: Logits | None = None
+        if not variants:
+            base = model.steered.logits(tokens).float().cpu().numpy()
+        else:
+            trunk = model.steered.trunk(tokens, batch[0].split, whole=bare)
+            outcome = steer_variants(model.steered, tokens, trunk, variants, self.settings.max_batch_tokens)
+            erased = outcome.logits.float().cpu().numpy()
+            masked = outcome.masked.cpu().numpy()
+            if trunk.logits is not None:
+                base = trunk.logits.float().cpu().numpy()
+        answers = []
+        nth = 0
+        for row, text in enumerate(batch):
+            baseline = base[row] if base is not None and text.compare else None
+            if text.plan_key:
+                logits, count = erased[nth], int(masked[nth])
+                nth += 1
+            else:
+                assert base is not None
+                logits, count = base[row], 0
+            answers.append(TextAnswer(logits, baseline, count, text.encoded.truncated, text.tokens))
+        return answers
+
+    def _observe(self, batch: list[_Text], answers: list[TextAnswer], seconds: float) -> None:
+        tokens = sum(text.tokens for text in batch)
+        rate = tokens / max(seconds, 1e-6)
+        self._tokens_per_second = rate if not self._tokens_per_second else 0.9 * self._tokens_per_second + 0.1 * rate
+        self.metrics.forward.observe(seconds)
+        self.metrics.batch_texts.observe(len(batch))
+        self.metrics.batch_plans.observe(len({text.plan_key for text in batch} - {""}))
+        self.metrics.tokens.inc(tokens)
+        self.metrics.padded_tokens.inc(max(text.tokens for text in batch) * len(batch))
+        self.metrics.masked_neurons.inc(sum(answer.masked_neurons for answer in answers))
+
+
+def _reply(answered: list[tuple[_Text, TextAnswer | EngineError]]) -> None:
+    """Hand answers to their requests, with one wake-up of each event loop."""
+    by_loop: dict[asyncio.AbstractEventLoop, list[tuple[_Text, TextAnswer | EngineError]]] = defaultdict(list)
+    for text, answer in answered:
+        by_loop[text.request.loop].append((text, answer))
+    for loop, own in by_loop.items():
+        try:
+            loop.call_soon_threadsafe(_settle, own)
+        except RuntimeError:  # the loop is closed: nobody waits there any more
+            logger.debug("answers for a closed event loop dropped")
+
+
+def _settle(answered: list[tuple[_Text, TextAnswer | EngineError]]) -> None:
+    """On the event loop: fill in answers and complete the requests that have all of theirs."""
+    for text, answer in answered:
+        request = text.request
+        if request.done.done():
+            continue
+        if isinstance(answer, EngineError):
+            request.done.set_exception(answer)
+            continue
+        request.answers[text.index] = answer
+        request.missing -= 1
+        if not request.missing:
+            request.done.set_result(None)

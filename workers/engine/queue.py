@@ -1,0 +1,106 @@
+"""What waits, and what runs next: batches by padded tokens, from a window sorted by length."""
+
+from collections import OrderedDict
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from itertools import islice
+from typing import Generic, Protocol, TypeVar
+
+from workers.engine.settings import EngineSettings
+
+
+class Queued(Protocol):
+    """One text that waits."""
+
+    @property
+    def tokens(self) -> int:
+        """Its length in tokens."""
+        ...
+
+    @property
+    def split(self) -> int:
+        """The block at which its batch is split: a batch holds one split only, so a deep one slows nobody else."""
+        ...
+
+    @property
+    def plan_key(self) -> str:
+        """What masks it; the empty string if nothing does."""
+        ...
+
+    @property
+    def abandoned(self) -> bool:
+        """Nobody waits for the answer any more."""
+        ...
+
+
+Item = TypeVar("Item", bound=Queued)
+
+
+@dataclass
+class BatchQueue(Generic[Item]):
+    """Texts in order of arrival. Not thread-safe: the engine holds its lock around every call."""
+
+    settings: EngineSettings
+    tokens: int = 0
+    _items: OrderedDict[int, Item] = field(default_factory=OrderedDict)
+    _next: int = 0
+
+    def __len__(self) -> int:
+        return len(self._items)
+
+    def __iter__(self) -> Iterator[Item]:
+        return iter(self._items.values())
+
+    def add(self, item: Item) -> None:
+        """Put a text at the end."""
+        self._items[self._next] = item
+        self._next += 1
+        self.tokens += item.tokens
+
+    def discard(self, unwanted: Callable[[Item], bool]) -> list[Item]:
+        """Take out, and return, every text that is `unwanted`."""
+        keys = [key for key, item in self._items.items() if unwanted(item)]
+        return [self._pop(key) for key in keys]
+
+    def take(self) -> list[Item]:
+        """The next batch: the oldest text and those of its split that are nearest to it in length; [] if none waits.
+
+        The oldest text is always in it, so none starves. Abandoned texts are dropped on the way.
+        """
+        self.discard(lambda item: item.abandoned)
+        if not self._items:
+            return []
+        oldest = next(iter(self._items))
+        split = self._items[oldest].split
+        same = ((key, item) for key, item in self._items.items() if item.split == split)
+        window = sorted(islice(same, self.settings.window), key=lambda pair: pair[1].tokens)
+        at = next(place for place, (key, _) in enumerate(window) if key == oldest)
+        return [self._pop(key) for key, _ in self._grow(window, at)]
+
+    def _grow(self, window: list[tuple[int, Item]], at: int) -> list[tuple[int, Item]]:
+        """The longest run of `window` around place `at` that the limits allow, growing to the nearer length first."""
+        start, end = at, at + 1
+        plans = {window[at][1].plan_key} - {""}
+        while end - start < self.settings.max_batch_texts:
+            sides = []
+            if start > 0:
+                sides.append((window[at][1].tokens - window[start - 1][1].tokens, start - 1))
+            if end < len(window):
+                sides.append((window[end][1].tokens - window[at][1].tokens, end))
+            for _, place in sorted(sides):
+                longest = window[max(end - 1, place)][1].tokens
+                grown = plans | ({window[place][1].plan_key} - {""})
+                if (
+                    longest * (end - start + 1) <= self.settings.max_batch_tokens
+                    and len(grown) <= self.settings.max_batch_plans
+                ):
+                    start, end, plans = min(start, place), max(end, place + 1), grown
+                    break
+            else:
+                break
+        return window[start:end]
+
+    def _pop(self, key: int) -> Item:
+        item = self._items.pop(key)
+        self.tokens -= item.tokens
+        return item
