@@ -8,10 +8,10 @@ from dataclasses import dataclass
 from typing import Literal
 
 import torch
-from range_store.mirror import Mirror
 
 from range_store.erasure import Erasure
 from range_store.errors import NoRangeSet, StoreUnavailable
+from range_store.mirror import Mirror
 from range_store.plan import NO_ERASURE, resolve
 from range_store.range_set import RangeSet
 from workers.engine.masks import DevicePlan

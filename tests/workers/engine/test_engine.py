@@ -1,0 +1,352 @@
+"""The engine on real Redis and real (tiny) models: promises 1, 2, 4, and that nothing is left hanging."""
+
+import asyncio
+import random
+import threading
+import uuid
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import redis
+import torch
+from prometheus_client import CollectorRegistry
+
+from range_store.erasure import Damp, Erasure
+from range_store.errors import NoRangeSet, StoreUnavailable, UnknownConcept
+from range_store.live import LiveErasure
+from range_store.mirror import Mirror
+from range_store.plan import resolve
+from range_store.range_set import RangeSet
+from range_store.store import RangeStore
+from tests.workers.checkpoints import LABELS
+from tests.workers.texts import labelled_texts, write_jsonl
+from workers.engine.engine import Answer, Engine
+from workers.engine.errors import DeadlineExceeded, Draining, EngineFailed, QueueFull, RequestTooLarge
+from workers.engine.settings import EngineSettings
+from workers.fitting.corpus import load_corpus
+from workers.fitting.fit import Fitted, fit
+from workers.models.errors import TextTooLong
+from workers.models.loading import LoadedModel
+
+Tiny = Callable[[str], LoadedModel]
+TOLERANCE = 2e-4
+"""Promise 2 in fp32: largest difference of a logit between a text in a batch and the same text alone."""
+NEAR = 1e-4
+"""ε of promise 2: a state this near to a bound may fall on either side of it."""
+TEXTS = [text for text, _ in labelled_texts(40, seed=9)]
+
+
+@dataclass
+class Running:
+    engine: Engine
+    store: RangeStore
+    mirror: Mirror
+    range_set: RangeSet
+    model: LoadedModel
+
+    def ask(self, texts: list[str], erase: list[Erasure] | None = None, **options: Any) -> Answer:
+        return asyncio.run(self.engine.classify(texts, erase, **options))
+
+    @contextmanager
+    def held(self) -> Iterator[None]:
+        """Keep the model busy: whatever is sent meanwhile waits in the queue."""
+        with self.model.steered._lock:
+            yield
+
+
+@pytest.fixture(scope="module")
+def fitted(tiny: Tiny, tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Fitted]:
+    path = write_jsonl(tmp_path_factory.mktemp("data") / "train.jsonl", labelled_texts(80, seed=1))
+    cache: dict[str, Fitted] = {}
+
+    def of(family: str) -> Fitted:
+        if family not in cache:
+            cache[family] = fit(tiny(family), load_corpus(str(path), labels=LABELS), layers="all")
+        return cache[family]
+
+    return of
+
+
+@pytest.fixture
+def start(redis_client: redis.Redis, tiny: Tiny, fitted: Callable[[str], Fitted]) -> Iterator[Callable[..., Running]]:
+    running: list[Running] = []
+
+    def make(family: str = "bert", publish: bool = True, **limits: Any) -> Running:
+        model = tiny(family)
+        store = RangeStore(redis_client, f"{family}-{uuid.uuid4().hex}")
+        if publish:
+            store.activate(store.publish(fitted(family).range_set, fitted(family).inspect))
+        mirror = Mirror(store, model.identity.fingerprint, poll=0.2)
+        mirror.start()
+        mirror.refresh()
+        engine = Engine(model, mirror, EngineSettings(**limits), CollectorRegistry())
+        engine.start()
+        running.append(Running(engine, store, mirror, fitted(family).range_set, model))
+        return running[-1]
+
+    yield make
+    for each in running:
+        each.engine.close()
+        each.mirror.close()
+
+
+def alone(service: Running, text: str, erasures: list[Erasure]) -> tuple[np.ndarray, float]:
+    """Logits of one text by itself, and how near one of its states comes to a bound of the plan."""
+    model = service.model
+    batch = model.tokens.pad([model.tokens.encode([text])[0].ids])
+    plan = resolve(service.range_set, erasures)
+    nearest = [np.inf]
+
+    class Masking:
+        layers = plan.masks.keys()
+
+        def __call__(self, layer: int, hidden: torch.Tensor, tokens: Any) -> torch.Tensor:
+            mask, result = plan.masks[layer], hidden
+            done = torch.zeros_like(hidden, dtype=torch.bool)
+            for i in range(len(mask.low)):
+                low, high = torch.from_numpy(mask.low[i]), torch.from_numpy(mask.high[i])
+                always = torch.from_numpy(mask.always[i])
+                gaps = torch.minimum((hidden - low).abs(), (hidden - high).abs())[..., ~always]
+                if gaps.numel():
+                    nearest.append(float(gaps.min()))
+                hit = (((hidden >= low) & (hidden <= high)) | always) & ~done
+                becomes = torch.from_numpy(mask.scale[i]) * hidden + torch.from_numpy(mask.offset[i])
+                result, done = torch.where(hit, becomes, result), done | hit
+            return result
+
+    logits = model.steered.hooked(batch, Masking()) if plan.masks else model.steered.logits(batch)
+    return logits[0].numpy(), min(nearest)
+
+
+def test_no_erasure_is_the_bare_model_bit_for_bit(start: Callable[..., Running]) -> None:
+    service = start()
+    answer = service.ask(TEXTS, [])
+    encoded = sorted((len(e.ids), n) for n, e in enumerate(service.model.tokens.encode(TEXTS)))
+    order = [n for _, n in encoded]
+    batch = service.model.tokens.pad([service.model.tokens.encode([TEXTS[n]])[0].ids for n in order])
+    bare = service.model.steered.logits(batch).numpy()
+    assert answer.source == "none"
+    assert answer.erasures == ()
+    for row, n in enumerate(order):
+        assert np.array_equal(answer.texts[n].logits, bare[row])
+        assert answer.texts[n].masked_neurons == 0
+
+
+def test_a_baseline_beside_an_erased_answer_is_the_bare_model_bit_for_bit(start: Callable[..., Running]) -> None:
+    service = start()
+    bare = service.ask(TEXTS, [])
+    for layer in range(3):
+        erasure = Erasure(concept="Sports", top_fraction=1.0, layers=(layer,))
+        compared = service.ask(TEXTS, [erasure], compare=True)
+        for one, other in zip(bare.texts, compared.texts, strict=True):
+            assert other.baseline is not None
+            assert np.array_equal(one.logits, other.baseline)
+        assert any(not np.array_equal(text.logits, text.baseline) for text in compared.texts)
+        assert sum(text.masked_neurons for text in compared.texts) > 0
+
+
+def random_erasures(rng: random.Random) -> list[Erasure]:
+    return [
+        Erasure(
+            concept=concept,
+            method=rng.choice(["range", "range", "neuron"]),
+            tau=rng.choice([0.5, 1.0, 2.5]),
+            top_fraction=rng.choice([0.1, 0.3, 1.0]),
+            ranking=rng.choice(["max", "probeless", "selectivity"]),
+            layers=rng.choice([(-1,), (-1,), (0,), (1, 2), "all"]),
+            replacement=rng.choice(["zero", "mean", Damp(damp=0.5)]),
+        )
+        for concept in rng.sample(LABELS, rng.randrange(0, 4))
+    ]
+
+
+@pytest.mark.parametrize("family", ["bert", "gpt2"])
+def test_mixed_requests_at_once_answer_as_each_alone(start: Callable[..., Running], family: str) -> None:
+    service = start(family, max_batch_tokens=400, max_batch_plans=3)
+    rng = random.Random(5)
+    requests = [(rng.sample(TEXTS, rng.randrange(1, 5)), random_erasures(rng), rng.random() < 0.3) for _ in range(150)]
+
+    async def all_at_once() -> list[Answer]:
+        return await asyncio.gather(
+            *(service.engine.classify(texts, erase, compare=compare) for texts, erase, compare in requests)
+        )
+
+    answers = asyncio.run(all_at_once())
+    beyond = near = 0
+    for (texts, erase, compare), answer in zip(requests, answers, strict=True):
+        assert [e.concept for e in answer.erasures] == [e.concept for e in erase]
+        for text, given in zip(texts, answer.texts, strict=True):
+            logits, gap = alone(service, text, erase)
+            if np.abs(logits - given.logits).max() > TOLERANCE:
+                beyond += 1
+                assert gap < NEAR, "an answer differs, and no state lies near a bound"
+            near += gap < NEAR
+            assert (given.baseline is not None) == compare
+            if given.baseline is not None:
+                assert np.abs(given.baseline - alone(service, text, [])[0]).max() < TOLERANCE
+    print(f"{beyond} answers beyond {TOLERANCE}, each with a state within {NEAR} of a bound ({near} such texts)")
+    assert beyond < 0.05 * sum(len(texts) for texts, _, _ in requests)
+
+
+def test_a_toggle_never_changes_a_request_that_waits(start: Callable[..., Running]) -> None:
+    service = start()
+    service.store.set_erasures([LiveErasure(erasure=Erasure(concept="Sports", top_fraction=1.0))])
+    service.mirror.refresh()
+    before = service.store.live().generation
+
+    async def toggle_while_waiting() -> tuple[Answer, Answer]:
+        with service.held():
+            first = asyncio.create_task(service.engine.classify(TEXTS[:3], None))
+            while not len(service.engine._queue):
+                await asyncio.sleep(0)
+            service.store.set_erasures([LiveErasure(erasure=Erasure(concept="World", method="neuron"))])
+            service.mirror.refresh()
+            second = asyncio.create_task(service.engine.classify(TEXTS[:3], None))
+            while len(service.engine._queue) < 3:
+                await asyncio.sleep(0)
+        return await first, await second
+
+    first, second = asyncio.run(toggle_while_waiting())
+    assert (first.generation, [e.concept for e in first.erasures]) == (before, ["Sports"])
+    assert (second.generation, [e.concept for e in second.erasures]) == (service.store.live().generation, ["World"])
+    for answer, erasure in ((first, first.erasures[0]), (second, second.erasures[0])):
+        for text, given in zip(TEXTS, answer.texts, strict=False):
+            logits, gap = alone(service, text, [erasure])
+            assert np.abs(logits - given.logits).max() < TOLERANCE or gap < NEAR
+
+
+def test_what_an_operator_enforces_joins_every_plan(start: Callable[..., Running]) -> None:
+    service = start()
+    enforced = Erasure(concept="Sports", top_fraction=1.0, replacement=Damp(damp=0.1))
+    optional = Erasure(concept="World")
+    service.store.set_erasures([LiveErasure(erasure=enforced, enforced=True), LiveErasure(erasure=optional)])
+    service.mirror.refresh()
+    none = service.ask(["a goal"], [])
+    assert ([e.concept for e in none.erasures], none.source, none.enforced) == (["Sports"], "live", {"Sports"})
+    own = service.ask(["a goal"], [Erasure(concept="Sports", top_fraction=0.1), Erasure(concept="Business")])
+    assert [e.concept for e in own.erasures] == ["Sports", "Business"]
+    assert own.erasures[0].replacement == Damp(damp=0.1), "a request cannot weaken what is enforced"
+    live = service.ask(["a goal"], None)
+    assert ({e.concept for e in live.erasures}, live.source) == ({"Sports", "World"}, "live")
+
+
+def test_what_cannot_be_resolved_is_an_error_and_never_dropped(start: Callable[..., Running]) -> None:
+    service = start()
+    with pytest.raises(UnknownConcept, match="Weather"):
+        service.ask(["a goal"], [Erasure(concept="Weather")])
+    empty = start(publish=False)
+    with pytest.raises(NoRangeSet):
+        empty.ask(["a goal"], [Erasure(concept="Sports")])
+    assert empty.ask(["a goal"], None).source == "none"
+    never_read = Mirror(service.store, service.model.identity.fingerprint)
+    engine = Engine(service.model, never_read, EngineSettings(), CollectorRegistry())
+    with pytest.raises(StoreUnavailable):
+        asyncio.run(engine.classify(["a goal"], []))
+
+
+def test_a_failing_text_fails_alone(start: Callable[..., Running], monkeypatch: pytest.MonkeyPatch) -> None:
+    service = start()
+    poison = service.model.tokens.encode(["telescope"])[0].ids
+    good = service.model.steered.logits
+
+    def fails_on_poison(batch: Any) -> torch.Tensor:
+        if any(tuple(row[: len(poison)].tolist()) == poison for row in batch.ids):
+            raise RuntimeError("out of memory")
+        return good(batch)
+
+    monkeypatch.setattr(service.model.steered, "logits", fails_on_poison)
+
+    async def mixed() -> list[Any]:
+        with service.held():
+            asks = [service.engine.classify([text], []) for text in [*TEXTS[:6], "telescope", *TEXTS[6:9]]]
+            tasks = [asyncio.create_task(ask) for ask in asks]
+            while len(service.engine._queue) < len(tasks) - 1:
+                await asyncio.sleep(0)
+        return await asyncio.gather(*tasks, return_exceptions=True)
+
+    answers = asyncio.run(mixed())
+    assert isinstance(answers.pop(6), EngineFailed)
+    assert all(isinstance(answer, Answer) for answer in answers)
+    assert service.engine.ready
+
+
+def test_an_abandoned_request_costs_no_forward_pass(start: Callable[..., Running]) -> None:
+    service = start()
+
+    async def give_up() -> None:
+        with service.held():
+            blocker = asyncio.create_task(service.engine.classify(["one"], []))
+            await asyncio.sleep(0.05)
+            late = asyncio.create_task(service.engine.classify(TEXTS, [], timeout=0.05))
+            with pytest.raises(DeadlineExceeded):
+                await late
+            cancelled = asyncio.create_task(service.engine.classify(TEXTS, []))
+            while len(service.engine._queue) < len(TEXTS):
+                await asyncio.sleep(0)
+            cancelled.cancel()
+            with pytest.raises(asyncio.CancelledError):
+                await cancelled
+        await blocker
+        await service.engine.classify(["two"], [])
+
+    before = service.engine.metrics.tokens._value.get()
+    asyncio.run(give_up())
+    short = sum(len(e.ids) for e in service.model.tokens.encode(["one", "two"]))
+    assert service.engine.metrics.tokens._value.get() - before == short
+
+
+def test_admission_takes_a_whole_request_or_none_of_it(start: Callable[..., Running]) -> None:
+    sizes = [len(e.ids) for e in start().model.tokens.encode(TEXTS[:4])]
+    service = start(max_queue_tokens=sum(sizes))
+
+    async def fill() -> None:
+        with pytest.raises(RequestTooLarge):
+            await service.engine.classify(TEXTS[:5], [])
+        with service.held():
+            running = asyncio.create_task(service.engine.classify(["one"], []))
+            while service.engine.metrics.queue_wait._sum.get() == 0:
+                await asyncio.sleep(0)
+            waiting = asyncio.create_task(service.engine.classify(TEXTS[:4], []))
+            while len(service.engine._queue) < 4:
+                await asyncio.sleep(0)
+            with pytest.raises(QueueFull) as full:
+                await service.engine.classify(["one"], [])
+            assert full.value.retry_after > 0
+            assert len(service.engine._queue) == 4
+        await asyncio.gather(running, waiting)
+
+    asyncio.run(fill())
+
+
+def test_draining_answers_what_was_accepted(start: Callable[..., Running]) -> None:
+    service = start()
+
+    async def drain() -> None:
+        with service.held():
+            waiting = asyncio.create_task(service.engine.classify(TEXTS, None))
+            while len(service.engine._queue) == 0:
+                await asyncio.sleep(0)
+            service.engine.drain()
+            assert not service.engine.ready
+            with pytest.raises(Draining):
+                await service.engine.classify(["one"], None)
+            closing = threading.Thread(target=service.engine.close)
+            closing.start()
+        assert len((await waiting).texts) == len(TEXTS)
+        await asyncio.to_thread(closing.join)
+
+    asyncio.run(drain())
+
+
+def test_long_texts_and_no_texts(start: Callable[..., Running], tmp_path: Path) -> None:
+    service = start()
+    long = "goal " * 500
+    assert [text.truncated for text in service.ask([long, "goal"], []).texts] == [True, False]
+    with pytest.raises(TextTooLong):
+        service.ask([long], [], truncate=False)
+    assert service.ask([], []).texts == ()

@@ -1,0 +1,68 @@
+"""Batches: limits hold, nothing is lost, the oldest text is served, splits do not mix."""
+
+from dataclasses import dataclass
+
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from workers.engine.queue import BatchQueue
+from workers.engine.settings import EngineSettings
+
+
+@dataclass(eq=False)
+class Waiting:
+    number: int
+    tokens: int
+    split: int = 5
+    plan_key: str = ""
+    abandoned: bool = False
+
+
+texts = st.lists(
+    st.tuples(st.integers(1, 60), st.sampled_from([2, 5]), st.sampled_from(["", "a", "b", "c", "d"]), st.booleans()),
+    max_size=40,
+)
+
+
+@given(
+    rows=texts,
+    max_tokens=st.integers(60, 300),
+    max_texts=st.integers(1, 8),
+    max_plans=st.integers(1, 3),
+    window=st.integers(1, 20),
+)
+@settings(deadline=None)
+def test_every_text_is_batched_once_within_the_limits(
+    rows: list[tuple[int, int, str, bool]], max_tokens: int, max_texts: int, max_plans: int, window: int
+) -> None:
+    limits = EngineSettings(max_tokens, max_texts, max_plans, window=window)
+    queue: BatchQueue[Waiting] = BatchQueue(limits)
+    items = [Waiting(n, tokens, split, plan, gone) for n, (tokens, split, plan, gone) in enumerate(rows)]
+    for item in items:
+        queue.add(item)
+    assert queue.tokens == sum(item.tokens for item in items)
+    served: list[int] = []
+    while batch := queue.take():
+        oldest = min(item.number for item in items if not item.abandoned and item.number not in served)
+        assert oldest in [item.number for item in batch], "the oldest text waits for nobody"
+        assert len(batch) <= max_texts
+        assert max(item.tokens for item in batch) * len(batch) <= max_tokens
+        assert len({item.split for item in batch}) == 1
+        assert len({item.plan_key for item in batch} - {""}) <= max_plans
+        served += [item.number for item in batch]
+    assert sorted(served) == [item.number for item in items if not item.abandoned]
+    assert (len(queue), queue.tokens) == (0, 0)
+
+
+def test_a_text_longer_than_a_batch_still_runs_alone() -> None:
+    queue: BatchQueue[Waiting] = BatchQueue(EngineSettings(max_batch_tokens=10))
+    for number, tokens in enumerate((50, 3)):
+        queue.add(Waiting(number, tokens))
+    assert [[item.number for item in queue.take()] for _ in range(2)] == [[0], [1]]
+
+
+def test_texts_of_like_length_go_together() -> None:
+    queue: BatchQueue[Waiting] = BatchQueue(EngineSettings(max_batch_tokens=40))
+    for number, tokens in enumerate((10, 40, 11, 39, 9)):
+        queue.add(Waiting(number, tokens))
+    assert sorted(item.number for item in queue.take()) == [0, 2, 4]
