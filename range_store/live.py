@@ -1,0 +1,105 @@
+"""The live state: which erasures apply to requests that name none, versioned by a generation."""
+
+import secrets
+import time
+from typing import Annotated, Literal
+
+from pydantic import Field, field_validator
+
+from range_store.erasure import Erasure, Frozen, check_distinct
+from range_store.errors import InvalidErasure
+
+Generation = Annotated[str, Field(pattern=r"^[0-9a-f]{8}-(0|[1-9][0-9]*)$")]
+"""`epoch-counter`: the epoch is random where the state is created, so an emptied Redis never repeats a generation."""
+
+Action = Literal["create", "set", "remove", "replace", "activate", "expire"]
+
+
+class LiveErasure(Frozen):
+    """An erasure that an operator switched on.
+
+    `enforced`: joined to every plan, whatever the request says. `expires_at`, `since`: Unix seconds. `by`: who did it.
+    """
+
+    erasure: Erasure
+    enforced: bool = False
+    reason: str | None = None
+    expires_at: float | None = None
+    since: float = Field(default_factory=time.time)
+    by: str | None = None
+
+    @property
+    def concept(self) -> str:
+        return self.erasure.concept
+
+    def expired(self, now: float) -> bool:
+        """Whether it no longer applies at Unix time `now`."""
+        return self.expires_at is not None and self.expires_at <= now
+
+
+class LiveState(Frozen):
+    """Active range set and live erasures, sorted by concept name, of one model."""
+
+    generation: Generation
+    range_set: str | None
+    erasures: tuple[LiveErasure, ...]
+
+    @field_validator("erasures")
+    @classmethod
+    def _sorted_by_concept(cls, erasures: tuple[LiveErasure, ...]) -> tuple[LiveErasure, ...]:
+        try:
+            check_distinct([each.concept for each in erasures])
+        except InvalidErasure as error:
+            raise ValueError(str(error)) from None
+        return tuple(sorted(erasures, key=lambda each: each.concept))
+
+    @property
+    def epoch(self) -> str:
+        return self.generation.split("-")[0]
+
+    @property
+    def counter(self) -> int:
+        return int(self.generation.split("-")[1])
+
+    def at(self, now: float) -> tuple[LiveErasure, ...]:
+        """The erasures that apply at Unix time `now`: expiry is obeyed even while Redis is away."""
+        return tuple(each for each in self.erasures if not each.expired(now))
+
+    @property
+    def next_expiry(self) -> float | None:
+        """Unix time at which the next erasure expires."""
+        return min((each.expires_at for each in self.erasures if each.expires_at is not None), default=None)
+
+    def advanced(self, range_set: str | None, erasures: tuple[LiveErasure, ...]) -> "LiveState":
+        """The next generation, with that range set and those erasures."""
+        generation = f"{self.epoch}-{self.counter + 1}"
+        return LiveState(generation=generation, range_set=range_set, erasures=erasures)
+
+
+def new_state() -> LiveState:
+    """Nothing active, nothing erased, in an epoch of its own."""
+    return LiveState(generation=f"{secrets.token_hex(4)}-0", range_set=None, erasures=())
+
+
+class Change(Frozen):
+    """What the audit keeps of one change. Texts of users are never part of it.
+
+    `concepts`: those that the change was about. `dropped`: erasures that a forced activation took out.
+    `before` is None where the live state was created.
+    """
+
+    action: Action
+    before: Generation | None
+    after: Generation
+    range_set: str | None
+    concepts: tuple[str, ...] = ()
+    dropped: tuple[str, ...] = ()
+    by: str | None = None
+    reason: str | None = None
+
+
+class AuditEntry(Change):
+    """A change as read back: `id` is its place in the stream, `at` the Unix time by Redis's clock."""
+
+    id: str
+    at: float
