@@ -1,6 +1,11 @@
-"""Options for all tests."""
+"""Options and fixtures for all tests: a real Redis, embedded, for whoever touches the store."""
+
+from collections.abc import Iterator
 
 import pytest
+import redis
+
+from range_store.embedded import connect
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -15,3 +20,10 @@ def pytest_sessionfinish(session: pytest.Session, exitstatus: int) -> None:
     if skipped:
         reporter.write_line(f"{len(skipped)} skipped: with --fail-on-skip that is a failure")
         session.exitstatus = pytest.ExitCode.TESTS_FAILED
+
+
+@pytest.fixture(scope="session")
+def redis_client(tmp_path_factory: pytest.TempPathFactory) -> Iterator[redis.Redis]:
+    """A client of one embedded server for the whole run; tests keep apart by the names of their models."""
+    with connect(None, tmp_path_factory.mktemp("redis")) as client:
+        yield client

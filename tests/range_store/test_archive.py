@@ -1,0 +1,125 @@
+"""A whole range set as one file: any byte of it that is not as written is refused."""
+
+import struct
+from pathlib import Path
+
+import numpy as np
+import pytest
+import safetensors.numpy
+from hypothesis import given
+from hypothesis import strategies as st
+
+from range_store.archive import ENTRY, decode_archive, encode_archive, read_archive, write_archive
+from range_store.codec import describe, to_safetensors
+from range_store.errors import InvalidRangeSet
+from range_store.range_set import RangeSet
+from tests.range_store.builders import random_range_set
+
+RANGE_SET, INSPECT = random_range_set(3, concepts=("Sci/Tech", "Économie", "\u2028\x7f'\"\\"), hidden=3, n_layers=2, bins=2)
+FILE = encode_archive(RANGE_SET, INSPECT)
+HEADER = 8 + struct.unpack_from("<Q", FILE)[0]
+
+
+def test_a_round_trip_keeps_everything() -> None:
+    range_set, inspect = decode_archive(FILE)
+    assert (range_set.id, range_set.provenance) == (RANGE_SET.id, RANGE_SET.provenance)
+    assert range_set.concepts == RANGE_SET.concepts
+    assert describe(range_set.provenance, range_set.layers, inspect) == describe(
+        RANGE_SET.provenance, RANGE_SET.layers, INSPECT
+    )
+    assert encode_archive(range_set, inspect) == FILE
+
+
+@given(st.text(min_size=1, max_size=4), st.text(max_size=4))
+def test_names_may_hold_any_character(concept: str, name: str) -> None:
+    made, inspect = random_range_set(0, concepts=(concept,), hidden=1, n_layers=1, bins=1)
+    named = made.provenance.model_copy(
+        update={"model": made.provenance.model.model_copy(update={"id": name})}
+    )
+    meta, _ = describe(named, made.layers, inspect)
+    back, _ = decode_archive(encode_archive(RangeSet(meta.id, named, made.layers), inspect))
+    assert back.concepts == (concept,)
+    assert back.provenance.model.id == name
+
+
+@pytest.mark.parametrize("by", [0x01, 0x20, 0x80])
+def test_no_byte_of_the_header_can_change_unseen(by: int) -> None:
+    for place in range(HEADER):
+        with pytest.raises(InvalidRangeSet):
+            decode_archive(FILE[:place] + bytes([FILE[place] ^ by]) + FILE[place + 1 :])
+
+
+@given(st.integers(0, len(FILE) - 1), st.integers(1, 255))
+def test_no_byte_can_change_unseen(place: int, by: int) -> None:
+    with pytest.raises(InvalidRangeSet):
+        decode_archive(FILE[:place] + bytes([FILE[place] ^ by]) + FILE[place + 1 :])
+
+
+@given(st.integers(0, len(FILE) - 1))
+def test_a_truncated_file_is_refused(length: int) -> None:
+    with pytest.raises(InvalidRangeSet):
+        decode_archive(FILE[:length])
+
+
+@given(st.integers(0, len(FILE)), st.binary(min_size=1, max_size=9))
+def test_nothing_can_be_put_in(place: int, more: bytes) -> None:
+    damaged = FILE[:place] + more + FILE[place:]
+    if damaged != FILE:
+        with pytest.raises(InvalidRangeSet):
+            decode_archive(damaged)
+
+
+@given(st.binary(max_size=200))
+def test_something_else_is_refused(data: bytes) -> None:
+    for nonsense in (data, struct.pack("<Q", len(data)) + data):
+        with pytest.raises(InvalidRangeSet):
+            decode_archive(nonsense)
+
+
+def test_a_foreign_safetensors_file_is_refused() -> None:
+    tensors = {"weight": np.zeros((2, 2))}
+    for metadata in (None, {"format": "pt"}, {ENTRY: "{}"}, {ENTRY: "[" * 100_000}):
+        with pytest.raises(InvalidRangeSet):
+            decode_archive(safetensors.numpy.save(tensors, metadata))
+
+
+def test_arrays_that_do_not_belong_or_are_missing_are_refused() -> None:
+    from range_store.archive import _read_entry
+
+    entry = {ENTRY: _read_entry(FILE).model_dump_json()}
+    tensors = safetensors.numpy.load(FILE)
+    assert decode_archive(to_safetensors(tensors, entry))[0].id == RANGE_SET.id
+    with pytest.raises(InvalidRangeSet, match="do not belong: layer.9.x"):
+        decode_archive(to_safetensors({**tensors, "layer.9.x": np.zeros(1)}, entry))
+    del tensors["layer.1.serve.mean"]
+    with pytest.raises(InvalidRangeSet, match="missing.*mean"):
+        decode_archive(to_safetensors(tensors, entry))
+
+
+def test_a_wrong_id_is_not_written() -> None:
+    with pytest.raises(InvalidRangeSet, match="altered"):
+        encode_archive(RangeSet("0" * 20, RANGE_SET.provenance, RANGE_SET.layers), INSPECT)
+
+
+def test_a_file_is_written_whole_or_not_at_all(tmp_path: Path) -> None:
+    path = tmp_path / "ranges.safetensors"
+    write_archive(path, RANGE_SET, INSPECT)
+    assert path.read_bytes() == FILE
+    with pytest.raises(InvalidRangeSet):
+        write_archive(path, RangeSet("0" * 20, RANGE_SET.provenance, RANGE_SET.layers), INSPECT)
+    with pytest.raises(OSError, match="directory"):
+        write_archive(tmp_path / "absent" / "ranges.safetensors", RANGE_SET, INSPECT)
+    (tmp_path / "taken").mkdir()
+    with pytest.raises(OSError, match="directory"):
+        write_archive(tmp_path / "taken", RANGE_SET, INSPECT)
+    assert path.read_bytes() == FILE
+    assert sorted(each.name for each in tmp_path.iterdir()) == ["ranges.safetensors", "taken"]
+
+
+def test_what_cannot_be_read_is_named(tmp_path: Path) -> None:
+    for path in (tmp_path / "absent.safetensors", tmp_path):
+        with pytest.raises(InvalidRangeSet, match=str(path)):
+            read_archive(path)
+    (tmp_path / "empty").touch()
+    with pytest.raises(InvalidRangeSet, match=r"empty is no range set: .*truncated"):
+        read_archive(tmp_path / "empty")

@@ -1,0 +1,332 @@
+"""The live state on a real Redis: generations, compare-and-set, expiry and audit."""
+
+import threading
+import time
+
+import pytest
+import redis
+from hypothesis import given
+from hypothesis import strategies as st
+from pydantic import ValidationError
+
+from range_store.erasure import Erasure
+from range_store.errors import (
+    InvalidErasure,
+    InvalidRangeSet,
+    NoRangeSet,
+    NotFitted,
+    StaleGeneration,
+    StoreUnavailable,
+    UnknownConcept,
+    UnknownRangeSet,
+    UnresolvableErasure,
+)
+from range_store.keys import CHANGES
+from range_store.live import LiveErasure, LiveState
+from range_store.store import RangeStore
+from tests.range_store.builders import CONCEPTS, random_range_set
+from tests.range_store.waiting import until
+
+
+def erasing(concept: str, **settings: object) -> LiveErasure:
+    live = {key: settings.pop(key) for key in ("enforced", "reason", "expires_at", "by") if key in settings}
+    return LiveErasure.model_validate({"erasure": {"concept": concept, **settings}, **live})
+
+
+def concepts(state: LiveState) -> list[str]:
+    return [each.concept for each in state.erasures]
+
+
+@pytest.fixture
+def active(store: RangeStore) -> RangeStore:
+    store.activate(store.publish(*random_range_set(1)))
+    return store
+
+
+def test_reading_finds_one_state_however_many_read_first(store: RangeStore) -> None:
+    assert store.peek() is None
+    found: list[LiveState] = []
+    threads = [threading.Thread(target=lambda: found.append(store.live())) for _ in range(8)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert len(found) == 8
+    assert set(map(LiveState.model_dump_json, found)) == {store.peek().model_dump_json()}
+    assert (found[0].counter, found[0].range_set, found[0].erasures) == (0, None, ())
+    assert [each.action for each in store.audit()] == ["create"]
+
+
+def test_every_creation_is_an_epoch_of_its_own(store: RangeStore) -> None:
+    epochs = set()
+    for _ in range(5):
+        epochs.add(store.live().epoch)
+        store.client.delete(store.keys.live)
+    assert len(epochs) == 5
+
+
+def test_every_change_makes_the_next_generation_and_an_audit_entry(active: RangeStore) -> None:
+    epoch = active.live().epoch
+    active.set_erasure(erasing("World", by="ann", reason="trial"))
+    active.set_erasures([erasing("Sports"), erasing("Business")], by="ben", reason="policy")
+    active.remove_erasure("Sports", by="cem")
+    state = active.live()
+    assert (state.generation, concepts(state)) == (f"{epoch}-4", ["Business"])
+    audit = active.audit()
+    assert [(each.action, each.by, each.reason, each.concepts) for each in audit[:3]] == [
+        ("remove", "cem", None, ("Sports",)),
+        ("replace", "ben", "policy", ("Business", "Sports", "World")),
+        ("set", "ann", "trial", ("World",)),
+    ]
+    assert [each.action for each in audit[3:]] == ["activate", "create"]
+    assert [each.after for each in audit[1:]] == [each.before for each in audit[:-1]], "generations form a chain"
+    assert audit[0].after == state.generation
+    assert audit == sorted(audit, key=lambda each: each.at, reverse=True)
+    assert [each.action for each in active.audit(limit=2)] == ["remove", "replace"]
+
+
+def test_erasures_stand_in_the_order_of_their_concepts(active: RangeStore) -> None:
+    state = active.set_erasures([erasing(concept) for concept in ("World", "Business", "Sports", "Sci/Tech")])
+    assert concepts(state) == sorted(CONCEPTS)
+    assert concepts(active.live()) == sorted(CONCEPTS)
+
+
+def test_setting_one_again_replaces_it(active: RangeStore) -> None:
+    active.set_erasure(erasing("World", tau=1.0))
+    state = active.set_erasure(erasing("World", tau=3.0, enforced=True))
+    assert [(each.erasure.tau, each.enforced) for each in state.erasures] == [(3.0, True)]
+
+
+def test_switching_off_what_is_off_changes_nothing(active: RangeStore) -> None:
+    before = active.live()
+    assert active.remove_erasure("World") == before
+    assert active.live() == before
+    with pytest.raises(UnknownConcept, match="Weather"):
+        active.remove_erasure("Weather")
+
+
+def test_what_cannot_be_resolved_cannot_be_switched_on(active: RangeStore) -> None:
+    before = active.live()
+    for erasure, error in (
+        (erasing("Weather"), UnknownConcept),
+        (erasing("World", layers=(3,)), InvalidErasure),
+        (erasing("World", layers=(-1, 2)), InvalidErasure),
+    ):
+        with pytest.raises(error):
+            active.set_erasure(erasure)
+        with pytest.raises(error):
+            active.set_erasures([erasing("Sports"), erasure])
+    with pytest.raises(InvalidErasure, match="twice"):
+        active.set_erasures([erasing("World"), erasing("World", tau=1.0)])
+    assert active.live() == before
+
+
+def test_without_a_range_set_nothing_can_be_erased(store: RangeStore) -> None:
+    for call in (lambda: store.set_erasure(erasing("World")), lambda: store.set_erasures([erasing("World")])):
+        with pytest.raises(NoRangeSet, match="neuronlens fit"):
+            call()
+    assert store.set_erasures([]).erasures == ()
+
+
+def test_a_stale_guard_changes_nothing(active: RangeStore) -> None:
+    read = active.live().generation
+    moved = active.set_erasure(erasing("World"), if_match=read)
+    for change in (
+        lambda: active.set_erasure(erasing("Sports"), if_match=read),
+        lambda: active.set_erasures([], if_match=read),
+        lambda: active.remove_erasure("World", if_match=read),
+        lambda: active.remove_erasure("Sports", if_match=read),
+        lambda: active.activate(str(moved.range_set), if_match=read),
+    ):
+        with pytest.raises(StaleGeneration) as caught:
+            change()
+        assert (caught.value.expected, caught.value.current) == (read, moved.generation)
+    assert active.live() == moved
+
+
+def test_concurrent_changes_lose_no_update(active: RangeStore) -> None:
+    """Four threads, each switching its own concept: every switch is in the audit, and none undid another's."""
+    rounds = 10
+
+    def switch(concept: str) -> None:
+        for n in range(rounds):
+            active.set_erasure(erasing(concept, tau=float(n), by=concept))
+            if n < rounds - 1:
+                active.remove_erasure(concept, by=concept)
+
+    begin = active.live().counter
+    threads = [threading.Thread(target=switch, args=(concept,)) for concept in CONCEPTS]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    state = active.live()
+    assert {each.concept: each.erasure.tau for each in state.erasures} == dict.fromkeys(CONCEPTS, rounds - 1.0)
+    changes = len(CONCEPTS) * (2 * rounds - 1)
+    assert state.counter == begin + changes
+    audit = active.audit(limit=changes)
+    assert len({each.after for each in audit}) == changes
+    assert {concept: sum(each.by == concept for each in audit) for concept in CONCEPTS} == dict.fromkeys(
+        CONCEPTS, 2 * rounds - 1
+    )
+
+
+def test_of_concurrent_guarded_changes_one_succeeds(active: RangeStore) -> None:
+    read = active.live().generation
+    outcomes: list[str] = []
+
+    def change(concept: str) -> None:
+        try:
+            active.set_erasure(erasing(concept), if_match=read)
+            outcomes.append("done")
+        except StaleGeneration:
+            outcomes.append("stale")
+
+    threads = [threading.Thread(target=change, args=(concept,)) for concept in CONCEPTS]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert sorted(outcomes) == ["done", "stale", "stale", "stale"]
+
+
+def test_a_change_whose_answer_was_lost_is_not_made_twice(active: RangeStore) -> None:
+    raw, state = active._read()
+    assert state is not None
+    after = state.advanced(state.range_set, (erasing("World"),))
+    for _ in range(2):
+        assert active._write(raw, after, [])
+    assert active.live() == after
+
+
+def test_expiry_is_obeyed_at_once_and_makes_a_generation_and_an_audit_entry(active: RangeStore) -> None:
+    due = time.time() + 1000
+    state = active.set_erasures([erasing("World", expires_at=due), erasing("Sports")])
+    assert state.next_expiry == due
+    assert [each.concept for each in state.at(due - 1)] == ["Sports", "World"]
+    assert [each.concept for each in state.at(due)] == ["Sports"]
+    assert active.expire(due - 1) == state, "nothing is due yet"
+    after = active.expire(due)
+    assert after is not None
+    assert (concepts(after), after.counter) == (["Sports"], state.counter + 1)
+    entry = active.audit(1)[0]
+    assert (entry.action, entry.concepts, entry.before, entry.after) == (
+        "expire",
+        ("World",),
+        state.generation,
+        after.generation,
+    )
+    assert active.expire(due) == after
+
+
+def test_expiring_where_nothing_is_creates_nothing(store: RangeStore) -> None:
+    assert store.expire(time.time()) is None
+    assert store.peek() is None
+
+
+def test_another_change_takes_the_expired_out_first(active: RangeStore) -> None:
+    state = active.set_erasures([erasing("World", expires_at=time.time() - 1)])
+    after = active.set_erasure(erasing("Sports"), if_match=state.generation)
+    assert (concepts(after), after.counter) == (["Sports"], state.counter + 2)
+    assert [each.action for each in active.audit(2)] == ["set", "expire"]
+
+
+def test_a_range_set_that_cannot_serve_a_live_erasure_is_not_activated(active: RangeStore) -> None:
+    active.set_erasures([erasing("World", layers=(0,)), erasing("Sports", layers=(2,)), erasing("Business", layers=(2,))])
+    before = active.live()
+    fewer, inspect = random_range_set(2, concepts=("Sports", "World"), layers=(0, 1))
+    active.publish(fewer, inspect)
+    with pytest.raises(UnresolvableErasure, match=r"'Business', 'Sports'.*force"):
+        active.activate(fewer.id)
+    assert active.live() == before
+    after = active.activate(fewer.id, force=True, by="ann")
+    assert (after.range_set, concepts(after), after.counter) == (fewer.id, ["World"], before.counter + 1)
+    entry = active.audit(1)[0]
+    assert (entry.action, entry.range_set, entry.dropped, entry.by) == (
+        "activate",
+        fewer.id,
+        ("Business", "Sports"),
+        "ann",
+    )
+    with pytest.raises(NotFitted):
+        active.set_erasure(erasing("Sports", layers=(2,)))
+
+
+def test_an_expired_erasure_does_not_block_activation(active: RangeStore) -> None:
+    active.set_erasures([erasing("World", expires_at=time.time() - 1)])
+    other, inspect = random_range_set(3, concepts=("Sports",))
+    active.publish(other, inspect)
+    assert active.activate(other.id).erasures == ()
+
+
+def test_going_back_to_an_earlier_range_set(active: RangeStore) -> None:
+    first = active.live().range_set
+    second = active.publish(*random_range_set(4))
+    active.activate(second)
+    assert active.activate(str(first)).range_set == first
+
+
+def test_what_is_no_longer_published_cannot_be_activated(active: RangeStore) -> None:
+    candidate = active.publish(*random_range_set(5))
+    read = active.read
+
+    def removed_meanwhile(id_: str) -> object:
+        found = read(id_)
+        active.remove(id_)
+        return found
+
+    active.read = removed_meanwhile  # type: ignore[assignment,method-assign]
+    before = active.live()
+    with pytest.raises(UnknownRangeSet):
+        active.activate(candidate)
+    assert active.live() == before
+
+
+def test_every_change_is_announced(active: RangeStore, redis_client: redis.Redis) -> None:
+    with redis_client.pubsub(ignore_subscribe_messages=True) as feed:
+        feed.subscribe(CHANGES)
+        feed.get_message(timeout=1)
+        active.set_erasure(erasing("World"))
+        heard: list[bytes] = []
+        until(lambda: (message := feed.get_message(timeout=0.1)) and heard.append(message["data"]) is None)
+        assert heard == [active.hint().encode()]
+
+
+def test_an_unreadable_live_state_is_refused_and_not_overwritten(active: RangeStore) -> None:
+    for stored in (b"", b"[]", b"\xff", b'{"generation": "x", "range_set": null, "erasures": []}'):
+        active.client.set(active.keys.live, stored)
+        for call in (active.peek, active.live, lambda: active.set_erasures([]), lambda: active.expire(0.0)):
+            with pytest.raises(InvalidRangeSet, match="unreadable"):
+                call()
+        assert active.client.get(active.keys.live) == stored
+
+
+def test_keys_that_hold_something_else_are_a_clear_error(store: RangeStore) -> None:
+    store.client.lpush(store.keys.live, "x")
+    store.client.set(store.keys.audit, "x")
+    for call in (store.peek, store.audit):
+        with pytest.raises(StoreUnavailable, match="another application"):
+            call()
+
+
+@given(st.lists(st.tuples(st.text(min_size=1, max_size=4), st.none() | st.floats(0, 100)), unique_by=lambda e: e[0]))
+def test_a_state_survives_its_stored_form(each: list[tuple[str, float | None]]) -> None:
+    erasures = tuple(erasing(concept, expires_at=at) for concept, at in each)
+    state = LiveState(generation="0123abcd-7", range_set=None, erasures=erasures)
+    assert LiveState.model_validate_json(state.model_dump_json()) == state
+    assert concepts(state) == sorted(concept for concept, _ in each)
+    for now in (0.0, 50.0, 100.0):
+        assert {e.concept for e in state.at(now)} == {c for c, at in each if at is None or at > now}
+    assert (state.epoch, state.counter, state.advanced(None, ()).generation) == ("0123abcd", 7, "0123abcd-8")
+
+
+def test_a_state_is_one_or_none() -> None:
+    twice = [LiveErasure(erasure=Erasure(concept="World"))] * 2
+    for wrong in (
+        {"generation": "0123abcd-7", "range_set": None, "erasures": twice},
+        {"generation": "0123abcd-07", "range_set": None, "erasures": []},
+        {"generation": "0123ABCD-7", "range_set": None, "erasures": []},
+        {"generation": "0123abcd-7", "range_set": None, "erasures": [], "more": 1},
+    ):
+        with pytest.raises(ValidationError):
+            LiveState.model_validate(wrong)

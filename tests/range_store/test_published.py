@@ -1,0 +1,271 @@
+"""Range sets on a real Redis: seen whole or not at all, kept while new or in use."""
+
+import dataclasses
+import threading
+from pathlib import Path
+
+import numpy as np
+import pytest
+import redis
+
+from range_store.codec import describe, encode_meta, encode_parts, serve_part
+from range_store.erasure import Erasure
+from range_store.errors import (
+    InvalidRangeSet,
+    NotFitted,
+    RangeSetInUse,
+    RangeStoreError,
+    UnknownRangeSet,
+)
+from range_store.keys import meta_key, part_key
+from range_store.live import LiveErasure
+from range_store.published import KEPT, UNPUBLISHED_SECONDS
+from range_store.range_set import InspectLayer, RangeSet
+from range_store.scripts import PUT_PART
+from range_store.store import RangeStore
+from tests.range_store.builders import random_range_set
+
+Made = tuple[RangeSet, dict[int, InspectLayer]]
+
+
+def small(seed: int) -> Made:
+    return random_range_set(seed, hidden=2, n_layers=1, bins=1)
+
+
+def keys_of(client: redis.Redis, id_: str) -> list[bytes]:
+    return sorted(client.scan_iter(f"neuronlens:rangeset:{id_}:*"))
+
+
+def test_what_is_published_is_read_as_it_was(store: RangeStore) -> None:
+    range_set, inspect = random_range_set(100)
+    assert store.publish(range_set, inspect) == range_set.id
+    back = store.read(range_set.id)
+    assert (back.id, back.provenance) == (range_set.id, range_set.provenance)
+    read = {layer: store.read_inspect(range_set.id, layer) for layer in back.layers}
+    assert describe(back.provenance, back.layers, read) == describe(range_set.provenance, range_set.layers, inspect)
+    assert store.provenance(range_set.id) == range_set.provenance
+    with pytest.raises(NotFitted, match=r"layer 7 .* 0, 1, 2"):
+        store.read_inspect(range_set.id, 7)
+
+
+def test_the_list_begins_with_the_newest_and_marks_the_active_one(store: RangeStore) -> None:
+    assert store.list() == ()
+    ids = [store.publish(*small(seed)) for seed in (101, 102, 103)]
+    store.activate(ids[1])
+    listed = store.list()
+    assert [(each.id, each.active) for each in listed] == [(ids[2], False), (ids[1], True), (ids[0], False)]
+    assert listed[0].published_at > listed[1].published_at > listed[2].published_at
+
+
+def test_publishing_again_makes_it_the_newest_and_changes_nothing_else(store: RangeStore) -> None:
+    first, inspect = small(104)
+    store.publish(first, inspect)
+    store.publish(*small(105))
+    before = {key: store.client.dump(key) for key in keys_of(store.client, first.id)}
+    later = first.provenance.model_copy(update={"created_at": 1.0, "versions": {"numpy": "another"}})
+    store.publish(RangeSet(first.id, later, first.layers), inspect)
+    assert [each.id for each in store.list()][0] == first.id
+    assert {key: store.client.dump(key) for key in keys_of(store.client, first.id)} == before
+    assert store.provenance(first.id) == first.provenance
+
+
+def test_a_publisher_that_dies_leaves_nothing_to_see_and_nothing_that_lasts(store: RangeStore) -> None:
+    range_set, inspect = small(106)
+    put = store.client.register_script(PUT_PART)
+    for name, data in encode_parts(range_set.provenance, range_set.layers, inspect):
+        put([part_key(range_set.id, name)], [data, UNPUBLISHED_SECONDS])
+    meta, _ = describe(range_set.provenance, range_set.layers, inspect)
+    put([meta_key(range_set.id)], [encode_meta(meta), UNPUBLISHED_SECONDS])
+    assert store.list() == ()
+    for read in (store.read, store.provenance, store.activate, store.remove):
+        with pytest.raises(UnknownRangeSet):
+            read(range_set.id)
+    with pytest.raises(UnknownRangeSet):
+        store.read_inspect(range_set.id, 0)
+    keys = keys_of(store.client, range_set.id)
+    assert len(keys) == 3
+    assert all(0 < store.client.ttl(key) <= UNPUBLISHED_SECONDS for key in keys)
+    store.publish(range_set, inspect)
+    assert {store.client.ttl(key) for key in keys_of(store.client, range_set.id)} == {-1}
+
+
+def test_the_last_step_refuses_while_a_part_is_missing_or_short(store: RangeStore) -> None:
+    range_set, inspect = small(107)
+    key = part_key(range_set.id, serve_part(0))
+    original = store._put_part
+
+    def put(keys: list[str], arguments: list[object]) -> object:
+        return None if keys == [key] else original(keys, arguments)
+
+    store._put_part = put  # type: ignore[assignment]  # a publisher whose part does not arrive
+    for present in (None, b"short"):
+        if present:
+            store.client.set(key, present)
+        with pytest.raises(RangeStoreError, match="vanishing"):
+            store.publish(range_set, inspect)
+        assert store.list() == ()
+    store._put_part = original
+    store.publish(range_set, inspect)
+    assert store.read(range_set.id).id == range_set.id
+
+
+def test_publishing_again_repairs_what_was_damaged(store: RangeStore) -> None:
+    range_set, inspect = random_range_set(108)
+    store.publish(range_set, inspect)
+    key = part_key(range_set.id, serve_part(1))
+    good = store.client.get(key)
+    store.client.setrange(key, 200, b"\0\0\0\0")
+    with pytest.raises(InvalidRangeSet, match="layer:1:serve.*corrupt"):
+        store.read(range_set.id)
+    with pytest.raises(InvalidRangeSet):
+        store.activate(range_set.id)
+    store.publish(range_set, inspect)
+    assert (store.client.get(key), store.client.ttl(key)) == (good, -1)
+    store.client.delete(key)
+    with pytest.raises(InvalidRangeSet, match="lost its layer:1:serve"):
+        store.read(range_set.id)
+    store.client.set(meta_key(range_set.id), b"{}")
+    with pytest.raises(InvalidRangeSet, match=range_set.id):
+        store.list()
+    store.publish(range_set, inspect)
+    assert store.read(range_set.id).id == range_set.id
+    store.client.delete(meta_key(range_set.id))
+    for call in (store.list, lambda: store.read(range_set.id)):
+        with pytest.raises(InvalidRangeSet, match="meta data"):
+            call()
+    store.remove(range_set.id)
+    assert store.list() == ()
+
+
+def test_the_last_ten_are_kept_and_the_active_one(store: RangeStore) -> None:
+    made = [small(200 + n) for n in range(KEPT + 4)]
+    active = store.publish(*made[0])
+    store.activate(active)
+    ids = [active, *(store.publish(*each) for each in made[1:])]
+    kept = [*reversed(ids[-KEPT:]), active]
+    assert [each.id for each in store.list()] == kept
+    assert all(store.read(each).id == each for each in kept)
+    for gone in set(ids) - set(kept):
+        assert keys_of(store.client, gone) == []
+        with pytest.raises(UnknownRangeSet):
+            store.activate(gone)
+    store.activate(ids[-1])
+    store.publish(*made[-1])
+    assert active not in [each.id for each in store.list()], "no longer active, and not among the last ten"
+
+
+def test_an_unreadable_live_state_removes_nothing(store: RangeStore) -> None:
+    made = [small(300 + n) for n in range(KEPT + 1)]
+    first = store.publish(*made[0])
+    store.client.set(store.keys.live, b"not JSON")
+    for each in made[1:]:
+        store.publish(*each)
+    assert store.read(first).id == first
+    with pytest.raises(RangeSetInUse):
+        store.remove(first)
+
+
+def test_the_active_range_set_cannot_be_removed(store: RangeStore) -> None:
+    first, second = (store.publish(*small(seed)) for seed in (109, 110))
+    store.activate(first)
+    with pytest.raises(RangeSetInUse, match="activate another"):
+        store.remove(first)
+    store.remove(second)
+    assert [each.id for each in store.list()] == [first]
+    assert keys_of(store.client, second) == []
+    with pytest.raises(UnknownRangeSet, match=second):
+        store.remove(second)
+
+
+def test_two_models_share_the_bytes_and_the_last_to_let_go_deletes_them(store: RangeStore) -> None:
+    other = RangeStore(store.client, f"{store.model}-other")
+    range_set, inspect = small(111)
+    for each in (store, other):
+        each.publish(range_set, inspect)
+    store.remove(range_set.id)
+    assert other.read(range_set.id).id == range_set.id
+    with pytest.raises(UnknownRangeSet):
+        store.read(range_set.id)
+    other.remove(range_set.id)
+    assert keys_of(store.client, range_set.id) == []
+
+
+def test_an_id_that_is_not_that_of_the_contents_is_not_published(store: RangeStore) -> None:
+    range_set, inspect = small(112)
+    with pytest.raises(InvalidRangeSet, match="altered"):
+        store.publish(RangeSet("0" * 20, range_set.provenance, range_set.layers), inspect)
+    wrong = dataclasses.replace(range_set.layers[0], std=-1 - range_set.layers[0].std)
+    with pytest.raises(InvalidRangeSet, match="negative"):
+        store.publish(RangeSet(range_set.id, range_set.provenance, {0: wrong}), inspect)
+    assert store.list() == ()
+
+
+def test_a_range_set_travels_in_one_file(store: RangeStore, tmp_path: Path) -> None:
+    range_set, inspect = random_range_set(113)
+    store.publish(range_set, inspect)
+    store.export(range_set.id, tmp_path / "ranges.safetensors")
+    store.remove(range_set.id)
+    assert store.import_file(tmp_path / "ranges.safetensors") == range_set.id
+    assert np.array_equal(store.read(range_set.id).layers[2].std, range_set.layers[2].std)
+    with pytest.raises(UnknownRangeSet):
+        store.export("0" * 20, tmp_path / "other.safetensors")
+    assert not (tmp_path / "other.safetensors").exists()
+    with pytest.raises(InvalidRangeSet, match="absent"):
+        store.import_file(tmp_path / "absent")
+
+
+def test_whoever_reads_while_others_publish_and_remove_sees_whole_range_sets(store: RangeStore) -> None:
+    """Promise 6: at every moment, what is listed can be read, or is gone; it is never half there."""
+    made = [small(400 + n) for n in range(4)]
+    stop = threading.Event()
+    wrong: list[BaseException] = []
+
+    def churn(mine: list[Made]) -> None:
+        for _ in range(15):
+            for range_set, inspect in mine:
+                try:
+                    store.publish(range_set, inspect)
+                    store.remove(range_set.id)
+                except UnknownRangeSet:
+                    pass
+                except BaseException as error:
+                    wrong.append(error)
+        stop.set()
+
+    def read() -> None:
+        while not stop.is_set():
+            try:
+                for each in store.list():
+                    store.read(each.id)
+                    store.read_inspect(each.id, 0)
+            except UnknownRangeSet:
+                pass
+            except BaseException as error:
+                wrong.append(error)
+
+    threads = [threading.Thread(target=churn, args=(mine,)) for mine in (made[:3], made[1:])]
+    threads += [threading.Thread(target=read) for _ in range(2)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert wrong == []
+
+
+def test_activation_and_pruning_never_leave_an_active_range_set_without_its_bytes(store: RangeStore) -> None:
+    """Old range sets are activated while new ones push them out: one of the two wins."""
+    made = [small(500 + n) for n in range(2 * KEPT)]
+    ids = [store.publish(*each) for each in made[:KEPT]]
+    pushed = threading.Thread(target=lambda: [store.publish(*each) for each in made[KEPT:]])
+    pushed.start()
+    for id_ in ids * 3:
+        try:
+            store.activate(id_)
+        except UnknownRangeSet:
+            continue
+        assert store.read(id_).id == id_
+        store.set_erasures([LiveErasure(erasure=Erasure(concept="World", layers=(0,)))])
+    pushed.join()
+    active = store.live().range_set
+    assert active is not None
+    assert store.read(active).id == active
