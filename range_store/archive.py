@@ -30,7 +30,7 @@ from range_store.codec import (
 )
 from range_store.erasure import Frozen
 from range_store.errors import InvalidRangeSet
-from range_store.range_set import Digest, InspectLayer, Provenance, RangeSet, ServeLayer
+from range_store.range_set import Digest, InspectLayer, RangeSet, ServeLayer
 
 ENTRY = "neuronlens.range_set"
 """The file's only metadata entry."""
@@ -56,7 +56,8 @@ def encode_archive(range_set: RangeSet, inspect: dict[int, InspectLayer]) -> byt
     check_meta(meta, range_set.id)
     arrays: dict[str, npt.NDArray[Any]] = {}
     for layer in range_set.provenance.settings.layers:
-        for kind, part in (("serve", serve_arrays(range_set.layers[layer])), ("inspect", inspect_arrays(inspect[layer]))):
+        parts = {"serve": serve_arrays(range_set.layers[layer]), "inspect": inspect_arrays(inspect[layer])}
+        for kind, part in parts.items():
             arrays |= {f"layer.{layer}.{kind}.{name}": array for name, array in part.items()}
     return to_safetensors(arrays, {ENTRY: _entry(meta).model_dump_json()})
 
@@ -133,13 +134,11 @@ def _read_entry(data: bytes) -> Archive:
         raise InvalidRangeSet("the file is truncated, or no safetensors")
     raw = data[_LENGTH.size : _LENGTH.size + _LENGTH.unpack_from(data)[0]]
     try:
-        text = raw.decode()
-        header = json.loads(text)
-        canonical = json.dumps(header, ensure_ascii=False, separators=(",", ":"))
+        header = json.loads(raw.decode())
+        canonical = json.dumps(header, ensure_ascii=False, separators=(",", ":")).encode()
     except (ValueError, RecursionError):
         raise InvalidRangeSet("the header is no JSON") from None
-    padding = -len(canonical.encode()) % _LENGTH.size
-    if text != canonical + " " * padding:
+    if raw != canonical + b" " * (-len(canonical) % _LENGTH.size):
         raise InvalidRangeSet("the header is not as it was written")
     metadata = header.get("__metadata__") if isinstance(header, dict) else None
     if not isinstance(metadata, dict) or set(metadata) != {ENTRY}:

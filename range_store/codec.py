@@ -31,7 +31,7 @@ Arrays = Mapping[str, npt.NDArray[Any]]
 SALIENCY = "saliency."
 """Saliencies are stored one array per ranking, as `saliency.{ranking}`."""
 
-_DTYPES = {"F64": np.dtype(np.float64), "U32": np.dtype(np.uint32)}
+_DTYPES: dict[str, np.dtype[Any]] = {"F64": np.dtype(np.float64), "U32": np.dtype(np.uint32)}
 
 
 class Spec(NamedTuple):
@@ -197,9 +197,7 @@ def describe(
     return Meta(provenance=provenance, parts=digests), lengths
 
 
-def assemble(
-    provenance: Provenance, serve: Mapping[int, ServeLayer], inspect: Mapping[int, InspectLayer]
-) -> RangeSet:
+def assemble(provenance: Provenance, serve: Mapping[int, ServeLayer], inspect: Mapping[int, InspectLayer]) -> RangeSet:
     """A range set under the id that its contents give.
 
     Args:
@@ -224,7 +222,7 @@ def from_safetensors(data: bytes) -> dict[str, npt.NDArray[Any]]:
         InvalidRangeSet: no such bytes, or arrays of another type.
     """
     try:
-        tensors: list[tuple[str, dict[str, Any]]] = safetensors.deserialize(data)
+        tensors: list[tuple[str, dict[str, Any]]] = safetensors.deserialize(data)  # type: ignore[no-untyped-call]
     except (safetensors.SafetensorError, ValueError, OverflowError, MemoryError) as error:
         raise InvalidRangeSet(f"no readable safetensors: {_first_line(error)}") from None
     arrays = {}
@@ -232,8 +230,11 @@ def from_safetensors(data: bytes) -> dict[str, npt.NDArray[Any]]:
         dtype = _DTYPES.get(tensor["dtype"])
         if dtype is None:
             raise InvalidRangeSet(f"array {name!r} is of type {tensor['dtype']}, not one of {', '.join(_DTYPES)}")
-        array: npt.NDArray[Any] = np.frombuffer(bytes(tensor["data"]), dtype.newbyteorder("<"))
-        arrays[name] = array.astype(dtype, copy=False).reshape(tensor["shape"])
+        stored: npt.NDArray[Any] = np.frombuffer(tensor["data"], dtype.newbyteorder("<"))
+        try:
+            arrays[name] = stored.astype(dtype, copy=False).reshape(tensor["shape"])
+        except ValueError as error:
+            raise InvalidRangeSet(f"array {name!r}: {error}") from None
         arrays[name].flags.writeable = False
     return arrays
 
@@ -278,4 +279,3 @@ def _first_line(error: Exception) -> str:
         first = error.errors(include_url=False, include_input=False)[0]
         return f"{'.'.join(map(str, first['loc'])) or 'JSON'}: {first['msg']}"
     return (str(error).splitlines() or [type(error).__name__])[0]
-

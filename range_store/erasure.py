@@ -49,7 +49,7 @@ class Erasure(Frozen):
     def _some_layer_once(cls, layers: tuple[int, ...] | str) -> tuple[int, ...] | str:
         if not layers:
             raise ValueError("name at least one layer, or 'all'")
-        if len(set(layers)) != len(layers):
+        if layers != "all" and len(set(layers)) != len(layers):
             raise ValueError("a layer is named twice")
         return layers
 

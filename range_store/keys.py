@@ -5,6 +5,8 @@ from dataclasses import dataclass
 PREFIX = "neuronlens:"
 CHANGES = f"{PREFIX}changes"
 """Pub/sub channel of hints: something of the model named in the message has changed."""
+RANGE_SET = f"{PREFIX}rangeset:"
+"""Before the id of a range set, in the keys of its parts."""
 
 
 @dataclass(frozen=True)
@@ -31,7 +33,7 @@ class ModelKeys:
 
 def part_key(range_set: str, part: str) -> str:
     """Key of one part of a range set: `part` is a name of `range_store.codec` ("layer:3:serve")."""
-    return f"{PREFIX}rangeset:{range_set}:{part}"
+    return f"{RANGE_SET}{range_set}:{part}"
 
 
 def meta_key(range_set: str) -> str:

@@ -15,7 +15,9 @@ from range_store.errors import InvalidRangeSet
 from range_store.range_set import RangeSet
 from tests.range_store.builders import random_range_set
 
-RANGE_SET, INSPECT = random_range_set(3, concepts=("Sci/Tech", "Économie", "\u2028\x7f'\"\\"), hidden=3, n_layers=2, bins=2)
+RANGE_SET, INSPECT = random_range_set(
+    3, concepts=("Sci/Tech", "Économie", "\u2028\x7f'\"\\"), hidden=3, n_layers=2, bins=2
+)
 FILE = encode_archive(RANGE_SET, INSPECT)
 HEADER = 8 + struct.unpack_from("<Q", FILE)[0]
 
@@ -33,9 +35,7 @@ def test_a_round_trip_keeps_everything() -> None:
 @given(st.text(min_size=1, max_size=4), st.text(max_size=4))
 def test_names_may_hold_any_character(concept: str, name: str) -> None:
     made, inspect = random_range_set(0, concepts=(concept,), hidden=1, n_layers=1, bins=1)
-    named = made.provenance.model_copy(
-        update={"model": made.provenance.model.model_copy(update={"id": name})}
-    )
+    named = made.provenance.model_copy(update={"model": made.provenance.model.model_copy(update={"id": name})})
     meta, _ = describe(named, made.layers, inspect)
     back, _ = decode_archive(encode_archive(RangeSet(meta.id, named, made.layers), inspect))
     assert back.concepts == (concept,)

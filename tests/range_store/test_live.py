@@ -232,7 +232,9 @@ def test_another_change_takes_the_expired_out_first(active: RangeStore) -> None:
 
 
 def test_a_range_set_that_cannot_serve_a_live_erasure_is_not_activated(active: RangeStore) -> None:
-    active.set_erasures([erasing("World", layers=(0,)), erasing("Sports", layers=(2,)), erasing("Business", layers=(2,))])
+    active.set_erasures(
+        [erasing("World", layers=(0,)), erasing("Sports", layers=(2,)), erasing("Business", layers=(2,))]
+    )
     before = active.live()
     fewer, inspect = random_range_set(2, concepts=("Sports", "World"), layers=(0, 1))
     active.publish(fewer, inspect)

@@ -127,8 +127,8 @@ def evaluate(
         if progress is not None:
             progress(EvaluationProgress(done, len(test), time.monotonic() - started))
     rows: list[Row] = []
-    for layer, of_layer, into in zip(layers, erasures, sums, strict=True):
-        own_rows = [row_of(layer, e, labels.index(e.concept), base, s) for e, s in zip(of_layer, into, strict=True)]
+    for layer, measured, into in zip(layers, erasures, sums, strict=True):
+        own_rows = [row_of(layer, e, labels.index(e.concept), base, s) for e, s in zip(measured, into, strict=True)]
         for start in range(0, len(own_rows), len(targets)):  # one setting's targets stand together
             group = own_rows[start : start + len(targets)]
             rows += [*group, mean_row(group)]

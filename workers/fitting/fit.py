@@ -11,6 +11,7 @@ import os
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, fields
+from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any, Literal
@@ -34,6 +35,7 @@ from workers.models.tokens import length_sorted
 logger = logging.getLogger(__name__)
 
 CHECKPOINT_SECONDS = 15.0
+_MOMENTS = tuple(field.name for field in fields(Moments) if field.name != "count")
 
 
 class FitCancelled(Exception):
@@ -96,8 +98,9 @@ class RangeFitter:
         assert self.edges is not None
         arrays: dict[str, npt.NDArray[Any]] = {"edges": self.edges, "histogram": self.histogram}
         for c, concept in enumerate(self.concepts):
-            for field in fields(Moments):
-                arrays[f"{c}.{field.name}"] = np.asarray(getattr(self.moments[concept], field.name))
+            arrays[f"{c}.count"] = np.array(self.moments[concept].count)
+            for name in _MOMENTS:
+                arrays[f"{c}.{name}"] = getattr(self.moments[concept], name)
         return arrays
 
     def restore(self, arrays: dict[str, npt.NDArray[Any]]) -> None:
@@ -106,8 +109,8 @@ class RangeFitter:
             raise ValueError("another shape")
         self.edges, self.histogram = arrays["edges"].copy(), arrays["histogram"].copy()
         for c, concept in enumerate(self.concepts):
-            values = {field.name: arrays[f"{c}.{field.name}"].copy() for field in fields(Moments)}
-            self.moments[concept] = Moments(**{**values, "count": int(values["count"])})
+            floats = {name: arrays[f"{c}.{name}"].copy() for name in _MOMENTS}
+            self.moments[concept] = Moments(count=int(arrays[f"{c}.count"]), **floats)
 
     def layer(self, index: int, rankings: tuple[Ranking, ...]) -> tuple[ServeLayer, InspectLayer]:
         """Statistics of the `index`-th layer."""
@@ -172,14 +175,14 @@ def fit(
     resumed = done = min(next_block * BLOCK_ROWS, len(corpus))
     saved = time.monotonic()
 
-    def tell(rows: int) -> None:
+    def tell(before: int, rows: int) -> None:
         if cancelled is not None and cancelled():
             raise FitCancelled
         if progress is not None:
-            progress(FitProgress(rows, len(corpus), time.monotonic() - started, resumed))
+            progress(FitProgress(before + rows, len(corpus), time.monotonic() - started, resumed))
 
     for block in corpus.blocks(next_block):
-        states, cut = _states(model, block, chosen, batch_tokens, lambda rows, done=done: tell(done + rows))
+        states, cut = _states(model, block, chosen, batch_tokens, partial(tell, done))
         fitter.update(states, block.concepts)
         truncated += cut
         done += len(block.texts)
@@ -255,7 +258,7 @@ class _Checkpoint:
             return 0, 0
 
     def save(self, fitter: RangeFitter, next_block: int, truncated: int) -> None:
-        partial = self.path.with_suffix(f".{os.getpid()}.partial")
+        unfinished = self.path.with_suffix(f".{os.getpid()}.partial")
         counters = {"next_block": np.array(next_block), "truncated": np.array(truncated)}
-        save_file({name: np.ascontiguousarray(a) for name, a in (fitter.arrays() | counters).items()}, partial)
-        os.replace(partial, self.path)
+        save_file({name: np.ascontiguousarray(a) for name, a in (fitter.arrays() | counters).items()}, unfinished)
+        os.replace(unfinished, self.path)

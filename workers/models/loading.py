@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
+import transformers
 from safetensors import SafetensorError
 from transformers import AutoConfig, AutoModelForSequenceClassification, AutoTokenizer
 from transformers.utils.hub import cached_file
@@ -64,6 +65,7 @@ def load_model(
         CheckpointError: no such checkpoint, pickled weights, or no trained classification head.
         UnsupportedModel: a family that `families.py` does not describe.
     """
+    transformers.utils.logging.disable_progress_bar()  # type: ignore[no-untyped-call]
     place = torch.device(_auto_device() if device == "auto" else device)
     config = _read(source, lambda: AutoConfig.from_pretrained(source, revision=revision, trust_remote_code=False))
     family = family_of(config.model_type)

@@ -1,0 +1,90 @@
+"""The command line (DESIGN "Command line"): `neuronlens`. One module per command or group of commands.
+
+`options` what several commands ask, and comma lists · `console` what people see · `exits` exit codes ·
+`stores`, `control`, `server_control` the store, directly or through a running server · `jobs` what a job works on.
+Nothing here imports torch: jobs that need it go through `app.wiring`, imported when they start.
+"""
+
+import os
+import sys
+from collections.abc import Sequence
+from typing import Annotated
+
+import typer
+
+from app.cli import erase, ranges
+from app.cli.console import error_line, say
+from app.cli.demo import demo
+from app.cli.evaluate import evaluate
+from app.cli.exits import MEANINGS, exit_code_of
+from app.cli.fit import fit
+from app.cli.serve import serve
+from app.cli.train import train
+
+EPILOG = "Exit codes: " + " · ".join(f"{code} {meaning}" for code, meaning in MEANINGS.items()) + "."
+
+app = typer.Typer(
+    name="neuronlens",
+    help="Classify text with a transformer while erasing chosen concepts from its activations, live.",
+    epilog=EPILOG,
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+for command in (demo, serve, fit, evaluate, train):
+    app.command(epilog=EPILOG)(command)
+app.add_typer(ranges.app, name="ranges", epilog=EPILOG)
+app.add_typer(erase.app, name="erase", epilog=EPILOG)
+
+
+def _version(wanted: bool) -> None:
+    if wanted:
+        from importlib.metadata import version
+
+        say(f"neuronlens {version('neuronlens')}")
+        raise typer.Exit
+
+
+@app.callback()
+def _global_options(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version and leave.")
+    ] = False,
+) -> None:
+    pass
+
+
+def run(arguments: Sequence[str] | None = None) -> int:
+    """Run one command and give its exit code. An error that a user can meet is one line on stderr.
+
+    Args:
+        arguments: without the program's name; None: those of the process.
+    """
+    try:
+        result = app(args=arguments, prog_name="neuronlens", standalone_mode=False)
+    except typer.TyperException as error:
+        message = error.format_message()
+        if message.strip():
+            error_line(message)
+        return error.exit_code
+    except (Exception, KeyboardInterrupt) as error:
+        code = exit_code_of(error)
+        if code is None:
+            raise
+        error_line(_sentence(error))
+        return code
+    return result if isinstance(result, int) else 0
+
+
+def _sentence(error: BaseException) -> str:
+    if isinstance(error, OSError) and error.strerror:
+        return f"{error.filename}: {error.strerror}" if error.filename else error.strerror
+    return str(error) or type(error).__name__
+
+
+def main() -> None:
+    """Entry point of the command."""
+    # Progress is told by our own bars; those of the libraries would stand between them.
+    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    sys.exit(run())

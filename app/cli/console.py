@@ -1,0 +1,155 @@
+"""What people see: results on stdout, everything else on stderr. Off a terminal all of it is plain text."""
+
+import json
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import typer
+from rich import box
+from rich.console import Console
+from rich.markup import escape
+from rich.progress import BarColumn, Progress, ProgressColumn, SpinnerColumn, Task, TextColumn, TimeRemainingColumn
+from rich.table import Table
+from rich.text import Text
+
+Report = Callable[[str, int, int], None]
+"""Told of progress: (what is being done, how much of it, out of how much; 0 where that is not known)."""
+
+PLAIN_WIDTH = 100_000
+"""Columns off a terminal: a table in a pipe or a file is never wrapped or cut."""
+PLAIN_SECONDS = 10.0
+"""Off a terminal, progress is one line per so many seconds."""
+
+
+def stdout() -> Console:
+    """For results."""
+    return _console(Console(highlight=False))
+
+
+def stderr() -> Console:
+    """For progress, hints and errors."""
+    return _console(Console(stderr=True, highlight=False))
+
+
+def _console(console: Console) -> Console:
+    if not console.is_terminal:
+        console.width = PLAIN_WIDTH
+    return console
+
+
+def print_json(value: Any) -> None:
+    """The one thing on stdout of a command with --json. NaN, which JSON has no word for, must be None by now."""
+    typer.echo(json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False))
+
+
+def say(message: str) -> None:
+    """A plain line on stdout; square brackets in it are just that."""
+    stdout().print(escape(message), soft_wrap=True)
+
+
+def hint(message: str) -> None:
+    """What to do next, on stderr."""
+    stderr().print(escape(message), style="dim", soft_wrap=True)
+
+
+def error_line(message: str) -> None:
+    """One line on stderr, whatever the message holds."""
+    line = " ".join("".join(c if c.isprintable() else " " for c in message).split())
+    stderr().print(Text.assemble(("error: ", "bold red"), line), soft_wrap=True)
+
+
+def table(columns: Sequence[str], rows: Sequence[Sequence[object]], *, header: bool = True) -> None:
+    """A table on stdout. A column whose values are all numbers is aligned right."""
+    console = stdout()
+    drawn = Table(
+        show_header=header,
+        box=box.SIMPLE_HEAD if console.is_terminal else None,
+        pad_edge=False,
+        show_edge=False,
+    )
+    for index, column in enumerate(columns):
+        numbers = all(isinstance(row[index], int | float) or _is_number(row[index]) for row in rows)
+        drawn.add_column(column, justify="right" if numbers and rows else "left", overflow="fold")
+    for row in rows:
+        drawn.add_row(*(escape(str(value)) for value in row))
+    console.print(drawn)
+
+
+def _is_number(value: object) -> bool:
+    try:
+        float(str(value))
+    except ValueError:
+        return value == "–"
+    return True
+
+
+@contextmanager
+def progress(unit: str) -> Iterator[Report]:
+    """Progress on stderr with rate and time left: bars on a terminal, else a line now and then.
+
+    Args:
+        unit: what is counted: "rows", "steps".
+    """
+    console = stderr()
+    if not console.is_terminal:
+        yield _PlainProgress(console, unit)
+        return
+    columns = (
+        SpinnerColumn(),
+        TextColumn("{task.description}"),
+        BarColumn(),
+        _CountColumn(unit),
+        TimeRemainingColumn(compact=True, elapsed_when_finished=True),
+    )
+    with Progress(*columns, console=console) as bars:
+        tasks: dict[str, Any] = {}
+
+        def report(what: str, done: int, total: int) -> None:
+            if what not in tasks:
+                for earlier in tasks.values():
+                    bars.stop_task(earlier)
+                tasks[what] = bars.add_task(escape(what), total=total or None)
+            bars.update(tasks[what], completed=done, total=total or None)
+
+        yield report
+
+
+class _CountColumn(ProgressColumn):
+    """How much of how much, and how fast."""
+
+    def __init__(self, unit: str) -> None:
+        self._unit = unit
+        super().__init__()
+
+    def render(self, task: Task) -> Text:
+        if task.total is None:
+            return Text("")
+        speed = task.finished_speed or task.speed
+        rate = f" · {speed:,.0f} {self._unit}/s" if speed and speed >= 10 else f" · {speed:.1f} {self._unit}/s" if speed else ""
+        return Text(f"{task.completed:,.0f}/{task.total:,.0f} {self._unit}{rate}", style="progress.download")
+
+
+class _PlainProgress:
+    """Progress where nobody looks at a terminal: a log, a pipe."""
+
+    def __init__(self, console: Console, unit: str) -> None:
+        self._console, self._unit = console, unit
+        self._what: str | None = None
+        self._started = self._said = 0.0
+        self._first = 0
+
+    def __call__(self, what: str, done: int, total: int) -> None:
+        now = time.monotonic()
+        if what != self._what:
+            self._what, self._started, self._said, self._first = what, now, now, done
+            self._say(what if done < total or not total else f"{what}: {done:,}/{total:,} {self._unit}")
+        elif done >= total > 0 or now - self._said >= PLAIN_SECONDS:
+            self._said = now
+            rate = (done - self._first) / max(now - self._started, 1e-9)
+            left = f", {(total - done) / rate:.0f} s left" if rate and done < total else ""
+            self._say(f"{what}: {done:,}/{total:,} {self._unit}, {rate:,.1f} {self._unit}/s{left}")
+
+    def _say(self, line: str) -> None:
+        self._console.print(escape(line), soft_wrap=True)

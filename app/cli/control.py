@@ -1,0 +1,109 @@
+"""What `ranges` and `erase` act on: the store itself, or a running server that has it."""
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Protocol
+
+from app.cli.exits import CONFLICT, USAGE, CommandError
+from app.cli.server_control import ServerControl
+from app.cli.stores import operator, settings_with, store_of
+from range_store.live import LiveErasure, LiveState
+from range_store.published import Published
+from range_store.store import RangeStore
+
+
+class Control(Protocol):
+    """Range sets and live erasures of one model. Every change gives the live state that it made."""
+
+    def range_sets(self) -> Sequence[Published]:
+        """All published range sets, newest first."""
+
+    def activate(self, range_set: str, *, force: bool, if_match: str | None) -> LiveState:
+        """Make a range set the one that erasures use; `force` drops erasures that it cannot serve."""
+
+    def live(self) -> LiveState:
+        """Active range set, live erasures and generation."""
+
+    def switch_on(self, erasure: LiveErasure, *, if_match: str | None) -> LiveState:
+        """Erase a concept live, or change how."""
+
+    def switch_off(self, concept: str, *, reason: str | None, if_match: str | None) -> LiveState:
+        """Erase a concept no more."""
+
+    def switch_all_off(self, *, reason: str | None, if_match: str | None) -> LiveState:
+        """Erase nothing, in one generation."""
+
+
+class StoreControl:
+    """Control by the store itself; a running server follows through its change feed."""
+
+    def __init__(self, store: RangeStore) -> None:
+        self.store = store
+
+    def range_sets(self) -> Sequence[Published]:
+        return self.store.list()
+
+    def activate(self, range_set: str, *, force: bool, if_match: str | None) -> LiveState:
+        return self.store.activate(range_set, force, if_match, by=operator())
+
+    def live(self) -> LiveState:
+        return self.store.live()
+
+    def switch_on(self, erasure: LiveErasure, *, if_match: str | None) -> LiveState:
+        return self.store.set_erasure(erasure.model_copy(update={"by": operator()}), if_match)
+
+    def switch_off(self, concept: str, *, reason: str | None, if_match: str | None) -> LiveState:
+        return self.store.remove_erasure(concept, if_match, by=operator(), reason=reason)
+
+    def switch_all_off(self, *, reason: str | None, if_match: str | None) -> LiveState:
+        return self.store.set_erasures([], if_match, by=operator(), reason=reason)
+
+
+@contextmanager
+def control_of(url: str | None, redis_url: str | None, data_dir: Path | None, name: str | None) -> Iterator[Control]:
+    """The server at `url`, or, without one, the store. Options that name a store win over NEURONLENS_URL.
+
+    Raises:
+        CommandError: both are named, or there is no telling which model is meant.
+        StoreUnavailable: Redis cannot be reached.
+    """
+    if url and (redis_url or data_dir):
+        raise CommandError("--url is a running server, --redis-url and --data-dir are a store: name one of them", USAGE)
+    settings = settings_with(redis_url=redis_url, data_dir=data_dir, url=url)
+    if settings.url and not (redis_url or data_dir):
+        with ServerControl(settings.url, name) as server:
+            yield server
+    else:
+        with store_of(settings, name) as store:
+            yield StoreControl(store)
+
+
+def store_only(control: Control, command: str) -> RangeStore:
+    """The store, for what has no HTTP route.
+
+    Raises:
+        CommandError: the control is a server.
+    """
+    if isinstance(control, StoreControl):
+        return control.store
+    raise CommandError(
+        f"`ranges {command}` has no HTTP route: run it where the store is, with --redis-url or --data-dir", USAGE
+    )
+
+
+def find_range_set(control: Control, id_or_prefix: str) -> Published:
+    """The range set of that id, or the only one whose id begins so.
+
+    Raises:
+        UnknownRangeSet: there is none.
+        CommandError: there are several.
+    """
+    from range_store.errors import UnknownRangeSet
+
+    found = [each for each in control.range_sets() if each.id.startswith(id_or_prefix)]
+    if not found:
+        raise UnknownRangeSet(id_or_prefix)
+    if len(found) > 1 and id_or_prefix not in [each.id for each in found]:
+        raise CommandError(f"{id_or_prefix!r} begins several ids: {', '.join(each.id for each in found)}", CONFLICT)
+    return next((each for each in found if each.id == id_or_prefix), found[0])

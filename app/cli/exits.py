@@ -1,0 +1,64 @@
+"""What the command line ends with: exit codes, and which error means which."""
+
+from typing import Final
+
+OK: Final = 0
+FAILED: Final = 1
+USAGE: Final = 2
+UNREACHABLE: Final = 3
+CONFLICT: Final = 4
+INTERRUPTED: Final = 130
+
+MEANINGS: Final = {
+    OK: "done",
+    FAILED: "failed",
+    USAGE: "wrong usage or unusable input",
+    UNREACHABLE: "store or server cannot be reached",
+    CONFLICT: "not found, or in conflict with what is there",
+    INTERRUPTED: "interrupted",
+}
+"""Printed below every --help."""
+
+EXIT_CODES: Final = {
+    "range_store.errors.InvalidErasure": USAGE,
+    "range_store.errors.NotFitted": USAGE,
+    "range_store.errors.InvalidRangeSet": FAILED,
+    "range_store.errors.StoreUnavailable": UNREACHABLE,
+    "range_store.errors.RangeStoreError": CONFLICT,
+    "workers.models.errors.ModelError": USAGE,
+    "workers.fitting.corpus.CorpusError": USAGE,
+    "workers.fitting.fit.FitCancelled": INTERRUPTED,
+    "workers.fitting.fit.FitError": USAGE,
+    "workers.training.TrainError": USAGE,
+    "workers.evaluation.evaluate.EvaluationError": USAGE,
+    "workers.evaluation.evaluate.EvaluationCancelled": INTERRUPTED,
+    "workers.demo.minilm.DemoError": FAILED,
+    "workers.engine.errors.EngineError": FAILED,
+    "torch.OutOfMemoryError": FAILED,
+    "typer.exceptions.Abort": INTERRUPTED,
+    "builtins.OSError": FAILED,
+    "builtins.KeyboardInterrupt": INTERRUPTED,
+}
+"""Exit code by the nearest class of an error's ancestry.
+
+Classes are named, not imported: importing some of them would load torch, which `--help` and `erase` never need.
+"""
+
+
+class CommandError(Exception):
+    """A command cannot go on; one line that says what to do, and what to exit with."""
+
+    def __init__(self, message: str, exit_code: int = FAILED) -> None:
+        self.exit_code = exit_code
+        super().__init__(message)
+
+
+def exit_code_of(error: BaseException) -> int | None:
+    """The exit code of an error that a user can meet; None for one that only a bug can cause."""
+    if isinstance(error, CommandError):
+        return error.exit_code
+    for kind in type(error).__mro__:
+        code = EXIT_CODES.get(f"{kind.__module__}.{kind.__qualname__}")
+        if code is not None:
+            return code
+    return None

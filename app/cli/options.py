@@ -1,0 +1,171 @@
+"""Options that several commands share, and the one place where their comma lists are parsed."""
+
+import csv
+import math
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Annotated, Literal, TypeVar
+
+import typer
+
+from range_store.erasure import Damp, Replacement
+
+Model = Annotated[str, typer.Option("--model", help="Checkpoint: a directory, or a name on the hub.")]
+Revision = Annotated[str | None, typer.Option("--revision", help="Branch, tag or commit of a model on the hub.")]
+Name = Annotated[
+    str | None,
+    typer.Option("--name", help="What the model is called when served. Default: the last part of its path."),
+]
+Device = Annotated[str, typer.Option("--device", help="cpu, cuda, cuda:1, …; auto takes a GPU where there is one.")]
+DType = Annotated[
+    Literal["auto", "float32", "bfloat16", "float16"],
+    typer.Option("--dtype", help="Arithmetic of the model; auto is float32 on the CPU, else the checkpoint's own."),
+]
+Threads = Annotated[int | None, typer.Option("--threads", min=1, help="CPU threads. Default: torch's choice.")]
+AllowPickle = Annotated[
+    bool,
+    typer.Option("--allow-pickle", help="Accept pickled weights. They can run code: only from where you trust."),
+]
+RedisUrl = Annotated[
+    str | None,
+    typer.Option(
+        "--redis-url",
+        help="redis://, rediss:// or unix://. Default: NEURONLENS_REDIS_URL, else a private Redis in the data directory.",
+    ),
+]
+DataDir = Annotated[
+    Path | None, typer.Option("--data-dir", help="Where state is kept. Default: NEURONLENS_DATA_DIR, else per user.")
+]
+Data = Annotated[str, typer.Option("--data", help="JSONL, CSV or Parquet file, or the name of a data set on the hub.")]
+Split = Annotated[str | None, typer.Option("--split", help="Split of a data set on the hub.")]
+TextField = Annotated[str, typer.Option("--text-field", help="Field that holds the text.")]
+LabelField = Annotated[str, typer.Option("--label-field", help="Field that holds the label.")]
+LabelMap = Annotated[
+    Path | None,
+    typer.Option("--label-map", help='JSON file {"name in the data": "name in the model"}, for names that differ.'),
+]
+MaxRows = Annotated[int | None, typer.Option("--max-rows", min=1, help="Use the first so many rows.")]
+Layer = Annotated[str, typer.Option("--layer", help="Blocks: -1 (the last), 4,5 or all. Negative ones from the end.")]
+BatchTokens = Annotated[
+    int, typer.Option("--batch-tokens", min=1, help="Padded tokens of one batch: more is faster, and takes more memory.")
+]
+Url = Annotated[
+    str | None,
+    typer.Option("--url", help="A running server, like http://127.0.0.1:8000. Default: NEURONLENS_URL, else the store."),
+]
+ServedName = Annotated[str | None, typer.Option("--name", help="The model's served name. Default: the only one.")]
+IfMatch = Annotated[
+    str | None, typer.Option("--if-match", help="Change nothing unless the live state is at this generation.")
+]
+Reason = Annotated[str | None, typer.Option("--reason", help="Why, for the audit.")]
+AsJson = Annotated[bool, typer.Option("--json", help="Print the result as JSON on stdout.")]
+
+Choice = TypeVar("Choice", bound=str)
+
+
+def words(text: str, option: str) -> tuple[str, ...]:
+    """The entries of a comma list; one that holds a comma stands in double quotes.
+
+    Raises:
+        typer.BadParameter: an entry is empty, or stands there twice.
+    """
+    rows = list(csv.reader([text], skipinitialspace=True))
+    entries = tuple(entry.strip() for entry in rows[0]) if rows else ()
+    if not entries or not all(entries):
+        raise typer.BadParameter(f"{text!r} has an empty entry", param_hint=option)
+    for entry in entries:
+        if entries.count(entry) > 1:
+            raise typer.BadParameter(f"{entry!r} stands there twice", param_hint=option)
+    return entries
+
+
+def numbers(text: str, option: str, *, low: float, high: float = math.inf, above: bool = False) -> tuple[float, ...]:
+    """A comma list of numbers from `low` (if `above`, beyond it) to `high`.
+
+    Raises:
+        typer.BadParameter: an entry is no such number, or stands there twice.
+    """
+    bounds = f"above {low:g}" if above else f"from {low:g} up"
+    bounds += f", at most {high:g}" if math.isfinite(high) else ""
+    found = tuple(number(entry, option) for entry in words(text, option))
+    for entry in found:
+        if not low <= entry <= high or (above and entry == low):
+            raise typer.BadParameter(f"{entry:g} is out of bounds: numbers must be {bounds}", param_hint=option)
+        if found.count(entry) > 1:
+            raise typer.BadParameter(f"{entry:g} stands there twice", param_hint=option)
+    return found
+
+
+def number(entry: str, option: str) -> float:
+    """One finite number.
+
+    Raises:
+        typer.BadParameter: it is none.
+    """
+    try:
+        value = float(entry)
+    except ValueError:
+        value = math.nan
+    if not math.isfinite(value):
+        raise typer.BadParameter(f"{entry!r} is not a number", param_hint=option)
+    return value
+
+
+def fractions(text: str, option: str = "--top-fraction") -> tuple[float, ...]:
+    """Shares of the neurons, in (0, 1]."""
+    return numbers(text, option, low=0.0, high=1.0, above=True)
+
+
+def taus(text: str, option: str = "--tau") -> tuple[float, ...]:
+    """Half-widths of ranges in standard deviations, from 0 up."""
+    return numbers(text, option, low=0.0)
+
+
+def choices(text: str, option: str, known: Sequence[Choice]) -> tuple[Choice, ...]:
+    """A comma list of names out of `known`.
+
+    Raises:
+        typer.BadParameter: a name is not among them; lists those that are.
+    """
+    by_name = {name: name for name in known}
+    entries = words(text, option)
+    for entry in entries:
+        if entry not in by_name:
+            raise typer.BadParameter(f"{entry!r} is not one of {', '.join(known)}", param_hint=option)
+    return tuple(by_name[entry] for entry in entries)
+
+
+def layers(text: str, option: str = "--layer") -> tuple[int, ...] | Literal["all"]:
+    """Block indices, or "all".
+
+    Raises:
+        typer.BadParameter: an entry is no whole number.
+    """
+    if text.strip() == "all":
+        return "all"
+    found = []
+    for entry in words(text, option):
+        try:
+            found.append(int(entry))
+        except ValueError:
+            raise typer.BadParameter(
+                f"{entry!r} is not a block: use numbers like -1 or 4,5, or all", param_hint=option
+            ) from None
+    return tuple(found)
+
+
+def replacement(text: str, option: str = "--replacement") -> Replacement:
+    """What a masked neuron becomes: zero, mean or damp:FACTOR.
+
+    Raises:
+        typer.BadParameter: it is none of these, or the factor is not in [0, 1].
+    """
+    kind, colon, factor = text.partition(":")
+    if text in ("zero", "mean"):
+        return "zero" if text == "zero" else "mean"
+    if kind != "damp" or not colon:
+        raise typer.BadParameter(f"{text!r} is not zero, mean or damp:FACTOR (like damp:0.5)", param_hint=option)
+    value = number(factor, option)
+    if not 0.0 <= value <= 1.0:
+        raise typer.BadParameter(f"{value:g} is out of bounds: a damping factor is in [0, 1]", param_hint=option)
+    return Damp(damp=value)

@@ -1,0 +1,209 @@
+"""`neuronlens ranges`: the published range sets of a model."""
+
+import shlex
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from app.cli import options
+from app.cli.clock import moment
+from app.cli.console import hint, print_json, say, table
+from app.cli.control import control_of, find_range_set, store_only
+from app.cli.exits import CONFLICT, USAGE, CommandError
+from range_store.published import Published
+
+app = typer.Typer(help="Published range sets: list, look into, activate, move between stores.", no_args_is_help=True)
+
+RangeSetId = Annotated[str, typer.Argument(metavar="ID", help="Id of a range set, or its first characters.")]
+
+
+@app.command("list")
+def list_(
+    url: options.Url = None,
+    name: options.ServedName = None,
+    redis_url: options.RedisUrl = None,
+    data_dir: options.DataDir = None,
+    as_json: options.AsJson = False,
+) -> None:
+    """List range sets, newest first."""
+    with control_of(url, redis_url, data_dir, name) as control:
+        found = control.range_sets()
+    if as_json:
+        print_json([_summary(each) for each in found])
+    elif not found:
+        hint("no range set is published: fit one with `neuronlens fit`")
+    else:
+        columns = ("id", "active", "model", "corpus", "rows", "concepts", "layers", "published")
+        table(columns, [_row(each) for each in found])
+
+
+@app.command()
+def show(
+    id_: RangeSetId,
+    url: options.Url = None,
+    name: options.ServedName = None,
+    redis_url: options.RedisUrl = None,
+    data_dir: options.DataDir = None,
+    as_json: options.AsJson = False,
+) -> None:
+    """Show where a range set comes from: model, corpus, settings."""
+    with control_of(url, redis_url, data_dir, name) as control:
+        found = find_range_set(control, id_)
+    if as_json:
+        print_json(_whole(found))
+        return
+    model, corpus, settings = found.provenance.model, found.provenance.corpus, found.provenance.settings
+    say(f"range set {found.id}{', active' if found.active else ''}")
+    facts = [
+        ("published", moment(found.published_at)),
+        ("model", f"{model.id} ({model.family}, {model.n_layers} blocks of {model.hidden_size} neurons)"),
+        ("fingerprint", model.fingerprint),
+        ("labels", ", ".join(model.labels)),
+        ("corpus", corpus.name + (f", split {corpus.split}" if corpus.split else "")),
+        ("rows", f"{corpus.rows} ({corpus.truncated} truncated)"),
+        ("corpus sha256", corpus.sha256),
+        ("layers", ", ".join(map(str, settings.layers))),
+        ("rankings", ", ".join(settings.rankings)),
+        ("arithmetic", f"{settings.dtype}, {settings.threads} threads, {settings.batch_tokens} tokens a batch"),
+        ("histograms", f"{settings.bins} bins"),
+        ("versions", ", ".join(f"{package} {version}" for package, version in found.provenance.versions.items())),
+    ]
+    table(("", ""), facts, header=False)
+    table(("concept", "texts"), list(corpus.counts.items()))
+
+
+@app.command()
+def activate(
+    id_: RangeSetId,
+    force: Annotated[bool, typer.Option("--force", help="Drop live erasures that it cannot serve.")] = False,
+    if_match: options.IfMatch = None,
+    url: options.Url = None,
+    name: options.ServedName = None,
+    redis_url: options.RedisUrl = None,
+    data_dir: options.DataDir = None,
+    as_json: options.AsJson = False,
+) -> None:
+    """Make a range set the one that erasures use; activating an older one rolls back."""
+    with control_of(url, redis_url, data_dir, name) as control:
+        found = find_range_set(control, id_)
+        before = {each.concept for each in control.live().erasures}
+        state = control.activate(found.id, force=force, if_match=if_match)
+    dropped = sorted(before - {each.concept for each in state.erasures}) if force else []
+    if as_json:
+        print_json({"id": found.id, "generation": state.generation, "dropped": dropped})
+        return
+    say(f"range set {found.id} is active, generation {state.generation}")
+    if dropped:
+        say(f"no longer erased: {', '.join(dropped)}")
+
+
+@app.command()
+def export(
+    id_: RangeSetId,
+    out: Annotated[Path, typer.Option("--out", help="File to write, .safetensors.")],
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the file if it is there.")] = False,
+    url: options.Url = None,
+    name: options.ServedName = None,
+    redis_url: options.RedisUrl = None,
+    data_dir: options.DataDir = None,
+    as_json: options.AsJson = False,
+) -> None:
+    """Write a range set to one safetensors file."""
+    if out.exists() and not overwrite:
+        raise CommandError(f"{out} is there already: choose another name, or pass --overwrite", CONFLICT)
+    if not out.absolute().parent.is_dir():
+        raise CommandError(f"no such directory: {out.absolute().parent}", USAGE)
+    with control_of(url, redis_url, data_dir, name) as control:
+        store = store_only(control, "export")
+        found = find_range_set(control, id_)
+        store.export(found.id, out)
+    if as_json:
+        print_json({"id": found.id, "file": str(out), "bytes": out.stat().st_size})
+    else:
+        say(f"range set {found.id} written to {out}")
+
+
+@app.command("import")
+def import_(
+    file: Annotated[Path, typer.Argument(help="File that `ranges export` wrote.")],
+    url: options.Url = None,
+    name: options.ServedName = None,
+    redis_url: options.RedisUrl = None,
+    data_dir: options.DataDir = None,
+    as_json: options.AsJson = False,
+) -> None:
+    """Publish a range set from a file. Without --name it goes to the model that it was fitted on."""
+    from range_store.archive import read_archive
+
+    if not file.is_file():
+        raise CommandError(f"no such file: {file}", USAGE)
+    range_set, inspect = read_archive(file)
+    model = name or range_set.provenance.model.id
+    with control_of(url, redis_url, data_dir, model) as control:
+        published = store_only(control, "import").publish(range_set, inspect)
+    if as_json:
+        print_json({"id": published, "model": model})
+        return
+    say(f"range set {published} of {model} published")
+    hint(f"next: neuronlens ranges activate {published} --name {shlex.quote(model)}")
+
+
+@app.command()
+def remove(
+    id_: RangeSetId,
+    url: options.Url = None,
+    name: options.ServedName = None,
+    redis_url: options.RedisUrl = None,
+    data_dir: options.DataDir = None,
+    as_json: options.AsJson = False,
+) -> None:
+    """Take a range set out of the store; the active one cannot be."""
+    with control_of(url, redis_url, data_dir, name) as control:
+        store = store_only(control, "remove")
+        found = find_range_set(control, id_)
+        store.remove(found.id)
+    if as_json:
+        print_json({"id": found.id})
+    else:
+        say(f"range set {found.id} removed")
+
+
+def _row(found: Published) -> tuple[object, ...]:
+    corpus, settings = found.provenance.corpus, found.provenance.settings
+    n_layers = found.provenance.model.n_layers
+    layers = f"all {n_layers}" if len(settings.layers) == n_layers else ", ".join(map(str, settings.layers))
+    return (
+        found.id,
+        "yes" if found.active else "",
+        found.provenance.model.id,
+        corpus.name,
+        corpus.rows,
+        len(corpus.counts),
+        layers,
+        moment(found.published_at),
+    )
+
+
+def _summary(found: Published) -> dict[str, Any]:
+    provenance = found.provenance
+    return {
+        "id": found.id,
+        "active": found.active,
+        "published_at": found.published_at,
+        "model": provenance.model.id,
+        "corpus": provenance.corpus.name,
+        "rows": provenance.corpus.rows,
+        "concepts": list(provenance.concepts),
+        "layers": list(provenance.settings.layers),
+        "rankings": list(provenance.settings.rankings),
+    }
+
+
+def _whole(found: Published) -> dict[str, Any]:
+    return {
+        "id": found.id,
+        "active": found.active,
+        "published_at": found.published_at,
+        "provenance": found.provenance.model_dump(mode="json"),
+    }

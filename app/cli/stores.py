@@ -1,0 +1,76 @@
+"""The store as commands see it: which Redis, whose range sets, and on whose behalf."""
+
+import getpass
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from app.cli.exits import CONFLICT, USAGE, CommandError
+
+if TYPE_CHECKING:
+    from app.settings import Settings
+    from range_store.store import RangeStore
+
+
+def settings_with(**overrides: Any) -> "Settings":
+    """The settings of the environment, with the options that were given in their place.
+
+    Raises:
+        CommandError: a setting is unusable; names it.
+    """
+    from pydantic import ValidationError
+
+    from app.settings import Settings
+
+    given = {key: value for key, value in overrides.items() if value is not None}
+    try:
+        return Settings(**given)
+    except ValidationError as error:
+        first = error.errors()[0]
+        name = ".".join(map(str, first["loc"])) or "settings"
+        raise CommandError(f"{name}: {first['msg'].removeprefix('Value error, ')}", USAGE) from None
+
+
+@contextmanager
+def store_of(settings: "Settings", name: str | None) -> Iterator["RangeStore"]:
+    """The store of one served model; without a name, of the only one that has range sets.
+
+    Raises:
+        CommandError: no name was given, and there is not exactly one model with range sets.
+        StoreUnavailable: Redis cannot be reached.
+    """
+    from range_store.embedded import connect
+    from range_store.store import RangeStore
+
+    with connect(settings.redis_url, settings.redis_dir) as client:
+        yield RangeStore(client, name or _only_model(client))
+
+
+def _only_model(client: Any) -> str:
+    from range_store.failures import reaching_redis
+    from range_store.keys import ModelKeys
+
+    prefix = ModelKeys("").range_sets
+    with reaching_redis():
+        found = sorted(key.decode().removeprefix(prefix) for key in client.scan_iter(f"{prefix}*"))
+    if not found:
+        raise CommandError("no model has range sets here: fit one with `neuronlens fit`, or name it with --name", CONFLICT)
+    if len(found) > 1:
+        raise CommandError(f"several models have range sets: choose one with --name: {', '.join(found)}", USAGE)
+    return str(found[0])
+
+
+def operator() -> str:
+    """Who the audit says did it."""
+    try:
+        return f"cli:{getpass.getuser()}"
+    except (OSError, KeyError):  # a user id without a name, as containers have
+        return "cli"
+
+
+def readable(path: Path) -> Path:
+    """Raises CommandError unless `path` is a file."""
+    if not path.is_file():
+        raise CommandError(f"no such file: {path}", USAGE)
+    return path

@@ -1,0 +1,136 @@
+"""Connecting to Redis: to one by URL, or to the private, persistent one of a directory (DESIGN "The store")."""
+
+import os
+import secrets
+from collections.abc import Callable
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+from urllib.parse import quote
+
+import redis
+from redis.backoff import ExponentialBackoff
+from redis.retry import Retry
+
+from range_store.embedded_server import EmbeddedServer
+from range_store.errors import StoreUnavailable
+from range_store.failures import reaching_redis
+
+SOCKET_TIMEOUT = 15.0
+"""Seconds for one answer: the largest part of a range set must pass in it."""
+CONNECT_TIMEOUT = 2.0
+HEALTH_CHECK_INTERVAL = 15
+
+
+def connect(url: str | None, directory: Path) -> redis.Redis:
+    """A client of the Redis at `url` (redis://, rediss:// or unix://), or, without one, of the one in `directory`.
+
+    A URL is not tried before its first use, so that a service can start while Redis is away. Close the client when
+    done; it is a context manager.
+
+    Raises:
+        StoreUnavailable: no such URL, or the embedded Redis cannot be started.
+    """
+    if not url:
+        return EmbeddedRedis.open(directory)
+    try:
+        return redis.Redis.from_url(url, client_name="neuronlens", protocol=2, **_patience())
+    except (ValueError, redis.RedisError):  # not quoted: the URL may hold a password
+        raise StoreUnavailable(
+            "NEURONLENS_REDIS_URL is no Redis URL: it must be like redis://host:6379/0, rediss://… or unix:///path"
+        ) from None
+
+
+class EmbeddedRedis(redis.Redis):
+    """A client of a directory's private server, which lives while somebody uses it.
+
+    Processes share the server: the first starts it, the last to `close` shuts it down. A user that was killed leaves it
+    running for the next to join. A server that died is started again by whoever next connects to it.
+    """
+
+    def __init__(self, server: EmbeddedServer, path: Path) -> None:
+        self._server = server
+        self._closed = False
+        self._name = f"neuronlens-{os.getpid()}-{secrets.token_hex(4)}"
+        pool = redis.ConnectionPool(
+            connection_class=_RevivingConnection,
+            path=str(path),
+            revive=self._revive,
+            client_name=self._name,
+            protocol=2,
+            **_patience(),
+        )
+        super().__init__(connection_pool=pool)
+
+    @classmethod
+    def open(cls, directory: Path) -> "EmbeddedRedis":
+        """Start the server of `directory`, or join it.
+
+        Raises:
+            StoreUnavailable: the directory cannot be used, or the server does not start; says why.
+        """
+        server = EmbeddedServer(directory)
+        with server.locked():
+            client = cls(server, server.ensure())
+            with reaching_redis():
+                client.ping()  # its connection stays open: it tells others that the server is in use
+        return client
+
+    @property
+    def directory(self) -> Path:
+        """Where the data lie."""
+        return self._server.directory
+
+    @property
+    def url(self) -> str:
+        """For another client of the same server. A connection by URL keeps the server running too."""
+        return f"unix://{quote(str(self._server.socket))}"
+
+    def close(self) -> None:
+        """Leave; the last to leave shuts the server down. What was written stays on disk."""
+        if self._closed:
+            return
+        self._closed = True
+        self.connection_pool.disconnect()
+        with suppress(StoreUnavailable), self._server.locked():  # left running, the next user joins or ends it
+            self._server.end_if_unused(self._name)
+
+    def __del__(self) -> None:
+        with suppress(Exception):  # never shut a server down from a destructor
+            self.connection_pool.disconnect()
+
+    def _revive(self) -> str | None:
+        if self._closed:
+            return None
+        with self._server.locked():
+            return str(self._server.ensure())
+
+
+class _RevivingConnection(redis.UnixDomainSocketConnection):
+    """Starts the server again if nobody listens at its socket."""
+
+    def __init__(self, *args: Any, revive: Callable[[], str | None], **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)  # type: ignore[no-untyped-call]
+        self._revive = revive
+
+    def _connect(self) -> Any:
+        try:
+            return super()._connect()  # type: ignore[no-untyped-call]
+        except (ConnectionRefusedError, FileNotFoundError):
+            try:
+                path = self._revive()
+            except StoreUnavailable as error:
+                raise redis.ConnectionError(str(error)) from error
+            if path is None:
+                raise
+            self.path = path
+            return super()._connect()  # type: ignore[no-untyped-call]
+
+
+def _patience() -> dict[str, Any]:
+    return {
+        "socket_timeout": SOCKET_TIMEOUT,
+        "socket_connect_timeout": CONNECT_TIMEOUT,
+        "health_check_interval": HEALTH_CHECK_INTERVAL,
+        "retry": Retry(ExponentialBackoff(cap=0.1, base=0.02), 1),
+    }

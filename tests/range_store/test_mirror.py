@@ -1,0 +1,393 @@
+"""What a worker holds: it converges whatever is lost, and never drops what it knows (DESIGN promise 5)."""
+
+import logging
+import os
+import signal
+import threading
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+import redis
+
+from range_store.embedded import connect
+from range_store.embedded_server import EmbeddedServer
+from range_store.erasure import Erasure
+from range_store.errors import ForeignRangeSet, InvalidRangeSet, StoreUnavailable, UnknownRangeSet
+from range_store.keys import CHANGES, part_key
+from range_store.live import LiveErasure, LiveState
+from range_store.mirror import Mirror, Snapshot
+from range_store.store import RangeStore
+from tests.range_store.builders import FINGERPRINT, random_range_set
+from tests.range_store.waiting import until
+
+NEVER = 3600.0
+"""As `poll`: what is seen then was not seen by the timer."""
+Mirrors = Callable[..., Mirror]
+
+
+def erasing(concept: str, expires_at: float | None = None) -> LiveErasure:
+    return LiveErasure(erasure=Erasure(concept=concept), expires_at=expires_at)
+
+
+def concepts(snapshot: Snapshot | None) -> list[str]:
+    return [each.concept for each in snapshot.live.erasures] if snapshot else []
+
+
+@pytest.fixture
+def mirrors(store: RangeStore) -> Iterator[Mirrors]:
+    made: list[Mirror] = []
+
+    def make(store: RangeStore = store, **options: object) -> Mirror:
+        made.append(Mirror(store, FINGERPRINT, **options))  # type: ignore[arg-type]
+        return made[-1]
+
+    yield make
+    for mirror in made:
+        mirror.close()
+
+
+@pytest.fixture
+def active(store: RangeStore) -> RangeStore:
+    store.activate(store.publish(*random_range_set(600)))
+    return store
+
+
+def subscribed(mirror: Mirror, client: redis.Redis) -> None:
+    """Return when the mirror hears messages."""
+    until(lambda: dict(client.pubsub_numsub(CHANGES)).get(CHANGES.encode(), 0))
+    until(lambda: mirror.snapshot)
+
+
+@pytest.fixture
+def server(tmp_path: Path) -> Iterator[EmbeddedServer]:
+    """A server of this test's own, to kill."""
+    server = EmbeddedServer(tmp_path / "redis")
+    with server.locked():
+        server.ensure()
+    yield server
+    with server.locked():
+        if server.running():
+            server.end()
+
+
+def kill(server: EmbeddedServer) -> None:
+    os.kill(int((server.directory / "redis.pid").read_text()), signal.SIGKILL)
+    until(lambda: not server.running())
+
+
+def restart(server: EmbeddedServer) -> None:
+    with server.locked():
+        server.ensure()
+
+
+def test_an_empty_store_is_a_snapshot_without_a_range_set(store: RangeStore, mirrors: Mirrors) -> None:
+    mirror = mirrors()
+    assert mirror.snapshot is None
+    mirror.start()
+    assert mirror.snapshot is not None
+    assert (mirror.snapshot.live, mirror.snapshot.range_set) == (store.live(), None)
+    assert (mirror.store_up, mirror.problem) == (True, None)
+
+
+def test_a_change_in_this_process_is_seen_by_the_next_reader(active: RangeStore, mirrors: Mirrors) -> None:
+    mirror = mirrors(poll=NEVER)
+    for concept in ("World", "Sports"):
+        state = active.set_erasure(erasing(concept))
+        mirror.refresh()
+        assert mirror.snapshot is not None
+        assert mirror.snapshot.live == state
+    assert mirror.snapshot.range_set is not None
+    assert mirror.snapshot.range_set.id == state.range_set
+
+
+def test_a_message_is_enough(active: RangeStore, redis_client: redis.Redis, mirrors: Mirrors) -> None:
+    mirror = mirrors(poll=NEVER)
+    mirror.start()
+    subscribed(mirror, redis_client)
+    for concept in ("World", "Sports"):
+        state = active.set_erasure(erasing(concept))
+        until(lambda state=state: mirror.snapshot.live == state)
+
+
+def test_a_lost_message_costs_one_poll(active: RangeStore, mirrors: Mirrors) -> None:
+    mirror = mirrors(poll=0.05)
+    mirror.start()
+    assert mirror.snapshot is not None
+    unannounced = mirror.snapshot.live.advanced(mirror.snapshot.live.range_set, (erasing("World"),))
+    active.client.set(active.keys.live, unannounced.model_dump_json())
+    until(lambda: mirror.snapshot.live == unannounced)
+
+
+def test_a_message_of_another_model_or_of_nobody_does_no_harm(
+    active: RangeStore, redis_client: redis.Redis, mirrors: Mirrors
+) -> None:
+    mirror = mirrors(poll=NEVER)
+    mirror.start()
+    subscribed(mirror, redis_client)
+    for message in (b"\xff", b"[]", b"", b"{", b'{"model": "another"}', b'{"model": 1}'):
+        redis_client.publish(CHANGES, message)
+    state = active.set_erasure(erasing("World"))
+    until(lambda: mirror.snapshot.live == state)
+
+
+def test_a_cut_connection_is_made_again_and_what_was_missed_is_read(
+    active: RangeStore, redis_client: redis.Redis, mirrors: Mirrors
+) -> None:
+    mirror = mirrors(poll=NEVER)
+    mirror.start()
+    subscribed(mirror, redis_client)
+    for concept in ("World", "Sports"):
+        redis_client.client_kill_filter(_type="pubsub")
+        state = active.set_erasure(erasing(concept))
+        until(lambda state=state: mirror.snapshot.live == state)
+
+
+def test_redis_gone_and_back(server: EmbeddedServer, mirrors: Mirrors) -> None:
+    """The last good snapshot stays and says how old it is; then the worker converges."""
+    store = RangeStore(connect(f"unix://{server.socket}", server.directory), "news")
+    store.activate(store.publish(*random_range_set(601)))
+    state = store.set_erasure(erasing("World"))
+    mirror = mirrors(store, poll=0.05)
+    mirror.start()
+    assert mirror.snapshot is not None
+    kill(server)
+    until(lambda: mirror.problem)
+    held, age = mirror.snapshot, mirror.age()
+    assert held.live == state
+    assert not mirror.store_up
+    assert "cannot be reached" in mirror.problem
+    until(lambda: mirror.age() > age + 0.2)
+    assert mirror.snapshot is held
+    with pytest.raises(StoreUnavailable):
+        mirror.refresh()
+    restart(server)
+    until(lambda: mirror.store_up and mirror.problem is None)
+    assert (mirror.snapshot.live, mirror.snapshot.range_set) == (state, held.range_set)
+    assert mirror.age() < age + 0.2
+    store.set_erasures([])
+    until(lambda: concepts(mirror.snapshot) == [])
+
+
+def test_starting_while_redis_is_away(server: EmbeddedServer, mirrors: Mirrors) -> None:
+    kill(server)
+    store = RangeStore(connect(f"unix://{server.socket}", server.directory), "news")
+    mirror = mirrors(store)
+    mirror.start()
+    assert mirror.snapshot is None
+    assert (mirror.store_up, bool(mirror.problem)) == (False, True)
+    restart(server)
+    until(lambda: mirror.snapshot)
+    assert (mirror.store_up, mirror.problem) == (True, None)
+
+
+def test_an_emptied_redis_drops_no_erasure(
+    active: RangeStore, mirrors: Mirrors, caplog: pytest.LogCaptureFixture
+) -> None:
+    active.set_erasure(erasing("World"))
+    mirror = mirrors(poll=0.02)
+    mirror.start()
+    held = mirror.snapshot
+    assert held is not None
+    active.client.delete(active.keys.live)
+    until(lambda: mirror.problem)
+    with pytest.raises(StoreUnavailable, match="lost the live state"):
+        mirror.refresh()
+    assert active.peek() is None, "a worker that knew of erasures creates no state without them"
+    assert (concepts(mirror.snapshot), mirror.snapshot.live, mirror.store_up) == (["World"], held.live, True)
+
+    newcomer = mirrors()
+    newcomer.start()
+    assert concepts(newcomer.snapshot) == []
+    with pytest.raises(StoreUnavailable, match="begins anew"):
+        mirror.refresh()
+    assert concepts(mirror.snapshot) == ["World"], "that somebody else looked is no operator's will"
+
+    with caplog.at_level(logging.WARNING):
+        state = active.activate(str(held.live.range_set))
+        until(lambda: mirror.snapshot.live == state)
+    assert mirror.problem is None
+    assert "no longer erased: World" in caplog.text
+
+
+def test_an_old_copy_of_redis_undoes_nothing(active: RangeStore, mirrors: Mirrors) -> None:
+    before = active.client.get(active.keys.live)
+    active.set_erasure(erasing("World"))
+    active.set_erasure(erasing("Sports"))
+    mirror = mirrors()
+    mirror.refresh()
+    active.client.set(active.keys.live, before)
+    with pytest.raises(StoreUnavailable, match="went back"):
+        mirror.refresh()
+    assert concepts(mirror.snapshot) == ["Sports", "World"]
+    active.set_erasures([erasing("Sports")])
+    with pytest.raises(StoreUnavailable, match="went back"):
+        mirror.refresh()
+    state = active.set_erasures([erasing("World")])
+    assert mirror.refresh().live == state
+
+
+def test_a_slow_read_never_overwrites_a_newer_one(active: RangeStore, mirrors: Mirrors) -> None:
+    mirror = mirrors()
+    mirror.refresh()
+    peek = active.peek
+    inside, go_on = threading.Event(), threading.Event()
+
+    def slow_peek() -> LiveState | None:
+        found = peek()
+        if threading.current_thread() is slow:
+            inside.set()
+            assert go_on.wait(20)
+        return found
+
+    active.peek = slow_peek  # type: ignore[method-assign]
+    slow = threading.Thread(target=mirror.refresh)
+    slow.start()
+    assert inside.wait(20)
+    state = active.set_erasure(erasing("World"))
+    fast = threading.Thread(target=mirror.refresh)
+    fast.start()
+    go_on.set()
+    slow.join()
+    fast.join()
+    assert mirror.snapshot is not None
+    assert mirror.snapshot.live == state
+
+
+def test_a_range_set_of_another_model_is_refused(
+    active: RangeStore, mirrors: Mirrors, caplog: pytest.LogCaptureFixture
+) -> None:
+    active.set_erasure(erasing("World"))
+    mirror = mirrors(poll=0.02)
+    mirror.start()
+    held = mirror.snapshot
+    assert held is not None
+    foreign = active.publish(*random_range_set(602, fingerprint="ef" * 32))
+    with caplog.at_level(logging.ERROR):
+        active.activate(foreign)
+        until(lambda: mirror.problem)
+        for _ in range(5):
+            with pytest.raises(ForeignRangeSet, match="efefef"):
+                mirror.refresh()
+    assert len([each for each in caplog.records if "efefef" in each.message]) == 1, "logged once"
+    assert (mirror.snapshot.live, mirror.snapshot.range_set) == (held.live, held.range_set)
+    assert mirror.store_up
+    state = active.activate(str(held.live.range_set))
+    until(lambda: mirror.problem is None)
+    assert mirror.snapshot.live == state
+
+
+def test_a_foreign_range_set_at_the_start_is_no_snapshot(store: RangeStore, mirrors: Mirrors) -> None:
+    store.activate(store.publish(*random_range_set(603, fingerprint="ef" * 32)))
+    mirror = mirrors()
+    mirror.start()
+    assert mirror.snapshot is None
+    assert "fitted on" in str(mirror.problem)
+
+
+def test_a_corrupt_range_set_keeps_the_last_good_one(active: RangeStore, mirrors: Mirrors) -> None:
+    mirror = mirrors(poll=0.02)
+    mirror.start()
+    held = mirror.snapshot
+    second, inspect = random_range_set(604)
+    active.publish(second, inspect)
+    active.activate(second.id)
+    active.client.setrange(part_key(second.id, "layer:1:serve"), 300, b"\0\0")
+    fresh = mirrors()
+    with pytest.raises(InvalidRangeSet, match="corrupt"):
+        fresh.refresh()
+    assert fresh.snapshot is None
+    assert held is not None
+    active.publish(second, inspect)
+    fresh.refresh()
+    assert fresh.problem is None
+
+
+def test_an_unreadable_live_state_keeps_the_last_good_one(active: RangeStore, mirrors: Mirrors) -> None:
+    mirror = mirrors()
+    held = mirror.refresh()
+    active.client.set(active.keys.live, "nonsense")
+    with pytest.raises(InvalidRangeSet):
+        mirror.refresh()
+    assert mirror.snapshot is held
+    assert "unreadable" in str(mirror.problem)
+
+
+def test_an_active_range_set_that_is_gone_keeps_the_last_good_one(active: RangeStore, mirrors: Mirrors) -> None:
+    mirror = mirrors()
+    held = mirror.refresh()
+    nowhere = held.live.advanced("0" * 20, ())
+    active.client.set(active.keys.live, nowhere.model_dump_json())
+    with pytest.raises(UnknownRangeSet):
+        mirror.refresh()
+    assert mirror.snapshot is held
+
+
+def test_a_range_set_is_loaded_only_when_another_one_is_active(active: RangeStore, mirrors: Mirrors) -> None:
+    mirror = mirrors()
+    held = mirror.refresh().range_set
+    active.set_erasure(erasing("World"))
+    assert mirror.refresh().range_set is held
+    second = active.publish(*random_range_set(605))
+    active.activate(second)
+    found = mirror.refresh().range_set
+    assert found is not None
+    assert found.id == second
+
+
+def test_expired_erasures_are_swept_when_they_are_due(active: RangeStore, mirrors: Mirrors) -> None:
+    mirror = mirrors(poll=NEVER)
+    mirror.start()
+    due = [time.time() + 0.3, time.time() + 0.4]
+    state = active.set_erasures([erasing("World", due[0]), erasing("Sports", due[1]), erasing("Business")])
+    mirror.refresh()
+    assert concepts(mirror.snapshot) == ["Business", "Sports", "World"]
+    until(lambda: concepts(mirror.snapshot) == ["Business"])
+    assert time.time() >= due[1]
+    swept = active.audit(2)
+    assert [each.action for each in swept] == ["expire", "expire"]
+    assert active.live().counter == state.counter + 2
+    for entry, when in zip(reversed(swept), due, strict=True):
+        assert when - 0.01 <= entry.at < when + 5
+
+
+def test_every_change_is_told_once_and_in_order(
+    active: RangeStore, redis_client: redis.Redis, mirrors: Mirrors
+) -> None:
+    told: list[str] = []
+
+    def listen(snapshot: Snapshot) -> None:
+        told.append(snapshot.live.generation)
+        raise RuntimeError("a listener that fails must not stop the mirror")
+
+    mirror = mirrors(poll=0.02, on_change=listen)
+    mirror.start()
+    expected = [active.live().generation]
+    for concept in ("World", "Sports", "Business"):
+        expected.append(active.set_erasure(erasing(concept)).generation)
+        until(lambda: told == expected)
+
+
+def test_closing_ends_the_thread_and_keeps_the_snapshot(active: RangeStore, mirrors: Mirrors) -> None:
+    mirror = mirrors()
+    mirror.start()
+    mirror.start()
+    mirror.close()
+    assert not [each for each in threading.enumerate() if each.name == "neuronlens-mirror"]
+    assert mirror.snapshot is not None
+
+
+def test_a_redis_that_refuses_to_sweep_is_not_hammered(active: RangeStore, mirrors: Mirrors) -> None:
+    mirror = mirrors(poll=NEVER)
+    tries: list[float] = []
+
+    def expire(now: float) -> LiveState | None:
+        tries.append(now)
+        raise StoreUnavailable("read-only replica")
+
+    active.expire = expire  # type: ignore[method-assign]
+    active.set_erasures([erasing("World", time.time() - 1)])
+    mirror.start()
+    until(lambda: len(tries) >= 3)
+    assert tries[2] - tries[0] > 0.8
