@@ -1,0 +1,127 @@
+"""Small pure-ASGI layers around the application: one class, one job."""
+
+import re
+import time
+import uuid
+from collections.abc import Iterable
+
+from prometheus_client import CollectorRegistry, Counter, Histogram
+from starlette.datastructures import Headers, MutableHeaders
+from starlette.exceptions import HTTPException
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from app.problems import problem_response
+
+_SANE_ID = re.compile(r"[A-Za-z0-9._:-]{1,128}")
+
+
+class RequestId:
+    """Takes a sane `X-Request-ID` or makes one, and echoes it on every reply."""
+
+    def __init__(self, app: ASGIApp) -> None:
+        self.app = app
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http":
+            await self.app(scope, receive, send)
+            return
+        given = Headers(scope=scope).get("x-request-id", "")
+        request_id = given if _SANE_ID.fullmatch(given) else uuid.uuid4().hex
+        scope.setdefault("state", {})["request_id"] = request_id
+
+        async def echo(message: Message) -> None:
+            if message["type"] == "http.response.start":
+                MutableHeaders(scope=message)["X-Request-ID"] = request_id
+            await send(message)
+
+        await self.app(scope, receive, echo)
+
+
+class HostCheck:
+    """Refuses requests whose `Host` is not one of `hosts`.
+
+    A page in a browser can make its own name resolve to 127.0.0.1 and so reach a server that trusts whoever is on the
+    machine (DNS rebinding); but it cannot change the Host header.
+    """
+
+    def __init__(self, app: ASGIApp, hosts: Iterable[str]) -> None:
+        self.app = app
+        self.hosts = frozenset(hosts)
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] == "http":
+            host = Headers(scope=scope).get("host", "")
+            name = host.partition("]")[0].lstrip("[") if host.startswith("[") else host.partition(":")[0]
+            if name.lower() not in self.hosts:
+                request_id = scope.get("state", {}).get("request_id")
+                detail = "this server answers to loopback names only: see --host in the documentation"
+                await problem_response(421, "wrong_host", detail, request_id)(scope, receive, send)
+                return
+        await self.app(scope, receive, send)
+
+
+class BodyLimit:
+    """Refuses bodies above `limit` bytes, whether their length is announced or not."""
+
+    def __init__(self, app: ASGIApp, limit: int) -> None:
+        self.app = app
+        self.limit = limit
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http":
+            await self.app(scope, receive, send)
+            return
+        detail = f"the body is larger than {self.limit} bytes: send fewer texts at a time"
+        announced = Headers(scope=scope).get("content-length", "0")
+        if announced.isdecimal() and int(announced) > self.limit:
+            request_id = scope.get("state", {}).get("request_id")
+            await problem_response(413, "body_too_large", detail, request_id)(scope, receive, send)
+            return
+        received = 0
+
+        async def count() -> Message:
+            nonlocal received
+            message = await receive()
+            received += len(message.get("body", b""))
+            if received > self.limit:
+                raise HTTPException(413, detail)
+            return message
+
+        await self.app(scope, count, send)
+
+
+class HttpMetrics:
+    """Counts requests by route template, method and status, and times them."""
+
+    def __init__(self, app: ASGIApp, registry: CollectorRegistry) -> None:
+        self.app = app
+        self.requests = Counter(
+            "neuronlens_http_requests", "HTTP requests.", ["method", "route", "status"], registry=registry
+        )
+        self.seconds = Histogram(
+            "neuronlens_http_request_seconds", "Time to answer an HTTP request.", ["route"], registry=registry
+        )
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http":
+            await self.app(scope, receive, send)
+            return
+        started = time.perf_counter()
+        status = 500
+
+        async def note(message: Message) -> None:
+            nonlocal status
+            if message["type"] == "http.response.start":
+                status = message["status"]
+            await send(message)
+
+        try:
+            await self.app(scope, receive, note)
+        finally:
+            route = getattr(scope.get("route"), "path", "unmatched")
+            method = scope["method"] if scope["method"] in _METHODS else "other"
+            self.requests.labels(method, route, str(status)).inc()
+            self.seconds.labels(route).observe(time.perf_counter() - started)
+
+
+_METHODS = ("GET", "HEAD", "POST", "PUT", "DELETE", "OPTIONS", "PATCH")

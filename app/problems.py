@@ -1,0 +1,188 @@
+"""Errors as `application/problem+json` (RFC 9457): one table from exception to status and code.
+
+No problem ever repeats a text that a user sent.
+"""
+
+import logging
+from collections.abc import Mapping
+from http import HTTPStatus
+from typing import Any
+
+from fastapi import FastAPI, Request
+from fastapi.exceptions import RequestValidationError
+from fastapi.responses import JSONResponse
+from pydantic import BaseModel, Field
+from starlette.exceptions import HTTPException
+
+from app.wiring import DeadlineExceeded, Draining, EmptyText, EngineFailed, QueueFull, RequestTooLarge, TextTooLong
+from range_store.errors import (
+    ForeignRangeSet,
+    InvalidErasure,
+    InvalidRangeSet,
+    NoRangeSet,
+    NotFitted,
+    RangeSetInUse,
+    StaleGeneration,
+    StoreUnavailable,
+    UnknownConcept,
+    UnknownNeuron,
+    UnknownRangeSet,
+    UnresolvableErasure,
+)
+
+logger = logging.getLogger(__name__)
+
+MEDIA_TYPE = "application/problem+json"
+
+
+class Problem(BaseModel):
+    """An error. `code` is stable and meant for programs, `detail` for people; further members depend on the code."""
+
+    type: str
+    title: str
+    status: int
+    code: str
+    detail: str
+    request_id: str | None = None
+    errors: list[dict[str, Any]] | None = Field(None, description="422: which fields are invalid, and why")
+    fitted: list[Any] | None = Field(None, description="not_fitted: what the range set has")
+    known: list[str] | None = Field(None, description="unknown_concept: the concepts of the range set")
+    generation: str | None = Field(None, description="stale_generation: the current one")
+    checks: dict[str, bool] | None = Field(None, description="not_ready: each condition")
+
+
+class ApiError(Exception):
+    """An error that only HTTP knows."""
+
+    def __init__(self, status: int, code: str, detail: str, **members: Any) -> None:
+        self.status, self.code, self.detail, self.members = status, code, detail, members
+        super().__init__(detail)
+
+
+CODES: Mapping[type[Exception], tuple[int, str]] = {
+    InvalidErasure: (422, "invalid_erasure"),
+    NotFitted: (422, "not_fitted"),
+    UnknownConcept: (404, "unknown_concept"),
+    UnknownNeuron: (404, "unknown_neuron"),
+    UnknownRangeSet: (404, "unknown_range_set"),
+    ForeignRangeSet: (409, "foreign_range_set"),
+    UnresolvableErasure: (409, "unresolvable_erasure"),
+    RangeSetInUse: (409, "range_set_in_use"),
+    StaleGeneration: (412, "stale_generation"),
+    InvalidRangeSet: (500, "invalid_range_set"),
+    NoRangeSet: (503, "no_range_set"),
+    StoreUnavailable: (503, "store_unavailable"),
+    TextTooLong: (422, "text_too_long"),
+    EmptyText: (422, "empty_text"),
+    QueueFull: (429, "queue_full"),
+    RequestTooLarge: (413, "request_too_large"),
+    Draining: (503, "draining"),
+    DeadlineExceeded: (504, "deadline_exceeded"),
+    EngineFailed: (500, "engine_failed"),
+}
+"""Status and code of every error that the domain and the engine raise."""
+
+_HTTP_CODES = {
+    400: "malformed",
+    404: "not_found",
+    405: "method_not_allowed",
+    406: "not_acceptable",
+    413: "body_too_large",
+    415: "unsupported_media_type",
+}
+
+
+def problem_response(
+    status: int,
+    code: str,
+    detail: str,
+    request_id: str | None,
+    headers: Mapping[str, str] | None = None,
+    **members: Any,
+) -> JSONResponse:
+    """A problem as a reply."""
+    problem = Problem(
+        type=f"urn:neuronlens:problem:{code}",
+        title=HTTPStatus(status).phrase,
+        status=status,
+        code=code,
+        detail=detail,
+        request_id=request_id,
+        **members,
+    )
+    sent = dict(headers or {})
+    if request_id:
+        sent["X-Request-ID"] = request_id
+    return JSONResponse(problem.model_dump(exclude_none=True), status, headers=sent, media_type=MEDIA_TYPE)
+
+
+def install(app: FastAPI) -> None:
+    """Make every error of `app` a problem."""
+    for kind in CODES:
+        app.add_exception_handler(kind, _domain_error)
+    app.add_exception_handler(ApiError, _api_error)
+    app.add_exception_handler(RequestValidationError, _invalid)
+    app.add_exception_handler(HTTPException, _http_error)
+    app.add_exception_handler(Exception, _unexpected)
+
+
+def documented(*codes: int) -> dict[int | str, dict[str, Any]]:
+    """The `responses` of a route: which statuses it may answer with, each a problem."""
+    content = {MEDIA_TYPE: {"schema": {"$ref": "#/components/schemas/Problem"}}}
+    always = {400, 413, 422, 500, 503}
+    return {code: {"description": HTTPStatus(code).phrase, "content": content} for code in sorted({*codes, *always})}
+
+
+def _request_id(request: Request) -> str | None:
+    return getattr(request.state, "request_id", None)
+
+
+async def _domain_error(request: Request, error: Exception) -> JSONResponse:
+    status, code = next(CODES[kind] for kind in type(error).__mro__ if kind in CODES)
+    members: dict[str, Any] = {}
+    headers: dict[str, str] = {}
+    match error:
+        case NotFitted():
+            members["fitted"] = error.fitted
+        case UnknownConcept():
+            members["known"] = error.known
+        case StaleGeneration():
+            members["generation"] = error.current
+            headers["ETag"] = f'"{error.current}"'
+        case QueueFull():
+            headers["Retry-After"] = str(max(1, round(error.retry_after)))
+    if status == 503:
+        headers["Retry-After"] = "1"
+    if status == 500:
+        logger.error("%s: %s", type(error).__name__, error)
+    return problem_response(status, code, str(error), _request_id(request), headers, **members)
+
+
+async def _api_error(request: Request, error: Exception) -> JSONResponse:
+    assert isinstance(error, ApiError)
+    return problem_response(error.status, error.code, error.detail, _request_id(request), **error.members)
+
+
+async def _invalid(request: Request, error: Exception) -> JSONResponse:
+    assert isinstance(error, RequestValidationError)
+    found = [{"loc": list(each["loc"]), "msg": each["msg"], "type": each["type"]} for each in error.errors()]
+    if any(each["type"] == "json_invalid" for each in found):
+        return problem_response(400, "malformed", "the body is not JSON", _request_id(request))
+    first = found[0]
+    where = ".".join(str(part) for part in first["loc"])
+    more = f" (and {len(found) - 1} more)" if len(found) > 1 else ""
+    detail = f"{where}: {first['msg']}{more}"
+    return problem_response(422, "invalid", detail, _request_id(request), errors=found)
+
+
+async def _http_error(request: Request, error: Exception) -> JSONResponse:
+    assert isinstance(error, HTTPException)
+    code = _HTTP_CODES.get(error.status_code, "error")
+    detail = "no such path; see /docs" if error.status_code == 404 else str(error.detail)
+    return problem_response(error.status_code, code, detail, _request_id(request), error.headers)
+
+
+async def _unexpected(request: Request, error: Exception) -> JSONResponse:
+    detail = "this is a fault of the service; its log says more under the request id"
+    logger.error("request %s failed: %s", _request_id(request), type(error).__name__)
+    return problem_response(500, "internal", detail, _request_id(request))
