@@ -9,7 +9,6 @@ from dataclasses import dataclass
 from typing import Any
 
 import redis
-import torch
 from prometheus_client import CollectorRegistry
 
 from app.cli.jobs import CorpusChoice, ModelChoice
@@ -35,7 +34,7 @@ from workers.fitting.corpus import Corpus, load_corpus, load_label_map
 from workers.fitting.fit import Fitted
 from workers.fitting.fit import fit as _fit
 from workers.models.errors import EmptyText, TextTooLong
-from workers.models.loading import LoadedModel, load_model
+from workers.models.loading import LoadedModel, load_model, use_threads
 from workers.training import TrainReport
 from workers.training import train as _train
 
@@ -94,9 +93,8 @@ def open_service(settings: Settings, model: LoadedModel | None = None) -> Iterat
             settings.name,
         )
     )
-    with connect(settings.redis_url, settings.redis_dir) as client:
-        with _serving(settings, loaded, client) as service:
-            yield service
+    with connect(settings.redis_url, settings.redis_dir) as client, _serving(settings, loaded, client) as service:
+        yield service
 
 
 @contextmanager
@@ -148,7 +146,7 @@ def train_model(
     **settings: Any,
 ) -> TrainReport:
     """Load the corpora, and train; other arguments are those of `workers.training.train`."""
-    _use_threads(threads)
+    use_threads(threads)
     learned = _corpus(data, ())
     held_out = _corpus(eval_data, learned.concepts) if eval_data else None
     tell = report
@@ -195,7 +193,7 @@ def evaluate_model(
 
 
 def _load(model: ModelChoice) -> LoadedModel:
-    _use_threads(model.threads)
+    use_threads(model.threads)
     return load_model(
         model.source,
         revision=model.revision,
@@ -216,8 +214,3 @@ def _corpus(choice: CorpusChoice, labels: tuple[str, ...]) -> Corpus:
         label_map=load_label_map(choice.label_map) if choice.label_map else None,
         max_rows=choice.max_rows,
     )
-
-
-def _use_threads(threads: int | None) -> None:
-    if threads is not None:
-        torch.set_num_threads(threads)

@@ -5,7 +5,7 @@ from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, cast
+from typing import cast
 
 import redis
 
@@ -26,7 +26,7 @@ from range_store.errors import InvalidRangeSet, NotFitted, RangeSetInUse, StoreU
 from range_store.failures import reaching_redis
 from range_store.keys import CHANGES, RANGE_SET, ModelKeys, meta_key, part_key
 from range_store.range_set import InspectLayer, Provenance, RangeSet
-from range_store.scripts import PUBLISH, PUT_PART, REMOVE
+from range_store.scripts import LIST, PUBLISH, PUT_PART, REMOVE
 
 KEPT = 10
 """Range sets kept per model, newest first; the active one is kept besides."""
@@ -55,6 +55,7 @@ class PublishedRangeSets:
         self.client = client
         self.model = model
         self.keys = ModelKeys(model)
+        self._list = client.register_script(LIST)
         self._put_part = client.register_script(PUT_PART)
         self._publish = client.register_script(PUBLISH)
         self._remove = client.register_script(REMOVE)
@@ -94,17 +95,12 @@ class PublishedRangeSets:
             InvalidRangeSet: one of them is corrupt; names it.
         """
         with reaching_redis():
-            listed: Any = self.client.zrevrange(self.keys.range_sets, 0, -1, withscores=True)
-            ids = [id_.decode(errors="replace") for id_, _ in listed]
-            metas = cast(list[bytes | None], self.client.mget([meta_key(id_) for id_ in ids])) if ids else []
-            active = self._active_id()
+            listed = cast(list[list[bytes]], self._list([self.keys.range_sets], [RANGE_SET]))
+        active = self._active_id()
         found = []
-        for id_, (_, score), data in zip(ids, listed, metas, strict=True):
-            if data is None:
-                if self._is_listed(id_):
-                    raise InvalidRangeSet(f"range set {id_} has lost its meta data: remove it")
-                continue  # removed since we read the list
-            found.append(Published(id_, score, id_ == active, decode_meta(data, id_).provenance))
+        for id_, score, data in ((each.decode(errors="replace"), float(score), data) for each, score, data in listed):
+            meta = decode_meta(_present(data or None, id_, "meta"), id_)
+            found.append(Published(id_, score, id_ == active, meta.provenance))
         return tuple(found)
 
     def provenance(self, id_: str) -> Provenance:
@@ -181,16 +177,7 @@ class PublishedRangeSets:
         return json.dumps({"model": self.model})
 
     def _meta(self, id_: str) -> Meta:
-        with reaching_redis():
-            pipeline = self.client.pipeline(transaction=True)
-            pipeline.zscore(self.keys.range_sets, id_)
-            pipeline.get(meta_key(id_))
-            score, data = pipeline.execute()
-        if score is None:
-            raise UnknownRangeSet(id_)
-        if data is None:
-            raise InvalidRangeSet(f"range set {id_} has lost its meta data: remove it")
-        return decode_meta(data, id_)
+        return decode_meta(self._parts(id_, ["meta"])[0], id_)
 
     def _stored_meta(self, meta: Meta) -> bytes | None:
         """Sound meta data of the same contents: date and library versions of the first publication stand."""
@@ -203,18 +190,22 @@ class PublishedRangeSets:
         return None
 
     def _parts(self, id_: str, names: Sequence[str]) -> Sequence[bytes]:
+        """Stored bytes by name, read in one step: what is missing although it is listed is lost, not just removed."""
         with reaching_redis():
-            found = cast(list[bytes], self.client.mget([part_key(id_, name) for name in names]) if names else [])
-        for name, data in zip(names, found, strict=True):
-            if data is None:
-                if self._is_listed(id_):
-                    raise InvalidRangeSet(f"range set {id_} has lost its {name}: remove it, or publish it again")
-                raise UnknownRangeSet(id_)  # removed while we read it
-        return found
-
-    def _is_listed(self, id_: str) -> bool:
-        with reaching_redis():
-            return self.client.zscore(self.keys.range_sets, id_) is not None
+            pipeline = self.client.pipeline(transaction=True)
+            pipeline.zscore(self.keys.range_sets, id_)
+            for name in names:
+                pipeline.get(part_key(id_, name))
+            score, *found = pipeline.execute()
+        if score is None:
+            raise UnknownRangeSet(id_)
+        return [_present(data, id_, name) for name, data in zip(names, found, strict=True)]
 
     def _active_id(self) -> str | None:
         raise NotImplementedError
+
+
+def _present(data: bytes | None, id_: str, name: str) -> bytes:
+    if data is None:
+        raise InvalidRangeSet(f"range set {id_} has lost its {name}: remove it, or publish it again")
+    return data

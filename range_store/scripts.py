@@ -25,6 +25,16 @@ local function let_go(model, range_sets, prefix, id)
 end
 """
 
+LIST = """
+-- KEYS: range sets. ARGV: prefix. Gives id, time and meta data ('' if lost) of each, newest first.
+local found = {}
+local listed = redis.call('ZREVRANGE', KEYS[1], 0, -1, 'WITHSCORES')
+for i = 1, #listed, 2 do
+  found[#found + 1] = {listed[i], listed[i + 1], redis.call('GET', ARGV[1] .. listed[i] .. ':meta') or ''}
+end
+return found
+"""
+
 PUT_PART = """
 -- KEYS: part. ARGV: bytes, seconds that it lasts unless published.
 -- A part that is there already is repaired if it differs, and never given an end if it is published.

@@ -16,12 +16,10 @@ from app.cli import erase, ranges
 from app.cli.console import error_line, say
 from app.cli.demo import demo
 from app.cli.evaluate import evaluate
-from app.cli.exits import MEANINGS, exit_code_of
+from app.cli.exits import EPILOG, exit_code_of
 from app.cli.fit import fit
 from app.cli.serve import serve
 from app.cli.train import train
-
-EPILOG = "Exit codes: " + " · ".join(f"{code} {meaning}" for code, meaning in MEANINGS.items()) + "."
 
 app = typer.Typer(
     name="neuronlens",
@@ -33,8 +31,8 @@ app = typer.Typer(
 )
 for command in (demo, serve, fit, evaluate, train):
     app.command(epilog=EPILOG)(command)
-app.add_typer(ranges.app, name="ranges", epilog=EPILOG)
-app.add_typer(erase.app, name="erase", epilog=EPILOG)
+app.add_typer(ranges.app, name="ranges")
+app.add_typer(erase.app, name="erase")
 
 
 def _version(wanted: bool) -> None:
@@ -63,9 +61,10 @@ def run(arguments: Sequence[str] | None = None) -> int:
     try:
         result = app(args=arguments, prog_name="neuronlens", standalone_mode=False)
     except typer.TyperException as error:
-        message = error.format_message()
-        if message.strip():
-            error_line(message)
+        # without arguments, help was printed already, and the message is empty
+        if message := error.format_message().strip():
+            context = getattr(error, "ctx", None)
+            error_line(message.rstrip(".") + (f"; see `{context.command_path} --help`" if context else ""))
         return error.exit_code
     except (Exception, KeyboardInterrupt) as error:
         code = exit_code_of(error)

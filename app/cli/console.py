@@ -110,7 +110,8 @@ def progress(unit: str) -> Iterator[Report]:
             if what not in tasks:
                 for earlier in tasks.values():
                     bars.stop_task(earlier)
-                tasks[what] = bars.add_task(escape(what), total=total or None)
+                # what an earlier run had done must not count as speed
+                tasks[what] = bars.add_task(escape(what), total=total or None, completed=done)
             bars.update(tasks[what], completed=done, total=total or None)
 
         yield report
@@ -127,7 +128,13 @@ class _CountColumn(ProgressColumn):
         if task.total is None:
             return Text("")
         speed = task.finished_speed or task.speed
-        rate = f" · {speed:,.0f} {self._unit}/s" if speed and speed >= 10 else f" · {speed:.1f} {self._unit}/s" if speed else ""
+        rate = (
+            f" · {speed:,.0f} {self._unit}/s"
+            if speed and speed >= 10
+            else f" · {speed:.1f} {self._unit}/s"
+            if speed
+            else ""
+        )
         return Text(f"{task.completed:,.0f}/{task.total:,.0f} {self._unit}{rate}", style="progress.download")
 
 

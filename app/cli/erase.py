@@ -11,16 +11,18 @@ from app.cli import options
 from app.cli.clock import duration, moment, until
 from app.cli.console import hint, print_json, say, table
 from app.cli.control import control_of
-from app.cli.exits import USAGE, CommandError
+from app.cli.exits import EPILOG, USAGE, CommandError
 from range_store.erasure import Damp, Erasure, Replacement
 from range_store.live import LiveErasure, LiveState
 
-app = typer.Typer(help="Live erasures: switch concepts off in answers while traffic flows.", no_args_is_help=True)
+app = typer.Typer(
+    help="Live erasures: switch concepts off in answers while traffic flows.", epilog=EPILOG, no_args_is_help=True
+)
 
 Concept = Annotated[str, typer.Argument(metavar="CONCEPT", help="A concept of the active range set.")]
 
 
-@app.command("list")
+@app.command("list", epilog=EPILOG)
 def list_(
     url: options.Url = None,
     name: options.ServedName = None,
@@ -34,11 +36,13 @@ def list_(
     _print(state, as_json)
 
 
-@app.command()
+@app.command(epilog=EPILOG)
 def on(
     concept: Concept,
     method: Annotated[Literal["range", "neuron"], typer.Option("--method", help="Mask ranges, or neurons.")] = "range",
-    tau: Annotated[float, typer.Option("--tau", min=0.0, help="Half-width of the ranges, in standard deviations.")] = 2.5,
+    tau: Annotated[
+        float, typer.Option("--tau", min=0.0, help="Half-width of the ranges, in standard deviations.")
+    ] = 2.5,
     top_fraction: Annotated[str, typer.Option("--top-fraction", help="Share of the neurons, in (0, 1].")] = "0.3",
     ranking: Annotated[
         Literal["max", "probeless", "selectivity"], typer.Option("--ranking", help="How neurons are ranked.")
@@ -88,7 +92,7 @@ def on(
         hint(f"undo: neuronlens erase off {shlex.quote(concept)}")
 
 
-@app.command()
+@app.command(epilog=EPILOG)
 def off(
     concept: Annotated[str | None, typer.Argument(metavar="CONCEPT", help="A concept that is erased.")] = None,
     everything: Annotated[bool, typer.Option("--all", help="Switch all erasures off, in one step.")] = False,
@@ -122,7 +126,20 @@ def _print(state: LiveState, as_json: bool, headline: str = "") -> None:
     if not erasures:
         say("nothing is erased" if state.range_set else "no range set is active: nothing can be erased")
         return
-    columns = ("concept", "method", "τ", "top", "ranking", "layers", "replacement", "enforced", "expires", "since", "by", "reason")
+    columns = (
+        "concept",
+        "method",
+        "τ",
+        "top",
+        "ranking",
+        "layers",
+        "replacement",
+        "enforced",
+        "expires",
+        "since",
+        "by",
+        "reason",
+    )
     table(columns, [_row(each) for each in erasures])
 
 

@@ -8,7 +8,8 @@ import typer
 
 from app.cli import options
 from app.cli.console import hint, print_json, progress, table
-from app.cli.jobs import CorpusChoice, ModelChoice, read_label_map
+from app.cli.jobs import CorpusChoice, ModelChoice
+from app.cli.stores import settings_with
 from range_store.erasure import RANKINGS
 
 METHODS = ("neuron", "range")
@@ -36,10 +37,10 @@ def evaluate(
     max_test_rows: Annotated[int | None, typer.Option("--max-test-rows", min=1, help="Rows of --test-data.")] = None,
     batch_tokens: options.BatchTokens = 4096,
     revision: options.Revision = None,
-    device: options.Device = "auto",
-    dtype: options.DType = "auto",
+    device: options.Device = None,
+    dtype: options.DType = None,
     threads: options.Threads = None,
-    allow_pickle: options.AllowPickle = False,
+    allow_pickle: options.AllowPickle = None,
     as_json: options.AsJson = False,
 ) -> None:
     """Measure erasures: per concept, what they take from its texts and from all others.
@@ -47,7 +48,6 @@ def evaluate(
     Fits on --data and measures on --test-data, for every combination of the comma lists. Writes results.json (one row
     per setting and target, and their mean) and run.json (every choice made). Nothing is published.
     """
-    names = read_label_map(label_map)
     methods = options.choices(method, "--method", METHODS)
     rankings = options.choices(ranking, "--ranking", RANKINGS)
     fractions, taus, layers = options.fractions(top_fraction), options.taus(tau), options.layers(layer)
@@ -55,13 +55,17 @@ def evaluate(
     replace = options.replacement(replacement)
     if out.exists() and not out.is_dir():
         raise typer.BadParameter(f"{out} is a file, not a directory", param_hint="--out")
-    from app.wiring import evaluate_model  # here, because it loads torch
-
+    settings = settings_with(
+        model=model, revision=revision, device=device, dtype=dtype, threads=threads, allow_pickle=allow_pickle
+    )
     with progress("rows") as report:
+        report("loading the model", 0, 0)
+        from app.wiring import evaluate_model  # here, because it loads torch
+
         evaluation = evaluate_model(
-            ModelChoice(model, revision, device, dtype, threads, allow_pickle),
-            CorpusChoice(data, split, text_field, label_field, names, max_rows),
-            CorpusChoice(test_data, test_split, text_field, label_field, names, max_test_rows),
+            ModelChoice.of(settings),
+            CorpusChoice(data, split, text_field, label_field, label_map, max_rows),
+            CorpusChoice(test_data, test_split, text_field, label_field, label_map, max_test_rows),
             out,
             methods=methods,
             rankings=rankings,

@@ -17,6 +17,8 @@ MEANINGS: Final = {
     CONFLICT: "not found, or in conflict with what is there",
     INTERRUPTED: "interrupted",
 }
+
+EPILOG: Final = "Exit codes: " + " · ".join(f"{code} {meaning}" for code, meaning in MEANINGS.items()) + "."
 """Printed below every --help."""
 
 EXIT_CODES: Final = {
@@ -28,8 +30,7 @@ EXIT_CODES: Final = {
     "workers.models.errors.ModelError": USAGE,
     "workers.fitting.corpus.CorpusError": USAGE,
     "workers.fitting.fit.FitCancelled": INTERRUPTED,
-    "workers.fitting.fit.FitError": USAGE,
-    "workers.training.TrainError": USAGE,
+    "workers.training.TrainingCancelled": INTERRUPTED,
     "workers.evaluation.evaluate.EvaluationError": USAGE,
     "workers.evaluation.evaluate.EvaluationCancelled": INTERRUPTED,
     "workers.demo.minilm.DemoError": FAILED,

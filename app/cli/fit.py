@@ -6,11 +6,13 @@ from typing import Annotated
 import typer
 
 from app.cli import options
-from app.cli.console import hint, print_json, progress, say, stderr, table
+from app.cli.console import hint, print_json, progress, say, table
 from app.cli.exits import INTERRUPTED
-from app.cli.jobs import CorpusChoice, ModelChoice, read_label_map
+from app.cli.jobs import CorpusChoice, ModelChoice
 from app.cli.stores import operator, settings_with, store_of
 from range_store.erasure import RANKINGS
+from range_store.errors import RangeStoreError
+from range_store.store import RangeStore
 
 
 def fit(
@@ -22,17 +24,15 @@ def fit(
     label_map: options.LabelMap = None,
     max_rows: options.MaxRows = None,
     layer: options.Layer = "-1",
-    ranking: Annotated[
-        str, typer.Option("--ranking", help=f"Out of {', '.join(RANKINGS)}.")
-    ] = ",".join(RANKINGS),
+    ranking: Annotated[str, typer.Option("--ranking", help=f"Out of {', '.join(RANKINGS)}.")] = ",".join(RANKINGS),
     bins: Annotated[int, typer.Option("--bins", min=1, help="Bins of each neuron's histogram.")] = 512,
     name: options.Name = None,
     activate: Annotated[bool, typer.Option("--activate", help="Make it the range set that erasures use.")] = False,
     revision: options.Revision = None,
-    device: options.Device = "auto",
-    dtype: options.DType = "auto",
+    device: options.Device = None,
+    dtype: options.DType = None,
     threads: options.Threads = None,
-    allow_pickle: options.AllowPickle = False,
+    allow_pickle: options.AllowPickle = None,
     batch_tokens: options.BatchTokens = 4096,
     redis_url: options.RedisUrl = None,
     data_dir: options.DataDir = None,
@@ -42,19 +42,29 @@ def fit(
 
     The range set is published whole or not at all. A fit that was stopped resumes when it is started again.
     """
-    chosen = ModelChoice(model, revision, device, dtype, threads, allow_pickle, name)
-    corpus = CorpusChoice(data, split, text_field, label_field, read_label_map(label_map), max_rows)
+    corpus = CorpusChoice(data, split, text_field, label_field, label_map, max_rows)
     rankings = options.choices(ranking, "--ranking", RANKINGS)
     layers = options.layers(layer)
-    settings = settings_with(redis_url=redis_url, data_dir=data_dir)
-    with store_of(settings, chosen.served_name) as store:
+    settings = settings_with(
+        redis_url=redis_url,
+        data_dir=data_dir,
+        model=model,
+        revision=revision,
+        name=name,
+        device=device,
+        dtype=dtype,
+        threads=threads,
+        allow_pickle=allow_pickle,
+    )
+    with store_of(settings, None) as store:
         store.peek()  # a store that is away should be known before the work, not after it
-        from app.wiring import fit_corpus  # here, because it loads torch
-
         try:
             with progress("rows") as report:
-                range_set, inspect = fit_corpus(
-                    chosen,
+                report("loading the model", 0, 0)
+                from app.wiring import fit_corpus  # here, because it loads torch
+
+                fitted = fit_corpus(
+                    ModelChoice.of(settings),
                     corpus,
                     layers=layers,
                     rankings=rankings,
@@ -64,29 +74,39 @@ def fit(
                     report=report,
                 )
         except KeyboardInterrupt:
-            stderr().print("interrupted: the same command resumes where this fit stopped", soft_wrap=True)
+            hint("interrupted: the same command resumes from the last checkpoint")
             raise typer.Exit(INTERRUPTED) from None
-        published = store.publish(range_set, inspect)
-        generation = store.activate(published, by=operator(), reason="fit").generation if activate else None
-    identity = range_set.provenance.corpus
+        published = store.publish(fitted.range_set, fitted.inspect)
+        fitted.discard_checkpoint()
+        generation = _activate(store, published) if activate else None
+    provenance = fitted.range_set.provenance
     if as_json:
         print_json(
             {
                 "id": published,
-                "model": chosen.served_name,
+                "model": store.model,
                 "activated": activate,
                 "generation": generation,
-                "rows": identity.rows,
-                "truncated": identity.truncated,
-                "layers": list(range_set.provenance.settings.layers),
-                "rankings": list(range_set.provenance.settings.rankings),
-                "counts": identity.counts,
+                "rows": provenance.corpus.rows,
+                "truncated": provenance.corpus.truncated,
+                "layers": list(provenance.settings.layers),
+                "rankings": list(provenance.settings.rankings),
+                "counts": provenance.corpus.counts,
             }
         )
         return
-    table(("concept", "texts"), list(identity.counts.items()))
-    say(f"range set {published} of {chosen.served_name}" + (", active" if activate else ""))
+    table(("concept", "texts"), list(provenance.corpus.counts.items()))
+    say(f"range set {published} of {store.model}" + (", active" if activate else ""))
     if activate:
         hint(f"next: neuronlens serve --model {shlex.quote(model)}" + (f" --name {shlex.quote(name)}" if name else ""))
     else:
-        hint(f"next: neuronlens ranges activate {published} --name {shlex.quote(chosen.served_name)}")
+        hint(f"next: neuronlens ranges activate {published} --name {shlex.quote(store.model)}")
+
+
+def _activate(store: RangeStore, published: str) -> str:
+    """Activate, and give the generation that it made."""
+    try:
+        return store.activate(published, by=operator(), reason="fit").generation
+    except RangeStoreError:
+        hint(f"range set {published} is published, but not active: neuronlens ranges activate {published} --force")
+        raise

@@ -1,12 +1,11 @@
-"""What a job works on: the same choices for `fit`, `train` and `evaluate`."""
+"""What a job works on: the same choices for `fit`, `train`, `evaluate` and `serve`. `app.wiring` takes them."""
 
-import json
-from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import TYPE_CHECKING, Literal, Self
 
-import typer
+if TYPE_CHECKING:
+    from app.settings import Settings
 
 
 @dataclass(frozen=True)
@@ -21,6 +20,20 @@ class ModelChoice:
     allow_pickle: bool = False
     name: str | None = None
 
+    @classmethod
+    def of(cls, settings: "Settings") -> Self:
+        """The model of the settings, which must name one."""
+        assert settings.model is not None
+        return cls(
+            settings.model,
+            settings.revision,
+            settings.device,
+            settings.dtype,
+            settings.threads,
+            settings.allow_pickle,
+            settings.name,
+        )
+
     @property
     def served_name(self) -> str:
         """What the model is called in the store."""
@@ -29,32 +42,11 @@ class ModelChoice:
 
 @dataclass(frozen=True)
 class CorpusChoice:
-    """Which labelled texts to read: a file, or a data set on the hub and its split."""
+    """Which labelled texts to read: a file, or a data set on the hub and its split. `label_map`: a JSON file."""
 
     source: str
     split: str | None = None
     text_field: str = "text"
     label_field: str = "label"
-    label_map: Mapping[str, str] | None = None
+    label_map: Path | None = None
     max_rows: int | None = None
-
-
-def read_label_map(path: Path | None) -> dict[str, str] | None:
-    """The label map in a JSON file.
-
-    Raises:
-        typer.BadParameter: the file cannot be read, or is not an object of strings.
-    """
-    if path is None:
-        return None
-    try:
-        found = json.loads(path.read_text("utf-8"))
-    except OSError as error:
-        raise typer.BadParameter(f"cannot read {path}: {error.strerror}", param_hint="--label-map") from None
-    except ValueError as error:
-        raise typer.BadParameter(f"{path} is no JSON: {error}", param_hint="--label-map") from None
-    if not isinstance(found, dict) or not all(isinstance(value, str) for value in found.values()):
-        raise typer.BadParameter(
-            f'{path} must hold an object like {{"neg": "negative"}}', param_hint="--label-map"
-        )
-    return found

@@ -10,50 +10,126 @@ import typer
 
 from range_store.erasure import Damp, Replacement
 
-Model = Annotated[str, typer.Option("--model", help="Checkpoint: a directory, or a name on the hub.")]
-Revision = Annotated[str | None, typer.Option("--revision", help="Branch, tag or commit of a model on the hub.")]
+MODEL_PANEL, DATA_PANEL, STORE_PANEL = "Model", "Data", "Store"
+"""Under which heading of --help an option stands."""
+
+Model = Annotated[
+    str, typer.Option("--model", help="Checkpoint: a directory, or a name on the hub.", rich_help_panel=MODEL_PANEL)
+]
+Revision = Annotated[
+    str | None,
+    typer.Option("--revision", help="Branch, tag or commit of a model on the hub.", rich_help_panel=MODEL_PANEL),
+]
 Name = Annotated[
     str | None,
-    typer.Option("--name", help="What the model is called when served. Default: the last part of its path."),
+    typer.Option(
+        "--name",
+        help="What the model is called. Default: NEURONLENS_NAME, else the last part of its path.",
+        rich_help_panel=MODEL_PANEL,
+    ),
 ]
-Device = Annotated[str, typer.Option("--device", help="cpu, cuda, cuda:1, …; auto takes a GPU where there is one.")]
+Device = Annotated[
+    str | None,
+    typer.Option(
+        "--device",
+        help="cpu, cuda, cuda:1, …. Default: NEURONLENS_DEVICE, else a GPU where there is one.",
+        rich_help_panel=MODEL_PANEL,
+    ),
+]
 DType = Annotated[
-    Literal["auto", "float32", "bfloat16", "float16"],
-    typer.Option("--dtype", help="Arithmetic of the model; auto is float32 on the CPU, else the checkpoint's own."),
+    Literal["auto", "float32", "bfloat16", "float16"] | None,
+    typer.Option(
+        "--dtype",
+        help="Default: NEURONLENS_DTYPE, else auto: float32 on the CPU, elsewhere the checkpoint's own.",
+        rich_help_panel=MODEL_PANEL,
+    ),
 ]
-Threads = Annotated[int | None, typer.Option("--threads", min=1, help="CPU threads. Default: torch's choice.")]
+Threads = Annotated[
+    int | None,
+    typer.Option(
+        "--threads",
+        min=1,
+        help="CPU threads. Default: NEURONLENS_THREADS, else torch's choice.",
+        rich_help_panel=MODEL_PANEL,
+    ),
+]
 AllowPickle = Annotated[
-    bool,
-    typer.Option("--allow-pickle", help="Accept pickled weights. They can run code: only from where you trust."),
+    bool | None,
+    typer.Option(
+        "--allow-pickle",
+        help="Accept pickled weights. They can run code: only from where you trust.",
+        rich_help_panel=MODEL_PANEL,
+    ),
 ]
 RedisUrl = Annotated[
     str | None,
     typer.Option(
         "--redis-url",
-        help="redis://, rediss:// or unix://. Default: NEURONLENS_REDIS_URL, else a private Redis in the data directory.",
+        help="redis://, rediss:// or unix://. Default: NEURONLENS_REDIS_URL, else a private Redis in --data-dir.",
+        rich_help_panel=STORE_PANEL,
     ),
 ]
 DataDir = Annotated[
-    Path | None, typer.Option("--data-dir", help="Where state is kept. Default: NEURONLENS_DATA_DIR, else per user.")
+    Path | None,
+    typer.Option(
+        "--data-dir",
+        help="Where state is kept. Default: NEURONLENS_DATA_DIR, else per user.",
+        rich_help_panel=STORE_PANEL,
+    ),
 ]
-Data = Annotated[str, typer.Option("--data", help="JSONL, CSV or Parquet file, or the name of a data set on the hub.")]
-Split = Annotated[str | None, typer.Option("--split", help="Split of a data set on the hub.")]
-TextField = Annotated[str, typer.Option("--text-field", help="Field that holds the text.")]
-LabelField = Annotated[str, typer.Option("--label-field", help="Field that holds the label.")]
+Data = Annotated[
+    str,
+    typer.Option(
+        "--data", help="JSONL, CSV or Parquet file, or the name of a data set on the hub.", rich_help_panel=DATA_PANEL
+    ),
+]
+Split = Annotated[
+    str | None, typer.Option("--split", help="Split of a data set on the hub.", rich_help_panel=DATA_PANEL)
+]
+TextField = Annotated[str, typer.Option("--text-field", help="Field that holds the text.", rich_help_panel=DATA_PANEL)]
+LabelField = Annotated[
+    str, typer.Option("--label-field", help="Field that holds the label.", rich_help_panel=DATA_PANEL)
+]
 LabelMap = Annotated[
     Path | None,
-    typer.Option("--label-map", help='JSON file {"name in the data": "name in the model"}, for names that differ.'),
+    typer.Option(
+        "--label-map",
+        help='JSON file {"name in the data": "name in the model"}, for names that differ.',
+        rich_help_panel=DATA_PANEL,
+    ),
 ]
-MaxRows = Annotated[int | None, typer.Option("--max-rows", min=1, help="Use the first so many rows.")]
+MaxRows = Annotated[
+    int | None,
+    typer.Option(
+        "--max-rows", min=1, help="Use so many rows, drawn at random, always the same.", rich_help_panel=DATA_PANEL
+    ),
+]
 Layer = Annotated[str, typer.Option("--layer", help="Blocks: -1 (the last), 4,5 or all. Negative ones from the end.")]
 BatchTokens = Annotated[
-    int, typer.Option("--batch-tokens", min=1, help="Padded tokens of one batch: more is faster, and takes more memory.")
+    int,
+    typer.Option(
+        "--batch-tokens",
+        min=1,
+        help="Padded tokens of one batch: more is faster, and takes more memory.",
+        rich_help_panel=MODEL_PANEL,
+    ),
 ]
 Url = Annotated[
     str | None,
-    typer.Option("--url", help="A running server, like http://127.0.0.1:8000. Default: NEURONLENS_URL, else the store."),
+    typer.Option(
+        "--url",
+        help="A running server, like http://127.0.0.1:8000. Default: NEURONLENS_URL, else the store.",
+        rich_help_panel=STORE_PANEL,
+    ),
 ]
-ServedName = Annotated[str | None, typer.Option("--name", help="The model's served name. Default: the only one.")]
+ServedName = Annotated[
+    str | None,
+    typer.Option(
+        "--name",
+        help="The model's served name. Default: NEURONLENS_NAME, else the only one.",
+        rich_help_panel=STORE_PANEL,
+    ),
+]
 IfMatch = Annotated[
     str | None, typer.Option("--if-match", help="Change nothing unless the live state is at this generation.")
 ]

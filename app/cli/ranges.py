@@ -10,15 +10,17 @@ from app.cli import options
 from app.cli.clock import moment
 from app.cli.console import hint, print_json, say, table
 from app.cli.control import control_of, find_range_set, store_only
-from app.cli.exits import CONFLICT, USAGE, CommandError
+from app.cli.exits import CONFLICT, EPILOG, USAGE, CommandError
 from range_store.published import Published
 
-app = typer.Typer(help="Published range sets: list, look into, activate, move between stores.", no_args_is_help=True)
+app = typer.Typer(
+    help="Published range sets: list, look into, activate, move between stores.", epilog=EPILOG, no_args_is_help=True
+)
 
 RangeSetId = Annotated[str, typer.Argument(metavar="ID", help="Id of a range set, or its first characters.")]
 
 
-@app.command("list")
+@app.command("list", epilog=EPILOG)
 def list_(
     url: options.Url = None,
     name: options.ServedName = None,
@@ -38,7 +40,7 @@ def list_(
         table(columns, [_row(each) for each in found])
 
 
-@app.command()
+@app.command(epilog=EPILOG)
 def show(
     id_: RangeSetId,
     url: options.Url = None,
@@ -73,7 +75,7 @@ def show(
     table(("concept", "texts"), list(corpus.counts.items()))
 
 
-@app.command()
+@app.command(epilog=EPILOG)
 def activate(
     id_: RangeSetId,
     force: Annotated[bool, typer.Option("--force", help="Drop live erasures that it cannot serve.")] = False,
@@ -98,7 +100,7 @@ def activate(
         say(f"no longer erased: {', '.join(dropped)}")
 
 
-@app.command()
+@app.command(epilog=EPILOG)
 def export(
     id_: RangeSetId,
     out: Annotated[Path, typer.Option("--out", help="File to write, .safetensors.")],
@@ -124,7 +126,7 @@ def export(
         say(f"range set {found.id} written to {out}")
 
 
-@app.command("import")
+@app.command("import", epilog=EPILOG)
 def import_(
     file: Annotated[Path, typer.Argument(help="File that `ranges export` wrote.")],
     url: options.Url = None,
@@ -149,7 +151,7 @@ def import_(
     hint(f"next: neuronlens ranges activate {published} --name {shlex.quote(model)}")
 
 
-@app.command()
+@app.command(epilog=EPILOG)
 def remove(
     id_: RangeSetId,
     url: options.Url = None,

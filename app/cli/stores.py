@@ -3,10 +3,10 @@
 import getpass
 from collections.abc import Iterator
 from contextlib import contextmanager
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from app.cli.exits import CONFLICT, USAGE, CommandError
+from app.cli.jobs import ModelChoice
 
 if TYPE_CHECKING:
     from app.settings import Settings
@@ -34,7 +34,7 @@ def settings_with(**overrides: Any) -> "Settings":
 
 @contextmanager
 def store_of(settings: "Settings", name: str | None) -> Iterator["RangeStore"]:
-    """The store of one served model; without a name, of the only one that has range sets.
+    """The store of one served model: of that name, else of the settings', else of the only one that has range sets.
 
     Raises:
         CommandError: no name was given, and there is not exactly one model with range sets.
@@ -44,7 +44,11 @@ def store_of(settings: "Settings", name: str | None) -> Iterator["RangeStore"]:
     from range_store.store import RangeStore
 
     with connect(settings.redis_url, settings.redis_dir) as client:
-        yield RangeStore(client, name or _only_model(client))
+        yield RangeStore(client, name or _named(settings) or _only_model(client))
+
+
+def _named(settings: "Settings") -> str | None:
+    return ModelChoice.of(settings).served_name if settings.model else settings.name
 
 
 def _only_model(client: Any) -> str:
@@ -55,7 +59,9 @@ def _only_model(client: Any) -> str:
     with reaching_redis():
         found = sorted(key.decode().removeprefix(prefix) for key in client.scan_iter(f"{prefix}*"))
     if not found:
-        raise CommandError("no model has range sets here: fit one with `neuronlens fit`, or name it with --name", CONFLICT)
+        raise CommandError(
+            "no model has range sets here: fit one with `neuronlens fit`, or name it with --name", CONFLICT
+        )
     if len(found) > 1:
         raise CommandError(f"several models have range sets: choose one with --name: {', '.join(found)}", USAGE)
     return str(found[0])
@@ -67,10 +73,3 @@ def operator() -> str:
         return f"cli:{getpass.getuser()}"
     except (OSError, KeyError):  # a user id without a name, as containers have
         return "cli"
-
-
-def readable(path: Path) -> Path:
-    """Raises CommandError unless `path` is a file."""
-    if not path.is_file():
-        raise CommandError(f"no such file: {path}", USAGE)
-    return path

@@ -1,5 +1,6 @@
 """`neuronlens train`: fine-tune a sequence classifier."""
 
+import shlex
 from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated
@@ -8,7 +9,8 @@ import typer
 
 from app.cli import options
 from app.cli.console import hint, print_json, progress, say
-from app.cli.jobs import CorpusChoice, read_label_map
+from app.cli.jobs import CorpusChoice
+from app.cli.stores import settings_with
 
 
 def train(
@@ -36,14 +38,16 @@ def train(
 
     Its labels are those of the data. The result is a checkpoint that serve, fit and evaluate load.
     """
-    names = read_label_map(label_map)
-    learned = CorpusChoice(data, split, text_field, label_field, names, max_rows)
-    held_out = CorpusChoice(eval_data, eval_split, text_field, label_field, names, max_eval_rows) if eval_data else None
+    learned = CorpusChoice(data, split, text_field, label_field, label_map, max_rows)
+    held_out = (
+        CorpusChoice(eval_data, eval_split, text_field, label_field, label_map, max_eval_rows) if eval_data else None
+    )
     if out.exists() and not out.is_dir():
         raise typer.BadParameter(f"{out} is a file, not a directory", param_hint="--out")
-    from app.wiring import train_model  # here, because it loads torch
-
     with progress("steps") as report:
+        report("loading model and data", 0, 0)
+        from app.wiring import train_model  # here, because it loads torch
+
         trained = train_model(
             base,
             learned,
@@ -54,12 +58,14 @@ def train(
             batch_size=batch_size,
             max_length=max_length,
             seed=seed,
-            threads=threads,
+            threads=settings_with(threads=threads).threads,
             overwrite=overwrite,
             report=report,
         )
     if as_json:
-        print_json(asdict(trained))
+        print_json({**asdict(trained), "out": str(trained.out)})
         return
-    say(str(trained))
-    hint(f"next: neuronlens fit --model {out} --data {data} --activate")
+    accuracy = "" if trained.accuracy is None else f", accuracy {trained.accuracy:.3f} on {eval_data}"
+    say(f"{out}: trained on {trained.rows} rows for {len(trained.labels)} labels in {trained.seconds:.0f} s{accuracy}")
+    say(f"labels: {', '.join(trained.labels)}")
+    hint(f"next: neuronlens fit --model {shlex.quote(str(out))} --data {shlex.quote(data)} --activate")

@@ -1,19 +1,11 @@
-"""A real Redis for the whole session, a fresh model name for every test."""
+"""A fresh model name for every test, on the session's Redis."""
 
 import uuid
-from collections.abc import Iterator
 
 import pytest
 import redis
 
-from range_store.embedded import connect
 from range_store.store import RangeStore
-
-
-@pytest.fixture(scope="session")
-def redis_client(tmp_path_factory: pytest.TempPathFactory) -> Iterator[redis.Redis]:
-    with connect(None, tmp_path_factory.mktemp("redis")) as client:
-        yield client
 
 
 @pytest.fixture

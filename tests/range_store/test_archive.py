@@ -1,5 +1,6 @@
 """A whole range set as one file: any byte of it that is not as written is refused."""
 
+import json
 import struct
 from pathlib import Path
 
@@ -83,16 +84,35 @@ def test_a_foreign_safetensors_file_is_refused() -> None:
             decode_archive(safetensors.numpy.save(tensors, metadata))
 
 
+def test_a_file_that_says_the_same_in_other_words_is_refused() -> None:
+    """Else a changed byte could go unseen: white space, order of keys, a key twice."""
+    header = json.loads(FILE[8:HEADER])
+    entry = header["__metadata__"][ENTRY]
+    loose = {**header, "__metadata__": {ENTRY: json.dumps(json.loads(entry))}}
+    twice = json.dumps(header, separators=(",", ":"))
+    for text in (
+        json.dumps(header),
+        json.dumps(header, separators=(",", ":"), indent=1),
+        json.dumps(loose, separators=(",", ":")),
+        twice[:-1] + ',"__metadata__":' + json.dumps(header["__metadata__"], separators=(",", ":")) + "}",
+        FILE[8:HEADER].decode().rstrip() + "\n" * 8,
+        FILE[8:HEADER].decode() + " " * 8,
+    ):
+        padded = text.encode() + b" " * (-len(text.encode()) % 8)
+        with pytest.raises(InvalidRangeSet):
+            decode_archive(struct.pack("<Q", len(padded)) + padded + FILE[HEADER:])
+
+
 def test_arrays_that_do_not_belong_or_are_missing_are_refused() -> None:
     from range_store.archive import _read_entry
 
     entry = {ENTRY: _read_entry(FILE).model_dump_json()}
     tensors = safetensors.numpy.load(FILE)
     assert decode_archive(to_safetensors(tensors, entry))[0].id == RANGE_SET.id
-    with pytest.raises(InvalidRangeSet, match="do not belong: layer.9.x"):
+    with pytest.raises(InvalidRangeSet, match=r"do not belong: layer\.9\.x"):
         decode_archive(to_safetensors({**tensors, "layer.9.x": np.zeros(1)}, entry))
     del tensors["layer.1.serve.mean"]
-    with pytest.raises(InvalidRangeSet, match="missing.*mean"):
+    with pytest.raises(InvalidRangeSet, match=r"missing.*mean"):
         decode_archive(to_safetensors(tensors, entry))
 
 

@@ -19,8 +19,8 @@ from workers.training import train
 NAME = "demo-news"
 CORPUS = Path(__file__).parent / "corpus"
 CONCEPTS = ("World", "Sports", "Business", "SciTech")
-EPOCHS = 5
-LEARNING_RATE = 1e-4
+EPOCHS = 2
+LEARNING_RATE = 5e-5
 SEED = 0
 
 Report = Callable[[str, int, int], None]

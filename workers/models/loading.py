@@ -43,6 +43,12 @@ class LoadedModel:
     source: str
 
 
+def use_threads(threads: int | None) -> None:
+    """Let torch use so many threads on the CPU; None: as many as it takes by itself."""
+    if threads is not None:
+        torch.set_num_threads(threads)
+
+
 def load_model(
     source: str,
     *,

@@ -1,0 +1,124 @@
+"""Listening for `serve` and `demo`: a socket bound before the model loads, a server that drains, logs on stderr."""
+
+import errno
+import logging
+import signal
+import socket
+from collections.abc import Callable
+from typing import TYPE_CHECKING
+
+import uvicorn
+
+from app.cli.exits import FAILED, USAGE, CommandError
+
+if TYPE_CHECKING:
+    from fastapi import FastAPI
+
+    from app.settings import Settings
+
+
+def check_host(settings: "Settings") -> None:
+    """Raises CommandError if others could reach a server that has no keys, unless that was asked for by name."""
+    if not settings.loopback and not settings.insecure:
+        raise CommandError(
+            f"--host {settings.host} lets other machines in, and no keys exist yet to tell who may: serve at 127.0.0.1 "
+            "behind a proxy that checks, or pass --insecure",
+            USAGE,
+        )
+
+
+def bind(settings: "Settings") -> socket.socket:
+    """A socket at the settings' address, so that a taken port is known before minutes of loading.
+
+    Raises:
+        CommandError: the port is taken or not allowed, or there is no such address; says which.
+    """
+    where = f"{settings.host}:{settings.port}"
+    try:
+        family, kind, protocol, _, address = socket.getaddrinfo(
+            settings.host, settings.port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
+        )[0]
+    except OSError as error:
+        raise CommandError(f"no such address: {settings.host} ({error.strerror})", USAGE) from None
+    bound = socket.socket(family, kind, protocol)
+    try:
+        bound.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        bound.bind(address)
+    except OSError as error:
+        bound.close()
+        if error.errno == errno.EADDRINUSE:
+            raise CommandError(f"{where} is taken: stop what listens there, or choose another --port", FAILED) from None
+        raise CommandError(f"cannot listen at {where}: {error.strerror}", FAILED) from None
+    return bound
+
+
+def address_of(bound: socket.socket) -> str:
+    """The URL of a bound socket, with the port that the system chose where 0 was asked for."""
+    host, port = bound.getsockname()[:2]
+    return f"http://[{host}]:{port}" if bound.family == socket.AF_INET6 else f"http://{host}:{port}"
+
+
+def configure_logs(level: str) -> None:
+    """Logs on stderr. Below debug, not every request is a line: /metrics counts them."""
+    logging.basicConfig(level=level.upper(), format="%(asctime)s %(levelname)-7s %(name)s: %(message)s", force=True)
+    if level != "debug":
+        for noisy in ("uvicorn", "httpx", "httpcore", "filelock"):
+            logging.getLogger(noisy).setLevel(logging.WARNING)
+
+
+def listen(
+    app: "FastAPI",
+    settings: "Settings",
+    bound: socket.socket,
+    *,
+    ready: Callable[[], None],
+    draining: Callable[[], None],
+) -> None:
+    """Serve until SIGINT or SIGTERM; then answer what was accepted, for `settings.drain_seconds` at most.
+
+    Args:
+        ready: called when requests are taken.
+        draining: called at once when the signal comes; from a signal handler, so it must not wait.
+
+    Raises:
+        CommandError: the port was taken meanwhile.
+    """
+    config = uvicorn.Config(
+        app,
+        log_config=None,
+        access_log=settings.log_level == "debug",
+        timeout_graceful_shutdown=settings.drain_seconds,
+        server_header=False,
+    )
+    server = _Server(config, ready, draining)
+    # uvicorn raises the signal again when it is done; by then it has done its work, and resources wait to be released
+    before = {each: signal.signal(each, _ignore) for each in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        server.run(sockets=[bound])
+    except OSError as error:
+        raise CommandError(f"cannot listen at {settings.host}:{settings.port}: {error.strerror}", FAILED) from None
+    finally:
+        for each, handler in before.items():
+            signal.signal(each, handler)
+    if not server.started:
+        raise CommandError("the server did not start; its log says why", FAILED)
+
+
+class _Server(uvicorn.Server):
+    def __init__(self, config: uvicorn.Config, ready: Callable[[], None], draining: Callable[[], None]) -> None:
+        super().__init__(config)
+        self._ready = ready
+        self._draining = draining
+
+    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+        await super().startup(sockets)
+        if self.started:
+            self._ready()
+
+    def handle_exit(self, sig: int, frame: object) -> None:
+        super().handle_exit(sig, frame)  # type: ignore[arg-type]
+        self._draining()
+
+
+def _ignore(sig: int, frame: object) -> None:
+    pass

@@ -1,0 +1,107 @@
+"""Control through a running server's `/v1`."""
+
+from collections.abc import Sequence
+from types import TracebackType
+from typing import Any, Self
+from urllib.parse import urlsplit
+
+import httpx
+
+from app.cli.exits import CONFLICT, FAILED, UNREACHABLE, USAGE, CommandError
+from app.settings import LOOPBACK
+from range_store.live import LiveErasure, LiveState
+from range_store.published import Published
+
+TIMEOUT = 30.0
+"""Seconds for one answer."""
+
+_EXIT_CODES = {
+    400: USAGE,
+    413: USAGE,
+    422: USAGE,
+    404: CONFLICT,
+    409: CONFLICT,
+    412: CONFLICT,
+    502: UNREACHABLE,
+    503: UNREACHABLE,
+    504: UNREACHABLE,
+}
+"""Exit code by status; any other failure is FAILED."""
+
+
+class ServerControl:
+    """Range sets and live erasures of one model of a server; a context manager.
+
+    Args:
+        url: where it listens, with or without a path before `/v1`.
+        model: its served name; None: the server's only one.
+
+    Raises:
+        CommandError: no such URL; and, from every method, the server's problem in one line.
+    """
+
+    def __init__(self, url: str, model: str | None) -> None:
+        self._url = url.rstrip("/")
+        parts = urlsplit(self._url)
+        if parts.scheme not in ("http", "https") or not parts.hostname:
+            raise CommandError(f"{url!r} is no URL of a server: it must be like http://127.0.0.1:8000", USAGE)
+        # a proxy of the environment is for the world outside, not for this machine
+        self._client = httpx.Client(timeout=TIMEOUT, trust_env=parts.hostname not in LOOPBACK)
+        self._model = {"model": model} if model else {}
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._client.close()
+
+    def range_sets(self) -> Sequence[Published]:
+        raise NotImplementedError
+
+    def activate(self, range_set: str, *, force: bool, if_match: str | None) -> LiveState:
+        raise NotImplementedError
+
+    def live(self) -> LiveState:
+        raise NotImplementedError
+
+    def switch_on(self, erasure: LiveErasure, *, if_match: str | None) -> LiveState:
+        raise NotImplementedError
+
+    def switch_off(self, concept: str, *, reason: str | None, if_match: str | None) -> LiveState:
+        raise NotImplementedError
+
+    def switch_all_off(self, *, reason: str | None, if_match: str | None) -> LiveState:
+        raise NotImplementedError
+
+    def _call(self, method: str, path: str, body: Any = None, if_match: str | None = None) -> Any:
+        headers = {"If-Match": f'"{if_match}"'} if if_match else {}
+        try:
+            answer = self._client.request(
+                method, f"{self._url}/v1/{path}", params=self._model, json=body, headers=headers
+            )
+            decoded = answer.json() if answer.content else None
+        except httpx.TransportError as error:
+            reason = str(error) or type(error).__name__
+            raise CommandError(f"no answer from {self._url} ({reason}): is the server running?", UNREACHABLE) from None
+        except httpx.InvalidURL as error:
+            raise CommandError(f"{self._url!r} is no URL: {error}", USAGE) from None
+        except ValueError:
+            decoded = None
+        if answer.is_success and decoded is not None:
+            return decoded
+        raise _problem(answer, decoded, self._url)
+
+
+def _problem(answer: httpx.Response, decoded: Any, url: str) -> CommandError:
+    """A problem+json as one line; whatever else answered as what it is."""
+    if not isinstance(decoded, dict) or "code" not in decoded:
+        return CommandError(
+            f"{url} answered {answer.status_code} {answer.reason_phrase}, and not as NeuronLens does: is it one?",
+            FAILED,
+        )
+    code = CONFLICT if decoded["code"] == "no_range_set" else _EXIT_CODES.get(answer.status_code, FAILED)
+    message = str(decoded.get("detail") or decoded.get("title") or decoded["code"])
+    request = decoded.get("request_id")
+    return CommandError(f"{message} ({decoded['code']}{f', request {request}' if request else ''})", code)

@@ -1,0 +1,54 @@
+"""The FastAPI application around a service."""
+
+from importlib.metadata import version
+
+from fastapi import FastAPI
+from prometheus_client import CollectorRegistry
+
+from app import problems
+from app.metrics import LiveMetrics
+from app.middleware import BodyLimit, HostCheck, HttpMetrics, RequestId
+from app.problems import Problem
+from app.routes import classify, erasures, inspection, range_sets, service
+from app.settings import LOOPBACK, Settings
+from app.wiring import Service
+
+DESCRIPTION = """Classify text with a transformer while erasing chosen concepts from its activations, live.
+
+Each concept occupies its own range of a neuron's values (arXiv 2502.06809): a neuron is zeroed only while its value
+lies in the range fitted for the concept. Errors are `application/problem+json`."""
+
+
+def create_app(settings: Settings, running: Service | None = None) -> FastAPI:
+    """The application. Without a service only its OpenAPI is of use."""
+    app = FastAPI(
+        title="NeuronLens",
+        version=version("neuronlens"),
+        description=DESCRIPTION,
+        openapi_tags=[
+            {"name": "classify", "description": "Answers."},
+            {"name": "erasures", "description": "What is erased live."},
+            {"name": "range sets", "description": "What was fitted."},
+            {"name": "inspection", "description": "Neurons and their ranges."},
+            {"name": "service", "description": "Probes, metrics, models."},
+        ],
+        redoc_url=None,
+        responses={"default": {"model": Problem, "description": "Error"}},
+        generate_unique_id_function=lambda route: route.name,
+        redirect_slashes=False,
+    )
+    problems.install(app)
+    for module in (service, classify, erasures, range_sets, inspection):
+        app.include_router(module.router)
+    registry = CollectorRegistry()
+    if running is not None:
+        registry = running.registry
+        LiveMetrics(running.mirror, registry)
+    app.state.service = running
+    # the last added is the outermost
+    app.add_middleware(BodyLimit, limit=settings.max_body_bytes)
+    if settings.loopback:
+        app.add_middleware(HostCheck, hosts=LOOPBACK)
+    app.add_middleware(HttpMetrics, registry=registry)
+    app.add_middleware(RequestId)
+    return app

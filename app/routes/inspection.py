@@ -1,0 +1,184 @@
+"""Looking into the active range set: concepts, ranges by rank, one neuron, overlap."""
+
+import base64
+import binascii
+import math
+import time
+from typing import Annotated
+
+from fastapi import APIRouter, Path, Query
+
+from app.problems import ApiError, documented
+from app.routes import ModelNamed, Serving, active_range_set, snapshot_of
+from app.schemas import (
+    ConceptOut,
+    ConceptsOut,
+    Histogram,
+    NeuronOfConcept,
+    NeuronOut,
+    NeuronRange,
+    OverlapOut,
+    RangesOut,
+)
+from range_store.erasure import Ranking
+from range_store.inspection import NeuronStatistics, block_index, neuron_statistics, overlap_of_tops, ranked_ranges
+
+router = APIRouter(tags=["inspection"], dependencies=[ModelNamed])
+
+Layer = Annotated[int, Query(description="Block, from 0; negative ones from the end.")]
+Tau = Annotated[float, Query(ge=0, allow_inf_nan=False, description="Half-width in standard deviations.")]
+
+
+@router.get("/v1/concepts", responses=documented(404))
+def list_concepts(service: Serving) -> ConceptsOut:
+    """Concepts of the active range set, and whether each is erased now."""
+    range_set, live = active_range_set(service), snapshot_of(service).live
+    erased = {each.concept: each.enforced for each in live.at(time.time())}
+    return ConceptsOut(
+        model=service.name,
+        range_set=range_set.id,
+        generation=live.generation,
+        concepts=[
+            ConceptOut(
+                concept=concept,
+                texts=count,
+                label=concept in service.model.identity.labels,
+                erased=concept in erased,
+                enforced=erased.get(concept, False),
+            )
+            for concept, count in range_set.provenance.corpus.counts.items()
+        ],
+    )
+
+
+@router.get("/v1/concepts/{concept:path}/ranges", responses=documented(404))
+def list_ranges(
+    service: Serving,
+    concept: str,
+    layer: Layer = -1,
+    ranking: Ranking = "max",
+    tau: Tau = 2.5,
+    limit: Annotated[int, Query(ge=1, le=1000)] = 50,
+    cursor: Annotated[str | None, Query(max_length=200, description="`next_cursor` of the page before.")] = None,
+) -> RangesOut:
+    """A concept's neurons by rank, each with its range and how far it overlaps the other concepts' ranges."""
+    range_set = active_range_set(service)
+    block = block_index(range_set, layer)
+    start = _start(cursor, range_set.id)
+    found = ranked_ranges(range_set, concept, block, ranking, tau, start, limit)
+    end = start + len(found)
+    more = end < range_set.provenance.model.hidden_size
+    return RangesOut(
+        model=service.name,
+        range_set=range_set.id,
+        concept=concept,
+        layer=block,
+        ranking=ranking,
+        tau=tau,
+        neurons=[
+            NeuronRange(
+                rank=each.rank,
+                neuron=each.neuron,
+                saliency=finite(each.saliency),
+                mean=finite(each.mean),
+                std=finite(each.std),
+                low=finite(each.low),
+                high=finite(each.high),
+                overlap=dict(each.overlap),
+            )
+            for each in found
+        ],
+        next_cursor=_cursor(range_set.id, end) if more and found else None,
+    )
+
+
+@router.get("/v1/neurons/{layer}/{neuron}", responses=documented(404))
+def show_neuron(
+    service: Serving,
+    layer: Annotated[int, Path(description="Block, from 0; negative ones from the end.")],
+    neuron: int,
+    tau: Tau = 2.5,
+) -> NeuronOut:
+    """Every concept's statistics, range and histogram of one neuron."""
+    range_set = active_range_set(service)
+    block = block_index(range_set, layer)
+    range_set.layer(block)
+    inspect = service.store.read_inspect(range_set.id, block)
+    found = neuron_statistics(range_set, inspect, block, neuron, tau)
+    return NeuronOut(
+        model=service.name,
+        range_set=range_set.id,
+        layer=block,
+        neuron=neuron,
+        tau=tau,
+        edges=[finite(edge) for edge in inspect.edges[neuron].tolist()],
+        concepts=[_neuron_of_concept(each) for each in found],
+    )
+
+
+@router.get("/v1/overlap", responses=documented(404))
+def show_overlap(
+    service: Serving,
+    layer: Layer = -1,
+    top_fraction: Annotated[float, Query(gt=0, le=1)] = 0.3,
+    ranking: Ranking = "max",
+) -> OverlapOut:
+    """Polysemanticity: how far the concepts' salient neurons are the same ones (paper Figure 2)."""
+    range_set = active_range_set(service)
+    block = block_index(range_set, layer)
+    overlap = overlap_of_tops(range_set, block, ranking, top_fraction)
+    return OverlapOut(
+        model=service.name,
+        range_set=range_set.id,
+        layer=block,
+        ranking=ranking,
+        top_fraction=top_fraction,
+        neurons=overlap.k,
+        concepts=list(range_set.concepts),
+        share=overlap.share.tolist(),
+        jaccard=overlap.jaccard.tolist(),
+        chance=overlap.chance,
+        shared_by_all=list(overlap.shared_by_all),
+    )
+
+
+def finite(value: float) -> float | None:
+    """NaN and infinities, which JSON has no word for, as null."""
+    return value if math.isfinite(value) else None
+
+
+def _neuron_of_concept(each: NeuronStatistics) -> NeuronOfConcept:
+    return NeuronOfConcept(
+        concept=each.concept,
+        texts=each.texts,
+        mean=finite(each.mean),
+        std=finite(each.std),
+        mean_abs=finite(each.mean_abs),
+        skewness=finite(each.skewness),
+        kurtosis=finite(each.kurtosis),
+        minimum=finite(each.minimum),
+        maximum=finite(each.maximum),
+        low=finite(each.low),
+        high=finite(each.high),
+        saliency={ranking: finite(value) for ranking, value in each.saliency.items()},
+        rank=dict(each.rank),
+        histogram=Histogram(below=each.below, counts=list(each.counts), above=each.above),
+    )
+
+
+def _cursor(range_set: str, rank: int) -> str:
+    return base64.urlsafe_b64encode(f"{range_set}:{rank}".encode()).decode().rstrip("=")
+
+
+def _start(cursor: str | None, range_set: str) -> int:
+    """The rank at which a page begins; a cursor of another range set would mix two orders."""
+    if cursor is None:
+        return 0
+    try:
+        of, _, rank = base64.urlsafe_b64decode(cursor + "=" * (-len(cursor) % 4)).decode().rpartition(":")
+        start = int(rank)
+    except (ValueError, binascii.Error):
+        raise ApiError(422, "invalid_cursor", "cursor: use the next_cursor of a page as it is") from None
+    if of != range_set or start < 0:
+        raise ApiError(422, "stale_cursor", "cursor: another range set is active since; begin again without it")
+    return start

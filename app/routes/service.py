@@ -1,0 +1,69 @@
+"""Probes, metrics, and what is loaded."""
+
+from fastapi import APIRouter, Request, Response
+from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
+
+from app.problems import ApiError, documented
+from app.routes import ModelNamed, Serving
+from app.schemas import Alive, ModelOut, ModelsOut, Ready
+from app.settings import LOOPBACK
+
+router = APIRouter(tags=["service"])
+
+
+@router.get("/livez")
+async def livez() -> Alive:
+    """The process lives and its event loop turns."""
+    return Alive()
+
+
+@router.get("/readyz", responses={503: documented()[503]})
+async def readyz(service: Serving) -> Ready:
+    """The model is warm, a range set is loaded, and the service is not shutting down.
+
+    A store that is away does not make it unready: the last good snapshot goes on answering, and its age is told.
+    """
+    snapshot = service.mirror.snapshot
+    checks = {
+        "engine": service.engine.ready,
+        "live_state": snapshot is not None,
+        "range_set": snapshot is not None and snapshot.range_set is not None,
+    }
+    if snapshot is None or not all(checks.values()):
+        failing = ", ".join(name for name, good in checks.items() if not good)
+        raise ApiError(503, "not_ready", f"not ready: {failing}", checks=checks)
+    checks["store"] = service.mirror.store_up
+    return Ready(checks=checks, generation=snapshot.live.generation, snapshot_age=round(service.mirror.age(), 3))
+
+
+@router.get("/metrics", response_class=Response, responses={200: {"content": {"text/plain": {}}}})
+async def metrics(service: Serving) -> Response:
+    """For Prometheus."""
+    return Response(generate_latest(service.registry), media_type=CONTENT_TYPE_LATEST)
+
+
+@router.get("/v1/models", dependencies=[ModelNamed], responses=documented(404))
+async def list_models(service: Serving, request: Request) -> ModelsOut:
+    """What is loaded."""
+    model, identity = service.model, service.model.identity
+    local = request.client is not None and request.client.host in LOOPBACK
+    return ModelsOut(
+        models=[
+            ModelOut(
+                id=service.name,
+                kind=identity.kind,
+                family=identity.family,
+                fingerprint=identity.fingerprint,
+                revision=identity.revision,
+                labels=list(identity.labels),
+                layers=identity.n_layers,
+                hidden_size=identity.hidden_size,
+                max_tokens=model.tokens.max_tokens,
+                dtype=model.dtype,
+                device=str(model.device),
+                problem_type=model.problem_type,
+                split=model.steered.splits,
+                path=model.source if local else None,
+            )
+        ]
+    )

@@ -1,0 +1,73 @@
+"""The command line, run in this process on a real store."""
+
+import json
+import uuid
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import pytest
+import redis
+
+from app.cli import run
+from range_store.embedded import EmbeddedRedis
+from range_store.store import RangeStore
+from tests.range_store.builders import random_range_set
+
+
+@dataclass(frozen=True)
+class Ended:
+    """What a command left behind."""
+
+    exit_code: int
+    stdout: str
+    stderr: str
+
+    @property
+    def json(self) -> Any:
+        """stdout, which must be JSON and nothing else."""
+        return json.loads(self.stdout)
+
+
+Cli = Callable[..., Ended]
+
+
+@pytest.fixture
+def cli(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> Cli:
+    """`cli("erase", "list")` runs a command, and checks what holds for all: no control characters, no traceback."""
+    for name in ("NEURONLENS_URL", "NEURONLENS_REDIS_URL", "NEURONLENS_DATA_DIR"):
+        monkeypatch.delenv(name, raising=False)
+
+    def command(*arguments: object) -> Ended:
+        capsys.readouterr()
+        exit_code = run([str(argument) for argument in arguments])
+        ended = Ended(exit_code, *capsys.readouterr())
+        assert "\x1b" not in ended.stdout + ended.stderr
+        assert "\r" not in ended.stdout + ended.stderr
+        assert "Traceback" not in ended.stderr
+        if exit_code not in (0, 130):
+            assert ended.stderr.count("\n") == 1
+            assert ended.stderr.startswith("error: ")
+        return ended
+
+    return command
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """A model of three blocks whose first range set holds all of them, and whose second, the last, only block 2."""
+
+    store: RangeStore
+    options: tuple[str, ...]
+    whole: str
+    last_only: str
+
+
+@pytest.fixture
+def prepared(redis_client: redis.Redis) -> Prepared:
+    assert isinstance(redis_client, EmbeddedRedis)
+    store = RangeStore(redis_client, f"cli-{uuid.uuid4().hex}")
+    whole = store.publish(*random_range_set(1))
+    last_only = store.publish(*random_range_set(2, layers=[2]))
+    store.activate(whole)
+    return Prepared(store, ("--redis-url", redis_client.url, "--name", store.model), whole, last_only)

@@ -1,0 +1,49 @@
+"""Off a terminal, nothing but plain text leaves the console."""
+
+import json
+
+import pytest
+
+from app.cli import console
+
+
+def test_tables_are_plain_whole_and_aligned_off_a_terminal(capsys: pytest.CaptureFixture[str]) -> None:
+    console.table(("concept", "texts"), [("Sci/Tech [bold]", 9), ("x" * 300, 12)])
+    out, err = capsys.readouterr()
+    assert err == ""
+    assert "\x1b" not in out
+    header, first, second = out.splitlines()
+    assert header.split() == ["concept", "texts"]
+    assert first.startswith("Sci/Tech [bold] ")
+    assert second.split() == ["x" * 300, "12"]
+    assert len(first.rstrip()) == len(second.rstrip()) == len(header.rstrip())
+
+
+def test_progress_off_a_terminal_is_plain_lines_on_stderr(capsys: pytest.CaptureFixture[str]) -> None:
+    with console.progress("rows") as report:
+        for done in range(0, 2001, 100):
+            report("fitting [x]", done, 2000)
+        report("publishing", 1, 1)
+    out, err = capsys.readouterr()
+    assert out == ""
+    assert "\x1b" not in err
+    assert "\r" not in err
+    lines = err.splitlines()
+    assert lines[0] == "fitting [x]"
+    assert lines[1].startswith("fitting [x]: 2,000/2,000 rows, ")
+    assert lines[2] == "publishing: 1/1 rows"
+
+
+def test_errors_are_one_line_whatever_they_hold(capsys: pytest.CaptureFixture[str]) -> None:
+    console.error_line("two\nlines [red]and[/red] \x1b[31mcolour\x1b[0m")
+    out, err = capsys.readouterr()
+    assert out == ""
+    assert err == "error: two lines [red]and[/red] [31mcolour [0m\n"
+
+
+def test_json_is_all_that_is_printed(capsys: pytest.CaptureFixture[str]) -> None:
+    value = {"concept": "Météo 天気", "delta": None}
+    console.print_json(value)
+    assert json.loads(capsys.readouterr().out) == value
+    with pytest.raises(ValueError, match="JSON"):
+        console.print_json(float("nan"))

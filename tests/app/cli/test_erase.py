@@ -1,0 +1,110 @@
+"""`neuronlens erase` on a real store."""
+
+import time
+
+import pytest
+
+from range_store.erasure import Damp, Erasure
+from tests.app.cli.conftest import Cli, Prepared
+
+
+def test_on_sets_exactly_what_was_asked_for(cli: Cli, prepared: Prepared) -> None:
+    before = time.time()
+    ended = cli(
+        "erase", "on", "Sci/Tech", "--method", "range", "--tau", "1.5", "--top-fraction", "0.5", "--ranking",
+        "selectivity", "--layer", "0,2", "--replacement", "damp:0.25", "--reason", "incident 7", "--expires-in", "15m",
+        "--enforced", *prepared.options,
+    )  # fmt: skip
+    assert ended.exit_code == 0
+    (live,) = prepared.store.live().erasures
+    assert live.erasure == Erasure(
+        concept="Sci/Tech",
+        tau=1.5,
+        top_fraction=0.5,
+        ranking="selectivity",
+        layers=(0, 2),
+        replacement=Damp(damp=0.25),
+    )
+    assert (live.enforced, live.reason) == (True, "incident 7")
+    assert live.expires_at == pytest.approx(before + 900, abs=60)
+    assert live.by is not None
+    assert live.by.startswith("cli")
+    assert "Sci/Tech" in ended.stdout
+    assert "damp:0.25" in ended.stdout
+
+
+def test_list_on_and_off_agree_with_the_store(cli: Cli, prepared: Prepared) -> None:
+    assert cli("erase", "list", "--json", *prepared.options).json["erasures"] == []
+    cli("erase", "on", "World", *prepared.options)
+    cli("erase", "on", "Sports", "--method", "neuron", "--layer", "all", *prepared.options)
+    listed = cli("erase", "list", "--json", *prepared.options).json
+    assert listed["generation"] == prepared.store.live().generation
+    assert listed["range_set"] == prepared.whole
+    assert [(each["concept"], each["method"], each["layers"]) for each in listed["erasures"]] == [
+        ("Sports", "neuron", "all"),
+        ("World", "range", [-1]),
+    ]
+    off = cli("erase", "off", "Sports", "--reason", "done", "--json", *prepared.options).json
+    assert [each["concept"] for each in off["erasures"]] == ["World"]
+    assert prepared.store.audit(1)[0].reason == "done"
+
+
+def test_off_all_is_one_generation(cli: Cli, prepared: Prepared) -> None:
+    for concept in ("World", "Sports"):
+        cli("erase", "on", concept, *prepared.options)
+    before = prepared.store.live()
+    assert cli("erase", "off", "--all", *prepared.options).exit_code == 0
+    after = prepared.store.live()
+    assert after.erasures == ()
+    assert after.counter == before.counter + 1
+
+
+def test_if_match_guards(cli: Cli, prepared: Prepared) -> None:
+    generation = prepared.store.live().generation
+    assert cli("erase", "on", "World", "--if-match", generation, *prepared.options).exit_code == 0
+    stale = cli("erase", "on", "Sports", "--if-match", generation, *prepared.options)
+    assert stale.exit_code == 4
+    assert generation in stale.stderr
+    assert [each.concept for each in prepared.store.live().erasures] == ["World"]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "exit_code", "said"),
+    [
+        (["on", "Weather"], 4, "'Business'"),
+        (["off", "Weather"], 4, "'Business'"),
+        (["on", "World", "--layer", "9"], 2, "3 blocks"),
+        (["on", "World", "--layer", "-1,2"], 2, "twice"),
+        (["on", "World", "--layer", "x"], 2, "'x' is not a block"),
+        (["on", "World", "--top-fraction", "0.3,x"], 2, "--top-fraction: 'x' is not a number"),
+        (["on", "World", "--top-fraction", "0.3,0.5"], 2, "one share"),
+        (["on", "World", "--tau", "-1"], 2, "--tau"),
+        (["on", "World", "--tau", "nan"], 2, "--tau"),
+        (["on", "World", "--ranking", "best"], 2, "--ranking"),
+        (["on", ""], 2, "at least 1 character"),
+        (["on", "World", "--expires-in", "soon"], 2, "no duration"),
+        (["off"], 2, "--all"),
+        (["off", "World", "--all"], 2, "--all"),
+    ],
+)
+def test_what_cannot_be_done_is_one_line_and_changes_nothing(
+    cli: Cli, prepared: Prepared, arguments: list[str], exit_code: int, said: str
+) -> None:
+    before = prepared.store.live()
+    ended = cli("erase", *arguments, *prepared.options)
+    assert ended.exit_code == exit_code
+    assert said in ended.stderr
+    assert ended.stdout == ""
+    assert prepared.store.live() == before
+
+
+def test_a_store_that_is_away_is_exit_3(cli: Cli) -> None:
+    ended = cli("erase", "list", "--redis-url", "redis://127.0.0.1:1/0", "--name", "news")
+    assert ended.exit_code == 3
+    assert "Redis cannot be reached" in ended.stderr
+
+
+def test_a_redis_url_that_is_none_is_exit_3_and_keeps_its_password(cli: Cli) -> None:
+    ended = cli("erase", "list", "--redis-url", "http://user:s3cret@host", "--name", "news")
+    assert ended.exit_code == 3
+    assert "s3cret" not in ended.stderr

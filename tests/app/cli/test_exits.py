@@ -1,0 +1,52 @@
+"""Exit codes: every expected error has one, and only those."""
+
+import pkgutil
+from importlib import import_module
+
+import pytest
+import typer
+
+import workers
+from app.cli.exits import EXIT_CODES, MEANINGS, CommandError, exit_code_of
+from range_store import errors
+
+
+def test_every_named_class_exists() -> None:
+    for name in EXIT_CODES:
+        module, _, kind = name.rpartition(".")
+        assert issubclass(getattr(import_module(module), kind), BaseException), name
+
+
+def test_every_meaning_is_used_or_ok() -> None:
+    assert set(EXIT_CODES.values()) | {0} == set(MEANINGS)
+
+
+def test_every_error_of_store_and_workers_has_an_exit_code() -> None:
+    """A new kind of error must be entered in the table, or its users get a traceback."""
+    modules = [errors] + [
+        import_module(found.name) for found in pkgutil.walk_packages(workers.__path__, "workers.") if not found.ispkg
+    ]
+    for module in modules:
+        for name, kind in vars(module).items():
+            if isinstance(kind, type) and issubclass(kind, Exception) and kind.__module__ == module.__name__:
+                assert exit_code_of(kind.__new__(kind)) is not None, f"{module.__name__}.{name}"
+
+
+@pytest.mark.parametrize(
+    ("error", "code"),
+    [
+        (errors.NotFitted("layer", [3], [5]), 2),
+        (errors.StoreUnavailable("gone"), 3),
+        (errors.UnknownConcept("Weather", ["World"]), 4),
+        (errors.StaleGeneration("a", "b"), 4),
+        (errors.InvalidRangeSet("corrupt"), 1),
+        (FileNotFoundError(2, "No such file"), 1),
+        (CommandError("told", 3), 3),
+        (typer.Abort(), 130),
+        (KeyboardInterrupt(), 130),
+        (ZeroDivisionError(), None),
+        (ValueError("a bug"), None),
+    ],
+)
+def test_the_nearest_class_decides(error: BaseException, code: int | None) -> None:
+    assert exit_code_of(error) == code

@@ -1,0 +1,86 @@
+"""Comma lists, replacements and durations: what goes in comes out, and everything else is an error that says why."""
+
+import pytest
+import typer
+from hypothesis import given
+from hypothesis import strategies as st
+
+from app.cli import options
+from app.cli.clock import duration
+from range_store.erasure import RANKINGS, Damp
+
+ENTRIES = st.text(st.characters(exclude_categories=("Cs", "Cc")), min_size=1).map(str.strip).filter(bool)
+
+
+@given(st.lists(ENTRIES, min_size=1, unique=True))
+def test_any_names_survive_a_comma_list(names: list[str]) -> None:
+    written = ",".join('"' + name.replace('"', '""') + '"' for name in names)
+    assert options.words(written, "--target") == tuple(names)
+
+
+@given(st.lists(st.floats(0.001, 1.0), min_size=1, unique=True))
+def test_fractions_are_read_exactly(values: list[float]) -> None:
+    assert options.fractions(", ".join(map(repr, values))) == tuple(values)
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("0.3,x", "'x' is not a number"),
+        ("0.3,,1", "empty entry"),
+        ("", "empty entry"),
+        ("0.3,0.30", "0.3 stands there twice"),
+        ("0", "above 0, at most 1"),
+        ("1.5", "above 0, at most 1"),
+        ("nan", "'nan' is not a number"),
+        ("inf", "'inf' is not a number"),
+        ("-0.3", "out of bounds"),
+    ],
+)
+def test_fractions_that_are_none_say_why(text: str, said: str) -> None:
+    with pytest.raises(typer.BadParameter, match=said) as raised:
+        options.fractions(text)
+    assert "--top-fraction" in raised.value.format_message()
+
+
+@given(st.lists(st.integers(-64, 64), min_size=1, unique=True))
+def test_layers_are_read_exactly(values: list[int]) -> None:
+    assert options.layers(",".join(map(str, values))) == tuple(values)
+
+
+def test_layers_take_all_and_refuse_what_is_no_block() -> None:
+    assert options.layers(" all ") == "all"
+    with pytest.raises(typer.BadParameter, match="'last' is not a block"):
+        options.layers("4,last")
+    with pytest.raises(typer.BadParameter, match="twice"):
+        options.layers("4,4")
+
+
+def test_choices_name_those_that_there_are() -> None:
+    assert options.choices("selectivity, max", "--ranking", RANKINGS) == ("selectivity", "max")
+    with pytest.raises(typer.BadParameter, match="'best' is not one of max, probeless, selectivity"):
+        options.choices("max,best", "--ranking", RANKINGS)
+
+
+def test_taus_may_be_zero_but_not_less() -> None:
+    assert options.taus("0,2.5") == (0.0, 2.5)
+    with pytest.raises(typer.BadParameter, match="from 0 up"):
+        options.taus("-1")
+
+
+@given(st.floats(0, 1))
+def test_damping_is_read_exactly(factor: float) -> None:
+    assert options.replacement(f"damp:{factor!r}") == Damp(damp=factor)
+
+
+@pytest.mark.parametrize("text", ["", "Zero", "damp", "damp:", "damp:2", "damp:x", "damp:-0.1", "mean:1"])
+def test_replacements_that_are_none_are_refused(text: str) -> None:
+    with pytest.raises(typer.BadParameter):
+        options.replacement(text)
+
+
+def test_durations() -> None:
+    assert [duration(text) for text in ("90", "90s", "1.5m", "2h", "1d")] == [90, 90, 90, 7200, 86400]
+    for text in ("", "soon", "-1", "0", "5 minutes", "1h30m"):
+        with pytest.raises(typer.BadParameter, match="no duration"):
+            duration(text)

@@ -1,0 +1,121 @@
+"""`neuronlens ranges` on a real store."""
+
+from pathlib import Path
+
+import pytest
+
+from range_store.erasure import Erasure
+from range_store.live import LiveErasure
+from tests.app.cli.conftest import Cli, Prepared
+from tests.range_store.builders import random_range_set
+
+
+def test_list_is_newest_first_and_marks_the_active_one(cli: Cli, prepared: Prepared) -> None:
+    listed = cli("ranges", "list", "--json", *prepared.options).json
+    assert [(each["id"], each["active"]) for each in listed] == [(prepared.last_only, False), (prepared.whole, True)]
+    assert [each["layers"] for each in listed] == [[2], [0, 1, 2]]
+    lines = cli("ranges", "list", *prepared.options).stdout.splitlines()
+    assert [line.split()[0] for line in lines[1:]] == [prepared.last_only, prepared.whole]
+
+
+def test_show_gives_provenance_by_the_beginning_of_an_id(cli: Cli, prepared: Prepared) -> None:
+    shown = cli("ranges", "show", prepared.whole[:12], "--json", *prepared.options).json
+    assert shown["id"] == prepared.whole
+    assert shown["provenance"] == prepared.store.provenance(prepared.whole).model_dump(mode="json")
+    text = cli("ranges", "show", prepared.whole, *prepared.options).stdout
+    for expected in (prepared.whole, "Sci/Tech", "selectivity", "ab" * 32):
+        assert expected in text
+    assert cli("ranges", "show", "zzz", *prepared.options).exit_code == 4
+    assert cli("ranges", "show", "", *prepared.options).exit_code == 4
+
+
+def test_activate_and_roll_back(cli: Cli, prepared: Prepared) -> None:
+    assert cli("ranges", "activate", prepared.last_only, *prepared.options).exit_code == 0
+    assert prepared.store.live().range_set == prepared.last_only
+    back = cli("ranges", "activate", prepared.whole, "--json", *prepared.options).json
+    assert back == {"id": prepared.whole, "generation": prepared.store.live().generation, "dropped": []}
+    assert prepared.store.live().range_set == prepared.whole
+
+
+def test_activation_that_would_drop_an_erasure_needs_force(cli: Cli, prepared: Prepared) -> None:
+    prepared.store.set_erasure(LiveErasure(erasure=Erasure(concept="World", layers=(0,))))
+    refused = cli("ranges", "activate", prepared.last_only, *prepared.options)
+    assert refused.exit_code == 4
+    assert "'World'" in refused.stderr
+    assert prepared.store.live().range_set == prepared.whole
+    forced = cli("ranges", "activate", prepared.last_only, "--force", "--json", *prepared.options).json
+    assert forced["dropped"] == ["World"]
+    assert prepared.store.live().erasures == ()
+
+
+def test_export_and_import_carry_a_range_set_to_another_store(cli: Cli, prepared: Prepared, tmp_path: Path) -> None:
+    file = tmp_path / "ranges.safetensors"
+    assert cli("ranges", "export", prepared.whole, "--out", file, *prepared.options).exit_code == 0
+    other = ("--data-dir", tmp_path / "other")
+    imported = cli("ranges", "import", file, "--json", *other).json
+    assert imported == {"id": prepared.whole, "model": "tiny-news"}
+    listed = cli("ranges", "list", "--json", *other).json  # the only model there: no --name
+    assert [each["id"] for each in listed] == [prepared.whole]
+
+
+def test_export_overwrites_only_when_told_to(cli: Cli, prepared: Prepared, tmp_path: Path) -> None:
+    file = tmp_path / "kept.safetensors"
+    file.write_text("mine")
+    assert cli("ranges", "export", prepared.whole, "--out", file, *prepared.options).exit_code == 4
+    assert file.read_text() == "mine"
+    assert cli("ranges", "export", prepared.whole, "--out", file, "--overwrite", *prepared.options).exit_code == 0
+    assert cli("ranges", "export", prepared.whole, "--out", tmp_path / "no" / "x", *prepared.options).exit_code == 2
+
+
+def test_import_of_something_else_is_refused(cli: Cli, prepared: Prepared, tmp_path: Path) -> None:
+    file = tmp_path / "ranges.safetensors"
+    prepared.store.export(prepared.whole, file)
+    data = bytearray(file.read_bytes())
+    data[-1] ^= 1
+    file.write_bytes(data)
+    ended = cli("ranges", "import", file, *prepared.options)
+    assert ended.exit_code == 1
+    assert str(file) in ended.stderr
+    assert cli("ranges", "import", tmp_path / "none", *prepared.options).exit_code == 2
+
+
+def test_remove_takes_all_but_the_active_one(cli: Cli, prepared: Prepared) -> None:
+    active = cli("ranges", "remove", prepared.whole, *prepared.options)
+    assert active.exit_code == 4
+    assert "active" in active.stderr
+    assert cli("ranges", "remove", prepared.last_only, *prepared.options).exit_code == 0
+    assert [each.id for each in prepared.store.list()] == [prepared.whole]
+
+
+def test_without_a_name_the_only_model_is_meant(cli: Cli, tmp_path: Path) -> None:
+    place = ("--data-dir", tmp_path)
+    none = cli("ranges", "list", *place)
+    assert none.exit_code == 4
+    assert "neuronlens fit" in none.stderr
+    for seed, model in enumerate(("first:model", "second")):
+        file = tmp_path / f"{seed}.safetensors"
+        write(file, seed)
+        assert cli("ranges", "import", file, "--name", model, *place).exit_code == 0
+        if seed == 0:
+            assert len(cli("ranges", "list", "--json", *place).json) == 1
+    several = cli("ranges", "list", *place)
+    assert several.exit_code == 2
+    assert "first:model, second" in several.stderr
+
+
+def write(file: Path, seed: int) -> None:
+    from range_store.archive import write_archive
+
+    write_archive(file, *random_range_set(seed))
+
+
+@pytest.mark.parametrize("command", [["export", "abc", "--out", "x"], ["remove", "abc"]])
+def test_what_has_no_http_route_says_so(cli: Cli, command: list[str]) -> None:
+    ended = cli("ranges", *command, "--url", "http://127.0.0.1:1")
+    assert ended.exit_code == 2
+    assert "no HTTP route" in ended.stderr
+
+
+def test_a_server_and_a_store_at_once_is_a_question(cli: Cli) -> None:
+    ended = cli("ranges", "list", "--url", "http://127.0.0.1:1", "--redis-url", "redis://127.0.0.1:1")
+    assert ended.exit_code == 2

@@ -1,0 +1,121 @@
+"""Erasures and the tree of errors."""
+
+import inspect
+import re
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from pydantic import ValidationError
+
+from range_store import errors
+from range_store.erasure import Damp, Erasure, check_distinct, resolve_layers
+from range_store.errors import InvalidErasure, RangeStoreError
+
+
+def test_the_defaults_are_those_of_the_method() -> None:
+    erasure = Erasure(concept="World")
+    assert (erasure.method, erasure.rule, erasure.tau, erasure.top_fraction) == ("range", "sigma", 2.5, 0.3)
+    assert (erasure.ranking, erasure.layers, erasure.replacement) == ("max", (-1,), "zero")
+
+
+@pytest.mark.parametrize(
+    "setting",
+    [
+        {"concept": ""},
+        {"method": "both"},
+        {"rule": "quantile"},
+        {"ranking": "probe"},
+        {"tau": -0.1},
+        {"tau": float("nan")},
+        {"tau": float("inf")},
+        {"top_fraction": 0.0},
+        {"top_fraction": 1.001},
+        {"layers": ()},
+        {"layers": (1, 1)},
+        {"layers": "last"},
+        {"layers": (0.5,)},
+        {"replacement": "median"},
+        {"replacement": {"damp": 1.5}},
+        {"replacement": {"damp": 0.5, "more": 1}},
+        {"unknown": 1},
+    ],
+    ids=str,
+)
+def test_a_setting_out_of_its_bounds_is_refused(setting: dict[str, Any]) -> None:
+    with pytest.raises(ValidationError):
+        Erasure.model_validate({"concept": "World", **setting})
+
+
+def test_an_erasure_is_a_value() -> None:
+    one, same = (Erasure(concept="World", replacement=Damp(damp=0.5), layers=(0, -1)) for _ in range(2))
+    assert one == same
+    assert len({one, same}) == 1
+    with pytest.raises(ValidationError, match="frozen"):
+        one.tau = 1.0  # type: ignore[misc]
+
+
+@given(
+    st.builds(
+        Erasure,
+        concept=st.text(min_size=1),
+        method=st.sampled_from(["range", "neuron"]),
+        tau=st.floats(0, 1e300),
+        top_fraction=st.floats(0, 1, exclude_min=True),
+        layers=st.just("all") | st.lists(st.integers(-9, 9), min_size=1, unique=True).map(tuple),
+        replacement=st.sampled_from(["zero", "mean"]) | st.builds(Damp, damp=st.floats(0, 1)),
+    )
+)
+def test_an_erasure_survives_its_stored_form(erasure: Erasure) -> None:
+    assert Erasure.model_validate_json(erasure.model_dump_json()) == erasure
+
+
+@given(st.integers(1, 12), st.data())
+def test_layers_count_from_either_end(n_layers: int, data: st.DataObject) -> None:
+    chosen = data.draw(st.lists(st.integers(0, n_layers - 1), min_size=1, unique=True))
+    named = tuple(layer - n_layers if data.draw(st.booleans()) else layer for layer in chosen)
+    assert resolve_layers(named, n_layers) == tuple(sorted(chosen))
+    assert resolve_layers("all", n_layers) == tuple(range(n_layers))
+
+
+@given(st.integers(1, 12), st.integers(-100, 100))
+def test_a_layer_that_the_model_does_not_have_is_refused(n_layers: int, layer: int) -> None:
+    if -n_layers <= layer < n_layers:
+        assert resolve_layers((layer,), n_layers) == (range(n_layers)[layer],)
+        with pytest.raises(InvalidErasure, match="twice"):
+            resolve_layers((layer, layer % n_layers - (n_layers if layer >= 0 else 0)), n_layers)
+    else:
+        with pytest.raises(InvalidErasure, match=f"layer {layer} .*{n_layers} blocks, 0 to {n_layers - 1}"):
+            resolve_layers((layer,), n_layers)
+
+
+def test_a_concept_stands_once_in_a_list() -> None:
+    check_distinct(["World", "world", "World "])
+    with pytest.raises(InvalidErasure, match="'World' is named twice"):
+        check_distinct(["Sports", "World", "World"])
+
+
+def test_the_tree_of_errors_shows_every_one_of_them() -> None:
+    drawn = re.findall(r"[├└]── (\w+) +(.*\S)", errors.__doc__ or "")
+    public = {
+        name
+        for name, each in inspect.getmembers(errors, inspect.isclass)
+        if issubclass(each, Exception) and not name.startswith("_") and each is not RangeStoreError
+    }
+    assert {name for name, _ in drawn} == public
+    assert len(drawn) == len(public)
+    for name, line in drawn:
+        each = getattr(errors, name)
+        assert each.__mro__[1] is RangeStoreError, "the tree is drawn one level deep"
+        assert inspect.getdoc(each), name
+        assert re.search(r"\d{3}( / exit \d)?$", line), f"{name} says no HTTP status"
+
+
+def test_errors_say_what_there_is() -> None:
+    assert str(errors.UnknownConcept("Weather", ["Sports", "World"])) == (
+        "unknown concept 'Weather'; known: 'Sports', 'World'"
+    )
+    assert str(errors.NotFitted("layer", [7, 3], [0, 1])) == "layer 3, 7 not fitted; this range set has: 0, 1"
+    assert "none" in str(errors.NotFitted("ranking", ["max"], []))
+    assert "ranges list" in str(errors.UnknownRangeSet("abc"))

@@ -1,0 +1,131 @@
+"""Rankings against their definitions on raw states (METHOD "Rankings")."""
+
+import itertools
+from fractions import Fraction
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from hypothesis.extra.numpy import arrays
+
+from range_store.erasure import RANKINGS
+from range_store.rankings import count_of_top, mean_of_others, order, saliency, top
+
+VALUES = st.floats(-100, 100, allow_nan=False).map(lambda x: round(x, 3))
+Texts = list[np.ndarray]
+
+
+@st.composite
+def raw_states(draw: st.DrawFn, min_concepts: int = 1) -> Texts:
+    """States of one to six texts for each of up to four concepts, [n, D]."""
+    hidden = draw(st.integers(1, 4))
+    sizes = draw(st.lists(st.integers(1, 6), min_size=min_concepts, max_size=4))
+    return [draw(arrays(np.float64, (n, hidden), elements=VALUES)) for n in sizes]
+
+
+def statistics(states: Texts) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
+    counts = np.array([len(x) for x in states])
+    mean = np.stack([x.mean(0) for x in states])
+    return counts, mean, np.stack([x.std(0) for x in states]), np.stack([np.abs(x).mean(0) for x in states])
+
+
+@given(raw_states())
+def test_max_is_the_mean_absolute_value(states: Texts) -> None:
+    found = saliency("max", *statistics(states))
+    for c, x in enumerate(states):
+        assert np.allclose(found[c], np.abs(x).mean(0))
+
+
+@given(raw_states())
+def test_probeless_is_the_summed_distance_to_the_other_means(states: Texts) -> None:
+    found = saliency("probeless", *statistics(states))
+    for c, x in enumerate(states):
+        expected = sum((np.abs(x.mean(0) - other.mean(0)) for i, other in enumerate(states) if i != c), np.zeros(1))
+        assert np.allclose(found[c], expected)
+
+
+@given(raw_states(min_concepts=2))
+def test_selectivity_is_the_gap_to_all_other_texts_over_the_pooled_spread(states: Texts) -> None:
+    found = saliency("selectivity", *statistics(states))
+    for c, x in enumerate(states):
+        rest = np.concatenate([other for i, other in enumerate(states) if i != c])
+        gap = np.abs(x.mean(0) - rest.mean(0))
+        pooled = np.sqrt((len(x) * x.var(0) + len(rest) * rest.var(0)) / (len(x) + len(rest)))
+        told = pooled > 1e-6
+        assert np.allclose(found[c][told], (gap / np.where(told, pooled, 1))[told], rtol=1e-6, atol=1e-9)
+
+
+def test_selectivity_without_any_spread_is_nothing_or_the_largest_number() -> None:
+    counts, mean, flat = np.array([2, 2]), np.array([[1.0, 3.0], [1.0, 4.0]]), np.zeros((2, 2))
+    found = saliency("selectivity", counts, mean, flat, np.abs(mean))
+    assert found.tolist() == [[0.0, np.finfo(np.float64).max]] * 2
+    assert top(found[0], 0.5).tolist() == [1], "a neuron that separates perfectly comes first"
+
+
+def test_a_lone_concept_has_nothing_to_be_selective_against() -> None:
+    counts, mean, std = np.array([5]), np.ones((1, 3)), np.ones((1, 3))
+    assert (saliency("selectivity", counts, mean, std, mean) == -np.inf).all()
+    assert (saliency("probeless", counts, mean, std, mean) == 0).all()
+    assert np.isnan(mean_of_others(counts, mean)).all()
+
+
+@pytest.mark.parametrize("ranking", RANKINGS)
+def test_what_cannot_be_computed_ranks_last(ranking: str) -> None:
+    rng = np.random.default_rng(0)
+    counts, mean, std = np.array([3, 4]), rng.normal(size=(2, 5)), rng.uniform(1, 2, (2, 5))
+    mean_abs = np.abs(mean)
+    mean[0, 2] = std[0, 2] = mean_abs[0, 2] = np.nan
+    found = saliency(ranking, counts, mean, std, mean_abs)  # type: ignore[arg-type]
+    assert not np.isnan(found).any()
+    assert found[0, 2] == -np.inf
+    assert order(found[0])[-1] == 2
+    assert np.isfinite(np.delete(found, 2, axis=1)).all(), "other neurons are as they were"
+
+
+@given(raw_states(min_concepts=2))
+def test_the_mean_of_the_others_counts_every_text_once(states: Texts) -> None:
+    counts, mean, _, _ = statistics(states)
+    found = mean_of_others(counts, mean)
+    for c in range(len(states)):
+        rest = np.concatenate([other for i, other in enumerate(states) if i != c])
+        assert np.allclose(found[c], rest.mean(0))
+
+
+@given(st.integers(1, 1000), st.integers(1, 20_000))
+def test_k_is_exact_in_decimal_arithmetic(thousandths: int, hidden: int) -> None:
+    assert count_of_top(thousandths / 1000, hidden) == thousandths * hidden // 1000
+
+
+@given(st.floats(0, 1, exclude_min=True), st.integers(1, 5000))
+def test_k_is_the_floor_of_the_number_as_it_is_written(fraction: float, hidden: int) -> None:
+    exact = Fraction(repr(fraction)) * hidden
+    k = count_of_top(fraction, hidden)
+    assert k <= exact < k + 1
+    assert 0 <= k <= hidden
+
+
+def test_where_binary_arithmetic_would_be_one_off() -> None:
+    assert int(0.29 * 100) == 28
+    assert count_of_top(0.29, 100) == 29
+    assert (count_of_top(0.3, 10), count_of_top(0.3, 384), count_of_top(1.0, 384), count_of_top(0.3, 3)) == (
+        3,
+        115,
+        384,
+        0,
+    )
+
+
+@given(arrays(np.float64, st.integers(1, 30), elements=st.sampled_from([-np.inf, -1.0, -0.0, 0.0, 0.5, 1.0, np.inf])))
+def test_the_order_is_descending_and_ties_go_to_the_lower_index(values: np.ndarray) -> None:
+    found = order(values).tolist()
+    assert sorted(found) == list(range(len(values)))
+    for one, other in itertools.pairwise(found):
+        assert values[one] > values[other] or (values[one] == values[other] and one < other)
+
+
+@given(arrays(np.float64, st.integers(1, 30), elements=VALUES), st.floats(0, 1, exclude_min=True))
+def test_the_top_are_the_first_of_the_order(values: np.ndarray, fraction: float) -> None:
+    found = top(values, fraction)
+    assert found.tolist() == order(values)[: count_of_top(fraction, len(values))].tolist()
+    assert top(values, 1.0).tolist() == order(values).tolist()
