@@ -3,6 +3,7 @@
 No problem ever repeats a text that a user sent.
 """
 
+import json
 import logging
 from collections.abc import Mapping
 from http import HTTPStatus
@@ -92,6 +93,15 @@ _HTTP_CODES = {
 }
 
 
+class _ProblemResponse(JSONResponse):
+    """Plain ASCII: field names that a client made up may hold what UTF-8 cannot say."""
+
+    media_type = MEDIA_TYPE
+
+    def render(self, content: Any) -> bytes:
+        return json.dumps(content, ensure_ascii=True, allow_nan=False).encode()
+
+
 def problem_response(
     status: int,
     code: str,
@@ -113,7 +123,7 @@ def problem_response(
     sent = dict(headers or {})
     if request_id:
         sent["X-Request-ID"] = request_id
-    return JSONResponse(problem.model_dump(exclude_none=True), status, headers=sent, media_type=MEDIA_TYPE)
+    return _ProblemResponse(problem.model_dump(exclude_none=True), status, headers=sent)
 
 
 def install(app: FastAPI) -> None:

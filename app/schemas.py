@@ -2,14 +2,24 @@
 
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field
 
 from range_store.erasure import Damp, Erasure, Method, Ranking, Replacement, Rule
 from range_store.errors import InvalidErasure
 from range_store.live import LiveErasure
 
-Concept = Annotated[str, Field(min_length=1, max_length=500)]
-Reason = Annotated[str, Field(max_length=500)]
+
+def _storable(value: str) -> str:
+    """JSON may hold half of a surrogate pair; nothing that is stored may."""
+    try:
+        value.encode()
+    except UnicodeEncodeError:
+        raise ValueError("holds a lone surrogate, which is no character") from None
+    return value
+
+
+Concept = Annotated[str, Field(min_length=1, max_length=500), AfterValidator(_storable)]
+Reason = Annotated[str, Field(max_length=500), AfterValidator(_storable)]
 
 
 class In(BaseModel):

@@ -46,6 +46,7 @@ __all__ = [
     "EmptyText",
     "EngineError",
     "EngineFailed",
+    "Evaluation",
     "QueueFull",
     "RequestTooLarge",
     "Service",

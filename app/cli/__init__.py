@@ -6,8 +6,10 @@ Nothing here imports torch: jobs that need it go through `app.wiring`, imported 
 """
 
 import os
+import signal
 import sys
 from collections.abc import Sequence
+from types import FrameType
 from typing import Annotated
 
 import typer
@@ -85,5 +87,12 @@ def main() -> None:
     """Entry point of the command."""
     # Progress is told by our own bars; those of the libraries would stand between them.
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+    os.environ.setdefault("HF_DATASETS_DISABLE_PROGRESS_BARS", "1")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    signal.signal(signal.SIGTERM, _interrupt)
     sys.exit(run())
+
+
+def _interrupt(number: int, frame: FrameType | None) -> None:
+    """SIGTERM ends a command as Ctrl-C does: what it holds (a private Redis, a scratch directory) is released."""
+    raise KeyboardInterrupt

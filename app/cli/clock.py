@@ -12,7 +12,7 @@ _DURATION = re.compile(r"(\d+(?:\.\d+)?)([smhd]?)")
 
 def moment(unix: float) -> str:
     """A Unix time in the local time zone."""
-    return datetime.fromtimestamp(unix).astimezone().strftime("%Y-%m-%d %H:%M:%S %z")
+    return datetime.fromtimestamp(unix).astimezone().strftime("%Y-%m-%d %H:%M")
 
 
 def until(unix: float) -> str:

@@ -7,7 +7,6 @@ from contextlib import contextmanager
 from typing import Any
 
 import typer
-from rich import box
 from rich.console import Console
 from rich.markup import escape
 from rich.progress import BarColumn, Progress, ProgressColumn, SpinnerColumn, Task, TextColumn, TimeRemainingColumn
@@ -63,23 +62,30 @@ def error_line(message: str) -> None:
 def table(columns: Sequence[str], rows: Sequence[Sequence[object]], *, header: bool = True) -> None:
     """A table on stdout. A column whose values are all numbers is aligned right."""
     console = stdout()
+    filled = [index for index in range(len(columns)) if any(str(row[index]) for row in rows)]
     drawn = Table(
         show_header=header,
-        box=box.SIMPLE_HEAD if console.is_terminal else None,
+        header_style="bold",
+        box=None,
         pad_edge=False,
         show_edge=False,
     )
-    for index, column in enumerate(columns):
-        numbers = all(isinstance(row[index], int | float) or _is_number(row[index]) for row in rows)
-        drawn.add_column(column, justify="right" if numbers and rows else "left", overflow="fold")
+    for index in filled:
+        numbers = all(_is_number(str(row[index])) for row in rows)
+        drawn.add_column(columns[index], justify="right" if numbers else "left", overflow="fold")
     for row in rows:
-        drawn.add_row(*(escape(str(value)) for value in row))
-    console.print(drawn)
+        drawn.add_row(*(escape(str(row[index])) for index in filled))
+    if console.is_terminal:
+        console.print(drawn)
+        return
+    with console.capture() as captured:
+        console.print(drawn)
+    typer.echo("\n".join(line.rstrip() for line in captured.get().splitlines()))
 
 
-def _is_number(value: object) -> bool:
+def _is_number(value: str) -> bool:
     try:
-        float(str(value))
+        float(value)
     except ValueError:
         return value == "–"
     return True

@@ -1,19 +1,82 @@
 """`neuronlens demo`: everything at once, from nothing."""
 
-from typing import Annotated
+from collections.abc import Sequence
+from contextlib import ExitStack
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from app.cli.console import stderr
+from app.cli import options
+from app.cli.console import print_json, progress, say, table
+from app.cli.listening import bind, check_host, configure_logs
+from app.cli.serve import Host, Insecure, LogLevel, Port, serve_until_told
+from app.cli.stores import settings_with
+
+if TYPE_CHECKING:
+    from app.wiring import Demo
+
+_POST = "{address}/v1/classify -H 'Content-Type: application/json' -d"
+_TEXT = '"inputs": "The striker scored twice in extra time and the home side won the cup."'
+TO_TRY = (
+    "try:",
+    f"""  curl -s {_POST} '{{{_TEXT}, "erase": {{"concepts": ["Sports"], "top_fraction": 1.0}}, "compare": true}}'""",
+    """  curl -s -X PUT {address}/v1/erasures/Sports -H 'Content-Type: application/json' -d '{"top_fraction": 1.0}'""",
+    f"""  curl -s {_POST} '{{{_TEXT}}}'""",
+)
+"""What to type when it serves; {address} stands for where."""
 
 
 def demo(
-    host: Annotated[str, typer.Option("--host", help="Address to serve at.")] = "127.0.0.1",
-    port: Annotated[int, typer.Option("--port", min=0, max=65535, help="Port to serve at.")] = 8000,
+    host: Host = None,
+    port: Port = None,
+    insecure: Insecure = None,
+    cache_dir: Annotated[
+        Path | None, typer.Option("--cache-dir", help="Where it is kept. Default: demo/ in the data directory.")
+    ] = None,
     rebuild: Annotated[bool, typer.Option("--rebuild", help="Train and fit anew, whatever is cached.")] = False,
     serve: Annotated[bool, typer.Option("--serve/--no-serve", help="Serve it when it is ready.")] = True,
+    log_level: LogLevel = None,
+    as_json: options.AsJson = False,
 ) -> None:
-    """Train a small classifier, fit its ranges, show what erasing does, and serve it."""
-    from app.wiring import run_demo  # here, because it loads torch
+    """Train a small classifier, fit its ranges, show what erasing does, and serve it.
 
-    run_demo(port=port, host=host, rebuild=rebuild, serve=serve, console=stderr())
+    Needs nothing from outside, and keeps what it made: the second start is quick.
+    """
+    settings = settings_with(host=host, port=port, insecure=insecure, log_level=log_level)
+    # a private Redis of its own, whatever store the environment names
+    settings = settings.model_copy(update={"redis_url": None, "data_dir": cache_dir or settings.data_dir / "demo"})
+    check_host(settings)
+    configure_logs(settings)
+    with ExitStack() as stack:
+        with progress("") as report:
+            report("loading", 0, 0)
+            from app.wiring import open_demo  # here, because it loads torch
+
+            bound = stack.enter_context(bind(settings)) if serve else None
+            service, made = stack.enter_context(open_demo(settings, report, rebuild=rebuild))
+        if as_json:
+            rows = [row.as_json() for row in made.evaluation.rows]
+            print_json({"accuracy": made.accuracy, "range_set": made.range_set, "rows": rows})
+        else:
+            _show(made)
+        if bound is not None:
+            serve_until_told(service, settings, bound, TO_TRY)
+
+
+def _show(made: "Demo") -> None:
+    """What erasing each concept does to the accuracy on its own texts, and on all others."""
+    by_target: dict[str, dict[str, Sequence[float]]] = {}
+    for row in made.evaluation.rows:
+        accuracies = (row.base_acc, row.base_acc + row.delta_acc, row.base_cacc, row.base_cacc + row.delta_cacc)
+        by_target.setdefault(row.target, {})[row.method] = accuracies
+    say(f"accuracy on held-out sentences: {made.accuracy:.3f}; with all neurons masked, concept by concept:")
+    columns = ("erased", "its own: unmasked", "neuron", "range", "the others: unmasked", "neuron", "range")
+    table(
+        columns,
+        [
+            (target, *(f"{each:.3f}" for each in (n[0], n[1], r[1], n[2], n[3], r[3])))
+            for target, methods in by_target.items()
+            for n, r in [(methods["neuron"], methods["range"])]
+        ],
+    )

@@ -8,7 +8,7 @@ import typer
 from pydantic import ValidationError
 
 from app.cli import options
-from app.cli.clock import duration, moment, until
+from app.cli.clock import duration, until
 from app.cli.console import hint, print_json, say, table
 from app.cli.control import control_of
 from app.cli.exits import EPILOG, USAGE, CommandError
@@ -136,7 +136,6 @@ def _print(state: LiveState, as_json: bool, headline: str = "") -> None:
         "replacement",
         "enforced",
         "expires",
-        "since",
         "by",
         "reason",
     )
@@ -155,7 +154,6 @@ def _row(live: LiveErasure) -> tuple[object, ...]:
         _replacement(erasure.replacement),
         "yes" if live.enforced else "",
         until(live.expires_at) if live.expires_at is not None else "",
-        moment(live.since),
         live.by or "",
         live.reason or "",
     )

@@ -2,18 +2,22 @@
 
 import shlex
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from app.cli import options
-from app.cli.console import hint, print_json, progress, table
+from app.cli.console import hint, print_json, progress, say, table
 from app.cli.jobs import CorpusChoice, ModelChoice
 from app.cli.stores import settings_with
 from range_store.erasure import RANKINGS
 
+if TYPE_CHECKING:
+    from app.wiring import Evaluation
+
 METHODS = ("neuron", "range")
-COLUMNS = ("layer", "ranking", "method", "τ", "top", "target", "texts", "Acc", "ΔAcc", "ΔConf", "ΔCAcc", "ΔCConf")
+SETTINGS = ("layer", "ranking", "method", "τ", "top")
+COLUMNS = (*SETTINGS, "target", "texts", "Acc", "ΔAcc", "ΔConf", "ΔCAcc", "ΔCConf")
 
 
 def evaluate(
@@ -80,22 +84,31 @@ def evaluate(
     if as_json:
         print_json([row.as_json() for row in evaluation.rows])
     else:
-        rows = [
-            (
-                row.layer,
-                row.ranking,
-                row.method,
-                "–" if row.tau is None else f"{row.tau:g}",
-                f"{row.top_fraction:g}",
-                row.target,
-                row.n_target,
-                _share(row.base_acc),
-                *(_delta(value) for value in (row.delta_acc, row.delta_conf, row.delta_cacc, row.delta_cconf)),
-            )
-            for row in evaluation.rows
-        ]
-        table(COLUMNS, rows)
+        _show(evaluation)
     hint(f"written: {shlex.quote(str(out / 'results.json'))} and {shlex.quote(str(out / 'run.json'))}")
+
+
+def _show(evaluation: "Evaluation") -> None:
+    """A table; settings that all rows share stand above it."""
+    cells = [
+        (
+            str(row.layer),
+            row.ranking,
+            row.method,
+            "–" if row.tau is None else f"{row.tau:g}",
+            f"{row.top_fraction:g}",
+            row.target,
+            row.n_target,
+            _share(row.base_acc),
+            *(_delta(value) for value in (row.delta_acc, row.delta_conf, row.delta_cacc, row.delta_cconf)),
+        )
+        for row in evaluation.rows
+    ]
+    shared = [index for index in range(len(SETTINGS)) if len({each[index] for each in cells}) == 1]
+    own = [index for index in range(len(COLUMNS)) if index not in shared]
+    if shared:
+        say(" · ".join(f"{COLUMNS[index]} {cells[0][index]}" for index in shared))
+    table([COLUMNS[index] for index in own], [[each[index] for index in own] for each in cells])
 
 
 def _share(value: float) -> str:

@@ -15,7 +15,7 @@ MEANINGS: Final = {
     USAGE: "wrong usage or unusable input",
     UNREACHABLE: "store or server cannot be reached",
     CONFLICT: "not found, or in conflict with what is there",
-    INTERRUPTED: "interrupted",
+    INTERRUPTED: "interrupted, by Ctrl-C or SIGTERM",
 }
 
 EPILOG: Final = "Exit codes: " + " · ".join(f"{code} {meaning}" for code, meaning in MEANINGS.items()) + "."

@@ -58,10 +58,12 @@ def address_of(bound: socket.socket) -> str:
     return f"http://[{host}]:{port}" if bound.family == socket.AF_INET6 else f"http://{host}:{port}"
 
 
-def configure_logs(level: str) -> None:
-    """Logs on stderr. Below debug, not every request is a line: /metrics counts them."""
-    logging.basicConfig(level=level.upper(), format="%(asctime)s %(levelname)-7s %(name)s: %(message)s", force=True)
-    if level != "debug":
+def configure_logs(settings: "Settings") -> None:
+    """Logs on stderr. Except at debug, not every request is a line: /metrics counts them."""
+    logging.basicConfig(
+        level=settings.log_level.upper(), format="%(asctime)s %(levelname)-7s %(name)s: %(message)s", force=True
+    )
+    if settings.log_level != "debug":
         for noisy in ("uvicorn", "httpx", "httpcore", "filelock"):
             logging.getLogger(noisy).setLevel(logging.WARNING)
 

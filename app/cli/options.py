@@ -203,7 +203,7 @@ def choices(text: str, option: str, known: Sequence[Choice]) -> tuple[Choice, ..
     Raises:
         typer.BadParameter: a name is not among them; lists those that are.
     """
-    by_name = {name: name for name in known}
+    by_name: dict[str, Choice] = {name: name for name in known}
     entries = words(text, option)
     for entry in entries:
         if entry not in by_name:

@@ -36,7 +36,7 @@ def list_(
     elif not found:
         hint("no range set is published: fit one with `neuronlens fit`")
     else:
-        columns = ("id", "active", "model", "corpus", "rows", "concepts", "layers", "published")
+        columns = ("id", "active", "corpus", "rows", "concepts", "layers", "published")
         table(columns, [_row(each) for each in found])
 
 
@@ -178,7 +178,6 @@ def _row(found: Published) -> tuple[object, ...]:
     return (
         found.id,
         "yes" if found.active else "",
-        found.provenance.model.id,
         corpus.name,
         corpus.rows,
         len(corpus.counts),

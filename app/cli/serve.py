@@ -1,2 +1,118 @@
-def serve() -> None:
-    pass
+"""`neuronlens serve`: answer over HTTP."""
+
+import socket
+from collections.abc import Sequence
+from contextlib import ExitStack
+from typing import TYPE_CHECKING, Annotated, Literal
+
+import typer
+
+from app.cli import options
+from app.cli.console import hint, progress, say
+from app.cli.exits import USAGE, CommandError
+from app.cli.listening import address_of, bind, check_host, configure_logs, listen
+from app.cli.stores import settings_with
+
+if TYPE_CHECKING:
+    from app.settings import Settings
+    from app.wiring import Service
+
+Host = Annotated[
+    str | None, typer.Option("--host", help="Address to listen at. Default: NEURONLENS_HOST, else 127.0.0.1.")
+]
+Port = Annotated[
+    int | None,
+    typer.Option("--port", min=0, max=65535, help="Port; 0 takes any free one. Default: NEURONLENS_PORT, else 8000."),
+]
+Insecure = Annotated[
+    bool | None, typer.Option("--insecure", help="Allow a --host that other machines reach, though there are no keys.")
+]
+LogLevel = Annotated[
+    Literal["debug", "info", "warning", "error"] | None,
+    typer.Option("--log-level", help="Default: NEURONLENS_LOG_LEVEL, else info. debug logs every request."),
+]
+
+
+def serve(
+    model: Annotated[
+        str | None,
+        typer.Option(
+            "--model",
+            help="Checkpoint: a directory, or a name on the hub. Default: NEURONLENS_MODEL.",
+            rich_help_panel=options.MODEL_PANEL,
+        ),
+    ] = None,
+    name: options.Name = None,
+    revision: options.Revision = None,
+    device: options.Device = None,
+    dtype: options.DType = None,
+    threads: options.Threads = None,
+    allow_pickle: options.AllowPickle = None,
+    max_batch_tokens: Annotated[
+        int | None,
+        typer.Option(
+            "--max-batch-tokens",
+            min=16,
+            help="Padded tokens of one batch. Default: NEURONLENS_MAX_BATCH_TOKENS, else 4096.",
+            rich_help_panel=options.MODEL_PANEL,
+        ),
+    ] = None,
+    host: Host = None,
+    port: Port = None,
+    insecure: Insecure = None,
+    redis_url: options.RedisUrl = None,
+    data_dir: options.DataDir = None,
+    log_level: LogLevel = None,
+) -> None:
+    """Serve a classifier over HTTP, with concepts erased live or per request.
+
+    Stops at Ctrl-C or SIGTERM, after answering what it had accepted.
+    """
+    settings = settings_with(
+        model=model,
+        name=name,
+        revision=revision,
+        device=device,
+        dtype=dtype,
+        threads=threads,
+        allow_pickle=allow_pickle,
+        max_batch_tokens=max_batch_tokens,
+        host=host,
+        port=port,
+        insecure=insecure,
+        redis_url=redis_url,
+        data_dir=data_dir,
+        log_level=log_level,
+    )
+    if settings.model is None:
+        raise CommandError("which model? pass --model, or set NEURONLENS_MODEL", USAGE)
+    check_host(settings)
+    configure_logs(settings)
+    with ExitStack() as stack:
+        with progress("rows") as report:
+            report("loading the model", 0, 0)
+            from app.wiring import open_service  # here, because it loads torch
+
+            bound = stack.enter_context(bind(settings))
+            service = stack.enter_context(open_service(settings))
+        serve_until_told(service, settings, bound)
+
+
+def serve_until_told(
+    service: "Service", settings: "Settings", bound: socket.socket, to_try: Sequence[str] = ()
+) -> None:
+    """Serve until SIGINT or SIGTERM, then answer what was accepted. Says where, and what to try there."""
+    from app.main import create_app
+
+    def ready() -> None:
+        address = address_of(bound)
+        snapshot = service.mirror.snapshot
+        if snapshot is not None and snapshot.range_set is None:
+            hint(f"nothing can be erased yet: neuronlens fit --model {service.model.source} --data FILE --activate")
+        for line in to_try:
+            hint(line.replace("{address}", address))
+        hint(f"API: {address}/docs · stop: Ctrl-C")
+        say(f"serving {service.name} at {address}")
+
+    listen(create_app(settings, service), settings, bound, ready=ready, draining=service.engine.drain)
+    hint("stopped; what was accepted is answered")

@@ -1,16 +1,21 @@
 """Control through a running server's `/v1`."""
 
-from collections.abc import Sequence
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from types import TracebackType
 from typing import Any, Self
-from urllib.parse import urlsplit
+from urllib.parse import quote, urlsplit
 
 import httpx
+from pydantic import ValidationError
 
 from app.cli.exits import CONFLICT, FAILED, UNREACHABLE, USAGE, CommandError
 from app.settings import LOOPBACK
+from range_store.erasure import Erasure
 from range_store.live import LiveErasure, LiveState
 from range_store.published import Published
+from range_store.range_set import Provenance
 
 TIMEOUT = 30.0
 """Seconds for one answer."""
@@ -58,28 +63,53 @@ class ServerControl:
         self._client.close()
 
     def range_sets(self) -> Sequence[Published]:
-        raise NotImplementedError
+        answer = self._call("GET", "range-sets")
+        with _understanding(self._url):
+            return [
+                Published(
+                    each["id"], each["published_at"], each["active"], Provenance.model_validate(each["provenance"])
+                )
+                for each in answer["range_sets"]
+            ]
 
     def activate(self, range_set: str, *, force: bool, if_match: str | None) -> LiveState:
-        raise NotImplementedError
+        return self._state(self._call("PUT", "range-sets/active", {"id": range_set, "force": force}, if_match))
 
     def live(self) -> LiveState:
-        raise NotImplementedError
+        return self._state(self._call("GET", "erasures"))
 
     def switch_on(self, erasure: LiveErasure, *, if_match: str | None) -> LiveState:
-        raise NotImplementedError
+        body = erasure.erasure.model_dump(mode="json", exclude={"concept", "layers"})
+        body |= {"layer": erasure.erasure.layers, "enforced": erasure.enforced, "reason": erasure.reason}
+        if erasure.expires_at is not None:
+            body["expires_in"] = max(erasure.expires_at - time.time(), 0.001)
+        return self._state(self._call("PUT", f"erasures/{_path(erasure.concept)}", body, if_match))
 
     def switch_off(self, concept: str, *, reason: str | None, if_match: str | None) -> LiveState:
-        raise NotImplementedError
+        return self._state(self._call("DELETE", f"erasures/{_path(concept)}", None, if_match, reason))
 
     def switch_all_off(self, *, reason: str | None, if_match: str | None) -> LiveState:
-        raise NotImplementedError
+        return self._state(self._call("PUT", "erasures", {"erasures": [], "reason": reason}, if_match))
 
-    def _call(self, method: str, path: str, body: Any = None, if_match: str | None = None) -> Any:
+    def _state(self, answer: Any) -> LiveState:
+        with _understanding(self._url):
+            erasures = tuple(
+                LiveErasure(
+                    erasure=Erasure.model_validate({name: each[name] for name in Erasure.model_fields}),
+                    **{name: each[name] for name in LiveErasure.model_fields if name != "erasure"},
+                )
+                for each in answer["erasures"]
+            )
+            return LiveState(generation=answer["generation"], range_set=answer["range_set"], erasures=erasures)
+
+    def _call(
+        self, method: str, path: str, body: Any = None, if_match: str | None = None, reason: str | None = None
+    ) -> Any:
         headers = {"If-Match": f'"{if_match}"'} if if_match else {}
+        parameters = self._model | ({"reason": reason} if reason else {})
         try:
             answer = self._client.request(
-                method, f"{self._url}/v1/{path}", params=self._model, json=body, headers=headers
+                method, f"{self._url}/v1/{path}", params=parameters, json=body, headers=headers
             )
             decoded = answer.json() if answer.content else None
         except httpx.TransportError as error:
@@ -92,6 +122,19 @@ class ServerControl:
         if answer.is_success and decoded is not None:
             return decoded
         raise _problem(answer, decoded, self._url)
+
+
+def _path(concept: str) -> str:
+    """A concept in a path, whatever it holds."""
+    return quote(concept, safe="")
+
+
+@contextmanager
+def _understanding(url: str) -> Iterator[None]:
+    try:
+        yield
+    except (ValidationError, KeyError, TypeError):
+        raise CommandError(f"{url} answered what this command does not understand: is it another version?") from None
 
 
 def _problem(answer: httpx.Response, decoded: Any, url: str) -> CommandError:

@@ -68,11 +68,11 @@ def load_model(
         name: what to call the model; by default the last part of `source`.
 
     Raises:
-        CheckpointError: no such checkpoint, pickled weights, or no trained classification head.
+        CheckpointError: no such checkpoint or device, pickled weights, or no trained classification head.
         UnsupportedModel: a family that `families.py` does not describe.
     """
     transformers.utils.logging.disable_progress_bar()  # type: ignore[no-untyped-call]
-    place = torch.device(_auto_device() if device == "auto" else device)
+    place = _place(device)
     config = _read(source, lambda: AutoConfig.from_pretrained(source, revision=revision, trust_remote_code=False))
     family = family_of(config.model_type)
     torch_dtype = _dtype(dtype, place, config)
@@ -124,6 +124,16 @@ def _read(source: str, load: Any) -> Any:
     except (OSError, ValueError, RuntimeError, KeyError, ImportError, SafetensorError) as error:
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise CheckpointError(f"cannot load {source!r}: {reason}") from error
+
+
+def _place(device: str) -> torch.device:
+    """The device, tried out: a name that torch knows may still be of hardware that is not here."""
+    try:
+        place = torch.device(_auto_device() if device == "auto" else device)
+        torch.empty(1, device=place)
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        raise CheckpointError(f"no device {device!r} here ({str(error).splitlines()[0]}): use auto or cpu") from error
+    return place
 
 
 def _auto_device() -> str:

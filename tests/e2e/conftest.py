@@ -1,0 +1,115 @@
+"""A real service behind a real uvicorn, on a tiny fitted model; tests speak HTTP to it."""
+
+import threading
+import uuid
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack
+from dataclasses import dataclass
+from typing import Any
+
+import httpx
+import pytest
+import redis
+import torch
+import uvicorn
+
+from app.main import create_app
+from app.settings import Settings
+from app.wiring import Service, open_service
+from range_store.embedded import EmbeddedRedis
+from range_store.store import RangeStore
+from tests.range_store.waiting import until
+from tests.workers.checkpoints import save_tiny
+from tests.workers.texts import labelled_texts, write_jsonl
+from workers.fitting.corpus import load_corpus
+from workers.fitting.fit import Fitted, fit
+from workers.models.loading import LoadedModel, load_model
+
+LABELS = ("World", "Sports", "Business", "Sci/Tech")
+
+
+@dataclass
+class Running:
+    """A server to talk to, and what is behind it."""
+
+    http: httpx.Client
+    service: Service
+    url: str
+
+    def classify(self, inputs: Any, **fields: Any) -> httpx.Response:
+        return self.http.post("/v1/classify", json={"inputs": inputs, **fields})
+
+
+@pytest.fixture(scope="session")
+def model(tmp_path_factory: pytest.TempPathFactory) -> LoadedModel:
+    torch.set_num_threads(1)
+    path = save_tiny("bert", tmp_path_factory.mktemp("e2e") / "tiny-news", labels=LABELS)
+    return load_model(str(path), device="cpu")
+
+
+@pytest.fixture(scope="session")
+def fitted(model: LoadedModel, tmp_path_factory: pytest.TempPathFactory) -> Fitted:
+    """Ranges of the model at its last two blocks; a concept that is no label among them."""
+    rows = [(text, "Sci/Tech" if label == "SciTech" else label) for text, label in labelled_texts(90, seed=4)]
+    rows += [(f"it rained in {place} all day", "Météo & co") for place in ("Kyiv", "Lima", "Oslo", "Baku")]
+    path = write_jsonl(tmp_path_factory.mktemp("data") / "train.jsonl", rows)
+    return fit(model, load_corpus(str(path), labels=LABELS), layers=(-2, -1), bins=64)
+
+
+@pytest.fixture
+def serve(redis_client: redis.Redis, model: LoadedModel) -> Iterator[Callable[..., Running]]:
+    """`serve(**settings)`: start a server; everything is stopped after the test."""
+    assert isinstance(redis_client, EmbeddedRedis)
+    with ExitStack() as stack:
+
+        def start(**settings: Any) -> Running:
+            named = {"name": f"tiny-{uuid.uuid4().hex[:8]}", "redis_url": redis_client.url, "poll_seconds": 0.2}
+            chosen = Settings(**{**named, **settings})
+            service = stack.enter_context(open_service(chosen, model))
+            config = uvicorn.Config(create_app(chosen, service), host="127.0.0.1", port=0, log_level="warning")
+            server = uvicorn.Server(config)
+            thread = threading.Thread(target=server.run)
+            thread.start()
+
+            def stop() -> None:
+                server.should_exit = True
+                thread.join()
+
+            stack.callback(stop)
+            until(lambda: server.started)
+            port = server.servers[0].sockets[0].getsockname()[1]
+            url = f"http://127.0.0.1:{port}"
+            return Running(stack.enter_context(httpx.Client(base_url=url, timeout=30)), service, url)
+
+        yield start
+
+
+@pytest.fixture
+def news(serve: Callable[..., Running], fitted: Fitted) -> Running:
+    """A server with an active range set."""
+    return ready(serve(), fitted)
+
+
+def ready(running: Running, fitted: Fitted) -> Running:
+    """Publish and activate ranges for a server."""
+    store: RangeStore = running.service.store
+    store.activate(store.publish(fitted.range_set, fitted.inspect))
+    running.service.mirror.refresh()
+    return running
+
+
+@pytest.fixture
+def problem() -> Callable[[httpx.Response, int, str], dict[str, Any]]:
+    """`problem(response, status, code)`: the body of an error, checked for its form."""
+
+    def check(response: httpx.Response, status: int, code: str) -> dict[str, Any]:
+        assert (response.status_code, response.headers["content-type"]) == (status, "application/problem+json"), (
+            response.text
+        )
+        body: dict[str, Any] = response.json()
+        assert body["code"] == code, body
+        assert (body["status"], body["request_id"]) == (status, response.headers["x-request-id"])
+        assert {"type", "title", "detail"} <= body.keys()
+        return body
+
+    return check

@@ -1,0 +1,189 @@
+"""`POST /v1/classify` over HTTP: forms of a request, of its answer, and of what goes wrong."""
+
+import json
+import math
+from collections.abc import Callable
+from typing import Any
+
+import httpx
+import numpy as np
+import pytest
+
+from tests.e2e.conftest import LABELS, Running, ready
+from workers.fitting.fit import Fitted
+
+Problem = Callable[[httpx.Response, int, str], dict[str, Any]]
+TEXT = "the keeper saved a penalty, and nobody was surprised"
+
+
+def test_an_answer_has_the_designed_form(news: Running) -> None:
+    body = news.classify(TEXT).json()
+    assert set(body) == {"model", "results", "erasure", "usage"}
+    (result,) = body["results"]
+    assert {score["label"] for score in result["scores"]} == set(LABELS)
+    scores = [score["score"] for score in result["scores"]]
+    assert scores == sorted(scores, reverse=True)
+    assert math.isclose(sum(scores), 1.0)
+    assert (result["label"], result["score"]) == (result["scores"][0]["label"], scores[0])
+    assert (result["masked_neurons"], result["truncated"], result["baseline"]) == (0, False, None)
+    assert body["erasure"]["source"] == "none"
+    assert body["erasure"]["range_set"] == news.service.store.live().range_set
+    assert body["usage"]["tokens"] == len(news.service.model.tokens.encode([TEXT])[0].ids)
+
+
+def test_every_form_of_erase_means_what_it_says(news: Running) -> None:
+    def concepts(erase: Any) -> list[str]:
+        answer = news.classify(TEXT, erase=erase)
+        assert answer.status_code == 200, answer.text
+        named: list[str] = answer.json()["erasure"]["concepts"]
+        return named
+
+    assert concepts(None) == concepts([]) == []
+    assert concepts(["Sports", "Sci/Tech", "Météo & co"]) == ["Sports", "Sci/Tech", "Météo & co"]
+    assert concepts([{"concept": "Sports", "tau": 2}, "World"]) == ["Sports", "World"]
+    group = {"concepts": ["World", "Sports"], "method": "neuron", "top_fraction": 0.5, "layer": [-2, 2]}
+    answer = news.classify(TEXT, erase=group).json()["erasure"]
+    assert answer["source"] == "request"
+    assert answer["erasures"][0] == {
+        "concept": "World",
+        "method": "neuron",
+        "rule": "sigma",
+        "tau": 2.5,
+        "top_fraction": 0.5,
+        "ranking": "max",
+        "layers": [1, 2],
+        "replacement": "zero",
+        "enforced": False,
+    }
+    damped = news.classify(TEXT, erase=[{"concept": "Sports", "replacement": {"damp": 0.5}}]).json()
+    assert damped["erasure"]["erasures"][0]["replacement"] == {"damp": 0.5}
+
+
+def test_erasing_all_neurons_zeroes_what_the_head_reads(news: Running) -> None:
+    """All neurons at 0 is the same state whatever the text: every text gets one and the same answer."""
+    erase = {"concepts": ["World"], "method": "neuron", "top_fraction": 1.0}
+    results = news.classify([TEXT, "shares fell sharply", "a"], erase=erase, compare=True).json()["results"]
+    scores = [{score["label"]: score["score"] for score in result["scores"]} for result in results]
+    for other in scores[1:]:
+        assert other == pytest.approx(scores[0], abs=1e-6)
+    assert all(result["masked_neurons"] == 32 for result in results)
+    baselines = [result["baseline"]["scores"] for result in results]
+    bare = [result["scores"] for result in news.classify([TEXT, "shares fell sharply", "a"]).json()["results"]]
+    assert baselines == bare
+
+
+def test_activations_and_top_k(news: Running) -> None:
+    def scores(**fields: Any) -> dict[str, float]:
+        result = news.classify(TEXT, **fields).json()["results"][0]
+        return {score["label"]: score["score"] for score in result["scores"]}
+
+    raw = scores(activation="none")
+    soft, sigmoid = scores(activation="softmax"), scores(activation="sigmoid")
+    odds = np.exp(np.array(list(raw.values())))
+    assert soft == pytest.approx(dict(zip(raw, odds / odds.sum(), strict=True)))
+    assert sigmoid == pytest.approx({label: 1 / (1 + math.exp(-value)) for label, value in raw.items()})
+    assert scores() == soft
+    assert list(scores(top_k=2)) == list(soft)[:2]
+    assert len(scores(top_k=99)) == 4
+
+
+def test_a_long_text_is_cut_or_refused(news: Running, problem: Problem) -> None:
+    long = "goal " * 200
+    assert [r["truncated"] for r in news.classify([long, "goal"]).json()["results"]] == [True, False]
+    problem(news.classify([long], truncate=False), 422, "text_too_long")
+
+
+def test_no_texts_and_the_empty_text(news: Running) -> None:
+    assert news.classify([]).json()["results"] == []
+    assert news.classify("").json()["results"][0]["label"] in LABELS
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"erase": ["Sports"], "unknown": 1},
+        {"erase": [{"concept": "Sports", "taau": 1}]},
+        {"erase": [{"concept": "Sports", "tau": -1}]},
+        {"erase": [{"concept": "Sports", "tau": "2"}]},
+        {"erase": [{"concept": "Sports", "top_fraction": 0}]},
+        {"erase": [{"concept": "Sports", "top_fraction": 1.5}]},
+        {"erase": [{"concept": "Sports", "method": "delete"}]},
+        {"erase": [{"concept": "Sports", "replacement": {"damp": 2}}]},
+        {"erase": [{"concept": "Sports", "layer": True}]},
+        {"erase": [{"concept": ""}]},
+        {"erase": "Sports"},
+        {"compare": "yes"},
+        {"top_k": 0},
+        {"activation": "tanh"},
+        {"truncate": 1},
+    ],
+)
+def test_invalid_fields_are_named(news: Running, problem: Problem, fields: dict[str, Any]) -> None:
+    body = problem(news.classify("secret text of a user", **fields), 422, "invalid")
+    assert any(set(fields) & set(map(str, error["loc"])) for error in body["errors"])
+    assert "secret" not in json.dumps(body)
+
+
+@pytest.mark.parametrize("layer", [[], [1, 1], [2, -1]])
+def test_layers_named_twice_or_not_at_all(news: Running, problem: Problem, layer: list[int]) -> None:
+    problem(news.classify(TEXT, erase=[{"concept": "Sports", "layer": layer}]), 422, "invalid_erasure")
+
+
+def test_what_cannot_be_resolved_is_named(news: Running, problem: Problem) -> None:
+    known = problem(news.classify(TEXT, erase=["Weather"]), 404, "unknown_concept")["known"]
+    assert known == [*LABELS, "Météo & co"]
+    assert problem(news.classify(TEXT, erase=[{"concept": "Sports", "layer": 0}]), 422, "not_fitted")["fitted"] == [
+        1,
+        2,
+    ]
+    problem(news.classify(TEXT, erase={"concepts": ["Sports"], "layer": "all"}), 422, "not_fitted")
+    problem(news.classify(TEXT, erase=[{"concept": "Sports", "layer": 7}]), 422, "invalid_erasure")
+    problem(news.classify(TEXT, erase=["Sports", "World", "Sports"]), 422, "invalid_erasure")
+    problem(news.classify(TEXT, model="another"), 404, "unknown_model")
+    assert news.classify(TEXT, model=news.service.name).status_code == 200
+
+
+def test_limits_of_a_request(serve: Callable[..., Running], fitted: Fitted, problem: Problem) -> None:
+    news = ready(serve(max_texts=3, max_characters=50, max_body_bytes=2000, max_queue_tokens=30), fitted)
+    problem(news.classify(["a"] * 4), 413, "too_many_texts")
+    problem(news.classify("b" * 51), 413, "text_too_large")
+    problem(news.classify("c" * 3000), 413, "body_too_large")
+    problem(news.classify(["shares fell sharply on Monday"] * 3), 413, "request_too_large")
+
+    def chunks() -> Any:
+        for _ in range(30):
+            yield b" " * 100
+
+    chunked = news.http.post("/v1/classify", content=chunks(), headers={"content-type": "application/json"})
+    problem(chunked, 413, "body_too_large")
+
+
+def test_bodies_that_are_no_json(news: Running, problem: Problem) -> None:
+    def post(content: bytes, kind: str = "application/json") -> httpx.Response:
+        return news.http.post("/v1/classify", content=content, headers={"content-type": kind})
+
+    problem(post(b"{"), 400, "malformed")
+    problem(post(b'{"inputs": "\xff\xfe"}'), 400, "malformed")
+    problem(post(b""), 422, "invalid")
+    problem(post(b"[1]"), 422, "invalid")
+    problem(post(b"inputs=a", "application/x-www-form-urlencoded"), 422, "invalid")
+    problem(post(b'{"inputs": "a", "erase": ["lone \\ud800 surrogate"]}'), 422, "invalid")
+    problem(post(b'{"inputs": "a", "\\ud800": 1}'), 422, "invalid")
+    assert post(b'{"inputs": "lone \\ud800 surrogate"}').status_code == 200
+    problem(post(b'{"inputs": "a", "erase": [{"concept": "Sports", "tau": NaN}]}'), 422, "invalid")
+    problem(post(b'{"inputs": "a", "erase": [{"concept": "Sports", "tau": 1e999}]}'), 422, "invalid")
+    assert post(b'{"inputs": "nul \\u0000 byte"}').status_code == 200
+
+
+def test_a_deadline_is_kept(news: Running, problem: Problem) -> None:
+    with news.service.model.steered._lock:
+        late = news.http.post("/v1/classify", json={"inputs": "a"}, headers={"X-Request-Timeout": "0.05"})
+    problem(late, 504, "deadline_exceeded")
+    refused = news.http.post("/v1/classify", json={"inputs": "a"}, headers={"X-Request-Timeout": "0"})
+    problem(refused, 422, "invalid")
+
+
+def test_erasing_without_ranges_is_503_and_never_ignored(serve: Callable[..., Running], problem: Problem) -> None:
+    bare = serve()
+    assert bare.classify(TEXT).status_code == 200
+    problem(bare.classify(TEXT, erase=["Sports"]), 503, "no_range_set")

@@ -1,0 +1,144 @@
+"""Live erasures and range sets over HTTP: toggles, generations, conflicts, names of every kind."""
+
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+from urllib.parse import quote
+
+import httpx
+import pytest
+
+from tests.e2e.conftest import Running, ready
+from tests.range_store.builders import random_range_set
+from tests.range_store.waiting import until
+from tests.workers.texts import labelled_texts, write_jsonl
+from workers.fitting.corpus import load_corpus
+from workers.fitting.fit import Fitted, fit
+
+Problem = Callable[[httpx.Response, int, str], dict[str, Any]]
+TEXT = "the keeper saved a penalty"
+
+
+def erased(news: Running) -> list[str]:
+    concepts: list[str] = news.classify(TEXT).json()["erasure"]["concepts"]
+    return concepts
+
+
+@pytest.mark.parametrize("concept", ["Sports", "Sci/Tech", "Météo & co"])
+def test_a_toggle_is_seen_by_the_next_request(news: Running, concept: str) -> None:
+    path = f"/v1/erasures/{quote(concept, safe='')}"
+    before = news.http.get("/v1/erasures").json()["generation"]
+    on = news.http.put(path, json={"top_fraction": 1.0, "reason": "a trial"})
+    assert on.status_code == 200, on.text
+    assert on.json()["generation"] != before
+    assert on.headers["etag"] == f'"{on.json()["generation"]}"'
+    answer = news.classify(TEXT).json()
+    assert answer["erasure"]["concepts"] == [concept]
+    assert answer["erasure"]["source"] == "live"
+    assert answer["erasure"]["generation"] == on.json()["generation"]
+    assert news.classify(TEXT, erase=[]).json()["erasure"]["concepts"] == []
+    listed = news.http.get("/v1/erasures").json()["erasures"]
+    assert [(each["concept"], each["reason"], each["top_fraction"]) for each in listed] == [(concept, "a trial", 1.0)]
+    assert [c["concept"] for c in news.http.get("/v1/concepts").json()["concepts"] if c["erased"]] == [concept]
+    off = news.http.delete(path, params={"reason": "enough"})
+    assert off.json()["erasures"] == []
+    assert erased(news) == []
+    assert [entry.reason for entry in news.service.store.audit(2)] == ["enough", "a trial"]
+
+
+def test_a_slash_in_a_path_needs_no_escape(news: Running) -> None:
+    assert news.http.put("/v1/erasures/Sci/Tech").status_code == 200
+    assert erased(news) == ["Sci/Tech"]
+
+
+def test_replacing_all_is_one_generation(news: Running) -> None:
+    first = news.http.put("/v1/erasures", json={"erasures": [{"concept": "World"}, {"concept": "Sports", "tau": 1}]})
+    counter = int(first.json()["generation"].partition("-")[2])
+    second = news.http.put("/v1/erasures", json={"erasures": [{"concept": "Business"}]})
+    assert int(second.json()["generation"].partition("-")[2]) == counter + 1
+    assert erased(news) == ["Business"]
+    assert news.http.put("/v1/erasures", json={"erasures": []}).json()["erasures"] == []
+
+
+def test_if_match_guards_a_change(news: Running, problem: Problem) -> None:
+    old = news.http.get("/v1/erasures").headers["etag"]
+    new = news.http.put("/v1/erasures/World", headers={"If-Match": old}).headers["etag"]
+    stale = news.http.put("/v1/erasures/Sports", headers={"If-Match": old})
+    assert f'"{problem(stale, 412, "stale_generation")["generation"]}"' == new
+    assert erased(news) == ["World"]
+    problem(news.http.delete("/v1/erasures/World", headers={"If-Match": old}), 412, "stale_generation")
+    problem(news.http.delete("/v1/erasures/World", headers={"If-Match": f"{old}, {old}"}), 412, "stale_generation")
+    assert news.http.delete("/v1/erasures/World", headers={"If-Match": f"{old}, {new}"}).status_code == 200
+    assert news.http.put("/v1/erasures/World", headers={"If-Match": "*"}).status_code == 200
+
+
+def test_an_erasure_expires(news: Running) -> None:
+    before = news.http.put("/v1/erasures/Sports", json={"expires_in": 0.3}).json()["generation"]
+    assert erased(news) == ["Sports"]
+    until(lambda: erased(news) == [])
+    until(lambda: news.http.get("/v1/erasures").json()["generation"] != before)
+    assert news.service.store.audit(1)[0].action == "expire"
+
+
+def test_what_is_enforced_cannot_be_opted_out_of(news: Running) -> None:
+    news.http.put("/v1/erasures/Sports", json={"enforced": True})
+    answer = news.classify(TEXT, erase=["World"]).json()["erasure"]
+    assert [(each["concept"], each["enforced"]) for each in answer["erasures"]] == [("Sports", True), ("World", False)]
+    assert news.classify(TEXT, erase=[]).json()["erasure"]["concepts"] == ["Sports"]
+
+
+def test_wrong_toggles(news: Running, problem: Problem) -> None:
+    problem(news.http.put("/v1/erasures/Weather"), 404, "unknown_concept")
+    problem(news.http.delete("/v1/erasures/Weather"), 404, "unknown_concept")
+    problem(news.http.put("/v1/erasures/Sports", json={"layer": 0}), 422, "not_fitted")
+    problem(news.http.put("/v1/erasures/Sports", json={"expires_in": 0}), 422, "invalid")
+    problem(news.http.put("/v1/erasures/Sports", json={"reason": "x" * 501}), 422, "invalid")
+    twice = {"erasures": [{"concept": "World"}, {"concept": "World"}]}
+    problem(news.http.put("/v1/erasures", json=twice), 422, "invalid_erasure")
+    problem(news.http.put("/v1/erasures/Sports?model=another"), 404, "unknown_model")
+    assert erased(news) == []
+
+
+def test_activate_and_roll_back(news: Running, problem: Problem, tmp_path: Path) -> None:
+    store, model = news.service.store, news.service.model
+    first = store.live().range_set
+    rows = [pair for pair in labelled_texts(40, seed=8) if pair[1] != "SciTech"]
+    path = write_jsonl(tmp_path / "other.jsonl", rows)
+    other = fit(model, load_corpus(str(path), labels=model.identity.labels), bins=64)
+    second = store.publish(other.range_set, other.inspect)
+    listed = news.http.get("/v1/range-sets").json()
+    assert [(each["id"], each["active"]) for each in listed["range_sets"]] == [(second, False), (first, True)]
+    assert news.http.put("/v1/range-sets/active", json={"id": second}).json()["range_set"] == second
+    assert news.classify(TEXT).json()["erasure"]["range_set"] == second
+    assert news.http.put("/v1/range-sets/active", json={"id": first}).json()["range_set"] == first
+    news.http.put("/v1/erasures/Sci%2FTech")
+    problem(news.http.put("/v1/range-sets/active", json={"id": second}), 409, "unresolvable_erasure")
+    assert erased(news) == ["Sci/Tech"]
+    forced = news.http.put("/v1/range-sets/active", json={"id": second, "force": True}).json()
+    assert (forced["range_set"], forced["erasures"]) == (second, [])
+    problem(news.http.put("/v1/range-sets/active", json={"id": "0" * 20}), 404, "unknown_range_set")
+
+
+def test_a_range_set_of_another_model_is_refused(news: Running, problem: Problem) -> None:
+    foreign, inspect = random_range_set(3)
+    published = news.service.store.publish(foreign, inspect)
+    problem(news.http.put("/v1/range-sets/active", json={"id": published}), 409, "foreign_range_set")
+    assert news.http.get("/v1/erasures").json()["range_set"] != published
+
+
+def test_provenance_of_a_range_set(news: Running) -> None:
+    active = news.http.get("/v1/range-sets").json()["active"]
+    shown = news.http.get(f"/v1/range-sets/{active}").json()
+    assert shown["provenance"]["model"]["fingerprint"] == news.service.model.identity.fingerprint
+    assert shown["provenance"]["settings"]["layers"] == [1, 2]
+
+
+def test_two_servers_on_one_store_agree(serve: Callable[..., Running], fitted: Fitted) -> None:
+    one = ready(serve(), fitted)
+    two = serve(name=one.service.name)
+    generation = one.http.put("/v1/erasures/Sports").json()["generation"]
+    started = time.monotonic()
+    until(lambda: two.classify(TEXT).json()["erasure"]["generation"] == generation)
+    assert erased(two) == ["Sports"]
+    assert time.monotonic() - started < 10

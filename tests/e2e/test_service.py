@@ -1,0 +1,214 @@
+"""Probes, metrics, inspection, and the edges of HTTP itself."""
+
+import json
+import threading
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import httpx
+import numpy as np
+import pytest
+from prometheus_client.parser import text_string_to_metric_families
+
+from app.openapi import document
+from tests.e2e.conftest import LABELS, Running
+from workers.fitting.fit import Fitted
+
+Problem = Callable[[httpx.Response, int, str], dict[str, Any]]
+ROOT = Path(__file__).parents[2]
+
+
+def test_readiness_follows_what_is_needed_to_answer(
+    serve: Callable[..., Running], fitted: Fitted, problem: Problem
+) -> None:
+    running = serve()
+    assert running.http.get("/livez").json() == {"status": "alive"}
+    assert problem(running.http.get("/readyz"), 503, "not_ready")["checks"]["range_set"] is False
+    store = running.service.store
+    store.activate(store.publish(fitted.range_set, fitted.inspect))
+    running.service.mirror.refresh()
+    assert running.http.get("/readyz").json()["checks"] == {
+        "engine": True,
+        "live_state": True,
+        "range_set": True,
+        "store": True,
+    }
+    running.service.engine.drain()
+    problem(running.http.get("/readyz"), 503, "not_ready")
+    problem(running.classify("a"), 503, "draining")
+    assert running.http.get("/livez").status_code == 200
+
+
+def test_a_slow_forward_pass_delays_no_probe_and_no_toggle(news: Running) -> None:
+    """Promise 9: the model is held for as long as the test likes, and everything else answers meanwhile."""
+    answers: list[httpx.Response] = []
+    with news.service.model.steered._lock:
+        waiting = threading.Thread(target=lambda: answers.append(news.classify("the keeper saved a penalty")))
+        waiting.start()
+        with httpx.Client(base_url=news.url, timeout=5) as other:
+            for _ in range(20):
+                assert other.get("/livez").status_code == 200
+                assert other.get("/metrics").status_code == 200
+            assert other.put("/v1/erasures/Sports").status_code == 200
+            assert other.get("/readyz").status_code == 200
+        assert not answers
+    waiting.join()
+    assert answers[0].status_code == 200
+
+
+def test_metrics_are_prometheus_and_hold_no_text(news: Running) -> None:
+    news.classify("a very private sentence", erase=["Sports"])
+    news.http.get("/no/such/private/path")
+    page = news.http.get("/metrics")
+    families = {family.name: family for family in text_string_to_metric_families(page.text)}
+    assert "private" not in page.text
+    assert families["neuronlens_store_up"].samples[0].value == 1
+    assert families["neuronlens_live_erasures"].samples[0].value == 0
+    texts = {
+        sample.labels["source"]: sample.value
+        for sample in families["neuronlens_texts"].samples
+        if "source" in sample.labels and sample.name.endswith("_total")
+    }
+    assert texts["request"] == 1
+    routes = {sample.labels.get("route") for sample in families["neuronlens_http_requests"].samples}
+    assert routes >= {"/v1/classify", "unmatched"}
+    assert all(name.startswith("neuronlens_") for name in families)
+
+
+def test_models_say_what_is_loaded(news: Running) -> None:
+    (model,) = news.http.get("/v1/models").json()["models"]
+    assert model["id"] == news.service.name
+    assert model["labels"] == list(LABELS)
+    assert (model["layers"], model["hidden_size"], model["dtype"], model["split"]) == (3, 32, "float32", True)
+    assert Path(model["path"]).is_dir()
+
+
+def test_concepts_and_which_are_labels(news: Running) -> None:
+    concepts = {each["concept"]: each for each in news.http.get("/v1/concepts").json()["concepts"]}
+    assert list(concepts) == [*LABELS, "Météo & co"]
+    assert concepts["Météo & co"] == {
+        "concept": "Météo & co",
+        "texts": 4,
+        "label": False,
+        "erased": False,
+        "enforced": False,
+    }
+
+
+def test_ranges_page_through_every_neuron_once(news: Running, fitted: Fitted) -> None:
+    seen: list[dict[str, Any]] = []
+    cursor: str | None = None
+    while True:
+        params = {"limit": 9, "ranking": "selectivity", "tau": 2, "layer": -2} | ({"cursor": cursor} if cursor else {})
+        page = news.http.get("/v1/concepts/Sci%2FTech/ranges", params=params).json()
+        assert (page["layer"], page["ranking"], page["tau"]) == (1, "selectivity", 2)
+        seen += page["neurons"]
+        cursor = page["next_cursor"]
+        if cursor is None:
+            break
+    assert sorted(each["neuron"] for each in seen) == list(range(32))
+    assert [each["rank"] for each in seen] == list(range(32))
+    serve = fitted.range_set.layers[1]
+    row = fitted.range_set.concept_index("Sci/Tech")
+    saliency = [each["saliency"] for each in seen]
+    assert saliency == sorted(saliency, reverse=True)
+    for each in seen:
+        mean, std = serve.mean[row, each["neuron"]], serve.std[row, each["neuron"]]
+        assert (each["low"], each["high"]) == pytest.approx((mean - 2 * std, mean + 2 * std))
+        assert set(each["overlap"]) == {"World", "Sports", "Business", "Météo & co"}
+
+
+def test_pages_and_neurons_that_do_not_exist(news: Running, problem: Problem) -> None:
+    get = news.http.get
+    problem(get("/v1/concepts/Weather/ranges"), 404, "unknown_concept")
+    problem(get("/v1/concepts/Sports/ranges", params={"cursor": "?"}), 422, "invalid_cursor")
+    problem(get("/v1/concepts/Sports/ranges", params={"limit": 0}), 422, "invalid")
+    problem(get("/v1/concepts/Sports/ranges", params={"tau": "nan"}), 422, "invalid")
+    problem(get("/v1/concepts/Sports/ranges", params={"layer": 0}), 422, "not_fitted")
+    problem(get("/v1/concepts/Sports/ranges", params={"layer": 3}), 404, "unknown_neuron")
+    problem(get("/v1/neurons/2/32"), 404, "unknown_neuron")
+    problem(get("/v1/neurons/2/-1"), 404, "unknown_neuron")
+    problem(get("/v1/neurons/9/0"), 404, "unknown_neuron")
+    problem(get("/v1/neurons/0/0"), 422, "not_fitted")
+    problem(get("/v1/range-sets/nothing"), 404, "unknown_range_set")
+    problem(get("/v1/nothing"), 404, "not_found")
+    problem(get("/v1/classify"), 405, "method_not_allowed")
+
+
+def test_a_neuron_shows_every_concept(news: Running, fitted: Fitted) -> None:
+    shown = news.http.get("/v1/neurons/-1/7").json()
+    assert (shown["layer"], shown["neuron"], len(shown["edges"])) == (2, 7, 65)
+    inspect = fitted.inspect[2]
+    for row, of_concept in enumerate(shown["concepts"]):
+        histogram = of_concept["histogram"]
+        assert histogram["below"] + sum(histogram["counts"]) + histogram["above"] == of_concept["texts"]
+        assert of_concept["minimum"] == inspect.minimum[row, 7]
+        std = of_concept["std"]
+        assert of_concept["skewness"] == pytest.approx(inspect.m3[row, 7] / std**3)
+        assert of_concept["kurtosis"] >= 1
+        assert set(of_concept["rank"]) == {"max", "probeless", "selectivity"}
+
+
+def test_overlap_of_the_salient_sets(news: Running) -> None:
+    shown = news.http.get("/v1/overlap", params={"top_fraction": 0.25}).json()
+    share, jaccard = np.array(shown["share"]), np.array(shown["jaccard"])
+    assert shown["neurons"] == 8
+    assert shown["chance"] == 0.25
+    assert np.array_equal(np.diag(share), np.ones(5))
+    assert np.array_equal(share, share.T)
+    assert np.allclose(jaccard, share / (2 - share))
+    assert np.array_equal(np.array(news.http.get("/v1/overlap?top_fraction=1").json()["share"]), np.ones((5, 5)))
+
+
+def test_request_ids_are_echoed_or_made(news: Running) -> None:
+    assert news.http.get("/livez", headers={"X-Request-ID": "abc-1"}).headers["x-request-id"] == "abc-1"
+    made = news.http.get("/livez", headers={"X-Request-ID": "not sane!"}).headers["x-request-id"]
+    assert len(made) == 32
+    missing = news.http.get("/nothing", headers={"X-Request-ID": "abc-2"})
+    assert missing.json()["request_id"] == missing.headers["x-request-id"] == "abc-2"
+
+
+def test_only_loopback_names_are_answered(news: Running, problem: Problem) -> None:
+    problem(news.http.get("/v1/concepts", headers={"Host": "evil.example"}), 421, "wrong_host")
+    assert news.http.get("/livez", headers={"Host": "localhost:9"}).status_code == 200
+    assert news.http.get("/livez", headers={"Host": "[::1]:9"}).status_code == 200
+
+
+def test_a_fault_is_a_problem_without_a_traceback(
+    news: Running, problem: Problem, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async def broken(*args: Any, **kwargs: Any) -> None:
+        raise ZeroDivisionError("secret detail")
+
+    monkeypatch.setattr(news.service.engine, "classify", broken)
+    response = news.classify("a")
+    problem(response, 500, "internal")
+    assert "secret" not in response.text
+    assert "Traceback" not in response.text
+
+
+def test_no_text_of_a_user_reaches_the_log(news: Running, caplog: pytest.LogCaptureFixture) -> None:
+    with caplog.at_level("DEBUG"):
+        news.classify("a confession nobody must read", erase=["Sports"])
+        news.classify({"text": "a confession nobody must read"})
+        news.classify(["a confession nobody must read"], erase=["Weather"])
+    assert "confession" not in caplog.text
+
+
+def test_docs_are_served(news: Running) -> None:
+    assert news.http.get("/docs").status_code == 200
+    assert news.http.get("/openapi.json").json()["info"]["title"] == "NeuronLens"
+
+
+def test_the_committed_openapi_is_current() -> None:
+    assert (ROOT / "openapi.json").read_text("utf-8") == document(), "run `make openapi`"
+
+
+def test_every_route_documents_its_errors_as_problems() -> None:
+    api = json.loads(document())
+    for path, methods in api["paths"].items():
+        for method, operation in methods.items():
+            for status, response in operation["responses"].items():
+                if status.isdecimal() and int(status) >= 400:
+                    assert "application/problem+json" in response["content"], (path, method, status)
