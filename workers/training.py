@@ -86,6 +86,8 @@ def train(
     labels = data.concepts
     if eval_data is not None:
         match_labels(eval_data.concepts, labels)
+    transformers.utils.logging.disable_progress_bar()  # type: ignore[no-untyped-call]
+    transformers.utils.logging.set_verbosity_error()  # type: ignore[no-untyped-call]  # that the head is new is what training is for
     set_seed(seed)
     tokenizer, model = _base(base, labels)
     limit = max_length or min(tokenizer.model_max_length, model.config.max_position_embeddings - 2)
@@ -99,7 +101,6 @@ def train(
 
     out.parent.mkdir(parents=True, exist_ok=True)
     scratch = Path(tempfile.mkdtemp(dir=out.parent, prefix=f".{out.name}."))
-    transformers.utils.logging.disable_progress_bar()  # type: ignore[no-untyped-call]
     try:
         trainer = Trainer(
             model=model,

@@ -69,7 +69,11 @@ class Corpus:
         """
         for index in range(start, -(-len(self) // BLOCK_ROWS)):
             first = index * BLOCK_ROWS
-            rows = self._rows[first : first + BLOCK_ROWS]
+            try:
+                rows = self._rows[first : first + BLOCK_ROWS]
+            except UnicodeDecodeError:
+                last = min(first + BLOCK_ROWS, len(self))
+                raise CorpusError(f"{self.name}: a row between {first + 1} and {last} is not UTF-8") from None
             for offset, text in enumerate(rows["text"]):
                 if not isinstance(text, str):
                     raise CorpusError(f"{self.name}: row {first + offset + 1} has no text")
@@ -174,6 +178,7 @@ def _is_hub(source: str) -> bool:
 
 def _open(source: str, split: str | None) -> datasets.Dataset:
     path = Path(source)
+    datasets.disable_progress_bars()  # the command line has its own
     try:
         if _is_hub(source):
             return datasets.load_dataset(source, split=split or "train")

@@ -110,7 +110,7 @@ class RangeFitter:
         self.edges, self.histogram = arrays["edges"].copy(), arrays["histogram"].copy()
         for c, concept in enumerate(self.concepts):
             floats = {name: arrays[f"{c}.{name}"].copy() for name in _MOMENTS}
-            self.moments[concept] = Moments(count=int(arrays[f"{c}.count"]), **floats)
+            self.moments[concept] = Moments(count=arrays[f"{c}.count"].item(), **floats)
 
     def layer(self, index: int, rankings: tuple[Ranking, ...]) -> tuple[ServeLayer, InspectLayer]:
         """Statistics of the `index`-th layer."""
@@ -252,8 +252,8 @@ class _Checkpoint:
         try:
             arrays = load_file(self.path)
             fitter.restore(arrays)
-            return int(arrays["next_block"]), int(arrays["truncated"])
-        except (SafetensorError, OSError, KeyError, ValueError) as error:
+            return arrays["next_block"].item(), arrays["truncated"].item()
+        except (SafetensorError, OSError, KeyError, ValueError, TypeError) as error:
             logger.warning("the checkpoint %s cannot be read (%s): starting over", self.path, error)
             return 0, 0
 

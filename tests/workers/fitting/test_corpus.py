@@ -1,0 +1,136 @@
+"""Corpora: every format reads alike, blocks cover every row once, and bad input is one clear line."""
+
+import json
+from pathlib import Path
+
+import datasets
+import pytest
+
+from tests.workers.checkpoints import LABELS
+from tests.workers.texts import labelled_texts, write_jsonl
+from workers.fitting.corpus import Corpus, CorpusError, load_corpus, load_label_map, match_labels
+
+ROWS = [*labelled_texts(25, seed=0), ('odd, "quoted"\ttext\nwith é 漢字 🏆', "World")]
+
+
+def pairs(corpus: Corpus) -> list[tuple[str, str]]:
+    return [pair for block in corpus.blocks() for pair in zip(block.texts, block.concepts, strict=True)]
+
+
+@pytest.fixture
+def jsonl(tmp_path: Path) -> Path:
+    return write_jsonl(tmp_path / "rows.jsonl", ROWS)
+
+
+def test_jsonl_csv_and_parquet_are_one_corpus(jsonl: Path, tmp_path: Path) -> None:
+    table = datasets.Dataset.from_list([{"text": text, "label": label} for text, label in ROWS])
+    table.to_csv(tmp_path / "rows.csv", index=False)
+    table.to_parquet(tmp_path / "rows.parquet")
+    corpora = [load_corpus(str(path), labels=LABELS) for path in sorted(tmp_path.glob("rows.*"))]
+    assert len(corpora) == 3
+    assert all(pairs(corpus) == ROWS for corpus in corpora)
+    assert len({corpus.sha256 for corpus in corpora}) == 1
+
+
+def test_concepts_stand_in_the_models_order_then_by_name(tmp_path: Path) -> None:
+    rows = [("a", "Zebra"), ("b", "Sports"), ("c", "World"), ("d", "Apple"), ("e", "Sports")]
+    corpus = load_corpus(str(write_jsonl(tmp_path / "rows.jsonl", rows)), labels=LABELS)
+    assert corpus.concepts == ("World", "Sports", "Apple", "Zebra")
+    assert corpus.counts == {"World": 1, "Sports": 2, "Apple": 1, "Zebra": 1}
+
+
+def test_blocks_have_1024_rows_and_can_start_anywhere(tmp_path: Path) -> None:
+    rows = [(f"text {n}", LABELS[n % 4]) for n in range(2500)]
+    corpus = load_corpus(str(write_jsonl(tmp_path / "rows.jsonl", rows)), labels=LABELS)
+    assert [(block.index, len(block.texts)) for block in corpus.blocks()] == [(0, 1024), (1, 1024), (2, 452)]
+    assert [block.texts[0] for block in corpus.blocks(1)] == ["text 1024", "text 2048"]
+    assert pairs(corpus) == rows
+
+
+def test_the_hash_knows_every_text_label_and_their_order(tmp_path: Path) -> None:
+    def digest(rows: list[tuple[str, str]]) -> str:
+        return load_corpus(str(write_jsonl(tmp_path / "rows.jsonl", rows))).sha256
+
+    first = digest([("ab", "c"), ("d", "e")])
+    assert digest([("ab", "c"), ("d", "e")]) == first
+    assert (
+        len({first, digest([("a", "bc"), ("d", "e")]), digest([("d", "e"), ("ab", "c")]), digest([("ab", "c")])}) == 4
+    )
+
+
+def test_max_rows_is_a_sample_that_a_seed_decides(tmp_path: Path) -> None:
+    """A file may be sorted by class: its first rows would be one class only."""
+    rows = [(f"text {n}", LABELS[n // 250]) for n in range(1000)]
+    path = str(write_jsonl(tmp_path / "rows.jsonl", rows))
+    sample = load_corpus(path, labels=LABELS, max_rows=100)
+    assert len(sample) == 100
+    assert set(sample.concepts) == set(LABELS)
+    assert pairs(sample) == sorted(pairs(sample), key=rows.index), "rows keep their order"
+    assert load_corpus(path, labels=LABELS, max_rows=100).sha256 == sample.sha256
+    assert load_corpus(path, labels=LABELS, max_rows=100, seed=1).sha256 != sample.sha256
+    assert len(load_corpus(path, max_rows=5000)) == 1000
+
+
+def test_class_numbers_get_names(tmp_path: Path) -> None:
+    features = datasets.Features({"text": datasets.Value("string"), "label": datasets.ClassLabel(names=["neg", "pos"])})
+    named = datasets.Dataset.from_dict({"text": ["a", "b"], "label": [1, 0]}, features=features)
+    named.to_parquet(tmp_path / "named.parquet")
+    assert [concept for _, concept in pairs(load_corpus(str(tmp_path / "named.parquet")))] == ["pos", "neg"]
+    (tmp_path / "plain.csv").write_text("text,label\na,2\nb,0\n")
+    plain = load_corpus(str(tmp_path / "plain.csv"), labels=LABELS)
+    assert [concept for _, concept in pairs(plain)] == ["Business", "World"]
+    with pytest.raises(CorpusError, match="label 2"):
+        load_corpus(str(tmp_path / "plain.csv"), labels=("no", "yes"))
+
+
+def test_other_columns_and_other_names(tmp_path: Path) -> None:
+    path = tmp_path / "rows.jsonl"
+    path.write_text('{"body": "a goal", "topic": "sport", "id": 7}\n{"body": "a vote", "topic": "world", "id": 8}\n')
+    label_map = tmp_path / "map.json"
+    label_map.write_text(json.dumps({"sport": "Sports", "world": "World"}))
+    corpus = load_corpus(
+        str(path), labels=LABELS, text_field="body", label_field="topic", label_map=load_label_map(label_map)
+    )
+    assert pairs(corpus) == [("a goal", "Sports"), ("a vote", "World")]
+    with pytest.raises(CorpusError, match=r"'text'.*'body', 'topic', 'id'"):
+        load_corpus(str(path))
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "says"),
+    [
+        ("empty.jsonl", b"", "is empty"),
+        ("half.jsonl", b'{"text": "a", "label": "World"}\n{"text": "b", "lab', "cannot read"),
+        ("latin.jsonl", b'{"text": "caf\xe9", "label": "World"}\n', "is not UTF-8"),
+        ("notext.jsonl", b'{"text": "a", "label": "World"}\n{"text": null, "label": "World"}\n', "row 2 has no text"),
+        ("nolabel.jsonl", b'{"text": "a", "label": "World"}\n{"text": "b", "label": null}\n', "row 2 has no label"),
+        ("floats.jsonl", b'{"text": "a", "label": 0.5}\n', "row 1 has no label"),
+        ("lists.jsonl", b'{"text": ["a"], "label": "World"}\n', "row 1 has no text"),
+        ("rows.txt", b"a goal\n", "unknown kind of file"),
+        ("header.csv", b"text,label\n", "holds no rows"),
+        ("broken.parquet", b"PAR1 and then nothing", "cannot read"),
+    ],
+)
+def test_bad_files_are_one_clear_line(tmp_path: Path, name: str, content: bytes, says: str) -> None:
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(CorpusError, match=says) as error:
+        load_corpus(str(tmp_path / name))
+    assert "\n" not in str(error.value)
+
+
+def test_a_missing_file_is_said_to_be_missing(tmp_path: Path) -> None:
+    with pytest.raises(CorpusError, match="no such file"):
+        load_corpus(str(tmp_path / "nothing.jsonl"))
+
+
+def test_unmatched_labels_list_both_sides() -> None:
+    match_labels(["World"], LABELS)
+    with pytest.raises(CorpusError, match=r"'neg', 'pos'.*'negative', 'positive'.*--label-map"):
+        match_labels(["neg", "pos"], ["negative", "positive"])
+
+
+@pytest.mark.parametrize("content", ["[1]", '{"a": 1}', "{", ""])
+def test_a_label_map_must_be_one_object_of_names(tmp_path: Path, content: str) -> None:
+    (tmp_path / "map.json").write_text(content)
+    with pytest.raises(CorpusError, match="label map"):
+        load_label_map(tmp_path / "map.json")

@@ -1,0 +1,185 @@
+"""Fitting: statistics equal a whole-data reference; a killed fit resumes to the very same bits (promise 6)."""
+
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from range_store.errors import InvalidErasure
+from range_store.rankings import saliency
+from tests.range_store.waiting import until
+from tests.workers.checkpoints import LABELS, save_tiny
+from tests.workers.texts import labelled_texts, write_jsonl
+from workers.fitting.corpus import Corpus, load_corpus
+from workers.fitting.fit import FitCancelled, FitProgress, Fitted, fit
+from workers.models.loading import LoadedModel, load_model
+
+Tiny = Callable[[str], LoadedModel]
+ROWS = 1024 + 150
+
+
+@pytest.fixture(scope="module")
+def path(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    rows = labelled_texts(ROWS - 1, seed=5)
+    return write_jsonl(tmp_path_factory.mktemp("data") / "train.jsonl", [*rows, ("it rained all day", "Weather")])
+
+
+@pytest.fixture(scope="module")
+def corpus(path: Path) -> Corpus:
+    return load_corpus(str(path), labels=LABELS)
+
+
+@pytest.mark.parametrize("family", ["bert", "gpt2"])
+def test_statistics_equal_the_whole_data_reference(tiny: Tiny, family: str, corpus: Corpus) -> None:
+    model = tiny(family)
+    fitted = fit(model, corpus, layers="all", bins=32, batch_tokens=512)
+    texts = [pair for block in corpus.blocks() for pair in zip(block.texts, block.concepts, strict=True)]
+    concepts = np.array([concept for _, concept in texts])
+    states: dict[int, list[np.ndarray]] = {layer: [] for layer in range(3)}
+    for text, _ in texts:  # one at a time: no padding at all
+        batch = model.tokens.pad([model.tokens.encode([text])[0].ids])
+        for layer, state in model.steered.record(batch, [0, 1, 2])[1].items():
+            states[layer].append(state[0].double().numpy())
+    assert fitted.range_set.concepts == (*LABELS, "Weather")
+    for layer in range(3):
+        serve, inspect = fitted.range_set.layers[layer], fitted.inspect[layer]
+        for row, concept in enumerate(fitted.range_set.concepts):
+            own = np.stack(states[layer])[concepts == concept]
+            assert fitted.range_set.counts[row] == len(own)
+            # batched and single passes of the model differ by float32 rounding, which is all that is allowed here
+            assert serve.mean[row] == pytest.approx(own.mean(axis=0), abs=1e-5)
+            assert serve.std[row] == pytest.approx(own.std(axis=0), abs=1e-5)
+            assert inspect.mean_abs[row] == pytest.approx(np.abs(own).mean(axis=0), abs=1e-5)
+            deviation = own - own.mean(axis=0)
+            assert inspect.m3[row] == pytest.approx((deviation**3).mean(axis=0), abs=2e-4)
+            assert inspect.m4[row] == pytest.approx((deviation**4).mean(axis=0), abs=2e-3)
+            assert inspect.histogram[row].sum(axis=1).tolist() == [len(own)] * 32
+        for ranking, values in serve.saliency.items():
+            again = saliency(ranking, fitted.range_set.counts, serve.mean, serve.std, inspect.mean_abs)
+            assert np.array_equal(values, again)
+
+
+def test_provenance_says_what_was_fitted(tiny: Tiny, corpus: Corpus) -> None:
+    model = tiny("bert")
+    provenance = fit(model, corpus, layers=(-1, 0), rankings=("max",), bins=16).range_set.provenance
+    assert provenance.model == model.identity
+    assert (provenance.settings.layers, provenance.settings.rankings) == ((0, 2), ("max",))
+    assert (provenance.corpus.rows, provenance.corpus.sha256) == (ROWS, corpus.sha256)
+    assert provenance.corpus.counts["Weather"] == 1
+    assert set(provenance.versions) == {"neuronlens", "torch", "transformers", "numpy"}
+    with pytest.raises(InvalidErasure, match="layer 3"):
+        fit(model, corpus, layers=(3,))
+
+
+def test_the_same_fit_has_the_same_id_and_another_has_not(tiny: Tiny, corpus: Corpus) -> None:
+    model = tiny("bert")
+    first = fit(model, corpus, bins=16).range_set.id
+    assert fit(model, corpus, bins=16).range_set.id == first
+    assert fit(model, corpus, bins=17).range_set.id != first
+
+
+def test_a_cancelled_fit_goes_on_where_it_stopped(tiny: Tiny, corpus: Corpus, tmp_path: Path) -> None:
+    model = tiny("bert")
+    whole = fit(model, corpus, layers="all", bins=16)
+    told: list[FitProgress] = []
+    seen: list[int] = []
+
+    def in_the_second_block() -> bool:
+        return bool(seen) and seen[-1] > 1024
+
+    with pytest.raises(FitCancelled):
+        fit(
+            model,
+            corpus,
+            layers="all",
+            bins=16,
+            checkpoint_dir=tmp_path,
+            checkpoint_seconds=0,
+            progress=lambda now: seen.append(now.rows_done),
+            cancelled=in_the_second_block,
+        )
+    assert len(list(tmp_path.iterdir())) == 1
+    resumed = fit(model, corpus, layers="all", bins=16, checkpoint_dir=tmp_path, progress=told.append)
+    assert told[0].resumed_rows == 1024
+    assert (told[0].rows_done > 1024, told[-1].rows_done) == (True, ROWS)
+    assert resumed.range_set.id == whole.range_set.id
+    resumed.discard_checkpoint()
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_damaged_checkpoint_is_not_used(tiny: Tiny, corpus: Corpus, tmp_path: Path) -> None:
+    model = tiny("bert")
+    whole = fit(model, corpus, bins=16, checkpoint_dir=tmp_path, checkpoint_seconds=0)
+    (checkpoint,) = tmp_path.iterdir()
+    for content in (b"", checkpoint.read_bytes()[:1000], b"\0" * 5000):
+        checkpoint.write_bytes(content)
+        assert fit(model, corpus, bins=16, checkpoint_dir=tmp_path).range_set.id == whole.range_set.id
+
+
+def test_a_checkpoint_of_other_settings_is_not_used(tiny: Tiny, corpus: Corpus, tmp_path: Path) -> None:
+    model = tiny("bert")
+    fit(model, corpus, bins=16, checkpoint_dir=tmp_path, checkpoint_seconds=0)
+    told: list[FitProgress] = []
+    fit(model, corpus, bins=18, checkpoint_dir=tmp_path, progress=told.append)
+    assert told[0].resumed_rows == 0
+
+
+KILLED = """
+import sys, torch
+from pathlib import Path
+from tests.workers.checkpoints import LABELS
+from workers.fitting.corpus import load_corpus
+from workers.fitting.fit import fit
+from workers.models.loading import load_model
+torch.set_num_threads(1)
+model, data, checkpoints = sys.argv[1:]
+fit(load_model(model, device="cpu"), load_corpus(data, labels=LABELS), layers="all", bins=16,
+    checkpoint_dir=Path(checkpoints), checkpoint_seconds=0,
+    progress=lambda now: print(now.rows_done, flush=True))
+"""
+
+
+def test_a_fit_that_is_killed_resumes_to_the_same_bits(path: Path, tmp_path: Path) -> None:
+    source = str(save_tiny("bert", tmp_path / "model"))
+    checkpoints = tmp_path / "checkpoints"
+    model = load_model(source, device="cpu")
+    corpus = load_corpus(str(path), labels=LABELS)
+    process = subprocess.Popen(
+        [sys.executable, "-c", KILLED, source, str(path), str(checkpoints)],
+        stdout=subprocess.PIPE,
+        text=True,
+        cwd=Path(__file__).parents[3],
+        env={**os.environ, "PYTHONPATH": str(Path(__file__).parents[3])},
+    )
+    assert process.stdout is not None
+    for line in process.stdout:
+        if int(line) > 1024:
+            process.send_signal(signal.SIGKILL)
+            break
+    process.wait()
+    assert process.returncode == -signal.SIGKILL
+    until(lambda: any(file.suffix == ".safetensors" for file in checkpoints.iterdir()))
+    told: list[FitProgress] = []
+    resumed = fit(model, corpus, layers="all", bins=16, checkpoint_dir=checkpoints, progress=told.append)
+    assert told[0].resumed_rows == 1024
+    assert bits(resumed) == bits(fit(model, corpus, layers="all", bins=16))
+
+
+def bits(fitted: Fitted) -> tuple[str, list[bytes]]:
+    arrays = [array.tobytes() for layer in fitted.inspect.values() for array in vars(layer).values()]
+    return fitted.range_set.id, arrays
+
+
+def test_bfloat16_states_are_fitted_as_they_are(path: Path, tmp_path: Path) -> None:
+    model = load_model(str(save_tiny("bert", tmp_path / "model")), device="cpu", dtype="bfloat16")
+    corpus = load_corpus(str(path), labels=LABELS, max_rows=40)
+    fitted = fit(model, corpus, bins=16)
+    assert fitted.range_set.provenance.settings.dtype == "bfloat16"
+    extremes = torch.from_numpy(fitted.inspect[2].maximum)
+    assert torch.equal(extremes.to(torch.bfloat16).double(), extremes), "recorded values are bfloat16 values"
