@@ -10,47 +10,51 @@ from pydantic_settings import BaseSettings, SettingsConfigDict
 LOOPBACK = ("127.0.0.1", "localhost", "::1")
 
 
-class Settings(BaseSettings):
-    """Every setting, each also the environment variable `NEURONLENS_` + its name in capitals.
+def _data_dir() -> Path:
+    return user_data_path("neuronlens", appauthor=False)
 
-    Attributes:
-        redis_url: the store; None: a private Redis in `data_dir`.
-        data_dir: where the private Redis, fits under way and the demo's classifier are kept.
-        url: a running server that `neuronlens ranges` and `erase` talk to.
-        host, port: where to listen. Without keys only loopback is allowed, unless `insecure`.
-        model, revision, name: checkpoint to serve (path or hub name), and what to call it.
-        device, dtype, threads, allow_pickle: how to load and run it.
-        max_body_bytes, max_texts, max_characters: limits of one request: body, texts, characters of one text.
-        request_timeout: seconds until a request is given up, unless it asks for less.
-        max_batch_tokens, max_queue_tokens: padded tokens of a batch; tokens that may wait.
-        poll_seconds: how often the live state is read again, hints or no hints.
-        drain_seconds: time for accepted requests after a stop signal.
+
+class Settings(BaseSettings):
+    """Every setting is also the environment variable `NEURONLENS_` + its name in capitals.
+
+    `docs/configuration.md` lists them; a test holds it against this class.
     """
 
     model_config = SettingsConfigDict(env_prefix="NEURONLENS_", extra="ignore", frozen=True)
 
-    redis_url: str | None = None
-    data_dir: Path = Field(default_factory=lambda: user_data_path("neuronlens", appauthor=False))
-    url: str | None = None
-    host: str = "127.0.0.1"
-    port: Annotated[int, Field(ge=0, le=65535)] = 8000
-    insecure: bool = False
-    model: str | None = None
-    revision: str | None = None
-    name: str | None = None
-    device: str = "auto"
-    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
-    threads: Annotated[int, Field(ge=1)] | None = None
-    allow_pickle: bool = False
-    max_body_bytes: Annotated[int, Field(ge=1024)] = 8 * 2**20
-    max_texts: Annotated[int, Field(ge=1)] = 1024
-    max_characters: Annotated[int, Field(ge=1)] = 100_000
-    request_timeout: Annotated[float, Field(gt=0)] = 60.0
-    max_batch_tokens: Annotated[int, Field(ge=16)] = 4096
-    max_queue_tokens: Annotated[int, Field(ge=16)] = 262_144
-    poll_seconds: Annotated[float, Field(gt=0)] = 2.0
-    drain_seconds: Annotated[int, Field(ge=0)] = 30
-    log_level: Literal["debug", "info", "warning", "error"] = "info"
+    redis_url: str | None = Field(None, description="the store; unset: a private Redis in the data directory")
+    data_dir: Path = Field(
+        default_factory=_data_dir,
+        description="where the private Redis, fits under way and the demo are kept; unset: the user's data directory",
+    )
+    url: str | None = Field(None, description="a running server that `neuronlens ranges` and `erase` talk to")
+    host: str = Field("127.0.0.1", description="address to listen at")
+    port: Annotated[int, Field(ge=0, le=65535)] = Field(8000, description="port to listen at; 0 takes any free one")
+    insecure: bool = Field(False, description="allow a host that other machines can reach, though there are no keys")
+    model: str | None = Field(None, description="checkpoint to serve: a directory, or a name on the hub")
+    revision: str | None = Field(None, description="revision of a checkpoint on the hub")
+    name: str | None = Field(None, description="what to call the model; unset: the checkpoint's own name")
+    device: str = Field("auto", description="where to run the model: `auto`, `cpu`, `cuda`, …")
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field(
+        "auto", description="type to run the model in; `auto`: float32 on a CPU, the checkpoint's own elsewhere"
+    )
+    threads: Annotated[int, Field(ge=1)] | None = Field(None, description="CPU threads of torch; unset: its own choice")
+    allow_pickle: bool = Field(False, description="accept pickled weights, which can run code when they load")
+    max_body_bytes: Annotated[int, Field(ge=1024)] = Field(8388608, description="largest body of a request")
+    max_texts: Annotated[int, Field(ge=1)] = Field(1024, description="most texts of a request")
+    max_characters: Annotated[int, Field(ge=1)] = Field(100000, description="most characters of a text")
+    request_timeout: Annotated[float, Field(gt=0)] = Field(
+        60.0, description="seconds until a request is given up, unless it asks for less"
+    )
+    max_batch_tokens: Annotated[int, Field(ge=16)] = Field(4096, description="padded tokens of a batch")
+    max_queue_tokens: Annotated[int, Field(ge=16)] = Field(262144, description="tokens that may wait; more is refused")
+    poll_seconds: Annotated[float, Field(gt=0)] = Field(
+        2.0, description="how often the live state is read again, told or not"
+    )
+    drain_seconds: Annotated[int, Field(ge=0)] = Field(30, description="time for accepted requests after a stop signal")
+    log_level: Literal["debug", "info", "warning", "error"] = Field(
+        "info", description="what is logged; `debug`: every request"
+    )
 
     @property
     def redis_dir(self) -> Path:
@@ -61,3 +65,12 @@ class Settings(BaseSettings):
     def loopback(self) -> bool:
         """Whether only this machine can reach the server."""
         return self.host in LOOPBACK
+
+
+def table() -> str:
+    """The settings as rows of a Markdown table: variable, default, meaning."""
+    rows = []
+    for name, field in Settings.model_fields.items():
+        default = "" if field.default_factory or field.default is None else f"`{field.default}`"
+        rows.append(f"| `NEURONLENS_{name.upper()}` | {default} | {field.description} |")
+    return "\n".join(rows)

@@ -21,7 +21,7 @@ def until(unix: float) -> str:
     if seconds <= 0:
         return "expired"
     for unit in ("d", "h", "m"):
-        if seconds >= _SECONDS[unit]:
+        if seconds >= _SECONDS[unit] - 1:
             return f"in {seconds / _SECONDS[unit]:.0f}{unit}"
     return f"in {seconds:.0f}s"
 

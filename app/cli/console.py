@@ -96,7 +96,7 @@ def progress(unit: str) -> Iterator[Report]:
     """Progress on stderr with rate and time left: bars on a terminal, else a line now and then.
 
     Args:
-        unit: what is counted: "rows", "steps".
+        unit: what is counted: "rows", "steps"; empty if that differs.
     """
     console = stderr()
     if not console.is_terminal:
@@ -133,15 +133,9 @@ class _CountColumn(ProgressColumn):
     def render(self, task: Task) -> Text:
         if task.total is None:
             return Text("")
+        count = _count(int(task.completed), int(task.total), self._unit)
         speed = task.finished_speed or task.speed
-        rate = (
-            f" · {speed:,.0f} {self._unit}/s"
-            if speed and speed >= 10
-            else f" · {speed:.1f} {self._unit}/s"
-            if speed
-            else ""
-        )
-        return Text(f"{task.completed:,.0f}/{task.total:,.0f} {self._unit}{rate}", style="progress.download")
+        return Text(f"{count} · {_rate(speed, self._unit)}" if speed else count, style="progress.download")
 
 
 class _PlainProgress:
@@ -157,12 +151,21 @@ class _PlainProgress:
         now = time.monotonic()
         if what != self._what:
             self._what, self._started, self._said, self._first = what, now, now, done
-            self._say(what if done < total or not total else f"{what}: {done:,}/{total:,} {self._unit}")
+            self._say(what if done < total or not total else f"{what}: {_count(done, total, self._unit)}")
         elif done >= total > 0 or now - self._said >= PLAIN_SECONDS:
             self._said = now
-            rate = (done - self._first) / max(now - self._started, 1e-9)
-            left = f", {(total - done) / rate:.0f} s left" if rate and done < total else ""
-            self._say(f"{what}: {done:,}/{total:,} {self._unit}, {rate:,.1f} {self._unit}/s{left}")
+            speed = (done - self._first) / max(now - self._started, 1e-9)
+            left = f", {(total - done) / speed:.0f} s left" if speed and done < total else ""
+            self._say(f"{what}: {_count(done, total, self._unit)}, {_rate(speed, self._unit)}{left}")
 
     def _say(self, line: str) -> None:
         self._console.print(escape(line), soft_wrap=True)
+
+
+def _count(done: int, total: int, unit: str) -> str:
+    return f"{done:,}/{total:,} {unit}".rstrip()
+
+
+def _rate(speed: float, unit: str) -> str:
+    number = f"{speed:,.0f}" if speed >= 10 else f"{speed:.1f}"
+    return f"{number} {unit}/s" if unit else f"{number}/s"

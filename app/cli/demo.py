@@ -49,11 +49,11 @@ def demo(
     check_host(settings)
     configure_logs(settings)
     with ExitStack() as stack:
+        bound = stack.enter_context(bind(settings)) if serve else None
         with progress("") as report:
             report("loading", 0, 0)
             from app.wiring import open_demo  # here, because it loads torch
 
-            bound = stack.enter_context(bind(settings)) if serve else None
             service, made = stack.enter_context(open_demo(settings, report, rebuild=rebuild))
         if as_json:
             rows = [row.as_json() for row in made.evaluation.rows]

@@ -1,6 +1,5 @@
 """`neuronlens erase`: the live erasures, which apply to requests that name none."""
 
-import shlex
 import time
 from typing import Annotated, Any, Literal
 
@@ -9,7 +8,7 @@ from pydantic import ValidationError
 
 from app.cli import options
 from app.cli.clock import duration, until
-from app.cli.console import hint, print_json, say, table
+from app.cli.console import print_json, say, table
 from app.cli.control import control_of
 from app.cli.exits import EPILOG, USAGE, CommandError
 from range_store.erasure import Damp, Erasure, Replacement
@@ -88,8 +87,6 @@ def on(
     with control_of(url, redis_url, data_dir, name) as control:
         state = control.switch_on(live, if_match=if_match)
     _print(state, as_json, f"erasing {concept!r}")
-    if not as_json:
-        hint(f"undo: neuronlens erase off {shlex.quote(concept)}")
 
 
 @app.command(epilog=EPILOG)

@@ -89,11 +89,11 @@ def serve(
     check_host(settings)
     configure_logs(settings)
     with ExitStack() as stack:
+        bound = stack.enter_context(bind(settings))
         with progress("rows") as report:
             report("loading the model", 0, 0)
             from app.wiring import open_service  # here, because it loads torch
 
-            bound = stack.enter_context(bind(settings))
             service = stack.enter_context(open_service(settings))
         serve_until_told(service, settings, bound)
 

@@ -5,7 +5,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from types import TracebackType
 from typing import Any, Self
-from urllib.parse import quote, urlsplit
+from urllib.parse import quote
 
 import httpx
 from pydantic import ValidationError
@@ -47,11 +47,14 @@ class ServerControl:
 
     def __init__(self, url: str, model: str | None) -> None:
         self._url = url.rstrip("/")
-        parts = urlsplit(self._url)
-        if parts.scheme not in ("http", "https") or not parts.hostname:
+        try:
+            parts = httpx.URL(self._url)
+        except httpx.InvalidURL:
+            parts = httpx.URL("")
+        if parts.scheme not in ("http", "https") or not parts.host:
             raise CommandError(f"{url!r} is no URL of a server: it must be like http://127.0.0.1:8000", USAGE)
         # a proxy of the environment is for the world outside, not for this machine
-        self._client = httpx.Client(timeout=TIMEOUT, trust_env=parts.hostname not in LOOPBACK)
+        self._client = httpx.Client(timeout=TIMEOUT, trust_env=parts.host not in LOOPBACK)
         self._model = {"model": model} if model else {}
 
     def __enter__(self) -> Self:
@@ -115,8 +118,6 @@ class ServerControl:
         except httpx.TransportError as error:
             reason = str(error) or type(error).__name__
             raise CommandError(f"no answer from {self._url} ({reason}): is the server running?", UNREACHABLE) from None
-        except httpx.InvalidURL as error:
-            raise CommandError(f"{self._url!r} is no URL: {error}", USAGE) from None
         except ValueError:
             decoded = None
         if answer.is_success and decoded is not None:

@@ -1,7 +1,13 @@
 """Pages that name things of the code are held against the code."""
 
+import re
 from pathlib import Path
 
+import pytest
+
+from app.main import create_app
+from app.problems import CODES
+from app.settings import Settings, table
 from workers.models.families import FAMILIES
 
 ROOT = Path(__file__).parents[2]
@@ -12,3 +18,31 @@ def test_models_page_lists_every_family() -> None:
     for name, family in FAMILIES.items():
         reads = "first token" if family.reads == "first" else "last real token"
         assert f"| `{name}` | `{family.blocks}` | {reads} |" in page
+
+
+def test_configuration_page_lists_every_setting() -> None:
+    assert table() in (ROOT / "docs" / "configuration.md").read_text("utf-8")
+
+
+def test_http_page_lists_every_route_and_error_code() -> None:
+    page = (ROOT / "docs" / "http.md").read_text("utf-8")
+    for path in create_app(Settings()).openapi()["paths"]:
+        assert f"{path}`" in page or f" {path}`" in page, path
+    for status, code in CODES.values():
+        (row,) = [line for line in page.splitlines() if line.startswith(f"| {status} |")]
+        assert f"`{code}`" in row, code
+    raised = set()
+    for file in (ROOT / "app").rglob("*.py"):
+        raised |= set(re.findall(r"ApiError\((\d+), \"(\w+)\"", file.read_text("utf-8")))
+        raised |= set(re.findall(r"problem_response\((\d+), \"(\w+)\"", file.read_text("utf-8")))
+    for status, code in raised:
+        (row,) = [line for line in page.splitlines() if line.startswith(f"| {status} |")]
+        assert f"`{code}`" in row, code
+
+
+@pytest.mark.parametrize("page", ["README.md", *(f"docs/{path.name}" for path in (ROOT / "docs").glob("*.md"))])
+def test_links_between_pages_lead_somewhere(page: str) -> None:
+    text = (ROOT / page).read_text("utf-8")
+    for target in re.findall(r"\]\(([^)#]+)[^)]*\)", text):
+        if "://" not in target:
+            assert ((ROOT / page).parent / target).exists(), target

@@ -196,6 +196,7 @@ def _open(source: str, split: str | None) -> datasets.Dataset:
         cause: BaseException = error
         while cause.__cause__ is not None:
             cause = cause.__cause__
-        raise CorpusError(
-            f"cannot read {source}: {str(cause).splitlines()[0] if str(cause) else type(cause).__name__}"
-        ) from error
+        reason = str(cause).splitlines()[0] if str(cause) else type(cause).__name__
+        if "corresponds to no data" in reason:  # a header and nothing below it
+            raise CorpusError(f"{source} holds no rows") from error
+        raise CorpusError(f"cannot read {source}: {reason}") from error

@@ -46,8 +46,9 @@ def cli(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> 
         assert "\r" not in ended.stdout + ended.stderr
         assert "Traceback" not in ended.stderr
         if exit_code not in (0, 130):
-            assert ended.stderr.count("\n") == 1
-            assert ended.stderr.startswith("error: ")
+            *before, last = ended.stderr.splitlines()
+            assert last.startswith("error: ")
+            assert not any(line.startswith("error: ") for line in before)
         return ended
 
     return command

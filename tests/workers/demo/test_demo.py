@@ -1,30 +1,14 @@
 """The demo's claim, on the demo's own model: erasing by range takes the target and spares the others."""
 
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 import redis
-import torch
 
 from range_store.store import RangeStore
 from workers.demo.demo import Demo, prepare
 from workers.demo.minilm import DemoError, minilm_directory
 from workers.evaluation.measures import Row
-
-
-@pytest.fixture(scope="module")
-def all_threads() -> Iterator[None]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(torch.get_num_interop_threads())
-    yield
-    torch.set_num_threads(before)
-
-
-@pytest.fixture(scope="module")
-def made(tmp_path_factory: pytest.TempPathFactory, redis_client: redis.Redis, all_threads: None) -> tuple[Path, Demo]:
-    directory = tmp_path_factory.mktemp("demo")
-    return directory, prepare(directory, RangeStore(redis_client, "demo-test"), lambda *now: None)
 
 
 def mean(demo: Demo, method: str) -> Row:

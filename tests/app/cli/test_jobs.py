@@ -1,0 +1,150 @@
+"""`fit`, `train` and `evaluate` on a tiny model and a real store."""
+
+import json
+from pathlib import Path
+
+import pytest
+import redis
+import torch
+
+from range_store.embedded import EmbeddedRedis
+from range_store.store import RangeStore
+from tests.app.cli.conftest import Cli
+from tests.workers.checkpoints import LABELS, save_tiny
+from tests.workers.texts import labelled_texts, write_jsonl
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _one_thread() -> None:
+    torch.set_num_threads(1)
+
+
+@pytest.fixture(scope="module")
+def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return save_tiny("bert", tmp_path_factory.mktemp("jobs") / "tiny-news")
+
+
+@pytest.fixture(scope="module")
+def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_jsonl(tmp_path_factory.mktemp("data") / "train.jsonl", labelled_texts(80, seed=1))
+
+
+@pytest.fixture(scope="module")
+def held_out(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_jsonl(tmp_path_factory.mktemp("data") / "test.jsonl", labelled_texts(40, seed=2))
+
+
+def test_fit_publishes_and_activates_what_it_says(
+    cli: Cli, tiny: Path, corpus: Path, redis_client: redis.Redis, tmp_path: Path
+) -> None:
+    assert isinstance(redis_client, EmbeddedRedis)
+    name = f"fit-{tmp_path.name}"
+    place = ["--redis-url", redis_client.url, "--data-dir", tmp_path, "--name", name]
+    fit = ["fit", "--model", tiny, "--data", corpus, "--threads", "1", *place]
+    ended = cli(*fit, "--layer", "0,-1", "--ranking", "max", "--bins", "8", "--activate", "--json")
+    assert ended.exit_code == 0
+    assert "fitting: 80/80 rows" in ended.stderr
+    store = RangeStore(redis_client, name)
+    (published,) = store.list()
+    said = ended.json
+    assert (said["id"], said["model"], said["activated"]) == (published.id, name, True)
+    assert (said["layers"], said["rankings"]) == ([0, 2], ["max"])
+    assert said["counts"] == published.provenance.corpus.counts
+    assert said["generation"] == store.live().generation
+    assert store.live().range_set == published.id
+    assert not list((tmp_path / "fits").iterdir())  # the checkpoint is gone with the fit
+
+    again = cli(*fit)
+    assert again.exit_code == 0
+    assert len(store.list()) == 2
+    assert store.live().range_set == published.id
+    assert "neuronlens ranges activate" in again.stderr
+
+
+def test_fit_takes_other_field_names_and_a_label_map(cli: Cli, tiny: Path, tmp_path: Path) -> None:
+    rows = [f"{text}|{label.upper()}" for text, label in labelled_texts(30, seed=3)]
+    (tmp_path / "rows.csv").write_text(
+        "\n".join(["body,kind", *(row.replace(",", ";").replace("|", ",") for row in rows)])
+    )
+    (tmp_path / "map.json").write_text(json.dumps({label.upper(): label for label in LABELS}))
+    ended = cli(
+        "fit", "--model", tiny, "--data", tmp_path / "rows.csv", "--text-field", "body", "--label-field", "kind",
+        "--label-map", tmp_path / "map.json", "--max-rows", "20", "--data-dir", tmp_path / "data", "--json",
+    )  # fmt: skip
+    assert ended.exit_code == 0
+    assert ended.json["rows"] == 20
+    assert set(ended.json["counts"]) <= set(LABELS)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "exit_code", "said"),
+    [
+        (["--layer", "3"], 2, "3 blocks"),
+        (["--layer", "x"], 2, "'x' is not a block"),
+        (["--ranking", "max,best"], 2, "'best' is not one of"),
+        (["--data", "nowhere.jsonl"], 2, "no such file: nowhere.jsonl"),
+        (["--text-field", "body"], 2, "'body'"),
+        (["--label-map", "nowhere.json"], 2, "nowhere.json"),
+        (["--device", "nonsense"], 2, "no device 'nonsense'"),
+        (["--model", "nowhere/at/all"], 2, "cannot load"),
+        (["--redis-url", "redis://127.0.0.1:1"], 3, "Redis cannot be reached"),
+    ],
+)
+def test_a_fit_that_cannot_be_done_publishes_nothing(
+    cli: Cli, tiny: Path, corpus: Path, tmp_path: Path, arguments: list[str], exit_code: int, said: str
+) -> None:
+    place = ["--data-dir", tmp_path, "--name", "none"]
+    ended = cli("fit", "--model", tiny, "--data", corpus, *place, *arguments)
+    assert ended.exit_code == exit_code
+    assert said in ended.stderr
+    assert ended.stdout == ""
+    assert cli("ranges", "list", "--json", *place).json == []
+
+
+def test_train_makes_a_checkpoint_that_evaluate_measures(
+    cli: Cli, tiny: Path, corpus: Path, held_out: Path, tmp_path: Path
+) -> None:
+    made, out = tmp_path / "made", tmp_path / "out"
+    train = ["train", "--base", tiny, "--data", corpus, "--out", made, "--epochs", "1", "--max-rows", "60"]
+    trained = cli(*train, "--eval-data", held_out, "--threads", "1", "--json")
+    assert trained.exit_code == 0
+    assert trained.json["rows"] == 60
+    assert 0 <= trained.json["accuracy"] <= 1
+    assert trained.json["out"] == str(made)
+    assert (made / "model.safetensors").is_file()
+    in_the_way = cli(*train, "--threads", "1")
+    assert in_the_way.exit_code == 2
+    assert "--overwrite" in in_the_way.stderr
+
+    evaluate = ["evaluate", "--model", made, "--data", corpus, "--test-data", held_out, "--threads", "1", "--out", out]
+    grid = ["--method", "neuron,range", "--top-fraction", "0.3,1.0", "--tau", "1,2.5", "--layer", "all"]
+    measured = cli(*evaluate, *grid, "--json")
+    assert measured.exit_code == 0
+    # per layer and fraction: neuron masking once, range masking at two τ; each for four targets and their mean
+    assert len(measured.json) == 3 * 2 * 3 * 5
+    assert measured.json == json.loads((out / "results.json").read_text())
+    assert json.loads((out / "run.json").read_text())["settings"]["top_fractions"] == [0.3, 1.0]
+
+    table = cli(*evaluate, "--target", "Sports", "--method", "range", "--max-test-rows", "20").stdout.splitlines()
+    assert table[0] == "layer 2 · ranking max · method range · τ 2.5 · top 0.3"
+    assert [line.split()[0] for line in table[1:]] == ["target", "Sports", "mean"]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["--top-fraction", "0.3,x"], "--top-fraction: 'x' is not a number"),
+        (["--method", "rnage"], "'rnage' is not one of neuron, range"),
+        (["--target", "Sport"], "'Sports'"),
+        (["--replacement", "one"], "damp:FACTOR"),
+        (["--out", "{file}"], "is a file"),
+    ],
+)
+def test_an_evaluation_that_cannot_be_done_says_why(
+    cli: Cli, tiny: Path, corpus: Path, held_out: Path, tmp_path: Path, arguments: list[str], said: str
+) -> None:
+    usual = ["evaluate", "--model", tiny, "--data", corpus, "--test-data", held_out, "--out", tmp_path / "out"]
+    ended = cli(*usual, *(each.format(file=corpus) for each in arguments))
+    assert ended.exit_code == 2
+    assert said in ended.stderr
+    assert not (tmp_path / "out").exists()

@@ -1,0 +1,162 @@
+"""`ranges` and `erase` through a running server: the same commands, the same results."""
+
+import threading
+from collections.abc import Iterator
+from contextlib import ExitStack
+from dataclasses import dataclass
+from http.server import BaseHTTPRequestHandler, HTTPServer
+
+import pytest
+import redis
+import uvicorn
+
+from app.main import create_app
+from app.settings import Settings
+from app.wiring import open_service
+from range_store.embedded import EmbeddedRedis
+from range_store.live import LiveState
+from range_store.store import RangeStore
+from tests.app.cli.conftest import Cli
+from tests.range_store.waiting import until
+from tests.workers.checkpoints import save_tiny
+from tests.workers.texts import labelled_texts, write_jsonl
+from workers.fitting.corpus import load_corpus
+from workers.fitting.fit import fit
+from workers.models.loading import load_model
+
+
+@dataclass(frozen=True)
+class Server:
+    """A running server's URL, its store, and two range sets of it: all layers (active), and the last alone."""
+
+    url: str
+    store: RangeStore
+    whole: str
+    last_only: str
+
+
+@pytest.fixture(scope="module")
+def server(redis_client: redis.Redis, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
+    assert isinstance(redis_client, EmbeddedRedis)
+    home = tmp_path_factory.mktemp("served")
+    model = load_model(str(save_tiny("bert", home / "cli-over-http")), device="cpu")
+    rows = [(text, "Sci/Tech %" if label == "SciTech" else label) for text, label in labelled_texts(60, seed=1)]
+    corpus = load_corpus(str(write_jsonl(home / "train.jsonl", rows)), labels=model.identity.labels)
+    store = RangeStore(redis_client, model.identity.id)
+    made = [fit(model, corpus, layers=layers, bins=8) for layers in ("all", (-1,))]
+    whole, last_only = [store.publish(each.range_set, each.inspect) for each in made]
+    store.activate(whole)
+    settings = Settings(redis_url=redis_client.url, poll_seconds=0.2)
+    with ExitStack() as stack:
+        service = stack.enter_context(open_service(settings, model))
+        running = uvicorn.Server(uvicorn.Config(create_app(settings, service), port=0, log_level="warning"))
+        thread = threading.Thread(target=running.run)
+        thread.start()
+        stack.callback(thread.join)
+        stack.callback(setattr, running, "should_exit", True)
+        until(lambda: running.started)
+        port = running.servers[0].sockets[0].getsockname()[1]
+        yield Server(f"http://127.0.0.1:{port}", store, whole, last_only)
+
+
+def live(server: Server) -> LiveState:
+    return server.store.live()
+
+
+def test_an_erasure_goes_on_and_off_as_on_the_store(cli: Cli, server: Server) -> None:
+    settings = ["--layer", "0,-1", "--tau", "1.5", "--replacement", "damp:0.5", "--reason", "incident", "--enforced"]
+    on = cli("erase", "on", "Sci/Tech %", *settings, "--expires-in", "1h", "--json", "--url", server.url)
+    assert on.exit_code == 0
+    (there,) = live(server).erasures
+    assert there.concept == "Sci/Tech %"
+    assert there.enforced
+    assert there.expires_at is not None
+    assert on.json["generation"] == live(server).generation
+    redis_url = server.store.client.url  # type: ignore[attr-defined]
+    for options in (["--url", server.url], ["--redis-url", redis_url, "--name", server.store.model]):
+        assert cli("erase", "list", "--json", *options).json == on.json
+    assert cli("erase", "off", "Sci/Tech %", "--reason", "over", "--url", server.url).exit_code == 0
+    assert live(server).erasures == ()
+    assert server.store.audit(1)[0].reason == "over"
+
+
+def test_all_off_is_one_generation(cli: Cli, server: Server) -> None:
+    for concept in ("World", "Sports"):
+        cli("erase", "on", concept, "--url", server.url)
+    before = live(server)
+    assert len(before.erasures) == 2
+    assert cli("erase", "off", "--all", "--url", server.url).exit_code == 0
+    assert live(server).erasures == ()
+    assert live(server).counter == before.counter + 1
+
+
+def test_range_sets_are_listed_shown_and_activated(cli: Cli, server: Server) -> None:
+    listed = cli("ranges", "list", "--json", "--url", server.url).json
+    assert [each["id"] for each in listed] == [server.last_only, server.whole]
+    shown = cli("ranges", "show", server.whole[:10], "--json", "--url", server.url).json
+    assert shown["provenance"] == server.store.provenance(server.whole).model_dump(mode="json")
+    assert cli("ranges", "activate", server.last_only, "--url", server.url).exit_code == 0
+    assert live(server).range_set == server.last_only
+    not_fitted = cli("erase", "on", "World", "--layer", "0", "--url", server.url)
+    assert not_fitted.exit_code == 2
+    assert "not_fitted" in not_fitted.stderr
+    assert cli("ranges", "activate", server.whole, "--url", server.url).exit_code == 0
+
+
+def test_the_environment_may_name_the_server(cli: Cli, server: Server, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("NEURONLENS_URL", server.url + "/")
+    assert len(cli("ranges", "list", "--json").json) == 2
+
+
+@pytest.mark.parametrize(
+    ("arguments", "exit_code", "code"),
+    [
+        (["erase", "on", "Weather"], 4, "unknown_concept"),
+        (["erase", "off", "Weather"], 4, "unknown_concept"),
+        (["erase", "on", "World", "--if-match", "00000000-0"], 4, "stale_generation"),
+        (["erase", "on", "World", "--layer", "9"], 2, "invalid_erasure"),
+        (["erase", "list", "--name", "other"], 4, "unknown_model"),
+        (["ranges", "activate", ""], 4, "begins several ids"),
+    ],
+)
+def test_problems_of_the_server_are_one_line(
+    cli: Cli, server: Server, arguments: list[str], exit_code: int, code: str
+) -> None:
+    before = live(server)
+    ended = cli(*arguments, "--url", server.url)
+    assert ended.exit_code == exit_code
+    assert code in ended.stderr
+    assert live(server) == before
+
+
+def test_nobody_there_is_exit_3(cli: Cli) -> None:
+    ended = cli("erase", "list", "--url", "http://127.0.0.1:1")
+    assert ended.exit_code == 3
+    assert "is the server running?" in ended.stderr
+
+
+@pytest.mark.parametrize("url", ["127.0.0.1:8000", "ftp://here", "http://", "http://[::1"])
+def test_a_url_that_is_none_is_exit_2(cli: Cli, url: str) -> None:
+    assert cli("erase", "list", "--url", url).exit_code == 2
+
+
+@pytest.mark.parametrize("body", [b"<html>", b"{}", b"[1]", b""])
+@pytest.mark.parametrize("status", [200, 404, 500])
+def test_a_server_of_something_else_is_told_apart(cli: Cli, status: int, body: bytes) -> None:
+    class Other(BaseHTTPRequestHandler):
+        def do_GET(self) -> None:
+            self.send_response(status)
+            self.send_header("Content-Length", str(len(body)))
+            self.end_headers()
+            self.wfile.write(body)
+
+        def log_message(self, *arguments: object) -> None:
+            pass
+
+    with HTTPServer(("127.0.0.1", 0), Other) as other:
+        thread = threading.Thread(target=other.handle_request)
+        thread.start()
+        ended = cli("erase", "list", "--url", f"http://127.0.0.1:{other.server_port}")
+        thread.join()
+    assert ended.exit_code == 1
+    assert "is it" in ended.stderr
