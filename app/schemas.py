@@ -4,7 +4,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field
 
-from range_store.erasure import Damp, Erasure, Method, Ranking, Replacement, Rule
+from range_store.erasure import Damp, Erasure, Method, Ranking, Replacement, Rule, resolve_layers
 from range_store.errors import InvalidErasure
 from range_store.live import LiveErasure
 
@@ -182,14 +182,15 @@ class ErasureOut(BaseModel):
     tau: float
     top_fraction: float
     ranking: Ranking
-    layers: list[int] | Literal["all"]
+    layers: list[int]
     replacement: Literal["zero", "mean"] | Damp
     enforced: bool
 
     @classmethod
-    def values(cls, erasure: Erasure) -> dict[str, Any]:
+    def values(cls, erasure: Erasure, n_layers: int) -> dict[str, Any]:
+        """The fields that stand in the erasure itself, for a model of `n_layers` blocks."""
         values = {name: getattr(erasure, name) for name in Erasure.model_fields}
-        return {**values, "layers": "all" if erasure.layers == "all" else list(erasure.layers)}
+        return {**values, "layers": list(resolve_layers(erasure.layers, n_layers))}
 
 
 class ErasurePlan(BaseModel):

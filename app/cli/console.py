@@ -9,8 +9,17 @@ from typing import Any
 import typer
 from rich.console import Console
 from rich.markup import escape
-from rich.progress import BarColumn, Progress, ProgressColumn, SpinnerColumn, Task, TextColumn, TimeRemainingColumn
-from rich.table import Table
+from rich.progress import (
+    BarColumn,
+    Progress,
+    ProgressColumn,
+    SpinnerColumn,
+    Task,
+    TaskID,
+    TextColumn,
+    TimeRemainingColumn,
+)
+from rich.table import Column, Table
 from rich.text import Text
 
 Report = Callable[[str, int, int], None]
@@ -70,9 +79,9 @@ def table(columns: Sequence[str], rows: Sequence[Sequence[object]], *, header: b
         pad_edge=False,
         show_edge=False,
     )
-    for index in filled:
+    for place, index in enumerate(filled):
         numbers = all(_is_number(str(row[index])) for row in rows)
-        drawn.add_column(columns[index], justify="right" if numbers else "left", overflow="fold")
+        drawn.add_column(columns[index], justify="right" if numbers else "left", overflow="fold", no_wrap=not place)
     for row in rows:
         drawn.add_row(*(escape(str(row[index])) for index in filled))
     if console.is_terminal:
@@ -104,18 +113,18 @@ def progress(unit: str) -> Iterator[Report]:
         return
     columns = (
         SpinnerColumn(),
-        TextColumn("{task.description}"),
-        BarColumn(),
+        TextColumn("{task.description}", table_column=Column(no_wrap=True)),
+        BarColumn(bar_width=20),
         _CountColumn(unit),
         TimeRemainingColumn(compact=True, elapsed_when_finished=True),
     )
     with Progress(*columns, console=console) as bars:
-        tasks: dict[str, Any] = {}
+        tasks: dict[str, TaskID] = {}
 
         def report(what: str, done: int, total: int) -> None:
             if what not in tasks:
                 for earlier in tasks.values():
-                    bars.stop_task(earlier)
+                    bars.update(earlier, total=bars.tasks[earlier].total or 1, completed=bars.tasks[earlier].total or 1)
                 # what an earlier run had done must not count as speed
                 tasks[what] = bars.add_task(escape(what), total=total or None, completed=done)
             bars.update(tasks[what], completed=done, total=total or None)
@@ -128,13 +137,13 @@ class _CountColumn(ProgressColumn):
 
     def __init__(self, unit: str) -> None:
         self._unit = unit
-        super().__init__()
+        super().__init__(table_column=Column(no_wrap=True))
 
     def render(self, task: Task) -> Text:
-        if task.total is None:
+        if task.total is None or task.total == 1:  # a step, not a count
             return Text("")
-        count = _count(int(task.completed), int(task.total), self._unit)
         speed = task.finished_speed or task.speed
+        count = _count(int(task.completed), int(task.total), "" if speed else self._unit)
         return Text(f"{count} · {_rate(speed, self._unit)}" if speed else count, style="progress.download")
 
 

@@ -133,7 +133,6 @@ def _print(state: LiveState, as_json: bool, headline: str = "") -> None:
         "replacement",
         "enforced",
         "expires",
-        "by",
         "reason",
     )
     table(columns, [_row(each) for each in erasures])
@@ -151,7 +150,6 @@ def _row(live: LiveErasure) -> tuple[object, ...]:
         _replacement(erasure.replacement),
         "yes" if live.enforced else "",
         until(live.expires_at) if live.expires_at is not None else "",
-        live.by or "",
         live.reason or "",
     )
 

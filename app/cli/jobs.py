@@ -1,5 +1,6 @@
 """What a job works on: the same choices for `fit`, `train`, `evaluate` and `serve`. `app.wiring` takes them."""
 
+import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal, Self
@@ -37,7 +38,7 @@ class ModelChoice:
     @property
     def served_name(self) -> str:
         """What the model is called in the store."""
-        return self.name or Path(self.source).name
+        return self.name or Path(os.path.abspath(self.source)).name  # "." has a name too
 
 
 @dataclass(frozen=True)

@@ -36,7 +36,7 @@ def list_(
     elif not found:
         hint("no range set is published: fit one with `neuronlens fit`")
     else:
-        columns = ("id", "active", "corpus", "rows", "concepts", "layers", "published")
+        columns = ("id", "active", "corpus", "rows", "layers", "published")
         table(columns, [_row(each) for each in found])
 
 
@@ -180,7 +180,6 @@ def _row(found: Published) -> tuple[object, ...]:
         "yes" if found.active else "",
         corpus.name,
         corpus.rows,
-        len(corpus.counts),
         layers,
         moment(found.published_at),
     )

@@ -43,7 +43,7 @@ async def classify(
     return ClassifyOut(
         model=service.name,
         results=[_result(text, labels, activation, body.top_k) for text in answer.texts],
-        erasure=_plan(answer),
+        erasure=_plan(answer, service.model.identity.n_layers),
         usage=Usage(tokens=sum(text.tokens for text in answer.texts)),
     )
 
@@ -77,12 +77,12 @@ def _best(logits: Any, labels: tuple[str, ...], activation: Activation, top_k: i
     return [Score(label=labels[index], score=float(scores[index])) for index in best]
 
 
-def _plan(answer: Answer) -> ErasurePlan:
+def _plan(answer: Answer, n_layers: int) -> ErasurePlan:
     return ErasurePlan(
         source=answer.source,
         concepts=[erasure.concept for erasure in answer.erasures],
         erasures=[
-            ErasureOut(**ErasureOut.values(erasure), enforced=erasure.concept in answer.enforced)
+            ErasureOut(**ErasureOut.values(erasure, n_layers), enforced=erasure.concept in answer.enforced)
             for erasure in answer.erasures
         ],
         range_set=answer.range_set,

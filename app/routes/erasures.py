@@ -82,13 +82,14 @@ def applied(service: Service, state: LiveState, response: Response) -> LiveListO
 def listing(service: Service, state: LiveState, response: Response) -> LiveListOut:
     """The live state as a reply."""
     response.headers["ETag"] = f'"{state.generation}"'
+    n_layers = service.model.identity.n_layers
     return LiveListOut(
         model=service.name,
         generation=state.generation,
         range_set=state.range_set,
         erasures=[
             LiveOut(
-                **ErasureOut.values(live.erasure),
+                **ErasureOut.values(live.erasure, n_layers),
                 enforced=live.enforced,
                 reason=live.reason,
                 expires_at=live.expires_at,

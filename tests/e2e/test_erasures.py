@@ -39,7 +39,9 @@ def test_a_toggle_is_seen_by_the_next_request(news: Running, concept: str) -> No
     assert answer["erasure"]["generation"] == on.json()["generation"]
     assert news.classify(TEXT, erase=[]).json()["erasure"]["concepts"] == []
     listed = news.http.get("/v1/erasures").json()["erasures"]
-    assert [(each["concept"], each["reason"], each["top_fraction"]) for each in listed] == [(concept, "a trial", 1.0)]
+    assert [(e["concept"], e["reason"], e["top_fraction"], e["layers"]) for e in listed] == [
+        (concept, "a trial", 1.0, [2])
+    ]
     assert [c["concept"] for c in news.http.get("/v1/concepts").json()["concepts"] if c["erased"]] == [concept]
     off = news.http.delete(path, params={"reason": "enough"})
     assert off.json()["erasures"] == []

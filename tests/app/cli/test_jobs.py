@@ -1,5 +1,6 @@
 """`fit`, `train` and `evaluate` on a tiny model and a real store."""
 
+import csv
 import json
 from pathlib import Path
 
@@ -62,10 +63,10 @@ def test_fit_publishes_and_activates_what_it_says(
 
 
 def test_fit_takes_other_field_names_and_a_label_map(cli: Cli, tiny: Path, tmp_path: Path) -> None:
-    rows = [f"{text}|{label.upper()}" for text, label in labelled_texts(30, seed=3)]
-    (tmp_path / "rows.csv").write_text(
-        "\n".join(["body,kind", *(row.replace(",", ";").replace("|", ",") for row in rows)])
-    )
+    with (tmp_path / "rows.csv").open("w", newline="") as stream:
+        csv.writer(stream).writerows(
+            [("body", "kind"), *((text, label.upper()) for text, label in labelled_texts(30, 3))]
+        )
     (tmp_path / "map.json").write_text(json.dumps({label.upper(): label for label in LABELS}))
     ended = cli(
         "fit", "--model", tiny, "--data", tmp_path / "rows.csv", "--text-field", "body", "--label-field", "kind",
