@@ -43,8 +43,9 @@ def draw(range_set: RangeSet, inspect: InspectLayer, layer: int, out: Path) -> N
         drawn = inspect.histogram[:, neuron, 1:-1].sum(axis=0)
         filled = np.flatnonzero(drawn)
         edges = inspect.edges[neuron]
-        margin = 0.08 * (edges[filled[-1] + 1] - edges[filled[0]])
-        axes.set_xlim(edges[filled[0]] - margin, edges[filled[-1] + 1] + margin)
+        left_end, right_end = min(edges[filled[0]], float(low)), max(edges[filled[-1] + 1], float(high))
+        margin = 0.05 * (right_end - left_end)
+        axes.set_xlim(left_end - margin, right_end + margin)
         axes.set_xlabel(f"value of neuron {neuron} of block {layer}")
         axes.spines[["top", "right"]].set_visible(False)
     left.set_ylabel("share of the concept's texts")

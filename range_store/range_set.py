@@ -41,10 +41,14 @@ class ModelIdentity(Frozen):
 
 
 class CorpusIdentity(Frozen):
-    """Which texts were fitted. `sha256` covers every text and label in order; `counts` has one entry per concept."""
+    """Which texts were fitted. `sha256` covers every text and label in order; `counts` has one entry per concept.
+
+    `selection` says in words which rows of the source they are: all, or a sample and its seed.
+    """
 
     name: str
     split: str | None
+    selection: str = "all rows"
     sha256: Digest
     rows: Annotated[int, Field(ge=1)]
     truncated: Annotated[int, Field(ge=0)]
@@ -185,6 +189,7 @@ def content_id(provenance: Provenance, parts: Mapping[str, str]) -> str:
         parts: sha256 of the bytes of each stored part, by the part's name.
     """
     identity: dict[str, Any] = provenance.model_dump(mode="json", exclude={"created_at", "versions"})
+    del identity["corpus"]["selection"]  # words about what the hash of the rows says exactly
     identity["corpus"]["counts"] = list(provenance.corpus.counts.items())  # their order is the statistics' order
     identity["parts"] = dict(sorted(parts.items()))
     canonical = json.dumps(identity, sort_keys=True, separators=(",", ":"), ensure_ascii=True)

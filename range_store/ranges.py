@@ -23,8 +23,8 @@ def bounds(
     """
     match rule:
         case "sigma":
-            reach = tau * std
-            low, high = mean - reach, mean + reach
+            with np.errstate(invalid="ignore"):  # ∞ − ∞; it is called empty below
+                low, high = mean - tau * std, mean + tau * std
     empty = (counts < 2) | ~np.isfinite(mean) | ~np.isfinite(std)
     return np.where(empty, EMPTY[0], low), np.where(empty, EMPTY[1], high)
 

@@ -103,7 +103,7 @@ def activate(
 @app.command(epilog=EPILOG)
 def export(
     id_: RangeSetId,
-    out: Annotated[Path, typer.Option("--out", help="File to write, .safetensors.")],
+    out: Annotated[Path, typer.Argument(metavar="FILE", help="File to write, .safetensors.")],
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the file if it is there.")] = False,
     url: options.Url = None,
     name: options.ServedName = None,

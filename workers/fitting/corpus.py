@@ -35,14 +35,18 @@ class Corpus:
 
     Attributes:
         name, split: what it was read from.
+        selection: which rows of that, in words.
         concepts: those that occur, the model's labels first and in their order, then the others by name.
         counts: texts per concept, in that order.
         sha256: over every text and concept in order.
     """
 
-    def __init__(self, name: str, split: str | None, rows: datasets.Dataset, concepts: "_Concepts") -> None:
+    def __init__(
+        self, name: str, split: str | None, selection: str, rows: datasets.Dataset, concepts: "_Concepts"
+    ) -> None:
         self.name = name
         self.split = split
+        self.selection = selection
         self._rows = rows
         self._concepts = concepts
         counts: Counter[str] = Counter()
@@ -137,14 +141,15 @@ def load_corpus(
         rows = rows.rename_column(text_field, "text")
     if label_field != "label":
         rows = rows.rename_column(label_field, "label")
+    selection = "all rows"
     if max_rows is not None and max_rows < len(rows):
+        selection = f"{max_rows} of {len(rows)} rows, drawn with seed {seed}"
         chosen = np.random.default_rng(seed).choice(len(rows), size=max_rows, replace=False)
         rows = rows.select(np.sort(chosen))
     if not len(rows):
         raise CorpusError(f"{source} holds no rows")
-    return Corpus(
-        source if _is_hub(source) else Path(source).name, split, rows, _Concepts(names, labels, label_map or {})
-    )
+    name = source if _is_hub(source) else Path(source).name
+    return Corpus(name, split, selection, rows, _Concepts(names, labels, label_map or {}))
 
 
 def load_label_map(path: Path) -> dict[str, str]:

@@ -194,6 +194,7 @@ def fit(
         corpus=CorpusIdentity(
             name=corpus.name,
             split=corpus.split,
+            selection=corpus.selection,
             sha256=corpus.sha256,
             rows=len(corpus),
             truncated=truncated,

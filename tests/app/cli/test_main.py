@@ -90,7 +90,7 @@ def test_what_needs_no_model_loads_no_torch(prepared: Prepared, tmp_path: Path) 
         ["--help"],
         ["fit", "--help"],
         ["ranges", "list", *options],
-        ["ranges", "export", prepared.whole, "--out", str(tmp_path / "x.safetensors"), *options],
+        ["ranges", "export", prepared.whole, str(tmp_path / "x.safetensors"), *options],
         ["erase", "on", "World", *options],
         ["erase", "off", "World", *options],
     ]

@@ -64,7 +64,7 @@ def live(server: Server) -> LiveState:
 
 
 def test_an_erasure_goes_on_and_off_as_on_the_store(cli: Cli, server: Server) -> None:
-    settings = ["--layer", "0,-1", "--tau", "1.5", "--replacement", "damp:0.5", "--reason", "incident", "--enforced"]
+    settings = ["--layer", "0,2", "--tau", "1.5", "--replacement", "damp:0.5", "--reason", "incident", "--enforced"]
     on = cli("erase", "on", "Sci/Tech %", *settings, "--expires-in", "1h", "--json", "--url", server.url)
     assert on.exit_code == 0
     (there,) = live(server).erasures

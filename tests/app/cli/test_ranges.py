@@ -50,7 +50,7 @@ def test_activation_that_would_drop_an_erasure_needs_force(cli: Cli, prepared: P
 
 def test_export_and_import_carry_a_range_set_to_another_store(cli: Cli, prepared: Prepared, tmp_path: Path) -> None:
     file = tmp_path / "ranges.safetensors"
-    assert cli("ranges", "export", prepared.whole, "--out", file, *prepared.options).exit_code == 0
+    assert cli("ranges", "export", prepared.whole, file, *prepared.options).exit_code == 0
     other = ("--data-dir", tmp_path / "other")
     imported = cli("ranges", "import", file, "--json", *other).json
     assert imported == {"id": prepared.whole, "model": "tiny-news"}
@@ -61,10 +61,10 @@ def test_export_and_import_carry_a_range_set_to_another_store(cli: Cli, prepared
 def test_export_overwrites_only_when_told_to(cli: Cli, prepared: Prepared, tmp_path: Path) -> None:
     file = tmp_path / "kept.safetensors"
     file.write_text("mine")
-    assert cli("ranges", "export", prepared.whole, "--out", file, *prepared.options).exit_code == 4
+    assert cli("ranges", "export", prepared.whole, file, *prepared.options).exit_code == 4
     assert file.read_text() == "mine"
-    assert cli("ranges", "export", prepared.whole, "--out", file, "--overwrite", *prepared.options).exit_code == 0
-    assert cli("ranges", "export", prepared.whole, "--out", tmp_path / "no" / "x", *prepared.options).exit_code == 2
+    assert cli("ranges", "export", prepared.whole, file, "--overwrite", *prepared.options).exit_code == 0
+    assert cli("ranges", "export", prepared.whole, tmp_path / "no" / "x", *prepared.options).exit_code == 2
 
 
 def test_import_of_something_else_is_refused(cli: Cli, prepared: Prepared, tmp_path: Path) -> None:
@@ -109,7 +109,7 @@ def write(file: Path, seed: int) -> None:
     write_archive(file, *random_range_set(seed))
 
 
-@pytest.mark.parametrize("command", [["export", "abc", "--out", "x"], ["remove", "abc"]])
+@pytest.mark.parametrize("command", [["export", "abc", "x"], ["remove", "abc"]])
 def test_what_has_no_http_route_says_so(cli: Cli, command: list[str]) -> None:
     ended = cli("ranges", *command, "--url", "http://127.0.0.1:1")
     assert ended.exit_code == 2

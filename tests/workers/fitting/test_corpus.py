@@ -63,7 +63,7 @@ def test_max_rows_is_a_sample_that_a_seed_decides(tmp_path: Path) -> None:
     rows = [(f"text {n}", LABELS[n // 250]) for n in range(1000)]
     path = str(write_jsonl(tmp_path / "rows.jsonl", rows))
     sample = load_corpus(path, labels=LABELS, max_rows=100)
-    assert len(sample) == 100
+    assert (len(sample), sample.selection) == (100, "100 of 1000 rows, drawn with seed 0")
     assert set(sample.concepts) == set(LABELS)
     assert pairs(sample) == sorted(pairs(sample), key=rows.index), "rows keep their order"
     assert load_corpus(path, labels=LABELS, max_rows=100).sha256 == sample.sha256
