@@ -118,11 +118,16 @@ class LiveIn(ErasureSettings):
     reason: Reason | None = None
     expires_in: Annotated[float, Field(gt=0, le=10 * 365 * 86400, description="Seconds.")] | None = None
 
-    def live(self, concept: str, now: float) -> LiveErasure:
+    def live(self, concept: str, now: float, by: str) -> LiveErasure:
         """The live erasure of `concept`, switched on at Unix time `now`."""
         expires_at = None if self.expires_in is None else now + self.expires_in
         return LiveErasure(
-            erasure=self.of(concept), enforced=self.enforced, reason=self.reason, expires_at=expires_at, since=now
+            erasure=self.of(concept),
+            enforced=self.enforced,
+            reason=self.reason,
+            expires_at=expires_at,
+            since=now,
+            by=by,
         )
 
 

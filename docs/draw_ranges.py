@@ -56,7 +56,7 @@ def draw(range_set: RangeSet, inspect: InspectLayer, layer: int, out: Path) -> N
         f"range masking: zeroed only inside {CONCEPT}' range (mean ± 2.5 std),\nwhere the others seldom are",
         fontsize=10,
     )
-    right.legend(frameon=False)
+    right.legend(frameon=False, loc="upper right")
     figure.savefig(out, dpi=110)
 
 

@@ -62,6 +62,9 @@ class EmbeddedRedis(redis.Redis):
         )
         super().__init__(connection_pool=pool)
 
+    def __repr__(self) -> str:
+        return f"EmbeddedRedis({str(self.directory)!r})"
+
     @classmethod
     def open(cls, directory: Path) -> "EmbeddedRedis":
         """Start the server of `directory`, or join it.

@@ -15,6 +15,8 @@ from range_store.live import LiveState
 router = APIRouter(tags=["erasures"])
 IfMatch = Annotated[str | None, Header(description="Change only if the live state is at this generation.")]
 CHANGES = documented(404, 409, 412)
+BY = "http"
+"""Who the audit says did it, while there are no keys to tell callers apart."""
 
 
 def required_generation(service: Serving, if_match: IfMatch = None) -> str | None:
@@ -48,8 +50,8 @@ def replace_erasures(service: Serving, body: LiveListIn, required: Required, res
     """Replace all live erasures in one generation."""
     check_model_name(service, body.model)
     now = time.time()
-    wanted = [each.live(each.concept, now) for each in body.erasures]
-    return applied(service, service.store.set_erasures(wanted, required, reason=body.reason), response)
+    wanted = [each.live(each.concept, now, BY) for each in body.erasures]
+    return applied(service, service.store.set_erasures(wanted, required, BY, body.reason), response)
 
 
 @router.put("/v1/erasures/{concept:path}", dependencies=[ModelNamed], responses=CHANGES)
@@ -57,7 +59,7 @@ def switch_on(
     service: Serving, concept: str, required: Required, response: Response, body: LiveIn | None = None
 ) -> LiveListOut:
     """Erase a concept from every request that names nothing, or change how."""
-    wanted = (body or LiveIn()).live(concept, time.time())
+    wanted = (body or LiveIn()).live(concept, time.time(), BY)
     return applied(service, service.store.set_erasure(wanted, required), response)
 
 
@@ -70,7 +72,7 @@ def switch_off(
     reason: Annotated[Reason | None, Query()] = None,
 ) -> LiveListOut:
     """Erase a concept no more. Where it is off already, nothing changes."""
-    return applied(service, service.store.remove_erasure(concept, required, reason=reason), response)
+    return applied(service, service.store.remove_erasure(concept, required, BY, reason), response)
 
 
 def applied(service: Service, state: LiveState, response: Response) -> LiveListOut:

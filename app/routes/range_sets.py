@@ -4,7 +4,7 @@ from fastapi import APIRouter, Response
 
 from app.problems import documented
 from app.routes import ModelNamed, Serving, check_model_name
-from app.routes.erasures import CHANGES, Required, applied
+from app.routes.erasures import BY, CHANGES, Required, applied
 from app.schemas import ActivateIn, LiveListOut, RangeSetOut, RangeSetsOut
 from range_store.errors import UnknownRangeSet
 from range_store.published import Published
@@ -35,7 +35,7 @@ def activate(service: Serving, body: ActivateIn, required: Required, response: R
     """Make a range set the one that erasures are resolved on, or go back to an older one."""
     check_model_name(service, body.model)
     check_model(service.store.provenance(body.id), service.model.identity.fingerprint)
-    state = service.store.activate(body.id, body.force, required, reason=body.reason)
+    state = service.store.activate(body.id, body.force, required, BY, body.reason)
     return applied(service, state, response)
 
 

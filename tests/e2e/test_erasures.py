@@ -46,7 +46,8 @@ def test_a_toggle_is_seen_by_the_next_request(news: Running, concept: str) -> No
     off = news.http.delete(path, params={"reason": "enough"})
     assert off.json()["erasures"] == []
     assert erased(news) == []
-    assert [entry.reason for entry in news.service.store.audit(2)] == ["enough", "a trial"]
+    audit = news.service.store.audit(2)
+    assert [(entry.by, entry.reason) for entry in audit] == [("http", "enough"), ("http", "a trial")]
 
 
 def test_a_slash_in_a_path_needs_no_escape(news: Running) -> None:
