@@ -3,6 +3,7 @@
 from importlib.metadata import version
 
 from fastapi import FastAPI
+from fastapi_offline import FastAPIOffline
 from prometheus_client import CollectorRegistry
 
 from app import problems
@@ -21,7 +22,7 @@ lies in the range fitted for the concept. Errors are `application/problem+json`.
 
 def create_app(settings: Settings, running: Service | None = None) -> FastAPI:
     """The application. Without a service only its OpenAPI is of use."""
-    app = FastAPI(
+    app: FastAPI = FastAPIOffline(  # its /docs asks no other host for scripts
         title="NeuronLens",
         version=version("neuronlens"),
         description=DESCRIPTION,

@@ -1,6 +1,7 @@
 """Probes, metrics, inspection, and the edges of HTTP itself."""
 
 import json
+import re
 import threading
 from collections.abc import Callable
 from pathlib import Path
@@ -196,8 +197,14 @@ def test_no_text_of_a_user_reaches_the_log(news: Running, caplog: pytest.LogCapt
     assert "confession" not in caplog.text
 
 
-def test_docs_are_served(news: Running) -> None:
-    assert news.http.get("/docs").status_code == 200
+def test_docs_are_served_from_here_alone(news: Running) -> None:
+    page = news.http.get("/docs")
+    assert page.status_code == 200
+    sources = re.findall(r'(?:src|href)="([^"]+)"', page.text)
+    assert len(sources) >= 2
+    for source in sources:
+        assert source.startswith("/"), "no request to another host"
+        assert news.http.get(source).status_code == 200
     assert news.http.get("/openapi.json").json()["info"]["title"] == "NeuronLens"
 
 

@@ -1,5 +1,6 @@
 """The demo, made once for all tests that look at it."""
 
+import os
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -15,7 +16,7 @@ from workers.demo.demo import Demo, prepare
 def all_threads() -> Iterator[None]:
     """Training takes a while: it may use every core."""
     before = torch.get_num_threads()
-    torch.set_num_threads(torch.get_num_interop_threads())
+    torch.set_num_threads(os.cpu_count() or 1)
     yield
     torch.set_num_threads(before)
 
