@@ -11,14 +11,14 @@ from typing import Any
 import redis
 from prometheus_client import CollectorRegistry
 
-from app.cli.jobs import CorpusChoice, ModelChoice
+from app.jobs import CorpusChoice, ModelChoice
 from app.settings import Settings
 from range_store.embedded import connect
 from range_store.mirror import Mirror
 from range_store.store import RangeStore
 from workers.demo.demo import NAME as DEMO_NAME
 from workers.demo.demo import Demo, prepare
-from workers.engine.engine import Answer, Engine, TextAnswer
+from workers.engine.engine import Engine
 from workers.engine.errors import (
     DeadlineExceeded,
     Draining,
@@ -27,6 +27,7 @@ from workers.engine.errors import (
     QueueFull,
     RequestTooLarge,
 )
+from workers.engine.requests import Answer, TextAnswer
 from workers.engine.settings import EngineSettings
 from workers.evaluation.evaluate import Evaluation, EvaluationSettings
 from workers.evaluation.evaluate import evaluate as _evaluate

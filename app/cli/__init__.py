@@ -2,7 +2,7 @@
 
 `options` what several commands ask, and comma lists · `console` what people see · `exits` exit codes ·
 `stores`, `control`, `server_control` the store, directly or through a running server · `listening` the HTTP server ·
-`jobs` what a job works on · `clock` times and durations.
+`clock` times and durations.
 Nothing here imports torch: jobs that need it go through `app.wiring`, imported when they start.
 """
 

@@ -8,8 +8,8 @@ import typer
 
 from app.cli import options
 from app.cli.console import hint, print_json, progress, say, table
-from app.cli.jobs import CorpusChoice, ModelChoice
 from app.cli.stores import settings_with
+from app.jobs import CorpusChoice, ModelChoice
 from range_store.erasure import RANKINGS
 
 if TYPE_CHECKING:

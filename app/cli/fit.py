@@ -8,8 +8,8 @@ import typer
 from app.cli import options
 from app.cli.console import hint, print_json, progress, say, table
 from app.cli.exits import INTERRUPTED
-from app.cli.jobs import CorpusChoice, ModelChoice
 from app.cli.stores import operator, settings_with, store_of
+from app.jobs import CorpusChoice, ModelChoice
 from range_store.erasure import RANKINGS
 from range_store.errors import RangeStoreError
 from range_store.store import RangeStore

@@ -6,7 +6,7 @@ from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 from app.cli.exits import CONFLICT, USAGE, CommandError
-from app.cli.jobs import ModelChoice
+from app.jobs import ModelChoice
 
 if TYPE_CHECKING:
     from app.settings import Settings

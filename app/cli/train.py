@@ -9,8 +9,8 @@ import typer
 
 from app.cli import options
 from app.cli.console import hint, print_json, progress, say
-from app.cli.jobs import CorpusChoice
 from app.cli.stores import settings_with
+from app.jobs import CorpusChoice
 
 
 def train(

@@ -6,8 +6,9 @@ import numpy as np
 from fastapi import APIRouter, Header
 
 from app.problems import ApiError, documented
+from app.replies import Baseline, ClassifyOut, ErasureOut, ErasurePlan, Result, Score, Usage
+from app.requests import ClassifyIn
 from app.routes import Serving, check_model_name
-from app.schemas import Baseline, ClassifyIn, ClassifyOut, ErasureOut, ErasurePlan, Result, Score, Usage
 from app.scores import Activation, scores_of
 from app.wiring import Answer
 

@@ -6,8 +6,9 @@ from typing import Annotated
 from fastapi import APIRouter, Depends, Header, Query, Response
 
 from app.problems import documented
+from app.replies import ErasureOut, LiveListOut, LiveOut
+from app.requests import LiveIn, LiveListIn, Reason
 from app.routes import ModelNamed, Serving, check_model_name, snapshot_of
-from app.schemas import ErasureOut, LiveIn, LiveListIn, LiveListOut, LiveOut, Reason
 from app.wiring import Service
 from range_store.errors import StaleGeneration
 from range_store.live import LiveState

@@ -9,8 +9,7 @@ from typing import Annotated
 from fastapi import APIRouter, Path, Query
 
 from app.problems import ApiError, documented
-from app.routes import ModelNamed, Serving, active_range_set, snapshot_of
-from app.schemas import (
+from app.replies import (
     ConceptOut,
     ConceptsOut,
     Histogram,
@@ -20,6 +19,7 @@ from app.schemas import (
     OverlapOut,
     RangesOut,
 )
+from app.routes import ModelNamed, Serving, active_range_set, snapshot_of
 from range_store.erasure import Ranking
 from range_store.inspection import NeuronStatistics, block_index, neuron_statistics, overlap_of_tops, ranked_ranges
 

@@ -3,9 +3,10 @@
 from fastapi import APIRouter, Response
 
 from app.problems import documented
+from app.replies import LiveListOut, RangeSetOut, RangeSetsOut
+from app.requests import ActivateIn
 from app.routes import ModelNamed, Serving, check_model_name
 from app.routes.erasures import BY, CHANGES, Required, applied
-from app.schemas import ActivateIn, LiveListOut, RangeSetOut, RangeSetsOut
 from range_store.errors import UnknownRangeSet
 from range_store.published import Published
 from range_store.range_set import check_model

@@ -4,8 +4,8 @@ from fastapi import APIRouter, Request, Response
 from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
 
 from app.problems import ApiError, documented
+from app.replies import Alive, ModelOut, ModelsOut, Ready
 from app.routes import ModelNamed, Serving
-from app.schemas import Alive, ModelOut, ModelsOut, Ready
 from app.settings import LOOPBACK
 
 router = APIRouter(tags=["service"])

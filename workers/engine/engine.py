@@ -9,90 +9,23 @@ import logging
 import math
 import threading
 import time
-from collections import defaultdict
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
 
-import numpy as np
-import numpy.typing as npt
 from prometheus_client import CollectorRegistry
 
 from range_store.erasure import Erasure
 from range_store.mirror import Mirror
-from workers.engine.admission import Planner, Source
-from workers.engine.errors import DeadlineExceeded, Draining, EngineError, EngineFailed, QueueFull, RequestTooLarge
+from workers.engine.admission import Planner
+from workers.engine.errors import DeadlineExceeded, Draining, EngineFailed, QueueFull, RequestTooLarge
 from workers.engine.forward import Variant, steer_variants
-from workers.engine.masks import DevicePlan
 from workers.engine.metrics import EngineMetrics
 from workers.engine.queue import BatchQueue
+from workers.engine.requests import Answer, Logits, Request, Text, TextAnswer, reply
 from workers.engine.settings import EngineSettings
 from workers.models.loading import LoadedModel
-from workers.models.tokens import Encoded
 
 logger = logging.getLogger(__name__)
-
-Logits = npt.NDArray[np.float32]
-
-
-@dataclass(frozen=True, eq=False)
-class TextAnswer:
-    """One text's logits [K], those of the bare model if `compare` was asked for, and what was done to it."""
-
-    logits: Logits
-    baseline: Logits | None
-    masked_neurons: int
-    truncated: bool
-    tokens: int
-
-
-@dataclass(frozen=True, eq=False)
-class Answer:
-    """A request's answers in its order, and the plan that it was admitted with.
-
-    `erasures` have their layers resolved to block indices; `enforced` names the concepts that an operator enforces.
-    """
-
-    texts: tuple[TextAnswer, ...]
-    source: Source
-    erasures: tuple[Erasure, ...]
-    enforced: frozenset[str]
-    range_set: str | None
-    generation: str | None
-
-
-@dataclass(eq=False)
-class _Request:
-    loop: asyncio.AbstractEventLoop
-    done: asyncio.Future[None]
-    answers: list[TextAnswer | None]
-    missing: int
-    abandoned: bool = False
-
-
-@dataclass(eq=False)
-class _Text:
-    """One text that waits; satisfies `queue.Queued`."""
-
-    request: _Request
-    index: int
-    encoded: Encoded
-    plan: DevicePlan
-    compare: bool
-    split: int
-    admitted: float = field(default_factory=time.monotonic)
-
-    @property
-    def tokens(self) -> int:
-        return len(self.encoded.ids)
-
-    @property
-    def plan_key(self) -> str:
-        return self.plan.plan.key
-
-    @property
-    def abandoned(self) -> bool:
-        return self.request.abandoned
 
 
 class Engine:
@@ -111,7 +44,7 @@ class Engine:
         self.settings = settings
         self.metrics = EngineMetrics(registry)
         self._planner = Planner(mirror, model.device, settings.plan_cache)
-        self._queue: BatchQueue[_Text] = BatchQueue(settings)
+        self._queue: BatchQueue[Text] = BatchQueue(settings)
         self._changed = threading.Condition()
         self._tokenizer = ThreadPoolExecutor(1, "tokenizer")
         self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
@@ -201,12 +134,12 @@ class Engine:
         loop = asyncio.get_running_loop()
         admission = await self._planner.admit(erase)
         encoded = await loop.run_in_executor(self._tokenizer, self.model.tokens.encode, texts, truncate)
-        request = _Request(loop, loop.create_future(), [None] * len(encoded), len(encoded))
+        request = Request(loop, loop.create_future(), [None] * len(encoded), len(encoded))
         split = admission.plan.plan.split
         # a text without erasure needs no split: it joins the batches of the last block, where a bare answer is free
         at = self.model.identity.n_layers - 1 if split is None else split
         if encoded:
-            self._enqueue([_Text(request, i, text, admission.plan, compare, at) for i, text in enumerate(encoded)])
+            self._enqueue([Text(request, i, text, admission.plan, compare, at) for i, text in enumerate(encoded)])
             try:
                 await request.done
             finally:
@@ -222,7 +155,7 @@ class Engine:
             admission.generation,
         )
 
-    def _enqueue(self, texts: list[_Text]) -> None:
+    def _enqueue(self, texts: list[Text]) -> None:
         """Queue all texts of a request, or none."""
         tokens = sum(text.tokens for text in texts)
         if tokens > self.settings.max_queue_tokens:
@@ -266,10 +199,10 @@ class Engine:
             with self._changed:
                 self._closing = True
                 lost = self._queue.discard(lambda text: True)
-            _reply([(text, EngineFailed("the engine stopped")) for text in lost])
+            reply([(text, EngineFailed("the engine stopped")) for text in lost])
             raise
 
-    def _answer(self, batch: list[_Text]) -> None:
+    def _answer(self, batch: list[Text]) -> None:
         """Run a batch and reply. If it raises, halves are tried, so that only the text that causes it fails."""
         started = time.monotonic()
         for text in batch:
@@ -283,13 +216,13 @@ class Engine:
                 self._answer(batch[middle:])
                 return
             logger.error("a text of %d tokens failed: %s", batch[0].tokens, type(error).__name__, exc_info=error)
-            _reply([(batch[0], EngineFailed("the model failed on this text"))])
+            reply([(batch[0], EngineFailed("the model failed on this text"))])
             return
         seconds = time.monotonic() - started
         self._observe(batch, answers, seconds)
-        _reply(list(zip(batch, answers, strict=True)))
+        reply(list(zip(batch, answers, strict=True)))
 
-    def _forward(self, batch: list[_Text]) -> list[TextAnswer]:
+    def _forward(self, batch: list[Text]) -> list[TextAnswer]:
         model = self.model
         tokens = model.tokens.pad([text.encoded.ids for text in batch], model.device)
         variants = [Variant(row, text.plan) for row, text in enumerate(batch) if text.plan_key]
@@ -317,7 +250,7 @@ class Engine:
             answers.append(TextAnswer(logits, baseline, count, text.encoded.truncated, text.tokens))
         return answers
 
-    def _observe(self, batch: list[_Text], answers: list[TextAnswer], seconds: float) -> None:
+    def _observe(self, batch: list[Text], answers: list[TextAnswer], seconds: float) -> None:
         tokens = sum(text.tokens for text in batch)
         rate = tokens / max(seconds, 1e-6)
         self._tokens_per_second = rate if not self._tokens_per_second else 0.9 * self._tokens_per_second + 0.1 * rate
@@ -327,30 +260,3 @@ class Engine:
         self.metrics.tokens.inc(tokens)
         self.metrics.padded_tokens.inc(max(text.tokens for text in batch) * len(batch))
         self.metrics.masked_neurons.inc(sum(answer.masked_neurons for answer in answers))
-
-
-def _reply(answered: list[tuple[_Text, TextAnswer | EngineError]]) -> None:
-    """Hand answers to their requests, with one wake-up of each event loop."""
-    by_loop: dict[asyncio.AbstractEventLoop, list[tuple[_Text, TextAnswer | EngineError]]] = defaultdict(list)
-    for text, answer in answered:
-        by_loop[text.request.loop].append((text, answer))
-    for loop, own in by_loop.items():
-        try:
-            loop.call_soon_threadsafe(_settle, own)
-        except RuntimeError:  # the loop is closed: nobody waits there any more
-            logger.debug("answers for a closed event loop dropped")
-
-
-def _settle(answered: list[tuple[_Text, TextAnswer | EngineError]]) -> None:
-    """On the event loop: fill in answers and complete the requests that have all of theirs."""
-    for text, answer in answered:
-        request = text.request
-        if request.done.done():
-            continue
-        if isinstance(answer, EngineError):
-            request.done.set_exception(answer)
-            continue
-        request.answers[text.index] = answer
-        request.missing -= 1
-        if not request.missing:
-            request.done.set_result(None)

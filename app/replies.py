@@ -1,0 +1,238 @@
+"""What `/v1` replies (DESIGN "HTTP")."""
+
+from typing import Any, Literal
+
+from pydantic import BaseModel, Field
+
+from range_store.erasure import Damp, Erasure, Method, Ranking, Rule, resolve_layers
+
+
+class Score(BaseModel):
+    label: str
+    score: float
+
+
+class Baseline(BaseModel):
+    """The bare model's answer."""
+
+    label: str
+    score: float
+    scores: list[Score]
+
+
+class Result(BaseModel):
+    """One text's answer. `masked_neurons`: at the read position, union over concepts, summed over layers."""
+
+    label: str
+    score: float
+    scores: list[Score]
+    masked_neurons: int
+    truncated: bool
+    baseline: Baseline | None
+
+
+class ErasureOut(BaseModel):
+    """An erasure as it was applied: layers as block indices from 0."""
+
+    concept: str
+    method: Method
+    rule: Rule
+    tau: float
+    top_fraction: float
+    ranking: Ranking
+    layers: list[int]
+    replacement: Literal["zero", "mean"] | Damp
+    enforced: bool
+
+    @classmethod
+    def values(cls, erasure: Erasure, n_layers: int) -> dict[str, Any]:
+        """The fields that stand in the erasure itself, for a model of `n_layers` blocks."""
+        values = {name: getattr(erasure, name) for name in Erasure.model_fields}
+        return {**values, "layers": list(resolve_layers(erasure.layers, n_layers))}
+
+
+class ErasurePlan(BaseModel):
+    """Which plan a request was admitted with."""
+
+    source: Literal["live", "request", "none"]
+    concepts: list[str]
+    erasures: list[ErasureOut]
+    range_set: str | None
+    generation: str | None
+
+
+class Usage(BaseModel):
+    tokens: int
+
+
+class ClassifyOut(BaseModel):
+    model: str
+    results: list[Result]
+    erasure: ErasurePlan
+    usage: Usage
+
+
+class LiveOut(ErasureOut):
+    """An erasure that is switched on; times are Unix seconds."""
+
+    reason: str | None
+    expires_at: float | None
+    since: float
+    by: str | None
+
+
+class LiveListOut(BaseModel):
+    """The live state of a model."""
+
+    model: str
+    generation: str
+    range_set: str | None
+    erasures: list[LiveOut]
+
+
+class ConceptOut(BaseModel):
+    """A concept of the active range set. `texts`: of the fitting corpus; `label`: whether it is one of the model."""
+
+    concept: str
+    texts: int
+    label: bool
+    erased: bool
+    enforced: bool
+
+
+class ConceptsOut(BaseModel):
+    model: str
+    range_set: str
+    generation: str
+    concepts: list[ConceptOut]
+
+
+class NeuronRange(BaseModel):
+    """One neuron's range for one concept; low and high are null where the range is empty.
+
+    `overlap`: for each other concept, the length that both ranges share over the shorter one's.
+    """
+
+    rank: int
+    neuron: int
+    saliency: float | None
+    mean: float | None
+    std: float | None
+    low: float | None
+    high: float | None
+    overlap: dict[str, float]
+
+
+class RangesOut(BaseModel):
+    model: str
+    range_set: str
+    concept: str
+    layer: int
+    ranking: Ranking
+    tau: float
+    neurons: list[NeuronRange]
+    next_cursor: str | None
+
+
+class Histogram(BaseModel):
+    """Texts per bin; `below` and `above` fell outside the edges."""
+
+    below: int
+    counts: list[int]
+    above: int
+
+
+class NeuronOfConcept(BaseModel):
+    """One concept's statistics of one neuron. Skewness is g1, kurtosis m4/m2² (3 for a Gaussian)."""
+
+    concept: str
+    texts: int
+    mean: float | None
+    std: float | None
+    mean_abs: float | None
+    skewness: float | None
+    kurtosis: float | None
+    minimum: float | None
+    maximum: float | None
+    low: float | None
+    high: float | None
+    saliency: dict[Ranking, float | None]
+    rank: dict[Ranking, int]
+    histogram: Histogram
+
+
+class NeuronOut(BaseModel):
+    model: str
+    range_set: str
+    layer: int
+    neuron: int
+    tau: float
+    edges: list[float | None]
+    concepts: list[NeuronOfConcept]
+
+
+class OverlapOut(BaseModel):
+    """How far concepts share their salient neurons. `chance`: the share that random sets of this size would have."""
+
+    model: str
+    range_set: str
+    layer: int
+    ranking: Ranking
+    top_fraction: float
+    neurons: int
+    concepts: list[str]
+    share: list[list[float]]
+    jaccard: list[list[float]]
+    chance: float
+    shared_by_all: list[int]
+
+
+class RangeSetOut(BaseModel):
+    """A published range set and where it comes from."""
+
+    id: str
+    published_at: float
+    active: bool
+    provenance: dict[str, Any]
+
+
+class RangeSetsOut(BaseModel):
+    model: str
+    active: str | None
+    range_sets: list[RangeSetOut]
+
+
+class ModelOut(BaseModel):
+    """What is loaded. `path` only to this machine."""
+
+    id: str
+    kind: str
+    family: str
+    fingerprint: str
+    revision: str | None
+    labels: list[str]
+    layers: int
+    hidden_size: int
+    max_tokens: int
+    dtype: str
+    device: str
+    problem_type: str | None
+    split: bool = Field(description="Trunk and tail; else erasures cost full passes.")
+    path: str | None
+
+
+class ModelsOut(BaseModel):
+    models: list[ModelOut]
+
+
+class Alive(BaseModel):
+    status: Literal["alive"] = "alive"
+
+
+class Ready(BaseModel):
+    """Ready to answer. `snapshot_age`: seconds since the live state was last known to be the newest."""
+
+    status: Literal["ready"] = "ready"
+    checks: dict[str, bool]
+    generation: str
+    snapshot_age: float

@@ -1,0 +1,154 @@
+"""What clients send to `/v1` (DESIGN "HTTP"). Unknown fields are errors, and so are values of the wrong type."""
+
+from typing import Annotated, Literal
+
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field
+
+from range_store.erasure import Damp, Erasure, Method, Ranking, Replacement, Rule
+from range_store.errors import InvalidErasure
+from range_store.live import LiveErasure
+
+
+def _storable(value: str) -> str:
+    """JSON may hold half of a surrogate pair; nothing that is stored may."""
+    try:
+        value.encode()
+    except UnicodeEncodeError:
+        raise ValueError("holds a lone surrogate, which is no character") from None
+    return value
+
+
+Concept = Annotated[str, Field(min_length=1, max_length=500), AfterValidator(_storable)]
+Reason = Annotated[str, Field(max_length=500), AfterValidator(_storable)]
+
+
+class In(BaseModel):
+    """Base of what clients send."""
+
+    model_config = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False)
+
+
+class DampIn(In):
+    """Replacement h ← damp · h."""
+
+    damp: Annotated[float, Field(ge=0.0, le=1.0)]
+
+
+class ErasureSettings(In):
+    """How to erase; what is left out has the default of the method (METHOD "Choices")."""
+
+    method: Method = "range"
+    rule: Rule = "sigma"
+    tau: Annotated[float, Field(ge=0.0, description="Half-width of the range, in standard deviations.")] = 2.5
+    top_fraction: Annotated[float, Field(gt=0.0, le=1.0, description="Share of the neurons to mask.")] = 0.3
+    ranking: Ranking = "max"
+    layer: int | list[int] | Literal["all"] = Field(-1, description="Block or blocks; negative ones from the end.")
+    replacement: Literal["zero", "mean"] | DampIn = "zero"
+
+    def of(self, concept: str) -> Erasure:
+        """The erasure of `concept` with these settings.
+
+        Raises:
+            InvalidErasure: no layer, or one named twice.
+        """
+        layers: tuple[int, ...] | Literal["all"]
+        if self.layer == "all":
+            layers = "all"
+        else:
+            layers = (self.layer,) if isinstance(self.layer, int) else tuple(self.layer)
+            if not layers or len(set(layers)) != len(layers):
+                raise InvalidErasure("layer: name at least one layer, and each once")
+        replacement: Replacement
+        replacement = Damp(damp=self.replacement.damp) if isinstance(self.replacement, DampIn) else self.replacement
+        return Erasure(
+            concept=concept,
+            method=self.method,
+            rule=self.rule,
+            tau=self.tau,
+            top_fraction=self.top_fraction,
+            ranking=self.ranking,
+            layers=layers,
+            replacement=replacement,
+        )
+
+
+class ErasureIn(ErasureSettings):
+    """One concept to erase."""
+
+    concept: Concept
+
+
+class ErasuresIn(ErasureSettings):
+    """Several concepts to erase in the same way."""
+
+    concepts: list[Concept]
+
+
+class ClassifyIn(In):
+    """Texts to classify."""
+
+    inputs: str | list[str] = Field(description="One text, or several.")
+    erase: list[Concept | ErasureIn] | ErasuresIn | None = Field(
+        None, description="What to erase; null or absent: the live erasures; []: nothing."
+    )
+    compare: bool = Field(False, description="Answer without erasure beside it.")
+    top_k: Annotated[int, Field(ge=1)] | None = Field(None, description="Best labels to give; null: all.")
+    truncate: bool = Field(True, description="Cut texts that are too long; else they are an error.")
+    activation: Literal["auto", "softmax", "sigmoid", "none"] = "auto"
+    model: str | None = None
+
+    def erasures(self) -> list[Erasure] | None:
+        """What the request wants erased, in its order; None: the live erasures.
+
+        Raises:
+            InvalidErasure: see `ErasureSettings.of`.
+        """
+        if self.erase is None:
+            return None
+        if isinstance(self.erase, ErasuresIn):
+            return [self.erase.of(concept) for concept in self.erase.concepts]
+        plain = ErasureSettings()
+        return [plain.of(each) if isinstance(each, str) else each.of(each.concept) for each in self.erase]
+
+
+class LiveIn(ErasureSettings):
+    """An erasure to switch on."""
+
+    enforced: bool = Field(False, description="Join it to every request, whatever that asks for.")
+    reason: Reason | None = None
+    expires_in: Annotated[float, Field(gt=0, le=10 * 365 * 86400, description="Seconds.")] | None = None
+
+    def live(self, concept: str, now: float, by: str) -> LiveErasure:
+        """The live erasure of `concept`, switched on at Unix time `now`."""
+        expires_at = None if self.expires_in is None else now + self.expires_in
+        return LiveErasure(
+            erasure=self.of(concept),
+            enforced=self.enforced,
+            reason=self.reason,
+            expires_at=expires_at,
+            since=now,
+            by=by,
+        )
+
+
+class NamedLiveIn(LiveIn):
+    """An erasure to switch on, in a list."""
+
+    concept: Concept
+
+
+class LiveListIn(In):
+    """What is to be erased live, and nothing else."""
+
+    erasures: list[NamedLiveIn]
+    reason: Reason | None = None
+    model: str | None = None
+
+
+class ActivateIn(In):
+    """The range set to make active."""
+
+    id: Annotated[str, Field(min_length=1, max_length=100)]
+    force: bool = Field(False, description="Drop live erasures that it cannot serve.")
+    reason: Reason | None = None
+    model: str | None = None
