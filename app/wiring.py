@@ -84,17 +84,7 @@ def open_service(settings: Settings, model: LoadedModel | None = None) -> Iterat
         StoreUnavailable: the private Redis cannot be started. One by URL may be away: the mirror keeps trying.
     """
     assert model is not None or settings.model is not None
-    loaded = model or _load(
-        ModelChoice(
-            str(settings.model),
-            settings.revision,
-            settings.device,
-            settings.dtype,
-            settings.threads,
-            settings.allow_pickle,
-            settings.name,
-        )
-    )
+    loaded = model or _load(ModelChoice.of(settings))
     with connect(settings.redis_url, settings.redis_dir) as client, _serving(settings, loaded, client) as service:
         yield service
 
