@@ -1,6 +1,5 @@
 """`neuronlens demo`: everything at once, from nothing."""
 
-from collections.abc import Sequence
 from contextlib import ExitStack
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -18,6 +17,8 @@ if TYPE_CHECKING:
 
 _POST = "{address}/v1/classify -H 'Content-Type: application/json' -d"
 _TEXT = '"inputs": "The striker scored twice in extra time and the home side won the cup."'
+MEAN = "mean"
+"""Target name of the row that averages over the targets."""
 TO_TRY = (
     "try:",
     f"""  curl -s {_POST} '{{{_TEXT}, "erase": {{"concepts": ["Sports"], "top_fraction": 1.0}}, "compare": true}}'""",
@@ -65,18 +66,21 @@ def demo(
 
 
 def _show(made: "Demo") -> None:
-    """What erasing each concept does to the accuracy on its own texts, and on all others."""
-    by_target: dict[str, dict[str, Sequence[float]]] = {}
-    for row in made.evaluation.rows:
-        accuracies = (row.base_acc, row.base_acc + row.delta_acc, row.base_cacc, row.base_cacc + row.delta_cacc)
-        by_target.setdefault(row.target, {})[row.method] = accuracies
-    say(f"accuracy on held-out sentences: {made.accuracy:.3f}; with all neurons masked, concept by concept:")
-    columns = ("erased", "its own: unmasked", "neuron", "range", "the others: unmasked", "neuron", "range")
+    """Target versus the others: unmasked, by neuron masking, by range masking."""
+    neuron = {row.target: row for row in made.evaluation.rows if row.method == "neuron"}
+    ranged = {row.target: row for row in made.evaluation.rows if row.method == "range"}
+    sentences = neuron[MEAN].n_target
+    say(f"accuracy on {sentences} held-out sentences: {made.accuracy:.3f}")
+    say("the same when one concept is erased at all neurons of the last block: its own sentences | all others")
     table(
-        columns,
+        ("erased", "unmasked", "neuron masking", "range masking"),
         [
-            (target, *(f"{each:.3f}" for each in (n[0], n[1], r[1], n[2], n[3], r[3])))
-            for target, methods in by_target.items()
-            for n, r in [(methods["neuron"], methods["range"])]
+            (
+                target,
+                f"{row.base_acc:.3f} | {row.base_cacc:.3f}",
+                f"{row.base_acc + row.delta_acc:.3f} | {row.base_cacc + row.delta_cacc:.3f}",
+                f"{row.base_acc + ranged[target].delta_acc:.3f} | {row.base_cacc + ranged[target].delta_cacc:.3f}",
+            )
+            for target, row in neuron.items()
         ],
     )
