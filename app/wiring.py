@@ -31,7 +31,7 @@ from workers.engine.requests import Answer, TextAnswer
 from workers.engine.settings import EngineSettings
 from workers.evaluation.evaluate import Evaluation, EvaluationSettings
 from workers.evaluation.evaluate import evaluate as _evaluate
-from workers.fitting.corpus import Corpus, load_corpus, load_label_map
+from workers.fitting.corpus import Corpus, check_source, load_corpus, load_label_map, match_labels
 from workers.fitting.fit import Fitted
 from workers.fitting.fit import fit as _fit
 from workers.models.errors import EmptyText, TextTooLong
@@ -123,6 +123,7 @@ def open_demo(settings: Settings, report: Report, *, rebuild: bool = False) -> I
 
 def fit_corpus(model: ModelChoice, data: CorpusChoice, *, report: Report, **settings: Any) -> Fitted:
     """Load model and corpus, and fit; `settings` are those of `workers.fitting.fit.fit`."""
+    check_source(data.source)
     loaded = _load(model)
     corpus = _corpus(data, loaded.identity.labels)
     return _fit(loaded, corpus, progress=lambda now: report("fitting", now.rows_done, now.rows_total), **settings)
@@ -162,9 +163,12 @@ def evaluate_model(
     **settings: Any,
 ) -> Evaluation:
     """Load model and corpora, fit on one, measure on the other, and write the results into `out`."""
+    for each in (data, test_data):
+        check_source(each.source)
     chosen = EvaluationSettings(**settings)
     loaded = _load(model)
     learned, test = _corpus(data, loaded.identity.labels), _corpus(test_data, loaded.identity.labels)
+    match_labels(test.concepts, loaded.identity.labels)  # before the fit, which takes a while
     fitted = _fit(
         loaded,
         learned,

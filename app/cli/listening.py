@@ -66,6 +66,7 @@ def configure_logs(settings: "Settings") -> None:
     if settings.log_level != "debug":
         for noisy in ("uvicorn", "httpx", "httpcore", "filelock"):
             logging.getLogger(noisy).setLevel(logging.WARNING)
+        logging.getLogger("huggingface_hub").setLevel(logging.ERROR)
 
 
 def listen(

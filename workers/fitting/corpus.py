@@ -167,6 +167,12 @@ def load_label_map(path: Path) -> dict[str, str]:
     return content
 
 
+def check_source(source: str) -> None:
+    """Raises CorpusError if `source` names a file that is not there: known before a model is loaded for it."""
+    if not _is_hub(source) and not Path(source).is_file():
+        raise CorpusError(f"no such file: {source}")
+
+
 def match_labels(concepts: Sequence[str], labels: Sequence[str]) -> None:
     """Raises CorpusError, listing both sides, unless every concept is a label of the model."""
     unmatched = [concept for concept in concepts if concept not in labels]
@@ -187,8 +193,7 @@ def _open(source: str, split: str | None) -> datasets.Dataset:
     try:
         if _is_hub(source):
             return datasets.load_dataset(source, split=split or "train")
-        if not path.is_file():
-            raise CorpusError(f"no such file: {source}")
+        check_source(source)
         reader = _READERS.get(path.suffix.lower())
         if reader is None:
             raise CorpusError(f"{source}: unknown kind of file; use .jsonl, .csv or .parquet")

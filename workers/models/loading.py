@@ -71,6 +71,9 @@ def load_model(
         CheckpointError: no such checkpoint or device, pickled weights, or no trained classification head.
         UnsupportedModel: a family that `families.py` does not describe.
     """
+    if source.startswith(("/", ".", "~")) and not Path(source).expanduser().is_dir():
+        raise CheckpointError(f"no such directory: {source}")  # else the hub would be asked for it
+    source = str(Path(source).expanduser()) if source.startswith("~") else source
     transformers.utils.logging.disable_progress_bar()  # type: ignore[no-untyped-call]
     place = _place(device)
     config = _read(source, lambda: AutoConfig.from_pretrained(source, revision=revision, trust_remote_code=False))
