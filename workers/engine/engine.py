@@ -9,7 +9,7 @@ import logging
 import math
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 
 from prometheus_client import CollectorRegistry
@@ -17,7 +17,7 @@ from prometheus_client import CollectorRegistry
 from range_store.erasure import Erasure
 from range_store.mirror import Mirror
 from workers.engine.admission import Planner
-from workers.engine.errors import DeadlineExceeded, Draining, EngineFailed, QueueFull, RequestTooLarge
+from workers.engine.errors import DeadlineExceeded, Draining, EngineError, EngineFailed, QueueFull, RequestTooLarge
 from workers.engine.forward import Variant, steer_variants
 from workers.engine.metrics import EngineMetrics
 from workers.engine.queue import BatchQueue
@@ -26,6 +26,16 @@ from workers.engine.settings import EngineSettings
 from workers.models.loading import LoadedModel
 
 logger = logging.getLogger(__name__)
+
+
+REASONS: Mapping[type[EngineError], str] = {
+    QueueFull: "queue_full",
+    RequestTooLarge: "too_large",
+    Draining: "draining",
+    DeadlineExceeded: "deadline",
+    EngineFailed: "failed",
+}
+"""What the metrics call each way of not answering; a caller that hangs up is "cancelled"."""
 
 
 class Engine:
@@ -108,22 +118,13 @@ class Engine:
             async with asyncio.timeout(timeout):
                 return await self._classify(texts, erase, compare, truncate)
         except TimeoutError:
-            self.metrics.rejections.labels("deadline").inc()
+            self.metrics.rejections.labels(REASONS[DeadlineExceeded]).inc()
             raise DeadlineExceeded(timeout or 0.0) from None
         except asyncio.CancelledError:
             self.metrics.rejections.labels("cancelled").inc()
             raise
-        except QueueFull:
-            self.metrics.rejections.labels("queue_full").inc()
-            raise
-        except RequestTooLarge:
-            self.metrics.rejections.labels("too_large").inc()
-            raise
-        except Draining:
-            self.metrics.rejections.labels("draining").inc()
-            raise
-        except EngineFailed:
-            self.metrics.rejections.labels("failed").inc()
+        except EngineError as error:
+            self.metrics.rejections.labels(REASONS[type(error)]).inc()
             raise
 
     async def _classify(
@@ -178,7 +179,8 @@ class Engine:
         self.metrics.queue_tokens.set(self._queue.tokens)
 
     def _run(self) -> None:
-        """The model's thread: batch after batch until the engine closes."""
+        """The model's thread: batch after batch until the engine closes. If it dies, whoever waits is told."""
+        batch: list[Text] = []
         try:
             warm = self.model.tokens.encode(["warm-up"])
             self.model.steered.logits(self.model.tokens.pad([warm[0].ids], self.model.device))
@@ -198,7 +200,7 @@ class Engine:
             self.drain()
             with self._changed:
                 self._closing = True
-                lost = self._queue.discard(lambda text: True)
+                lost = batch + self._queue.discard(lambda text: True)
             reply([(text, EngineFailed("the engine stopped")) for text in lost])
             raise
 

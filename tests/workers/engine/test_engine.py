@@ -309,6 +309,28 @@ def test_a_failing_text_fails_alone(start: Callable[..., Running], monkeypatch: 
     assert service.engine.ready
 
 
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
+def test_if_the_engines_thread_dies_nobody_waits_for_ever(
+    start: Callable[..., Running], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    service = start(max_batch_texts=1)
+
+    def broken(*args: Any) -> None:
+        raise SystemError("a fault of the engine itself")
+
+    monkeypatch.setattr(service.engine, "_observe", broken)
+
+    async def ask() -> list[Any]:
+        return await asyncio.gather(
+            *(service.engine.classify([text], []) for text in TEXTS[:5]), return_exceptions=True
+        )
+
+    answers = asyncio.run(asyncio.wait_for(ask(), 20))
+    assert all(isinstance(answer, EngineFailed | Draining) for answer in answers)
+    assert any(isinstance(answer, EngineFailed) for answer in answers)
+    assert not service.engine.ready
+
+
 def test_an_abandoned_request_costs_no_forward_pass(start: Callable[..., Running]) -> None:
     service = start()
 
