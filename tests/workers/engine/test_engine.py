@@ -4,8 +4,8 @@ import asyncio
 import random
 import threading
 import uuid
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import AsyncIterator, Callable, Iterator
+from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -55,11 +55,16 @@ class Running:
     def ask(self, texts: list[str], erase: list[Erasure] | None = None, **options: Any) -> Answer:
         return asyncio.run(self.engine.classify(texts, erase, **options))
 
-    @contextmanager
-    def held(self) -> Iterator[None]:
-        """Keep the model busy: whatever is sent meanwhile waits in the queue."""
+    @asynccontextmanager
+    async def held(self) -> AsyncIterator[None]:
+        """Keep the model busy with a text of its own: whatever is sent meanwhile waits in the queue."""
+        waited = self.engine.metrics.queue_wait._sum.get()
         with self.model.steered._lock:
+            busy = asyncio.create_task(self.engine.classify(["busy"], []))
+            while self.engine.metrics.queue_wait._sum.get() == waited:
+                await asyncio.sleep(0)
             yield
+        await busy
 
 
 @pytest.fixture(scope="module")
@@ -234,7 +239,7 @@ def test_a_toggle_never_changes_a_request_that_waits(start: Callable[..., Runnin
     before = service.store.live().generation
 
     async def toggle_while_waiting() -> tuple[Answer, Answer]:
-        with service.held():
+        async with service.held():
             first = asyncio.create_task(service.engine.classify(TEXTS[:3], None))
             while not len(service.engine._queue):
                 await asyncio.sleep(0)
@@ -296,10 +301,10 @@ def test_a_failing_text_fails_alone(start: Callable[..., Running], monkeypatch: 
     monkeypatch.setattr(service.model.steered, "logits", fails_on_poison)
 
     async def mixed() -> list[Any]:
-        with service.held():
+        async with service.held():
             asks = [service.engine.classify([text], []) for text in [*TEXTS[:6], "telescope", *TEXTS[6:9]]]
             tasks = [asyncio.create_task(ask) for ask in asks]
-            while len(service.engine._queue) < len(tasks) - 1:
+            while len(service.engine._queue) < len(tasks):
                 await asyncio.sleep(0)
         return await asyncio.gather(*tasks, return_exceptions=True)
 
@@ -335,9 +340,7 @@ def test_an_abandoned_request_costs_no_forward_pass(start: Callable[..., Running
     service = start()
 
     async def give_up() -> None:
-        with service.held():
-            blocker = asyncio.create_task(service.engine.classify(["one"], []))
-            await asyncio.sleep(0.05)
+        async with service.held():
             late = asyncio.create_task(service.engine.classify(TEXTS, [], timeout=0.05))
             with pytest.raises(DeadlineExceeded):
                 await late
@@ -347,12 +350,11 @@ def test_an_abandoned_request_costs_no_forward_pass(start: Callable[..., Running
             cancelled.cancel()
             with pytest.raises(asyncio.CancelledError):
                 await cancelled
-        await blocker
         await service.engine.classify(["two"], [])
 
     before = service.engine.metrics.tokens._value.get()
     asyncio.run(give_up())
-    short = sum(len(e.ids) for e in service.model.tokens.encode(["one", "two"]))
+    short = sum(len(e.ids) for e in service.model.tokens.encode(["busy", "two"]))
     assert service.engine.metrics.tokens._value.get() - before == short
 
 
@@ -363,10 +365,7 @@ def test_admission_takes_a_whole_request_or_none_of_it(start: Callable[..., Runn
     async def fill() -> None:
         with pytest.raises(RequestTooLarge):
             await service.engine.classify(TEXTS[:5], [])
-        with service.held():
-            running = asyncio.create_task(service.engine.classify(["one"], []))
-            while service.engine.metrics.queue_wait._sum.get() == 0:
-                await asyncio.sleep(0)
+        async with service.held():
             waiting = asyncio.create_task(service.engine.classify(TEXTS[:4], []))
             while len(service.engine._queue) < 4:
                 await asyncio.sleep(0)
@@ -374,7 +373,7 @@ def test_admission_takes_a_whole_request_or_none_of_it(start: Callable[..., Runn
                 await service.engine.classify(["one"], [])
             assert full.value.retry_after > 0
             assert len(service.engine._queue) == 4
-        await asyncio.gather(running, waiting)
+        await waiting
 
     asyncio.run(fill())
 
@@ -383,7 +382,7 @@ def test_draining_answers_what_was_accepted(start: Callable[..., Running]) -> No
     service = start()
 
     async def drain() -> None:
-        with service.held():
+        async with service.held():
             waiting = asyncio.create_task(service.engine.classify(TEXTS, None))
             while len(service.engine._queue) == 0:
                 await asyncio.sleep(0)
