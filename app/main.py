@@ -1,6 +1,7 @@
 """The FastAPI application around a service."""
 
 from importlib.metadata import version
+from typing import Any
 
 from fastapi import FastAPI
 from fastapi_offline import FastAPIOffline
@@ -8,7 +9,7 @@ from prometheus_client import CollectorRegistry
 
 from app import problems
 from app.metrics import LiveMetrics
-from app.middleware import BodyLimit, HostCheck, HttpMetrics, RequestId
+from app.middleware import BodyLimit, Faults, HostCheck, HttpMetrics, RequestId
 from app.problems import Problem
 from app.routes import classify, erasures, inspection, range_sets, service
 from app.settings import LOOPBACK, Settings
@@ -34,7 +35,7 @@ def create_app(settings: Settings, running: Service | None = None) -> FastAPI:
             {"name": "service", "description": "Probes, metrics, models."},
         ],
         redoc_url=None,
-        responses={"default": {"model": Problem, "description": "Error"}},
+        responses={"default": {"model": Problem}},  # puts its schema in; `document_default` says the media type
         generate_unique_id_function=lambda route: route.name,
         redirect_slashes=False,
     )
@@ -46,10 +47,24 @@ def create_app(settings: Settings, running: Service | None = None) -> FastAPI:
         registry = running.registry
         LiveMetrics(running.mirror, registry)
     app.state.service = running
+    _document(app)
     # the last added is the outermost
+    app.add_middleware(Faults)
     app.add_middleware(BodyLimit, limit=settings.max_body_bytes)
     if settings.loopback:
         app.add_middleware(HostCheck, hosts=LOOPBACK)
     app.add_middleware(HttpMetrics, registry=registry)
     app.add_middleware(RequestId)
     return app
+
+
+def _document(app: FastAPI) -> None:
+    """Have the OpenAPI document, made once, finished before anybody sees it."""
+    make = app.openapi
+
+    def openapi() -> dict[str, Any]:
+        if app.openapi_schema is None:
+            problems.document_default(make())
+        return make()
+
+    app.openapi = openapi  # type: ignore[method-assign]

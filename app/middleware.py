@@ -1,7 +1,9 @@
 """Small pure-ASGI layers around the application: one class, one job."""
 
+import logging
 import re
 import time
+import traceback
 import uuid
 from collections.abc import Iterable
 
@@ -11,6 +13,8 @@ from starlette.exceptions import HTTPException
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from app.problems import problem_response
+
+logger = logging.getLogger(__name__)
 
 _SANE_ID = re.compile(r"[A-Za-z0-9._:-]{1,128}")
 
@@ -35,6 +39,38 @@ class RequestId:
             await send(message)
 
         await self.app(scope, receive, echo)
+
+
+class Faults:
+    """Answers 500 to what nothing else caught, and logs where it came from.
+
+    Not what it said: the message of an exception may quote the text that caused it.
+    """
+
+    def __init__(self, app: ASGIApp) -> None:
+        self.app = app
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http":
+            await self.app(scope, receive, send)
+            return
+        started = False
+
+        async def note(message: Message) -> None:
+            nonlocal started
+            started = started or message["type"] == "http.response.start"
+            await send(message)
+
+        try:
+            await self.app(scope, receive, note)
+        except Exception as error:
+            request_id = scope.get("state", {}).get("request_id")
+            frames = "".join(traceback.format_tb(error.__traceback__))
+            logger.error("request %s failed: %s\n%s", request_id, type(error).__name__, frames)
+            if started:  # half a reply is out: only breaking the connection can still tell the client
+                raise ConnectionAbortedError("a reply failed half-way") from None
+            detail = "this is a fault of the service; its log says more under the request id"
+            await problem_response(500, "internal", detail, request_id)(scope, receive, send)
 
 
 class HostCheck:
@@ -118,7 +154,7 @@ class HttpMetrics:
         try:
             await self.app(scope, receive, note)
         finally:
-            route = getattr(scope.get("route"), "path", "unmatched")
+            route = getattr(scope.get("route"), "path_format", None) or "unmatched"
             method = scope["method"] if scope["method"] in _METHODS else "other"
             self.requests.labels(method, route, str(status)).inc()
             self.seconds.labels(route).observe(time.perf_counter() - started)

@@ -15,6 +15,7 @@ from fastapi.responses import JSONResponse
 from pydantic import BaseModel, Field
 from starlette.exceptions import HTTPException
 
+from app.shapes import without_tags
 from app.wiring import DeadlineExceeded, Draining, EmptyText, EngineFailed, QueueFull, RequestTooLarge, TextTooLong
 from range_store.errors import (
     ForeignRangeSet,
@@ -34,6 +35,16 @@ from range_store.errors import (
 logger = logging.getLogger(__name__)
 
 MEDIA_TYPE = "application/problem+json"
+MOST_ERRORS = 20
+"""Most invalid fields that a problem lists; a body can hold a million."""
+
+
+class FieldError(BaseModel):
+    """One invalid field: where it is, what is wrong with it, and the kind of error. Never what it holds."""
+
+    loc: list[str | int]
+    msg: str
+    type: str
 
 
 class Problem(BaseModel):
@@ -45,7 +56,7 @@ class Problem(BaseModel):
     code: str
     detail: str
     request_id: str | None = None
-    errors: list[dict[str, Any]] | None = Field(None, description="422: which fields are invalid, and why")
+    errors: list[FieldError] | None = Field(None, description=f"invalid: the first {MOST_ERRORS} invalid fields")
     fitted: list[Any] | None = Field(None, description="not_fitted: what the range set has")
     known: list[str] | None = Field(None, description="unknown_concept: the concepts of the range set")
     generation: str | None = Field(None, description="stale_generation: the current one")
@@ -83,14 +94,7 @@ CODES: Mapping[type[Exception], tuple[int, str]] = {
 }
 """Status and code of every error that the domain and the engine raise."""
 
-_HTTP_CODES = {
-    400: "malformed",
-    404: "not_found",
-    405: "method_not_allowed",
-    406: "not_acceptable",
-    413: "body_too_large",
-    415: "unsupported_media_type",
-}
+_HTTP_CODES = {400: "malformed", 404: "not_found", 405: "method_not_allowed", 413: "body_too_large"}
 
 
 class _ProblemResponse(JSONResponse):
@@ -133,14 +137,27 @@ def install(app: FastAPI) -> None:
     app.add_exception_handler(ApiError, _api_error)
     app.add_exception_handler(RequestValidationError, _invalid)
     app.add_exception_handler(HTTPException, _http_error)
-    app.add_exception_handler(Exception, _unexpected)
 
 
 def documented(*codes: int) -> dict[int | str, dict[str, Any]]:
     """The `responses` of a route: which statuses it may answer with, each a problem."""
-    content = {MEDIA_TYPE: {"schema": {"$ref": "#/components/schemas/Problem"}}}
-    always = {400, 413, 422, 500, 503}
-    return {code: {"description": HTTPStatus(code).phrase, "content": content} for code in sorted({*codes, *always})}
+    return {code: _documented(code) for code in sorted({*codes, 400, 413, 415, 422, 500, 503})}
+
+
+def document_default(openapi: dict[str, Any]) -> None:
+    """Say of every operation that whatever else it answers is a problem too."""
+    for operations in openapi["paths"].values():
+        for operation in operations.values():
+            operation["responses"]["default"] = {"description": "Any other error", "content": _CONTENT}
+
+
+_CONTENT = {MEDIA_TYPE: {"schema": {"$ref": "#/components/schemas/Problem"}}}
+_RETRY = {"Retry-After": {"description": "Seconds to wait before trying again.", "schema": {"type": "integer"}}}
+
+
+def _documented(status: int) -> dict[str, Any]:
+    response: dict[str, Any] = {"description": HTTPStatus(status).phrase, "content": _CONTENT}
+    return response | ({"headers": _RETRY} if status in (429, 503) else {})
 
 
 def _request_id(request: Request) -> str | None:
@@ -164,7 +181,7 @@ async def _domain_error(request: Request, error: Exception) -> JSONResponse:
     if status == 503:
         headers["Retry-After"] = "1"
     if status == 500:
-        logger.error("%s: %s", type(error).__name__, error)
+        logger.error("request %s failed: %s: %s", _request_id(request), type(error).__name__, error)
     return problem_response(status, code, str(error), _request_id(request), headers, **members)
 
 
@@ -175,24 +192,30 @@ async def _api_error(request: Request, error: Exception) -> JSONResponse:
 
 async def _invalid(request: Request, error: Exception) -> JSONResponse:
     assert isinstance(error, RequestValidationError)
-    found = [{"loc": list(each["loc"]), "msg": each["msg"], "type": each["type"]} for each in error.errors()]
+    found = error.errors()
     if any(each["type"] == "json_invalid" for each in found):
-        return problem_response(400, "malformed", "the body is not JSON", _request_id(request))
-    first = found[0]
-    where = ".".join(str(part) for part in first["loc"])
+        return problem_response(400, "malformed", "the body cannot be read as JSON", _request_id(request))
+    if isinstance(error.body, bytes):
+        detail = "the body is not declared as JSON: send Content-Type: application/json"
+        return problem_response(415, "unsupported_media_type", detail, _request_id(request))
+    listed = [
+        FieldError(loc=without_tags(each["loc"]), msg=each["msg"], type=each["type"]) for each in found[:MOST_ERRORS]
+    ]
+    where = ".".join(str(part) for part in listed[0].loc)
     more = f" (and {len(found) - 1} more)" if len(found) > 1 else ""
-    detail = f"{where}: {first['msg']}{more}"
-    return problem_response(422, "invalid", detail, _request_id(request), errors=found)
+    detail = f"{where}: {listed[0].msg}{more}"
+    return problem_response(422, "invalid", detail, _request_id(request), errors=listed)
 
 
 async def _http_error(request: Request, error: Exception) -> JSONResponse:
     assert isinstance(error, HTTPException)
     code = _HTTP_CODES.get(error.status_code, "error")
-    detail = "no such path; see /docs" if error.status_code == 404 else str(error.detail)
+    detail = str(error.detail)
+    match error.status_code:
+        case 400:
+            detail = "the body cannot be read as JSON"  # it nests too deeply, or is no text at all
+        case 404:
+            detail = "no such path; see /docs"
+        case 405:
+            detail = f"this path does not take {request.method}; see /docs"
     return problem_response(error.status_code, code, detail, _request_id(request), error.headers)
-
-
-async def _unexpected(request: Request, error: Exception) -> JSONResponse:
-    detail = "this is a fault of the service; its log says more under the request id"
-    logger.error("request %s failed: %s", _request_id(request), type(error).__name__)
-    return problem_response(500, "internal", detail, _request_id(request))

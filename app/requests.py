@@ -1,10 +1,12 @@
 """What clients send to `/v1` (DESIGN "HTTP"). Unknown fields are errors, and so are values of the wrong type."""
 
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validator
+from pydantic_core import PydanticCustomError
 
-from range_store.erasure import Damp, Erasure, Method, Ranking, Replacement, Rule
+from app.shapes import LIST, NUMBER, OBJECT, TEXT, by_shape
+from range_store.erasure import Damp, Erasure, Method, Ranking, Replacement, Rule, check_distinct
 from range_store.errors import InvalidErasure
 from range_store.live import LiveErasure
 
@@ -20,6 +22,10 @@ def _storable(value: str) -> str:
 
 Concept = Annotated[str, Field(min_length=1, max_length=500), AfterValidator(_storable)]
 Reason = Annotated[str, Field(max_length=500), AfterValidator(_storable)]
+MOST = 1000
+"""Most erasures, or layers, of a request: more than any model or corpus has, and few enough to be checked at once."""
+MOST_FIELDS = 50
+"""Most fields of an object, known or not; none has half as many."""
 
 
 class In(BaseModel):
@@ -27,11 +33,30 @@ class In(BaseModel):
 
     model_config = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False)
 
+    @model_validator(mode="before")
+    @classmethod
+    def _few_fields(cls, value: Any) -> Any:
+        """One error for a body of a hundred thousand unknown fields, instead of seconds spent on listing them."""
+        if isinstance(value, dict) and len(value) > MOST_FIELDS:
+            raise PydanticCustomError("too_many_fields", "Input should have fewer fields")
+        return value
+
 
 class DampIn(In):
     """Replacement h ← damp · h."""
 
     damp: Annotated[float, Field(ge=0.0, le=1.0)]
+
+
+Block = Annotated[int, Field(ge=-MOST, le=MOST)]
+Layer = Annotated[
+    Annotated[Block, NUMBER] | Annotated[list[Block], Field(max_length=MOST), LIST] | Annotated[Literal["all"], TEXT],
+    by_shape("a layer, a list of layers or 'all'"),
+]
+ReplacementIn = Annotated[
+    Annotated[Literal["zero", "mean"], TEXT] | Annotated[DampIn, OBJECT],
+    by_shape("'zero', 'mean' or an object with damp"),
+]
 
 
 class ErasureSettings(In):
@@ -42,8 +67,8 @@ class ErasureSettings(In):
     tau: Annotated[float, Field(ge=0.0, description="Half-width of the range, in standard deviations.")] = 2.5
     top_fraction: Annotated[float, Field(gt=0.0, le=1.0, description="Share of the neurons to mask.")] = 0.3
     ranking: Ranking = "max"
-    layer: int | list[int] | Literal["all"] = Field(-1, description="Block or blocks; negative ones from the end.")
-    replacement: Literal["zero", "mean"] | DampIn = "zero"
+    layer: Layer = Field(-1, description="Block or blocks; negative ones from the end.")
+    replacement: ReplacementIn = Field("zero", description="What a masked neuron becomes.")
 
     def of(self, concept: str) -> Erasure:
         """The erasure of `concept` with these settings.
@@ -81,16 +106,28 @@ class ErasureIn(ErasureSettings):
 class ErasuresIn(ErasureSettings):
     """Several concepts to erase in the same way."""
 
-    concepts: list[Concept]
+    concepts: Annotated[list[Concept], Field(max_length=MOST)]
+
+
+OneErasure = Annotated[
+    Annotated[Concept, TEXT] | Annotated[ErasureIn, OBJECT], by_shape("a concept or an object with concept")
+]
+Erase = Annotated[
+    Annotated[list[OneErasure], Field(max_length=MOST), LIST] | Annotated[ErasuresIn, OBJECT],
+    by_shape("null, a list, or an object with concepts"),
+]
+Inputs = Annotated[
+    # after the first that is no text, looking at the rest of a million tells nothing more
+    Annotated[str, TEXT] | Annotated[list[str], Field(fail_fast=True), LIST],
+    by_shape("a text or a list of texts"),
+]
 
 
 class ClassifyIn(In):
     """Texts to classify."""
 
-    inputs: str | list[str] = Field(description="One text, or several.")
-    erase: list[Concept | ErasureIn] | ErasuresIn | None = Field(
-        None, description="What to erase; null or absent: the live erasures; []: nothing."
-    )
+    inputs: Inputs = Field(description="One text, or several.")
+    erase: Erase | None = Field(None, description="What to erase; null or absent: the live erasures; []: nothing.")
     compare: bool = Field(False, description="Answer without erasure beside it.")
     top_k: Annotated[int, Field(ge=1)] | None = Field(None, description="Best labels to give; null: all.")
     truncate: bool = Field(True, description="Cut texts that are too long; else they are an error.")
@@ -101,14 +138,17 @@ class ClassifyIn(In):
         """What the request wants erased, in its order; None: the live erasures.
 
         Raises:
-            InvalidErasure: see `ErasureSettings.of`.
+            InvalidErasure: a concept is named twice; see also `ErasureSettings.of`.
         """
         if self.erase is None:
             return None
         if isinstance(self.erase, ErasuresIn):
-            return [self.erase.of(concept) for concept in self.erase.concepts]
-        plain = ErasureSettings()
-        return [plain.of(each) if isinstance(each, str) else each.of(each.concept) for each in self.erase]
+            wanted = [self.erase.of(concept) for concept in self.erase.concepts]
+        else:
+            plain = ErasureSettings()
+            wanted = [plain.of(each) if isinstance(each, str) else each.of(each.concept) for each in self.erase]
+        check_distinct([erasure.concept for erasure in wanted])
+        return wanted
 
 
 class LiveIn(ErasureSettings):
@@ -131,6 +171,12 @@ class LiveIn(ErasureSettings):
         )
 
 
+class SwitchOnIn(LiveIn):
+    """An erasure to switch on; its concept stands in the path."""
+
+    model: str | None = None
+
+
 class NamedLiveIn(LiveIn):
     """An erasure to switch on, in a list."""
 
@@ -140,7 +186,7 @@ class NamedLiveIn(LiveIn):
 class LiveListIn(In):
     """What is to be erased live, and nothing else."""
 
-    erasures: list[NamedLiveIn]
+    erasures: Annotated[list[NamedLiveIn], Field(max_length=MOST)]
     reason: Reason | None = None
     model: str | None = None
 

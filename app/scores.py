@@ -9,13 +9,17 @@ Activation = Literal["softmax", "sigmoid", "none"]
 
 
 def scores_of(logits: npt.NDArray[np.float32], activation: Activation) -> npt.NDArray[np.float64]:
-    """Scores [K] of logits [K], computed in float64; "none" gives the logits themselves."""
+    """Scores [N, K] of the logits [N, K] of N texts, computed in float64; "none" gives the logits themselves.
+
+    A logit that is no number makes all of its text's softmax scores none either; nothing is raised here.
+    """
     values = logits.astype(np.float64)
-    match activation:
-        case "softmax":
-            odds = np.exp(values - values.max())
-            return np.asarray(odds / odds.sum())
-        case "sigmoid":
-            return np.asarray(1.0 / (1.0 + np.exp(-np.clip(values, -700, 700))))
-        case "none":
-            return values
+    with np.errstate(invalid="ignore"):
+        match activation:
+            case "softmax":
+                odds = np.exp(values - values.max(axis=-1, keepdims=True))
+                return np.asarray(odds / odds.sum(axis=-1, keepdims=True))
+            case "sigmoid":
+                return np.asarray(1.0 / (1.0 + np.exp(-np.clip(values, -700, 700))))
+            case "none":
+                return values

@@ -3,12 +3,29 @@
 from typing import Annotated
 
 from fastapi import Depends, Query, Request
+from fastapi.dependencies.models import Dependant
+from starlette.convertors import Convertor, register_url_convertor
 
-from app.problems import ApiError
+from app.problems import MOST_ERRORS, ApiError, FieldError
 from app.wiring import Service
 from range_store.errors import NoRangeSet, StoreUnavailable
 from range_store.mirror import Snapshot
 from range_store.range_set import RangeSet
+
+
+class _Whole(Convertor[str]):
+    """The rest of a path, whatever it holds: starlette's own `path` stops at a line break, and takes nothing too."""
+
+    regex = "(?s:.+)"
+
+    def convert(self, value: str) -> str:
+        return value
+
+    def to_string(self, value: str) -> str:
+        return value
+
+
+register_url_convertor("whole", _Whole())
 
 
 def get_service(request: Request) -> Service:
@@ -26,11 +43,24 @@ def check_model_name(service: Service, model: str | None) -> None:
         raise ApiError(404, "unknown_model", f"no such model; this server has {service.name!r}")
 
 
-def _named(service: Serving, model: Annotated[str | None, Query(description="Default: the only one.")] = None) -> None:
+def _check_query(
+    request: Request, service: Serving, model: Annotated[str | None, Query(description="Default: the only one.")] = None
+) -> None:
     check_model_name(service, model)
+    known = _query_names(request.scope["route"].dependant)
+    if unknown := [name for name in request.query_params if name not in known]:
+        detail = f"query.{unknown[0]}: no such parameter; this path has {', '.join(sorted(known))}"
+        errors = [FieldError(loc=["query", name], msg="no such parameter", type="extra_forbidden") for name in unknown]
+        raise ApiError(422, "invalid", detail, errors=errors[:MOST_ERRORS])
 
 
-ModelNamed = Depends(_named)
+def _query_names(dependant: Dependant) -> set[str]:
+    names = {field.alias for field in dependant.query_params}
+    return names.union(*(_query_names(each) for each in dependant.dependencies))
+
+
+QueryChecked = Depends(_check_query)
+"""Of every path below `/v1`: `?model=` names the one that is served, and nothing unknown stands in the query."""
 
 
 def snapshot_of(service: Service) -> Snapshot:

@@ -1,21 +1,23 @@
 """`/v1/erasures`: what is erased when a request names nothing. Every change is one generation."""
 
 import time
-from typing import Annotated
+from typing import Annotated, Any
 
 from fastapi import APIRouter, Depends, Header, Query, Response
 
 from app.problems import documented
 from app.replies import ErasureOut, LiveListOut, LiveOut
-from app.requests import LiveIn, LiveListIn, Reason
-from app.routes import ModelNamed, Serving, check_model_name, snapshot_of
+from app.requests import LiveListIn, Reason, SwitchOnIn
+from app.routes import QueryChecked, Serving, check_model_name, snapshot_of
 from app.wiring import Service
 from range_store.errors import StaleGeneration
 from range_store.live import LiveState
 
 router = APIRouter(tags=["erasures"])
 IfMatch = Annotated[str | None, Header(description="Change only if the live state is at this generation.")]
-CHANGES = documented(404, 409, 412)
+_ETAG = {"description": "The generation, quoted.", "schema": {"type": "string"}}
+WITH_ETAG: dict[int | str, dict[str, Any]] = {200: {"headers": {"ETag": _ETAG}}}
+CHANGES = documented(404, 409, 412) | WITH_ETAG
 BY = "http"
 """Who the audit says did it, while there are no keys to tell callers apart."""
 
@@ -40,13 +42,13 @@ def required_generation(service: Serving, if_match: IfMatch = None) -> str | Non
 Required = Annotated[str | None, Depends(required_generation)]
 
 
-@router.get("/v1/erasures", dependencies=[ModelNamed], responses=documented(404))
+@router.get("/v1/erasures", dependencies=[QueryChecked], responses=documented(404) | WITH_ETAG)
 def list_erasures(service: Serving, response: Response) -> LiveListOut:
     """What is erased now, as this process applies it. The ETag is the generation."""
     return listing(service, snapshot_of(service).live, response)
 
 
-@router.put("/v1/erasures", dependencies=[ModelNamed], responses=CHANGES)
+@router.put("/v1/erasures", dependencies=[QueryChecked], responses=CHANGES)
 def replace_erasures(service: Serving, body: LiveListIn, required: Required, response: Response) -> LiveListOut:
     """Replace all live erasures in one generation."""
     check_model_name(service, body.model)
@@ -55,16 +57,18 @@ def replace_erasures(service: Serving, body: LiveListIn, required: Required, res
     return applied(service, service.store.set_erasures(wanted, required, BY, body.reason), response)
 
 
-@router.put("/v1/erasures/{concept:path}", dependencies=[ModelNamed], responses=CHANGES)
+@router.put("/v1/erasures/{concept:whole}", dependencies=[QueryChecked], responses=CHANGES)
 def switch_on(
-    service: Serving, concept: str, required: Required, response: Response, body: LiveIn | None = None
+    service: Serving, concept: str, required: Required, response: Response, body: SwitchOnIn | None = None
 ) -> LiveListOut:
     """Erase a concept from every request that names nothing, or change how."""
-    wanted = (body or LiveIn()).live(concept, time.time(), BY)
+    body = body or SwitchOnIn()
+    check_model_name(service, body.model)
+    wanted = body.live(concept, time.time(), BY)
     return applied(service, service.store.set_erasure(wanted, required), response)
 
 
-@router.delete("/v1/erasures/{concept:path}", dependencies=[ModelNamed], responses=CHANGES)
+@router.delete("/v1/erasures/{concept:whole}", dependencies=[QueryChecked], responses=CHANGES)
 def switch_off(
     service: Serving,
     concept: str,

@@ -19,11 +19,11 @@ from app.replies import (
     OverlapOut,
     RangesOut,
 )
-from app.routes import ModelNamed, Serving, active_range_set, snapshot_of
+from app.routes import QueryChecked, Serving, active_range_set, snapshot_of
 from range_store.erasure import Ranking
 from range_store.inspection import NeuronStatistics, block_index, neuron_statistics, overlap_of_tops, ranked_ranges
 
-router = APIRouter(tags=["inspection"], dependencies=[ModelNamed])
+router = APIRouter(tags=["inspection"], dependencies=[QueryChecked])
 
 Layer = Annotated[int, Query(description="Block, from 0; negative ones from the end.")]
 Tau = Annotated[float, Query(ge=0, allow_inf_nan=False, description="Half-width in standard deviations.")]
@@ -51,7 +51,7 @@ def list_concepts(service: Serving) -> ConceptsOut:
     )
 
 
-@router.get("/v1/concepts/{concept:path}/ranges", responses=documented(404))
+@router.get("/v1/concepts/{concept:whole}/ranges", responses=documented(404))
 def list_ranges(
     service: Serving,
     concept: str,

@@ -5,7 +5,7 @@ from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
 
 from app.problems import ApiError, documented
 from app.replies import Alive, ModelOut, ModelsOut, Ready
-from app.routes import ModelNamed, Serving
+from app.routes import QueryChecked, Serving
 from app.settings import LOOPBACK
 
 router = APIRouter(tags=["service"])
@@ -42,7 +42,7 @@ async def metrics(service: Serving) -> Response:
     return Response(generate_latest(service.registry), media_type=CONTENT_TYPE_LATEST)
 
 
-@router.get("/v1/models", dependencies=[ModelNamed], responses=documented(404))
+@router.get("/v1/models", dependencies=[QueryChecked], responses=documented(404))
 async def list_models(service: Serving, request: Request) -> ModelsOut:
     """What is loaded."""
     model, identity = service.model, service.model.identity

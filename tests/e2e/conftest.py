@@ -58,14 +58,14 @@ def fitted(model: LoadedModel, tmp_path_factory: pytest.TempPathFactory) -> Fitt
 
 @pytest.fixture
 def serve(redis_client: redis.Redis, model: LoadedModel) -> Iterator[Callable[..., Running]]:
-    """`serve(**settings)`: start a server; everything is stopped after the test."""
+    """`serve(loaded, **settings)`: start a server (default: of `model`); everything is stopped after the test."""
     assert isinstance(redis_client, EmbeddedRedis)
     with ExitStack() as stack:
 
-        def start(**settings: Any) -> Running:
+        def start(loaded: LoadedModel | None = None, **settings: Any) -> Running:
             named = {"name": f"tiny-{uuid.uuid4().hex[:8]}", "redis_url": redis_client.url, "poll_seconds": 0.2}
             chosen = Settings(**{**named, **settings})
-            service = stack.enter_context(open_service(chosen, model))
+            service = stack.enter_context(open_service(chosen, loaded or model))
             config = uvicorn.Config(create_app(chosen, service), host="127.0.0.1", port=0, log_level="warning")
             server = uvicorn.Server(config)
             thread = threading.Thread(target=server.run)

@@ -2,15 +2,20 @@
 
 import json
 import math
+import threading
 from collections.abc import Callable
 from typing import Any
 
 import httpx
 import numpy as np
 import pytest
+import torch
 
 from tests.e2e.conftest import LABELS, Running, ready
+from tests.range_store.waiting import until
+from tests.workers.checkpoints import save_tiny
 from workers.fitting.fit import Fitted
+from workers.models.loading import LoadedModel, load_model
 
 Problem = Callable[[httpx.Response, int, str], dict[str, Any]]
 TEXT = "the keeper saved a penalty, and nobody was surprised"
@@ -124,6 +129,55 @@ def test_invalid_fields_are_named(news: Running, problem: Problem, fields: dict[
     assert "secret" not in json.dumps(body)
 
 
+@pytest.mark.parametrize(
+    ("fields", "detail"),
+    [
+        ({"inputs": 3}, "body.inputs: Input should be a text or a list of texts"),
+        ({"inputs": ["a", None]}, "body.inputs.1: Input should be a valid string"),
+        ({"erase": ["World", 4]}, "body.erase.1: Input should be a concept or an object with concept"),
+        (
+            {"erase": ["World", {"concept": "Sports", "tau": -1}]},
+            "body.erase.1.tau: Input should be greater than or equal to 0",
+        ),
+        ({"erase": {"concepts": ["World"], "layer": "last"}}, "body.erase.layer: Input should be 'all'"),
+        (
+            {"erase": {"concepts": ["World"], "replacement": {"damp": 2}}},
+            "body.erase.replacement.damp: Input should be less than or equal to 1",
+        ),
+    ],
+)
+def test_a_wrong_field_is_one_error_at_its_place(
+    news: Running, problem: Problem, fields: dict[str, Any], detail: str
+) -> None:
+    body = problem(news.http.post("/v1/classify", json={"inputs": TEXT, **fields}), 422, "invalid")
+    assert (body["detail"], len(body["errors"])) == (detail, 1)
+
+
+@pytest.mark.parametrize(
+    "body",
+    [
+        {"inputs": [1] * 2_000_000},
+        {"inputs": TEXT, "erase": [f"concept {i}" for i in range(300_000)]},
+        {"inputs": TEXT, "erase": ["Sports"] * 300_000},
+        {"inputs": TEXT, "erase": {"concepts": ["Sports"], "layer": list(range(500_000))}},
+        {"inputs": TEXT, **{f"field {i}": 1 for i in range(200_000)}},
+    ],
+    ids=["numbers", "concepts", "one concept", "layers", "fields"],
+)
+def test_a_body_of_a_million_errors_is_refused_in_few_words(
+    news: Running, problem: Problem, body: dict[str, Any]
+) -> None:
+    refused = news.http.post("/v1/classify", json=body, timeout=20)
+    problem(refused, 422, "invalid")
+    assert len(refused.content) < 4000
+
+
+def test_a_concept_named_twice_is_wrong_even_where_it_is_enforced_anyway(news: Running, problem: Problem) -> None:
+    news.http.put("/v1/erasures/Sports", json={"enforced": True})
+    problem(news.classify(TEXT, erase=["Sports", "Sports"]), 422, "invalid_erasure")
+    problem(news.classify(TEXT, erase={"concepts": ["Sports", "Sports"]}), 422, "invalid_erasure")
+
+
 @pytest.mark.parametrize("layer", [[], [1, 1], [2, -1]])
 def test_layers_named_twice_or_not_at_all(news: Running, problem: Problem, layer: list[int]) -> None:
     problem(news.classify(TEXT, erase=[{"concept": "Sports", "layer": layer}]), 422, "invalid_erasure")
@@ -141,6 +195,8 @@ def test_what_cannot_be_resolved_is_named(news: Running, problem: Problem) -> No
     problem(news.classify(TEXT, erase=["Sports", "World", "Sports"]), 422, "invalid_erasure")
     problem(news.classify(TEXT, model="another"), 404, "unknown_model")
     assert news.classify(TEXT, model=news.service.name).status_code == 200
+    named = news.http.post("/v1/classify", params={"model": "another"}, json={"inputs": TEXT})
+    problem(named, 404, "unknown_model")
 
 
 def test_limits_of_a_request(serve: Callable[..., Running], fitted: Fitted, problem: Problem) -> None:
@@ -166,7 +222,11 @@ def test_bodies_that_are_no_json(news: Running, problem: Problem) -> None:
     problem(post(b'{"inputs": "\xff\xfe"}'), 400, "malformed")
     problem(post(b""), 422, "invalid")
     problem(post(b"[1]"), 422, "invalid")
-    problem(post(b"inputs=a", "application/x-www-form-urlencoded"), 422, "invalid")
+    problem(post(b"[" * 100_000), 400, "malformed")
+    problem(post(b'{"inputs": "a", "top_k": ' + b"9" * 5000 + b"}"), 400, "malformed")
+    problem(post(b"inputs=a", "application/x-www-form-urlencoded"), 415, "unsupported_media_type")
+    problem(post(b'{"inputs": "a"}', "text/plain"), 415, "unsupported_media_type")
+    assert post(b'{"inputs": "a"}', "application/json; charset=utf-8").status_code == 200
     problem(post(b'{"inputs": "a", "erase": ["lone \\ud800 surrogate"]}'), 422, "invalid")
     problem(post(b'{"inputs": "a", "\\ud800": 1}'), 422, "invalid")
     assert post(b'{"inputs": "lone \\ud800 surrogate"}').status_code == 200
@@ -187,3 +247,57 @@ def test_erasing_without_ranges_is_503_and_never_ignored(serve: Callable[..., Ru
     bare = serve()
     assert bare.classify(TEXT).status_code == 200
     problem(bare.classify(TEXT, erase=["Sports"]), 503, "no_range_set")
+
+
+def test_logits_that_are_no_numbers_are_a_fault_and_no_json(
+    serve: Callable[..., Running], model: LoadedModel, problem: Problem
+) -> None:
+    poisoned = load_model(model.source, device="cpu")
+    with torch.no_grad():
+        poisoned.steered.model.get_parameter("classifier.bias")[0] = torch.nan
+    running = serve(poisoned)
+    for activation in ("auto", "sigmoid", "none"):
+        problem(running.classify(TEXT, activation=activation), 500, "non_finite")
+
+
+def test_a_multi_label_model_answers_with_sigmoids(
+    serve: Callable[..., Running], tmp_path_factory: pytest.TempPathFactory
+) -> None:
+    path = save_tiny("bert", tmp_path_factory.mktemp("multi") / "multi", problem_type="multi_label_classification")
+    running = serve(load_model(str(path), device="cpu"))
+    auto, sigmoid = running.classify(TEXT).json(), running.classify(TEXT, activation="sigmoid").json()
+    assert auto["results"] == sigmoid["results"]
+    soft = running.classify(TEXT, activation="softmax").json()["results"][0]["scores"]
+    assert math.isclose(sum(score["score"] for score in soft), 1.0)
+
+
+def test_a_client_that_hangs_up_is_not_computed_for(news: Running) -> None:
+    def counted(name: str, **labels: str) -> float | None:
+        return news.service.registry.get_sample_value(name, labels)
+
+    with news.service.model.steered._lock:
+        with pytest.raises(httpx.ReadTimeout):
+            httpx.post(f"{news.url}/v1/classify", json={"inputs": [TEXT] * 3}, timeout=0.3)
+        until(lambda: counted("neuronlens_rejections_total", reason="cancelled") == 1)
+    until(lambda: counted("neuronlens_http_requests_total", method="POST", route="/v1/classify", status="499") == 1)
+    assert news.classify(TEXT).status_code == 200
+
+
+def test_a_full_queue_says_when_to_come_back(
+    serve: Callable[..., Running], model: LoadedModel, problem: Problem
+) -> None:
+    tokens = len(model.tokens.encode([TEXT])[0].ids)
+    running = serve(max_queue_tokens=tokens)
+    value = running.service.registry.get_sample_value
+    held, queued = (threading.Thread(target=running.classify, args=(TEXT,)) for _ in range(2))
+    with model.steered._lock:
+        held.start()
+        until(lambda: value("neuronlens_queue_wait_seconds_count") == 1)  # it left the queue for the model
+        queued.start()
+        until(lambda: value("neuronlens_queue_tokens") == tokens)
+        full = running.classify(TEXT)
+    problem(full, 429, "queue_full")
+    assert int(full.headers["retry-after"]) >= 1
+    held.join()
+    queued.join()
+    assert running.classify(TEXT).status_code == 200

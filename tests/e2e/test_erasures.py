@@ -9,6 +9,7 @@ from urllib.parse import quote
 import httpx
 import pytest
 
+from range_store.embedded import EmbeddedRedis, connect
 from tests.e2e.conftest import Running, ready
 from tests.range_store.builders import random_range_set
 from tests.range_store.waiting import until
@@ -48,6 +49,53 @@ def test_a_toggle_is_seen_by_the_next_request(news: Running, concept: str) -> No
     assert erased(news) == []
     audit = news.service.store.audit(2)
     assert [(entry.by, entry.reason) for entry in audit] == [("http", "enough"), ("http", "a trial")]
+
+
+NAMES = (
+    "a b",
+    "é",
+    "ranges",
+    "a/ranges",
+    "..",
+    ".",
+    "/x",
+    "x/",
+    "100 %",
+    "?",
+    "#",
+    "two\nlines",
+    "x\n",
+    "x",
+    "日本 😀",
+    "\x00",
+)
+
+
+def in_path(concept: str) -> str:
+    """Dots too: clients resolve a bare `..` before they send it."""
+    return quote(concept, safe="").replace(".", "%2E")
+
+
+def test_paths_take_a_concept_whole_whatever_it_holds(news: Running) -> None:
+    identity = news.service.model.identity
+    named, inspect = random_range_set(
+        5, NAMES, hidden=identity.hidden_size, n_layers=identity.n_layers, fingerprint=identity.fingerprint
+    )
+    store = news.service.store
+    news.http.put("/v1/range-sets/active", json={"id": store.publish(named, inspect)}).raise_for_status()
+    for concept in NAMES:
+        on = news.http.put(f"/v1/erasures/{in_path(concept)}")
+        assert [each["concept"] for each in on.json()["erasures"]] == [concept]
+        assert erased(news) == [concept]
+        ranges = news.http.get(f"/v1/concepts/{in_path(concept)}/ranges", params={"limit": 1}).json()
+        assert (ranges["concept"], set(ranges["neurons"][0]["overlap"])) == (concept, set(NAMES) - {concept})
+        assert news.http.delete(f"/v1/erasures/{in_path(concept)}").json()["erasures"] == []
+
+
+def test_a_path_without_a_concept_is_no_path(news: Running, problem: Problem) -> None:
+    problem(news.http.put("/v1/erasures/", json={}), 404, "not_found")
+    problem(news.http.delete("/v1/erasures/"), 404, "not_found")
+    problem(news.http.get("/v1/concepts//ranges"), 404, "not_found")
 
 
 def test_a_slash_in_a_path_needs_no_escape(news: Running) -> None:
@@ -100,6 +148,8 @@ def test_wrong_toggles(news: Running, problem: Problem) -> None:
     twice = {"erasures": [{"concept": "World"}, {"concept": "World"}]}
     problem(news.http.put("/v1/erasures", json=twice), 422, "invalid_erasure")
     problem(news.http.put("/v1/erasures/Sports?model=another"), 404, "unknown_model")
+    problem(news.http.put("/v1/erasures/Sports", json={"model": "another"}), 404, "unknown_model")
+    problem(news.http.put("/v1/erasures", json={"erasures": [], "model": "another"}), 404, "unknown_model")
     assert erased(news) == []
 
 
@@ -145,3 +195,24 @@ def test_two_servers_on_one_store_agree(serve: Callable[..., Running], fitted: F
     until(lambda: two.classify(TEXT).json()["erasure"]["generation"] == generation)
     assert erased(two) == ["Sports"]
     assert time.monotonic() - started < 10
+
+
+def test_without_redis_the_last_snapshot_goes_on_answering(
+    serve: Callable[..., Running], fitted: Fitted, problem: Problem, tmp_path: Path
+) -> None:
+    """Promise 5: nothing that was erased comes back, changes are refused, and readiness tells."""
+    with connect(None, tmp_path / "redis") as client:
+        assert isinstance(client, EmbeddedRedis)
+        news = ready(serve(redis_url=client.url), fitted)
+        generation = news.http.put("/v1/erasures/Sports").json()["generation"]
+        client.shutdown(nosave=True)
+        until(lambda: news.http.get("/readyz").json()["checks"]["store"] is False)
+        answer = news.classify(TEXT).json()["erasure"]
+        assert (answer["concepts"], answer["generation"]) == (["Sports"], generation)
+        refused = news.http.put("/v1/erasures/World")
+        problem(refused, 503, "store_unavailable")
+        assert int(refused.headers["retry-after"]) >= 1
+        problem(news.http.get("/v1/range-sets"), 503, "store_unavailable")
+        assert news.http.get("/v1/concepts/Sports/ranges").status_code == 200
+        assert "neuronlens_store_up 0.0" in news.http.get("/metrics").text
+        assert erased(news) == ["Sports"]

@@ -14,7 +14,11 @@ from prometheus_client.parser import text_string_to_metric_families
 
 from app.openapi import document
 from tests.e2e.conftest import LABELS, Running
+from tests.range_store.builders import random_range_set
+from tests.range_store.waiting import until
+from tests.workers.checkpoints import save_tiny
 from workers.fitting.fit import Fitted
+from workers.models.loading import load_model
 
 Problem = Callable[[httpx.Response, int, str], dict[str, Any]]
 ROOT = Path(__file__).parents[2]
@@ -56,6 +60,36 @@ def test_a_slow_forward_pass_delays_no_probe_and_no_toggle(news: Running) -> Non
         assert not answers
     waiting.join()
     assert answers[0].status_code == 200
+
+
+def test_while_a_large_request_is_computed_everything_else_goes_on(
+    serve: Callable[..., Running], tmp_path_factory: pytest.TempPathFactory
+) -> None:
+    """Promise 9 with real work: seconds of forward passes; and promise 4: its plan is the one of its admission."""
+    path = save_tiny("bert", tmp_path_factory.mktemp("large") / "large", n_layers=6, hidden=256)
+    running = serve(load_model(str(path), device="cpu"))
+    identity = running.service.model.identity
+    ranges = random_range_set(
+        1, LABELS, hidden=identity.hidden_size, n_layers=identity.n_layers, fingerprint=identity.fingerprint
+    )
+    running.service.store.activate(running.service.store.publish(*ranges))
+    running.service.mirror.refresh()
+    admitted = running.http.get("/v1/erasures").json()["generation"]
+    answers: list[httpx.Response] = []
+    large = threading.Thread(target=lambda: answers.append(running.classify(["goal and more " * 40] * 500)))
+    rounds = 0
+    with httpx.Client(base_url=running.url, timeout=10) as other:
+        large.start()
+        until(lambda: "neuronlens_queue_texts 0.0" not in other.get("/metrics").text)
+        while not answers:
+            for path_ in ("/livez", "/readyz", "/metrics", "/v1/concepts"):
+                assert other.get(path_).status_code == 200
+            assert other.put("/v1/erasures/Sports").status_code == 200
+            rounds += 1
+    large.join()
+    assert answers[0].status_code == 200
+    assert answers[0].json()["erasure"]["generation"] == admitted
+    assert rounds >= 5
 
 
 def test_metrics_are_prometheus_and_hold_no_text(news: Running) -> None:
@@ -133,6 +167,8 @@ def test_pages_and_neurons_that_do_not_exist(news: Running, problem: Problem) ->
     problem(get("/v1/neurons/9/0"), 404, "unknown_neuron")
     problem(get("/v1/neurons/0/0"), 422, "not_fitted")
     problem(get("/v1/range-sets/nothing"), 404, "unknown_range_set")
+    problem(get("/v1/concepts/Sports/ranges", params={"taus": 2}), 422, "invalid")
+    problem(get("/v1/concepts", params={"model": "another"}), 404, "unknown_model")
     problem(get("/v1/nothing"), 404, "not_found")
     problem(get("/v1/classify"), 405, "method_not_allowed")
 
@@ -177,16 +213,23 @@ def test_only_loopback_names_are_answered(news: Running, problem: Problem) -> No
 
 
 def test_a_fault_is_a_problem_without_a_traceback(
-    news: Running, problem: Problem, monkeypatch: pytest.MonkeyPatch
+    news: Running, problem: Problem, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     async def broken(*args: Any, **kwargs: Any) -> None:
-        raise ZeroDivisionError("secret detail")
+        raise ZeroDivisionError(" ".join(args[0]))
 
     monkeypatch.setattr(news.service.engine, "classify", broken)
-    response = news.classify("a")
+    response = news.classify("a secret text")
     problem(response, 500, "internal")
     assert "secret" not in response.text
     assert "Traceback" not in response.text
+    assert news.http.get("/livez").status_code == 200, "the connection survives"
+    (record,) = [record for record in caplog.records if record.levelname == "ERROR"]
+    logged = record.getMessage()
+    assert response.headers["x-request-id"] in logged
+    assert "ZeroDivisionError" in logged
+    assert "in broken" in logged
+    assert "secret" not in caplog.text
 
 
 def test_no_text_of_a_user_reaches_the_log(news: Running, caplog: pytest.LogCaptureFixture) -> None:
@@ -216,6 +259,28 @@ def test_every_route_documents_its_errors_as_problems() -> None:
     api = json.loads(document())
     for path, methods in api["paths"].items():
         for method, operation in methods.items():
+            assert "default" in operation["responses"]
             for status, response in operation["responses"].items():
-                if status.isdecimal() and int(status) >= 400:
-                    assert "application/problem+json" in response["content"], (path, method, status)
+                if status == "default" or int(status) >= 400:
+                    assert list(response["content"]) == ["application/problem+json"], (path, method, status)
+                if status in ("429", "503") and path != "/readyz":
+                    assert "Retry-After" in response["headers"]
+
+
+def test_what_the_server_answers_is_what_openapi_says(news: Running) -> None:
+    """Every reply of a success has exactly the fields of its schema."""
+    api = json.loads(document())
+    for path, shown in {
+        "/livez": "/livez",
+        "/readyz": "/readyz",
+        "/v1/models": "/v1/models",
+        "/v1/erasures": "/v1/erasures",
+        "/v1/range-sets": "/v1/range-sets",
+        "/v1/concepts": "/v1/concepts",
+        "/v1/concepts/Sports/ranges": "/v1/concepts/{concept}/ranges",
+        "/v1/neurons/-1/0": "/v1/neurons/{layer}/{neuron}",
+        "/v1/overlap": "/v1/overlap",
+    }.items():
+        schema = api["paths"][shown]["get"]["responses"]["200"]["content"]["application/json"]["schema"]
+        named = api["components"]["schemas"][schema["$ref"].rpartition("/")[2]]
+        assert set(news.http.get(path).json()) == set(named["properties"]), path
