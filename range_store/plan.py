@@ -85,7 +85,8 @@ def _mask(range_set: RangeSet, erasure: Erasure, layer: int) -> LayerMask:
     else:
         count = range_set.counts[concept]
         lows, highs = bounds(erasure.rule, erasure.tau, np.array(count), serve.mean[concept], serve.std[concept])
-        low[salient], high[salient] = lows[salient], highs[salient]
+        with np.errstate(over="ignore"):  # a bound beyond float32 is no bound: ±∞
+            low[salient], high[salient] = lows[salient], highs[salient]
     scale = np.zeros(hidden, dtype=np.float32)
     offset = np.zeros(hidden, dtype=np.float32)
     if isinstance(erasure.replacement, Damp):

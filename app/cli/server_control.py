@@ -127,7 +127,7 @@ class ServerControl:
 
 def _path(concept: str) -> str:
     """A concept in a path, whatever it holds."""
-    return quote(concept, safe="")
+    return quote(concept, safe="").replace(".", "%2E")  # else clients resolve "." and ".." before they send them
 
 
 @contextmanager
