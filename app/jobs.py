@@ -20,6 +20,8 @@ class ModelChoice:
     threads: int | None = None
     allow_pickle: bool = False
     name: str | None = None
+    template: str | None = None
+    scoring: Literal["restricted", "greedy"] = "restricted"
 
     @classmethod
     def of(cls, settings: "Settings") -> Self:
@@ -33,6 +35,8 @@ class ModelChoice:
             settings.threads,
             settings.allow_pickle,
             settings.name,
+            settings.template,
+            settings.scoring,
         )
 
     @property
@@ -43,11 +47,30 @@ class ModelChoice:
 
 @dataclass(frozen=True)
 class CorpusChoice:
-    """Which labelled texts to read: a file, or a data set on the hub and its split. `label_map`: a JSON file."""
+    """Which labelled texts to read.
 
-    source: str
+    `source`: a file, or a data set on the hub; None: `dataset`, one of the paper's, from the hub. `label_map`: a JSON
+    file.
+    """
+
+    source: str | None
+    dataset: str | None = None
     split: str | None = None
-    text_field: str = "text"
-    label_field: str = "label"
+    text_field: str | None = None
+    label_field: str | None = None
     label_map: Path | None = None
     max_rows: int | None = None
+    rows_per_class: int | None = None
+    seed: int = 0
+
+
+@dataclass(frozen=True)
+class NewModelChoice:
+    """A model to train from random weights. `config`: JSON text of further settings."""
+
+    family: str
+    layers: int
+    hidden: int
+    heads: int
+    vocabulary: int
+    config: str | None = None

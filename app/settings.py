@@ -40,6 +40,12 @@ class Settings(BaseSettings):
     )
     threads: Annotated[int, Field(ge=1)] | None = Field(None, description="CPU threads of torch; unset: its own choice")
     allow_pickle: bool = Field(False, description="accept pickled weights, which can run code when they load")
+    template: str | None = Field(
+        None, description="prompt template, by name or file, that makes a language model a few-shot classifier"
+    )
+    scoring: Literal["restricted", "greedy"] = Field(
+        "restricted", description="how a few-shot classifier scores labels: their log-probability, or greedy decoding"
+    )
     max_body_bytes: Annotated[int, Field(ge=1024)] = Field(8388608, description="largest body of a request")
     max_texts: Annotated[int, Field(ge=1)] = Field(1024, description="most texts of a request")
     max_characters: Annotated[int, Field(ge=1)] = Field(100000, description="most characters of a text")

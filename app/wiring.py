@@ -6,15 +6,17 @@ Importing it loads torch; commands that only talk to the store or to a server do
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import redis
 from prometheus_client import CollectorRegistry
 
-from app.jobs import CorpusChoice, ModelChoice
+from app.jobs import CorpusChoice, ModelChoice, NewModelChoice
 from app.settings import Settings
 from range_store.embedded import connect
 from range_store.mirror import Mirror
+from range_store.range_set import check_model
 from range_store.store import RangeStore
 from workers.demo.demo import NAME as DEMO_NAME
 from workers.demo.demo import Demo, prepare
@@ -29,15 +31,19 @@ from workers.engine.errors import (
 )
 from workers.engine.requests import Answer, TextAnswer
 from workers.engine.settings import EngineSettings
-from workers.evaluation.evaluate import Evaluation, EvaluationSettings
+from workers.evaluation.evaluate import Evaluation
 from workers.evaluation.evaluate import evaluate as _evaluate
+from workers.evaluation.files import write as write_evaluation
+from workers.evaluation.perplexity import check_perplexity, with_perplexity
+from workers.evaluation.settings import EvaluationSettings
 from workers.fitting.corpus import Corpus, check_source, load_corpus, load_label_map, match_labels
 from workers.fitting.fit import Fitted
 from workers.fitting.fit import fit as _fit
 from workers.models.errors import EmptyText, TextTooLong
 from workers.models.loading import LoadedModel, load_model, use_threads
-from workers.training import TrainReport
-from workers.training import train as _train
+from workers.training.scratch import NewModel
+from workers.training.train import TrainReport, TrainSettings
+from workers.training.train import train as _train
 
 __all__ = [
     "Answer",
@@ -54,6 +60,9 @@ __all__ = [
     "TextAnswer",
     "TextTooLong",
 ]
+
+KEPT_FOR_CHOOSING = 0.1
+"""Share of the fitting texts that is kept out of the fit, to choose settings on."""
 
 Report = Callable[[str, int, int], None]
 """Told of progress: (what is being done, how much of it, out of how much)."""
@@ -130,61 +139,113 @@ def fit_corpus(model: ModelChoice, data: CorpusChoice, *, report: Report, **sett
 
 
 def train_model(
-    base: str,
+    base: str | NewModelChoice,
     data: CorpusChoice,
     eval_data: CorpusChoice | None,
-    *args: Any,
+    out: Path,
+    *,
     threads: int | None,
+    overwrite: bool,
     report: Report,
     **settings: Any,
 ) -> TrainReport:
-    """Load the corpora, and train; other arguments are those of `workers.training.train`."""
+    """Load the corpora, and train; `settings` are those of `workers.training.train.TrainSettings`."""
     use_threads(threads)
     learned = _corpus(data, ())
     held_out = _corpus(eval_data, learned.concepts) if eval_data else None
     tell = report
     return _train(
-        base,
+        base if isinstance(base, str) else _new_model(base),
         learned,
         held_out,
-        *args,
+        out,
+        TrainSettings(**settings),
+        overwrite=overwrite,
         progress=lambda now: tell("training", now.steps_done, now.steps_total),
-        **settings,
     )
+
+
+def _new_model(choice: NewModelChoice) -> NewModel:
+    sizes = (choice.layers, choice.hidden, choice.heads, choice.vocabulary)
+    return NewModel(choice.family, *sizes, config=choice.config)
 
 
 def evaluate_model(
     model: ModelChoice,
-    data: CorpusChoice,
+    data: CorpusChoice | None,
     test_data: CorpusChoice,
-    out: Any,
+    out: Path,
     *,
+    selection: CorpusChoice | None,
+    published: tuple[RangeStore, str] | None,
+    fit_settings: dict[str, Any],
+    perplexity: bool,
     report: Report,
     **settings: Any,
 ) -> Evaluation:
-    """Load model and corpora, fit on one, measure on the other, and write the results into `out`."""
-    for each in (data, test_data):
-        check_source(each.source)
+    """Load model and corpora, fit or read the ranges, measure, and write the results into `out`.
+
+    Args:
+        data: texts to fit on; a tenth is kept to choose settings on, unless `selection` names texts for that.
+        published: a store, and the id of a range set in it to use instead of a fit.
+        fit_settings: those of `workers.fitting.fit.fit`, but for layers and rankings.
+        settings: those of `workers.evaluation.settings.EvaluationSettings`.
+
+    Raises:
+        CorpusError, ModelError, EvaluationError, RangeStoreError: see there.
+    """
+    for each in (data, test_data, selection):
+        if each is not None:
+            check_source(each.source)
     chosen = EvaluationSettings(**settings)
     loaded = _load(model)
-    learned, test = _corpus(data, loaded.identity.labels), _corpus(test_data, loaded.identity.labels)
-    match_labels(test.concepts, loaded.identity.labels)  # before the fit, which takes a while
-    fitted = _fit(
-        loaded,
-        learned,
-        layers=chosen.layers,
-        rankings=chosen.rankings,
-        batch_tokens=chosen.batch_tokens,
-        progress=lambda now: report("fitting", now.rows_done, now.rows_total),
-    )
+    labels = loaded.identity.labels
+    if perplexity:
+        check_perplexity(loaded)
+    test = _corpus(test_data, labels)
+    match_labels(test.concepts, labels)  # before the fit, which takes a while
+    choosing = _corpus(selection, labels) if selection else None
+    checkpoint: Path | None = None
+    if published is not None:
+        store, range_set_id = published
+        range_set = store.read(range_set_id)
+        check_model(range_set.provenance, loaded.identity.fingerprint)
+        inspect = {layer: store.read_inspect(range_set_id, layer) for layer in range_set.layers}
+    else:
+        assert data is not None
+        learned = _corpus(data, labels)
+        if choosing is None:
+            learned, choosing = learned.split_off(KEPT_FOR_CHOOSING, chosen.seed)
+        fitted = _fit(
+            loaded,
+            learned,
+            layers=tuple(
+                sorted({layer for group in chosen.resolved_layers(loaded.identity.n_layers) for layer in group})
+            ),
+            rankings=chosen.rankings,
+            checkpoint_dir=out,
+            progress=lambda now: report("fitting", now.rows_done, now.rows_total),
+            **fit_settings,
+        )
+        range_set, inspect, checkpoint = fitted.range_set, fitted.inspect, fitted.checkpoint
     evaluation = _evaluate(
         loaded,
-        fitted.range_set,
+        range_set,
         test,
         chosen,
-        progress=lambda now: report("measuring", now.rows_done, now.rows_total),
+        selection=choosing,
+        checkpoint_dir=out,
+        progress=lambda what, now: report(what, now.rows_done, now.rows_total),
     )
-    evaluation.write(out)
+    if perplexity:
+        evaluation = with_perplexity(
+            evaluation, loaded, range_set, test, chosen, lambda done, total: report("perplexity", done, total)
+        )
+    evaluation.run["command"] = {"template": model.template, "scoring": model.scoring}
+    write_evaluation(out, evaluation, range_set, inspect)
+    evaluation.discard_checkpoints()
+    if checkpoint is not None:
+        checkpoint.unlink(missing_ok=True)
     return evaluation
 
 
@@ -197,16 +258,21 @@ def _load(model: ModelChoice) -> LoadedModel:
         dtype=model.dtype,
         allow_pickle=model.allow_pickle,
         name=model.served_name,
+        template=model.template,
+        scoring=model.scoring,
     )
 
 
 def _corpus(choice: CorpusChoice, labels: tuple[str, ...]) -> Corpus:
     return load_corpus(
         choice.source,
+        dataset=choice.dataset,
         labels=labels,
         split=choice.split,
         text_field=choice.text_field,
         label_field=choice.label_field,
         label_map=load_label_map(choice.label_map) if choice.label_map else None,
         max_rows=choice.max_rows,
+        rows_per_class=choice.rows_per_class,
+        seed=choice.seed,
     )

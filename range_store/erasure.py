@@ -8,8 +8,14 @@ from range_store.errors import InvalidErasure
 
 Method = Literal["range", "neuron"]
 Rule = Literal["sigma"]
-Ranking = Literal["max", "probeless", "selectivity"]
-RANKINGS: tuple[Ranking, ...] = ("max", "probeless", "selectivity")
+Ranking = Literal["max", "probe", "probeless", "probeless_global", "selectivity"]
+RANKINGS: tuple[Ranking, ...] = ("max", "probe", "probeless", "probeless_global", "selectivity")
+STATISTICAL: tuple[Ranking, ...] = ("max", "probeless", "probeless_global", "selectivity")
+"""The rankings that follow from statistics alone; `probe` is trained, so it is fitted only when asked for."""
+Site = Literal["block_output", "mlp_output"]
+"""Where values are recorded and masked: what a block gives, or what its MLP adds to the residual stream."""
+Positions = Literal["all", "read"]
+"""Which tokens are masked: every real one, or those alone that the head reads."""
 
 
 class Frozen(BaseModel):

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 import numpy as np
 import numpy.typing as npt
 
-from range_store.erasure import Damp, Erasure, check_distinct, resolve_layers
+from range_store.erasure import Damp, Erasure, Site, check_distinct, resolve_layers
 from range_store.range_set import RangeSet
 from range_store.ranges import EMPTY, bounds
 from range_store.rankings import mean_of_others, top
@@ -33,12 +33,14 @@ class LayerMask:
 class Plan:
     """Erasures resolved to masks per layer. `layers` of each erasure are resolved block indices, ascending.
 
-    Plans with the same `key` do the same to a text. The empty plan has no masks and no split.
+    Plans with the same `key` do the same to a text. `site`: where in the blocks it masks. The empty plan has no masks
+    and no split.
     """
 
     erasures: tuple[Erasure, ...] = ()
     masks: Mapping[int, LayerMask] = field(default_factory=dict)
     key: str = ""
+    site: Site = "block_output"
 
     @property
     def split(self) -> int | None:
@@ -68,7 +70,7 @@ def resolve(range_set: RangeSet, erasures: Sequence[Erasure]) -> Plan:
             rows.setdefault(layer, []).append(_mask(range_set, erasure, layer))
     masks = {layer: _stack(masks) for layer, masks in sorted(rows.items())}
     text = range_set.id + "".join(e.model_dump_json() for e in resolved)
-    return Plan(resolved, masks, hashlib.sha256(text.encode()).hexdigest())
+    return Plan(resolved, masks, hashlib.sha256(text.encode()).hexdigest(), range_set.provenance.settings.site)
 
 
 def _mask(range_set: RangeSet, erasure: Erasure, layer: int) -> LayerMask:

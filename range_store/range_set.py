@@ -17,7 +17,7 @@ import numpy as np
 import numpy.typing as npt
 from pydantic import Field, model_validator
 
-from range_store.erasure import Frozen, Ranking
+from range_store.erasure import Frozen, Ranking, Site
 from range_store.errors import ForeignRangeSet, NotFitted, UnknownConcept
 
 FORMAT: Literal[1] = 1
@@ -27,12 +27,16 @@ Floats = npt.NDArray[np.float64]
 Digest = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
 
 
+Kind = Literal["sequence-classification", "label-token", "few-shot"]
+"""How a model classifies: by a head, by one added token per label, or by what a prompted LM says."""
+
+
 class ModelIdentity(Frozen):
     """Which model the statistics are of. `fingerprint` hashes config and weights: it decides, names do not."""
 
     id: str
     revision: str | None
-    kind: Literal["sequence-classification"]
+    kind: Kind
     family: str
     fingerprint: Digest
     labels: tuple[str, ...]
@@ -43,7 +47,8 @@ class ModelIdentity(Frozen):
 class CorpusIdentity(Frozen):
     """Which texts were fitted. `sha256` covers every text and label in order; `counts` has one entry per concept.
 
-    `selection` says in words which rows of the source they are: all, or a sample and its seed.
+    `selection` says in words which rows of the source they are: all, or a sample and its seed. `truncated` texts were
+    cut to fit the model, `empty` ones held no token and were left out, `odd` ones hold characters that look damaged.
     """
 
     name: str
@@ -52,7 +57,19 @@ class CorpusIdentity(Frozen):
     sha256: Digest
     rows: Annotated[int, Field(ge=1)]
     truncated: Annotated[int, Field(ge=0)]
+    empty: Annotated[int, Field(ge=0)] = 0
+    odd: Annotated[int, Field(ge=0)] = 0
     counts: dict[str, Annotated[int, Field(ge=1)]]
+
+
+class ProbeSettings(Frozen):
+    """How the `probe` ranking was trained: mean log loss + l1·Σ|w| + l2·Σw², on standardised states of a sample."""
+
+    l1: Annotated[float, Field(ge=0)] = 1e-3
+    l2: Annotated[float, Field(ge=0)] = 1e-3
+    rows: Annotated[int, Field(ge=2)] = 4096
+    seed: Annotated[int, Field(ge=0)] = 0
+    iterations: Annotated[int, Field(ge=1)] = 200
 
 
 class FitSettings(Frozen):
@@ -60,13 +77,16 @@ class FitSettings(Frozen):
 
     layers: tuple[int, ...]
     rankings: tuple[Ranking, ...]
-    site: Literal["block_output"] = "block_output"
-    position: Literal["read"] = "read"
+    site: Site = "block_output"
+    position: Literal["read", "mean"] = "read"
     dtype: str
     bins: Annotated[int, Field(ge=1)]
     batch_tokens: Annotated[int, Field(ge=1)]
     block_rows: Annotated[int, Field(ge=1)]
     threads: Annotated[int, Field(ge=1)]
+    texts: Literal["all", "correct"] = "all"
+    rows_per_class: Annotated[int, Field(ge=1)] | None = None
+    probe: ProbeSettings | None = None
 
 
 class Provenance(Frozen):
@@ -189,7 +209,11 @@ def content_id(provenance: Provenance, parts: Mapping[str, str]) -> str:
         parts: sha256 of the bytes of each stored part, by the part's name.
     """
     identity: dict[str, Any] = provenance.model_dump(mode="json", exclude={"created_at", "versions"})
-    del identity["corpus"]["selection"]  # words about what the hash of the rows says exactly
+    for said_by_the_rows in ("selection", "empty", "odd"):  # the hash of the rows says exactly what they are
+        del identity["corpus"][said_by_the_rows]
+    for later in ("texts", "rows_per_class", "probe"):  # ids from before there was such a choice stay what they were
+        if identity["settings"][later] == FitSettings.model_fields[later].default:
+            del identity["settings"][later]
     identity["corpus"]["counts"] = list(provenance.corpus.counts.items())  # their order is the statistics' order
     identity["parts"] = dict(sorted(parts.items()))
     canonical = json.dumps(identity, sort_keys=True, separators=(",", ":"), ensure_ascii=True)

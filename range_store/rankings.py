@@ -25,10 +25,22 @@ def saliency(ranking: Ranking, counts: npt.NDArray[np.int64], mean: Array, std: 
         case "max":
             value = mean_abs
         case "probeless":
-            value = np.abs(mean[:, None, :] - mean[None, :, :]).sum(axis=1)
+            value = _gaps(mean)
+        case "probeless_global":  # Σ over pairs, the same for every concept; each pair stands in two sums
+            value = np.broadcast_to(_gaps(mean).sum(axis=0) / 2, mean.shape)
         case "selectivity":
             value = _selectivity(counts, mean, std)
+        case "probe":
+            raise ValueError("the probe ranking is trained on states, see workers.fitting.probe")
     return np.where(np.isnan(value), -np.inf, value)
+
+
+def _gaps(mean: Array) -> Array:
+    """Σ over c' ≠ c of |μ_c − μ_c'|, [C, D]."""
+    total = np.zeros_like(mean)
+    for other in mean:
+        total += np.abs(mean - other)
+    return total
 
 
 def _selectivity(counts: npt.NDArray[np.int64], mean: Array, std: Array) -> Array:

@@ -1,95 +1,201 @@
 """`neuronlens evaluate`: fit on one corpus, erase each concept, measure on another."""
 
 import shlex
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
 from app.cli import options
 from app.cli.console import hint, print_json, progress, say, table
-from app.cli.stores import settings_with
+from app.cli.exits import INTERRUPTED
+from app.cli.stores import settings_with, store_of
 from app.jobs import CorpusChoice, ModelChoice
 from range_store.erasure import RANKINGS
+from range_store.range_set import ProbeSettings
+from range_store.store import RangeStore
 
 if TYPE_CHECKING:
+    from app.settings import Settings
     from app.wiring import Evaluation
 
 METHODS = ("neuron", "range")
-SETTINGS = ("layer", "ranking", "method", "τ", "top")
-COLUMNS = (*SETTINGS, "target", "texts", "Acc", "ΔAcc", "ΔConf", "ΔCAcc", "ΔCConf")
+POSITIONS = ("all", "read")
+SETTINGS = ("layer", "ranking", "method", "τ", "top", "replaced by", "positions")
+COLUMNS = (*SETTINGS, "target", "texts", "Acc", "ΔAcc", "ΔConf", "ΔCAcc", "ΔCConf", "ΔCAcc 95 %", "worst other", "same")
+MOST_LINES = 60
+"""Rows of the table in the terminal; beyond that, the mean rows stand for their targets."""
 
 
 def evaluate(
     model: options.Model,
-    data: options.Data,
-    test_data: Annotated[str, typer.Option("--test-data", help="Texts to measure on; never those of --data.")],
-    out: Annotated[Path, typer.Option("--out", help="Directory for results.json and run.json.")],
+    out: Annotated[Path, typer.Option("--out", help="Directory for results.json, results.csv, run.json, report.html.")],
+    data: options.Data = None,
+    test_data: Annotated[
+        str | None, typer.Option("--test-data", help="Texts to measure on; never those of --data.")
+    ] = None,
+    dataset: options.Dataset = None,
+    select_on: Annotated[
+        str | None,
+        typer.Option(
+            "--select-on", help="Texts to choose settings on. Default: a tenth of --data, kept out of the fit."
+        ),
+    ] = None,
+    range_set: Annotated[
+        str | None, typer.Option("--range-set", help="Use this published range set, instead of fitting on --data.")
+    ] = None,
     method: Annotated[str, typer.Option("--method", help="neuron, range or both.")] = "neuron,range",
-    top_fraction: Annotated[str, typer.Option("--top-fraction", help="Shares of the neurons, in (0, 1].")] = "0.3",
-    ranking: Annotated[str, typer.Option("--ranking", help=f"Out of {', '.join(RANKINGS)}.")] = "max",
+    ranking: Annotated[str, typer.Option("--ranking", help=f"Out of {', '.join(RANKINGS)}, or all.")] = "max",
+    top_fraction: Annotated[
+        str, typer.Option("--top-fraction", help="Shares of the neurons, in (0, 1]; 0.1,…,1.0 counts up.")
+    ] = "0.3",
     tau: Annotated[str, typer.Option("--tau", help="Half-widths of the ranges, in standard deviations.")] = "2.5",
-    layer: options.Layer = "-1",
+    layer: Annotated[
+        str, typer.Option("--layer", help="Blocks, each alone: -1 (the last), 4,5 or all; 4+5 masks two at once.")
+    ] = "-1",
     target: Annotated[str, typer.Option("--target", help="Concepts to erase, each alone, or all.")] = "all",
+    positions: Annotated[
+        str, typer.Option("--positions", help="Mask all real tokens, or the read position alone; all, read or both.")
+    ] = "all",
     replacement: Annotated[str, typer.Option("--replacement", help="zero, mean or damp:FACTOR.")] = "zero",
+    site: options.Site = "block_output",
+    position: options.Position = "read",
+    correct_only: Annotated[
+        Literal["none", "fit", "test", "both"],
+        typer.Option(
+            "--correct-only", help="Use only texts that the model gets right.", rich_help_panel=options.DATA_PANEL
+        ),
+    ] = "none",
+    perplexity: Annotated[
+        bool, typer.Option("--perplexity", help="Also of the test texts; few-shot models only, a pass of its own.")
+    ] = False,
+    resamples: Annotated[int, typer.Option("--resamples", min=0, help="Of the bootstrap; 0: no intervals.")] = 1000,
+    seed: options.Seed = 0,
+    probe_l1: options.ProbeL1 = 1e-3,
+    probe_l2: options.ProbeL2 = 1e-3,
+    probe_rows: options.ProbeRows = 4096,
+    bins: Annotated[int, typer.Option("--bins", min=1, help="Bins of each neuron's histogram.")] = 512,
     split: options.Split = None,
     test_split: Annotated[str | None, typer.Option("--test-split", help="Split of --test-data on the hub.")] = None,
-    text_field: options.TextField = "text",
-    label_field: options.LabelField = "label",
+    text_field: options.TextField = None,
+    label_field: options.LabelField = None,
     label_map: options.LabelMap = None,
     max_rows: options.MaxRows = None,
     max_test_rows: Annotated[int | None, typer.Option("--max-test-rows", min=1, help="Rows of --test-data.")] = None,
+    rows_per_class: options.RowsPerClass = None,
     batch_tokens: options.BatchTokens = 4096,
     revision: options.Revision = None,
     device: options.Device = None,
     dtype: options.DType = None,
     threads: options.Threads = None,
     allow_pickle: options.AllowPickle = None,
+    template: options.Template = None,
+    scoring: options.Scoring = None,
+    name: options.Name = None,
+    redis_url: options.RedisUrl = None,
+    data_dir: options.DataDir = None,
     as_json: options.AsJson = False,
 ) -> None:
     """Measure erasures: per concept, what they take from its texts and from all others.
 
-    Fits on --data and measures on --test-data, for every combination of the comma lists. Writes results.json (one row
-    per setting and target, and their mean) and run.json (every choice made). Nothing is published.
+    Fits on --data and measures on --test-data, for every combination of the comma lists. What is chosen is chosen on
+    texts of its own. Writes results.json and results.csv (one row per setting and target, and their mean), report.html
+    and run.json (every choice made). Nothing is published. Stopped, it goes on when the same command is started again.
     """
-    methods = options.choices(method, "--method", METHODS)
-    rankings = options.choices(ranking, "--ranking", RANKINGS)
-    fractions, taus, layers = options.fractions(top_fraction), options.taus(tau), options.layers(layer)
-    targets = None if target == "all" else options.words(target, "--target")
-    replace = options.replacement(replacement)
+    if range_set is None:
+        options.some_data(data, dataset)
+    options.some_data(test_data, dataset, "--test-data")
+    settings_of_grid = {
+        "methods": options.choices(method, "--method", METHODS),
+        "rankings": options.rankings(ranking),
+        "top_fractions": options.fractions(top_fraction),
+        "taus": options.taus(tau),
+        "layers": options.layer_groups(layer),
+        "targets": None if target == "all" else options.words(target, "--target"),
+        "replacements": tuple(options.replacement(each) for each in options.words(replacement, "--replacement")),
+        "positions": options.choices(positions, "--positions", POSITIONS),
+        "correct_only": correct_only in ("test", "both"),
+        "rows_per_class": rows_per_class if correct_only in ("test", "both") else None,
+        "resamples": resamples,
+        "seed": seed,
+        "batch_tokens": batch_tokens,
+    }
+    settings_of_fit = {
+        "site": site,
+        "position": position,
+        "correct_only": correct_only in ("fit", "both"),
+        "rows_per_class": rows_per_class if correct_only in ("fit", "both") else None,
+        "probe": ProbeSettings(l1=probe_l1, l2=probe_l2, rows=probe_rows, seed=seed),
+        "bins": bins,
+        "batch_tokens": batch_tokens,
+    }
     if out.exists() and not out.is_dir():
         raise typer.BadParameter(f"{out} is a file, not a directory", param_hint="--out")
     settings = settings_with(
-        model=model, revision=revision, device=device, dtype=dtype, threads=threads, allow_pickle=allow_pickle
+        model=model,
+        name=name,
+        revision=revision,
+        device=device,
+        dtype=dtype,
+        threads=threads,
+        allow_pickle=allow_pickle,
+        template=template,
+        scoring=scoring,
+        redis_url=redis_url,
+        data_dir=data_dir,
     )
-    with progress("rows") as report:
-        report("loading the model", 0, 0)
-        from app.wiring import evaluate_model  # here, because it loads torch
 
-        evaluation = evaluate_model(
-            ModelChoice.of(settings),
-            CorpusChoice(data, split, text_field, label_field, label_map, max_rows),
-            CorpusChoice(test_data, test_split, text_field, label_field, label_map, max_test_rows),
-            out,
-            methods=methods,
-            rankings=rankings,
-            top_fractions=fractions,
-            taus=taus,
-            layers=layers,
-            targets=targets,
-            replacement=replace,
-            batch_tokens=batch_tokens,
-            report=report,
-        )
+    def corpus(source: str | None, split: str | None, rows: int | None, correct: bool) -> CorpusChoice:
+        of_class = None if correct else rows_per_class
+        return CorpusChoice(source, dataset, split, text_field, label_field, label_map, rows, of_class, seed)
+
+    learned = corpus(data, split, max_rows, correct_only in ("fit", "both")) if data or range_set is None else None
+    test = corpus(test_data, test_split or "test", max_test_rows, correct_only in ("test", "both"))
+    selection = corpus(select_on, None, None, correct_only in ("test", "both")) if select_on else None
+    try:
+        with progress("rows") as report, _store_for(range_set, settings) as store:
+            report("loading the model", 0, 0)
+            from app.wiring import evaluate_model  # here, because it loads torch
+
+            evaluation = evaluate_model(
+                ModelChoice.of(settings),
+                learned,
+                test,
+                out,
+                selection=selection,
+                published=None if store is None or range_set is None else (store, range_set),
+                fit_settings=settings_of_fit,
+                perplexity=perplexity,
+                report=report,
+                **settings_of_grid,
+            )
+    except KeyboardInterrupt:
+        hint("interrupted: the same command goes on from the last checkpoint")
+        raise typer.Exit(INTERRUPTED) from None
     if as_json:
         print_json([row.as_json() for row in evaluation.rows])
     else:
         _show(evaluation)
-    hint(f"written: {shlex.quote(str(out / 'results.json'))} and {shlex.quote(str(out / 'run.json'))}")
+    hint(f"written: {shlex.quote(str(out / 'report.html'))}, results.json, results.csv and run.json beside it")
+
+
+@contextmanager
+def _store_for(range_set: str | None, settings: "Settings") -> Iterator[RangeStore | None]:
+    if range_set is None:
+        yield None
+        return
+    with store_of(settings, None) as store:
+        yield store
 
 
 def _show(evaluation: "Evaluation") -> None:
     """A table; settings that all rows share stand above it."""
+    rows = evaluation.rows
+    if len(rows) > MOST_LINES:
+        rows = tuple(row for row in rows if row.target == "mean")
+        say(f"mean over targets; every target's row is in results.csv ({len(evaluation.rows)} rows)")
     cells = [
         (
             str(row.layer),
@@ -97,18 +203,31 @@ def _show(evaluation: "Evaluation") -> None:
             row.method,
             "–" if row.tau is None else f"{row.tau:g}",
             f"{row.top_fraction:g}",
+            row.replacement,
+            row.positions,
             row.target,
             row.n_target,
             _share(row.base_acc),
             *(_delta(value) for value in (row.delta_acc, row.delta_conf, row.delta_cacc, row.delta_cconf)),
+            f"{_delta(row.delta_cacc_low)} … {_delta(row.delta_cacc_high)}",
+            "" if row.worst_other is None else f"{row.worst_other} {_delta(row.worst_other_delta_acc)}",
+            _share(row.unchanged_others),
         )
-        for row in evaluation.rows
+        for row in rows
     ]
     shared = [index for index in range(len(SETTINGS)) if len({each[index] for each in cells}) == 1]
     own = [index for index in range(len(COLUMNS)) if index not in shared]
     if shared:
         say(" · ".join(f"{COLUMNS[index]} {cells[0][index]}" for index in shared))
     table([COLUMNS[index] for index in own], [[each[index] for index in own] for each in cells])
+    for choice in evaluation.choices:
+        layer, ranking, method, tau, fraction, replacement, positions = choice.setting
+        width = "" if tau is None else f" · τ {tau:g}"
+        say(
+            f"chosen for {method} masking out of {choice.candidates} on texts of their own: layer {layer} · "
+            f"ranking {ranking}{width} · top {fraction:g} · {replacement} · {positions} positions "
+            f"(score {choice.score:+.3f})"
+        )
 
 
 def _share(value: float) -> str:

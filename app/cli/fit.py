@@ -10,21 +10,39 @@ from app.cli.console import hint, print_json, progress, say, table
 from app.cli.exits import INTERRUPTED
 from app.cli.stores import operator, settings_with, store_of
 from app.jobs import CorpusChoice, ModelChoice
-from range_store.erasure import RANKINGS
+from range_store.erasure import RANKINGS, STATISTICAL
 from range_store.errors import RangeStoreError
+from range_store.range_set import CorpusIdentity, ProbeSettings
 from range_store.store import RangeStore
 
 
 def fit(
     model: options.Model,
-    data: options.Data,
+    data: options.Data = None,
+    dataset: options.Dataset = None,
     split: options.Split = None,
-    text_field: options.TextField = "text",
-    label_field: options.LabelField = "label",
+    text_field: options.TextField = None,
+    label_field: options.LabelField = None,
     label_map: options.LabelMap = None,
     max_rows: options.MaxRows = None,
+    rows_per_class: options.RowsPerClass = None,
+    correct_only: Annotated[
+        bool,
+        typer.Option(
+            "--correct-only", help="Fit on texts that the model gets right.", rich_help_panel=options.DATA_PANEL
+        ),
+    ] = False,
+    seed: options.Seed = 0,
     layer: options.Layer = "-1",
-    ranking: Annotated[str, typer.Option("--ranking", help=f"Out of {', '.join(RANKINGS)}.")] = ",".join(RANKINGS),
+    ranking: Annotated[
+        str,
+        typer.Option("--ranking", help=f"Out of {', '.join(RANKINGS)}, or all; probe is trained, which takes time."),
+    ] = ",".join(STATISTICAL),
+    site: options.Site = "block_output",
+    position: options.Position = "read",
+    probe_l1: options.ProbeL1 = 1e-3,
+    probe_l2: options.ProbeL2 = 1e-3,
+    probe_rows: options.ProbeRows = 4096,
     bins: Annotated[int, typer.Option("--bins", min=1, help="Bins of each neuron's histogram.")] = 512,
     name: options.Name = None,
     activate: Annotated[bool, typer.Option("--activate", help="Make it the range set that erasures use.")] = False,
@@ -33,6 +51,8 @@ def fit(
     dtype: options.DType = None,
     threads: options.Threads = None,
     allow_pickle: options.AllowPickle = None,
+    template: options.Template = None,
+    scoring: options.Scoring = None,
     batch_tokens: options.BatchTokens = 4096,
     redis_url: options.RedisUrl = None,
     data_dir: options.DataDir = None,
@@ -42,8 +62,10 @@ def fit(
 
     The range set is published whole or not at all. A fit that was stopped resumes when it is started again.
     """
-    corpus = CorpusChoice(data, split, text_field, label_field, label_map, max_rows)
-    rankings = options.choices(ranking, "--ranking", RANKINGS)
+    options.some_data(data, dataset)
+    of_class = None if correct_only else rows_per_class
+    corpus = CorpusChoice(data, dataset, split, text_field, label_field, label_map, max_rows, of_class, seed)
+    rankings = options.rankings(ranking)
     layers = options.layers(layer)
     settings = settings_with(
         redis_url=redis_url,
@@ -55,6 +77,8 @@ def fit(
         dtype=dtype,
         threads=threads,
         allow_pickle=allow_pickle,
+        template=template,
+        scoring=scoring,
     )
     with store_of(settings, None) as store:
         store.peek()  # a store that is away should be known before the work, not after it
@@ -68,6 +92,11 @@ def fit(
                     corpus,
                     layers=layers,
                     rankings=rankings,
+                    site=site,
+                    position=position,
+                    correct_only=correct_only,
+                    rows_per_class=rows_per_class if correct_only else None,
+                    probe=ProbeSettings(l1=probe_l1, l2=probe_l2, rows=probe_rows, seed=seed),
                     bins=bins,
                     batch_tokens=batch_tokens,
                     checkpoint_dir=settings.data_dir / "fits",
@@ -89,6 +118,8 @@ def fit(
                 "generation": generation,
                 "rows": provenance.corpus.rows,
                 "truncated": provenance.corpus.truncated,
+                "empty": provenance.corpus.empty,
+                "odd": provenance.corpus.odd,
                 "layers": list(provenance.settings.layers),
                 "rankings": list(provenance.settings.rankings),
                 "counts": provenance.corpus.counts,
@@ -96,11 +127,32 @@ def fit(
         )
         return
     table(("concept", "texts"), list(provenance.corpus.counts.items()))
+    for line in about_corpus(provenance.corpus):
+        hint(line)
     say(f"range set {published} of {store.model}" + (", active" if activate else ""))
     if activate:
         hint(f"next: neuronlens serve --model {shlex.quote(model)}" + (f" --name {shlex.quote(name)}" if name else ""))
     else:
         hint(f"next: neuronlens ranges activate {published} --name {shlex.quote(store.model)}")
+
+
+def about_corpus(corpus: CorpusIdentity) -> list[str]:
+    """What is worth knowing of the texts that were fitted: unequal classes, cut, empty and odd ones."""
+    least, most = min(corpus.counts.values()), max(corpus.counts.values())
+    lines = []
+    if most > 2 * least:
+        lines.append(f"classes are unequal: {most / least:.1f} times as many texts in the largest as in the smallest")
+    if least < 30:
+        lines.append(f"the smallest class has {least} texts: its ranges are uncertain")
+    if corpus.truncated:
+        lines.append(f"{corpus.truncated} of {corpus.rows} texts were longer than the model takes, and were cut")
+    if corpus.empty:
+        lines.append(f"{corpus.empty} texts hold no token, and were left out")
+    if corpus.odd:
+        lines.append(
+            f"{corpus.odd} texts hold control or replacement characters, which look like damage; they were used"
+        )
+    return lines
 
 
 def _activate(store: RangeStore, published: str) -> str:

@@ -3,12 +3,13 @@
 import csv
 import math
 from collections.abc import Sequence
+from decimal import Decimal
 from pathlib import Path
 from typing import Annotated, Literal, TypeVar
 
 import typer
 
-from range_store.erasure import Damp, Replacement
+from range_store.erasure import RANKINGS, Damp, Ranking, Replacement
 
 MODEL_PANEL, DATA_PANEL, STORE_PANEL = "Model", "Data", "Store"
 """Under which heading of --help an option stands."""
@@ -61,6 +62,23 @@ AllowPickle = Annotated[
         rich_help_panel=MODEL_PANEL,
     ),
 ]
+Template = Annotated[
+    str | None,
+    typer.Option(
+        "--template",
+        help="Prompt template, by name (ag_news, …) or JSON file: makes a language model a few-shot classifier. "
+        "Default: NEURONLENS_TEMPLATE.",
+        rich_help_panel=MODEL_PANEL,
+    ),
+]
+Scoring = Annotated[
+    Literal["restricted", "greedy"] | None,
+    typer.Option(
+        "--scoring",
+        help="Of a few-shot classifier: log-probability of each label (restricted), or five tokens decoded (greedy).",
+        rich_help_panel=MODEL_PANEL,
+    ),
+]
 RedisUrl = Annotated[
     str | None,
     typer.Option(
@@ -78,17 +96,29 @@ DataDir = Annotated[
     ),
 ]
 Data = Annotated[
-    str,
+    str | None,
     typer.Option(
         "--data", help="JSONL, CSV or Parquet file, or the name of a data set on the hub.", rich_help_panel=DATA_PANEL
+    ),
+]
+Dataset = Annotated[
+    str | None,
+    typer.Option(
+        "--dataset",
+        help="imdb, sst2, ag_news, emotion or dbpedia_14: from the hub, or what kind of data the files hold.",
+        rich_help_panel=DATA_PANEL,
     ),
 ]
 Split = Annotated[
     str | None, typer.Option("--split", help="Split of a data set on the hub.", rich_help_panel=DATA_PANEL)
 ]
-TextField = Annotated[str, typer.Option("--text-field", help="Field that holds the text.", rich_help_panel=DATA_PANEL)]
+TextField = Annotated[
+    str | None,
+    typer.Option("--text-field", help="Field that holds the text. Default: text.", rich_help_panel=DATA_PANEL),
+]
 LabelField = Annotated[
-    str, typer.Option("--label-field", help="Field that holds the label.", rich_help_panel=DATA_PANEL)
+    str | None,
+    typer.Option("--label-field", help="Field that holds the label. Default: label.", rich_help_panel=DATA_PANEL),
 ]
 LabelMap = Annotated[
     Path | None,
@@ -104,6 +134,27 @@ MaxRows = Annotated[
         "--max-rows", min=1, help="Use so many rows, drawn at random, always the same.", rich_help_panel=DATA_PANEL
     ),
 ]
+RowsPerClass = Annotated[
+    int | None,
+    typer.Option(
+        "--rows-per-class",
+        min=1,
+        help="At most so many rows of each class; with correct rows only, the first so many of those.",
+        rich_help_panel=DATA_PANEL,
+    ),
+]
+Seed = Annotated[int, typer.Option("--seed", min=0, help="Seed of every draw.")]
+Site = Annotated[
+    Literal["block_output", "mlp_output"],
+    typer.Option("--site", help="Record and mask what a block gives, or what its MLP adds."),
+]
+Position = Annotated[
+    Literal["read", "mean"],
+    typer.Option("--position", help="Record the state at the read position, or the mean over real tokens."),
+]
+ProbeL1 = Annotated[float, typer.Option("--probe-l1", min=0.0, help="λ₁ of the probe's elastic net.")]
+ProbeL2 = Annotated[float, typer.Option("--probe-l2", min=0.0, help="λ₂ of the probe's elastic net.")]
+ProbeRows = Annotated[int, typer.Option("--probe-rows", min=2, help="Rows that the probe is trained on.")]
 Layer = Annotated[str, typer.Option("--layer", help="Blocks: -1 (the last), 4,5 or all. Negative ones from the end.")]
 BatchTokens = Annotated[
     int,
@@ -139,6 +190,14 @@ AsJson = Annotated[bool, typer.Option("--json", help="Print the result as JSON o
 Choice = TypeVar("Choice", bound=str)
 
 
+def some_data(data: str | None, dataset: str | None, option: str = "--data") -> None:
+    """Raises typer.BadParameter unless texts are named."""
+    if data is None and dataset is None:
+        raise typer.BadParameter(
+            "which texts? name a file, or one of the known data sets with --dataset", param_hint=option
+        )
+
+
 def words(text: str, option: str) -> tuple[str, ...]:
     """The entries of a comma list; one that holds a comma stands in double quotes.
 
@@ -156,20 +215,39 @@ def words(text: str, option: str) -> tuple[str, ...]:
 
 
 def numbers(text: str, option: str, *, low: float, high: float = math.inf, above: bool = False) -> tuple[float, ...]:
-    """A comma list of numbers from `low` (if `above`, beyond it) to `high`.
+    """A comma list of numbers from `low` (if `above`, beyond it) to `high`; "0.1,…,1.0" counts up in steps of 0.1.
 
     Raises:
         typer.BadParameter: an entry is no such number, or stands there twice.
     """
     bounds = f"above {low:g}" if above else f"from {low:g} up"
     bounds += f", at most {high:g}" if math.isfinite(high) else ""
-    found = tuple(number(entry, option) for entry in words(text, option))
+    found = _counted_up(words(text, option), option)
     for entry in found:
         if not low <= entry <= high or (above and entry == low):
             raise typer.BadParameter(f"{entry:g} is out of bounds: numbers must be {bounds}", param_hint=option)
         if found.count(entry) > 1:
             raise typer.BadParameter(f"{entry:g} stands there twice", param_hint=option)
     return found
+
+
+def _counted_up(entries: Sequence[str], option: str) -> tuple[float, ...]:
+    """The entries as numbers; "…" between two of them is filled in the step of the two before it, or of the first."""
+    found: list[Decimal] = []
+    for place, entry in enumerate(entries):
+        if entry not in ("…", "..."):
+            number(entry, option)
+            found.append(Decimal(entry))
+            continue
+        if not found or place + 1 == len(entries) or entries[place + 1] in ("…", "..."):
+            raise typer.BadParameter("… stands between two numbers, as in 0.1,…,1.0", param_hint=option)
+        number(entries[place + 1], option)
+        step, last = found[-1] - (found[-2] if len(found) > 1 else 0), Decimal(entries[place + 1])
+        if step <= 0 or (last - found[-1]) / step > 1000:
+            raise typer.BadParameter("… counts upwards, in at most 1,000 steps", param_hint=option)
+        while found[-1] + step < last:
+            found.append(found[-1] + step)
+    return tuple(float(each) for each in found)
 
 
 def number(entry: str, option: str) -> float:
@@ -228,6 +306,34 @@ def layers(text: str, option: str = "--layer") -> tuple[int, ...] | Literal["all
                 f"{entry!r} is not a block: use numbers like -1 or 4,5, or all", param_hint=option
             ) from None
     return tuple(found)
+
+
+def layer_groups(text: str, option: str = "--layer") -> tuple[tuple[int, ...], ...] | Literal["all"]:
+    """Groups of blocks that are masked jointly: "4,5" are two groups, "4+5" is one; or "all", each block alone.
+
+    Raises:
+        typer.BadParameter: an entry is no whole number.
+    """
+    if text.strip() == "all":
+        return "all"
+    groups = []
+    for entry in words(text, option):
+        try:
+            groups.append(tuple(int(each) for each in entry.split("+")))
+        except ValueError:
+            raise typer.BadParameter(
+                f"{entry!r} is no block: use numbers like -1 or 4,5, 4+5 for two at once, or all", param_hint=option
+            ) from None
+    return tuple(groups)
+
+
+def rankings(text: str, option: str = "--ranking") -> tuple[Ranking, ...]:
+    """A comma list of rankings, or "all" of them.
+
+    Raises:
+        typer.BadParameter: a name is not among them.
+    """
+    return RANKINGS if text.strip() == "all" else choices(text, option, RANKINGS)
 
 
 def replacement(text: str, option: str = "--replacement") -> Replacement:

@@ -48,6 +48,8 @@ def serve(
     dtype: options.DType = None,
     threads: options.Threads = None,
     allow_pickle: options.AllowPickle = None,
+    template: options.Template = None,
+    scoring: options.Scoring = None,
     max_batch_tokens: Annotated[
         int | None,
         typer.Option(
@@ -76,6 +78,8 @@ def serve(
         dtype=dtype,
         threads=threads,
         allow_pickle=allow_pickle,
+        template=template,
+        scoring=scoring,
         max_batch_tokens=max_batch_tokens,
         host=host,
         port=port,

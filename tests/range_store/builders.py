@@ -5,7 +5,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from range_store.codec import assemble
-from range_store.erasure import RANKINGS, Ranking
+from range_store.erasure import STATISTICAL, Ranking
 from range_store.range_set import (
     CorpusIdentity,
     FitSettings,
@@ -28,7 +28,7 @@ def random_provenance(
     hidden: int = 12,
     n_layers: int = 3,
     layers: Sequence[int] | None = None,
-    rankings: Sequence[Ranking] = RANKINGS,
+    rankings: Sequence[Ranking] = STATISTICAL,
     fingerprint: str = FINGERPRINT,
     bins: int = 6,
 ) -> Provenance:
@@ -99,7 +99,7 @@ def random_range_set(
     hidden: int = 12,
     n_layers: int = 3,
     layers: Sequence[int] | None = None,
-    rankings: Sequence[Ranking] = RANKINGS,
+    rankings: Sequence[Ranking] = STATISTICAL,
     fingerprint: str = FINGERPRINT,
     bins: int = 6,
 ) -> tuple[RangeSet, dict[int, InspectLayer]]:

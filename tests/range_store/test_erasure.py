@@ -26,7 +26,7 @@ def test_the_defaults_are_those_of_the_method() -> None:
         {"concept": ""},
         {"method": "both"},
         {"rule": "quantile"},
-        {"ranking": "probe"},
+        {"ranking": "prob"},
         {"tau": -0.1},
         {"tau": float("nan")},
         {"tau": float("inf")},

@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from range_store.codec import assemble
-from range_store.erasure import RANKINGS, Damp, Erasure
+from range_store.erasure import STATISTICAL, Damp, Erasure
 from range_store.errors import ForeignRangeSet, InvalidErasure, NotFitted, UnknownConcept
 from range_store.plan import NO_ERASURE, LayerMask, resolve
 from range_store.range_set import RangeSet, check_model
@@ -24,7 +24,7 @@ ERASURES = st.builds(
     method=st.sampled_from(["range", "neuron"]),
     tau=st.floats(0, 5),
     top_fraction=st.floats(0.01, 1),
-    ranking=st.sampled_from(RANKINGS),
+    ranking=st.sampled_from(STATISTICAL),
     layers=st.sampled_from([(-1,), (0,), (0, 2), (1, -1), "all"]),
     replacement=st.sampled_from(["zero", "mean"]) | st.builds(Damp, damp=st.floats(0, 1)),
 )

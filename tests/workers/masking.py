@@ -1,14 +1,27 @@
 """Maskings for tests, written without the code under test."""
 
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
+from typing import Self
 
 import torch
 from torch import Tensor
 
+from range_store.erasure import Positions, Site
 from workers.models.tokens import TokenBatch
 
 
-class ZeroBand:
+class Alike:
+    """What `Masking` needs beside layers and a call, where all variants are masked alike, at every real token."""
+
+    site: Site = "block_output"
+    positions: Positions = "all"
+    keys: Sequence[str] = ()
+
+    def row(self, variant: int) -> Self:
+        return self
+
+
+class ZeroBand(Alike):
     """Components whose value lies in [low, high] become 0, at real tokens, at some layers."""
 
     def __init__(self, layers: Collection[int], low: float = -0.7, high: float = 0.4) -> None:

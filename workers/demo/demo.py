@@ -10,11 +10,12 @@ from filelock import FileLock
 
 from range_store.store import RangeStore
 from workers.demo.minilm import SHA256, minilm_directory
-from workers.evaluation.evaluate import Evaluation, EvaluationSettings, evaluate
+from workers.evaluation.evaluate import Evaluation, evaluate
+from workers.evaluation.settings import EvaluationSettings
 from workers.fitting.corpus import Corpus, load_corpus
 from workers.fitting.fit import fit
 from workers.models.loading import LoadedModel, load_model
-from workers.training import train
+from workers.training.train import TrainSettings, train
 
 NAME = "demo-news"
 CORPUS = Path(__file__).parent / "corpus"
@@ -59,9 +60,7 @@ def make_classifier(directory: Path, report: Report, *, rebuild: bool = False) -
                 corpus("train"),
                 None,
                 made,
-                epochs=EPOCHS,
-                learning_rate=LEARNING_RATE,
-                seed=SEED,
+                TrainSettings(epochs=EPOCHS, learning_rate=LEARNING_RATE, seed=SEED),
                 overwrite=True,
                 progress=lambda now: report("training MiniLM", now.steps_done, now.steps_total),
             )
@@ -102,7 +101,7 @@ def prepare(directory: Path, store: RangeStore, report: Report, *, rebuild: bool
         store.read(chosen),
         corpus("test"),
         EvaluationSettings(top_fractions=(1.0,)),
-        progress=lambda now: report("measuring on held-out sentences", now.rows_done, now.rows_total),
+        progress=lambda _, now: report("measuring on held-out sentences", now.rows_done, now.rows_total),
     )
     mean = evaluation.rows[-1]
     n_texts = sum(row.n_target for row in evaluation.rows[: len(CONCEPTS)])

@@ -18,7 +18,7 @@ from range_store.erasure import Erasure
 from range_store.mirror import Mirror
 from workers.engine.admission import Planner
 from workers.engine.errors import DeadlineExceeded, Draining, EngineError, EngineFailed, QueueFull, RequestTooLarge
-from workers.engine.forward import Variant, steer_variants
+from workers.engine.forward import WHOLE_PASS, Variant, open_trunk, steer_variants
 from workers.engine.metrics import EngineMetrics
 from workers.engine.queue import BatchQueue
 from workers.engine.requests import Answer, Logits, Request, Text, TextAnswer, reply
@@ -136,9 +136,11 @@ class Engine:
         admission = await self._planner.admit(erase)
         encoded = await loop.run_in_executor(self._tokenizer, self.model.tokens.encode, texts, truncate)
         request = Request(loop, loop.create_future(), [None] * len(encoded), len(encoded))
-        split = admission.plan.plan.split
+        plan = admission.plan.plan
         # a text without erasure needs no split: it joins the batches of the last block, where a bare answer is free
-        at = self.model.identity.n_layers - 1 if split is None else split
+        at = self.model.identity.n_layers - 1 if plan.split is None else plan.split
+        if plan.site != "block_output":
+            at = WHOLE_PASS
         if encoded:
             self._enqueue([Text(request, i, text, admission.plan, compare, at) for i, text in enumerate(encoded)])
             try:
@@ -233,7 +235,7 @@ class Engine:
         if not variants:
             base = model.steered.logits(tokens).float().cpu().numpy()
         else:
-            trunk = model.steered.trunk(tokens, batch[0].split, whole=bare)
+            trunk = open_trunk(model.steered, tokens, batch[0].split, whole=bare)
             outcome = steer_variants(model.steered, tokens, trunk, variants, self.settings.max_batch_tokens)
             erased = outcome.logits.float().cpu().numpy()
             masked = outcome.masked.cpu().numpy()

@@ -1,14 +1,26 @@
 """One batch through the model: the trunk once, a tail for every variant. Serving and evaluation both run on this."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from workers.engine.masks import DevicePlan, MaskTable
-from workers.models.steered import SteeredModel, Trunk
+from range_store.erasure import Positions
+from workers.engine.masks import DevicePlan, MaskTable, PlanGrid, stack_plans
+from workers.models.loading import Steerable
+from workers.models.steered import Trunk
 from workers.models.tokens import TokenBatch
+
+WHOLE_PASS = -1
+"""In place of a split: the masks lie inside blocks, so that every variant is a full pass, and no trunk is shared."""
+
+
+def open_trunk(model: Steerable, batch: TokenBatch, split: int, *, whole: bool) -> Trunk:
+    """The trunk of a batch at `split`, or none worth the name at `WHOLE_PASS`; with bare logits if `whole`."""
+    if split != WHOLE_PASS:
+        return model.trunk(batch, split, whole=whole)
+    return Trunk(WHOLE_PASS, torch.empty(0), model.logits(batch) if whole else None)
 
 
 @dataclass(frozen=True)
@@ -28,7 +40,12 @@ class Outcome:
 
 
 def steer_variants(
-    model: SteeredModel, batch: TokenBatch, trunk: Trunk, variants: Sequence[Variant], max_tokens: int
+    model: Steerable,
+    batch: TokenBatch,
+    trunk: Trunk,
+    variants: Sequence[Variant],
+    max_tokens: int,
+    positions: Positions = "all",
 ) -> Outcome:
     """Run the tail of every variant on one trunk.
 
@@ -36,13 +53,17 @@ def steer_variants(
         max_tokens: padded tokens that a tail with blocks in it takes at once; more variants run in turns. The tail
             of the last block is one token wide and runs in one turn.
     """
-    width = 1 if trunk.split == model.n_layers - 1 and model.splits else batch.ids.shape[1]
-    step = max(1, max_tokens // width)
-    parts = [_steer(model, batch, trunk, variants[start : start + step]) for start in range(0, len(variants), step)]
+    step = max(1, max_tokens // tail_width(model, batch, trunk))
+    parts = [
+        _steer(model, batch, trunk, variants[start : start + step], positions)
+        for start in range(0, len(variants), step)
+    ]
     return Outcome(torch.cat([part.logits for part in parts]), torch.cat([part.masked for part in parts]))
 
 
-def _steer(model: SteeredModel, batch: TokenBatch, trunk: Trunk, variants: Sequence[Variant]) -> Outcome:
+def _steer(
+    model: Steerable, batch: TokenBatch, trunk: Trunk, variants: Sequence[Variant], positions: Positions
+) -> Outcome:
     plans: dict[str, int] = {}
     distinct: list[DevicePlan] = []
     slots = []
@@ -53,6 +74,41 @@ def _steer(model: SteeredModel, batch: TokenBatch, trunk: Trunk, variants: Seque
             distinct.append(variant.plan)
         slots.append(plans[key])
     device = batch.ids.device
-    table = MaskTable(distinct, torch.tensor(slots, device=device))
+    table = MaskTable(distinct, torch.tensor(slots, device=device), positions)
     rows = torch.tensor([variant.row for variant in variants], device=device)
     return Outcome(model.steer(batch, trunk, rows, table), table.masked)
+
+
+class PlanSweep:
+    """Many plans of one split, to be run over many batches: every text under every plan (evaluation).
+
+    Args:
+        plans: P of them, with the same lowest masked block.
+    """
+
+    def __init__(self, plans: Sequence[DevicePlan], positions: Positions) -> None:
+        self.plans = plans
+        self._positions = positions
+        self._tables = stack_plans(plans)
+
+    def logits(
+        self, model: Steerable, batch: TokenBatch, trunk: Trunk, max_tokens: int
+    ) -> Iterator[tuple[int, Tensor]]:
+        """Logits [p, B, K] of some plans at a time, with the place of the first of them.
+
+        Args:
+            max_tokens: padded tokens that a tail takes at once, if more than one plan fits.
+        """
+        texts = len(batch.ids)
+        step = max(1, max_tokens // (texts * tail_width(model, batch, trunk)))
+        for start in range(0, len(self.plans), step):
+            plans = self.plans[start : start + step]
+            tables = {layer: table.plans(start, start + step) for layer, table in self._tables.items()}
+            rows = torch.arange(texts, device=batch.ids.device).repeat(len(plans))
+            logits = model.steer(batch, trunk, rows, PlanGrid(plans, tables, texts, self._positions))
+            yield start, logits.view(len(plans), texts, -1)
+
+
+def tail_width(model: Steerable, batch: TokenBatch, trunk: Trunk) -> int:
+    """Padded tokens of one variant in the tail."""
+    return 1 if trunk.split == model.n_layers - 1 and model.splits else batch.ids.shape[1]

@@ -4,31 +4,50 @@ A plan's tensors never change once made, and a batch's table is built from the p
 later requests another plan, and nothing that is queued or running can be touched by it (DESIGN promise 4).
 """
 
-from collections.abc import Collection, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
+from range_store.erasure import Positions, Site
 from range_store.plan import LayerMask, Plan
 from workers.models.tokens import TokenBatch
 
 
 @dataclass(frozen=True, eq=False)
 class DeviceMask:
-    """A `LayerMask` on the device, in float32: low, high, scale, offset [I, D]; always [I, D] bool."""
+    """A `LayerMask` on the device, in float32: low, high, scale, offset [I, D]; always [I, D] bool.
+
+    `scaled`: some scale is not 0, so that what a masked value becomes depends on it.
+    """
 
     low: Tensor
     high: Tensor
     always: Tensor
     scale: Tensor
     offset: Tensor
+    scaled: bool
 
     @classmethod
     def of(cls, mask: LayerMask, device: torch.device) -> "DeviceMask":
-        return cls(
-            *(torch.from_numpy(a).to(device) for a in (mask.low, mask.high, mask.always, mask.scale, mask.offset))
+        low, high, always, scale, offset = (
+            torch.from_numpy(array).to(device) for array in (mask.low, mask.high, mask.always, mask.scale, mask.offset)
         )
+        return cls(low, high, always, scale, offset, scaled=bool(mask.scale.any()))
+
+    @property
+    def parts(self) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+        return self.low, self.high, self.always, self.scale, self.offset
+
+    def map(self, change: Callable[[Tensor], Tensor]) -> "DeviceMask":
+        """The same mask with every array changed."""
+        low, high, always, scale, offset = map(change, self.parts)
+        return DeviceMask(low, high, always, scale, offset, self.scaled)
+
+    def plans(self, start: int, end: int) -> "DeviceMask":
+        """Of stacked masks [P, …], those of some plans."""
+        return self.map(lambda part: part[start:end])
 
 
 @dataclass(frozen=True, eq=False)
@@ -50,49 +69,121 @@ class MaskTable:
     concepts of the plan and summed over layers.
 
     Args:
-        plans: the distinct plans of the batch, S of them.
+        plans: the distinct plans of the batch, S of them, all of one site.
         slots: plan of each variant, [V] int64 on the device.
+        positions: which tokens are masked.
     """
 
-    def __init__(self, plans: Sequence[DevicePlan], slots: Tensor) -> None:
+    def __init__(self, plans: Sequence[DevicePlan], slots: Tensor, positions: Positions = "all") -> None:
+        self.positions = positions
+        self._plans = plans
         self._slots = slots
-        self._tables = {
-            layer: _stack([plan.masks.get(layer) for plan in plans])
-            for layer in sorted({layer for plan in plans for layer in plan.masks})
-        }
+        self._tables = stack_plans(plans)
         self.masked = torch.zeros_like(slots)
 
     @property
     def layers(self) -> Collection[int]:
         return self._tables.keys()
 
-    def __call__(self, layer: int, hidden: Tensor, batch: TokenBatch) -> Tensor:
-        """`hidden` [V, T, D] with the masked components replaced, at every real token and never at padding.
+    @property
+    def site(self) -> Site:
+        return self._plans[0].plan.site
 
-        Values are compared in float32, whatever the serving dtype: bounds cast to bfloat16 would move.
-        """
+    @property
+    def keys(self) -> Sequence[str]:
+        return [self._plans[slot].plan.key for slot in self._slots.tolist()]
+
+    def row(self, variant: int) -> "MaskTable":
+        """The table of one variant, for a batch of one row; what it masks is not counted here."""
+        plan = self._plans[int(self._slots[variant])]
+        return MaskTable([plan], torch.zeros_like(self._slots[:1]), self.positions)
+
+    def __call__(self, layer: int, hidden: Tensor, batch: TokenBatch) -> Tensor:
+        """`hidden` [V, T, D] with the masked components replaced, at every real or read token and never at padding."""
         table = self._tables[layer]
-        intervals = table.low.shape[1]
         rows = self._slots if table.low.shape[0] > 1 else torch.zeros_like(self._slots[:1])
-        value = hidden.float()
-        real = batch.mask.unsqueeze(-1)
-        result = hidden
-        masked: Tensor | None = None
-        for i in range(intervals):
-            low, high, always, scale, offset = (
-                part[rows, i].unsqueeze(1)  # [V, 1, D], or [1, 1, D] where the whole batch has one plan
-                for part in (table.low, table.high, table.always, table.scale, table.offset)
-            )
-            hit = (((value >= low) & (value <= high)) | always) & real
-            first = hit if masked is None else hit & ~masked
-            # where scale is 0 the value must not count at all: 0 · inf and 0 · NaN are NaN
-            replacement = torch.where(scale == 0, offset, scale * value + offset)
-            result = torch.where(first, replacement.to(hidden.dtype), result)
-            masked = hit if masked is None else masked | hit
-        assert masked is not None
+        parts = table.map(lambda part: part[rows].unsqueeze(2))  # [V, I, 1, D], or [1, I, 1, D] with one plan
+        result, masked = _apply(parts, hidden, maskable(batch, self.positions))
         at = torch.arange(len(hidden), device=hidden.device)
         self.masked = self.masked + masked[at, batch.read].sum(dim=-1)
         return result
+
+
+class PlanGrid:
+    """Every text under every plan: variants in the order of the plans, B texts each (evaluation; nothing is counted).
+
+    Args:
+        plans: P of them, of one site.
+        tables: their masks, stacked once for many batches; see `stack_plans`.
+        texts: B.
+    """
+
+    def __init__(
+        self, plans: Sequence[DevicePlan], tables: Mapping[int, DeviceMask], texts: int, positions: Positions
+    ) -> None:
+        self.positions = positions
+        self._plans, self._tables, self._texts = plans, tables, texts
+
+    @property
+    def layers(self) -> Collection[int]:
+        return self._tables.keys()
+
+    @property
+    def site(self) -> Site:
+        return self._plans[0].plan.site
+
+    @property
+    def keys(self) -> Sequence[str]:
+        return [plan.plan.key for plan in self._plans for _ in range(self._texts)]
+
+    def row(self, variant: int) -> MaskTable:
+        """The masking of one variant, for a batch of one row."""
+        plan = self._plans[variant // self._texts]
+        some = next(iter(plan.masks.values()))
+        return MaskTable([plan], torch.zeros(1, dtype=torch.int64, device=some.low.device), self.positions)
+
+    def __call__(self, layer: int, hidden: Tensor, batch: TokenBatch) -> Tensor:
+        """`hidden` [P·B, T, D] with the masked components replaced."""
+        table = self._tables[layer].map(lambda part: part[:, :, None, None])  # [P, I, 1, 1, D]
+        shape = (len(self._plans), self._texts)
+        real = maskable(batch, self.positions).view(*shape, -1)
+        return _apply(table, hidden.view(*shape, *hidden.shape[1:]), real)[0].flatten(0, 1)
+
+
+def stack_plans(plans: Sequence[DevicePlan]) -> dict[int, DeviceMask]:
+    """The plans' masks by layer, arrays [P, I, D]."""
+    layers = sorted({layer for plan in plans for layer in plan.masks})
+    return {layer: _stack([plan.masks.get(layer) for plan in plans]) for layer in layers}
+
+
+def maskable(batch: TokenBatch, positions: Positions) -> Tensor:
+    """Which tokens may be masked, [V, T] bool: real ones, or those of them that are read."""
+    return batch.mask if positions == "all" else batch.mask & batch.is_read
+
+
+def _apply(table: DeviceMask, hidden: Tensor, tokens: Tensor) -> tuple[Tensor, Tensor]:
+    """`hidden` [..., T, D] with the components in a range replaced, and which they were, bool.
+
+    Values are compared in float32, whatever the serving dtype: bounds cast to bfloat16 would move.
+
+    Args:
+        table: arrays [..., I, (1 …,) 1, D]; axis 1 is the plan's erasures, of which the first that hits counts.
+        tokens: [..., T], those that may be masked.
+    """
+    value = hidden.float()
+    real = tokens.unsqueeze(-1)
+    result = hidden
+    masked: Tensor | None = None
+    for i in range(table.low.shape[1]):
+        low, high, always, scale, offset = (part[:, i] for part in table.parts)
+        hit = (((value >= low) & (value <= high)) | always) & real
+        first = hit if masked is None else hit & ~masked
+        # where scale is 0 the value must not count at all: 0 · inf and 0 · NaN are NaN
+        replacement = torch.where(scale == 0, offset, scale * value + offset) if table.scaled else offset
+        result = torch.where(first, replacement.to(hidden.dtype), result)
+        masked = hit if masked is None else masked | hit
+    assert masked is not None
+    return result, masked
 
 
 def _stack(masks: Sequence[DeviceMask | None]) -> DeviceMask:
@@ -106,6 +197,7 @@ def _stack(masks: Sequence[DeviceMask | None]) -> DeviceMask:
         always=some.always.new_zeros(shape),
         scale=some.scale.new_zeros(shape),
         offset=some.offset.new_zeros(shape),
+        scaled=any(mask.scaled for mask in masks if mask is not None),
     )
     for slot, mask in enumerate(masks):
         if mask is not None:

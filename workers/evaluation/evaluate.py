@@ -1,79 +1,44 @@
-"""Measure erasures on test texts: the trunk runs once over them, and only tails run per setting."""
+"""An evaluation: settings chosen on texts of their own, measured on test texts, as rows with intervals."""
 
-import json
-import os
 import time
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, dataclass
-from itertools import product
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
-import numpy as np
-import numpy.typing as npt
-
-from range_store.erasure import Erasure, Method, Ranking, Replacement, resolve_layers
-from range_store.plan import resolve
-from range_store.range_set import Provenance, RangeSet
-from workers.engine.forward import Variant, steer_variants
-from workers.engine.masks import DevicePlan
-from workers.evaluation.measures import ClassSums, Row, mean_row, row_of
+from range_store.errors import UnknownConcept
+from range_store.range_set import RangeSet
+from workers.evaluation.bootstrap import Bootstrap
+from workers.evaluation.measure import MeasureCancelled, MeasureProgress, measure, truth_of
+from workers.evaluation.measures import Row, Summary
+from workers.evaluation.selection import Choice, choose
+from workers.evaluation.settings import EvaluationSettings, Setting, grid
 from workers.fitting.corpus import Corpus, match_labels
 from workers.models.loading import LoadedModel
-from workers.models.tokens import TokenBatch, length_sorted
+
+EvaluationCancelled = MeasureCancelled
+EvaluationProgress = MeasureProgress
+Progress = Callable[[str, MeasureProgress], None]
+"""Told what is measured, "choosing" or "measuring", and how far that is."""
 
 
 class EvaluationError(Exception):
     """The evaluation cannot be done as asked; one line that says why."""
 
 
-class EvaluationCancelled(Exception):
-    """Stopped by its caller."""
-
-
-@dataclass(frozen=True)
-class EvaluationSettings:
-    """What to measure. Every combination is; neuron masking has no τ and is measured once whatever the τ.
-
-    Attributes:
-        targets: concepts to erase, each alone; None: all.
-        layers: blocks to mask, each alone; negative ones from the end.
-        batch_tokens: padded tokens of a batch.
-    """
-
-    methods: tuple[Method, ...] = ("neuron", "range")
-    rankings: tuple[Ranking, ...] = ("max",)
-    top_fractions: tuple[float, ...] = (0.3,)
-    taus: tuple[float, ...] = (2.5,)
-    layers: tuple[int, ...] | Literal["all"] = (-1,)
-    targets: tuple[str, ...] | None = None
-    replacement: Replacement = "zero"
-    batch_tokens: int = 4096
-
-
-@dataclass(frozen=True)
-class EvaluationProgress:
-    """How far the measuring is."""
-
-    rows_done: int
-    rows_total: int
-    seconds: float
-
-
 @dataclass(frozen=True)
 class Evaluation:
-    """Rows in the order of the settings, a mean row after the targets of each; and every choice made."""
+    """Rows in the order of the settings, a mean row after the targets of each; settings chosen; every choice made."""
 
     rows: tuple[Row, ...]
+    choices: tuple[Choice, ...]
     run: dict[str, Any]
+    checkpoints: tuple[Path, ...] = field(default=(), repr=False)
 
-    def write(self, out: Path) -> None:
-        """Write `results.json` and `run.json` into the directory `out`, each whole or not at all."""
-        out.mkdir(parents=True, exist_ok=True)
-        for name, content in (("results.json", [row.as_json() for row in self.rows]), ("run.json", self.run)):
-            partial = out / f".{name}.partial"
-            partial.write_text(json.dumps(content, indent=1, ensure_ascii=False, allow_nan=False) + "\n", "utf-8")
-            os.replace(partial, out / name)
+    def discard_checkpoints(self) -> None:
+        """Call when the results are written."""
+        for path in self.checkpoints:
+            path.unlink(missing_ok=True)
 
 
 def evaluate(
@@ -82,118 +47,138 @@ def evaluate(
     test: Corpus,
     settings: EvaluationSettings,
     *,
-    progress: Callable[[EvaluationProgress], None] | None = None,
+    selection: Corpus | None = None,
+    checkpoint_dir: Path | None = None,
+    progress: Progress | None = None,
     cancelled: Callable[[], bool] | None = None,
 ) -> Evaluation:
     """Erase each target in each setting, and measure its texts and all others.
 
     Args:
-        range_set: fitted on other texts than `test`, with the layers and rankings of `settings`.
+        range_set: fitted on other texts than `test` and `selection`, with the layers and rankings of `settings`.
         test: its concepts are the model's labels (after the label map).
+        selection: texts to choose the best setting of each method on, where there is more than one; None: none is.
+        checkpoint_dir: where to keep what is done so far; an evaluation with the same arguments goes on from it.
 
     Raises:
-        CorpusError: labels of `test` that the model does not have; both sides are listed.
-        EvaluationError: a target that is no label, or a setting out of its bounds.
+        CorpusError: labels of `test` or `selection` that the model does not have; both sides are listed.
+        EvaluationError: no text is left to measure.
         NotFitted, UnknownConcept, InvalidErasure: the range set cannot serve a setting.
         EvaluationCancelled: `cancelled` said so.
     """
     started = time.monotonic()
-    labels = model.identity.labels
-    match_labels(test.concepts, labels)
-    layers = resolve_layers(settings.layers, model.identity.n_layers)
-    targets = settings.targets or tuple(concept for concept in range_set.concepts if concept in labels)
-    if unknown := sorted(set(targets) - set(labels)):
-        raise EvaluationError(
-            f"target {', '.join(map(repr, unknown))} is no label of the model: {', '.join(map(repr, labels))}"
+    match_labels(test.concepts, model.identity.labels)
+    groups = settings.resolved_layers(model.identity.n_layers)
+    targets = settings.targets or range_set.concepts
+    for target in targets:
+        if target not in range_set.concepts:
+            raise UnknownConcept(target, range_set.concepts)
+    settings_of_grid = list(grid(settings, groups, targets))
+
+    def rows_on(corpus: Corpus, what: str) -> tuple[list[Row], Path | None]:
+        return _rows(
+            model,
+            range_set,
+            corpus,
+            settings_of_grid,
+            settings,
+            checkpoint_dir,
+            None if progress is None else lambda now: progress(what, now),
+            cancelled,
         )
-    erasures = [list(_erasures(settings, layer, targets)) for layer in layers]
-    plans = [[DevicePlan.of(resolve(range_set, [e]), model.device) for e in of_layer] for of_layer in erasures]
-    base = ClassSums(len(labels))
-    sums = [[ClassSums(len(labels)) for _ in of_layer] for of_layer in erasures]
-    done = 0
-    for batch, truth in _batches(model, test, settings.batch_tokens):
-        if cancelled is not None and cancelled():
-            raise EvaluationCancelled
-        trunks = model.steered.trunks(batch, layers, whole=True)
-        assert trunks[0].logits is not None
-        base.add(trunks[0].logits.float().cpu().numpy(), truth)
-        for trunk, of_layer, into in zip(trunks, plans, sums, strict=True):
-            variants = [Variant(text, plan) for plan in of_layer for text in range(len(truth))]
-            outcome = steer_variants(model.steered, batch, trunk, variants, settings.batch_tokens)
-            logits = outcome.logits.float().cpu().numpy().reshape(len(of_layer), len(truth), -1)
-            for own, target_sums in zip(logits, into, strict=True):
-                target_sums.add(own, truth)
-        done += len(truth)
-        if progress is not None:
-            progress(EvaluationProgress(done, len(test), time.monotonic() - started))
+
+    choices: tuple[Choice, ...] = ()
+    chosen_path = None
+    if selection is not None and _offers_a_choice(settings_of_grid):
+        match_labels(selection.concepts, model.identity.labels)
+        chosen_rows, chosen_path = rows_on(selection, "choosing settings")
+        choices = choose(chosen_rows)
+    rows, path = rows_on(test, "measuring")
+    run = _run(model, range_set, test, selection if choices else None, settings, groups, targets)
+    run["seconds"] = round(time.monotonic() - started, 3)
+    run["chosen"] = [asdict(choice) for choice in choices]
+    return Evaluation(tuple(rows), choices, run, tuple(each for each in (chosen_path, path) if each is not None))
+
+
+def _rows(
+    model: LoadedModel,
+    range_set: RangeSet,
+    corpus: Corpus,
+    settings_of_grid: Sequence[Setting],
+    settings: EvaluationSettings,
+    checkpoint_dir: Path | None,
+    progress: Callable[[MeasureProgress], None] | None,
+    cancelled: Callable[[], bool] | None,
+) -> tuple[list[Row], Path | None]:
+    outcomes, path = measure(
+        model,
+        range_set,
+        corpus,
+        settings_of_grid,
+        settings,
+        checkpoint_dir=checkpoint_dir,
+        progress=progress,
+        cancelled=cancelled,
+    )
+    if not outcomes.used.any():
+        raise EvaluationError(f"{corpus.name}: no text is left to measure")
+    labels = model.identity.labels
+    truth = truth_of(corpus, labels)
+    bootstrap = Bootstrap(truth[outcomes.used], settings.resamples, settings.seed)
+    summary = Summary(outcomes, truth, labels, bootstrap)
     rows: list[Row] = []
-    for layer, measured, into in zip(layers, erasures, sums, strict=True):
-        own_rows = [row_of(layer, e, labels.index(e.concept), base, s) for e, s in zip(measured, into, strict=True)]
-        for start in range(0, len(own_rows), len(targets)):  # one setting's targets stand together
-            group = own_rows[start : start + len(targets)]
-            rows += [*group, mean_row(group)]
-    seconds = time.monotonic() - started
-    return Evaluation(tuple(rows), _run(range_set.provenance, range_set.id, test, settings, layers, targets, seconds))
+    place = 0
+    for setting in settings_of_grid:
+        rows += summary.rows(setting.erasures, place, setting.positions)
+        place += len(setting.erasures)
+    return rows, path
 
 
-def _erasures(settings: EvaluationSettings, layer: int, targets: Sequence[str]) -> Iterator[Erasure]:
-    """Every erasure to measure at one layer; those that share a setting stand together, in the order of targets."""
-    for ranking, method, fraction in product(settings.rankings, settings.methods, settings.top_fractions):
-        for tau in settings.taus if method == "range" else settings.taus[:1]:
-            for target in targets:
-                yield Erasure(
-                    concept=target,
-                    method=method,
-                    tau=tau,
-                    top_fraction=fraction,
-                    ranking=ranking,
-                    layers=(layer,),
-                    replacement=settings.replacement,
-                )
-
-
-def _batches(model: LoadedModel, test: Corpus, batch_tokens: int) -> Iterator[tuple[TokenBatch, npt.NDArray[np.int64]]]:
-    """Length-sorted batches of the test texts, block by block, with their true label indices [B]."""
-    index = {label: number for number, label in enumerate(model.identity.labels)}
-    for block in test.blocks():
-        encoded = model.tokens.encode(block.texts)
-        for rows in length_sorted([len(text.ids) for text in encoded], batch_tokens):
-            batch = model.tokens.pad([encoded[row].ids for row in rows], model.device)
-            yield batch, np.array([index[block.concepts[row]] for row in rows], dtype=np.int64)
+def _offers_a_choice(settings_of_grid: Sequence[Setting]) -> bool:
+    methods = [setting.erasures[0].method for setting in settings_of_grid]
+    return len(set(methods)) < len(methods)
 
 
 def _run(
-    provenance: Provenance,
-    range_set: str,
+    model: LoadedModel,
+    range_set: RangeSet,
     test: Corpus,
+    selection: Corpus | None,
     settings: EvaluationSettings,
-    layers: Sequence[int],
+    groups: Sequence[tuple[int, ...]],
     targets: Sequence[str],
-    seconds: float,
 ) -> dict[str, Any]:
     """Every choice that the numbers were made with."""
-    chosen = asdict(settings)
-    replacement = settings.replacement
-    chosen["replacement"] = replacement if isinstance(replacement, str) else replacement.model_dump()
+    fitted = range_set.provenance
     return {
-        "range_set": {"id": range_set, **provenance.model_dump(mode="json")},
-        "test": {
-            "name": test.name,
-            "selection": test.selection,
-            "sha256": test.sha256,
-            "rows": len(test),
-            "counts": dict(test.counts),
-        },
-        "settings": {**chosen, "layers": list(layers), "targets": list(targets)},
+        "range_set": {"id": range_set.id, **fitted.model_dump(mode="json")},
+        "model": model.identity.model_dump(mode="json"),
+        "test": _about(test),
+        "selection": {} if selection is None else _about(selection),
+        "settings": {**settings.as_json(), "layers": [list(group) for group in groups], "targets": list(targets)},
         "choices": {
-            "site": provenance.settings.site,
-            "recorded_at": "read position",
-            "masked_at": "every real token",
-            "texts": "all, by true label",
-            "rule": "sigma",
+            "site": fitted.settings.site,
+            "recorded_at": "read position" if fitted.settings.position == "read" else "mean over real tokens",
+            "masked_at": ["every real token" if each == "all" else "read position" for each in settings.positions],
+            "texts_fitted": fitted.settings.texts,
+            "texts_measured": "those that the unmasked model gets right" if settings.correct_only else "all",
+            "rule": "sigma, closed interval",
             "std_ddof": 0,
+            "number_of_neurons": "floor(top_fraction · D) in decimal arithmetic",
             "others": "pooled",
             "mean_row": "unweighted over targets",
+            "intervals": f"95 % bootstrap, {settings.resamples} resamples within classes, seed {settings.seed}",
+            "chosen_by": "largest ΔCAcc − ΔAcc on the selection texts, mean over targets",
         },
-        "seconds": round(seconds, 3),
+    }
+
+
+def _about(corpus: Corpus) -> dict[str, Any]:
+    return {
+        "name": corpus.name,
+        "selection": corpus.selection,
+        "sha256": corpus.sha256,
+        "rows": len(corpus),
+        "counts": dict(corpus.counts),
+        "odd": corpus.odd,
     }

@@ -1,70 +1,114 @@
-"""Acc, Conf, CAcc and CConf, as METHOD "Measures" defines them, from streamed predictions."""
+"""Acc, Conf, CAcc, CConf and what goes beyond the paper (METHOD "Measures"), from the outcome of every test text."""
 
-from dataclasses import asdict, dataclass
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field, fields
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
-from range_store.erasure import Erasure
+from range_store.erasure import Damp, Erasure
+from workers.evaluation.bootstrap import Bootstrap
 
 Floats = npt.NDArray[np.float64]
-_MEASURES = (
-    "base_acc",
-    "base_conf",
-    "base_cacc",
-    "base_cconf",
-    "delta_acc",
-    "delta_conf",
-    "delta_cacc",
-    "delta_cconf",
-)
+Labels = npt.NDArray[np.int16]
 MEAN = "mean"
 """Target name of the row that averages over the targets, unweighted."""
+NO_LABEL = -1
+"""Predicted label of a text for which greedy decoding gave none."""
 
 
-class ClassSums:
-    """Per true class: texts, right answers, and the sum of the probability given to the true label.
+@dataclass(eq=False)
+class Outcomes:
+    """What the model said of N texts, unmasked and under E erasures; K labels.
 
-    Args:
-        n_labels: K, the model's labels.
+    base_predicted [N], predicted [E, N]: index of the label, or NO_LABEL. base_confidence [N], confidence [E, N]:
+    probability of the true label. kl [E, N]: KL divergence, in nats, of the masked from the unmasked output. done [N]:
+    texts whose batch went through. used [N]: those of them that count. tied_is_none: equal best scores mean that the
+    model said no label at all (greedy decoding), instead of the first of them.
     """
 
-    def __init__(self, n_labels: int) -> None:
-        self.texts = np.zeros(n_labels, dtype=np.int64)
-        self.right = np.zeros(n_labels, dtype=np.int64)
-        self.confidence = np.zeros(n_labels, dtype=np.float64)
+    base_predicted: Labels
+    base_confidence: npt.NDArray[np.float32]
+    predicted: Labels
+    confidence: npt.NDArray[np.float32]
+    kl: npt.NDArray[np.float32]
+    done: npt.NDArray[np.bool_]
+    used: npt.NDArray[np.bool_]
+    tied_is_none: bool = False
 
-    def add(self, logits: npt.NDArray[np.float32], labels: npt.NDArray[np.int64]) -> None:
-        """Count a batch. logits: [B, K]; labels: true label indices, [B]."""
-        shifted = logits.astype(np.float64) - logits.max(axis=1, keepdims=True)
-        probabilities = np.exp(shifted)
-        probabilities /= probabilities.sum(axis=1, keepdims=True)
-        np.add.at(self.texts, labels, 1)
-        np.add.at(self.right, labels, logits.argmax(axis=1) == labels)
-        np.add.at(self.confidence, labels, probabilities[np.arange(len(labels)), labels])
+    @classmethod
+    def empty(cls, erasures: int, texts: int, tied_is_none: bool = False) -> "Outcomes":
+        shape = (erasures, texts)
+        return cls(
+            np.zeros(texts, np.int16),
+            np.zeros(texts, np.float32),
+            np.zeros(shape, np.int16),
+            np.zeros(shape, np.float32),
+            np.zeros(shape, np.float32),
+            np.zeros(texts, np.bool_),
+            np.zeros(texts, np.bool_),
+            tied_is_none,
+        )
 
-    def accuracy(self, classes: npt.NDArray[np.bool_]) -> float:
-        """Share of right answers over all texts of `classes`, pooled; NaN if there are none."""
-        return _ratio(self.right[classes].sum(), self.texts[classes].sum())
+    def add_base(self, at: npt.NDArray[np.int64], logits: npt.NDArray[np.float32], truth: Labels) -> Floats:
+        """Put the unmasked model's logits [B, K] of texts `at` in; gives its log-probabilities [B, K]."""
+        log = log_probabilities(logits)
+        self.base_predicted[at] = labels_of(logits, self.tied_is_none)
+        self.base_confidence[at] = np.exp(log[np.arange(len(at)), truth])
+        return log
 
-    def mean_confidence(self, classes: npt.NDArray[np.bool_]) -> float:
-        """Mean probability of the true label over all texts of `classes`, pooled; NaN if there are none."""
-        return _ratio(self.confidence[classes].sum(), self.texts[classes].sum())
+    def add(
+        self,
+        places: npt.NDArray[np.int64],
+        at: npt.NDArray[np.int64],
+        logits: npt.NDArray[np.float32],
+        base: Floats,
+        truth: Labels,
+    ) -> None:
+        """Put masked logits [P, B, K] of texts `at` under the erasures at `places` in.
+
+        Args:
+            base: log-probabilities of the unmasked model, [B, K].
+            truth: index of each text's true label, [B].
+        """
+        log = log_probabilities(logits)
+        cells = np.ix_(places, at)
+        self.predicted[cells] = labels_of(logits, self.tied_is_none)
+        self.confidence[cells] = np.exp(log[:, np.arange(len(at)), truth])
+        self.kl[cells] = (np.exp(base) * (base - log)).sum(axis=-1)
 
 
-def _ratio(total: float, count: int) -> float:
-    return float(total / count) if count else float("nan")
+def labels_of(logits: npt.NDArray[np.float32], tied_is_none: bool) -> Labels:
+    """Index of the best label, [...], the first of equal ones; or NO_LABEL for these. logits: [..., K]."""
+    best = logits.argmax(axis=-1)
+    if tied_is_none:
+        tied = (logits == logits.max(axis=-1, keepdims=True)).sum(axis=-1) > 1
+        best = np.where(tied, NO_LABEL, best)
+    labels: Labels = best.astype(np.int16)
+    return labels
+
+
+def log_probabilities(logits: npt.NDArray[np.float32]) -> Floats:
+    """Log-softmax over labels in float64, [..., K]."""
+    shifted = logits.astype(np.float64) - logits.max(axis=-1, keepdims=True)
+    normal: Floats = shifted - np.log(np.exp(shifted).sum(axis=-1, keepdims=True))
+    return normal
 
 
 @dataclass(frozen=True)
 class Row:
     """One setting and target: the unmasked model, and what masking changed. Field names are the file format's.
 
-    Acc and Conf are over the target's texts, CAcc and CConf over all others; deltas are masked minus unmasked.
+    Acc and Conf are over the target's texts, CAcc and CConf over all others, pooled; deltas are masked minus unmasked,
+    `…_low` and `…_high` their bootstrap interval. `layer` is a block, or several masked jointly, as in "4+5".
+    kl_target, kl_others: mean KL divergence of the masked from the unmasked output, in nats. unchanged_others: share of
+    the other texts whose prediction stays. worst_other: the other class whose accuracy falls most, and by how much.
+    destinations: how many of the target's texts get each label when masked ("" counts those without any).
+    perplexity: of the test texts, unmasked and masked, if it was asked for.
     """
 
-    layer: int
+    layer: int | str
     ranking: str
     method: str
     tau: float | None
@@ -80,49 +124,176 @@ class Row:
     delta_conf: float
     delta_cacc: float
     delta_cconf: float
+    replacement: str = "zero"
+    positions: str = "all"
+    delta_acc_low: float = np.nan
+    delta_acc_high: float = np.nan
+    delta_conf_low: float = np.nan
+    delta_conf_high: float = np.nan
+    delta_cacc_low: float = np.nan
+    delta_cacc_high: float = np.nan
+    delta_cconf_low: float = np.nan
+    delta_cconf_high: float = np.nan
+    kl_target: float = np.nan
+    kl_others: float = np.nan
+    unchanged_others: float = np.nan
+    worst_other: str | None = None
+    worst_other_delta_acc: float = np.nan
+    base_perplexity: float | None = None
+    perplexity: float | None = None
+    destinations: dict[str, int] = field(default_factory=dict)
+
+    @property
+    def setting(self) -> tuple[int | str, str, str, float | None, float, str, str]:
+        """What rows of the same setting share: (layer, ranking, method, τ, top_fraction, replacement, positions)."""
+        return self.layer, self.ranking, self.method, self.tau, self.top_fraction, self.replacement, self.positions
 
     def as_json(self) -> dict[str, Any]:
         """The row with NaN, which JSON has no word for, as null."""
         return {key: None if value != value else value for key, value in asdict(self).items()}
 
 
-def row_of(layer: int, erasure: Erasure, target: int, base: ClassSums, masked: ClassSums) -> Row:
-    """The row of one erasure whose concept is label `target`."""
-    own = np.arange(len(base.texts)) == target
-    tau = None if erasure.method == "neuron" else erasure.tau
-    return Row(
-        layer=layer,
-        ranking=erasure.ranking,
-        method=erasure.method,
-        tau=tau,
-        top_fraction=erasure.top_fraction,
-        target=erasure.concept,
-        n_target=int(base.texts[own].sum()),
-        n_others=int(base.texts[~own].sum()),
-        base_acc=base.accuracy(own),
-        base_conf=base.mean_confidence(own),
-        base_cacc=base.accuracy(~own),
-        base_cconf=base.mean_confidence(~own),
-        delta_acc=masked.accuracy(own) - base.accuracy(own),
-        delta_conf=masked.mean_confidence(own) - base.mean_confidence(own),
-        delta_cacc=masked.accuracy(~own) - base.accuracy(~own),
-        delta_cconf=masked.mean_confidence(~own) - base.mean_confidence(~own),
-    )
+CSV_COLUMNS = tuple(each.name for each in fields(Row) if each.name != "destinations")
+"""Columns of results.csv: all of a row that is one value."""
+_AVERAGED = tuple(
+    each.name
+    for each in fields(Row)
+    if each.type is float
+    and each.name not in ("top_fraction", "worst_other_delta_acc")
+    and not each.name.endswith(("_low", "_high"))
+)
 
 
-def mean_row(rows: list[Row]) -> Row:
-    """The unweighted mean over targets of rows that share their setting; targets without texts do not count."""
-    some = [row for row in rows if row.n_target]
+def words(replacement: str | Damp) -> str:
+    """A replacement as the command line writes it."""
+    return replacement if isinstance(replacement, str) else f"damp:{replacement.damp:g}"
+
+
+def layer_name(layers: tuple[int, ...]) -> int | str:
+    """A block by its number, or several masked jointly as "4+5"."""
+    return layers[0] if len(layers) == 1 else "+".join(map(str, layers))
+
+
+_DELTAS = ("delta_acc", "delta_conf", "delta_cacc", "delta_cconf")
+
+
+class Summary:
+    """Rows of an evaluation from the outcomes of its texts.
+
+    Args:
+        truth: index of the true label of each text, [N]; labels: K names.
+        bootstrap: over the texts that count.
+    """
+
+    def __init__(self, outcomes: Outcomes, truth: Labels, labels: tuple[str, ...], bootstrap: Bootstrap) -> None:
+        used = outcomes.used
+        self._outcomes = outcomes
+        self._used = used
+        self._truth = truth[used]
+        self._labels = labels
+        self._bootstrap = bootstrap
+        self._base_predicted, self._base_confidence = outcomes.base_predicted[used], outcomes.base_confidence[used]
+        self._was_right = self._base_predicted == self._truth
+        self._per_class = np.bincount(self._truth, minlength=len(labels))
+
+    def rows(self, erasures: Sequence[Erasure], first: int, positions: str) -> list[Row]:
+        """The rows of one setting's targets, and their mean row at the end.
+
+        Args:
+            erasures: one per target, alike but for the concept; layers resolved. A concept that is no label of the
+                model has no texts of its own: all texts are others.
+            first: place of the first of them among the outcomes.
+        """
+        rows, replicas = [], []
+        for number, erasure in enumerate(erasures):
+            row, replica = self._row(erasure, first + number, positions)
+            rows.append(row)
+            replicas.append(replica)
+        return [*rows, _mean(rows, replicas, self._bootstrap)]
+
+    def _row(self, erasure: Erasure, index: int, positions: str) -> tuple[Row, Floats]:
+        """The row of one erasure, and the bootstrap replicas of its four deltas, [4, R]."""
+        target = self._labels.index(erasure.concept) if erasure.concept in self._labels else NO_LABEL
+        truth, was_right = self._truth, self._was_right
+        own = truth == target
+        predicted = self._outcomes.predicted[index, self._used]
+        acc_change = (predicted == truth).astype(np.float64) - was_right
+        conf_change = self._outcomes.confidence[index, self._used].astype(np.float64) - self._base_confidence
+        resampled = self._bootstrap.means(np.stack([acc_change, conf_change]), target)
+        replicas = np.concatenate([resampled[:, 0], resampled[:, 1]])
+        deltas = [_mean_of(change, chosen) for chosen in (own, ~own) for change in (acc_change, conf_change)]
+        by_class = [
+            (float(acc_change[truth == c].mean()), label)
+            for c, label in enumerate(self._labels)
+            if c != target and self._per_class[c]
+        ]
+        worst, worst_label = min(by_class, default=(float("nan"), None))
+        reached = predicted[own]
+        kl = self._outcomes.kl[index, self._used]
+        assert isinstance(erasure.layers, tuple)
+        row = Row(
+            layer=layer_name(erasure.layers),
+            ranking=erasure.ranking,
+            method=erasure.method,
+            tau=None if erasure.method == "neuron" else erasure.tau,
+            top_fraction=erasure.top_fraction,
+            replacement=words(erasure.replacement),
+            positions=positions,
+            target=erasure.concept,
+            n_target=int(own.sum()),
+            n_others=int((~own).sum()),
+            base_acc=_mean_of(was_right, own),
+            base_conf=_mean_of(self._base_confidence, own),
+            base_cacc=_mean_of(was_right, ~own),
+            base_cconf=_mean_of(self._base_confidence, ~own),
+            **dict(zip(_DELTAS, deltas, strict=True)),
+            **_interval(self._bootstrap, replicas),
+            kl_target=_mean_of(kl, own),
+            kl_others=_mean_of(kl, ~own),
+            unchanged_others=_mean_of(predicted == self._base_predicted, ~own),
+            worst_other=worst_label,
+            worst_other_delta_acc=worst,
+            destinations={
+                ("" if c == NO_LABEL else self._labels[c]): int((reached == c).sum())
+                for c in (*range(len(self._labels)), NO_LABEL)
+                if (reached == c).any()
+            },
+        )
+        return row, replicas
+
+
+def _interval(bootstrap: Bootstrap, replicas: Floats) -> dict[str, float]:
+    low, high = bootstrap.interval(replicas)
+    return {f"{name}_low": float(low[n]) for n, name in enumerate(_DELTAS)} | {
+        f"{name}_high": float(high[n]) for n, name in enumerate(_DELTAS)
+    }
+
+
+def _mean(rows: list[Row], replicas: list[Floats], bootstrap: Bootstrap) -> Row:
+    """The unweighted mean over targets; targets without texts do not count."""
+    some = [index for index, row in enumerate(rows) if row.n_target]
     first = rows[0]
-    means = {name: float(np.mean([getattr(row, name) for row in some])) if some else float("nan") for name in _MEASURES}
+    values = {name: float(np.mean([getattr(rows[i], name) for i in some])) if some else np.nan for name in _AVERAGED}
+    if some:
+        values |= _interval(bootstrap, np.mean([replicas[index] for index in some], axis=0))
+    worst = min((rows[i] for i in some if rows[i].worst_other), key=lambda row: row.worst_other_delta_acc, default=None)
     return Row(
         layer=first.layer,
         ranking=first.ranking,
         method=first.method,
         tau=first.tau,
         top_fraction=first.top_fraction,
+        replacement=first.replacement,
+        positions=first.positions,
         target=MEAN,
         n_target=sum(row.n_target for row in rows),
         n_others=sum(row.n_others for row in rows),
-        **means,
+        worst_other=worst.worst_other if worst else None,
+        worst_other_delta_acc=worst.worst_other_delta_acc if worst else float("nan"),
+        **values,  # type: ignore[arg-type]
     )
+
+
+def _mean_of(values: npt.NDArray[Any], chosen: npt.NDArray[np.bool_]) -> float:
+    """Mean over the chosen texts; NaN if there are none."""
+    return float(values[chosen].mean(dtype=np.float64)) if chosen.any() else float("nan")

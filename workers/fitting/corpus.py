@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import re
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -10,10 +11,14 @@ from typing import Any
 
 import datasets
 import numpy as np
+import numpy.typing as npt
+
+from workers.fitting.known import KNOWN, KnownDataset
 
 BLOCK_ROWS = 1024
 """Rows of a block: the unit of work, checkpoint and retry."""
 
+_ODD = re.compile("[\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f\ufffd\ud800-\udfff]")
 _READERS = {".jsonl": "json", ".json": "json", ".csv": "csv", ".parquet": "parquet"}
 
 
@@ -38,6 +43,7 @@ class Corpus:
         selection: which rows of that, in words.
         concepts: those that occur, the model's labels first and in their order, then the others by name.
         counts: texts per concept, in that order.
+        odd: texts with characters that look like damage: control characters, U+FFFD, lone surrogates. They are used.
         sha256: over every text and concept in order.
     """
 
@@ -51,8 +57,10 @@ class Corpus:
         self._concepts = concepts
         counts: Counter[str] = Counter()
         digest = hashlib.sha256()
+        self.odd = 0
         for block in self.blocks():
             counts.update(block.concepts)
+            self.odd += sum(_ODD.search(text) is not None for text in block.texts)
             for text, concept in zip(block.texts, block.concepts, strict=True):
                 for part in (text.encode("utf-8", "surrogatepass"), concept.encode("utf-8", "surrogatepass")):
                     digest.update(len(part).to_bytes(8, "little"))
@@ -64,6 +72,24 @@ class Corpus:
 
     def __len__(self) -> int:
         return len(self._rows)
+
+    def split_off(self, fraction: float, seed: int) -> tuple["Corpus", "Corpus"]:
+        """The rest, and `fraction` of the rows, drawn by `seed`; both keep their order.
+
+        Raises:
+            CorpusError: there are too few rows for both.
+        """
+        n = round(len(self) * fraction)
+        if not 0 < n < len(self):
+            raise CorpusError(f"{self.name}: {len(self)} rows are too few to keep some of them out of the fit")
+        out = np.zeros(len(self), dtype=np.bool_)
+        out[np.random.default_rng(seed).choice(len(self), size=n, replace=False)] = True
+        parts = []
+        for chosen, what in ((~out, "all but"), (out, "only")):
+            selection = f"{self.selection}; of these {what} {n} rows, drawn with seed {seed}"
+            rows = self._rows.select(np.flatnonzero(chosen))
+            parts.append(Corpus(self.name, self.split, selection, rows, self._concepts))
+        return parts[0], parts[1]
 
     def blocks(self, start: int = 0) -> Iterator[Block]:
         """Blocks of 1,024 rows from block `start` on.
@@ -94,6 +120,7 @@ class _Concepts:
     names: Sequence[str] | None
     labels: Sequence[str]
     label_map: Mapping[str, str]
+    known: KnownDataset | None = None
 
     def of(self, value: Any, row: int, name: str) -> str:
         if isinstance(value, bool) or value is None or not isinstance(value, (str, int)):
@@ -103,53 +130,71 @@ class _Concepts:
             if names and not 0 <= value < len(names):
                 raise CorpusError(f"{name}: row {row} has label {value}, there are names for 0 to {len(names) - 1}")
             value = names[value] if names else str(value)
-        return self.label_map.get(value, value)
+        if value in self.label_map:
+            return self.label_map[value]
+        return self.known.concept(value) if self.known else value
 
 
 def load_corpus(
-    source: str,
+    source: str | None = None,
     *,
+    dataset: str | None = None,
     labels: Sequence[str] = (),
     split: str | None = None,
-    text_field: str = "text",
-    label_field: str = "label",
+    text_field: str | None = None,
+    label_field: str | None = None,
     label_map: Mapping[str, str] | None = None,
     max_rows: int | None = None,
+    rows_per_class: int | None = None,
     seed: int = 0,
 ) -> Corpus:
     """Read a corpus.
 
     Args:
-        source: a JSONL, CSV or Parquet file, or the name of a data set on the hub.
+        source: a JSONL, CSV or Parquet file, or the name of a data set on the hub. None: `dataset` from the hub.
+        dataset: one of the paper's, by name (`known.KNOWN`): it names columns and classes, also for a file of it.
         labels: the model's labels: they order the concepts, and name class numbers that the data leave unnamed.
         split: of a hub data set; "train" by default.
+        text_field, label_field: columns; by default those of the data set, else "text" and "label".
         label_map: names in the data to names of concepts.
         max_rows: use this many rows, drawn at random by `seed` and kept in their order.
+        rows_per_class: of these, use at most so many of each class, drawn in the same way.
 
     Raises:
         CorpusError: missing, unreadable, empty, or without the named columns.
     """
-    rows = _open(source, split)
+    if dataset is None and source is not None and source in KNOWN and _is_hub(source):
+        source, dataset = None, source
+    known = _known(dataset)
+    place = source or f"{dataset}"
+    rows = _open(source, split) if source is not None else _from_hub(known, place, split)
+    text_field = text_field or _column(rows, known.text_field if known else None, "text")
+    label_field = label_field or _column(rows, known.label_field if known else None, "label")
     for field in (text_field, label_field):
         if field not in rows.column_names:
-            raise CorpusError(f"{source} has no column {field!r}; it has: {', '.join(map(repr, rows.column_names))}")
+            raise CorpusError(f"{place} has no column {field!r}; it has: {', '.join(map(repr, rows.column_names))}")
     feature = rows.features[label_field]
-    names = feature.names if isinstance(feature, datasets.ClassLabel) else None
+    names = feature.names if isinstance(feature, datasets.ClassLabel) else known.labels if known else None
     others = [column for column in rows.column_names if column not in (text_field, label_field)]
     rows = rows.remove_columns(others)
     if text_field != "text":
         rows = rows.rename_column(text_field, "text")
     if label_field != "label":
         rows = rows.rename_column(label_field, "label")
-    selection = "all rows"
+    concepts = _Concepts(names, labels or (known.labels if known else ()), label_map or {}, known)
+    name = place if source is None or _is_hub(source) else Path(source).name
+    said = []
+    chosen = np.arange(len(rows))
     if max_rows is not None and max_rows < len(rows):
-        selection = f"{max_rows} of {len(rows)} rows, drawn with seed {seed}"
-        chosen = np.random.default_rng(seed).choice(len(rows), size=max_rows, replace=False)
-        rows = rows.select(np.sort(chosen))
-    if not len(rows):
-        raise CorpusError(f"{source} holds no rows")
-    name = source if _is_hub(source) else Path(source).name
-    return Corpus(name, split, selection, rows, _Concepts(names, labels, label_map or {}))
+        chosen = np.sort(np.random.default_rng(seed).choice(len(rows), size=max_rows, replace=False))
+        said.append(f"{max_rows} of {len(rows)} rows")
+    if rows_per_class is not None:
+        chosen = _per_class(rows, chosen, concepts, name, rows_per_class, seed)
+        said.append(f"at most {rows_per_class} per class")
+    if not len(chosen):
+        raise CorpusError(f"{place} holds no rows")
+    selection = f"{', '.join(said)}, drawn with seed {seed}" if said else "all rows"
+    return Corpus(name, split, selection, rows.select(chosen) if said else rows, concepts)
 
 
 def load_label_map(path: Path) -> dict[str, str]:
@@ -167,9 +212,9 @@ def load_label_map(path: Path) -> dict[str, str]:
     return content
 
 
-def check_source(source: str) -> None:
+def check_source(source: str | None) -> None:
     """Raises CorpusError if `source` names a file that is not there: known before a model is loaded for it."""
-    if not _is_hub(source) and not Path(source).is_file():
+    if source is not None and not _is_hub(source) and not Path(source).is_file():
         raise CorpusError(f"no such file: {source}")
 
 
@@ -183,8 +228,55 @@ def match_labels(concepts: Sequence[str], labels: Sequence[str]) -> None:
         )
 
 
+def _known(dataset: str | None) -> KnownDataset | None:
+    if dataset is None:
+        return None
+    if dataset not in KNOWN:
+        raise CorpusError(f"no data set {dataset!r} is known by name; known: {', '.join(KNOWN)}")
+    return KNOWN[dataset]
+
+
+def _column(rows: datasets.Dataset, of_dataset: str | None, usual: str) -> str:
+    """The data set's own column where it is there; a file of it may have the usual one."""
+    return of_dataset if of_dataset in rows.column_names and of_dataset is not None else usual
+
+
+def _per_class(
+    rows: datasets.Dataset, chosen: npt.NDArray[np.int64], concepts: _Concepts, name: str, most: int, seed: int
+) -> npt.NDArray[np.int64]:
+    """At most `most` of the chosen rows of each class, drawn by `seed`, in their order."""
+    values = rows["label"]
+    of_row = [concepts.of(values[int(row)], int(row) + 1, name) for row in chosen]
+    rng = np.random.default_rng(seed)
+    kept = []
+    for concept in sorted(set(of_row)):
+        own = chosen[[each == concept for each in of_row]]
+        kept.append(own if len(own) <= most else rng.choice(own, size=most, replace=False))
+    return np.sort(np.concatenate(kept))
+
+
 def _is_hub(source: str) -> bool:
     return Path(source).suffix.lower() not in _READERS and not Path(source).exists()
+
+
+def _from_hub(known: KnownDataset | None, name: str, split: str | None) -> datasets.Dataset:
+    if known is None:
+        raise CorpusError("no data: name a file, or a data set")
+    datasets.disable_progress_bars()
+    try:
+        return datasets.load_dataset(known.path, known.config, split=known.split(split or "train"))
+    except Exception as error:
+        raise CorpusError(
+            f"cannot read the data set {name} from the hub ({known.path}): {_reason(error)}; "
+            "a file of it can be named instead"
+        ) from error
+
+
+def _reason(error: BaseException) -> str:
+    """The first line of what began it: the library raises whatever its parsers do."""
+    while error.__cause__ is not None:
+        error = error.__cause__
+    return str(error).splitlines()[0] if str(error) else type(error).__name__
 
 
 def _open(source: str, split: str | None) -> datasets.Dataset:
@@ -202,11 +294,8 @@ def _open(source: str, split: str | None) -> datasets.Dataset:
         return datasets.load_dataset(reader, data_files=str(path), split="train")
     except CorpusError:
         raise
-    except Exception as error:  # the library raises whatever its parsers do
-        cause: BaseException = error
-        while cause.__cause__ is not None:
-            cause = cause.__cause__
-        reason = str(cause).splitlines()[0] if str(cause) else type(cause).__name__
+    except Exception as error:
+        reason = _reason(error)
         if "corresponds to no data" in reason:  # a header and nothing below it
             raise CorpusError(f"{source} holds no rows") from error
         raise CorpusError(f"cannot read {source}: {reason}") from error

@@ -14,32 +14,36 @@ from workers.models.errors import UnsupportedModel
 
 @dataclass(frozen=True)
 class Family:
-    """One family of sequence classifiers.
+    """One family of models.
 
     Attributes:
-        blocks: dotted path of the block list inside the `…ForSequenceClassification` model.
+        blocks: dotted path of the block list inside the `…ForSequenceClassification` model, or a language model.
         reads: which token's state the head reads: "first", or "last" real one.
         call: keyword arguments for every forward call.
         positions_after_pad: the first position embedding in use is the one after the pad id (RoBERTa).
+        mlp: dotted path, inside a block, of what gives the `mlp_output` of that block, [B, T, D].
+        causal: there is a language model of this family too, for the kinds `label-token` and `few-shot`.
     """
 
     blocks: str
     reads: Literal["first", "last"]
+    mlp: str
     call: Mapping[str, object] = field(default_factory=lambda: MappingProxyType({}))
     positions_after_pad: bool = False
+    causal: bool = False
 
 
 _NO_CACHE = MappingProxyType({"use_cache": False})
 
 FAMILIES: Mapping[str, Family] = MappingProxyType(
     {
-        "bert": Family("bert.encoder.layer", "first"),
-        "distilbert": Family("distilbert.transformer.layer", "first"),
-        "roberta": Family("roberta.encoder.layer", "first", positions_after_pad=True),
-        "electra": Family("electra.encoder.layer", "first"),
-        "gpt2": Family("transformer.h", "last", _NO_CACHE),
-        "llama": Family("model.layers", "last", _NO_CACHE),
-        "qwen2": Family("model.layers", "last", _NO_CACHE),
+        "bert": Family("bert.encoder.layer", "first", "output.dense"),
+        "distilbert": Family("distilbert.transformer.layer", "first", "ffn"),
+        "roberta": Family("roberta.encoder.layer", "first", "output.dense", positions_after_pad=True),
+        "electra": Family("electra.encoder.layer", "first", "output.dense"),
+        "gpt2": Family("transformer.h", "last", "mlp", _NO_CACHE, causal=True),
+        "llama": Family("model.layers", "last", "mlp", _NO_CACHE, causal=True),
+        "qwen2": Family("model.layers", "last", "mlp", _NO_CACHE, causal=True),
     }
 )
 

@@ -1,4 +1,8 @@
-"""Load a Hugging Face sequence classifier, by path or hub name: safetensors only, and never remote code."""
+"""Load a Hugging Face classifier of any kind, by path or hub name: safetensors only, and never remote code.
+
+Which kind: a prompt template makes it `few-shot`; label tokens in the checkpoint's config, `label-token`; else it is
+`sequence-classification`.
+"""
 
 import hashlib
 import json
@@ -11,18 +15,23 @@ from typing import Any, Literal
 import torch
 import transformers
 from safetensors import SafetensorError
-from transformers import AutoConfig, AutoModelForSequenceClassification, AutoTokenizer
+from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
 from transformers.utils.hub import cached_file
 
-from range_store.range_set import ModelIdentity
+from range_store.range_set import Kind, ModelIdentity
 from workers.models.errors import CheckpointError
 from workers.models.families import Family, family_of
+from workers.models.few_shot import FewShotModel, Scoring
+from workers.models.label_token import LabelTokenClassifier, LabelTokens
+from workers.models.prompts import PromptTemplate, load_template
 from workers.models.steered import SteeredModel
 from workers.models.tokens import TextTokenizer
 
 logger = logging.getLogger(__name__)
 
 DType = Literal["auto", "float32", "bfloat16", "float16"]
+
+Steerable = SteeredModel | FewShotModel
 
 _VOLATILE = ("_name_or_path", "transformers_version", "dtype", "torch_dtype")
 """Config entries that say how a checkpoint was saved, not what it computes."""
@@ -36,7 +45,7 @@ class LoadedModel:
 
     identity: ModelIdentity
     problem_type: str | None
-    steered: SteeredModel
+    steered: Steerable
     tokens: TextTokenizer
     dtype: str
     device: torch.device
@@ -57,6 +66,8 @@ def load_model(
     dtype: DType = "auto",
     allow_pickle: bool = False,
     name: str | None = None,
+    template: str | None = None,
+    scoring: Scoring = "restricted",
 ) -> LoadedModel:
     """Load a checkpoint and check that it can be split.
 
@@ -66,6 +77,8 @@ def load_model(
         dtype: "auto" is float32 on the CPU and the checkpoint's own type elsewhere.
         allow_pickle: accept weights that are pickled (`pytorch_model.bin`), which can run code when they load.
         name: what to call the model; by default the last part of `source`.
+        template: prompt template of a few-shot classifier, by name or file: makes a pretrained language model one.
+        scoring: of a few-shot classifier; see `workers.models.few_shot`.
 
     Raises:
         CheckpointError: no such checkpoint or device, pickled weights, or no trained classification head.
@@ -80,9 +93,15 @@ def load_model(
     family = family_of(config.model_type)
     torch_dtype = _dtype(dtype, place, config)
     files = _weight_files(source, revision, allow_pickle)
+    tokenizer = _read(source, lambda: AutoTokenizer.from_pretrained(source, revision=revision, trust_remote_code=False))
+    label_tokens = LabelTokens.of(config, source)
+    prompt = None if template is None else load_template(template)
+    auto = AutoModelForSequenceClassification if label_tokens is None and prompt is None else AutoModelForCausalLM
+    if auto is AutoModelForCausalLM and not family.causal:
+        raise CheckpointError(f"{source} is a {config.model_type}, which is no causal language model")
     model, info = _read(
         source,
-        lambda: AutoModelForSequenceClassification.from_pretrained(
+        lambda: auto.from_pretrained(
             source,
             config=config,
             revision=revision,
@@ -93,31 +112,78 @@ def load_model(
         ),
     )
     if missing := sorted(info["missing_keys"]):
+        what = "sequence classifier" if auto is AutoModelForSequenceClassification else "language model"
         raise CheckpointError(
-            f"{source} is no trained sequence classifier (it lacks {', '.join(missing[:3])}): "
-            "fine-tune it first with `neuronlens train`"
+            f"{source} is no trained {what} (it lacks {', '.join(missing[:3])}): "
+            "fine-tune it first with `neuronlens train`, or pass --template to prompt a language model"
         )
-    tokenizer = _read(source, lambda: AutoTokenizer.from_pretrained(source, revision=revision, trust_remote_code=False))
     pad = _pad_id(tokenizer, model, source)
-    tokens = TextTokenizer(tokenizer, _max_tokens(tokenizer, config, family, pad), pad, family.reads)
     model = model.to(place).eval().requires_grad_(False)
-    steered = SteeredModel(model, family)
+    most = _max_tokens(tokenizer, config, family, pad)
+    steered: Steerable
+    kind: Kind
+    labels: tuple[str, ...]
+    said = config.to_dict()
+    if prompt is not None:
+        kind, labels = "few-shot", tuple(label.label for label in prompt.labels)
+        steered, tokens = few_shot(model, tokenizer, family, prompt, scoring, most, pad)
+        said |= {"few_shot": {"template": prompt.model_dump(mode="json"), "scoring": scoring}}
+    elif label_tokens is not None:
+        kind, labels = "label-token", label_tokens.labels
+        steered = SteeredModel(LabelTokenClassifier(model, label_tokens.ids).eval(), family)
+        tokens = TextTokenizer(tokenizer, most, pad, "last", (label_tokens.sep,))
+    else:
+        kind, labels = "sequence-classification", tuple(str(config.id2label[i]) for i in range(config.num_labels))
+        steered = SteeredModel(model, family)
+        tokens = TextTokenizer(tokenizer, most, pad, family.reads)
     steered.check(tokens.pad([text.ids for text in tokens.encode(_CHECK_TEXTS)], place))
     if not steered.splits:
         logger.warning("%s cannot be split at its blocks: erasures cost a full forward pass each", source)
     identity = ModelIdentity(
         id=name or Path(source).name,
         revision=revision or getattr(config, "_commit_hash", None),
-        kind="sequence-classification",
+        kind=kind,
         family=config.model_type,
-        fingerprint=_fingerprint(config.to_dict(), files),
-        labels=tuple(str(config.id2label[index]) for index in range(config.num_labels)),
+        fingerprint=_fingerprint(said, files),
+        labels=labels,
         n_layers=steered.n_layers,
         hidden_size=config.hidden_size,
     )
-    return LoadedModel(
-        identity, config.problem_type, steered, tokens, str(torch_dtype).removeprefix("torch."), place, source
+    problem_type = config.problem_type if kind == "sequence-classification" else None
+    return LoadedModel(identity, problem_type, steered, tokens, str(torch_dtype).removeprefix("torch."), place, source)
+
+
+def few_shot(
+    model: Any, tokenizer: Any, family: Family, prompt: PromptTemplate, scoring: Scoring, most: int, pad: int
+) -> tuple[FewShotModel, TextTokenizer]:
+    """A pretrained LM as a few-shot classifier, and the tokenizer of its texts; `most` tokens fit the model.
+
+    Raises:
+        CheckpointError: prompt and labels leave no room for a text.
+    """
+
+    def ids(text: str) -> tuple[int, ...]:
+        return tuple(tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"])
+
+    bos = () if tokenizer.bos_token_id is None else (tokenizer.bos_token_id,)
+    prefix, suffix = bos + ids(prompt.prefix()), ids(prompt.suffix())
+    strings = tuple(ids(label.text) for label in prompt.labels)
+    room = most - len(prefix) - max(map(len, strings)) - (FewShotModel.GREEDY_TOKENS if scoring == "greedy" else 0)
+    if room <= len(suffix):
+        raise CheckpointError(
+            f"the prompt {prompt.name!r} has {len(prefix) + len(suffix)} tokens, the model takes {most}: "
+            "use a template with fewer exemplars"
+        )
+    steered = FewShotModel(
+        model,
+        family,
+        prefix,
+        strings,
+        scoring=scoring,
+        decode=lambda tokens: str(tokenizer.decode(tokens, skip_special_tokens=True)),
+        label_texts=tuple(label.text for label in prompt.labels),
     )
+    return steered, TextTokenizer(tokenizer, room, pad, "last", suffix)
 
 
 def _read(source: str, load: Any) -> Any:

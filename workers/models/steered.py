@@ -11,12 +11,14 @@ import copy
 import threading
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import Any, Literal, Protocol
 
 import torch
 from torch import Tensor, nn
 
+from range_store.erasure import Positions, Site
 from workers.models.families import Family
+from workers.models.label_token import LabelTokenClassifier
 from workers.models.tokens import TokenBatch
 
 SPLIT_TOLERANCE: Mapping[torch.dtype, float] = {torch.float32: 1e-5, torch.bfloat16: 5e-2, torch.float16: 5e-3}
@@ -24,11 +26,30 @@ SPLIT_TOLERANCE: Mapping[torch.dtype, float] = {torch.float32: 1e-5, torch.bfloa
 
 
 class Masking(Protocol):
-    """Something that masks hidden states at some layers."""
+    """Something that masks hidden states of V variants at some layers."""
 
     @property
     def layers(self) -> Collection[int]:
         """The blocks whose output it changes."""
+        ...
+
+    @property
+    def site(self) -> Site:
+        """Where in those blocks."""
+        ...
+
+    @property
+    def positions(self) -> Positions:
+        """Which tokens it masks."""
+        ...
+
+    @property
+    def keys(self) -> Sequence[str]:
+        """Of each variant: those of one key are masked alike."""
+        ...
+
+    def row(self, variant: int) -> "Masking":
+        """The masking of one variant, for a batch of one row."""
         ...
 
     def __call__(self, layer: int, hidden: Tensor, batch: TokenBatch) -> Tensor:
@@ -46,7 +67,7 @@ class Trunk:
 
 
 @dataclass
-class _Pass:
+class Pass:
     """What the sites do during one forward pass."""
 
     record: Collection[int] = ()
@@ -57,10 +78,14 @@ class _Pass:
     recorded: dict[int, Tensor] = field(default_factory=dict)
 
 
-class _Site(nn.Module):
+class _Passing(Protocol):
+    current: Pass
+
+
+class BlockSite(nn.Module):
     """Stands in for block `index`; attributes that a model reads off its blocks are the block's."""
 
-    def __init__(self, index: int, block: nn.Module, model: "SteeredModel") -> None:
+    def __init__(self, index: int, block: nn.Module, model: "_Passing") -> None:
         super().__init__()
         self.index = index
         self.block = block
@@ -73,7 +98,7 @@ class _Site(nn.Module):
             return getattr(self._modules["block"], name)
 
     def forward(self, hidden: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        now: _Pass = self.__dict__["steered"].current
+        now: Pass = self.__dict__["steered"].current
         if now.inject is not None and self.index <= now.inject[0]:
             return now.inject[1] if self.index == now.inject[0] else hidden
         if now.stop_after is not None and self.index > now.stop_after:
@@ -89,12 +114,12 @@ class _Site(nn.Module):
 
 
 class SteeredModel:
-    """A sequence classifier whose activations can be recorded and masked at any block.
+    """A classifier whose activations can be recorded and masked at any block.
 
     One forward pass at a time: calls from several threads wait for each other.
 
     Args:
-        model: a transformers `…ForSequenceClassification` model in eval mode.
+        model: a transformers `…ForSequenceClassification` model, or a `LabelTokenClassifier`, in eval mode.
         family: how it is built.
     """
 
@@ -106,30 +131,35 @@ class SteeredModel:
         self.blocks = blocks
         self.n_layers = len(blocks)
         self.splits = True
-        self.current = _Pass()
+        self.current = Pass()
         self._lock = threading.Lock()
-        sites = nn.ModuleList(_Site(index, block, self) for index, block in enumerate(blocks))
-        self._sited = _with_submodule(model, family.blocks.split("."), sites)
+        sites = nn.ModuleList(BlockSite(index, block, self) for index, block in enumerate(blocks))
+        self._sited = with_submodule(model, family.blocks.split("."), sites)
 
     def logits(self, batch: TokenBatch) -> Tensor:
         """The bare model's logits, [B, K]."""
         with self._lock:
             return self._call(self.model, batch)
 
-    def record(self, batch: TokenBatch, layers: Sequence[int]) -> tuple[Tensor, dict[int, Tensor]]:
-        """Bare logits [B, K], and per layer the states [B, D] that block l gives at the read position."""
-        rows = torch.arange(len(batch.ids), device=batch.ids.device)
-        if self.splits:
-            now = _Pass(record=frozenset(layers))
+    def record(
+        self,
+        batch: TokenBatch,
+        layers: Sequence[int],
+        site: Site = "block_output",
+        position: Literal["read", "mean"] = "read",
+    ) -> tuple[Tensor, dict[int, Tensor]]:
+        """Bare logits [B, K], and per layer the states [B, D] at the read position, or their mean over real tokens."""
+        if self.splits and site == "block_output":
+            now = Pass(record=frozenset(layers))
             logits = self._pass(now, batch)
-            return logits, {layer: now.recorded[layer][rows, batch.read] for layer in layers}
+            return logits, {layer: state_of(now.recorded[layer], batch, position) for layer in layers}
         recorded: dict[int, Tensor] = {}
 
         def keep(layer: int, hidden: Tensor) -> Tensor:
-            recorded[layer] = hidden[rows, batch.read]
+            recorded[layer] = state_of(hidden, batch, position)
             return hidden
 
-        return self._hooked(batch, layers, keep), recorded
+        return self._hooked(batch, layers, site, keep), recorded
 
     def trunk(self, batch: TokenBatch, split: int, *, whole: bool) -> Trunk:
         """Hidden states after block `split`; see `trunks`."""
@@ -146,7 +176,7 @@ class SteeredModel:
             empty = torch.empty(0, device=batch.ids.device)
             logits = self.logits(batch) if whole else None
             return [Trunk(split, empty, logits) for split in splits]
-        now = _Pass(record=frozenset(splits), stop_after=None if whole else max(splits))
+        now = Pass(record=frozenset(splits), stop_after=None if whole else max(splits))
         logits = self._pass(now, batch)
         return [Trunk(split, now.recorded[split], logits if whole else None) for split in splits]
 
@@ -160,7 +190,7 @@ class SteeredModel:
             rows: the text of each variant, [V] int64.
             masking: its layers are `trunk.split` or above.
         """
-        if not self.splits:
+        if not self.splits or masking.site != "block_output":
             return self.hooked(batch.rows(rows), masking)
         if trunk.split == self.n_layers - 1:
             hidden = trunk.hidden[rows, batch.read[rows]].unsqueeze(1)
@@ -169,7 +199,7 @@ class SteeredModel:
             hidden, tail = trunk.hidden[rows], batch.rows(rows)
         if trunk.split in masking.layers:
             hidden = masking(trunk.split, hidden, tail)
-        now = _Pass(
+        now = Pass(
             inject=(trunk.split, hidden),
             mask=lambda layer, states: masking(layer, states, tail),
             mask_layers=masking.layers,
@@ -178,7 +208,7 @@ class SteeredModel:
 
     def hooked(self, batch: TokenBatch, masking: Masking) -> Tensor:
         """Logits [B, K] of a full pass of the bare model with a masking hook on each masked block: the reference."""
-        return self._hooked(batch, masking.layers, lambda layer, hidden: masking(layer, hidden, batch))
+        return self._hooked(batch, masking.layers, masking.site, lambda layer, hidden: masking(layer, hidden, batch))
 
     def check(self, batch: TokenBatch) -> None:
         """Compares trunk and tail with hooked full passes at every block, and gives up splitting if they differ.
@@ -190,7 +220,7 @@ class SteeredModel:
         rows = torch.arange(len(batch.ids), device=batch.ids.device)
         try:
             for layer in range(self.n_layers):
-                masking = _Probe(layer)
+                masking = HalfZero(layer)
                 split = self.steer(batch, self.trunk(batch, layer, whole=False), rows, masking).float()
                 full = self.hooked(batch, masking).float()
                 if not bool(((split - full).abs() <= tolerance * full.abs().clamp(min=1)).all()):
@@ -201,15 +231,17 @@ class SteeredModel:
         except (TypeError, AttributeError, KeyError, RuntimeError):
             self.splits = False
 
-    def _pass(self, now: _Pass, batch: TokenBatch) -> Tensor:
+    def _pass(self, now: Pass, batch: TokenBatch) -> Tensor:
         with self._lock:
             self.current = now
             try:
                 return self._call(self._sited, batch)
             finally:
-                self.current = _Pass()
+                self.current = Pass()
 
-    def _hooked(self, batch: TokenBatch, layers: Collection[int], change: Callable[[int, Tensor], Tensor]) -> Tensor:
+    def _hooked(
+        self, batch: TokenBatch, layers: Collection[int], site: Site, change: Callable[[int, Tensor], Tensor]
+    ) -> Tensor:
         def hook(layer: int) -> Callable[[nn.Module, Any, Any], Any]:
             def apply(module: nn.Module, args: Any, output: Any) -> Any:
                 if isinstance(output, tuple):
@@ -219,36 +251,56 @@ class SteeredModel:
             return apply
 
         with self._lock:
-            handles = [self.blocks[layer].register_forward_hook(hook(layer)) for layer in layers]
+            handles = [self._place(layer, site).register_forward_hook(hook(layer)) for layer in layers]
             try:
                 return self._call(self.model, batch)
             finally:
                 for handle in handles:
                     handle.remove()
 
+    def _place(self, layer: int, site: Site) -> nn.Module:
+        block = self.blocks[layer]
+        return block if site == "block_output" else block.get_submodule(self.family.mlp)
+
     def _call(self, model: nn.Module, batch: TokenBatch) -> Tensor:
+        reads = {"read": batch.read} if isinstance(model, LabelTokenClassifier) else {}
         with torch.inference_mode():
-            output = model(input_ids=batch.ids, attention_mask=batch.mask.to(torch.int64), **self.family.call)
+            output = model(input_ids=batch.ids, attention_mask=batch.mask.to(torch.int64), **reads, **self.family.call)
         logits: Tensor = output.logits
         return logits
 
 
-class _Probe:
+class HalfZero:
     """A masking for `check` that every neuron and token takes part in: negative values of odd neurons become 0."""
+
+    site: Site = "block_output"
+    positions: Positions = "all"
+    keys: Sequence[str] = ()
 
     def __init__(self, layer: int) -> None:
         self.layers = (layer,)
+
+    def row(self, variant: int) -> "HalfZero":
+        return self
 
     def __call__(self, layer: int, hidden: Tensor, batch: TokenBatch) -> Tensor:
         odd = torch.arange(hidden.shape[-1], device=hidden.device) % 2 == 1
         return torch.where((hidden < 0) & odd & batch.mask.unsqueeze(-1), torch.zeros_like(hidden), hidden)
 
 
-def _with_submodule(module: nn.Module, path: list[str], replacement: nn.Module) -> nn.Module:
+def state_of(hidden: Tensor, batch: TokenBatch, position: Literal["read", "mean"]) -> Tensor:
+    """One state per text, [B, D], out of `hidden` [B, T, D]: at the read position, or the mean over real tokens."""
+    if position == "read":
+        return hidden[torch.arange(len(hidden), device=hidden.device), batch.read]
+    real = batch.mask.unsqueeze(-1)
+    return ((hidden * real).sum(dim=1, dtype=torch.float32) / real.sum(dim=1)).to(hidden.dtype)
+
+
+def with_submodule(module: nn.Module, path: list[str], replacement: nn.Module) -> nn.Module:
     """A shallow copy of `module` that shares every weight, with another submodule at `path`."""
     if not path:
         return replacement
     clone = copy.copy(module)
-    child = _with_submodule(module.get_submodule(path[0]), path[1:], replacement)
+    child = with_submodule(module.get_submodule(path[0]), path[1:], replacement)
     clone.__dict__["_modules"] = {**module._modules, path[0]: child}
     return clone

@@ -20,15 +20,26 @@ class Encoded:
 
 @dataclass(frozen=True, eq=False)
 class TokenBatch:
-    """Right-padded texts. ids: [B, T] int64; mask: [B, T] bool, True on real tokens; read: [B] int64."""
+    """Right-padded texts. ids: [B, T] int64; mask: [B, T] bool, True on real tokens; read: [B] int64.
+
+    also_read: [B, T] bool, positions that the head reads beside `read` (few-shot: the tokens of the label strings).
+    """
 
     ids: Tensor
     mask: Tensor
     read: Tensor
+    also_read: Tensor | None = None
+
+    @property
+    def is_read(self) -> Tensor:
+        """True at every position that the head reads, [B, T] bool."""
+        at_read = torch.arange(self.ids.shape[1], device=self.ids.device) == self.read.unsqueeze(1)
+        return at_read if self.also_read is None else at_read | self.also_read
 
     def rows(self, index: Tensor) -> "TokenBatch":
         """The batch of these rows, each as often as it is named. index: [V] int64."""
-        return TokenBatch(self.ids[index], self.mask[index], self.read[index])
+        also_read = None if self.also_read is None else self.also_read[index]
+        return TokenBatch(self.ids[index], self.mask[index], self.read[index], also_read)
 
     def read_tokens(self, index: Tensor) -> "TokenBatch":
         """These rows cut down to the one token at the read position: a batch of shape [V, 1]."""
@@ -44,16 +55,29 @@ class TextTokenizer:
         max_tokens: most tokens that the model takes, special tokens included.
         pad_id: the token id that the *model* takes for padding (its head looks for it).
         reads: "first" or "last" real token.
+        suffix: token ids that close every text (`<sep>`, or the end of a prompt). Then the tokenizer adds no special
+            tokens of its own, truncation cuts the text and never the suffix, and the last token is what is read.
     """
 
-    def __init__(self, tokenizer: Any, max_tokens: int, pad_id: int, reads: Literal["first", "last"]) -> None:
+    def __init__(
+        self,
+        tokenizer: Any,
+        max_tokens: int,
+        pad_id: int,
+        reads: Literal["first", "last"],
+        suffix: tuple[int, ...] = (),
+    ) -> None:
         self._tokenizer = tokenizer
         self._reads = reads
+        self.suffix = suffix
         self.max_tokens = max_tokens
         self.pad_id = pad_id
 
-    def encode(self, texts: Sequence[str], truncate: bool = True) -> list[Encoded]:
+    def encode(self, texts: Sequence[str], truncate: bool = True, *, keep_empty: bool = False) -> list[Encoded]:
         """Token ids of each text.
+
+        Args:
+            keep_empty: a text without any token has no ids, instead of being an error.
 
         Raises:
             TextTooLong: a text needs more than `max_tokens` tokens and `truncate` is False.
@@ -61,9 +85,11 @@ class TextTokenizer:
         """
         if not texts:
             return []
+        if self.suffix:
+            return self._encode_with_suffix(texts, truncate)
         encoded = [Encoded(tuple(ids)) for ids in self._ids(texts, truncation=False)]
         for index, text in enumerate(encoded):
-            if not text.ids:
+            if not text.ids and not keep_empty:
                 raise EmptyText(index)
         long = [index for index, text in enumerate(encoded) if len(text.ids) > self.max_tokens]
         if long and not truncate:
@@ -74,12 +100,22 @@ class TextTokenizer:
                 encoded[index] = Encoded(tuple(ids), truncated=True)
         return encoded
 
+    def _encode_with_suffix(self, texts: Sequence[str], truncate: bool) -> list[Encoded]:
+        room = self.max_tokens - len(self.suffix)
+        encoded = []
+        for index, ids in enumerate(self._ids(texts, truncation=False)):
+            if len(ids) > room and not truncate:
+                raise TextTooLong(index, len(ids) + len(self.suffix), self.max_tokens)
+            encoded.append(Encoded((*ids[:room], *self.suffix), truncated=len(ids) > room))
+        return encoded
+
     def _ids(self, texts: Sequence[str], truncation: bool) -> list[list[int]]:
         # a lone surrogate is legal in JSON, but no tokenizer takes it
         clean = [text.encode("utf-8", "replace").decode("utf-8") for text in texts]
         ids: list[list[int]] = self._tokenizer(
             clean,
             padding=False,
+            add_special_tokens=not self.suffix,
             truncation=truncation,
             max_length=self.max_tokens if truncation else None,
             return_attention_mask=False,
@@ -106,6 +142,8 @@ class TextTokenizer:
         """
         if self._reads == "first":
             return torch.zeros(len(ids), dtype=torch.int64)
+        if self.suffix:
+            return mask.sum(dim=1) - 1
         readable = mask & (ids != self.pad_id)
         return (torch.arange(ids.shape[1]) * readable).argmax(dim=1)
 

@@ -24,6 +24,7 @@ from range_store.plan import resolve
 from range_store.range_set import RangeSet
 from range_store.store import RangeStore
 from tests.workers.checkpoints import LABELS, save_tiny
+from tests.workers.masking import Alike
 from tests.workers.texts import labelled_texts, write_jsonl
 from workers.engine.engine import Engine
 from workers.engine.errors import DeadlineExceeded, Draining, EngineFailed, QueueFull, RequestTooLarge
@@ -110,7 +111,7 @@ def alone(service: Running, text: str, erasures: list[Erasure]) -> tuple[np.ndar
     plan = resolve(service.range_set, erasures)
     nearest = [np.inf]
 
-    class Masking:
+    class Masking(Alike):
         layers = plan.masks.keys()
 
         def __call__(self, layer: int, hidden: torch.Tensor, tokens: Any) -> torch.Tensor:

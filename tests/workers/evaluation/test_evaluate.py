@@ -1,5 +1,6 @@
 """The evaluation against a plain loop: one text at a time, one full hooked pass per setting, no shared trunk."""
 
+import csv
 import json
 import math
 from collections.abc import Callable
@@ -11,12 +12,19 @@ import torch
 from torch import Tensor
 
 from range_store.erasure import Erasure
+from range_store.errors import UnknownConcept
 from range_store.plan import resolve
 from range_store.range_set import RangeSet
 from tests.workers.checkpoints import LABELS
+from tests.workers.masking import Alike
 from tests.workers.texts import labelled_texts, write_jsonl
-from workers.evaluation.evaluate import EvaluationCancelled, EvaluationError, EvaluationSettings, evaluate
-from workers.evaluation.measures import ClassSums
+from workers.engine.masks import DevicePlan, MaskTable
+from workers.evaluation.bootstrap import Bootstrap
+from workers.evaluation.evaluate import EvaluationCancelled, evaluate
+from workers.evaluation.files import write
+from workers.evaluation.measure import MeasureCancelled, MeasureProgress, measure
+from workers.evaluation.measures import CSV_COLUMNS, Outcomes, Summary
+from workers.evaluation.settings import EvaluationSettings, grid
 from workers.fitting.corpus import Corpus, CorpusError, load_corpus
 from workers.fitting.fit import fit
 from workers.models.loading import LoadedModel
@@ -25,7 +33,7 @@ from workers.models.tokens import TokenBatch
 Tiny = Callable[[str], LoadedModel]
 
 
-class Hooked:
+class Hooked(Alike):
     """Masking of one erasure, written out from METHOD "Masking"."""
 
     def __init__(self, range_set: RangeSet, erasure: Erasure) -> None:
@@ -110,17 +118,28 @@ def test_mean_rows_average_over_targets(tiny: Tiny, learned: Corpus, held_out: C
             assert getattr(mean, name) == pytest.approx(np.mean([getattr(row, name) for row in targets]))
 
 
-def test_files_are_json_and_name_every_choice(tiny: Tiny, learned: Corpus, held_out: Corpus, tmp_path: Path) -> None:
+def test_files_name_every_choice_and_are_whole(tiny: Tiny, learned: Corpus, held_out: Corpus, tmp_path: Path) -> None:
     model = tiny("bert")
-    evaluation = evaluate(model, fit(model, learned).range_set, held_out, EvaluationSettings(targets=("Sports",)))
-    evaluation.write(tmp_path / "deep" / "out")
-    rows = json.loads((tmp_path / "deep" / "out" / "results.json").read_text())
+    fitted = fit(model, learned)
+    evaluation = evaluate(model, fitted.range_set, held_out, EvaluationSettings(targets=("Sports",)))
+    out = tmp_path / "deep" / "out"
+    write(out, evaluation, fitted.range_set, fitted.inspect)
+    assert sorted(path.name for path in out.iterdir()) == ["report.html", "results.csv", "results.json", "run.json"]
+    rows = json.loads((out / "results.json").read_text())
     names = "layer ranking method tau top_fraction target n_target n_others"
     measures = "base_acc base_conf base_cacc base_cconf delta_acc delta_conf delta_cacc delta_cconf"
-    assert all(list(row) == f"{names} {measures}".split() for row in rows)
+    assert all(list(row)[:16] == f"{names} {measures}".split() for row in rows), (
+        "columns of the first version come first"
+    )
     assert [row["target"] for row in rows] == ["Sports", "mean"] * 2
-    run = json.loads((tmp_path / "deep" / "out" / "run.json").read_text())
-    assert run["settings"]["layers"] == [2]
+    with (out / "results.csv").open(newline="") as stream:
+        table = list(csv.DictReader(stream))
+    assert list(table[0]) == list(CSV_COLUMNS)
+    for row, line in zip(rows, table, strict=True):
+        for name in CSV_COLUMNS:
+            assert line[name] == ("" if row[name] is None else str(row[name]))
+    run = json.loads((out / "run.json").read_text())
+    assert run["settings"]["layers"] == [[2]]
     assert run["range_set"]["model"]["fingerprint"] == model.identity.fingerprint
     assert run["test"]["rows"] == len(held_out)
 
@@ -144,7 +163,7 @@ def test_labels_that_the_model_lacks_are_an_error_with_both_sides(
     path = write_jsonl(tmp_path / "other.jsonl", [("a goal", "Sport"), ("a vote", "World")])
     with pytest.raises(CorpusError, match=r"Sport.*SciTech"):
         evaluate(model, range_set, load_corpus(str(path), labels=LABELS), EvaluationSettings())
-    with pytest.raises(EvaluationError, match=r"Weather.*World"):
+    with pytest.raises(UnknownConcept, match=r"Weather.*World"):
         evaluate(model, range_set, held_out, EvaluationSettings(targets=("Weather",)))
 
 
@@ -155,9 +174,189 @@ def test_it_can_be_cancelled(tiny: Tiny, learned: Corpus, held_out: Corpus) -> N
 
 
 def test_confidence_is_the_probability_of_the_true_label_even_for_huge_logits() -> None:
-    sums = ClassSums(3)
-    sums.add(np.array([[1e4, 0, 0], [0, 1e4, 0]], dtype=np.float32), np.array([0, 0]))
-    only_first = np.array([True, False, False])
-    assert sums.accuracy(only_first) == 0.5
-    assert sums.mean_confidence(only_first) == 0.5
-    assert math.isnan(sums.accuracy(~only_first))
+    outcomes = Outcomes.empty(1, 2)
+    truth = np.zeros(2, dtype=np.int16)
+    base = outcomes.add_base(np.arange(2), np.array([[1e4, 0, 0], [0, 1e4, 0]], dtype=np.float32), truth)
+    assert outcomes.base_predicted.tolist() == [0, 1]
+    assert outcomes.base_confidence.tolist() == [1.0, 0.0]
+    outcomes.add(np.array([0]), np.arange(2), np.zeros((1, 2, 3), dtype=np.float32), base, truth)
+    assert outcomes.confidence[0] == pytest.approx([1 / 3, 1 / 3])
+    assert outcomes.kl[0] == pytest.approx([math.log(3), math.log(3)])
+
+
+def test_measures_beyond_the_paper_on_a_case_worked_by_hand() -> None:
+    labels = ("a", "b", "c")
+    truth = np.array([0, 0, 1, 1, 2, 2], dtype=np.int16)
+    outcomes = Outcomes.empty(1, 6)
+    outcomes.used[:] = True
+    outcomes.base_predicted[:] = [0, 0, 1, 1, 2, 0]
+    outcomes.predicted[0] = [1, 2, 1, 0, 2, 1]
+    outcomes.base_confidence[:] = 0.5
+    outcomes.confidence[0] = [0.1, 0.3, 0.5, 0.5, 0.25, 0.75]
+    outcomes.kl[0] = [1, 3, 0, 0, 2, 2]
+    bootstrap = Bootstrap(truth, resamples=200, seed=0)
+    row, mean = Summary(outcomes, truth, labels, bootstrap).rows([Erasure(concept="a", layers=(1,))], 0, "all")
+    assert (row.base_acc, row.delta_acc) == (1.0, -1.0)
+    assert (row.base_cacc, row.delta_cacc) == (0.75, -0.25)
+    assert row.delta_conf == pytest.approx(-0.3)
+    assert row.delta_cconf == pytest.approx(0.0)
+    assert (row.kl_target, row.kl_others) == (2.0, 1.0)
+    assert row.unchanged_others == 0.5
+    assert (row.worst_other, row.worst_other_delta_acc) == ("b", -0.5)
+    assert row.destinations == {"b": 1, "c": 1}
+    assert (row.delta_acc_low, row.delta_acc_high) == (-1.0, -1.0), "both texts lose, whatever is drawn"
+    assert row.delta_cacc_low <= row.delta_cacc <= row.delta_cacc_high
+    assert mean.delta_cacc_low == row.delta_cacc_low
+
+
+def test_a_concept_that_is_no_label_is_measured_over_all_texts_as_others(
+    tiny: Tiny, held_out: Corpus, tmp_path: Path
+) -> None:
+    model = tiny("bert")
+    rows = [(text, "Weather" if index % 2 else label) for index, (text, label) in enumerate(labelled_texts(60, seed=4))]
+    learned = load_corpus(str(write_jsonl(tmp_path / "weather.jsonl", rows)), labels=LABELS)
+    settings = EvaluationSettings(targets=("Weather",), methods=("neuron",), top_fractions=(1.0,))
+    row, mean = evaluate(model, fit(model, learned).range_set, held_out, settings).rows
+    assert (row.n_target, row.n_others) == (0, len(held_out))
+    assert row.as_json()["delta_acc"] is None
+    assert not math.isnan(row.delta_cacc)
+    assert math.isnan(mean.delta_acc)
+
+
+def test_the_interval_covers_the_true_mean_about_as_often_as_it_says() -> None:
+    rng = np.random.default_rng(0)
+    covered = 0
+    for seed in range(200):
+        truth = rng.integers(0, 3, size=120).astype(np.int16)
+        changes = rng.normal(0.2, 1.0, size=(1, 120))
+        bootstrap = Bootstrap(truth, resamples=300, seed=seed)
+        low, high = bootstrap.interval(bootstrap.means(changes, target=0)[:, 1])
+        covered += bool(low[0] <= 0.2 <= high[0])
+    assert 180 <= covered <= 200
+
+
+def test_correct_only_measures_what_the_bare_model_gets_right(tiny: Tiny, learned: Corpus, held_out: Corpus) -> None:
+    model = tiny("bert")
+    range_set = fit(model, learned).range_set
+    everything = evaluate(model, range_set, held_out, EvaluationSettings()).rows
+    chosen = evaluate(model, range_set, held_out, EvaluationSettings(correct_only=True)).rows
+    for one, all_texts in zip(chosen, everything, strict=True):
+        if one.target != "mean":
+            assert one.n_target == pytest.approx(all_texts.base_acc * all_texts.n_target)
+            assert one.n_target == 0 or one.base_acc == 1.0
+    capped = evaluate(model, range_set, held_out, EvaluationSettings(correct_only=True, rows_per_class=2)).rows
+    assert max(row.n_target for row in capped if row.target != "mean") <= 2
+
+
+def test_layers_are_masked_jointly(tiny: Tiny, learned: Corpus, held_out: Corpus) -> None:
+    model = tiny("gpt2")
+    range_set = fit(model, learned, layers="all").range_set
+    settings = EvaluationSettings(layers=((0, 1), (2,)), methods=("range",), taus=(1.0,), targets=("Sports",))
+    rows = evaluate(model, range_set, held_out, settings).rows
+    assert [row.layer for row in rows] == ["0+1", "0+1", 2, 2]
+    erasure = Erasure(concept="Sports", tau=1.0, layers=(0, 1))
+    plan = DevicePlan.of(resolve(range_set, [erasure]), model.device)
+    right = total = 0
+    for block in held_out.blocks():
+        for text, concept in zip(block.texts, block.concepts, strict=True):
+            batch = model.tokens.pad([model.tokens.encode([text])[0].ids])
+            logits = model.steered.hooked(batch, MaskTable([plan], torch.tensor([0])))
+            right += LABELS[int(logits.argmax())] == concept == "Sports"
+            total += concept == "Sports"
+    assert rows[0].base_acc + rows[0].delta_acc == pytest.approx(right / total)
+
+
+def test_read_positions_alone_give_the_same_answer_at_the_last_block(
+    tiny: Tiny, learned: Corpus, held_out: Corpus
+) -> None:
+    """An invariant (METHOD "Choices"): the head reads one position, so at the last block others cannot matter."""
+    model = tiny("bert")
+    range_set = fit(model, learned, layers="all").range_set
+    rows = evaluate(
+        model, range_set, held_out, EvaluationSettings(layers=((1,), (2,)), positions=("all", "read"), taus=(1.0,))
+    ).rows
+    by_setting = {(row.layer, row.positions, row.method, row.target): row for row in rows}
+    for (layer, positions, method, target), row in by_setting.items():
+        other = by_setting[layer, "read" if positions == "all" else "all", method, target]
+        if layer == 2:
+            assert row.delta_conf == pytest.approx(other.delta_conf, abs=1e-6)
+    assert any(
+        abs(row.delta_cconf - by_setting[1, "read", row.method, row.target].delta_cconf) > 1e-4
+        for key, row in by_setting.items()
+        if key[:2] == (1, "all")
+    )
+
+
+def test_settings_are_chosen_on_texts_of_their_own(tiny: Tiny, learned: Corpus, held_out: Corpus) -> None:
+    model = tiny("bert")
+    rest, kept = learned.split_off(0.3, seed=0)
+    texts = [{text for block in part.blocks() for text in block.texts} for part in (rest, kept)]
+    assert len(rest) + len(kept) == len(learned)
+    assert len(kept) == round(0.3 * len(learned))
+    assert sum(map(len, texts)) >= len(texts[0] | texts[1])
+    range_set = fit(model, rest).range_set
+    settings = EvaluationSettings(top_fractions=(0.1, 0.5, 1.0), taus=(0.5, 2.5), resamples=0)
+    evaluation = evaluate(model, range_set, held_out, settings, selection=kept)
+    on_kept = evaluate(model, range_set, kept, settings).rows
+    assert [choice.method for choice in evaluation.choices] == ["neuron", "range"]
+    for choice in evaluation.choices:
+        means = [row for row in on_kept if row.method == choice.method and row.target == "mean"]
+        best = max(means, key=lambda row: row.delta_cacc - row.delta_acc)
+        assert choice.score == pytest.approx(best.delta_cacc - best.delta_acc)
+        assert choice.candidates == len(means)
+        assert choice.setting in {row.setting for row in evaluation.rows}
+    assert evaluate(model, range_set, held_out, EvaluationSettings(), selection=kept).choices == ()
+
+
+def test_an_evaluation_that_was_stopped_goes_on_to_the_same_bits(
+    tiny: Tiny, learned: Corpus, held_out: Corpus, tmp_path: Path
+) -> None:
+    model = tiny("bert")
+    range_set = fit(model, learned).range_set
+    settings = EvaluationSettings(batch_tokens=150, top_fractions=(0.3, 1.0))
+    whole = evaluate(model, range_set, held_out, settings)
+    grid_of = list(grid(settings, settings.resolved_layers(3), range_set.concepts))
+    told: list[MeasureProgress] = []
+    with pytest.raises(MeasureCancelled):
+        measure(
+            model,
+            range_set,
+            held_out,
+            grid_of,
+            settings,
+            checkpoint_dir=tmp_path,
+            checkpoint_seconds=0,
+            progress=told.append,
+            cancelled=lambda: len(told) == 3,
+        )
+    resumed: list[MeasureProgress] = []
+    again = evaluate(
+        model,
+        range_set,
+        held_out,
+        settings,
+        checkpoint_dir=tmp_path,
+        progress=lambda what, now: resumed.append(now),
+    )
+    assert 0 < resumed[0].resumed_rows <= told[-1].rows_done
+    assert repr(again.rows) == repr(whole.rows)
+    assert len(again.checkpoints) == 1
+    again.discard_checkpoints()
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_many_classes_cost_no_further_pass(tiny: Tiny, learned: Corpus, held_out: Corpus) -> None:
+    """The trunk runs once over the texts, whatever the number of targets, methods, fractions and τ."""
+    model = tiny("bert")
+    range_set = fit(model, learned).range_set
+    passes = []
+    handle = model.steered.blocks[0].register_forward_hook(lambda module, args, output: passes.append(len(output)))
+    try:
+        evaluate(model, range_set, held_out, EvaluationSettings(methods=("neuron",), targets=("World",)))
+        one = list(passes)
+        passes.clear()
+        evaluate(model, range_set, held_out, EvaluationSettings(top_fractions=(0.1, 0.5, 1.0), taus=(1.0, 2.5, 4.0)))
+    finally:
+        handle.remove()
+    assert passes == one
+    assert sum(one) == len(held_out)

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from tests.workers.checkpoints import SENTENCES, save_tiny
-from tests.workers.masking import ZeroBand
+from tests.workers.masking import Alike, ZeroBand
 from workers.models.families import FAMILIES
 from workers.models.loading import LoadedModel, load_model
 from workers.models.steered import SteeredModel
@@ -102,7 +102,7 @@ def test_the_read_position_is_what_the_head_reads(tiny: Tiny, family: str) -> No
     last = model.identity.n_layers - 1
     bare = model.steered.logits(batch)
 
-    class Shift:
+    class Shift(Alike):
         layers = (last,)
 
         def __init__(self, at_read: bool) -> None:

@@ -1,0 +1,176 @@
+"""The paper's figures, drawn with plotly from an evaluation's rows and a range set's histograms."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import plotly.graph_objects as go
+from plotly.subplots import make_subplots
+
+from range_store.erasure import Ranking
+from range_store.inspection import overlap_of_tops
+from range_store.range_set import InspectLayer, RangeSet
+from range_store.ranges import bounds
+from workers.evaluation.measures import Row
+from workers.evaluation.statistics import ShownNeuron
+
+COLOURS = ("#3366aa", "#cc5533", "#339966", "#9955aa", "#bb9922", "#557788", "#aa3366", "#66aa33")
+_LAYOUT = {
+    "template": "plotly_white",
+    "font": {"family": "system-ui, sans-serif", "size": 13},
+    "margin": {"l": 60, "r": 20, "t": 50, "b": 50},
+}
+
+
+@dataclass(frozen=True)
+class Line:
+    """Mean rows along one axis: x values, and the row at each."""
+
+    name: str
+    points: Sequence[tuple[float | str, Row]]
+
+
+def deltas(lines: Sequence[Line], axis: str, *, from_zero: bool = False) -> go.Figure:
+    """ΔAcc of the targets and ΔCAcc of the others, side by side, with bootstrap bands (Figure 6; Tables 9-10 as lines).
+
+    Args:
+        from_zero: begin every line at (0, 0): nothing is masked there, so nothing changes.
+    """
+    figure = make_subplots(1, 2, shared_yaxes=True, subplot_titles=("targets: ΔAcc", "all others: ΔCAcc"))
+    for number, line in enumerate(lines):
+        colour = COLOURS[number % len(COLOURS)]
+        dash = "dash" if line.name.startswith("neuron") else "solid"
+        for column, name in ((1, "delta_acc"), (2, "delta_cacc")):
+            x: list[float | str] = [place for place, _ in line.points]
+            y = [getattr(row, name) for _, row in line.points]
+            low = [getattr(row, f"{name}_low") for _, row in line.points]
+            high = [getattr(row, f"{name}_high") for _, row in line.points]
+            if from_zero:
+                x, y, low, high = [0.0, *x], [0.0, *y], [0.0, *low], [0.0, *high]
+            if len(x) > 1 and not np.isnan(low).any():
+                band = go.Scatter(
+                    x=[*x, *reversed(x)],
+                    y=[*high, *reversed(low)],
+                    fill="toself",
+                    fillcolor=colour,
+                    opacity=0.15,
+                    line={"width": 0},
+                    hoverinfo="skip",
+                    showlegend=False,
+                )
+                figure.add_trace(band, 1, column)
+            drawn = go.Scatter(
+                x=x,
+                y=y,
+                name=line.name,
+                legendgroup=line.name,
+                showlegend=column == 1,
+                mode="lines+markers",
+                line={"color": colour, "dash": dash},
+            )
+            figure.add_trace(drawn, 1, column)
+    figure.update_xaxes(title_text=axis)
+    figure.update_layout(**_LAYOUT, height=420, legend={"orientation": "h", "y": -0.25})
+    return figure
+
+
+def overlap(range_set: RangeSet, layer: int, ranking: Ranking, top_fraction: float) -> go.Figure:
+    """Share of each concept's salient neurons that are another's too (Figure 2)."""
+    found = overlap_of_tops(range_set, layer, ranking, top_fraction)
+    concepts = list(range_set.concepts)
+    figure = go.Figure(
+        go.Heatmap(
+            z=found.share,
+            x=concepts,
+            y=concepts,
+            zmin=0,
+            zmax=1,
+            colorscale="Blues",
+            text=[[f"{value:.2f}" for value in row] for row in found.share],
+            texttemplate="%{text}" if len(concepts) <= 14 else None,
+            customdata=found.jaccard,
+            hovertemplate="%{y} and %{x}: share %{z:.3f}, Jaccard %{customdata:.3f}<extra></extra>",
+        )
+    )
+    figure.update_yaxes(autorange="reversed")
+    figure.update_xaxes(type="category")
+    figure.update_yaxes(type="category")
+    figure.update_layout(**_LAYOUT, height=140 + 44 * max(len(concepts), 5), width=240 + 62 * max(len(concepts), 5))
+    return figure
+
+
+def densities(
+    range_set: RangeSet,
+    inspect: InspectLayer,
+    layer: int,
+    neurons: Sequence[ShownNeuron],
+    concepts: Sequence[str],
+    tau: float,
+) -> go.Figure:
+    """Densities of some neurons' values per concept, with the bounds of each range (Figures 3-5)."""
+    columns = min(2, len(neurons))
+    lines = -(-len(neurons) // columns)
+    titles = [f"neuron {each.neuron}: {each.why}" for each in neurons]
+    figure = make_subplots(lines, columns, subplot_titles=titles, vertical_spacing=0.5 / max(lines, 2))
+    serve = range_set.layer(layer)
+    low, high = bounds("sigma", tau, range_set.counts[:, None], serve.mean, serve.std)
+    for place, shown in enumerate(neurons):
+        row, column = place // columns + 1, place % columns + 1
+        edges = inspect.edges[shown.neuron]
+        for number, concept in enumerate(concepts):
+            c = range_set.concept_index(concept)
+            colour = COLOURS[number % len(COLOURS)]
+            x, y = _density(edges, inspect.histogram[c, shown.neuron])
+            trace = go.Scatter(
+                x=x,
+                y=y,
+                name=concept,
+                legendgroup=concept,
+                showlegend=place == 0,
+                line={"color": colour, "width": 1.5},
+                fill="tozeroy",
+                fillcolor=_faint(colour),
+            )
+            figure.add_trace(trace, row, column)
+            for bound in (low[c, shown.neuron], high[c, shown.neuron]):
+                if np.isfinite(bound):
+                    figure.add_vline(x=bound, line={"color": colour, "width": 1, "dash": "dot"}, row=row, col=column)
+    figure.update_layout(**_LAYOUT, height=90 + 230 * lines, legend={"orientation": "h", "y": -0.1})
+    return figure
+
+
+def _density(edges: np.ndarray, counts: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Midpoints and densities of about 64 bins, where most of the values are; the histogram itself is finer."""
+    inside = counts[1:-1].astype(np.float64)
+    group = max(1, len(inside) // 64)
+    usable = len(inside) // group * group
+    merged = inside[:usable].reshape(-1, group).sum(axis=1)
+    bounds_of = edges[: usable + 1 : group]
+    middle = (bounds_of[1:] + bounds_of[:-1]) / 2
+    total = max(float(counts.sum()), 1.0)
+    return middle, merged / total / np.diff(bounds_of)
+
+
+def _faint(colour: str) -> str:
+    red, green, blue = (int(colour[start : start + 2], 16) for start in (1, 3, 5))
+    return f"rgba({red},{green},{blue},0.12)"
+
+
+def destinations(rows: Sequence[Row], labels: Sequence[str]) -> go.Figure:
+    """Which labels the targets' texts get when masked: one bar per target and method."""
+    names = [f"{row.target}, {row.method}" for row in rows]
+    figure = go.Figure()
+    for number, label in enumerate([*labels, ""]):
+        shares = [row.destinations.get(label, 0) / max(sum(row.destinations.values()), 1) for row in rows]
+        if label or any(shares):
+            colour = COLOURS[number % len(COLOURS)] if label else "#888888"
+            figure.add_bar(y=names, x=shares, name=label or "no label", orientation="h", marker_color=colour)
+    figure.update_yaxes(autorange="reversed", type="category")
+    figure.update_layout(
+        **{**_LAYOUT, "margin": {"l": 180, "r": 20, "t": 30, "b": 50}},
+        barmode="stack",
+        height=120 + 30 * len(names),
+        legend={"orientation": "h", "y": -0.2},
+    )
+    figure.update_xaxes(title_text="share of the target's texts", range=[0, 1])
+    return figure

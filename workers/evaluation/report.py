@@ -1,0 +1,420 @@
+"""report.html: the paper's tables and figures on this model and these texts, each with a sentence and its settings."""
+
+import json
+import os
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from range_store.inspection import overlap_of_tops
+from range_store.range_set import InspectLayer, RangeSet
+from workers.evaluation import figures
+from workers.evaluation.claims import claims
+from workers.evaluation.figures import Line
+from workers.evaluation.html import Cell, Section, figure, folded, page, preformatted, table
+from workers.evaluation.measures import MEAN, Row
+from workers.evaluation.selection import Choice
+from workers.evaluation.statistics import BINS_NEEDED, neurons_by_rank, neurons_of_every_concept, shapes
+
+OVERLAP_FRACTION = 0.3
+SHOWN_CONCEPTS = 4
+"""Densities of more concepts than these are drawn for so many of them, drawn by a seed."""
+
+
+def write_report(
+    path: Path,
+    rows: Sequence[Row],
+    run: Mapping[str, Any],
+    choices: Sequence[Choice],
+    range_set: RangeSet,
+    inspect: Mapping[int, InspectLayer],
+) -> None:
+    """Write the page, whole or not at all.
+
+    Args:
+        rows: of the test texts, a mean row after the targets of each setting.
+        run: every choice made; see `Evaluation.run`.
+        inspect: of the fitted layers.
+    """
+    model, corpus, test = run["range_set"]["model"], run["range_set"]["corpus"], run["test"]
+    fitted_at = time.strftime("%Y-%m-%d %H:%M UTC", time.gmtime(range_set.provenance.created_at))
+    facts = [
+        f"Model {model['id']} ({model['family']}, {model['kind']}, {model['n_layers']} blocks of {model['hidden_size']} "
+        f"neurons, fingerprint {model['fingerprint'][:12]}).",
+        f"Fitted on {corpus['name']}, {corpus['rows']} rows ({corpus['selection']}); {fitted_at}; "
+        f"range set {range_set.id}.",
+        f"Measured on {test['name']}, {test['rows']} rows ({test['selection']}).",
+    ]
+    made = _Report(list(rows), run, choices, range_set, inspect)
+    text = page(f"Erasing concepts from {model['id']}", facts, list(made.sections()))
+    partial = path.with_name(f".{path.name}.partial")
+    partial.write_text(text, "utf-8", errors="replace")
+    os.replace(partial, path)
+
+
+class _Report:
+    def __init__(
+        self,
+        rows: list[Row],
+        run: Mapping[str, Any],
+        choices: Sequence[Choice],
+        range_set: RangeSet,
+        inspect: Mapping[int, InspectLayer],
+    ) -> None:
+        self.rows, self.run, self.choices = rows, run, choices
+        self.range_set, self.inspect = range_set, inspect
+        self.means = [row for row in rows if row.target == MEAN]
+        self.last = max(range_set.layers)
+        first = self.means[-1]
+        chosen = {choice.method: choice.setting for choice in choices}
+        # what stays still while one thing is swept: the chosen range setting, else the last one that was measured
+        self.still = next((row for row in self.means if row.setting == chosen.get("range")), first)
+
+    def sections(self) -> Iterator[Section]:
+        yield self._claims()
+        if self.choices:
+            yield self._chosen()
+        yield self._per_class()
+        if len({row.ranking for row in self.means}) > 1:
+            yield self._rankings()
+        if len({row.top_fraction for row in self.means}) > 1:
+            yield self._sweep()
+        if len({row.layer for row in self.means}) > 1:
+            yield self._layers()
+        for name, title in (
+            ("tau", "Width of the ranges: τ"),
+            ("positions", "Masked positions"),
+            ("replacement", "Replacement"),
+        ):
+            if len({getattr(row, name) for row in self.means} - {None}) > 1:
+                yield self._compared(name, title)
+        if any(row.perplexity is not None for row in self.means):
+            yield self._perplexity()
+        yield self._overlap()
+        if self.inspect:
+            yield self._statistics()
+            yield from self._densities()
+        yield self._destinations()
+        yield Section(
+            "Every choice that the numbers were made with",
+            "The content of run.json, which also names the hashes of model, texts and ranges.",
+            "",
+            [folded("show", preformatted(json.dumps(self.run, indent=1, ensure_ascii=False)))],
+        )
+
+    def _claims(self) -> Section:
+        found = claims(self.rows, self.range_set, self.inspect)
+        yes = sum(each.verdict == "yes" for each in found)
+        measured = sum(each.verdict != "not measured" for each in found)
+        lines = [
+            (each.statement, Cell(each.verdict, kind=each.verdict.split()[0]), Cell(each.evidence, kind="long"))
+            for each in found
+        ]
+        return Section(
+            "The paper's claims",
+            f"{yes} of {measured} claims that these rows can decide hold on this model and these texts.",
+            "Each claim is decided by a rule that is written down in the code (workers/evaluation/claims.py).",
+            [table(("claim", "here", "figures"), lines)],
+        )
+
+    def _chosen(self) -> Section:
+        lines = []
+        for choice in self.choices:
+            row = next(row for row in self.means if row.setting == choice.setting)
+            lines.append((choice.method, _setting(row), choice.candidates, f"{choice.score:+.3f}", *_deltas(row)))
+        selection = self.run.get("selection") or {}
+        best = max(self.choices, key=lambda choice: choice.score)
+        return Section(
+            "Chosen settings",
+            f"On texts of their own, {best.method} masking did best, with ΔCAcc − ΔAcc of {best.score:+.3f}; "
+            "the deltas beside it are on the test texts.",
+            f"Chosen on {selection.get('rows', '?')} rows of {selection.get('name', '?')} "
+            f"({selection.get('selection', '')}).",
+            [table(("method", "setting", "out of", "score", *_DELTA_COLUMNS), lines)],
+        )
+
+    def _per_class(self) -> Section:
+        groups: dict[tuple[int | str, str, float, str, str], list[Row]] = {}
+        for row in self.rows:
+            key = (row.layer, row.ranking, row.top_fraction, row.replacement, row.positions)
+            groups.setdefault(key, []).append(row)
+        still = (
+            self.still.layer,
+            self.still.ranking,
+            self.still.top_fraction,
+            self.still.replacement,
+            self.still.positions,
+        )
+        parts = []
+        for key, group in sorted(groups.items(), key=lambda item: item[0] != still):
+            drawn = self._class_table(group)
+            said = f"layer {key[0]} · ranking {key[1]} · top {key[2]:g} · replaced by {key[3]} · {key[4]} positions"
+            parts.append(drawn if key == still else folded(said, drawn))
+        row = self.still
+        return Section(
+            "Tables 3–8: base, neuron masking, range masking, per class",
+            f"{row.method.capitalize()} masking changes the target's accuracy by {row.delta_acc:+.3f} and that of all "
+            f"others by {row.delta_cacc:+.3f} (mean over targets, first table).",
+            f"{_setting(row)}. In brackets 95 % bootstrap intervals. Acc, Conf: the target's texts; CAcc, CConf: all "
+            "others. Further settings fold out.",
+            parts,
+        )
+
+    def _class_table(self, group: list[Row]) -> str:
+        kinds = list(dict.fromkeys((row.method, row.tau) for row in group))
+        by = {(row.target, row.method, row.tau): row for row in group}
+        columns = ["target", "texts", "Acc", "Conf", "CAcc", "CConf"]
+        for method, tau in kinds:
+            name = method if tau is None else f"{method} τ {tau:g}"
+            columns += [f"{name}: {delta}" for delta in _DELTA_COLUMNS] + ["worst other", "KL others", "same"]
+        lines, mean = [], []
+        for target in dict.fromkeys(row.target for row in group):
+            first = by[target, *kinds[0]]
+            cells: list[object] = [target, first.n_target]
+            cells += [_share(value) for value in (first.base_acc, first.base_conf, first.base_cacc, first.base_cconf)]
+            for method, tau in kinds:
+                row = by[target, method, tau]
+                worst = Cell(row.worst_other or "–", _signed(row.worst_other_delta_acc))
+                cells += [*_deltas(row), worst, _share(row.kl_others), _share(row.unchanged_others)]
+            lines.append(cells)
+            mean.append(target == MEAN)
+        return table(columns, lines, mean)
+
+    def _rankings(self) -> Section:
+        rows = [row for row in self._like("ranking") if row.tau in (None, self.still.tau)]
+        best = max(rows, key=lambda row: row.delta_cacc - row.delta_acc)
+        return Section(
+            "Table 1: rankings compared",
+            f"Erasing by {best.ranking} with {best.method} masking takes the most from the target for what it costs "
+            f"the others: {best.delta_acc:+.3f} against {best.delta_cacc:+.3f}.",
+            f"{_setting(self.still, but=('ranking', 'method'))}; mean over targets.",
+            [table(("ranking", "method", *_DELTA_COLUMNS), [(row.ranking, row.method, *_deltas(row)) for row in rows])],
+        )
+
+    def _sweep(self) -> Section:
+        lines = self._lines("top_fraction")
+        largest = max(row.top_fraction for row in self.means)
+        ends = {line.name: line.points[-1][1] for line in lines if line.points[-1][0] == largest}
+        said = "; ".join(f"{name} {row.delta_acc:+.3f} and {row.delta_cacc:+.3f}" for name, row in ends.items())
+        table_rows = [
+            (line.name, f"{place:g}" if isinstance(place, float) else place, *_deltas(row))
+            for line in lines
+            for place, row in line.points
+        ]
+        return Section(
+            "Figure 6: percentage of neurons masked",
+            f"With {100 * largest:g} % of the neurons masked, targets and others change by: {said}.",
+            f"{_setting(self.still, but=('top_fraction', 'method', 'tau'))}; mean over targets; bands: 95 % intervals.",
+            [
+                figure(figures.deltas(lines, "share of the neurons that is masked", from_zero=True)),
+                folded("as a table", table(("masking", "top", *_DELTA_COLUMNS), table_rows)),
+            ],
+        )
+
+    def _layers(self) -> Section:
+        lines = self._lines("layer")
+        best = max(
+            (row for line in lines if line.name.startswith("range") for _, row in line.points),
+            key=lambda row: row.delta_cacc - row.delta_acc,
+            default=self.still,
+        )
+        table_rows = [(line.name, place, *_deltas(row)) for line in lines for place, row in line.points]
+        return Section(
+            "Tables 9–10: layers",
+            f"Range masking does best at layer {best.layer}: {best.delta_acc:+.3f} for the targets, "
+            f"{best.delta_cacc:+.3f} for the others.",
+            f"{_setting(self.still, but=('layer', 'method', 'tau'))}; mean over targets. Blocks count from 0.",
+            [
+                figure(figures.deltas([Line(x.name, [(str(p), r) for p, r in x.points]) for x in lines], "layer")),
+                table(("masking", "layer", *_DELTA_COLUMNS), table_rows),
+            ],
+        )
+
+    def _compared(self, name: str, title: str) -> Section:
+        rows = [row for row in self._like(name) if getattr(row, name) is not None]
+        best = max(rows, key=lambda row: row.delta_cacc - row.delta_acc)
+        columns = (name, "method") if name != "tau" else ("τ", "method")
+        lines = [(getattr(row, name), row.method, *_deltas(row)) for row in rows]
+        return Section(
+            title,
+            f"The best of these is {getattr(best, name)} with {best.method} masking: {best.delta_acc:+.3f} for the "
+            f"targets, {best.delta_cacc:+.3f} for the others.",
+            f"{_setting(self.still, but=(name, 'method'))}; mean over targets.",
+            [table((*columns, *_DELTA_COLUMNS), lines)],
+        )
+
+    def _perplexity(self) -> Section:
+        rows = [row for row in self.means if row.perplexity is not None]
+        lines = [(_setting(row), f"{row.base_perplexity:.2f}", f"{row.perplexity:.2f}") for row in rows]
+        worst = max(rows, key=lambda row: row.perplexity or 0)
+        return Section(
+            "Perplexity",
+            f"Unmasked {worst.base_perplexity:.2f}; at most {worst.perplexity:.2f} when masked.",
+            "Of the test texts without the prompt, weighted by predicted tokens; geometric mean over targets.",
+            [table(("setting", "unmasked", "masked"), lines)],
+        )
+
+    def _overlap(self) -> Section:
+        parts: list[str] = []
+        said = []
+        for ranking in self.range_set.provenance.settings.rankings:
+            found = overlap_of_tops(self.range_set, self.last, ranking, OVERLAP_FRACTION)
+            others = ~np.eye(len(found.share), dtype=np.bool_)
+            share = found.share[others].mean() if others.any() else float("nan")
+            jaccard = found.jaccard[others].mean() if others.any() else float("nan")
+            every = len(found.shared_by_all)
+            said.append(f"{ranking} {share:.2f} (Jaccard {jaccard:.2f}, {every} of {found.k} in every concept's set)")
+            drawn = figure(figures.overlap(self.range_set, self.last, ranking, OVERLAP_FRACTION))
+            parts.append(f"<p><b>{ranking}</b></p>{drawn}" if not parts else folded(ranking, drawn))
+        return Section(
+            f"Figure 2: overlap of the top {OVERLAP_FRACTION:.0%} of two concepts",
+            f"Two concepts share this part of their salient neurons on average: {'; '.join(said)}; by chance "
+            f"{found.chance:.2f}.",
+            f"Layer {self.last}; {found.k} of {found.hidden} neurons per concept.",
+            parts,
+        )
+
+    def _statistics(self) -> Section:
+        rows, lines = [], []
+        for layer in sorted(self.inspect, reverse=True):
+            for shape in shapes(self.range_set, layer, self.inspect[layer]):
+                rows.append(shape)
+                lines.append(
+                    (
+                        layer,
+                        shape.concept,
+                        shape.texts,
+                        *(f"{v:.3f}" for v in (shape.skewness, shape.absolute_skewness, shape.kurtosis)),
+                        f"{shape.ks:.3f} + {shape.ks_error:.3f}",
+                        f"{shape.gaussian_surely:.3f} – {shape.gaussian_possibly:.3f}",
+                        shape.left_out,
+                    )
+                )
+        own = len(self.range_set.concepts) + 1
+        whole = rows[own - 1]
+        columns = (
+            "layer", "texts of", "texts", "skewness", "|skewness|", "kurtosis", "KS + error", "KS < 0.1", "left out"
+        )  # fmt: skip
+        mean = [line[1] == whole.concept for line in lines]
+        bins = self.range_set.provenance.settings.bins
+        warned = "" if bins >= BINS_NEEDED else f" Only {bins} bins: the KS distances are uncertain."
+        parts = [table(columns, lines[:own], mean[:own])]
+        if len(lines) > own:
+            parts.append(folded("other layers", table(columns, lines[own:], mean[own:])))
+        return Section(
+            "Table 2: shape of the activations",
+            f"At layer {self.last}, pooled, mean skewness is {whole.skewness:+.3f} (mean absolute "
+            f"{whole.absolute_skewness:.3f}), kurtosis {whole.kurtosis:.3f} (3 for a Gaussian), and between {whole.gaussian_surely:.0%} and "
+            f"{whole.gaussian_possibly:.0%} of the neurons have a KS distance below 0.1.",
+            f"Means over neurons; KS distance after z-scoring, from histograms of {bins} bins, with its error bound."
+            f"{warned}",
+            parts,
+        )
+
+    def _densities(self) -> Iterator[Section]:
+        concepts = list(self.range_set.concepts)
+        shown = concepts
+        if len(concepts) > SHOWN_CONCEPTS:
+            drawn = np.random.default_rng(0).choice(len(concepts), size=SHOWN_CONCEPTS, replace=False)
+            shown = [concepts[index] for index in sorted(drawn)]
+        rankings = self.range_set.provenance.settings.rankings
+        ranking = self.still.ranking if self.still.ranking in rankings else rankings[0]
+        inspect = self.inspect[self.last]
+        tau = self.still.tau or 2.5
+        by_rank = neurons_by_rank(self.range_set, self.last, ranking, shown[0])
+        shared = neurons_of_every_concept(self.range_set, self.last, ranking, tau=tau)
+        of = "all concepts" if shown == concepts else f"{len(shown)} of {len(concepts)} concepts, drawn with seed 0"
+        settings = f"Layer {self.last}, ranking {ranking}, {of}; dotted lines: bounds at τ {tau:g}."
+        for title, neurons, sentence in (
+            (
+                "Figure 3: densities of top, middle and bottom neurons",
+                by_rank,
+                f"Six neurons by their rank for {shown[0]}: "
+                f"{', '.join(f'{each.neuron} ({each.why})' for each in by_rank)}.",
+            ),
+            (
+                "Figures 4–5: neurons that are salient for every concept",
+                shared,
+                f"{len(shared)} neurons that most concepts share: those whose ranges overlap least, and most.",
+            ),
+        ):
+            if neurons:
+                drawn_figure = figures.densities(self.range_set, inspect, self.last, neurons, shown, tau)
+                yield Section(title, sentence, settings, [figure(drawn_figure)])
+
+    def _destinations(self) -> Section:
+        chosen = {self.still.setting, *(choice.setting for choice in self.choices)}
+        if not self.choices:
+            like = [row for row in self.means if row.layer == self.still.layer]
+            chosen |= {row.setting for row in like if row.top_fraction == self.still.top_fraction}
+        rows = [row for row in self.rows if row.setting in chosen and row.destinations][:56]
+        labels = self.run["range_set"]["model"]["labels"]
+        stays = [row.destinations.get(row.target, 0) / sum(row.destinations.values()) for row in rows]
+        mean = f"{np.mean(stays):.0%}" if stays else "none"
+        return Section(
+            "Where the target's texts went",
+            f"On average {mean} of a target's texts keep its label; the bars show which labels the rest get.",
+            " | ".join(sorted({_setting(row) for row in rows})[:6]),
+            [figure(figures.destinations(rows, labels))] if rows else [],
+        )
+
+    def _like(self, *names: str) -> list[Row]:
+        """Mean rows that are like the still one in all but the method, its τ and the names given."""
+        fixed = {"layer", "ranking", "top_fraction", "replacement", "positions", "tau"} - set(names)
+        return [
+            row
+            for row in self.means
+            if all(
+                getattr(row, name) == getattr(self.still, name) or (name == "tau" and row.tau is None) for name in fixed
+            )
+        ]
+
+    def _lines(self, name: str) -> list[Line]:
+        """Mean rows along one setting, a line per method and τ."""
+        rows = self._like(name, "tau")
+        kinds = list(dict.fromkeys((row.method, row.tau) for row in rows))
+        return [
+            Line(
+                method if tau is None else f"{method} τ {tau:g}",
+                [(getattr(row, name), row) for row in rows if (row.method, row.tau) == (method, tau)],
+            )
+            for method, tau in kinds
+        ]
+
+
+_DELTA_COLUMNS = ("ΔAcc", "ΔConf", "ΔCAcc", "ΔCConf")
+
+
+def _deltas(row: Row) -> list[Cell]:
+    names = ("delta_acc", "delta_conf", "delta_cacc", "delta_cconf")
+    cells = []
+    for name in names:
+        low, high = getattr(row, f"{name}_low"), getattr(row, f"{name}_high")
+        small = "" if low != low else f"[{_signed(low)}, {_signed(high)}]"
+        cells.append(Cell(_signed(getattr(row, name)), small))
+    return cells
+
+
+def _setting(row: Row, but: Sequence[str] = ()) -> str:
+    """The row's setting in words, without what `but` names."""
+    parts = {
+        "layer": f"layer {row.layer}",
+        "ranking": f"ranking {row.ranking}",
+        "method": f"{row.method} masking",
+        "tau": "" if row.tau is None else f"τ {row.tau:g}",
+        "top_fraction": f"top {row.top_fraction:g}",
+        "replacement": f"replaced by {row.replacement}",
+        "positions": f"{row.positions} positions",
+    }
+    return " · ".join(text for name, text in parts.items() if text and name not in but)
+
+
+def _share(value: float) -> str:
+    return "–" if value != value else f"{value:.3f}"
+
+
+def _signed(value: float) -> str:
+    return "–" if value != value else f"{value:+.3f}"

@@ -1,0 +1,98 @@
+"""What an evaluation measures: every combination of its settings, each with every target."""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass
+from itertools import product
+from typing import Any, Literal
+
+from range_store.erasure import Erasure, Method, Positions, Ranking, Replacement, resolve_layers
+
+Layers = tuple[int, ...]
+"""Blocks that are masked jointly."""
+
+
+@dataclass(frozen=True)
+class EvaluationSettings:
+    """Every combination is measured; neuron masking has no τ and is measured once whatever the τ.
+
+    Attributes:
+        layers: blocks to mask, negative ones from the end; each entry alone, its blocks jointly. "all": each alone.
+        targets: concepts to erase, each alone; None: all of the range set.
+        positions: mask every real token, or the read position alone.
+        correct_only: measure only texts that the unmasked model gets right (the paper's curation for Llama).
+        rows_per_class: then, the first so many of each class.
+        resamples: of the bootstrap; 0 leaves the intervals out. seed: of its draws.
+        batch_tokens: padded tokens of a batch.
+    """
+
+    methods: tuple[Method, ...] = ("neuron", "range")
+    rankings: tuple[Ranking, ...] = ("max",)
+    top_fractions: tuple[float, ...] = (0.3,)
+    taus: tuple[float, ...] = (2.5,)
+    layers: tuple[Layers, ...] | Literal["all"] = ((-1,),)
+    targets: tuple[str, ...] | None = None
+    replacements: tuple[Replacement, ...] = ("zero",)
+    positions: tuple[Positions, ...] = ("all",)
+    correct_only: bool = False
+    rows_per_class: int | None = None
+    resamples: int = 1000
+    seed: int = 0
+    batch_tokens: int = 4096
+
+    def resolved_layers(self, n_layers: int) -> tuple[Layers, ...]:
+        """Groups of blocks counted from 0.
+
+        Raises:
+            InvalidErasure: a block that the model does not have, or one twice in a group.
+        """
+        groups = tuple((layer,) for layer in range(n_layers)) if self.layers == "all" else self.layers
+        return tuple(dict.fromkeys(resolve_layers(group, n_layers) for group in groups))
+
+    def as_json(self) -> dict[str, Any]:
+        """The settings as plain values."""
+        chosen = asdict(self)
+        chosen["replacements"] = [each if isinstance(each, str) else each.model_dump() for each in self.replacements]
+        return chosen
+
+
+@dataclass(frozen=True)
+class Setting:
+    """One combination, and its erasures: one per target, in the order of the targets."""
+
+    layers: Layers
+    positions: Positions
+    erasures: tuple[Erasure, ...]
+
+
+def grid(settings: EvaluationSettings, groups: Sequence[Layers], targets: Sequence[str]) -> Iterator[Setting]:
+    """Every setting, layer by layer.
+
+    Args:
+        groups: blocks counted from 0.
+    """
+    choices = product(
+        groups,
+        settings.positions,
+        settings.replacements,
+        settings.rankings,
+        settings.methods,
+        settings.top_fractions,
+    )
+    for layers, positions, replacement, ranking, method, fraction in choices:
+        for tau in settings.taus if method == "range" else settings.taus[:1]:
+            yield Setting(
+                layers,
+                positions,
+                tuple(
+                    Erasure(
+                        concept=target,
+                        method=method,
+                        tau=tau,
+                        top_fraction=fraction,
+                        ranking=ranking,
+                        layers=layers,
+                        replacement=replacement,
+                    )
+                    for target in targets
+                ),
+            )

@@ -1,0 +1,107 @@
+"""A fit's statistics so far in one file, so that a fit that was killed goes on and ends in the very same bits."""
+
+import hashlib
+import json
+import logging
+import os
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+from safetensors import SafetensorError
+from safetensors.numpy import load_file, save_file
+
+from range_store.range_set import FitSettings
+from workers.fitting.corpus import Corpus
+from workers.fitting.fitter import RangeFitter
+from workers.models.loading import LoadedModel
+
+logger = logging.getLogger(__name__)
+
+LONGEST = 45.0
+"""Seconds between two checkpoints at most, whatever one costs: a kill loses less than a minute."""
+
+
+@dataclass(eq=False)
+class BlockStates:
+    """States [n, L, D] of one block's texts, as far as they are recorded.
+
+    done: texts whose batch went through, [n]; kept: those of them that count (they have tokens and, if only these
+    are wanted, the model gets them right), [n].
+    """
+
+    states: npt.NDArray[np.float32]
+    done: npt.NDArray[np.bool_]
+    kept: npt.NDArray[np.bool_]
+
+    @classmethod
+    def empty(cls, texts: int, layers: int, hidden: int) -> "BlockStates":
+        flags = np.zeros(texts, dtype=np.bool_)
+        return cls(np.zeros((texts, layers, hidden), dtype=np.float32), flags, flags.copy())
+
+
+@dataclass
+class Counters:
+    """How far the fit is: blocks counted in; and texts so far that were cut, or had no token."""
+
+    next_block: int = 0
+    truncated: int = 0
+    empty: int = 0
+
+
+@dataclass
+class Checkpoint:
+    """One file, named by everything that the result depends on.
+
+    Args:
+        seconds: least time between two of them; one that is slow to write is written less often, down to `LONGEST`.
+    """
+
+    path: Path
+    seconds: float
+    saved: float = field(default_factory=time.monotonic)
+    cost: float = 0.0
+
+    @classmethod
+    def of(
+        cls, directory: Path, model: LoadedModel, corpus: Corpus, settings: FitSettings, seconds: float
+    ) -> "Checkpoint":
+        directory.mkdir(parents=True, exist_ok=True)
+        what = json.dumps([model.identity.fingerprint, corpus.sha256, settings.model_dump(mode="json")])
+        return cls(directory / f"fit-{hashlib.sha256(what.encode()).hexdigest()[:20]}.safetensors", seconds)
+
+    def load(self, fitter: RangeFitter) -> tuple[Counters, BlockStates | None]:
+        """Put the saved statistics into `fitter`; gives how far it was, and the block that was under way."""
+        if not self.path.exists():
+            return Counters(), None
+        try:
+            arrays = load_file(self.path)
+            counters = Counters(*(arrays[f"counters.{name}"].item() for name in vars(Counters())))
+            names = ("states", "done", "kept")
+            block = BlockStates(*(arrays[f"block.{n}"].copy() for n in names)) if "block.states" in arrays else None
+            fitter.restore(arrays)
+            return counters, block
+        except (SafetensorError, OSError, KeyError, ValueError, TypeError) as error:
+            logger.warning("the checkpoint %s cannot be read (%s): starting over", self.path, error)
+            return Counters(), None
+
+    @property
+    def due(self) -> bool:
+        """It is time for the next one: writing takes a twentieth of the time at most, up to `LONGEST`."""
+        return time.monotonic() - self.saved >= min(max(self.seconds, 20 * self.cost), max(LONGEST, self.seconds))
+
+    def save(self, fitter: RangeFitter, counters: Counters, block: BlockStates | None) -> None:
+        """Write it whole or not at all."""
+        started = time.monotonic()
+        arrays: dict[str, npt.NDArray[Any]] = fitter.arrays()
+        arrays |= {f"counters.{name}": np.array(value) for name, value in vars(counters).items()}
+        if block is not None:
+            arrays |= {f"block.{name}": getattr(block, name) for name in ("states", "done", "kept")}
+        unfinished = self.path.with_suffix(f".{os.getpid()}.partial")
+        save_file({name: np.ascontiguousarray(array) for name, array in arrays.items()}, unfinished)
+        os.replace(unfinished, self.path)
+        self.saved = time.monotonic()
+        self.cost = self.saved - started

@@ -1,0 +1,82 @@
+"""The paper's data sets by name: where the hub has them, and what their classes are called there."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from types import MappingProxyType
+
+
+@dataclass(frozen=True)
+class KnownDataset:
+    """One data set.
+
+    Attributes:
+        path, config: on the hub. train, test: its labelled splits.
+        text_field, label_field: its columns.
+        labels: class names as on the hub, in the order of their numbers.
+        aliases: other names for the classes, as files of the same data often have them.
+    """
+
+    path: str
+    labels: tuple[str, ...]
+    text_field: str = "text"
+    label_field: str = "label"
+    config: str | None = None
+    train: str = "train"
+    test: str = "test"
+    aliases: Mapping[str, str] = field(default_factory=lambda: MappingProxyType({}))
+
+    def concept(self, name: str) -> str:
+        """The hub's name of a class that a file calls `name`; what is not known stays as it is."""
+        if name in self.labels:
+            return name
+        folded = name.strip().casefold()
+        by_fold = {label.casefold(): label for label in self.labels} | dict(self.aliases)
+        return by_fold.get(folded, name)
+
+    def split(self, wanted: str) -> str:
+        """The split that serves as "train" or "test"; any other name is taken as it is."""
+        return {"train": self.train, "test": self.test}.get(wanted, wanted)
+
+
+KNOWN: Mapping[str, KnownDataset] = MappingProxyType(
+    {
+        "imdb": KnownDataset(
+            "stanfordnlp/imdb", ("neg", "pos"), aliases=MappingProxyType({"negative": "neg", "positive": "pos"})
+        ),
+        "sst2": KnownDataset(
+            "stanfordnlp/sst2",
+            ("negative", "positive"),
+            text_field="sentence",
+            test="validation",  # the labels of its test split are not public
+            aliases=MappingProxyType({"neg": "negative", "pos": "positive"}),
+        ),
+        "ag_news": KnownDataset(
+            "fancyzhx/ag_news",
+            ("World", "Sports", "Business", "Sci/Tech"),
+            aliases=MappingProxyType({"scitech": "Sci/Tech", "sci-tech": "Sci/Tech", "sci_tech": "Sci/Tech"}),
+        ),
+        "emotion": KnownDataset(
+            "dair-ai/emotion", ("sadness", "joy", "love", "anger", "fear", "surprise"), config="split"
+        ),
+        "dbpedia_14": KnownDataset(
+            "fancyzhx/dbpedia_14",
+            (
+                "Company",
+                "EducationalInstitution",
+                "Artist",
+                "Athlete",
+                "OfficeHolder",
+                "MeanOfTransportation",
+                "Building",
+                "NaturalPlace",
+                "Village",
+                "Animal",
+                "Plant",
+                "Album",
+                "Film",
+                "WrittenWork",
+            ),
+            text_field="content",
+        ),
+    }
+)

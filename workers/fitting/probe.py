@@ -1,0 +1,95 @@
+"""The `probe` ranking: weights of a linear classifier from states to concepts (paper §3.2; Dalvi et al. 2019).
+
+It is trained once, in one process, on a fixed seeded sample of states, with an elastic-net penalty, by scikit-learn.
+"""
+
+import logging
+import warnings
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+from sklearn.exceptions import ConvergenceWarning
+from sklearn.linear_model import LogisticRegression
+
+from range_store.range_set import ProbeSettings
+
+logger = logging.getLogger(__name__)
+
+Floats = npt.NDArray[np.float64]
+
+
+class ProbeSample:
+    """States [S, L, D] of S rows that a seed draws from the corpus by their index, whatever the order they come in.
+
+    Args:
+        rows: of the corpus; n_layers: L; hidden: D.
+    """
+
+    def __init__(self, rows: int, n_layers: int, hidden: int, settings: ProbeSettings) -> None:
+        size = min(rows, settings.rows)
+        self.rows = np.sort(np.random.default_rng(settings.seed).choice(rows, size=size, replace=False))
+        self.states = np.zeros((size, n_layers, hidden), dtype=np.float32)
+        self.concept = np.full(size, -1, dtype=np.int64)
+        """Index of each row's concept; -1 for a row that was not seen, or was left out of the fit."""
+
+    def update(self, first: int, states: npt.NDArray[np.float32], concept: npt.NDArray[np.int64]) -> None:
+        """Take what belongs to the sample out of rows `first`, `first` + 1, … states: [n, L, D]; concept: [n]."""
+        start, end = np.searchsorted(self.rows, (first, first + len(states)))
+        at = self.rows[start:end] - first
+        self.states[start:end], self.concept[start:end] = states[at], concept[at]
+
+    def arrays(self) -> dict[str, npt.NDArray[Any]]:
+        """What a checkpoint needs."""
+        return {"probe.states": self.states, "probe.concept": self.concept}
+
+    def restore(self, arrays: dict[str, npt.NDArray[Any]]) -> None:
+        """Undo `arrays`. Raises KeyError or ValueError if they are of another sample."""
+        if arrays["probe.states"].shape != self.states.shape:
+            raise ValueError("another sample")
+        self.states, self.concept = arrays["probe.states"].copy(), arrays["probe.concept"].copy()
+
+
+def probe_saliency(
+    sample: ProbeSample, layer: int, concepts: tuple[str, ...], order: tuple[str, ...], settings: ProbeSettings
+) -> Floats:
+    """|W| [C, D] of a multinomial logistic regression on the sample's standardised states of one layer.
+
+    Minimises mean log loss + l1·Σ|w| + l2·Σw². With two concepts there is one row of weights, which both get. A neuron
+    that is constant, or not finite, in the sample has weight 0.
+
+    Args:
+        concepts: the C concepts that are wanted. order: all concepts, as the sample numbers them.
+    """
+    number = {concept: index for index, concept in enumerate(order)}
+    wanted = [number[concept] for concept in concepts]
+    seen = np.isin(sample.concept, wanted)
+    states, concept = sample.states[seen, layer].astype(np.float64), sample.concept[seen]
+    weights = np.zeros((len(concepts), states.shape[1]))
+    present = [index for index in wanted if (concept == index).any()]
+    if len(present) < 2:
+        return weights
+    mean, std = states.mean(axis=0), states.std(axis=0)
+    usable = np.isfinite(std) & (std > 0)
+    scaled = (states[:, usable] - mean[usable]) / std[usable]
+    total = settings.l1 + 2 * settings.l2
+    model = LogisticRegression(
+        C=1 / (len(scaled) * total) if total else np.inf,
+        l1_ratio=settings.l1 / total if total else 0.0,
+        solver="saga",
+        max_iter=settings.iterations,
+        tol=1e-3,
+        random_state=settings.seed,
+    )
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", ConvergenceWarning)
+        try:
+            model.fit(scaled, concept)
+        except ConvergenceWarning:
+            warnings.simplefilter("ignore", ConvergenceWarning)
+            model.fit(scaled, concept)
+            logger.warning("the probe of layer %d did not converge in %d iterations", layer, settings.iterations)
+    found = np.abs(model.coef_) if len(model.classes_) > 2 else np.repeat(np.abs(model.coef_), 2, axis=0)
+    for row, index in enumerate(model.classes_):
+        weights[wanted.index(int(index)), usable] = found[row]
+    return weights

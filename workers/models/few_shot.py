@@ -1,0 +1,418 @@
+"""A pretrained causal LM as a few-shot classifier, steered at any block.
+
+The prompt of a text is: common prefix (instruction, exemplars) + text + suffix. Its score for a label is the sum of the
+log-probabilities of the label string's tokens after the prompt. All labels of a text are scored in one row: the strings
+stand after the prompt as branches, each of which sees the prompt and its own earlier tokens only.
+
+The prefix is computed once. Up to the lowest masked block nothing depends on a plan (masks act on what a block gives),
+so keys and values of the prefix are shared there; above, they are kept per plan, bounded in bytes (`prefixes.py`).
+
+B: texts, V: variants, P: tokens of the prefix, T: of the longest text with its suffix, S: branch tokens, D: hidden
+size, K: labels, R = 1 + S: positions that are read.
+"""
+
+import threading
+from collections.abc import Callable, Collection, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any, ClassVar, Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from range_store.erasure import Site
+from workers.models.families import Family
+from workers.models.prefixes import PrefixCache, Prefixes
+from workers.models.steered import SPLIT_TOLERANCE, BlockSite, HalfZero, Masking, Pass, Trunk, state_of, with_submodule
+from workers.models.tokens import TokenBatch
+
+Scoring = Literal["restricted", "greedy"]
+UNSAID = -30.0
+"""Greedy score of a label that was not decoded; the one that was has 0."""
+
+
+@dataclass(frozen=True, eq=False)
+class _Rows:
+    """Prompts with branches behind them. batch: [B, T + S]; positions: [B, T + S]; attention: [B, 1, T + S, P + T + S],
+    0 or a very negative number; reads: columns that are read, [B, R]."""
+
+    batch: TokenBatch
+    positions: Tensor
+    attention: Tensor
+    reads: Tensor
+
+    def rows(self, index: Tensor) -> "_Rows":
+        return _Rows(self.batch.rows(index), self.positions[index], self.attention[index], self.reads[index])
+
+
+class FewShotModel:
+    """Has the public face of `SteeredModel`; a `TokenBatch` given to it holds text + suffix, read at the last token.
+
+    One forward pass at a time: calls from several threads wait for each other.
+
+    Args:
+        model: a transformers `…ForCausalLM` in eval mode.
+        prefix: token ids of the common prefix. labels: token ids of each label's string.
+        scoring: "restricted": log-probabilities of the label strings; "greedy" (the released code's): five tokens are
+            decoded, and the label that they begin with has 0, every other one `UNSAID`.
+        decode, label_texts: tokens to text, and the label strings; for "greedy".
+        prefix_bytes: most bytes of prefix states that are kept for plans.
+    """
+
+    GREEDY_TOKENS: ClassVar[int] = 5
+
+    def __init__(
+        self,
+        model: Any,
+        family: Family,
+        prefix: tuple[int, ...],
+        labels: tuple[tuple[int, ...], ...],
+        *,
+        scoring: Scoring = "restricted",
+        decode: Callable[[list[int]], str] | None = None,
+        label_texts: tuple[str, ...] = (),
+        prefix_bytes: int = 256 << 20,
+    ) -> None:
+        if not all(labels):
+            raise ValueError("a label has no token")
+        self.model, self.family = model, family
+        self.prefix, self.labels, self.scoring = prefix, labels, scoring
+        self._decode, self._label_texts = decode, label_texts
+        blocks = model.get_submodule(family.blocks)
+        self.blocks: nn.ModuleList = blocks
+        self.n_layers = len(blocks)
+        # blocks that see a window only would need masks of their own: they take the plain way
+        self.splits = "sliding_attention" not in (getattr(model.config, "layer_types", None) or ())
+        self.current = Pass()
+        self._lock = threading.RLock()
+        sites = nn.ModuleList(BlockSite(index, block, self) for index, block in enumerate(blocks))
+        path = family.blocks.removeprefix(f"{model.base_model_prefix}.").split(".")
+        self._sited = with_submodule(model.base_model, path, sites)
+        self._prefixes = Prefixes(self._prefix_pass, self.n_layers, prefix_bytes)
+        self._branches = [(k, i) for k, label in enumerate(labels) for i in range(len(label) - 1)]
+
+    @property
+    def prefix_cache_bytes(self) -> int:
+        """Bytes of prefix states that are kept for plans."""
+        return self._prefixes.nbytes
+
+    def logits(self, batch: TokenBatch) -> Tensor:
+        """The unmasked model's score of every label, [B, K]."""
+        with self._lock, torch.inference_mode():
+            if not self.splits:
+                return self._plain(batch, None)
+            if self.scoring == "greedy":
+                return self._greedy(batch, None)
+            rows = self._with_branches(batch)
+            return self._scores(self._run(Pass(), rows, self._prefixes.unmasked(batch.ids.device)), rows.reads)
+
+    def record(
+        self,
+        batch: TokenBatch,
+        layers: Sequence[int],
+        site: Site = "block_output",
+        position: Literal["read", "mean"] = "read",
+    ) -> tuple[Tensor, dict[int, Tensor]]:
+        """Scores [B, K], and per layer the states [B, D] at the last prompt token, or their mean over text + suffix."""
+        if self.splits and site == "block_output" and self.scoring == "restricted":
+            trunks = self.trunks(batch, list(layers), whole=True)
+            assert trunks[0].logits is not None
+            width = batch.ids.shape[1]
+            return trunks[0].logits, {t.split: state_of(t.hidden[:, :width], batch, position) for t in trunks}
+        recorded: dict[int, Tensor] = {}
+
+        def keep(layer: int, hidden: Tensor, whole: TokenBatch) -> Tensor:
+            recorded[layer] = state_of(hidden[:, len(self.prefix) :], batch, position)
+            return hidden
+
+        with self._lock, torch.inference_mode(), self._hooks(layers, site, keep, self._in_front(batch, None)):
+            self._body(self._in_front(batch, None))
+        return self.logits(batch), recorded
+
+    def trunk(self, batch: TokenBatch, split: int, *, whole: bool) -> Trunk:
+        """Hidden states after block `split`; see `trunks`."""
+        return self.trunks(batch, [split], whole=whole)[0]
+
+    def trunks(self, batch: TokenBatch, splits: Sequence[int], *, whole: bool) -> list[Trunk]:
+        """Hidden states [B, T + S, D] after each of `splits`, all from one pass; `whole` gives the scores too."""
+        if not self.splits or self.scoring == "greedy":  # nothing to share: `steer` runs whole passes
+            empty = torch.empty(0, device=batch.ids.device)
+            logits = self.logits(batch) if whole else None
+            return [Trunk(split, empty, logits) for split in splits]
+        with self._lock, torch.inference_mode():
+            rows = self._with_branches(batch)
+            now = Pass(record=frozenset(splits), stop_after=None if whole else max(splits))
+            hidden = self._run(now, rows, self._prefixes.unmasked(batch.ids.device))
+            logits = self._scores(hidden, rows.reads) if whole else None
+            return [Trunk(split, now.recorded[split], logits) for split in splits]
+
+    def steer(self, batch: TokenBatch, trunk: Trunk, rows: Tensor, masking: Masking) -> Tensor:
+        """Scores [V, K] of masked variants of the trunk's texts.
+
+        Args:
+            rows: the text of each variant, [V] int64.
+            masking: its layers are `trunk.split` or above.
+        """
+        if not self.splits or masking.site != "block_output":
+            return self.hooked(batch.rows(rows), masking)
+        with self._lock, torch.inference_mode():
+            if self.scoring == "greedy":
+                return self._greedy(batch.rows(rows), masking)
+            whole = self._with_branches(batch)
+            if trunk.split == self.n_layers - 1:
+                return self._last_block(trunk, whole, rows, masking)
+            tail = whole.rows(rows)
+            hidden = trunk.hidden[rows]
+            if trunk.split in masking.layers:
+                hidden = masking(trunk.split, hidden, tail.batch)
+            now = self._masked(masking, tail.batch)
+            now.inject = (trunk.split, hidden)
+            return self._scores(self._run(now, tail, self._prefixes.of(trunk.split, masking, rows.device)), tail.reads)
+
+    def hooked(self, batch: TokenBatch, masking: Masking) -> Tensor:
+        """Scores [B, K] by full passes, one label at a time, with a hook on each masked block: the reference."""
+        with self._lock, torch.inference_mode():
+            return self._plain(batch, masking)
+
+    def check(self, batch: TokenBatch) -> None:
+        """Compares every way that is taken with plain passes, and gives up splitting if they differ.
+
+        Run once at load, with a short prefix and few labels of the same model: what could differ is the way, not the
+        length, and a plain pass over long prompts at every block would take minutes.
+        """
+        if not self.splits:
+            return
+        tolerance = SPLIT_TOLERANCE.get(next(self.model.parameters()).dtype, 1e-5)
+        twin = FewShotModel(self.model, self.family, self.prefix[:8], self.labels[:3])
+        index = torch.arange(len(batch.ids), device=batch.ids.device)
+        try:
+            for layer in range(self.n_layers):
+                masking = HalfZero(layer)
+                split = twin.steer(batch, twin.trunk(batch, layer, whole=False), index, masking).float()
+                full = twin.hooked(batch, masking).float()
+                if not bool(((split - full).abs() <= tolerance * full.abs().clamp(min=1)).all()):
+                    self.splits = False
+                    return
+        except torch.OutOfMemoryError:
+            raise
+        except (TypeError, AttributeError, KeyError, RuntimeError, IndexError):
+            self.splits = False
+
+    # One row per text, all labels in it
+
+    def _with_branches(self, batch: TokenBatch) -> _Rows:
+        """The prompts with the first tokens of every label's string, all but the last, behind them."""
+        tokens = [self.labels[k][i] for k, i in self._branches]
+        row = torch.tensor(tokens, dtype=torch.int64, device=batch.ids.device)
+        return self._behind(batch, row.expand(len(batch.ids), -1), self._branches)
+
+    def _behind(self, batch: TokenBatch, tokens: Tensor, branches: Sequence[tuple[int, int]]) -> _Rows:
+        """Prompts with `tokens` [B, S] behind them; branches: of each token, which branch, and its place in it."""
+        device = batch.ids.device
+        texts, width = batch.ids.shape
+        front, behind = len(self.prefix), len(branches)
+        # [0] keeps the shape where there is no branch token
+        branch = torch.tensor([k for k, _ in branches] or [0], device=device)[:behind]
+        place = torch.tensor([i for _, i in branches] or [0], device=device)[:behind]
+        length = batch.mask.sum(dim=1, keepdim=True)
+        positions = torch.cat(
+            [(front + torch.arange(width, device=device)).expand(texts, -1), front + length + place], dim=1
+        )
+        seen = torch.zeros((texts, width + behind, front + width + behind), dtype=torch.bool, device=device)
+        seen[:, :, :front] = True
+        seen[:, :width, front : front + width] = torch.ones((width, width), device=device).tril().bool()
+        seen[:, width:, front : front + width] = batch.mask.unsqueeze(1)
+        seen[:, width:, front + width :] = (branch[:, None] == branch) & (place[:, None] >= place)
+        dtype = next(self.model.parameters()).dtype
+        attention = torch.zeros(seen.shape, dtype=dtype, device=device).masked_fill(~seen, torch.finfo(dtype).min)
+        also_read = torch.zeros((texts, width + behind), dtype=torch.bool, device=device)
+        also_read[:, width:] = True
+        whole = TokenBatch(
+            torch.cat([batch.ids, tokens], dim=1),
+            torch.cat([batch.mask, also_read[:, width:]], dim=1),
+            batch.read,
+            also_read,
+        )
+        behind_columns = (width + torch.arange(behind, device=device)).expand(texts, -1)
+        reads = torch.cat([batch.read.unsqueeze(1), behind_columns], dim=1)
+        return _Rows(whole, positions, attention.unsqueeze(1), reads)
+
+    def _run(self, now: Pass, rows: _Rows, prefix: PrefixCache) -> Tensor:
+        """One pass of the body; its normed hidden states [B, T + S, D]."""
+        self.current = now
+        try:
+            output = self._sited(
+                input_ids=rows.batch.ids,
+                attention_mask=rows.attention,
+                position_ids=rows.positions,
+                past_key_values=prefix,
+                use_cache=False,
+            )
+        finally:
+            self.current = Pass()
+        hidden: Tensor = output.last_hidden_state
+        return hidden
+
+    def _prefix_pass(self, now: Pass, keep: PrefixCache, device: torch.device) -> None:
+        """Run the prefix alone; `keep` takes its keys and values."""
+        ids = torch.tensor([self.prefix], dtype=torch.int64, device=device)
+        batch = TokenBatch(ids, torch.ones_like(ids, dtype=torch.bool), torch.zeros_like(ids[:, 0]))
+        length = len(self.prefix)
+        dtype = next(self.model.parameters()).dtype
+        seen = torch.ones((1, 1, length, length), device=device).tril().bool()
+        attention = torch.zeros(seen.shape, dtype=dtype, device=device).masked_fill(~seen, torch.finfo(dtype).min)
+        positions = torch.arange(length, device=device).unsqueeze(0)
+        self._run(now, _Rows(batch, positions, attention, positions), keep)
+
+    def _masked(self, masking: Masking, batch: TokenBatch) -> Pass:
+        return Pass(mask=lambda layer, states: masking(layer, states, batch), mask_layers=masking.layers)
+
+    def _last_block(self, trunk: Trunk, whole: _Rows, rows: Tensor, masking: Masking) -> Tensor:
+        """The tail of the last block: norm and head, on the positions that are read only."""
+        columns = whole.reads[rows]
+        hidden = trunk.hidden[rows.unsqueeze(1), columns]  # [V, R, D]
+        ids = whole.batch.ids[rows.unsqueeze(1), columns]
+        also_read = torch.ones_like(ids, dtype=torch.bool)
+        also_read[:, 0] = False
+        batch = TokenBatch(ids, torch.ones_like(also_read), torch.zeros_like(rows), also_read)
+        if trunk.split in masking.layers:
+            hidden = masking(trunk.split, hidden, batch)
+        reads = torch.arange(columns.shape[1], device=rows.device).expand(len(rows), -1)
+        nothing = torch.zeros((1, 1, 1, 1), device=rows.device)  # no block runs that would look at it
+        now = Pass(inject=(trunk.split, hidden))
+        normed = self._run(now, _Rows(batch, torch.zeros_like(ids), nothing, reads), PrefixCache.none())
+        return self._scores(normed, reads)
+
+    def _scores(self, hidden: Tensor, reads: Tensor) -> Tensor:
+        """Summed log-probabilities of the label strings, [B, K]; the head runs on read positions only."""
+        index = torch.arange(len(hidden), device=hidden.device).unsqueeze(1)
+        log = F.log_softmax(
+            self.model.get_output_embeddings()(hidden[index, reads]).float(), dim=-1
+        )  # [B, R, vocabulary]
+        column = {branch: 1 + place for place, branch in enumerate(self._branches)}
+        sums = []
+        for k, label in enumerate(self.labels):
+            parts = [log[:, 0 if i == 0 else column[k, i - 1], token] for i, token in enumerate(label)]
+            sums.append(torch.stack(parts).sum(dim=0))
+        return torch.stack(sums, dim=1)
+
+    # Greedy decoding, as the released code does
+
+    def _greedy(self, batch: TokenBatch, masking: Masking | None) -> Tensor:
+        device = batch.ids.device
+        prefix = self._prefixes.unmasked(device)
+        if masking is not None:
+            prefix = self._prefixes.of(min(masking.layers, default=self.n_layers - 1), masking, device)
+        said = torch.zeros((len(batch.ids), 0), dtype=torch.int64, device=device)
+        for step in range(self.GREEDY_TOKENS):
+            rows = self._behind(batch, said, [(0, i) for i in range(step)])
+            with _counted_once(masking, step == 0):
+                now = Pass() if masking is None else self._masked(masking, rows.batch)
+                hidden = self._run(now, rows, prefix)
+            last = hidden[torch.arange(len(hidden), device=device), rows.reads[:, -1]]
+            said = torch.cat([said, self.model.get_output_embeddings()(last).argmax(dim=-1, keepdim=True)], dim=1)
+        return self._said(said)
+
+    def _said(self, tokens: Tensor) -> Tensor:
+        """Scores [B, K] of decoded tokens [B, 5]: the longest label that they begin with."""
+        assert self._decode is not None
+        scores = torch.full((len(tokens), len(self.labels)), UNSAID, device=tokens.device)
+        by_length = sorted(range(len(self.labels)), key=lambda k: -len(self._label_texts[k].strip()))
+        for row, ids in enumerate(tokens.tolist()):
+            text = self._decode(ids).strip().casefold()
+            found = next((k for k in by_length if text.startswith(self._label_texts[k].strip().casefold())), None)
+            if found is not None:
+                scores[row, found] = 0.0
+        return scores
+
+    # The plain way: full passes without cache, trunk or branches
+
+    def _plain(self, batch: TokenBatch, masking: Masking | None) -> Tensor:
+        if self.scoring == "greedy":
+            return self._plain_greedy(batch, masking)
+        sums = []
+        for k, label in enumerate(self.labels):
+            tokens = torch.tensor(label, device=batch.ids.device).expand(len(batch.ids), -1)
+            with _counted_once(masking, k == 0):
+                log = F.log_softmax(self._plain_head(batch, tokens[:, :-1], masking).float(), dim=-1)
+            sums.append(log.gather(-1, tokens.unsqueeze(-1)).squeeze(-1).sum(dim=1))
+        return torch.stack(sums, dim=1)
+
+    def _plain_greedy(self, batch: TokenBatch, masking: Masking | None) -> Tensor:
+        said = torch.zeros((len(batch.ids), 0), dtype=torch.int64, device=batch.ids.device)
+        for step in range(self.GREEDY_TOKENS):
+            with _counted_once(masking, step == 0):
+                scores = self._plain_head(batch, said, masking)[:, -1]
+            said = torch.cat([said, scores.argmax(dim=-1, keepdim=True)], dim=1)
+        return self._said(said)
+
+    def _plain_head(self, batch: TokenBatch, behind: Tensor, masking: Masking | None) -> Tensor:
+        """Scores over the vocabulary at the last prompt token and each token of `behind` [B, S]: [B, 1 + S, …]."""
+        whole = self._in_front(batch, behind)
+        if masking is None:
+            hidden = self._body(whole)
+        else:
+            with self._hooks(masking.layers, masking.site, masking, whole):
+                hidden = self._body(whole)
+        columns = whole.read.unsqueeze(1) + torch.arange(1 + behind.shape[1], device=batch.ids.device)
+        head: Tensor = self.model.get_output_embeddings()(
+            hidden[torch.arange(len(hidden), device=hidden.device).unsqueeze(1), columns]
+        )
+        return head
+
+    def _in_front(self, batch: TokenBatch, behind: Tensor | None) -> TokenBatch:
+        """Prefix, prompt and the tokens `behind` it as one right-padded batch."""
+        device = batch.ids.device
+        length = batch.mask.sum(dim=1)
+        extra = 0 if behind is None else behind.shape[1]
+        front = len(self.prefix)
+        prefix = torch.tensor(self.prefix, dtype=torch.int64, device=device).expand(len(batch.ids), -1)
+        ids = F.pad(torch.cat([prefix, batch.ids], dim=1), (0, extra))
+        column = torch.arange(ids.shape[1], device=device)
+        read = front + batch.read
+        also_read = (column > read.unsqueeze(1)) & (column < (front + length + extra).unsqueeze(1))
+        if behind is not None and extra:
+            rows = torch.arange(len(ids), device=device).unsqueeze(1)
+            ids[rows, (front + length).unsqueeze(1) + torch.arange(extra, device=device)] = behind
+        return TokenBatch(ids, column < (front + length + extra).unsqueeze(1), read, also_read)
+
+    def _body(self, batch: TokenBatch) -> Tensor:
+        output = self.model.base_model(input_ids=batch.ids, attention_mask=batch.mask.to(torch.int64), use_cache=False)
+        hidden: Tensor = output.last_hidden_state
+        return hidden
+
+    @contextmanager
+    def _hooks(
+        self,
+        layers: Collection[int],
+        site: Site,
+        change: Callable[[int, Tensor, TokenBatch], Tensor],
+        batch: TokenBatch,
+    ) -> Iterator[None]:
+        def hook(layer: int) -> Callable[[nn.Module, Any, Any], Any]:
+            def apply(module: nn.Module, args: Any, output: Any) -> Any:
+                if not isinstance(output, tuple):
+                    return change(layer, output, batch)
+                return (change(layer, output[0], batch), *output[1:])
+
+            return apply
+
+        places = {layer: self.blocks[layer] for layer in layers}
+        if site == "mlp_output":
+            places = {layer: block.get_submodule(self.family.mlp) for layer, block in places.items()}
+        handles = [place.register_forward_hook(hook(layer)) for layer, place in places.items()]
+        try:
+            yield
+        finally:
+            for handle in handles:
+                handle.remove()
+
+
+@contextmanager
+def _counted_once(masking: Masking | None, first: bool) -> Iterator[None]:
+    """Masked neurons at the read position are counted in one of several passes over the same text."""
+    before = getattr(masking, "masked", None)
+    yield
+    if not first and before is not None:
+        masking.masked = before  # type: ignore[union-attr]
