@@ -9,14 +9,15 @@ from plotly.offline import get_plotlyjs
 
 _STYLE = """
 :root { color-scheme: light; --ink: #1c2430; --dim: #66707f; --line: #dde2e8; --tint: #f4f6f8 }
-body { font: 15px/1.5 system-ui, sans-serif; color: var(--ink); max-width: 1100px; margin: 0 auto; padding: 1.5rem }
+body { font: 15px/1.5 system-ui, sans-serif; color: var(--ink); max-width: 1200px; margin: 0 auto; padding: 1.5rem }
 h1 { font-size: 1.6rem; margin: 0 0 .3rem } h2 { font-size: 1.2rem; margin: 2.6rem 0 .3rem;
-border-top: 1px solid var(--line); padding-top: 1rem } p { margin: .3rem 0; max-width: 78ch } .settings { color: var(--dim); font-size: .86rem }
+border-top: 1px solid var(--line); padding-top: 1rem } p { margin: .3rem 0; max-width: 78ch }
+.settings { color: var(--dim); font-size: .86rem }
 .scroll { overflow-x: auto; margin: .7rem 0 } table { border-collapse: collapse; font-size: .88rem;
 font-variant-numeric: tabular-nums } th, td { padding: .22rem .6rem; text-align: right; white-space: nowrap;
 border-bottom: 1px solid var(--line) } th { background: var(--tint); font-weight: 600 }
 td.word, th.word { text-align: left }
-td.long { white-space: normal; text-align: left; min-width: 22rem } tr.mean td { font-weight: 600 }
+td.long { white-space: normal; text-align: left; min-width: 17rem } tr.mean td { font-weight: 600 }
 td small { color: var(--dim); display: block; font-size: .76rem } nav { columns: 2; font-size: .9rem; margin: 1rem 0 }
 nav a { color: inherit; display: block } details { margin: .5rem 0 } summary { cursor: pointer; color: var(--dim) }
 .yes { color: #1c7a43 } .no { color: #b03030 }

@@ -42,8 +42,8 @@ def write_report(
     model, corpus, test = run["range_set"]["model"], run["range_set"]["corpus"], run["test"]
     fitted_at = time.strftime("%Y-%m-%d %H:%M UTC", time.gmtime(range_set.provenance.created_at))
     facts = [
-        f"Model {model['id']} ({model['family']}, {model['kind']}, {model['n_layers']} blocks of {model['hidden_size']} "
-        f"neurons, fingerprint {model['fingerprint'][:12]}).",
+        f"Model {model['id']} ({model['family']}, {model['kind']}, {model['n_layers']} blocks of "
+        f"{model['hidden_size']} neurons, fingerprint {model['fingerprint'][:12]}).",
         f"Fitted on {corpus['name']}, {corpus['rows']} rows ({corpus['selection']}); {fitted_at}; "
         f"range set {range_set.id}.",
         f"Measured on {test['name']}, {test['rows']} rows ({test['selection']}).",
@@ -110,7 +110,11 @@ class _Report:
         yes = sum(each.verdict == "yes" for each in found)
         measured = sum(each.verdict != "not measured" for each in found)
         lines = [
-            (each.statement, Cell(each.verdict, kind=each.verdict.split()[0]), Cell(each.evidence, kind="long"))
+            (
+                Cell(each.statement, kind="long"),
+                Cell(each.verdict, kind=each.verdict.split()[0]),
+                Cell(each.evidence, kind="long"),
+            )
             for each in found
         ]
         return Section(
@@ -124,7 +128,15 @@ class _Report:
         lines = []
         for choice in self.choices:
             row = next(row for row in self.means if row.setting == choice.setting)
-            lines.append((choice.method, _setting(row), choice.candidates, f"{choice.score:+.3f}", *_deltas(row)))
+            lines.append(
+                (
+                    choice.method,
+                    Cell(_setting(row), kind="long"),
+                    choice.candidates,
+                    f"{choice.score:+.3f}",
+                    *_deltas(row),
+                )
+            )
         selection = self.run.get("selection") or {}
         best = max(self.choices, key=lambda choice: choice.score)
         return Section(
@@ -164,23 +176,22 @@ class _Report:
         )
 
     def _class_table(self, group: list[Row]) -> str:
-        kinds = list(dict.fromkeys((row.method, row.tau) for row in group))
-        by = {(row.target, row.method, row.tau): row for row in group}
-        columns = ["target", "texts", "Acc", "Conf", "CAcc", "CConf"]
-        for method, tau in kinds:
-            name = method if tau is None else f"{method} τ {tau:g}"
-            columns += [f"{name}: {delta}" for delta in _DELTA_COLUMNS] + ["worst other", "KL others", "same"]
+        columns = ["target", "texts", "Acc", "Conf", "CAcc", "CConf", "masking", *_DELTA_COLUMNS]
+        columns += ["worst other", "KL others", "same"]
         lines, mean = [], []
         for target in dict.fromkeys(row.target for row in group):
-            first = by[target, *kinds[0]]
-            cells: list[object] = [target, first.n_target]
-            cells += [_share(value) for value in (first.base_acc, first.base_conf, first.base_cacc, first.base_cconf)]
-            for method, tau in kinds:
-                row = by[target, method, tau]
+            own = [row for row in group if row.target == target]
+            for row in own:
+                base: list[object] = [""] * 6  # once per target
+                if row is own[0]:
+                    shares = (row.base_acc, row.base_conf, row.base_cacc, row.base_cconf)
+                    base = [target, row.n_target, *(_share(value) for value in shares)]
+                masking = row.method if row.tau is None else f"range τ {row.tau:g}"
                 worst = Cell(row.worst_other or "–", _signed(row.worst_other_delta_acc))
-                cells += [*_deltas(row), worst, _share(row.kl_others), _share(row.unchanged_others)]
-            lines.append(cells)
-            mean.append(target == MEAN)
+                lines.append(
+                    [*base, masking, *_deltas(row), worst, _share(row.kl_others), _share(row.unchanged_others)]
+                )
+                mean.append(target == MEAN)
         return table(columns, lines, mean)
 
     def _rankings(self) -> Section:
@@ -307,8 +318,9 @@ class _Report:
         return Section(
             "Table 2: shape of the activations",
             f"At layer {self.last}, pooled, mean skewness is {whole.skewness:+.3f} (mean absolute "
-            f"{whole.absolute_skewness:.3f}), kurtosis {whole.kurtosis:.3f} (3 for a Gaussian), and between {whole.gaussian_surely:.0%} and "
-            f"{whole.gaussian_possibly:.0%} of the neurons have a KS distance below 0.1.",
+            f"{whole.absolute_skewness:.3f}), kurtosis {whole.kurtosis:.3f} (3 for a Gaussian), and between "
+            f"{whole.gaussian_surely:.0%} and {whole.gaussian_possibly:.0%} of the neurons have a KS distance "
+            "below 0.1.",
             f"Means over neurons; KS distance after z-scoring, from histograms of {bins} bins, with its error bound."
             f"{warned}",
             parts,

@@ -1,0 +1,113 @@
+"""The report holds what it promises, whatever concepts are called, and asks no other host for anything."""
+
+import re
+from collections.abc import Callable
+from html import unescape
+from pathlib import Path
+
+import pytest
+
+from tests.workers.texts import CLAUSES, labelled_texts, write_jsonl
+from workers.evaluation.evaluate import Evaluation, evaluate
+from workers.evaluation.report import write_report
+from workers.evaluation.settings import EvaluationSettings
+from workers.fitting.corpus import load_corpus
+from workers.fitting.fit import Fitted, fit
+from workers.models.loading import LoadedModel
+
+HOSTILE = '<script>alert("x")</script>'
+
+
+@pytest.fixture(scope="module")
+def made(
+    tiny: Callable[[str], LoadedModel], tmp_path_factory: pytest.TempPathFactory
+) -> tuple[Fitted, Evaluation, str]:
+    """An evaluation that sweeps everything, of a concept that is called like a script; and its page."""
+    model, directory = tiny("bert"), tmp_path_factory.mktemp("report")
+    rows = [(text, HOSTILE if n % 5 == 0 else label) for n, (text, label) in enumerate(labelled_texts(150, seed=1))]
+    learned = load_corpus(str(write_jsonl(directory / "train.jsonl", rows)), labels=tuple(CLAUSES))
+    test = load_corpus(str(write_jsonl(directory / "test.jsonl", labelled_texts(40, seed=2))), labels=tuple(CLAUSES))
+    fitted = fit(model, learned, layers="all")
+    settings = EvaluationSettings(
+        rankings=("max", "selectivity"),
+        top_fractions=(0.3, 1.0),
+        taus=(1.0, 2.5),
+        layers="all",
+        positions=("all", "read"),
+        replacements=("zero", "mean"),
+        targets=(HOSTILE, "Sports"),
+        resamples=50,
+    )
+    evaluation = evaluate(model, fitted.range_set, test, settings, selection=test)
+    path = directory / "report.html"
+    write_report(path, evaluation.rows, evaluation.run, evaluation.choices, fitted.range_set, fitted.inspect)
+    assert sorted(each.name for each in directory.iterdir()) == ["report.html", "test.jsonl", "train.jsonl"]
+    return fitted, evaluation, path.read_text("utf-8")
+
+
+def headings(page: str) -> list[str]:
+    return [unescape(each) for each in re.findall(r"<h2[^>]*>(.*?)</h2>", page)]
+
+
+def test_every_table_and_figure_of_the_paper_has_its_section(made: tuple[Fitted, Evaluation, str]) -> None:
+    found = headings(made[2])
+    for part in (
+        "The paper's claims",
+        "Chosen settings",
+        "Tables 3–8",
+        "Table 1",
+        "Figure 6",
+        "Tables 9–10",
+        "τ",
+        "Masked positions",
+        "Replacement",
+        "Figure 2",
+        "Table 2",
+        "Figure 3",
+        "Figures 4–5",
+        "Where the target's texts went",
+        "Every choice",
+    ):
+        assert sum(part in heading for heading in found) >= 1, part
+    sections = re.findall(r"<section>(.*?)</section>", made[2], flags=re.S)
+    assert len(sections) == len(found)
+    for section in sections:
+        sentence = re.search(r"</h2><p>(.+?)</p>", section)
+        assert sentence is not None
+        assert sentence[1].rstrip().endswith((".", ":")), sentence[1]
+
+
+def test_figures_of_the_rows_stand_in_the_page(made: tuple[Fitted, Evaluation, str]) -> None:
+    _, evaluation, page = made
+    for row in [row for row in evaluation.rows if row.target == "Sports"][::17]:
+        assert f"{row.delta_cacc:+.3f}" in page
+        assert f"[{row.delta_cacc_low:+.3f}, {row.delta_cacc_high:+.3f}]" in page
+    assert evaluation.run["range_set"]["id"] in page
+
+
+def test_what_is_called_like_a_script_is_text(made: tuple[Fitted, Evaluation, str]) -> None:
+    page = made[2]
+    assert HOSTILE not in page
+    assert "&lt;script&gt;alert" in page
+
+
+def test_the_page_asks_no_other_host(made: tuple[Fitted, Evaluation, str]) -> None:
+    without_scripts = re.sub(r"<script.*?</script>", "", made[2], flags=re.S)
+    assert not re.search(r"""(src|href)\s*=\s*["']?(https?:)?//""", without_scripts)
+    assert not re.search(r"<script[^>]+src=", made[2])
+    assert "@import" not in without_scripts
+    assert "plotly" in made[2].casefold()
+
+
+def test_a_single_setting_has_a_page_without_the_sweeps(
+    tiny: Callable[[str], LoadedModel], made: tuple[Fitted, Evaluation, str], tmp_path: Path
+) -> None:
+    fitted = made[0]
+    test = load_corpus(str(write_jsonl(tmp_path / "test.jsonl", labelled_texts(20, seed=2))), labels=tuple(CLAUSES))
+    settings = EvaluationSettings(methods=("range",), targets=("Sports",), resamples=0)
+    evaluation = evaluate(tiny("bert"), fitted.range_set, test, settings)
+    path = tmp_path / "report.html"
+    write_report(path, evaluation.rows, evaluation.run, evaluation.choices, fitted.range_set, fitted.inspect)
+    found = headings(path.read_text("utf-8"))
+    assert not any(each.startswith(("Table 1:", "Figure 6", "Tables 9", "Chosen", "Perplexity")) for each in found)
+    assert any(each.startswith("Table 2") for each in found)
