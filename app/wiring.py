@@ -31,7 +31,7 @@ from workers.engine.errors import (
 )
 from workers.engine.requests import Answer, TextAnswer
 from workers.engine.settings import EngineSettings
-from workers.evaluation.evaluate import Evaluation
+from workers.evaluation.evaluate import Evaluation, check_targets
 from workers.evaluation.evaluate import evaluate as _evaluate
 from workers.evaluation.files import write as write_evaluation
 from workers.evaluation.perplexity import check_perplexity, with_perplexity
@@ -216,6 +216,7 @@ def evaluate_model(
         learned = _corpus(data, labels)
         if choosing is None:
             learned, choosing = learned.split_off(KEPT_FOR_CHOOSING, chosen.seed)
+        check_targets(chosen, learned.concepts)
         fitted = _fit(
             loaded,
             learned,

@@ -243,7 +243,7 @@ def _counted_up(entries: Sequence[str], option: str) -> tuple[float, ...]:
             raise typer.BadParameter("… stands between two numbers, as in 0.1,…,1.0", param_hint=option)
         number(entries[place + 1], option)
         step, last = found[-1] - (found[-2] if len(found) > 1 else 0), Decimal(entries[place + 1])
-        if step <= 0 or (last - found[-1]) / step > 1000:
+        if step <= 0 or last <= found[-1] or (last - found[-1]) / step > 1000:
             raise typer.BadParameter("… counts upwards, in at most 1,000 steps", param_hint=option)
         while found[-1] + step < last:
             found.append(found[-1] + step)

@@ -184,7 +184,7 @@ def test_a_neuron_shows_every_concept(news: Running, fitted: Fitted) -> None:
         std = of_concept["std"]
         assert of_concept["skewness"] == pytest.approx(inspect.m3[row, 7] / std**3)
         assert of_concept["kurtosis"] >= 1
-        assert set(of_concept["rank"]) == {"max", "probeless", "selectivity"}
+        assert set(of_concept["rank"]) == {"max", "probeless", "probeless_global", "selectivity"}
 
 
 def test_overlap_of_the_salient_sets(news: Running) -> None:

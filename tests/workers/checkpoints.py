@@ -1,11 +1,15 @@
 """Tiny checkpoints of every supported family: random weights, real architecture, a tokenizer of their own."""
 
+import json
 from pathlib import Path
 from typing import Any
 
 import torch
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
-from transformers import AutoConfig, AutoModelForSequenceClassification, PreTrainedTokenizerFast
+from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceClassification, PreTrainedTokenizerFast
+
+from workers.fitting.corpus import load_corpus
+from workers.training.recipes import LabelToken
 
 SENTENCES = (
     "The home side won the cup final after extra time and a storm of late goals.",
@@ -67,6 +71,60 @@ def save_tiny(
     model.save_pretrained(directory)
     fast.save_pretrained(directory)
     return directory
+
+
+def save_language_model(family: str, directory: Path, *, positions: int = 128, seed: int = 1) -> Path:
+    """Write a random causal LM of `family`, as people download them: no labels, no head for them."""
+    fast = PreTrainedTokenizerFast(tokenizer_object=_byte_level(family), eos_token="<eos>", pad_token="<eos>")
+    fast.model_max_length = positions
+    sizes: dict[str, Any] = {"vocab_size": len(fast), "pad_token_id": fast.pad_token_id}
+    if family == "gpt2":
+        sizes |= {"n_embd": 32, "n_layer": 3, "n_head": 4, "n_positions": positions}
+    else:
+        sizes |= {"hidden_size": 32, "num_hidden_layers": 3, "num_attention_heads": 4, "num_key_value_heads": 2}
+        sizes |= {"intermediate_size": 64, "max_position_embeddings": positions}
+    torch.manual_seed(seed)
+    model = AutoModelForCausalLM.from_config(AutoConfig.for_model(family, **sizes))
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.ndim > 1:
+                parameter.mul_(6.0)
+    model.save_pretrained(directory)
+    fast.save_pretrained(directory)
+    return directory
+
+
+def save_label_token(family: str, directory: Path, labels: tuple[str, ...] = LABELS) -> Path:
+    """Write a random label-token classifier of `family`."""
+    base = save_language_model(family, directory / "lm")
+    rows = [{"text": text, "label": label} for text, label in zip(SENTENCES, labels * 2, strict=False)]
+    (directory / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    torch.manual_seed(2)
+    task = LabelToken.of(str(base), load_corpus(str(directory / "rows.jsonl"), labels=labels))
+    with torch.no_grad():
+        new = [*task.tokens.ids, task.tokens.sep]  # all alike before they are trained
+        task.model.get_input_embeddings().weight[new] = torch.randn(len(new), task.model.config.hidden_size)
+        task.model.get_output_embeddings().weight[new] = torch.randn(len(new), task.model.config.hidden_size)
+    task.model.save_pretrained(directory / "model")
+    task.tokenizer.save_pretrained(directory / "model")
+    return directory / "model"
+
+
+TEMPLATE: dict[str, Any] = {
+    "name": "tiny",
+    "version": 1,
+    "instruction": "Say it.",
+    "before_text": "Item: ",
+    "after_text": "\nKind:",
+    "labels": [
+        {"label": "World", "text": " envoys met"},
+        {"label": "Sports", "text": " cup"},
+        {"label": "Business", "text": " shares of the miner"},
+        {"label": "SciTech", "text": " probe"},
+    ],
+    "exemplars": [{"text": "she won", "label": "Sports"}],
+}
+"""A prompt template whose label strings differ in length."""
 
 
 def _wordpiece() -> Tokenizer:

@@ -6,7 +6,6 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from range_store.errors import UnknownConcept
 from range_store.range_set import RangeSet
 from workers.evaluation.bootstrap import Bootstrap
 from workers.evaluation.measure import MeasureCancelled, MeasureProgress, measure, truth_of
@@ -62,17 +61,15 @@ def evaluate(
 
     Raises:
         CorpusError: labels of `test` or `selection` that the model does not have; both sides are listed.
-        EvaluationError: no text is left to measure.
-        NotFitted, UnknownConcept, InvalidErasure: the range set cannot serve a setting.
+        EvaluationError: a target without ranges, or no text that is left to measure.
+        NotFitted, InvalidErasure: the range set cannot serve a setting.
         EvaluationCancelled: `cancelled` said so.
     """
     started = time.monotonic()
     match_labels(test.concepts, model.identity.labels)
     groups = settings.resolved_layers(model.identity.n_layers)
     targets = settings.targets or range_set.concepts
-    for target in targets:
-        if target not in range_set.concepts:
-            raise UnknownConcept(target, range_set.concepts)
+    check_targets(settings, range_set.concepts)
     settings_of_grid = list(grid(settings, groups, targets))
 
     def rows_on(corpus: Corpus, what: str) -> tuple[list[Row], Path | None]:
@@ -98,6 +95,15 @@ def evaluate(
     run["seconds"] = round(time.monotonic() - started, 3)
     run["chosen"] = [asdict(choice) for choice in choices]
     return Evaluation(tuple(rows), choices, run, tuple(each for each in (chosen_path, path) if each is not None))
+
+
+def check_targets(settings: EvaluationSettings, concepts: Sequence[str]) -> None:
+    """Raises EvaluationError unless every target is one of the concepts."""
+    unknown = [target for target in settings.targets or () if target not in concepts]
+    if unknown:
+        raise EvaluationError(
+            f"unknown target {', '.join(map(repr, unknown))}; the ranges are of: {', '.join(map(repr, concepts))}"
+        )
 
 
 def _rows(

@@ -2,16 +2,21 @@
 
 import csv
 import json
+import math
 from pathlib import Path
 
+import numpy as np
 import pytest
 import redis
 import torch
+import typer
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from app.cli import options
 from range_store.embedded import EmbeddedRedis
 from range_store.store import RangeStore
 from tests.app.cli.conftest import Cli
-from tests.workers.checkpoints import LABELS, save_tiny
+from tests.workers.checkpoints import LABELS, TEMPLATE, save_language_model, save_tiny
 from tests.workers.texts import labelled_texts, write_jsonl
 
 
@@ -127,7 +132,7 @@ def test_train_makes_a_checkpoint_that_evaluate_measures(
     assert json.loads((out / "run.json").read_text())["settings"]["top_fractions"] == [0.3, 1.0]
 
     table = cli(*evaluate, "--target", "Sports", "--method", "range", "--max-test-rows", "20").stdout.splitlines()
-    assert table[0] == "layer 2 · ranking max · method range · τ 2.5 · top 0.3"
+    assert table[0] == "layer 2 · ranking max · method range · τ 2.5 · top 0.3 · replaced by zero · positions all"
     assert [line.split()[0] for line in table[1:]] == ["target", "Sports", "mean"]
 
 
@@ -149,3 +154,107 @@ def test_an_evaluation_that_cannot_be_done_says_why(
     assert ended.exit_code == 2
     assert said in ended.stderr
     assert not (tmp_path / "out").exists()
+
+
+def test_a_new_language_model_is_trained_served_with_ranges_and_measured(
+    cli: Cli, corpus: Path, held_out: Path, redis_client: redis.Redis, tmp_path: Path
+) -> None:
+    """The label-token kind, and an evaluation of ranges that are published already."""
+    assert isinstance(redis_client, EmbeddedRedis)
+    made = tmp_path / "made"
+    sizes = ["--layers", "2", "--hidden", "32", "--vocabulary", "400"]
+    train = ["train", "--new", "llama", *sizes, "--data", corpus, "--out", made, "--epochs", "1", "--threads", "1"]
+    trained = cli(*train, "--json")
+    assert trained.exit_code == 0, trained.stderr
+    assert trained.json["recipe"] == "label-token"
+    place = ["--redis-url", redis_client.url, "--data-dir", tmp_path, "--name", f"made-{tmp_path.name}"]
+    fitted = cli("fit", "--model", made, "--data", corpus, "--ranking", "all", "--threads", "1", *place, "--json")
+    assert fitted.exit_code == 0, fitted.stderr
+    assert fitted.json["rankings"] == ["max", "probe", "probeless", "probeless_global", "selectivity"]
+    out = tmp_path / "out"
+    measured = cli(
+        "evaluate", "--model", made, "--range-set", fitted.json["id"], "--test-data", held_out, "--out", out,
+        "--ranking", "probe", "--positions", "all,read", "--replacement", "zero,damp:0.5", "--threads", "1", *place,
+        "--json",
+    )  # fmt: skip
+    assert measured.exit_code == 0, measured.stderr
+    assert len(measured.json) == 2 * 2 * 2 * 5
+    assert json.loads((out / "run.json").read_text())["range_set"]["id"] == fitted.json["id"]
+    assert sorted(path.name for path in out.iterdir()) == ["report.html", "results.csv", "results.json", "run.json"]
+    other = save_tiny("bert", tmp_path / "other")
+    foreign = cli(
+        "evaluate", "--model", other, "--range-set", fitted.json["id"], "--test-data", held_out, "--out", out, *place
+    )
+    assert foreign.exit_code == 4
+    assert "not on the model in use" in foreign.stderr
+
+
+def test_a_prompted_language_model_is_measured_with_perplexity(
+    cli: Cli, corpus: Path, held_out: Path, tmp_path: Path
+) -> None:
+    source = save_language_model("gpt2", tmp_path / "lm")
+    (tmp_path / "tiny.json").write_text(json.dumps(TEMPLATE))
+    evaluate = ["evaluate", "--model", source, "--data", corpus, "--test-data", held_out, "--threads", "1"]
+    usual = [*evaluate, "--template", tmp_path / "tiny.json", "--max-rows", "40", "--max-test-rows", "12"]
+    grid = ["--top-fraction", "0.3,1", "--target", "Sports"]
+    measured = cli(*usual, *grid, "--perplexity", "--out", tmp_path / "out", "--json")
+    assert measured.exit_code == 0, measured.stderr
+    assert {row["base_perplexity"] for row in measured.json} == {measured.json[0]["base_perplexity"]}
+    lm, tokenizer = AutoModelForCausalLM.from_pretrained(source).eval(), AutoTokenizer.from_pretrained(source)
+    texts = [json.loads(line)["text"] for line in held_out.read_text().splitlines()]
+    chosen = np.sort(np.random.default_rng(0).choice(len(texts), size=12, replace=False))
+    total = tokens = 0.0
+    for index in chosen:
+        ids = torch.tensor([tokenizer(texts[index])["input_ids"]])
+        total += float(lm(ids, labels=ids).loss) * (ids.shape[1] - 1)
+        tokens += ids.shape[1] - 1
+    assert measured.json[0]["base_perplexity"] == pytest.approx(math.exp(total / tokens), rel=1e-4)
+    assert len({row["perplexity"] for row in measured.json if row["target"] == "Sports"}) > 1
+    assert "Perplexity" in (tmp_path / "out" / "report.html").read_text()
+    refused = cli(*evaluate, "--template", "ag_news", "--perplexity", "--out", tmp_path / "other")
+    assert refused.exit_code == 2
+    bert = save_tiny("bert", tmp_path / "bert")
+    no_language = cli(
+        "evaluate", "--model", bert, "--data", corpus, "--test-data", held_out, "--perplexity", "--out", tmp_path / "no"
+    )
+    assert no_language.exit_code == 2
+    assert "pretrained language models" in no_language.stderr
+
+
+def test_a_data_set_by_name_needs_no_label_map(cli: Cli, corpus: Path, held_out: Path, tmp_path: Path) -> None:
+    model = save_tiny("bert", tmp_path / "tiny", labels=("World", "Sports", "Business", "Sci/Tech"))
+    files = ["--data", corpus, "--test-data", held_out, "--threads", "1"]
+    measured = cli("evaluate", "--model", model, "--dataset", "ag_news", *files, "--out", tmp_path / "out", "--json")
+    assert measured.exit_code == 0, measured.stderr
+    assert {row["target"] for row in measured.json} == {"World", "Sports", "Business", "Sci/Tech", "mean"}
+    unknown = cli("evaluate", "--model", model, "--dataset", "news", *files, "--out", tmp_path / "no")
+    assert unknown.exit_code == 2
+    assert "dbpedia_14" in unknown.stderr
+    nothing = cli("fit", "--model", model)
+    assert nothing.exit_code == 2
+    assert "--dataset" in nothing.stderr
+
+
+@pytest.mark.parametrize(
+    ("text", "numbers"),
+    [
+        ("0.1,…,0.5", (0.1, 0.2, 0.3, 0.4, 0.5)),
+        ("0.05,...,0.2,1.0", (0.05, 0.1, 0.15, 0.2, 1.0)),
+        ("0.2,0.5,…,1", (0.2, 0.5, 0.8, 1.0)),
+    ],
+)
+def test_a_sweep_can_be_written_with_an_ellipsis(text: str, numbers: tuple[float, ...]) -> None:
+    assert options.fractions(text) == numbers
+
+
+@pytest.mark.parametrize("text", ["…,1.0", "0.1,…", "0.5,…,0.1", "0.1,…,…,1", "0.00001,…,1"])
+def test_an_ellipsis_that_leads_nowhere_is_an_error(text: str) -> None:
+    with pytest.raises(typer.BadParameter, match="…"):
+        options.fractions(text)
+
+
+def test_layers_are_groups() -> None:
+    assert options.layer_groups("-1, 0+2,1") == ((-1,), (0, 2), (1,))
+    assert options.layer_groups("all") == "all"
+    with pytest.raises(typer.BadParameter, match="4\\+5"):
+        options.layer_groups("4+")

@@ -58,7 +58,7 @@ def test_layers_take_all_and_refuse_what_is_no_block() -> None:
 
 def test_choices_name_those_that_there_are() -> None:
     assert options.choices("selectivity, max", "--ranking", RANKINGS) == ("selectivity", "max")
-    with pytest.raises(typer.BadParameter, match="'best' is not one of max, probeless, selectivity"):
+    with pytest.raises(typer.BadParameter, match="'best' is not one of max, probe, probeless"):
         options.choices("max,best", "--ranking", RANKINGS)
 
 

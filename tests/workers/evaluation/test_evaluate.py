@@ -12,7 +12,6 @@ import torch
 from torch import Tensor
 
 from range_store.erasure import Erasure
-from range_store.errors import UnknownConcept
 from range_store.plan import resolve
 from range_store.range_set import RangeSet
 from tests.workers.checkpoints import LABELS
@@ -20,7 +19,7 @@ from tests.workers.masking import Alike
 from tests.workers.texts import labelled_texts, write_jsonl
 from workers.engine.masks import DevicePlan, MaskTable
 from workers.evaluation.bootstrap import Bootstrap
-from workers.evaluation.evaluate import EvaluationCancelled, evaluate
+from workers.evaluation.evaluate import EvaluationCancelled, EvaluationError, evaluate
 from workers.evaluation.files import write
 from workers.evaluation.measure import MeasureCancelled, MeasureProgress, measure
 from workers.evaluation.measures import CSV_COLUMNS, Outcomes, Summary
@@ -163,7 +162,7 @@ def test_labels_that_the_model_lacks_are_an_error_with_both_sides(
     path = write_jsonl(tmp_path / "other.jsonl", [("a goal", "Sport"), ("a vote", "World")])
     with pytest.raises(CorpusError, match=r"Sport.*SciTech"):
         evaluate(model, range_set, load_corpus(str(path), labels=LABELS), EvaluationSettings())
-    with pytest.raises(UnknownConcept, match=r"Weather.*World"):
+    with pytest.raises(EvaluationError, match=r"Weather.*World"):
         evaluate(model, range_set, held_out, EvaluationSettings(targets=("Weather",)))
 
 

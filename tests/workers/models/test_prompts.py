@@ -6,9 +6,9 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast
+from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 
-from tests.workers.checkpoints import save_tiny
+from tests.workers.checkpoints import save_language_model, save_tiny
 from workers.fitting.known import KNOWN
 from workers.models.errors import CheckpointError, TextTooLong
 from workers.models.loading import load_model
@@ -83,12 +83,7 @@ def test_unknown_and_unreadable_templates_are_errors(tmp_path: Path) -> None:
 @pytest.fixture(scope="module")
 def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A random GPT-2 language model with the tokenizer of the other tiny checkpoints."""
-    directory = save_tiny("gpt2", tmp_path_factory.mktemp("lm") / "lm")
-    tokenizer = PreTrainedTokenizerFast.from_pretrained(directory)
-    torch.manual_seed(1)
-    config = AutoConfig.for_model("gpt2", vocab_size=len(tokenizer), n_embd=32, n_layer=3, n_head=4, n_positions=96)
-    AutoModelForCausalLM.from_config(config).save_pretrained(directory)
-    return directory
+    return save_language_model("gpt2", tmp_path_factory.mktemp("lm") / "lm")
 
 
 def test_a_language_model_is_loaded_as_a_few_shot_classifier(checkpoint: Path, tmp_path: Path) -> None:
