@@ -4,8 +4,8 @@
     python benchmarks/research.py --model DIR --data FILE --rows 2000
 
 Every round times, one after the other, a plain batched forward pass over the texts and the jobs beside it, so that
-whatever else the machine does falls on all of them; the medians of the rounds' ratios are printed. Peak memory is that of
-processes of their own.
+whatever else the machine does falls on all of them; the medians of the rounds' ratios are printed. Peak memory is that
+of processes of their own.
 """
 
 import argparse
@@ -20,6 +20,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import torch
+import transformers
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
 from workers.demo.demo import CORPUS
@@ -101,6 +102,8 @@ def main() -> None:
     if asked.child:
         child(*asked.child)
         return
+    transformers.utils.logging.set_verbosity_error()  # that the heads are new is meant
+    transformers.utils.logging.disable_progress_bar()
     use_threads(asked.threads)
     texts = texts_of(asked.data)
     with tempfile.TemporaryDirectory() as scratch:
