@@ -98,3 +98,31 @@ def test_a_served_template_comes_from_the_settings(serve: Callable[..., Running]
     running = serve(prompted)
     scores = running.classify("a goal", erase=[]).json()["results"][0]["scores"]
     assert sum(score["score"] for score in scores) == pytest.approx(1.0)
+
+
+def test_ranges_of_what_an_mlp_adds_are_served_beside_others(
+    serve: Callable[..., Running], model: LoadedModel, fitted: Fitted, tmp_path: Path
+) -> None:
+    """Masks inside a block cannot share a trunk; they are full passes, and right."""
+    running = ready(serve(), fitted)
+    path = write_jsonl(tmp_path / "train.jsonl", labelled_texts(60, seed=1))
+    corpus = load_corpus(str(path), labels=model.identity.labels)
+    inside = fit(model, corpus, layers=(0, 2), site="mlp_output", bins=16)
+    ready(running, inside)
+    asked = {"concept": "Sports", "method": "neuron", "top_fraction": 1.0, "layer": 0}
+    answer = running.classify(TEXTS, erase=[asked], compare=True).json()
+    batch = model.tokens.pad([text.ids for text in model.tokens.encode(TEXTS)])
+    bare = model.steered.logits(batch).softmax(dim=1).numpy()
+    place = model.steered.blocks[0].get_submodule("output.dense")
+    handle = place.register_forward_hook(lambda m, i, out: out * ~batch.mask.unsqueeze(-1))
+    expected = model.steered.logits(batch).softmax(dim=1).numpy()
+    handle.remove()
+    labels = model.identity.labels
+    for results, values in (
+        (answer["results"], expected),
+        ([each["baseline"] for each in answer["results"]], bare),
+        (running.classify(TEXTS, erase=[]).json()["results"], bare),
+    ):
+        found = [[{s["label"]: s["score"] for s in each["scores"]}[label] for label in labels] for each in results]
+        np.testing.assert_allclose(found, values, atol=1e-5)
+    assert [each["masked_neurons"] for each in answer["results"]] == [32] * 3

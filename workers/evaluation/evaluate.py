@@ -8,7 +8,7 @@ from typing import Any
 
 from range_store.range_set import RangeSet
 from workers.evaluation.bootstrap import Bootstrap
-from workers.evaluation.measure import MeasureCancelled, MeasureProgress, measure, truth_of
+from workers.evaluation.measure import CHECKPOINT_SECONDS, MeasureCancelled, MeasureProgress, measure, truth_of
 from workers.evaluation.measures import Row, Summary
 from workers.evaluation.selection import Choice, choose
 from workers.evaluation.settings import EvaluationSettings, Setting, grid
@@ -48,6 +48,7 @@ def evaluate(
     *,
     selection: Corpus | None = None,
     checkpoint_dir: Path | None = None,
+    checkpoint_seconds: float = CHECKPOINT_SECONDS,
     progress: Progress | None = None,
     cancelled: Callable[[], bool] | None = None,
 ) -> Evaluation:
@@ -80,6 +81,7 @@ def evaluate(
             settings_of_grid,
             settings,
             checkpoint_dir,
+            checkpoint_seconds,
             None if progress is None else lambda now: progress(what, now),
             cancelled,
         )
@@ -113,6 +115,7 @@ def _rows(
     settings_of_grid: Sequence[Setting],
     settings: EvaluationSettings,
     checkpoint_dir: Path | None,
+    checkpoint_seconds: float,
     progress: Callable[[MeasureProgress], None] | None,
     cancelled: Callable[[], bool] | None,
 ) -> tuple[list[Row], Path | None]:
@@ -123,6 +126,7 @@ def _rows(
         settings_of_grid,
         settings,
         checkpoint_dir=checkpoint_dir,
+        checkpoint_seconds=checkpoint_seconds,
         progress=progress,
         cancelled=cancelled,
     )

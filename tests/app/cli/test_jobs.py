@@ -221,6 +221,23 @@ def test_a_prompted_language_model_is_measured_with_perplexity(
     assert "pretrained language models" in no_language.stderr
 
 
+def test_settings_are_chosen_on_texts_that_are_named_or_kept(
+    cli: Cli, tiny: Path, corpus: Path, held_out: Path, tmp_path: Path
+) -> None:
+    evaluate = ["evaluate", "--model", tiny, "--data", corpus, "--test-data", held_out, "--threads", "1"]
+    grid = ["--top-fraction", "0.3,1.0", "--out", tmp_path / "kept"]
+    kept = cli(*evaluate, *grid)
+    assert kept.exit_code == 0, kept.stderr
+    assert "chosen for range masking out of 2" in kept.stdout
+    run = json.loads((tmp_path / "kept" / "run.json").read_text())
+    assert (run["range_set"]["corpus"]["rows"], run["selection"]["rows"]) == (72, 8)
+    named = write_jsonl(tmp_path / "choose.jsonl", labelled_texts(20, seed=9))
+    cli(*evaluate, *grid[:-1], tmp_path / "named", "--select-on", named)
+    run = json.loads((tmp_path / "named" / "run.json").read_text())
+    assert (run["range_set"]["corpus"]["rows"], run["selection"]["rows"]) == (80, 20)
+    assert run["selection"]["name"] == "choose.jsonl"
+
+
 def test_a_data_set_by_name_needs_no_label_map(cli: Cli, corpus: Path, held_out: Path, tmp_path: Path) -> None:
     model = save_tiny("bert", tmp_path / "tiny", labels=("World", "Sports", "Business", "Sci/Tech"))
     files = ["--data", corpus, "--test-data", held_out, "--threads", "1"]

@@ -3,6 +3,10 @@
 import csv
 import json
 import math
+import os
+import signal
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -14,7 +18,7 @@ from torch import Tensor
 from range_store.erasure import Erasure
 from range_store.plan import resolve
 from range_store.range_set import RangeSet
-from tests.workers.checkpoints import LABELS
+from tests.workers.checkpoints import LABELS, save_tiny
 from tests.workers.masking import Alike
 from tests.workers.texts import labelled_texts, write_jsonl
 from workers.engine.masks import DevicePlan, MaskTable
@@ -26,7 +30,7 @@ from workers.evaluation.measures import CSV_COLUMNS, Outcomes, Summary
 from workers.evaluation.settings import EvaluationSettings, grid
 from workers.fitting.corpus import Corpus, CorpusError, load_corpus
 from workers.fitting.fit import fit
-from workers.models.loading import LoadedModel
+from workers.models.loading import LoadedModel, load_model
 from workers.models.tokens import TokenBatch
 
 Tiny = Callable[[str], LoadedModel]
@@ -359,3 +363,56 @@ def test_many_classes_cost_no_further_pass(tiny: Tiny, learned: Corpus, held_out
         handle.remove()
     assert passes == one
     assert sum(one) == len(held_out)
+
+
+KILLED = """
+import sys
+import torch
+torch.set_num_threads(1)
+from pathlib import Path
+from workers.evaluation.evaluate import evaluate
+from workers.evaluation.settings import EvaluationSettings
+from workers.fitting.corpus import load_corpus
+from workers.fitting.fit import fit
+from workers.models.loading import load_model
+source, train, test, out = sys.argv[1:]
+model = load_model(source, device="cpu")
+labels = model.identity.labels
+range_set = fit(model, load_corpus(train, labels=labels)).range_set
+evaluate(model, range_set, load_corpus(test, labels=labels), EvaluationSettings(batch_tokens=60),
+         checkpoint_dir=Path(out), checkpoint_seconds=0, progress=lambda what, now: print(now.rows_done, flush=True))
+"""
+
+
+def test_a_killed_evaluation_goes_on_to_the_same_bits(tmp_path: Path) -> None:
+    source = save_tiny("bert", tmp_path / "model")
+    train = write_jsonl(tmp_path / "train.jsonl", labelled_texts(60, seed=1))
+    test = write_jsonl(tmp_path / "test.jsonl", labelled_texts(300, seed=2))
+    root = Path(__file__).parents[3]
+    process = subprocess.Popen(
+        [sys.executable, "-c", KILLED, str(source), str(train), str(test), str(tmp_path / "out")],
+        stdout=subprocess.PIPE,
+        text=True,
+        cwd=root,
+        env={**os.environ, "PYTHONPATH": str(root)},
+    )
+    assert process.stdout is not None
+    for line in process.stdout:
+        if int(line) > 120:
+            process.send_signal(signal.SIGKILL)
+            break
+    assert process.wait() == -signal.SIGKILL
+    model = load_model(str(source), device="cpu")
+    range_set = fit(model, load_corpus(str(train), labels=LABELS)).range_set
+    corpus = load_corpus(str(test), labels=LABELS)
+    told: list[MeasureProgress] = []
+    resumed = evaluate(
+        model,
+        range_set,
+        corpus,
+        EvaluationSettings(batch_tokens=60),
+        checkpoint_dir=tmp_path / "out",
+        progress=lambda what, now: told.append(now),
+    )
+    assert told[0].resumed_rows > 0
+    assert repr(resumed.rows) == repr(evaluate(model, range_set, corpus, EvaluationSettings(batch_tokens=60)).rows)
