@@ -31,7 +31,7 @@ MOST_LINES = 60
 
 def evaluate(
     model: options.Model,
-    out: Annotated[Path, typer.Option("--out", help="Directory for results.json, results.csv, run.json, report.html.")],
+    out: Annotated[Path, typer.Option("--out", help="Directory for results.json, results.csv, report.html, …")],
     data: options.Data = None,
     test_data: Annotated[
         str | None, typer.Option("--test-data", help="Texts to measure on; never those of --data.")
@@ -178,7 +178,9 @@ def evaluate(
         print_json([row.as_json() for row in evaluation.rows])
     else:
         _show(evaluation)
-    hint(f"written: {shlex.quote(str(out / 'report.html'))}, results.json, results.csv and run.json beside it")
+    hint(
+        f"written: {shlex.quote(str(out / 'report.html'))}, results.json, results.csv, statistics.json and run.json beside it"
+    )
 
 
 @contextmanager

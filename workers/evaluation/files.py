@@ -1,16 +1,21 @@
-"""The directory that an evaluation leaves: results.json, results.csv, run.json and report.html."""
+"""The directory that an evaluation leaves: results.json, results.csv, statistics.json, run.json and report.html."""
 
 import csv
 import io
 import json
 import os
 from collections.abc import Mapping
+from dataclasses import asdict
 from pathlib import Path
 
+from range_store.inspection import overlap_of_tops
 from range_store.range_set import InspectLayer, RangeSet
+from workers.evaluation.activations import OVERLAP_FRACTION
+from workers.evaluation.claims import claims
 from workers.evaluation.evaluate import Evaluation
 from workers.evaluation.measures import CSV_COLUMNS
 from workers.evaluation.report import write_report
+from workers.evaluation.statistics import range_overlap, shapes
 
 
 def write(out: Path, evaluation: Evaluation, range_set: RangeSet, inspect: Mapping[int, InspectLayer]) -> None:
@@ -28,7 +33,37 @@ def write(out: Path, evaluation: Evaluation, range_set: RangeSet, inspect: Mappi
     writer.writerows(rows)
     _replace(out / "results.csv", table.getvalue())
     _replace(out / "run.json", _json(evaluation.run))
+    _replace(out / "statistics.json", _json(_statistics(evaluation, range_set, inspect)))
     write_report(out / "report.html", evaluation.rows, evaluation.run, evaluation.choices, range_set, inspect)
+
+
+def _statistics(evaluation: Evaluation, range_set: RangeSet, inspect: Mapping[int, InspectLayer]) -> dict[str, object]:
+    """What the report shows beside the rows: claims, shapes of activations and overlaps, by layer."""
+    rankings = range_set.provenance.settings.rankings
+    layers = {}
+    for layer in sorted(inspect):
+        overlaps = {ranking: overlap_of_tops(range_set, layer, ranking, OVERLAP_FRACTION) for ranking in rankings}
+        layers[str(layer)] = {
+            "shapes": [_finite(asdict(shape)) for shape in shapes(range_set, layer, inspect[layer])],
+            "overlap_of_ranges": [_finite(asdict(range_overlap(range_set, layer, ranking))) for ranking in rankings],
+            "overlap_of_tops": {
+                ranking: {
+                    "top_fraction": OVERLAP_FRACTION,
+                    "chance": found.chance,
+                    "concepts": list(range_set.concepts),
+                    "share": found.share.tolist(),
+                    "jaccard": found.jaccard.tolist(),
+                    "shared_by_all": list(found.shared_by_all),
+                }
+                for ranking, found in overlaps.items()
+            },
+        }
+    return {"claims": [asdict(claim) for claim in claims(evaluation.rows, range_set, inspect)], "layers": layers}
+
+
+def _finite(values: dict[str, object]) -> dict[str, object]:
+    """NaN, which JSON has no word for, as null."""
+    return {key: None if value != value else value for key, value in values.items()}
 
 
 def _json(value: object) -> str:

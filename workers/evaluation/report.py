@@ -9,19 +9,14 @@ from typing import Any
 
 import numpy as np
 
-from range_store.inspection import overlap_of_tops
 from range_store.range_set import InspectLayer, RangeSet
 from workers.evaluation import figures
+from workers.evaluation.activations import densities, overlap, statistics
 from workers.evaluation.claims import claims
 from workers.evaluation.figures import Line
 from workers.evaluation.html import Cell, Section, figure, folded, page, preformatted, table
 from workers.evaluation.measures import MEAN, Row
 from workers.evaluation.selection import Choice
-from workers.evaluation.statistics import BINS_NEEDED, neurons_by_rank, neurons_of_every_concept, shapes
-
-OVERLAP_FRACTION = 0.3
-SHOWN_CONCEPTS = 4
-"""Densities of more concepts than these are drawn for so many of them, drawn by a seed."""
 
 
 def write_report(
@@ -67,7 +62,6 @@ class _Report:
         self.rows, self.run, self.choices = rows, run, choices
         self.range_set, self.inspect = range_set, inspect
         self.means = [row for row in rows if row.target == MEAN]
-        self.last = max(range_set.layers)
         first = self.means[-1]
         chosen = {choice.method: choice.setting for choice in choices}
         # what stays still while one thing is swept: the chosen range setting, else the last one that was measured
@@ -93,10 +87,12 @@ class _Report:
                 yield self._compared(name, title)
         if any(row.perplexity is not None for row in self.means):
             yield self._perplexity()
-        yield self._overlap()
+        yield overlap(self.range_set)
         if self.inspect:
-            yield self._statistics()
-            yield from self._densities()
+            rankings = self.range_set.provenance.settings.rankings
+            ranking = next((name for name in rankings if name == self.still.ranking), rankings[0])
+            yield statistics(self.range_set, self.inspect)
+            yield from densities(self.range_set, self.inspect, ranking, self.still.tau or 2.5)
         yield self._destinations()
         yield Section(
             "Every choice that the numbers were made with",
@@ -267,95 +263,6 @@ class _Report:
             "Of the test texts without the prompt, weighted by predicted tokens; geometric mean over targets.",
             [table(("setting", "unmasked", "masked"), lines)],
         )
-
-    def _overlap(self) -> Section:
-        parts: list[str] = []
-        said = []
-        for ranking in self.range_set.provenance.settings.rankings:
-            found = overlap_of_tops(self.range_set, self.last, ranking, OVERLAP_FRACTION)
-            others = ~np.eye(len(found.share), dtype=np.bool_)
-            share = found.share[others].mean() if others.any() else float("nan")
-            jaccard = found.jaccard[others].mean() if others.any() else float("nan")
-            every = len(found.shared_by_all)
-            said.append(f"{ranking} {share:.2f} (Jaccard {jaccard:.2f}, {every} of {found.k} in every concept's set)")
-            drawn = figure(figures.overlap(self.range_set, self.last, ranking, OVERLAP_FRACTION))
-            parts.append(f"<p><b>{ranking}</b></p>{drawn}" if not parts else folded(ranking, drawn))
-        return Section(
-            f"Figure 2: overlap of the top {OVERLAP_FRACTION:.0%} of two concepts",
-            f"Two concepts share this part of their salient neurons on average: {'; '.join(said)}; by chance "
-            f"{found.chance:.2f}.",
-            f"Layer {self.last}; {found.k} of {found.hidden} neurons per concept.",
-            parts,
-        )
-
-    def _statistics(self) -> Section:
-        rows, lines = [], []
-        for layer in sorted(self.inspect, reverse=True):
-            for shape in shapes(self.range_set, layer, self.inspect[layer]):
-                rows.append(shape)
-                lines.append(
-                    (
-                        layer,
-                        shape.concept,
-                        shape.texts,
-                        *(f"{v:.3f}" for v in (shape.skewness, shape.absolute_skewness, shape.kurtosis)),
-                        f"{shape.ks:.3f} + {shape.ks_error:.3f}",
-                        f"{shape.gaussian_surely:.3f} – {shape.gaussian_possibly:.3f}",
-                        shape.left_out,
-                    )
-                )
-        own = len(self.range_set.concepts) + 1
-        whole = rows[own - 1]
-        columns = (
-            "layer", "texts of", "texts", "skewness", "|skewness|", "kurtosis", "KS + error", "KS < 0.1", "left out"
-        )  # fmt: skip
-        mean = [line[1] == whole.concept for line in lines]
-        bins = self.range_set.provenance.settings.bins
-        warned = "" if bins >= BINS_NEEDED else f" Only {bins} bins: the KS distances are uncertain."
-        parts = [table(columns, lines[:own], mean[:own])]
-        if len(lines) > own:
-            parts.append(folded("other layers", table(columns, lines[own:], mean[own:])))
-        return Section(
-            "Table 2: shape of the activations",
-            f"At layer {self.last}, pooled, mean skewness is {whole.skewness:+.3f} (mean absolute "
-            f"{whole.absolute_skewness:.3f}), kurtosis {whole.kurtosis:.3f} (3 for a Gaussian), and between "
-            f"{whole.gaussian_surely:.0%} and {whole.gaussian_possibly:.0%} of the neurons have a KS distance "
-            "below 0.1.",
-            f"Means over neurons; KS distance after z-scoring, from histograms of {bins} bins, with its error bound."
-            f"{warned}",
-            parts,
-        )
-
-    def _densities(self) -> Iterator[Section]:
-        concepts = list(self.range_set.concepts)
-        shown = concepts
-        if len(concepts) > SHOWN_CONCEPTS:
-            drawn = np.random.default_rng(0).choice(len(concepts), size=SHOWN_CONCEPTS, replace=False)
-            shown = [concepts[index] for index in sorted(drawn)]
-        rankings = self.range_set.provenance.settings.rankings
-        ranking = self.still.ranking if self.still.ranking in rankings else rankings[0]
-        inspect = self.inspect[self.last]
-        tau = self.still.tau or 2.5
-        by_rank = neurons_by_rank(self.range_set, self.last, ranking, shown[0])
-        shared = neurons_of_every_concept(self.range_set, self.last, ranking, tau=tau)
-        of = "all concepts" if shown == concepts else f"{len(shown)} of {len(concepts)} concepts, drawn with seed 0"
-        settings = f"Layer {self.last}, ranking {ranking}, {of}; dotted lines: bounds at τ {tau:g}."
-        for title, neurons, sentence in (
-            (
-                "Figure 3: densities of top, middle and bottom neurons",
-                by_rank,
-                f"Six neurons by their rank for {shown[0]}: "
-                f"{', '.join(f'{each.neuron} ({each.why})' for each in by_rank)}.",
-            ),
-            (
-                "Figures 4–5: neurons that are salient for every concept",
-                shared,
-                f"{len(shared)} neurons that most concepts share: those whose ranges overlap least, and most.",
-            ),
-        ):
-            if neurons:
-                drawn_figure = figures.densities(self.range_set, inspect, self.last, neurons, shown, tau)
-                yield Section(title, sentence, settings, [figure(drawn_figure)])
 
     def _destinations(self) -> Section:
         chosen = {self.still.setting, *(choice.setting for choice in self.choices)}

@@ -12,9 +12,7 @@ size, K: labels, R = 1 + S: positions that are read.
 """
 
 import threading
-from collections.abc import Callable, Collection, Iterator, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
 from typing import Any, ClassVar, Literal
 
 import torch
@@ -23,27 +21,15 @@ from torch import Tensor, nn
 
 from range_store.erasure import Site
 from workers.models.families import Family
+from workers.models.plain_prompts import PlainPrompts, counted_once
 from workers.models.prefixes import PrefixCache, Prefixes
+from workers.models.prompt_rows import PromptRows, behind
 from workers.models.steered import SPLIT_TOLERANCE, BlockSite, HalfZero, Masking, Pass, Trunk, state_of, with_submodule
 from workers.models.tokens import TokenBatch
 
 Scoring = Literal["restricted", "greedy"]
 UNSAID = -30.0
 """Greedy score of a label that was not decoded; the one that was has 0."""
-
-
-@dataclass(frozen=True, eq=False)
-class _Rows:
-    """Prompts with branches behind them. batch: [B, T + S]; positions: [B, T + S]; attention: [B, 1, T + S, P + T + S],
-    0 or a very negative number; reads: columns that are read, [B, R]."""
-
-    batch: TokenBatch
-    positions: Tensor
-    attention: Tensor
-    reads: Tensor
-
-    def rows(self, index: Tensor) -> "_Rows":
-        return _Rows(self.batch.rows(index), self.positions[index], self.attention[index], self.reads[index])
 
 
 class FewShotModel:
@@ -89,6 +75,7 @@ class FewShotModel:
         sites = nn.ModuleList(BlockSite(index, block, self) for index, block in enumerate(blocks))
         path = family.blocks.removeprefix(f"{model.base_model_prefix}.").split(".")
         self._sited = with_submodule(model.base_model, path, sites)
+        self._plain = PlainPrompts(model, family, prefix)
         self._prefixes = Prefixes(self._prefix_pass, self.n_layers, prefix_bytes)
         self._branches = [(k, i) for k, label in enumerate(labels) for i in range(len(label) - 1)]
 
@@ -101,7 +88,7 @@ class FewShotModel:
         """The unmasked model's score of every label, [B, K]."""
         with self._lock, torch.inference_mode():
             if not self.splits:
-                return self._plain(batch, None)
+                return self._in_full(batch, None)
             if self.scoring == "greedy":
                 return self._greedy(batch, None)
             rows = self._with_branches(batch)
@@ -120,15 +107,8 @@ class FewShotModel:
             assert trunks[0].logits is not None
             width = batch.ids.shape[1]
             return trunks[0].logits, {t.split: state_of(t.hidden[:, :width], batch, position) for t in trunks}
-        recorded: dict[int, Tensor] = {}
-
-        def keep(layer: int, hidden: Tensor, whole: TokenBatch) -> Tensor:
-            recorded[layer] = state_of(hidden[:, len(self.prefix) :], batch, position)
-            return hidden
-
-        with self._lock, torch.inference_mode(), self._hooks(layers, site, keep, self._in_front(batch, None)):
-            self._body(self._in_front(batch, None))
-        return self.logits(batch), recorded
+        with self._lock, torch.inference_mode():
+            return self.logits(batch), self._plain.record(batch, layers, site, position)
 
     def trunk(self, batch: TokenBatch, split: int, *, whole: bool) -> Trunk:
         """Hidden states after block `split`; see `trunks`."""
@@ -173,7 +153,7 @@ class FewShotModel:
     def hooked(self, batch: TokenBatch, masking: Masking) -> Tensor:
         """Scores [B, K] by full passes, one label at a time, with a hook on each masked block: the reference."""
         with self._lock, torch.inference_mode():
-            return self._plain(batch, masking)
+            return self._in_full(batch, masking)
 
     def check(self, batch: TokenBatch) -> None:
         """Compares every way that is taken with plain passes, and gives up splitting if they differ.
@@ -201,44 +181,16 @@ class FewShotModel:
 
     # One row per text, all labels in it
 
-    def _with_branches(self, batch: TokenBatch) -> _Rows:
+    def _with_branches(self, batch: TokenBatch) -> PromptRows:
         """The prompts with the first tokens of every label's string, all but the last, behind them."""
         tokens = [self.labels[k][i] for k, i in self._branches]
         row = torch.tensor(tokens, dtype=torch.int64, device=batch.ids.device)
         return self._behind(batch, row.expand(len(batch.ids), -1), self._branches)
 
-    def _behind(self, batch: TokenBatch, tokens: Tensor, branches: Sequence[tuple[int, int]]) -> _Rows:
-        """Prompts with `tokens` [B, S] behind them; branches: of each token, which branch, and its place in it."""
-        device = batch.ids.device
-        texts, width = batch.ids.shape
-        front, behind = len(self.prefix), len(branches)
-        # [0] keeps the shape where there is no branch token
-        branch = torch.tensor([k for k, _ in branches] or [0], device=device)[:behind]
-        place = torch.tensor([i for _, i in branches] or [0], device=device)[:behind]
-        length = batch.mask.sum(dim=1, keepdim=True)
-        positions = torch.cat(
-            [(front + torch.arange(width, device=device)).expand(texts, -1), front + length + place], dim=1
-        )
-        seen = torch.zeros((texts, width + behind, front + width + behind), dtype=torch.bool, device=device)
-        seen[:, :, :front] = True
-        seen[:, :width, front : front + width] = torch.ones((width, width), device=device).tril().bool()
-        seen[:, width:, front : front + width] = batch.mask.unsqueeze(1)
-        seen[:, width:, front + width :] = (branch[:, None] == branch) & (place[:, None] >= place)
-        dtype = next(self.model.parameters()).dtype
-        attention = torch.zeros(seen.shape, dtype=dtype, device=device).masked_fill(~seen, torch.finfo(dtype).min)
-        also_read = torch.zeros((texts, width + behind), dtype=torch.bool, device=device)
-        also_read[:, width:] = True
-        whole = TokenBatch(
-            torch.cat([batch.ids, tokens], dim=1),
-            torch.cat([batch.mask, also_read[:, width:]], dim=1),
-            batch.read,
-            also_read,
-        )
-        behind_columns = (width + torch.arange(behind, device=device)).expand(texts, -1)
-        reads = torch.cat([batch.read.unsqueeze(1), behind_columns], dim=1)
-        return _Rows(whole, positions, attention.unsqueeze(1), reads)
+    def _behind(self, batch: TokenBatch, tokens: Tensor, branches: Sequence[tuple[int, int]]) -> PromptRows:
+        return behind(batch, tokens, branches, len(self.prefix), next(self.model.parameters()).dtype)
 
-    def _run(self, now: Pass, rows: _Rows, prefix: PrefixCache) -> Tensor:
+    def _run(self, now: Pass, rows: PromptRows, prefix: PrefixCache) -> Tensor:
         """One pass of the body; its normed hidden states [B, T + S, D]."""
         self.current = now
         try:
@@ -263,12 +215,12 @@ class FewShotModel:
         seen = torch.ones((1, 1, length, length), device=device).tril().bool()
         attention = torch.zeros(seen.shape, dtype=dtype, device=device).masked_fill(~seen, torch.finfo(dtype).min)
         positions = torch.arange(length, device=device).unsqueeze(0)
-        self._run(now, _Rows(batch, positions, attention, positions), keep)
+        self._run(now, PromptRows(batch, positions, attention, positions), keep)
 
     def _masked(self, masking: Masking, batch: TokenBatch) -> Pass:
         return Pass(mask=lambda layer, states: masking(layer, states, batch), mask_layers=masking.layers)
 
-    def _last_block(self, trunk: Trunk, whole: _Rows, rows: Tensor, masking: Masking) -> Tensor:
+    def _last_block(self, trunk: Trunk, whole: PromptRows, rows: Tensor, masking: Masking) -> Tensor:
         """The tail of the last block: norm and head, on the positions that are read only."""
         columns = whole.reads[rows]
         hidden = trunk.hidden[rows.unsqueeze(1), columns]  # [V, R, D]
@@ -281,7 +233,7 @@ class FewShotModel:
         reads = torch.arange(columns.shape[1], device=rows.device).expand(len(rows), -1)
         nothing = torch.zeros((1, 1, 1, 1), device=rows.device)  # no block runs that would look at it
         now = Pass(inject=(trunk.split, hidden))
-        normed = self._run(now, _Rows(batch, torch.zeros_like(ids), nothing, reads), PrefixCache.none())
+        normed = self._run(now, PromptRows(batch, torch.zeros_like(ids), nothing, reads), PrefixCache.none())
         return self._scores(normed, reads)
 
     def _scores(self, hidden: Tensor, reads: Tensor) -> Tensor:
@@ -297,6 +249,12 @@ class FewShotModel:
             sums.append(torch.stack(parts).sum(dim=0))
         return torch.stack(sums, dim=1)
 
+    def _in_full(self, batch: TokenBatch, masking: Masking | None) -> Tensor:
+        """Scores [B, K] the plain way."""
+        if self.scoring == "greedy":
+            return self._said(self._plain.decoded(batch, self.GREEDY_TOKENS, masking))
+        return self._plain.scores(batch, self.labels, masking)
+
     # Greedy decoding, as the released code does
 
     def _greedy(self, batch: TokenBatch, masking: Masking | None) -> Tensor:
@@ -307,7 +265,7 @@ class FewShotModel:
         said = torch.zeros((len(batch.ids), 0), dtype=torch.int64, device=device)
         for step in range(self.GREEDY_TOKENS):
             rows = self._behind(batch, said, [(0, i) for i in range(step)])
-            with _counted_once(masking, step == 0):
+            with counted_once(masking, step == 0):
                 now = Pass() if masking is None else self._masked(masking, rows.batch)
                 hidden = self._run(now, rows, prefix)
             last = hidden[torch.arange(len(hidden), device=device), rows.reads[:, -1]]
@@ -325,94 +283,3 @@ class FewShotModel:
             if found is not None:
                 scores[row, found] = 0.0
         return scores
-
-    # The plain way: full passes without cache, trunk or branches
-
-    def _plain(self, batch: TokenBatch, masking: Masking | None) -> Tensor:
-        if self.scoring == "greedy":
-            return self._plain_greedy(batch, masking)
-        sums = []
-        for k, label in enumerate(self.labels):
-            tokens = torch.tensor(label, device=batch.ids.device).expand(len(batch.ids), -1)
-            with _counted_once(masking, k == 0):
-                log = F.log_softmax(self._plain_head(batch, tokens[:, :-1], masking).float(), dim=-1)
-            sums.append(log.gather(-1, tokens.unsqueeze(-1)).squeeze(-1).sum(dim=1))
-        return torch.stack(sums, dim=1)
-
-    def _plain_greedy(self, batch: TokenBatch, masking: Masking | None) -> Tensor:
-        said = torch.zeros((len(batch.ids), 0), dtype=torch.int64, device=batch.ids.device)
-        for step in range(self.GREEDY_TOKENS):
-            with _counted_once(masking, step == 0):
-                scores = self._plain_head(batch, said, masking)[:, -1]
-            said = torch.cat([said, scores.argmax(dim=-1, keepdim=True)], dim=1)
-        return self._said(said)
-
-    def _plain_head(self, batch: TokenBatch, behind: Tensor, masking: Masking | None) -> Tensor:
-        """Scores over the vocabulary at the last prompt token and each token of `behind` [B, S]: [B, 1 + S, …]."""
-        whole = self._in_front(batch, behind)
-        if masking is None:
-            hidden = self._body(whole)
-        else:
-            with self._hooks(masking.layers, masking.site, masking, whole):
-                hidden = self._body(whole)
-        columns = whole.read.unsqueeze(1) + torch.arange(1 + behind.shape[1], device=batch.ids.device)
-        head: Tensor = self.model.get_output_embeddings()(
-            hidden[torch.arange(len(hidden), device=hidden.device).unsqueeze(1), columns]
-        )
-        return head
-
-    def _in_front(self, batch: TokenBatch, behind: Tensor | None) -> TokenBatch:
-        """Prefix, prompt and the tokens `behind` it as one right-padded batch."""
-        device = batch.ids.device
-        length = batch.mask.sum(dim=1)
-        extra = 0 if behind is None else behind.shape[1]
-        front = len(self.prefix)
-        prefix = torch.tensor(self.prefix, dtype=torch.int64, device=device).expand(len(batch.ids), -1)
-        ids = F.pad(torch.cat([prefix, batch.ids], dim=1), (0, extra))
-        column = torch.arange(ids.shape[1], device=device)
-        read = front + batch.read
-        also_read = (column > read.unsqueeze(1)) & (column < (front + length + extra).unsqueeze(1))
-        if behind is not None and extra:
-            rows = torch.arange(len(ids), device=device).unsqueeze(1)
-            ids[rows, (front + length).unsqueeze(1) + torch.arange(extra, device=device)] = behind
-        return TokenBatch(ids, column < (front + length + extra).unsqueeze(1), read, also_read)
-
-    def _body(self, batch: TokenBatch) -> Tensor:
-        output = self.model.base_model(input_ids=batch.ids, attention_mask=batch.mask.to(torch.int64), use_cache=False)
-        hidden: Tensor = output.last_hidden_state
-        return hidden
-
-    @contextmanager
-    def _hooks(
-        self,
-        layers: Collection[int],
-        site: Site,
-        change: Callable[[int, Tensor, TokenBatch], Tensor],
-        batch: TokenBatch,
-    ) -> Iterator[None]:
-        def hook(layer: int) -> Callable[[nn.Module, Any, Any], Any]:
-            def apply(module: nn.Module, args: Any, output: Any) -> Any:
-                if not isinstance(output, tuple):
-                    return change(layer, output, batch)
-                return (change(layer, output[0], batch), *output[1:])
-
-            return apply
-
-        places = {layer: self.blocks[layer] for layer in layers}
-        if site == "mlp_output":
-            places = {layer: block.get_submodule(self.family.mlp) for layer, block in places.items()}
-        handles = [place.register_forward_hook(hook(layer)) for layer, place in places.items()]
-        try:
-            yield
-        finally:
-            for handle in handles:
-                handle.remove()
-
-
-@contextmanager
-def _counted_once(masking: Masking | None, first: bool) -> Iterator[None]:
-    """Masked neurons at the read position are counted in one of several passes over the same text."""
-    before = getattr(masking, "masked", None)
-    yield
-    if not first and before is not None:
-        masking.masked = before  # type: ignore[union-attr]

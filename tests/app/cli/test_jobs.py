@@ -180,7 +180,13 @@ def test_a_new_language_model_is_trained_served_with_ranges_and_measured(
     assert measured.exit_code == 0, measured.stderr
     assert len(measured.json) == 2 * 2 * 2 * 5
     assert json.loads((out / "run.json").read_text())["range_set"]["id"] == fitted.json["id"]
-    assert sorted(path.name for path in out.iterdir()) == ["report.html", "results.csv", "results.json", "run.json"]
+    assert sorted(path.name for path in out.iterdir()) == [
+        "report.html",
+        "results.csv",
+        "results.json",
+        "run.json",
+        "statistics.json",
+    ]
     other = save_tiny("bert", tmp_path / "other")
     foreign = cli(
         "evaluate", "--model", other, "--range-set", fitted.json["id"], "--test-data", held_out, "--out", out, *place

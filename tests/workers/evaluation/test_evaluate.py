@@ -127,7 +127,13 @@ def test_files_name_every_choice_and_are_whole(tiny: Tiny, learned: Corpus, held
     evaluation = evaluate(model, fitted.range_set, held_out, EvaluationSettings(targets=("Sports",)))
     out = tmp_path / "deep" / "out"
     write(out, evaluation, fitted.range_set, fitted.inspect)
-    assert sorted(path.name for path in out.iterdir()) == ["report.html", "results.csv", "results.json", "run.json"]
+    assert sorted(path.name for path in out.iterdir()) == [
+        "report.html",
+        "results.csv",
+        "results.json",
+        "run.json",
+        "statistics.json",
+    ]
     rows = json.loads((out / "results.json").read_text())
     names = "layer ranking method tau top_fraction target n_target n_others"
     measures = "base_acc base_conf base_cacc base_cconf delta_acc delta_conf delta_cacc delta_cconf"
@@ -141,6 +147,9 @@ def test_files_name_every_choice_and_are_whole(tiny: Tiny, learned: Corpus, held
     for row, line in zip(rows, table, strict=True):
         for name in CSV_COLUMNS:
             assert line[name] == ("" if row[name] is None else str(row[name]))
+    statistics = json.loads((out / "statistics.json").read_text())
+    assert [shape["concept"] for shape in statistics["layers"]["2"]["shapes"]][:-1] == list(fitted.range_set.concepts)
+    assert len(statistics["claims"]) == 4
     run = json.loads((out / "run.json").read_text())
     assert run["settings"]["layers"] == [[2]]
     assert run["range_set"]["model"]["fingerprint"] == model.identity.fingerprint
