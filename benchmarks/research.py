@@ -85,7 +85,7 @@ def peak_memory(model: Path, corpus: Path) -> float:
 def child(model: str, corpus: str) -> None:
     loaded = load_model(model, device="cpu")
     fit(loaded, load_corpus(corpus, labels=loaded.identity.labels), layers="all")
-    print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024)  # noqa: T201
+    print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024)
 
 
 def main() -> None:
@@ -122,11 +122,11 @@ def main() -> None:
             for rows, megabytes in memory.items():
                 found[f"  MB at {rows} rows"] = megabytes
     if asked.json:
-        print(json.dumps(found, indent=1))  # noqa: T201
+        print(json.dumps(found, indent=1))
         return
-    print(f"{asked.rows} texts of {asked.data.name}, {asked.rounds} rounds, {torch.get_num_threads()} threads; medians")  # noqa: T201
+    print(f"{asked.rows} texts of {asked.data.name}, {asked.rounds} rounds, {torch.get_num_threads()} threads; medians")
     for what, value in found.items():
-        print(f"{what:78} {value:8.3f}")  # noqa: T201
+        print(f"{what:78} {value:8.3f}")
 
 
 def measure(models: list[LoadedModel], corpora: list[Corpus], rounds: int) -> dict[str, float]:

@@ -178,9 +178,7 @@ def evaluate(
         print_json([row.as_json() for row in evaluation.rows])
     else:
         _show(evaluation)
-    hint(
-        f"written: {shlex.quote(str(out / 'report.html'))}, results.json, results.csv, statistics.json and run.json beside it"
-    )
+    hint(f"written: {shlex.quote(str(out / 'report.html'))}, and the numbers beside it")
 
 
 @contextmanager
