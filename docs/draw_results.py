@@ -121,9 +121,7 @@ def shapes(results: Path) -> None:
 
 def claims(results: Path) -> None:
     """Verdicts: of the sweep where it decides, else of the layers."""
-    print(
-        "| data | model | less interference | neuron collapses, range holds | top ranges overlap less | last layer best |"
-    )
+    print("| data | model | less interference | neuron collapses, range holds | top overlaps less | last layer best |")
     print("|---|---|---|---|---|---|")
     for model, data, directory in found(results):
         verdicts = []

@@ -56,28 +56,33 @@ def interference(means: Sequence[Row]) -> Claim:
 
 
 def collapse(means: Sequence[Row]) -> Claim:
-    """Yes where, at the last layer and beyond half of the neurons, neuron masking costs the others 25 points or more
-    somewhere, and range masking, at its smallest measured τ of 2 or more, never more than 5, up to all neurons."""
+    """Yes where, at the last layer, neuron masking costs the others 25 points or more at most of the measured fractions
+    beyond a half, and range masking, at its smallest measured τ of 2 or more, never more than 5, up to all neurons."""
     statement = "Neuron masking collapses past 50 % of the neurons, while range masking holds to 100 %."
     beyond = [row for row in means if row.top_fraction > PAST]
-    neuron = [row for row in beyond if row.method == "neuron"]
     ranged = [row for row in beyond if row.method == "range" and (row.tau or 0) >= 2]
+    neuron = [row for row in beyond if row.method == "neuron"]
     if not neuron or not any(row.top_fraction == 1.0 for row in ranged):
         return Claim(statement, "not measured", "Needs both methods beyond half of the neurons, up to all of them.")
     layer = max(neuron + ranged, key=lambda row: _layer_order(row.layer)).layer
-    neuron, ranged = ([row for row in each if row.layer == layer] for each in (neuron, ranged))
+    tau = min(row.tau or 0 for row in ranged)
+    first = next(row for row in neuron + ranged if row.layer == layer)
+    neuron = [row for row in neuron if row.layer == layer and _alike(row, first)]
+    ranged = [row for row in ranged if row.layer == layer and _alike(row, first) and row.tau == tau]
     if not neuron or not ranged:
-        return Claim(statement, "not measured", "Needs both methods at one layer.")
-    smallest = min(row.tau or 0 for row in ranged)
-    worst_neuron = min(neuron, key=lambda row: row.delta_cacc)
-    worst_range = min((row for row in ranged if row.tau == smallest), key=lambda row: row.delta_cacc)
-    yes = worst_neuron.delta_cacc <= COLLAPSE and worst_range.delta_cacc >= HOLD
+        return Claim(statement, "not measured", "Needs both methods at one setting.")
+    collapsed = [row.top_fraction for row in neuron if row.delta_cacc <= COLLAPSE]
+    worst = min(ranged, key=lambda row: row.delta_cacc)
+    yes = 2 * len(collapsed) > len(neuron) and worst.delta_cacc >= HOLD
+    since = f", from top {min(collapsed):g} on" if collapsed else ""
+    at_all = max(neuron, key=lambda row: row.top_fraction)
     return Claim(
         statement,
         "yes" if yes else "no",
-        f"At layer {layer}, beyond half of the neurons, the others' accuracy changes by {_with_interval(worst_neuron)} "
-        f"at worst with neurons (top {worst_neuron.top_fraction:g}), {_with_interval(worst_range)} with ranges "
-        f"(τ {smallest:g}, top {worst_range.top_fraction:g}).",
+        f"Layer {layer}, {first.ranking}: neuron masking costs the others 25 points or more at {len(collapsed)} of "
+        f"{len(neuron)} measured fractions beyond a half{since} ({_with_interval(at_all)} at top "
+        f"{at_all.top_fraction:g}); range masking (τ {tau:g}) {_with_interval(worst)} at worst, at top "
+        f"{worst.top_fraction:g}.",
     )
 
 

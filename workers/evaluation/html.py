@@ -47,10 +47,7 @@ class Cell:
 
 def table(columns: Sequence[str], rows: Sequence[Sequence[object]], mean_rows: Sequence[bool] = ()) -> str:
     """A table; everything is escaped. Columns without a number align left. mean_rows: which rows stand out."""
-    words = [
-        any(not isinstance(row[index], Cell) and not _numeric(row[index]) for row in rows)
-        for index in range(len(columns))
-    ]
+    words = [any(not _numeric(row[index]) for row in rows) for index in range(len(columns))]
     head = "".join(
         f"<th{' class=word' if word else ''}>{escape(name)}</th>" for name, word in zip(columns, words, strict=True)
     )
@@ -62,14 +59,15 @@ def table(columns: Sequence[str], rows: Sequence[Sequence[object]], mean_rows: S
 
 
 def _cell(value: object, word: bool) -> str:
-    if isinstance(value, Cell):
-        small = f"<small>{escape(value.small)}</small>" if value.small else ""
-        return f"<td{f' class={escape(value.kind)}' if value.kind else ''}>{escape(value.text)}{small}</td>"
-    return f"<td{' class=word' if word else ''}>{escape(str(value))}</td>"
+    cell = value if isinstance(value, Cell) else Cell(str(value))
+    small = f"<small>{escape(cell.small)}</small>" if cell.small else ""
+    kinds = " ".join(filter(None, ("word" if word else "", cell.kind)))
+    attribute = f' class="{escape(kinds)}"' if kinds else ""
+    return f"<td{attribute}>{escape(cell.text)}{small}</td>"
 
 
 def _numeric(value: object) -> bool:
-    text = str(value).replace("−", "-").rstrip("%")
+    text = (value.text if isinstance(value, Cell) else str(value)).rstrip("%")
     try:
         float(text)
     except ValueError:

@@ -156,11 +156,14 @@ class _Report:
             self.still.replacement,
             self.still.positions,
         )
-        parts = []
-        for key, group in sorted(groups.items(), key=lambda item: item[0] != still):
-            drawn = self._class_table(group)
-            said = f"layer {key[0]} · ranking {key[1]} · top {key[2]:g} · replaced by {key[3]} · {key[4]} positions"
-            parts.append(drawn if key == still else folded(said, drawn))
+        parts = [self._class_table(groups.pop(still))]
+        further = [
+            folded(f"layer {layer} · ranking {ranking} · top {top:g} · replaced by {by} · {where} positions", drawn)
+            for (layer, ranking, top, by, where), group in groups.items()
+            if (drawn := self._class_table(group))
+        ]
+        if further:
+            parts.append(folded(f"{len(further)} further settings", "".join(further)))
         row = self.still
         return Section(
             "Tables 3–8: base, neuron masking, range masking, per class",

@@ -81,3 +81,14 @@ def test_rows_of_single_targets_do_not_count() -> None:
 def test_collapse_is_judged_at_the_last_measured_layer() -> None:
     rows = [row("neuron", 1.0, -0.5, layer=1), row("neuron", 1.0, -0.01), row("range", 1.0, 0.0)]
     assert verdicts(rows)[1] == "no"
+
+
+def test_a_collapse_at_all_neurons_alone_is_no_collapse_past_the_half() -> None:
+    fractions = (0.6, 0.7, 0.8, 0.9, 1.0)
+    ranged = [row("range", fraction, 0.0) for fraction in fractions]
+    late = [row("neuron", fraction, -0.6 if fraction == 1.0 else 0.01) for fraction in fractions]
+    early = [row("neuron", fraction, -0.6 if fraction > 0.7 else 0.01) for fraction in fractions]
+    found = claims([*late, *ranged], separated(True), {})[1]
+    assert found.verdict == "no"
+    assert "1 of 5 measured fractions beyond a half, from top 1 on" in found.evidence
+    assert claims([*early, *ranged], separated(True), {})[1].verdict == "yes"
