@@ -11,10 +11,11 @@ import typer
 from app.cli import options
 from app.cli.console import hint, print_json, progress, say, table
 from app.cli.exits import INTERRUPTED
+from app.cli.fit import about_corpus
 from app.cli.stores import settings_with, store_of
 from app.jobs import CorpusChoice, ModelChoice
 from range_store.erasure import RANKINGS
-from range_store.range_set import ProbeSettings
+from range_store.range_set import CorpusIdentity, ProbeSettings
 from range_store.store import RangeStore
 
 if TYPE_CHECKING:
@@ -68,6 +69,10 @@ def evaluate(
             "--correct-only", help="Use only texts that the model gets right.", rich_help_panel=options.DATA_PANEL
         ),
     ] = "none",
+    others: Annotated[
+        Literal["pooled", "classes"],
+        typer.Option("--others", help="CAcc, CConf over all other texts, or unweighted over the other classes."),
+    ] = "pooled",
     perplexity: Annotated[
         bool, typer.Option("--perplexity", help="Also of the test texts; few-shot models only, a pass of its own.")
     ] = False,
@@ -118,6 +123,7 @@ def evaluate(
         "positions": options.choices(positions, "--positions", POSITIONS),
         "correct_only": correct_only in ("test", "both"),
         "rows_per_class": rows_per_class if correct_only in ("test", "both") else None,
+        "others": others,
         "resamples": resamples,
         "seed": seed,
         "batch_tokens": batch_tokens,
@@ -178,6 +184,8 @@ def evaluate(
         print_json([row.as_json() for row in evaluation.rows])
     else:
         _show(evaluation)
+    for line in about_corpus(CorpusIdentity.model_validate(evaluation.run["range_set"]["corpus"])):
+        hint(line)
     hint(f"written: {shlex.quote(str(out / 'report.html'))}, and the numbers beside it")
 
 

@@ -27,15 +27,21 @@ class Bootstrap:
             n = int((truth == label).sum())
             self._weights[int(label)] = rng.multinomial(n, np.full(n, 1 / n), size=resamples).astype(np.float32)
 
-    def means(self, values: Floats, target: int) -> Floats:
-        """Resampled means of `values` [M, N] over the target's texts and over all others, [M, 2, R]; NaN if none."""
+    def means(self, values: Floats, target: int, per_class: bool = False) -> Floats:
+        """Resampled means of `values` [M, N] over the target's texts and over all others, [M, 2, R]; NaN if none.
+
+        Args:
+            per_class: the others' is the unweighted mean of their classes' means, instead of that over all their texts.
+        """
         sums = np.zeros((len(values), 2, self.resamples))
         counts = np.zeros(2)
         for label, weights in self._weights.items():
             own = self._truth == label
             side = int(label != target)
-            sums[:, side] += values[:, own].astype(np.float32) @ weights.T
-            counts[side] += own.sum()
+            texts = float(own.sum())
+            share = 1 / texts if per_class and side else 1.0
+            sums[:, side] += share * (values[:, own].astype(np.float32) @ weights.T)
+            counts[side] += share * texts
         with np.errstate(divide="ignore", invalid="ignore"):
             means: Floats = sums / counts[:, None]
         return means

@@ -135,7 +135,7 @@ def _rows(
     labels = model.identity.labels
     truth = truth_of(corpus, labels)
     bootstrap = Bootstrap(truth[outcomes.used], settings.resamples, settings.seed)
-    summary = Summary(outcomes, truth, labels, bootstrap)
+    summary = Summary(outcomes, truth, labels, bootstrap, settings.others)
     rows: list[Row] = []
     place = 0
     for setting in settings_of_grid:
@@ -175,7 +175,7 @@ def _run(
             "rule": "sigma, closed interval",
             "std_ddof": 0,
             "number_of_neurons": "floor(top_fraction · D) in decimal arithmetic",
-            "others": "pooled",
+            "others": "pooled" if settings.others == "pooled" else "unweighted mean over their classes",
             "mean_row": "unweighted over targets",
             "intervals": f"95 % bootstrap, {settings.resamples} resamples within classes, seed {settings.seed}",
             "chosen_by": "largest ΔCAcc − ΔAcc on the selection texts, mean over targets",

@@ -9,6 +9,7 @@ import numpy.typing as npt
 
 from range_store.erasure import Damp, Erasure
 from workers.evaluation.bootstrap import Bootstrap
+from workers.evaluation.settings import Others
 
 Floats = npt.NDArray[np.float64]
 Labels = npt.NDArray[np.int16]
@@ -183,9 +184,18 @@ class Summary:
     Args:
         truth: index of the true label of each text, [N]; labels: K names.
         bootstrap: over the texts that count.
+        others: whether CAcc and CConf are over all other texts pooled, or over the other classes, unweighted.
     """
 
-    def __init__(self, outcomes: Outcomes, truth: Labels, labels: tuple[str, ...], bootstrap: Bootstrap) -> None:
+    def __init__(
+        self,
+        outcomes: Outcomes,
+        truth: Labels,
+        labels: tuple[str, ...],
+        bootstrap: Bootstrap,
+        others: Others = "pooled",
+    ) -> None:
+        self._by_class = others == "classes"
         used = outcomes.used
         self._outcomes = outcomes
         self._used = used
@@ -211,6 +221,11 @@ class Summary:
             replicas.append(replica)
         return [*rows, _mean(rows, replicas, self._bootstrap)]
 
+    def _mean_of_classes(self, values: npt.NDArray[Any], chosen: npt.NDArray[np.bool_]) -> float:
+        """Mean over the classes that the chosen texts are of, each counting the same; NaN if there are none."""
+        means = [_mean_of(values, chosen & (self._truth == c)) for c in np.unique(self._truth[chosen])]
+        return float(np.mean(means)) if means else float("nan")
+
     def _row(self, erasure: Erasure, index: int, positions: str) -> tuple[Row, Floats]:
         """The row of one erasure, and the bootstrap replicas of its four deltas, [4, R]."""
         target = self._labels.index(erasure.concept) if erasure.concept in self._labels else NO_LABEL
@@ -219,9 +234,11 @@ class Summary:
         predicted = self._outcomes.predicted[index, self._used]
         acc_change = (predicted == truth).astype(np.float64) - was_right
         conf_change = self._outcomes.confidence[index, self._used].astype(np.float64) - self._base_confidence
-        resampled = self._bootstrap.means(np.stack([acc_change, conf_change]), target)
+        resampled = self._bootstrap.means(np.stack([acc_change, conf_change]), target, self._by_class)
         replicas = np.concatenate([resampled[:, 0], resampled[:, 1]])
-        deltas = [_mean_of(change, chosen) for chosen in (own, ~own) for change in (acc_change, conf_change)]
+        of_others = self._mean_of_classes if self._by_class else _mean_of
+        sides = ((_mean_of, own), (of_others, ~own))
+        deltas = [mean(change, chosen) for mean, chosen in sides for change in (acc_change, conf_change)]
         by_class = [
             (float(acc_change[truth == c].mean()), label)
             for c, label in enumerate(self._labels)
@@ -244,8 +261,8 @@ class Summary:
             n_others=int((~own).sum()),
             base_acc=_mean_of(was_right, own),
             base_conf=_mean_of(self._base_confidence, own),
-            base_cacc=_mean_of(was_right, ~own),
-            base_cconf=_mean_of(self._base_confidence, ~own),
+            base_cacc=of_others(was_right, ~own),
+            base_cconf=of_others(self._base_confidence, ~own),
             **dict(zip(_DELTAS, deltas, strict=True)),
             **_interval(self._bootstrap, replicas),
             kl_target=_mean_of(kl, own),

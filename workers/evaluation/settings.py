@@ -7,6 +7,7 @@ from typing import Any, Literal
 
 from range_store.erasure import Erasure, Method, Positions, Ranking, Replacement, resolve_layers
 
+Others = Literal["pooled", "classes"]
 Layers = tuple[int, ...]
 """Blocks that are masked jointly."""
 
@@ -21,6 +22,8 @@ class EvaluationSettings:
         positions: mask every real token, or the read position alone.
         correct_only: measure only texts that the unmasked model gets right (the paper's curation for Llama).
         rows_per_class: then, the first so many of each class.
+        others: what CAcc and CConf are over: all other texts "pooled", or the unweighted mean of the other "classes"
+            (the paper's own aggregates mix the two).
         resamples: of the bootstrap; 0 leaves the intervals out. seed: of its draws.
         batch_tokens: padded tokens of a batch.
     """
@@ -35,6 +38,7 @@ class EvaluationSettings:
     positions: tuple[Positions, ...] = ("all",)
     correct_only: bool = False
     rows_per_class: int | None = None
+    others: Others = "pooled"
     resamples: int = 1000
     seed: int = 0
     batch_tokens: int = 4096

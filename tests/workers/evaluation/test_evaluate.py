@@ -425,3 +425,21 @@ def test_a_killed_evaluation_goes_on_to_the_same_bits(tmp_path: Path) -> None:
     )
     assert told[0].resumed_rows > 0
     assert repr(resumed.rows) == repr(evaluate(model, range_set, corpus, EvaluationSettings(batch_tokens=60)).rows)
+
+
+def test_others_can_be_averaged_over_their_classes() -> None:
+    truth = np.array([0, 1, 1, 1, 2], dtype=np.int16)
+    outcomes = Outcomes.empty(1, 5)
+    outcomes.used[:] = True
+    outcomes.base_predicted[:] = truth
+    outcomes.predicted[0] = [0, 1, 1, 1, 0]
+    bootstrap = Bootstrap(truth, resamples=100)
+    rows = {
+        others: Summary(outcomes, truth, ("a", "b", "c"), bootstrap, others).rows(
+            [Erasure(concept="a", layers=(0,))], 0, "all"
+        )[0]
+        for others in ("pooled", "classes")
+    }
+    assert rows["pooled"].delta_cacc == -0.25
+    assert rows["classes"].delta_cacc == -0.5
+    assert (rows["classes"].delta_cacc_low, rows["classes"].delta_cacc_high) == (-0.5, -0.5)
