@@ -111,6 +111,11 @@ def evaluate(
     """
     if range_set is None:
         options.some_data(data, dataset)
+    elif data is not None:
+        raise typer.BadParameter(
+            "published ranges need no --data; name texts to choose settings on with --select-on",
+            param_hint="--range-set",
+        )
     options.some_data(test_data, dataset, "--test-data")
     settings_of_grid = {
         "methods": options.choices(method, "--method", METHODS),
@@ -157,7 +162,7 @@ def evaluate(
         of_class = None if correct else rows_per_class
         return CorpusChoice(source, dataset, split, text_field, label_field, label_map, rows, of_class, seed)
 
-    learned = corpus(data, split, max_rows, correct_only in ("fit", "both")) if data or range_set is None else None
+    learned = corpus(data, split, max_rows, correct_only in ("fit", "both")) if range_set is None else None
     test = corpus(test_data, test_split or "test", max_test_rows, correct_only in ("test", "both"))
     selection = corpus(select_on, None, None, correct_only in ("test", "both")) if select_on else None
     try:

@@ -17,11 +17,11 @@ NEW_PANEL = "New model"
 
 
 def train(
+    out: Annotated[Path, typer.Option("--out", help="Directory for the trained checkpoint.")],
     base: Annotated[
         str | None, typer.Option("--base", help="Checkpoint to start from: a directory, or a name on the hub.")
     ] = None,
     data: options.Data = None,
-    out: Annotated[Path, typer.Option("--out", help="Directory for the trained checkpoint.")] = Path("model"),
     recipe: Annotated[
         Literal["sequence-classification", "label-token"],
         typer.Option(

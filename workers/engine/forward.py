@@ -1,6 +1,6 @@
 """One batch through the model: the trunk once, a tail for every variant. Serving and evaluation both run on this."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -91,22 +91,22 @@ class PlanSweep:
         self._positions = positions
         self._tables = stack_plans(plans)
 
-    def logits(
-        self, model: Steerable, batch: TokenBatch, trunk: Trunk, max_tokens: int
-    ) -> Iterator[tuple[int, Tensor]]:
-        """Logits [p, B, K] of some plans at a time, with the place of the first of them.
+    def turns(self, model: Steerable, batch: TokenBatch, trunk: Trunk, max_tokens: int) -> list[slice]:
+        """The plans in turns that are run at once.
 
         Args:
-            max_tokens: padded tokens that a tail takes at once, if more than one plan fits.
+            max_tokens: padded tokens that a tail takes, if more than one plan fits.
         """
-        texts = len(batch.ids)
-        step = max(1, max_tokens // (texts * tail_width(model, batch, trunk)))
-        for start in range(0, len(self.plans), step):
-            plans = self.plans[start : start + step]
-            tables = {layer: table.plans(start, start + step) for layer, table in self._tables.items()}
-            rows = torch.arange(texts, device=batch.ids.device).repeat(len(plans))
-            logits = model.steer(batch, trunk, rows, PlanGrid(plans, tables, texts, self._positions))
-            yield start, logits.view(len(plans), texts, -1)
+        step = max(1, max_tokens // (len(batch.ids) * tail_width(model, batch, trunk)))
+        return [slice(start, min(start + step, len(self.plans))) for start in range(0, len(self.plans), step)]
+
+    def logits(self, model: Steerable, batch: TokenBatch, trunk: Trunk, turn: slice) -> Tensor:
+        """Logits [p, B, K] of one turn's plans."""
+        texts, plans = len(batch.ids), self.plans[turn]
+        tables = {layer: table.plans(turn) for layer, table in self._tables.items()}
+        rows = torch.arange(texts, device=batch.ids.device).repeat(len(plans))
+        logits = model.steer(batch, trunk, rows, PlanGrid(plans, tables, texts, self._positions))
+        return logits.view(len(plans), texts, -1)
 
 
 def tail_width(model: Steerable, batch: TokenBatch, trunk: Trunk) -> int:

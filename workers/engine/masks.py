@@ -45,9 +45,9 @@ class DeviceMask:
         low, high, always, scale, offset = map(change, self.parts)
         return DeviceMask(low, high, always, scale, offset, self.scaled)
 
-    def plans(self, start: int, end: int) -> "DeviceMask":
+    def plans(self, some: slice) -> "DeviceMask":
         """Of stacked masks [P, …], those of some plans."""
-        return self.map(lambda part: part[start:end])
+        return self.map(lambda part: part[some])
 
 
 @dataclass(frozen=True, eq=False)

@@ -29,6 +29,8 @@ from workers.models.tokens import TokenBatch, length_sorted
 logger = logging.getLogger(__name__)
 
 CHECKPOINT_SECONDS = 30.0
+LONGEST = 50.0
+"""Seconds between two checkpoints at most, whatever one costs."""
 _ARRAYS = tuple(each.name for each in fields(Outcomes) if each.name != "tied_is_none")
 
 
@@ -91,28 +93,33 @@ def measure(
     if checkpoint is not None:
         outcomes = _load(checkpoint, outcomes)
     resumed = int(outcomes.done.sum())
-    saved, cost = time.monotonic(), 0.0
+    saver = _Saver(checkpoint, outcomes, checkpoint_seconds)
     splits = sorted({sweep.split for sweep in sweeps})
     for at, batch in batches(model, corpus, settings.batch_tokens):
         if outcomes.done[at].all():
             continue
-        if cancelled is not None and cancelled():
-            raise MeasureCancelled
         base, trunks = _trunks(model, batch, splits)
         log = outcomes.add_base(at, base, truth[at])
         outcomes.used[at] = (outcomes.base_predicted[at] == truth[at]) if settings.correct_only else True
-        if outcomes.used[at].any():
-            for sweep in sweeps:
-                _run(model, sweep, batch, trunks[sweep.split], outcomes, at, log, truth[at], settings)
-        outcomes.done[at] = True
+        before = int(outcomes.turns[0])
+        turns = [
+            (sweep, turn)
+            for sweep in sweeps
+            for turn in sweep.plans.turns(model.steered, batch, trunks[sweep.split], settings.batch_tokens)
+        ]
+        for number, (sweep, turn) in enumerate(turns):
+            if cancelled is not None and cancelled():
+                raise MeasureCancelled
+            if number >= before and outcomes.used[at].any():  # a batch that was under way goes on where it was
+                logits = sweep.plans.logits(model.steered, batch, trunks[sweep.split], turn)
+                outcomes.add(sweep.places[turn], at, logits.float().cpu().numpy(), log, truth[at])
+                outcomes.turns[0] = number + 1
+                saver.save_if_due()
+        outcomes.done[at], outcomes.turns[0] = True, 0
         if progress is not None:
             done = int(outcomes.done.sum())
             progress(MeasureProgress(done, len(corpus), time.monotonic() - started, resumed))
-        if checkpoint is not None and time.monotonic() - saved >= min(max(checkpoint_seconds, 20 * cost), 50.0):
-            before = time.monotonic()
-            _save(checkpoint, outcomes)
-            saved = time.monotonic()
-            cost = saved - before
+        saver.save_if_due()
     if settings.rows_per_class is not None:
         _cap(outcomes.used, truth, settings.rows_per_class)
     return outcomes, checkpoint
@@ -163,22 +170,6 @@ def _trunks(
     return logits.float().cpu().numpy(), dict(zip(splits, trunks, strict=True))
 
 
-def _run(
-    model: LoadedModel,
-    sweep: _Sweep,
-    batch: TokenBatch,
-    trunk: Trunk,
-    outcomes: Outcomes,
-    at: npt.NDArray[np.int64],
-    base: npt.NDArray[np.float64],
-    truth: Labels,
-    settings: EvaluationSettings,
-) -> None:
-    for start, logits in sweep.plans.logits(model.steered, batch, trunk, settings.batch_tokens):
-        found = logits.float().cpu().numpy()
-        outcomes.add(sweep.places[start : start + len(found)], at, found, base, truth)
-
-
 def _cap(used: npt.NDArray[np.bool_], truth: Labels, most: int) -> None:
     """Leave the first `most` used texts of each class."""
     for label in np.unique(truth):
@@ -218,7 +209,20 @@ def _load(path: Path, fresh: Outcomes) -> Outcomes:
     return loaded
 
 
-def _save(path: Path, outcomes: Outcomes) -> None:
-    unfinished = path.with_suffix(f".{os.getpid()}.partial")
-    save_file({name: getattr(outcomes, name) for name in _ARRAYS}, unfinished)
-    os.replace(unfinished, path)
+class _Saver:
+    """Writes the checkpoint now and then: one that is slow to write less often, down to `LONGEST`; 0 s: at each turn."""
+
+    def __init__(self, path: Path | None, outcomes: Outcomes, seconds: float) -> None:
+        self._path, self._outcomes, self._seconds = path, outcomes, seconds
+        self._saved, self._cost = time.monotonic(), 0.0
+
+    def save_if_due(self) -> None:
+        started = time.monotonic()
+        every = min(max(self._seconds, 20 * self._cost), LONGEST) if self._seconds else 0.0
+        if self._path is None or started - self._saved < every:
+            return
+        unfinished = self._path.with_suffix(f".{os.getpid()}.partial")
+        save_file({name: np.ascontiguousarray(getattr(self._outcomes, name)) for name in _ARRAYS}, unfinished)
+        os.replace(unfinished, self._path)
+        self._saved = time.monotonic()
+        self._cost = self._saved - started

@@ -25,8 +25,9 @@ class Outcomes:
 
     base_predicted [N], predicted [E, N]: index of the label, or NO_LABEL. base_confidence [N], confidence [E, N]:
     probability of the true label. kl [E, N]: KL divergence, in nats, of the masked from the unmasked output. done [N]:
-    texts whose batch went through. used [N]: those of them that count. tied_is_none: equal best scores mean that the
-    model said no label at all (greedy decoding), instead of the first of them.
+    texts whose batch went through. used [N]: those of them that count. turns [1]: of the batch that is under way, how
+    many turns of erasures went through. tied_is_none: equal best scores mean that the model said no label at all
+    (greedy decoding), instead of the first of them.
     """
 
     base_predicted: Labels
@@ -36,6 +37,7 @@ class Outcomes:
     kl: npt.NDArray[np.float32]
     done: npt.NDArray[np.bool_]
     used: npt.NDArray[np.bool_]
+    turns: npt.NDArray[np.int64]
     tied_is_none: bool = False
 
     @classmethod
@@ -49,6 +51,7 @@ class Outcomes:
             np.zeros(shape, np.float32),
             np.zeros(texts, np.bool_),
             np.zeros(texts, np.bool_),
+            np.zeros(1, np.int64),
             tied_is_none,
         )
 

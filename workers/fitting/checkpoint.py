@@ -57,7 +57,8 @@ class Checkpoint:
     """One file, named by everything that the result depends on.
 
     Args:
-        seconds: least time between two of them; one that is slow to write is written less often, down to `LONGEST`.
+        seconds: least time between two of them; one that is slow to write is written less often, down to `LONGEST`;
+            0: at every batch.
     """
 
     path: Path
@@ -91,7 +92,8 @@ class Checkpoint:
     @property
     def due(self) -> bool:
         """It is time for the next one: writing takes a twentieth of the time at most, up to `LONGEST`."""
-        return time.monotonic() - self.saved >= min(max(self.seconds, 20 * self.cost), max(LONGEST, self.seconds))
+        every = min(max(self.seconds, 20 * self.cost), max(LONGEST, self.seconds)) if self.seconds else 0.0
+        return time.monotonic() - self.saved >= every
 
     def save(self, fitter: RangeFitter, counters: Counters, block: BlockStates | None) -> None:
         """Write it whole or not at all."""

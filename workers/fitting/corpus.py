@@ -194,7 +194,8 @@ def load_corpus(
     if not len(chosen):
         raise CorpusError(f"{place} holds no rows")
     selection = f"{', '.join(said)}, drawn with seed {seed}" if said else "all rows"
-    return Corpus(name, split, selection, rows.select(chosen) if said else rows, concepts)
+    of_hub = source is None or _is_hub(source)  # a file has no splits
+    return Corpus(name, split if of_hub else None, selection, rows.select(chosen) if said else rows, concepts)
 
 
 def load_label_map(path: Path) -> dict[str, str]:

@@ -443,3 +443,33 @@ def test_others_can_be_averaged_over_their_classes() -> None:
     assert rows["pooled"].delta_cacc == -0.25
     assert rows["classes"].delta_cacc == -0.5
     assert (rows["classes"].delta_cacc_low, rows["classes"].delta_cacc_high) == (-0.5, -0.5)
+
+
+def test_a_batch_under_way_goes_on_where_it_was(tiny: Tiny, learned: Corpus, held_out: Corpus, tmp_path: Path) -> None:
+    """Many settings at low blocks make one batch last minutes; what a stop loses is less."""
+    model = tiny("bert")
+    range_set = fit(model, learned, layers="all").range_set
+    settings = EvaluationSettings(layers="all", top_fractions=(0.1, 0.5, 1.0))
+    tails: list[int] = []
+    handle = model.steered.blocks[2].register_forward_hook(lambda module, args, output: tails.append(len(output)))
+    try:
+        whole = evaluate(model, range_set, held_out, settings)
+        all_of_them = len(tails)
+        for stop_after in (8, 8):
+            tails.clear()
+            with pytest.raises(EvaluationCancelled):
+                evaluate(
+                    model,
+                    range_set,
+                    held_out,
+                    settings,
+                    checkpoint_dir=tmp_path,
+                    checkpoint_seconds=0,
+                    cancelled=lambda stop=stop_after: len(tails) > stop,
+                )
+        tails.clear()
+        resumed = evaluate(model, range_set, held_out, settings, checkpoint_dir=tmp_path)
+    finally:
+        handle.remove()
+    assert repr(resumed.rows) == repr(whole.rows)
+    assert len(tails) <= all_of_them - 14, "what went through before is not run again"

@@ -80,6 +80,8 @@ def test_masked_logits_equal_those_of_the_released_implementation(tmp_path: Path
         trunk = model.steered.trunk(batch, layer, whole=False)
         served = steer_variants(model.steered, batch, trunk, [Variant(row, plan) for row in range(12)], 4096).logits
         np.testing.assert_allclose(served.numpy(), expected, atol=1e-5)
-        ((_, measured),) = PlanSweep([plan], "all").logits(model.steered, batch, trunk, 4096)
+        sweep = PlanSweep([plan], "all")
+        (turn,) = sweep.turns(model.steered, batch, trunk, 4096)
+        measured = sweep.logits(model.steered, batch, trunk, turn)
         np.testing.assert_allclose(measured[0].numpy(), expected, atol=1e-5)
         assert np.abs(expected - bare).max() > 1e-2, "the masking must matter, or this shows nothing"
