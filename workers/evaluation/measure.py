@@ -210,7 +210,7 @@ def _load(path: Path, fresh: Outcomes) -> Outcomes:
 
 
 class _Saver:
-    """Writes the checkpoint now and then: one that is slow to write less often, down to `LONGEST`; 0 s: at each turn."""
+    """Writes the checkpoint now and then: one that is slow to write less often, down to `LONGEST`; 0: at each turn."""
 
     def __init__(self, path: Path | None, outcomes: Outcomes, seconds: float) -> None:
         self._path, self._outcomes, self._seconds = path, outcomes, seconds
