@@ -217,6 +217,7 @@ class ModelOut(BaseModel):
     dtype: str
     device: str
     problem_type: str | None
+    template: str | None = Field(description="Prompt template of a few-shot classifier, with its version.")
     split: bool = Field(description="Trunk and tail; else erasures cost full passes.")
     path: str | None
 

@@ -242,7 +242,7 @@ def evaluate_model(
         evaluation = with_perplexity(
             evaluation, loaded, range_set, test, chosen, lambda done, total: report("perplexity", done, total)
         )
-    evaluation.run["command"] = {"template": model.template, "scoring": model.scoring}
+    evaluation.run["prompt"] = {"template": loaded.template, "scoring": model.scoring} if loaded.template else {}
     write_evaluation(out, evaluation, range_set, inspect)
     evaluation.discard_checkpoints()
     if checkpoint is not None:

@@ -62,6 +62,7 @@ async def list_models(service: Serving, request: Request) -> ModelsOut:
                 dtype=model.dtype,
                 device=str(model.device),
                 problem_type=model.problem_type,
+                template=model.template,
                 split=model.steered.splits,
                 path=model.source if local else None,
             )

@@ -44,6 +44,7 @@ def test_it_is_served_steered_and_inspected(kind: tuple[LoadedModel, Fitted], se
     running = ready(serve(model), fitted)
     (shown,) = running.http.get("/v1/models").json()["models"]
     assert (shown["kind"], shown["labels"], shown["split"]) == (model.identity.kind, list(LABELS), True)
+    assert shown["template"] == ("tiny@1" if model.identity.kind == "few-shot" else None)
 
     batch = model.tokens.pad([text.ids for text in model.tokens.encode(TEXTS)])
     bare = model.steered.logits(batch).softmax(dim=1).numpy()

@@ -41,7 +41,10 @@ _CHECK_TEXTS = ("A short one.", "A rather longer text, so that the first one is 
 
 @dataclass(frozen=True, eq=False)
 class LoadedModel:
-    """A classifier ready to be steered. `dtype` is the name of its parameters' type, e.g. "float32"."""
+    """A classifier ready to be steered. `dtype` is the name of its parameters' type, e.g. "float32".
+
+    `template`: prompt template of a few-shot classifier, with its version, e.g. "ag_news@1".
+    """
 
     identity: ModelIdentity
     problem_type: str | None
@@ -50,6 +53,7 @@ class LoadedModel:
     dtype: str
     device: torch.device
     source: str
+    template: str | None = None
 
 
 def use_threads(threads: int | None) -> None:
@@ -150,7 +154,9 @@ def load_model(
         hidden_size=config.hidden_size,
     )
     problem_type = config.problem_type if kind == "sequence-classification" else None
-    return LoadedModel(identity, problem_type, steered, tokens, str(torch_dtype).removeprefix("torch."), place, source)
+    dtype_name = str(torch_dtype).removeprefix("torch.")
+    template_id = None if prompt is None else prompt.id
+    return LoadedModel(identity, problem_type, steered, tokens, dtype_name, place, source, template_id)
 
 
 def few_shot(

@@ -1,6 +1,7 @@
 """The paper's data sets by name: files of them get the hub's class names."""
 
 import json
+import os
 from pathlib import Path
 
 import pytest
@@ -57,3 +58,14 @@ def test_unknown_names_and_missing_data_say_what_there_is() -> None:
         load_corpus("somewhere.jsonl", dataset="news")
     with pytest.raises(CorpusError, match="no data"):
         load_corpus(None)
+
+
+@pytest.mark.data
+@pytest.mark.skipif(not os.environ.get("DATA"), reason="set DATA to the directory of the public data sets")
+def test_published_files_get_the_hubs_names() -> None:
+    data_dir = Path(os.environ["DATA"])
+    imdb = load_corpus(str(data_dir / "imdb" / "test.jsonl"), dataset="imdb")
+    assert imdb.counts == {"neg": 2500, "pos": 2500}
+    for name in ("ag_news", "emotion"):
+        corpus = load_corpus(str(data_dir / name / "test.jsonl"), dataset=name)
+        assert tuple(corpus.counts) == KNOWN[name].labels
