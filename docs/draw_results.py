@@ -1,8 +1,10 @@
-"""Draws the figures of docs/results.md, and prints its tables, from directories that `neuronlens evaluate` wrote.
+"""Draws the figures of docs/results.md, and writes its tables, from directories that `neuronlens evaluate` wrote.
 
 python docs/draw_results.py RESULTS    # holds NAME and NAME-layers for every NAME of docs/results.md
 """
 
+import contextlib
+import io
 import json
 import sys
 from pathlib import Path
@@ -191,9 +193,15 @@ def layers(results: Path) -> None:
 
 def main() -> None:
     results = Path(sys.argv[1])
+    page = (HERE / "results.md").read_text("utf-8")
     for table in (claims, pooled, per_class, rankings, shapes):
-        print(f"\n### {table.__name__}: {table.__doc__}\n")
-        table(results)
+        written = io.StringIO()
+        with contextlib.redirect_stdout(written):
+            table(results)
+        begin, end = f"<!-- {table.__name__} -->\n", f"<!-- end of {table.__name__} -->"
+        before, _, rest = page.partition(begin)
+        page = before + begin + written.getvalue() + end + rest.partition(end)[2]
+    (HERE / "results.md").write_text(page, "utf-8")
     sweep(results)
     layers(results)
 
