@@ -76,15 +76,17 @@ def listen(
     *,
     ready: Callable[[], None],
     draining: Callable[[], None],
+    failure: Callable[[], str | None],
 ) -> None:
     """Serve until SIGINT or SIGTERM; then answer what was accepted, for `settings.drain_seconds` at most.
 
     Args:
         ready: called when requests are taken.
         draining: called at once when the signal comes; from a signal handler, so it must not wait.
+        failure: asked ten times a second; once it says why nothing can be answered any more, the server stops.
 
     Raises:
-        CommandError: the port was taken meanwhile.
+        CommandError: the port was taken meanwhile, or there was a failure.
     """
     config = uvicorn.Config(
         app,
@@ -93,7 +95,7 @@ def listen(
         timeout_graceful_shutdown=settings.drain_seconds,
         server_header=False,
     )
-    server = _Server(config, ready, draining)
+    server = _Server(config, ready, draining, failure)
     # uvicorn raises the signal again when it is done; by then it has done its work, and resources wait to be released
     before = {each: signal.signal(each, _ignore) for each in (signal.SIGINT, signal.SIGTERM)}
     try:
@@ -103,15 +105,25 @@ def listen(
     finally:
         for each, handler in before.items():
             signal.signal(each, handler)
+    if (why := failure()) is not None:
+        raise CommandError(f"the model cannot answer any more ({why}); start the server again", FAILED)
     if not server.started:
         raise CommandError("the server did not start; its log says why", FAILED)
 
 
 class _Server(uvicorn.Server):
-    def __init__(self, config: uvicorn.Config, ready: Callable[[], None], draining: Callable[[], None]) -> None:
+    def __init__(
+        self,
+        config: uvicorn.Config,
+        ready: Callable[[], None],
+        draining: Callable[[], None],
+        failure: Callable[[], str | None],
+    ) -> None:
         super().__init__(config)
-        self._ready = ready
-        self._draining = draining
+        self._ready, self._draining, self._failure = ready, draining, failure
+
+    async def on_tick(self, counter: int) -> bool:
+        return await super().on_tick(counter) or self._failure() is not None
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
         await super().startup(sockets)

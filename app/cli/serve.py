@@ -118,5 +118,13 @@ def serve_until_told(
         hint(f"API: {address}/docs · stop: Ctrl-C")
         say(f"serving {service.name} at {address}")
 
-    listen(create_app(settings, service), settings, bound, ready=ready, draining=service.engine.drain)
+    engine = service.engine
+    listen(
+        create_app(settings, service),
+        settings,
+        bound,
+        ready=ready,
+        draining=engine.drain,
+        failure=lambda: engine.failure,
+    )
     hint("stopped; what was accepted is answered")

@@ -60,8 +60,14 @@ class Engine:
         self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
         self._draining = False
         self._closing = False
+        self._failure: str | None = None
         self._warm = threading.Event()
         self._tokens_per_second = 0.0
+
+    @property
+    def failure(self) -> str | None:
+        """Why the model's thread died, in one line; None while it lives. Nothing can be answered any more."""
+        return self._failure
 
     @property
     def ready(self) -> bool:
@@ -184,8 +190,7 @@ class Engine:
         """The model's thread: batch after batch until the engine closes. If it dies, whoever waits is told."""
         batch: list[Text] = []
         try:
-            warm = self.model.tokens.encode(["warm-up"])
-            self.model.steered.logits(self.model.tokens.pad([warm[0].ids], self.model.device))
+            self._warm_up()
             self._warm.set()
             while True:
                 with self._changed:
@@ -197,14 +202,21 @@ class Engine:
                         return
                 if batch:
                     self._answer(batch)
-        except BaseException:
+        except BaseException as error:
             logger.exception("the engine's thread died")
             self.drain()
+            reason = (str(error).strip().splitlines() or [""])[0]
+            self._failure = f"{type(error).__name__}: {reason}" if reason else type(error).__name__
             with self._changed:
                 self._closing = True
                 lost = batch + self._queue.discard(lambda text: True)
             reply([(text, EngineFailed("the engine stopped")) for text in lost])
             raise
+
+    def _warm_up(self) -> None:
+        """A first, or a further, small batch; raises whatever the model does."""
+        warm = self.model.tokens.encode(["warm-up"])
+        self.model.steered.logits(self.model.tokens.pad([warm[0].ids], self.model.device))
 
     def _answer(self, batch: list[Text]) -> None:
         """Run a batch and reply. If it raises, halves are tried, so that only the text that causes it fails."""
@@ -221,6 +233,7 @@ class Engine:
                 return
             logger.error("a text of %d tokens failed: %s", batch[0].tokens, type(error).__name__, exc_info=error)
             reply([(batch[0], EngineFailed("the model failed on this text"))])
+            self._warm_up()  # a text that fails is one thing; a device that fails on any text ends the engine
             return
         seconds = time.monotonic() - started
         self._observe(batch, answers, seconds)

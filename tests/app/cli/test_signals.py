@@ -6,7 +6,7 @@ import socket
 import subprocess
 import sys
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -27,9 +27,9 @@ NEURONLENS = str(Path(sys.executable).parent / "neuronlens")
 class Running:
     """A command under way; its lines are collected as they come."""
 
-    def __init__(self, arguments: tuple[object, ...]) -> None:
+    def __init__(self, arguments: tuple[object, ...], program: Sequence[str] = (NEURONLENS,)) -> None:
         self.process = subprocess.Popen(
-            [NEURONLENS, *map(str, arguments)], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+            [*program, *map(str, arguments)], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
         )
         self.stdout: list[str] = []
         self.stderr: list[str] = []
@@ -133,3 +133,37 @@ def test_a_fit_that_is_stopped_says_that_it_resumes_and_publishes_nothing(
     assert "Traceback" not in "".join(fitting.stderr)
     assert fitting.stdout == []
     assert not RangeStore(redis_client, name).list()
+
+
+LOST = """
+import sys
+from app.cli.listening import bind
+from app.cli.serve import serve_until_told
+from app.settings import Settings
+from app.wiring import open_service
+settings = Settings(model=sys.argv[1], data_dir=sys.argv[2], port=0, threads=1, device="cpu")
+from app import cli
+def serve():
+    with bind(settings) as bound, open_service(settings) as service:
+        def lost(*args, **kwargs):
+            raise RuntimeError("CUDA error: an illegal memory access was encountered")
+        service.model.steered._call = lost
+        serve_until_told(service, settings, bound)
+cli.app.command("lost")(serve)
+sys.exit(cli.run(["lost"]))
+"""
+
+
+def test_a_server_whose_device_is_lost_says_so_and_exits(tiny: Path, tmp_path: Path) -> None:
+    """A supervisor can start it again; what waited is answered with an error, not left hanging."""
+    served = Running((tiny, tmp_path), program=[sys.executable, "-c", LOST])
+    try:
+        address = served.says(served.stdout, "serving tiny-news at ").split()[-1]
+        answer = httpx.post(f"{address}/v1/classify", json={"inputs": ["one", "two"]}, trust_env=False, timeout=60)
+        assert (answer.status_code, answer.json()["code"]) == (500, "engine_failed")
+        assert served.end() == 1
+        (line,) = [line for line in served.stderr if line.startswith("error:")]
+        assert "illegal memory access" in line
+    finally:
+        served.process.kill()
+        served.end()
