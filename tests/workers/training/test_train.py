@@ -229,3 +229,24 @@ def test_every_row_is_seen_once_an_epoch_in_an_order_of_its_own() -> None:
     batches = [epochs[0][start : start + 16] for start in range(0, 333, 16)]
     padding = sum(max(lengths[row] for row in batch) * len(batch) for batch in batches) - sum(lengths)
     assert padding < 0.15 * sum(lengths)
+
+
+def test_a_new_model_takes_further_settings_and_says_which_do_not_fit(learned: Corpus, tmp_path: Path) -> None:
+    settings = TrainSettings(recipe="label-token", epochs=0.1)
+    sizes = {"layers": 2, "hidden": 32, "heads": 4, "vocabulary": 400, "max_positions": 64}
+    out = tmp_path / "out"
+    train(
+        NewModel("gpt2", **sizes, config='{"n_inner": 48, "activation_function": "relu"}'), learned, None, out, settings
+    )
+    lm = AutoModelForCausalLM.from_pretrained(out)
+    assert (lm.config.n_inner, lm.config.activation_function, lm.config.n_layer) == (48, "relu", 2)
+    for new, said in (
+        (NewModel("bert", **sizes), "gpt2, llama, qwen2"),
+        (NewModel("gpt2", **{**sizes, "heads": 5}), "heads"),
+        (NewModel("gpt2", **sizes, config="{"), "sizes"),
+    ):
+        with pytest.raises(CheckpointError, match=said):
+            train(new, learned, None, tmp_path / "none", settings)
+    with pytest.raises(CheckpointError, match="label-token"):
+        train(NewModel("gpt2", **sizes), learned, None, tmp_path / "none", TrainSettings())
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
