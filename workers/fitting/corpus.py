@@ -132,7 +132,10 @@ class _Concepts:
             value = names[value] if names else str(value)
         if value in self.label_map:
             return self.label_map[value]
-        return self.known.concept(value) if self.known else value
+        if self.known is None:
+            return value
+        concept = self.known.concept(value)  # the model may call it otherwise, as "negative" for "neg"
+        return next((label for label in self.labels if self.known.concept(label) == concept), concept)
 
 
 def load_corpus(

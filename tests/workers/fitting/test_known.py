@@ -33,6 +33,21 @@ def test_a_file_of_a_known_data_set_gets_the_hubs_names(tmp_path: Path) -> None:
     assert load_corpus(str(path)).counts == {"Pos": 1, "neg": 1, "negative": 1, "odd": 1}
 
 
+def test_names_that_a_model_has_for_the_classes_are_kept(tmp_path: Path) -> None:
+    """A model that was trained on a file calls its labels as that did; hub numbers and names must find them."""
+    path = tmp_path / "reviews.jsonl"
+    path.write_text("".join(json.dumps({"text": "t", "label": label}) + "\n" for label in ("neg", "positive", "neg")))
+    assert load_corpus(str(path), dataset="imdb", labels=("positive", "negative")).counts == {
+        "positive": 1,
+        "negative": 2,
+    }
+    path.write_text("".join(json.dumps({"text": "t", "label": label}) + "\n" for label in (0, 1, 1)))
+    assert load_corpus(str(path), dataset="imdb", labels=("positive", "negative")).counts == {
+        "positive": 2,
+        "negative": 1,
+    }
+
+
 def test_class_numbers_and_columns_are_those_of_the_hub(tmp_path: Path) -> None:
     path = tmp_path / "sst.csv"
     path.write_text("idx,sentence,label\n0,fine,1\n1,dull,0\n2,bad,0\n")
