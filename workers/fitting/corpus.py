@@ -133,7 +133,7 @@ class _Concepts:
         if value in self.label_map:
             return self.label_map[value]
         if self.known is None:
-            return value
+            return str(value)
         concept = self.known.concept(value)  # the model may call it otherwise, as "negative" for "neg"
         return next((label for label in self.labels if self.known.concept(label) == concept), concept)
 
