@@ -4,13 +4,14 @@ VENV := .venv
 BIN := $(VENV)/bin
 ARGS ?=
 
-.PHONY: help setup demo test test-system check openapi picture clean
+.PHONY: help setup demo test test-system check bench openapi picture clean
 
 help:
 	@echo "make demo         train, fit, measure and serve the demo (ARGS=\"--port 8123\" passes arguments on)"
 	@echo "make test         the tests that need no system package"
 	@echo "make test-system  the tests that need redis-server"
 	@echo "make check        ruff, strict types, import contracts"
+	@echo "make bench        ratios of cost and speed, side by side (ARGS=\"--data texts.jsonl --pairs 20\")"
 	@echo "make openapi      write openapi.json anew"
 	@echo "make picture      draw docs/ranges.png anew"
 
@@ -38,6 +39,11 @@ check: setup
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/lint-imports
+
+bench: setup
+	$(BIN)/neuronlens demo --no-serve --cache-dir build/bench
+	$(BIN)/python benchmarks/research.py
+	$(BIN)/python benchmarks/serving.py --cache-dir build/bench $(ARGS)
 
 openapi: setup
 	$(BIN)/python -m app.openapi
