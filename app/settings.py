@@ -52,7 +52,9 @@ class Settings(BaseSettings):
     request_timeout: Annotated[float, Field(gt=0)] = Field(
         60.0, description="seconds until a request is given up, unless it asks for less"
     )
-    max_batch_tokens: Annotated[int, Field(ge=16)] = Field(4096, description="padded tokens of a batch")
+    max_batch_tokens: Annotated[int, Field(ge=16)] | None = Field(
+        None, description="padded tokens of a batch; unset: 1024 on a CPU, where less padding is worth more, else 16384"
+    )
     max_queue_tokens: Annotated[int, Field(ge=16)] = Field(262144, description="tokens that may wait; more is refused")
     poll_seconds: Annotated[float, Field(gt=0)] = Field(
         2.0, description="how often the live state is read again, told or not"

@@ -30,7 +30,7 @@ from workers.engine.errors import (
     RequestTooLarge,
 )
 from workers.engine.requests import Answer, TextAnswer
-from workers.engine.settings import EngineSettings
+from workers.engine.settings import EngineSettings, batch_tokens_for
 from workers.evaluation.evaluate import Evaluation, check_targets
 from workers.evaluation.evaluate import evaluate as _evaluate
 from workers.evaluation.files import write as write_evaluation
@@ -104,7 +104,10 @@ def _serving(settings: Settings, model: LoadedModel, client: redis.Redis) -> Ite
     store = RangeStore(client, name)
     mirror = Mirror(store, model.identity.fingerprint, poll=settings.poll_seconds)
     registry = CollectorRegistry()
-    limits = EngineSettings(max_batch_tokens=settings.max_batch_tokens, max_queue_tokens=settings.max_queue_tokens)
+    limits = EngineSettings(
+        max_batch_tokens=settings.max_batch_tokens or batch_tokens_for(model.device),
+        max_queue_tokens=settings.max_queue_tokens,
+    )
     engine = Engine(model, mirror, limits, registry)
     mirror.start()
     try:

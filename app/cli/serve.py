@@ -55,7 +55,7 @@ def serve(
         typer.Option(
             "--max-batch-tokens",
             min=16,
-            help="Padded tokens of one batch. Default: NEURONLENS_MAX_BATCH_TOKENS, else 4096.",
+            help="Padded tokens of one batch. Default: NEURONLENS_MAX_BATCH_TOKENS, else 1024 on a CPU.",
             rich_help_panel=options.MODEL_PANEL,
         ),
     ] = None,

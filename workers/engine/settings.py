@@ -2,6 +2,20 @@
 
 from dataclasses import dataclass
 
+import torch
+
+CPU_BATCH_TOKENS, BATCH_TOKENS = 1024, 16_384
+
+
+def batch_tokens_for(device: torch.device) -> int:
+    """Padded tokens of a batch on `device`.
+
+    A few cores are busy with a thousand tokens, and texts of one length waste nothing on padding: with 64 texts in
+    flight, batches of 1,024 tokens gave 1.5 times the texts per second of batches of 4,096 (`make bench`). A GPU is
+    not busy before many thousands.
+    """
+    return CPU_BATCH_TOKENS if device.type == "cpu" else BATCH_TOKENS
+
 
 @dataclass(frozen=True)
 class EngineSettings:
@@ -16,7 +30,7 @@ class EngineSettings:
         plan_cache: resolved plans kept, least recently used dropped.
     """
 
-    max_batch_tokens: int = 4096
+    max_batch_tokens: int = CPU_BATCH_TOKENS
     max_batch_texts: int = 128
     max_batch_plans: int = 64
     max_queue_tokens: int = 262_144
