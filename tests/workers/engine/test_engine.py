@@ -133,7 +133,7 @@ def alone(service: Running, text: str, erasures: list[Erasure]) -> tuple[np.ndar
 
 
 def test_no_erasure_is_the_bare_model_bit_for_bit(start: Callable[..., Running]) -> None:
-    service = start()
+    service = start(max_batch_tokens=4096)  # all texts in one batch
     answer = service.ask(TEXTS, [])
     encoded = sorted((len(e.ids), n) for n, e in enumerate(service.model.tokens.encode(TEXTS)))
     order = [n for _, n in encoded]
@@ -147,7 +147,7 @@ def test_no_erasure_is_the_bare_model_bit_for_bit(start: Callable[..., Running])
 
 
 def test_a_baseline_beside_an_erased_answer_is_the_bare_model_bit_for_bit(start: Callable[..., Running]) -> None:
-    service = start()
+    service = start(max_batch_tokens=4096)
     bare = service.ask(TEXTS, [])
     for layer in range(3):
         erasure = Erasure(concept="Sports", top_fraction=1.0, layers=(layer,))
