@@ -103,9 +103,12 @@ def densities(
             f"{', '.join(f'{each.neuron} ({each.why})' for each in by_rank)}.",
         ),
         (
-            "Figures 4–5: neurons that are salient for every concept",
+            "Figures 4–5: neurons that concepts share",
             shared,
-            f"{len(shared)} neurons that most concepts share: those whose ranges overlap least, and most.",
+            f"The neurons that most concepts share, {shared[0].why.partition(', ')[2]}: those whose ranges overlap "
+            "least, and those whose ranges overlap most."
+            if shared
+            else "",
         ),
     ):
         if neurons:
