@@ -56,6 +56,7 @@ class Settings(BaseSettings):
         None, description="padded tokens of a batch; unset: 1024 on a CPU, where less padding is worth more, else 16384"
     )
     max_queue_tokens: Annotated[int, Field(ge=16)] = Field(262144, description="tokens that may wait; more is refused")
+    max_queue_texts: Annotated[int, Field(ge=1)] = Field(16384, description="texts that may wait; more is refused")
     poll_seconds: Annotated[float, Field(gt=0)] = Field(
         2.0, description="how often the live state is read again, told or not"
     )

@@ -107,6 +107,7 @@ def _serving(settings: Settings, model: LoadedModel, client: redis.Redis) -> Ite
     limits = EngineSettings(
         max_batch_tokens=settings.max_batch_tokens or batch_tokens_for(model.device),
         max_queue_tokens=settings.max_queue_tokens,
+        max_queue_texts=settings.max_queue_texts,
     )
     engine = Engine(model, mirror, limits, registry)
     mirror.start()

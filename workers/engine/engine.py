@@ -168,13 +168,20 @@ class Engine:
         """Queue all texts of a request, or none."""
         tokens = sum(text.tokens for text in texts)
         if tokens > self.settings.max_queue_tokens:
-            raise RequestTooLarge(tokens, self.settings.max_queue_tokens)
+            raise RequestTooLarge("tokens", tokens, self.settings.max_queue_tokens)
+        if len(texts) > self.settings.max_queue_texts:
+            raise RequestTooLarge("texts", len(texts), self.settings.max_queue_texts)
+
+        def full() -> bool:
+            too_many = len(self._queue) + len(texts) > self.settings.max_queue_texts
+            return too_many or self._queue.tokens + tokens > self.settings.max_queue_tokens
+
         with self._changed:
             if self._closing or self._draining:
                 raise Draining
-            if self._queue.tokens + tokens > self.settings.max_queue_tokens:
+            if full():
                 self._queue.discard(lambda text: text.abandoned)
-            if self._queue.tokens + tokens > self.settings.max_queue_tokens:
+            if full():
                 rate = self._tokens_per_second
                 raise QueueFull(math.ceil(self._queue.tokens / rate) if rate else 1.0)
             for text in texts:

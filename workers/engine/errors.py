@@ -22,10 +22,10 @@ class QueueFull(EngineError):
 
 
 class RequestTooLarge(EngineError):
-    """One request holds more tokens than the whole queue may."""
+    """One request holds more tokens, or texts, than the whole queue may."""
 
-    def __init__(self, tokens: int, limit: int) -> None:
-        super().__init__(f"the request has {tokens} tokens, the queue holds {limit}: send fewer texts at a time")
+    def __init__(self, what: str, number: int, limit: int) -> None:
+        super().__init__(f"the request has {number} {what}, the queue holds {limit}: send fewer texts at a time")
 
 
 class Draining(EngineError):

@@ -26,6 +26,7 @@ class EngineSettings:
         max_batch_texts: texts of one batch.
         max_batch_plans: distinct plans of one batch; a batch that would need more is closed.
         max_queue_tokens: tokens that may wait; more is refused with `QueueFull`.
+        max_queue_texts: texts that may wait, in the same way.
         window: texts that are looked at, oldest first, when a batch is sorted by length.
         plan_cache: resolved plans kept, least recently used dropped.
     """
@@ -34,5 +35,6 @@ class EngineSettings:
     max_batch_texts: int = 128
     max_batch_plans: int = 64
     max_queue_tokens: int = 262_144
+    max_queue_texts: int = 16_384
     window: int = 512
     plan_cache: int = 256

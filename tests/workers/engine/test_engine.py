@@ -379,6 +379,27 @@ def test_admission_takes_a_whole_request_or_none_of_it(start: Callable[..., Runn
     asyncio.run(fill())
 
 
+def test_texts_are_bounded_as_tokens_are(start: Callable[..., Running]) -> None:
+    service = start(max_queue_texts=4)
+
+    async def fill() -> None:
+        with pytest.raises(RequestTooLarge, match="5 texts"):
+            await service.engine.classify(TEXTS[:5], [])
+        async with service.held():
+            waiting = asyncio.create_task(service.engine.classify(TEXTS[:3], []))
+            while len(service.engine._queue) < 3:
+                await asyncio.sleep(0)
+            with pytest.raises(QueueFull):
+                await service.engine.classify(TEXTS[:2], [])
+            one = asyncio.create_task(service.engine.classify(TEXTS[:1], []))
+            while len(service.engine._queue) < 4:
+                await asyncio.sleep(0)
+        assert len((await waiting).texts) == 3
+        assert len((await one).texts) == 1
+
+    asyncio.run(fill())
+
+
 def test_draining_answers_what_was_accepted(start: Callable[..., Running]) -> None:
     service = start()
 
