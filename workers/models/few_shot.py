@@ -11,6 +11,7 @@ B: texts, V: variants, P: tokens of the prefix, T: of the longest text with its 
 size, K: labels, R = 1 + S: positions that are read.
 """
 
+import logging
 import threading
 from collections.abc import Callable, Sequence
 from typing import Any, ClassVar, Literal
@@ -26,6 +27,8 @@ from workers.models.prefixes import PrefixCache, Prefixes
 from workers.models.prompt_rows import PromptRows, behind
 from workers.models.steered import SPLIT_TOLERANCE, BlockSite, HalfZero, Masking, Pass, Trunk, state_of, with_submodule
 from workers.models.tokens import TokenBatch
+
+logger = logging.getLogger(__name__)
 
 Scoring = Literal["restricted", "greedy"]
 UNSAID = -30.0
@@ -158,13 +161,16 @@ class FewShotModel:
     def check(self, batch: TokenBatch) -> None:
         """Compares every way that is taken with plain passes, and gives up splitting if they differ.
 
-        Run once at load, with a short prefix and few labels of the same model: what could differ is the way, not the
-        length, and a plain pass over long prompts at every block would take minutes.
+        Run once at load, with a short prefix and the longest few labels of the same model: what could differ is the
+        way (a label of one token makes no branch), not the length, and a plain pass over long prompts at every block
+        would take minutes. A label that can never score below another is logged.
         """
+        if self.scoring == "restricted":
+            self._report_prefixes()
         if not self.splits:
             return
         tolerance = SPLIT_TOLERANCE.get(next(self.model.parameters()).dtype, 1e-5)
-        twin = FewShotModel(self.model, self.family, self.prefix[:8], self.labels[:3])
+        twin = FewShotModel(self.model, self.family, self.prefix[:8], tuple(sorted(self.labels, key=len)[-3:]))
         index = torch.arange(len(batch.ids), device=batch.ids.device)
         try:
             for layer in range(self.n_layers):
@@ -178,6 +184,14 @@ class FewShotModel:
             raise
         except (TypeError, AttributeError, KeyError, RuntimeError, IndexError):
             self.splits = False
+
+    def _report_prefixes(self) -> None:
+        """Log each label whose string begins another's: every further token only lowers the other's sum."""
+        names = self._label_texts or tuple(map(str, self.labels))
+        for k, short in enumerate(self.labels):
+            longer = [names[j] for j, label in enumerate(self.labels) if j != k and label[: len(short)] == short]
+            if longer:
+                logger.warning("label %r begins and so never scores below %s: use other label texts", names[k], longer)
 
     # One row per text, all labels in it
 
@@ -260,8 +274,9 @@ class FewShotModel:
     def _greedy(self, batch: TokenBatch, masking: Masking | None) -> Tensor:
         device = batch.ids.device
         prefix = self._prefixes.unmasked(device)
-        if masking is not None:
-            prefix = self._prefixes.of(min(masking.layers, default=self.n_layers - 1), masking, device)
+        lowest = self.n_layers - 1 if masking is None else min(masking.layers, default=self.n_layers - 1)
+        if masking is not None and lowest < self.n_layers - 1:  # no block above the last one has keys of a plan
+            prefix = self._prefixes.of(lowest, masking, device)
         said = torch.zeros((len(batch.ids), 0), dtype=torch.int64, device=device)
         for step in range(self.GREEDY_TOKENS):
             rows = self._behind(batch, said, [(0, i) for i in range(step)])

@@ -48,6 +48,10 @@ class PromptTemplate(Frozen):
         for what, values in (("label", names), ("label text", [each.text for each in self.labels])):
             if twice := next((value for value in values if values.count(value) > 1), None):
                 raise ValueError(f"the {what} {twice!r} stands there twice")
+        said: dict[str, str] = {}
+        for text in (each.text for each in self.labels):
+            if (same := said.setdefault(text.strip().casefold(), text)) != text:  # greedy scoring could not tell them
+                raise ValueError(f"the label texts {text!r} and {same!r} differ only in case or spaces")
         for exemplar in self.exemplars:
             if exemplar.label not in names:
                 raise ValueError(f"an exemplar has the label {exemplar.label!r}, which is none of {', '.join(names)}")

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 from torch import Tensor
-from transformers import AutoConfig, AutoModelForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM, GPT2Model
 
 from range_store.erasure import Positions, Site
 from range_store.plan import LayerMask, Plan
@@ -277,6 +277,56 @@ def test_a_sliding_window_takes_the_plain_way() -> None:
     expected = [reference(lm, "qwen2", text, of)[0] for text in TEXTS]
     table = MaskTable([of], torch.zeros(4, dtype=torch.int64))
     close(model.steer(padded(), model.trunk(padded(), 0, whole=True), torch.arange(4), table), expected)
+
+
+class OwnMask(GPT2Model):
+    """A model that makes a causal mask of its own, whatever whole mask it is given: branches see each other."""
+
+    def forward(self, *args: Any, attention_mask: Tensor, **kwargs: Any) -> Any:
+        if attention_mask.ndim == 4:
+            rows, columns = attention_mask.shape[-2:]
+            unseen = torch.ones((rows, columns)).triu(columns - rows + 1).bool()
+            attention_mask = torch.zeros_like(attention_mask).masked_fill(unseen, torch.finfo(torch.float32).min)
+        return super().forward(*args, attention_mask=attention_mask, **kwargs)
+
+
+def test_a_model_that_gets_branches_wrong_takes_the_plain_way() -> None:
+    lm = language_model("gpt2")
+    lm.transformer.__class__ = OwnMask
+    labels = ((20,), (21,), (22,), (20, 23, 24))  # the first three have no branch to go wrong
+    model = FewShotModel(lm, FAMILIES["gpt2"], PREFIX, labels)
+    split = model.logits(padded())
+    model.check(padded())
+    assert not model.splits
+    plain = model.logits(padded())
+    torch.testing.assert_close(split[:, :3], plain[:, :3], atol=2e-5, rtol=1e-5)
+    assert (split[:, 3] - plain[:, 3]).abs().max() > 1e-2, "else there was nothing to find"
+
+
+@families
+def test_greedy_at_the_last_block_keeps_nothing_for_a_plan(lms: dict[str, Any], family: str) -> None:
+    model = few_shot(lms[family], family, scoring="greedy", decode=words, label_texts=("a", "b", "c", "d"))
+    widths: list[int] = []
+    handle = model.blocks[LAYERS - 1].register_forward_hook(lambda module, args, out: widths.append(out.shape[1]))
+    try:
+        for seed in (1, 2, 3):
+            table = MaskTable([plan(seed, (LAYERS - 1,))], torch.zeros(4, dtype=torch.int64))
+            model.steer(padded(), model.trunk(padded(), LAYERS - 1, whole=False), torch.arange(4), table)
+    finally:
+        handle.remove()
+    assert not model._prefixes._plans, "an entry of no bytes would never be evicted"
+    assert widths.count(len(PREFIX)) == 1
+
+
+@pytest.mark.parametrize(("labels", "named"), [(LABELS, "'d'"), (LABELS[1:], None)])
+def test_a_label_that_can_never_lose_to_another_is_reported(
+    lms: dict[str, Any], caplog: pytest.LogCaptureFixture, labels: tuple[tuple[int, ...], ...], named: str | None
+) -> None:
+    """Its string begins another's, so that its sum of log-probabilities is never the smaller one."""
+    texts = ("d", "e", "f", "g")[: len(labels)]
+    model = FewShotModel(lms["gpt2"], FAMILIES["gpt2"], PREFIX, labels, label_texts=texts)
+    model.check(padded())
+    assert [named in record.message for record in caplog.records] == ([] if named is None else [True])
 
 
 def test_a_label_without_tokens_is_refused(lms: dict[str, Any]) -> None:

@@ -60,6 +60,7 @@ def test_a_prompt_reads_as_written(tmp_path: Path) -> None:
         ({"labels": SMALL["labels"][:1]}, "labels"),
         ({"labels": [*SMALL["labels"], {"label": "Sports", "text": " x"}]}, "'Sports' stands there twice"),
         ({"labels": [*SMALL["labels"], {"label": "Other", "text": " cup"}]}, "' cup' stands there twice"),
+        ({"labels": [*SMALL["labels"], {"label": "Other", "text": "Cup "}]}, "'Cup ' and ' cup' differ only in case"),
         ({"exemplars": [{"text": "x", "label": "Weather"}]}, "Weather"),
         ({"version": 0}, "version"),
         ({"colour": "red"}, "colour"),
