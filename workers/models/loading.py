@@ -23,6 +23,7 @@ from workers.models.errors import CheckpointError
 from workers.models.families import Family, family_of
 from workers.models.few_shot import FewShotModel, Scoring
 from workers.models.label_token import LabelTokenClassifier, LabelTokens
+from workers.models.prepack import prepack
 from workers.models.prompts import PromptTemplate, load_template
 from workers.models.steered import SteeredModel
 from workers.models.tokens import TextTokenizer
@@ -72,6 +73,7 @@ def load_model(
     name: str | None = None,
     template: str | None = None,
     scoring: Scoring = "restricted",
+    plain: bool = False,
 ) -> LoadedModel:
     """Load a checkpoint and check that it can be split.
 
@@ -83,6 +85,8 @@ def load_model(
         name: what to call the model; by default the last part of `source`.
         template: prompt template of a few-shot classifier, by name or file: makes a pretrained language model one.
         scoring: of a few-shot classifier; see `workers.models.few_shot`.
+        plain: leave the model as transformers runs it, bit for bit: padded batches and, on a CPU, torch's own linear
+            layers.
 
     Raises:
         CheckpointError: no such checkpoint or device, pickled weights, or no trained classification head.
@@ -123,6 +127,8 @@ def load_model(
         )
     pad = _pad_id(tokenizer, model, source)
     model = model.to(place).eval().requires_grad_(False)
+    if place.type == "cpu" and not plain:
+        prepack(model.get_submodule(family.blocks), torch_dtype)
     most = _max_tokens(tokenizer, config, family, pad)
     steered: Steerable
     kind: Kind
@@ -134,11 +140,11 @@ def load_model(
         said |= {"few_shot": {"template": prompt.model_dump(mode="json"), "scoring": scoring}}
     elif label_tokens is not None:
         kind, labels = "label-token", label_tokens.labels
-        steered = SteeredModel(LabelTokenClassifier(model, label_tokens.ids).eval(), family)
+        steered = SteeredModel(LabelTokenClassifier(model, label_tokens.ids).eval(), family, plain=plain)
         tokens = TextTokenizer(tokenizer, most, pad, "last", (label_tokens.sep,))
     else:
         kind, labels = "sequence-classification", tuple(str(config.id2label[i]) for i in range(config.num_labels))
-        steered = SteeredModel(model, family)
+        steered = SteeredModel(model, family, plain=plain)
         tokens = TextTokenizer(tokenizer, most, pad, family.reads)
     steered.check(tokens.pad([text.ids for text in tokens.encode(_CHECK_TEXTS)], place))
     if not steered.splits:

@@ -4,6 +4,9 @@ The model itself is left alone. A shallow copy of it shares every weight, but ea
 which can record the block's output, put cached hidden states in its place, skip it, or mask what it gives. The
 block list keeps its length, so models that look things up by block index (Qwen2's layer types) stay right.
 
+Trunks run on texts end to end, without padding (`packing.py`), and the last block at the read position only. Tails
+that have blocks in them run on padded texts.
+
 B: texts of a batch, V: variants (rows of the tail), T: tokens, D: hidden size, K: labels.
 """
 
@@ -15,10 +18,12 @@ from typing import Any, Literal, Protocol
 
 import torch
 from torch import Tensor, nn
+from transformers import PreTrainedModel
 
 from range_store.erasure import Positions, Site
 from workers.models.families import Family
 from workers.models.label_token import LabelTokenClassifier
+from workers.models.packing import ATTENTION, Packing
 from workers.models.tokens import TokenBatch
 
 SPLIT_TOLERANCE: Mapping[torch.dtype, float] = {torch.float32: 1e-5, torch.bfloat16: 5e-2, torch.float16: 5e-3}
@@ -59,7 +64,10 @@ class Masking(Protocol):
 
 @dataclass(frozen=True, eq=False)
 class Trunk:
-    """Hidden states [B, T, D] after block `split`, and the bare model's logits [B, K] if the pass went to the end."""
+    """Hidden states after block `split`, and the bare model's logits [B, K] if the pass went to the end.
+
+    hidden: [B, T, D]; after the last block, of which a head reads one token, [B, 1, D], at the read position.
+    """
 
     split: int
     hidden: Tensor
@@ -76,6 +84,12 @@ class Pass:
     mask: Callable[[int, Tensor], Tensor] | None = None
     mask_layers: Collection[int] = ()
     recorded: dict[int, Tensor] = field(default_factory=dict)
+    packing: Packing | None = None
+    at_reads: int | None = None
+
+
+class _Stop(Exception):
+    """A packed pass has all that it was to record."""
 
 
 class _Passing(Protocol):
@@ -103,13 +117,18 @@ class BlockSite(nn.Module):
             return now.inject[1] if self.index == now.inject[0] else hidden
         if now.stop_after is not None and self.index > now.stop_after:
             return hidden
-        output = self.block(hidden, *args, **kwargs)
+        if now.packing is not None and self.index == now.at_reads:
+            output: Tensor = now.packing.at_reads(self.block, hidden, *args, **kwargs)
+        else:
+            output = self.block(hidden, *args, **kwargs)
         if not isinstance(output, Tensor):
             raise TypeError(f"block {self.index} returns {type(output).__name__}, not a tensor")
         if now.mask is not None and self.index in now.mask_layers:
             output = now.mask(self.index, output)
         if self.index in now.record:
             now.recorded[self.index] = output
+        if now.packing is not None and self.index == now.stop_after:
+            raise _Stop
         return output
 
 
@@ -121,9 +140,10 @@ class SteeredModel:
     Args:
         model: a transformers `…ForSequenceClassification` model, or a `LabelTokenClassifier`, in eval mode.
         family: how it is built.
+        plain: run transformers' own padded passes, bit for bit, instead of packed ones.
     """
 
-    def __init__(self, model: nn.Module, family: Family) -> None:
+    def __init__(self, model: nn.Module, family: Family, *, plain: bool = False) -> None:
         self.model = model
         self.family = family
         blocks = model.get_submodule(family.blocks)
@@ -131,6 +151,7 @@ class SteeredModel:
         self.blocks = blocks
         self.n_layers = len(blocks)
         self.splits = True
+        self.packs = not plain and _takes_packed_attention(model)
         self.current = Pass()
         self._lock = threading.Lock()
         sites = nn.ModuleList(BlockSite(index, block, self) for index, block in enumerate(blocks))
@@ -138,6 +159,10 @@ class SteeredModel:
 
     def logits(self, batch: TokenBatch) -> Tensor:
         """The bare model's logits, [B, K]."""
+        if batch.packing is not None and self.packs:
+            logits = self.trunk(batch, self.n_layers - 1, whole=True).logits
+            assert logits is not None
+            return logits
         with self._lock:
             return self._call(self.model, batch)
 
@@ -150,6 +175,11 @@ class SteeredModel:
     ) -> tuple[Tensor, dict[int, Tensor]]:
         """Bare logits [B, K], and per layer the states [B, D] at the read position, or their mean over real tokens."""
         if self.splits and site == "block_output":
+            if position == "read":
+                trunks = self.trunks(batch, layers, whole=True)
+                logits = trunks[0].logits
+                assert logits is not None
+                return logits, {trunk.split: self._read_state(trunk, batch) for trunk in trunks}
             now = Pass(record=frozenset(layers))
             logits = self._pass(now, batch)
             return logits, {layer: state_of(now.recorded[layer], batch, position) for layer in layers}
@@ -176,9 +206,38 @@ class SteeredModel:
             empty = torch.empty(0, device=batch.ids.device)
             logits = self.logits(batch) if whole else None
             return [Trunk(split, empty, logits) for split in splits]
+        last = self.n_layers - 1
+        if batch.packing is not None and self.packs:
+            return self._packed_trunks(batch, batch.packing, splits, whole)
         now = Pass(record=frozenset(splits), stop_after=None if whole else max(splits))
         logits = self._pass(now, batch)
+        if last in now.recorded:
+            now.recorded[last] = state_of(now.recorded[last], batch, "read").unsqueeze(1)
         return [Trunk(split, now.recorded[split], logits if whole else None) for split in splits]
+
+    def _packed_trunks(self, batch: TokenBatch, packing: Packing, splits: Sequence[int], whole: bool) -> list[Trunk]:
+        last = self.n_layers - 1
+        end = last if whole else max(splits)
+        now = Pass(record={*splits, end}, stop_after=end, packing=packing, at_reads=last)
+        with self._lock, packing.everywhere():
+            self.current = now
+            try:
+                self._call_packed(batch, packing)
+            except _Stop:
+                pass
+            finally:
+                self.current = Pass()
+        states = {at: hidden.transpose(0, 1) if at == last else hidden for at, hidden in now.recorded.items()}
+        logits = self._pass(Pass(inject=(last, states[last])), batch.read_tokens()) if whole else None
+        return [
+            Trunk(split, states[split] if split == last else packing.padded(states[split]), logits) for split in splits
+        ]
+
+    def _read_state(self, trunk: Trunk, batch: TokenBatch) -> Tensor:
+        """Of a trunk's hidden states, those at the read position, [B, D]."""
+        if trunk.split == self.n_layers - 1:
+            return trunk.hidden[:, 0]
+        return state_of(trunk.hidden, batch, "read")
 
     def steer(self, batch: TokenBatch, trunk: Trunk, rows: Tensor, masking: Masking) -> Tensor:
         """Logits [V, K] of masked variants of the trunk's texts.
@@ -192,11 +251,8 @@ class SteeredModel:
         """
         if not self.splits or masking.site != "block_output":
             return self.hooked(batch.rows(rows), masking)
-        if trunk.split == self.n_layers - 1:
-            hidden = trunk.hidden[rows, batch.read[rows]].unsqueeze(1)
-            tail = batch.read_tokens(rows)
-        else:
-            hidden, tail = trunk.hidden[rows], batch.rows(rows)
+        tail = (batch.read_tokens() if trunk.split == self.n_layers - 1 else batch).rows(rows)
+        hidden = trunk.hidden[rows]
         if trunk.split in masking.layers:
             hidden = masking(trunk.split, hidden, tail)
         now = Pass(
@@ -211,11 +267,16 @@ class SteeredModel:
         return self._hooked(batch, masking.layers, masking.site, lambda layer, hidden: masking(layer, hidden, batch))
 
     def check(self, batch: TokenBatch) -> None:
-        """Compares trunk and tail with hooked full passes at every block, and gives up splitting if they differ.
+        """Compares trunk and tail with hooked full passes at every block, and gives up what makes them differ.
 
-        Run once at load on a small padded batch. Afterwards `splits` says whether the model is split, or runs
-        masked variants as hooked full passes (slower, and right).
+        Run once at load on a small padded batch. Afterwards `packs` says whether trunks run on packed texts, and
+        `splits` whether the model is split, or runs masked variants as hooked full passes (slower, and right).
         """
+        if self.packs and not self._agrees(batch):
+            self.packs = False
+        self.splits = self._agrees(batch)
+
+    def _agrees(self, batch: TokenBatch) -> bool:
         tolerance = SPLIT_TOLERANCE.get(next(self.model.parameters()).dtype, 1e-5)
         rows = torch.arange(len(batch.ids), device=batch.ids.device)
         try:
@@ -224,12 +285,12 @@ class SteeredModel:
                 split = self.steer(batch, self.trunk(batch, layer, whole=False), rows, masking).float()
                 full = self.hooked(batch, masking).float()
                 if not bool(((split - full).abs() <= tolerance * full.abs().clamp(min=1)).all()):
-                    self.splits = False
-                    return
+                    return False
         except torch.OutOfMemoryError:
             raise
-        except (TypeError, AttributeError, KeyError, RuntimeError):
-            self.splits = False
+        except (TypeError, AttributeError, KeyError, RuntimeError, IndexError):
+            return False
+        return True
 
     def _pass(self, now: Pass, batch: TokenBatch) -> Tensor:
         with self._lock:
@@ -262,12 +323,33 @@ class SteeredModel:
         block = self.blocks[layer]
         return block if site == "block_output" else block.get_submodule(self.family.mlp)
 
+    def _call_packed(self, batch: TokenBatch, packing: Packing) -> None:
+        reads = {"read": batch.read} if isinstance(self.model, LabelTokenClassifier) else {}
+        config: Any = self.model.config
+        first = config.pad_token_id + 1 if self.family.positions_after_pad else 0
+        nothing = torch.zeros((1, 1, 1, 1), device=packing.ids.device)  # a mask made already: attention makes its own
+        with torch.inference_mode():
+            self._sited(
+                input_ids=packing.ids,
+                attention_mask=nothing,
+                position_ids=packing.positions + first,
+                **reads,
+                **self.family.call,
+            )
+
     def _call(self, model: nn.Module, batch: TokenBatch) -> Tensor:
         reads = {"read": batch.read} if isinstance(model, LabelTokenClassifier) else {}
         with torch.inference_mode():
             output = model(input_ids=batch.ids, attention_mask=batch.mask.to(torch.int64), **reads, **self.family.call)
         logits: Tensor = output.logits
         return logits
+
+
+def _takes_packed_attention(model: nn.Module) -> bool:
+    """Switches the model to the attention of `packing.py`, if it lets its attention be chosen."""
+    inner = next(module for module in model.modules() if isinstance(module, PreTrainedModel))
+    inner.set_attn_implementation(ATTENTION)
+    return bool(inner.config._attn_implementation == ATTENTION)
 
 
 class HalfZero:

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from workers.models.errors import EmptyText, TextTooLong
+from workers.models.packing import Packing
 
 
 @dataclass(frozen=True)
@@ -23,12 +24,14 @@ class TokenBatch:
     """Right-padded texts. ids: [B, T] int64; mask: [B, T] bool, True on real tokens; read: [B] int64.
 
     also_read: [B, T] bool, positions that the head reads beside `read` (few-shot: the tokens of the label strings).
+    packing: the same texts end to end, for models that can take them so.
     """
 
     ids: Tensor
     mask: Tensor
     read: Tensor
     also_read: Tensor | None = None
+    packing: Packing | None = None
 
     @property
     def is_read(self) -> Tensor:
@@ -41,10 +44,10 @@ class TokenBatch:
         also_read = None if self.also_read is None else self.also_read[index]
         return TokenBatch(self.ids[index], self.mask[index], self.read[index], also_read)
 
-    def read_tokens(self, index: Tensor) -> "TokenBatch":
-        """These rows cut down to the one token at the read position: a batch of shape [V, 1]."""
-        ids = self.ids[index, self.read[index]].unsqueeze(1)
-        return TokenBatch(ids, torch.ones_like(ids, dtype=torch.bool), torch.zeros_like(self.read[index]))
+    def read_tokens(self) -> "TokenBatch":
+        """The batch cut down to the one token at the read position, of shape [B, 1]."""
+        ids = self.ids.gather(1, self.read.unsqueeze(1))
+        return TokenBatch(ids, torch.ones_like(ids, dtype=torch.bool), torch.zeros_like(self.read))
 
 
 class TextTokenizer:
@@ -132,7 +135,9 @@ class TextTokenizer:
         for i, row in enumerate(rows):
             ids[i, : len(row)] = torch.tensor(row, dtype=torch.int64)
             mask[i, : len(row)] = True
-        return TokenBatch(ids.to(device), mask.to(device), self._read_positions(ids, mask).to(device))
+        read = self._read_positions(ids, mask)
+        packing = Packing.of(ids, mask, read)
+        return TokenBatch(ids.to(device), mask.to(device), read.to(device), packing=packing.to(device))
 
     def _read_positions(self, ids: Tensor, mask: Tensor) -> Tensor:
         """Where the head reads: token 0, or the last real token, [B].

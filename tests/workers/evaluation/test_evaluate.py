@@ -362,7 +362,7 @@ def test_many_classes_cost_no_further_pass(tiny: Tiny, learned: Corpus, held_out
     model = tiny("bert")
     range_set = fit(model, learned).range_set
     passes = []
-    handle = model.steered.blocks[0].register_forward_hook(lambda module, args, output: passes.append(len(output)))
+    handle = model.steered.blocks[0].register_forward_hook(lambda module, args, output: passes.append(output.shape[1]))
     try:
         evaluate(model, range_set, held_out, EvaluationSettings(methods=("neuron",), targets=("World",)))
         one = list(passes)
@@ -371,7 +371,8 @@ def test_many_classes_cost_no_further_pass(tiny: Tiny, learned: Corpus, held_out
     finally:
         handle.remove()
     assert passes == one
-    assert sum(one) == len(held_out)
+    texts = [text for block in held_out.blocks() for text in block.texts]
+    assert sum(one) == sum(len(text.ids) for text in model.tokens.encode(texts)), "every token once, and no padding"
 
 
 KILLED = """

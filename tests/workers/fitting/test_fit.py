@@ -5,6 +5,7 @@ import signal
 import subprocess
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -244,7 +245,8 @@ def test_the_mean_over_tokens_can_be_recorded(tiny: Tiny, tmp_path: Path) -> Non
     states = []
     for block in corpus.blocks():
         for text in block.texts:
-            model.steered.logits(model.tokens.pad([model.tokens.encode([text])[0].ids]))
+            alone = model.tokens.pad([model.tokens.encode([text])[0].ids])
+            model.steered.logits(replace(alone, packing=None))
             states.append(outputs[-1][0].mean(dim=0).double())
     handle.remove()
     found = fit(model, corpus, layers=(1,), position="mean", bins=16).range_set
@@ -262,6 +264,7 @@ def test_what_the_mlp_adds_can_be_recorded_and_masked(tiny: Tiny, family: str, p
     plan = resolve(fitted, [Erasure(concept="Sports", method="neuron", top_fraction=1.0, layers=(0,))])
     assert plan.site == "mlp_output"
     batch = model.tokens.pad([text.ids for text in model.tokens.encode(["a goal", "a long night at the bank"])])
+    batch = replace(batch, packing=None)
     table = MaskTable([DevicePlan.of(plan, model.device)], torch.tensor([0, 0]))
     trunk = model.steered.trunk(batch, 0, whole=False)
     masked = model.steered.steer(batch, trunk, torch.arange(2), table)

@@ -1,6 +1,10 @@
-"""Trunk and tail against hooked full passes (promise 3), bare answers bit for bit (promise 1)."""
+"""Trunk and tail against hooked full passes (promise 3), bare answers bit for bit (promise 1).
+
+A batch without a packing is run as transformers does it; with one, its trunk is packed: `test_packing.py`.
+"""
 
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +27,7 @@ TEXTS = ("Short.", *SENTENCES, "One more, of middling length, about rain.")
 def padded(model: LoadedModel) -> TokenBatch:
     batch = model.tokens.pad([text.ids for text in model.tokens.encode(TEXTS)])
     assert not batch.mask.all(), "the batch must have padding in it"
-    return batch
+    return replace(batch, packing=None)
 
 
 @families
@@ -140,6 +144,7 @@ def test_qwen2_keeps_its_layer_types_in_the_tail(tmp_path: Path) -> None:
         str(save_tiny("qwen2", tmp_path, layer_types=types, use_sliding_window=True, sliding_window=4)), device="cpu"
     )
     assert model.steered.splits
+    assert not model.steered.packs, "attention over a window is not packed"
     batch = padded(model)
     rows = torch.arange(len(TEXTS))
     for layer in range(3):

@@ -1,0 +1,109 @@
+"""Texts end to end answer as padded ones do."""
+
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import AutoModelForSequenceClassification
+
+from tests.workers.checkpoints import SENTENCES, save_tiny
+from tests.workers.masking import ZeroBand
+from workers.models.families import FAMILIES
+from workers.models.loading import LoadedModel, load_model
+from workers.models.packing import Packing
+from workers.models.tokens import TokenBatch
+
+Tiny = Callable[[str], LoadedModel]
+families = pytest.mark.parametrize("family", sorted(FAMILIES))
+MIXED = ("Short.", *SENTENCES, "One more, of middling length, about rain.")
+ALIKE = (SENTENCES[0], SENTENCES[0], SENTENCES[0])
+
+
+def batch_of(model: LoadedModel, texts: tuple[str, ...]) -> TokenBatch:
+    return model.tokens.pad([text.ids for text in model.tokens.encode(texts)])
+
+
+@families
+@pytest.mark.parametrize("texts", [MIXED, ALIKE, MIXED[:1]], ids=["mixed", "one length", "alone"])
+def test_packed_logits_and_states_are_those_of_padded_texts(tiny: Tiny, family: str, texts: tuple[str, ...]) -> None:
+    model = tiny(family)
+    assert model.steered.packs
+    batch = batch_of(model, texts)
+    plain = replace(batch, packing=None)
+    torch.testing.assert_close(model.steered.logits(batch), model.steered.logits(plain), atol=1e-5, rtol=0)
+    layers = range(model.identity.n_layers)
+    for position in ("read", "mean"):
+        logits, states = model.steered.record(batch, layers, position=position)  # type: ignore[arg-type]
+        expected_logits, expected = model.steered.record(plain, layers, position=position)  # type: ignore[arg-type]
+        torch.testing.assert_close(logits, expected_logits, atol=1e-5, rtol=0)
+        for layer in layers:
+            torch.testing.assert_close(states[layer], expected[layer], atol=2e-5, rtol=0)
+
+
+@families
+def test_packed_trunks_and_their_tails_equal_hooked_full_passes(tiny: Tiny, family: str) -> None:
+    model = tiny(family)
+    batch = batch_of(model, MIXED)
+    rows = torch.tensor([3, 0, 0, 9, 5, 1, 2, 4, 6, 7, 8])
+    bare = model.steered.logits(batch)
+    for layers in ([0], [1], [2], [0, 2], [1, 2]):
+        masking = ZeroBand(layers)
+        expected = model.steered.hooked(batch, masking)[rows]
+        for whole in (False, True):
+            trunk = model.steered.trunk(batch, layers[0], whole=whole)
+            actual = model.steered.steer(batch, trunk, rows, masking)
+            torch.testing.assert_close(actual, expected, atol=1e-5, rtol=0)
+            if whole:
+                assert trunk.logits is not None
+                assert torch.equal(trunk.logits, bare), "the bare answer beside an erased one is the bare answer"
+
+
+@families
+def test_a_broken_text_touches_no_other(tiny: Tiny, family: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Values that are no number, in one text's states, must not reach the texts that lie beside it."""
+    model = tiny(family)
+    batch = batch_of(model, MIXED)
+    assert batch.packing is not None
+    before = model.steered.logits(batch)
+    broken = int(batch.packing.reads[4])
+    first = model.steered.blocks[0]
+
+    def spoil(module: torch.nn.Module, args: tuple[torch.Tensor, ...], output: torch.Tensor) -> torch.Tensor:
+        spoilt = output.clone()
+        if spoilt.shape[:2] == batch.packing.ids.shape:  # type: ignore[union-attr]
+            spoilt[0, broken] = torch.nan
+        return spoilt
+
+    handle = first.register_forward_hook(spoil)
+    after = model.steered.logits(batch)
+    handle.remove()
+    assert after[4].isnan().all()
+    others = [row for row in range(len(MIXED)) if row != 4]
+    assert torch.equal(after[others], before[others])
+
+
+def test_a_plain_model_is_transformers_own_bit_for_bit(tmp_path: Path) -> None:
+    path = str(save_tiny("bert", tmp_path))
+    model = load_model(path, device="cpu", plain=True)
+    assert not model.steered.packs
+    batch = batch_of(model, MIXED)
+    own = AutoModelForSequenceClassification.from_pretrained(path).eval()
+    with torch.inference_mode():
+        expected = own(input_ids=batch.ids, attention_mask=batch.mask.long()).logits
+    assert torch.equal(model.steered.logits(batch), expected)
+    packed = load_model(path, device="cpu")
+    torch.testing.assert_close(packed.steered.logits(batch), expected, atol=1e-5, rtol=0)
+
+
+def test_a_packing_says_where_each_token_lies() -> None:
+    ids = torch.tensor([[5, 6, 7], [8, 0, 0], [9, 10, 0]])
+    mask = torch.tensor([[1, 1, 1], [1, 0, 0], [1, 1, 0]]).bool()
+    packing = Packing.of(ids, mask, torch.tensor([2, 0, 0]))
+    assert packing.ids.tolist() == [[5, 6, 7, 8, 9, 10]]
+    assert packing.positions.tolist() == [[0, 1, 2, 0, 0, 1]]
+    assert packing.reads.tolist() == [2, 3, 4]
+    assert packing.places.tolist() == [0, 1, 2, 3, 6, 7]
+    states = packing.ids.unsqueeze(-1)
+    assert torch.equal(packing.padded(states).squeeze(-1)[mask], ids[mask])
