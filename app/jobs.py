@@ -22,6 +22,7 @@ class ModelChoice:
     name: str | None = None
     template: str | None = None
     scoring: Literal["restricted", "greedy"] = "restricted"
+    plain: bool = False
 
     @classmethod
     def of(cls, settings: "Settings") -> Self:
@@ -37,6 +38,7 @@ class ModelChoice:
             settings.name,
             settings.template,
             settings.scoring,
+            settings.plain,
         )
 
     @property

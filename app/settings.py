@@ -46,6 +46,10 @@ class Settings(BaseSettings):
     scoring: Literal["restricted", "greedy"] = Field(
         "restricted", description="how a few-shot classifier scores labels: their log-probability, or greedy decoding"
     )
+    plain: bool = Field(
+        False,
+        description="run the model as transformers does, bit for bit: padded, and without oneDNN's weights; slower",
+    )
     max_body_bytes: Annotated[int, Field(ge=1024)] = Field(8388608, description="largest body of a request")
     max_texts: Annotated[int, Field(ge=1)] = Field(1024, description="most texts of a request")
     max_characters: Annotated[int, Field(ge=1)] = Field(100000, description="most characters of a text")
@@ -53,10 +57,19 @@ class Settings(BaseSettings):
         60.0, description="seconds until a request is given up, unless it asks for less"
     )
     max_batch_tokens: Annotated[int, Field(ge=16)] | None = Field(
-        None, description="padded tokens of a batch; unset: 1024 on a CPU, where less padding is worth more, else 16384"
+        None, description="tokens of a batch; unset: 1024 on a CPU, else 16384"
     )
     max_queue_tokens: Annotated[int, Field(ge=16)] = Field(262144, description="tokens that may wait; more is refused")
     max_queue_texts: Annotated[int, Field(ge=1)] = Field(16384, description="texts that may wait; more is refused")
+    max_queue_seconds: Annotated[float, Field(gt=0)] = Field(
+        10.0, description="how long what waits may take, as measured, before more is refused"
+    )
+    trunk_cache_mb: Annotated[int, Field(ge=0)] = Field(
+        0, description="megabytes of trunk states kept, so that a text that comes again costs its tail only; 0: none"
+    )
+    watched_batches: Annotated[float, Field(ge=0, le=1)] = Field(
+        0.01, description="share of batches whose erased texts are also answered bare, to count changed labels"
+    )
     poll_seconds: Annotated[float, Field(gt=0)] = Field(
         2.0, description="how often the live state is read again, told or not"
     )

@@ -109,6 +109,9 @@ def _serving(settings: Settings, model: LoadedModel, client: redis.Redis) -> Ite
         max_batch_tokens=settings.max_batch_tokens or batch_tokens_for(model.device),
         max_queue_tokens=settings.max_queue_tokens,
         max_queue_texts=settings.max_queue_texts,
+        max_queue_seconds=settings.max_queue_seconds,
+        trunk_cache_bytes=settings.trunk_cache_mb * 1_000_000,
+        watched_batches=settings.watched_batches,
     )
     engine = Engine(model, mirror, limits, registry)
     mirror.start()
@@ -276,6 +279,7 @@ def _load(model: ModelChoice) -> LoadedModel:
         name=model.served_name,
         template=model.template,
         scoring=model.scoring,
+        plain=model.plain,
     )
 
 

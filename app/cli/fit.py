@@ -51,6 +51,7 @@ def fit(
     dtype: options.DType = None,
     threads: options.Threads = None,
     allow_pickle: options.AllowPickle = None,
+    plain: options.Plain = None,
     template: options.Template = None,
     scoring: options.Scoring = None,
     batch_tokens: options.BatchTokens = 4096,
@@ -77,6 +78,7 @@ def fit(
         dtype=dtype,
         threads=threads,
         allow_pickle=allow_pickle,
+        plain=plain,
         template=template,
         scoring=scoring,
     )

@@ -79,6 +79,14 @@ Scoring = Annotated[
         rich_help_panel=MODEL_PANEL,
     ),
 ]
+Plain = Annotated[
+    bool | None,
+    typer.Option(
+        "--plain",
+        help="Run the model as transformers does, bit for bit: padded, and without oneDNN's weights. Slower.",
+        rich_help_panel=MODEL_PANEL,
+    ),
+]
 RedisUrl = Annotated[
     str | None,
     typer.Option(

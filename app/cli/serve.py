@@ -48,6 +48,7 @@ def serve(
     dtype: options.DType = None,
     threads: options.Threads = None,
     allow_pickle: options.AllowPickle = None,
+    plain: options.Plain = None,
     template: options.Template = None,
     scoring: options.Scoring = None,
     max_batch_tokens: Annotated[
@@ -55,7 +56,17 @@ def serve(
         typer.Option(
             "--max-batch-tokens",
             min=16,
-            help="Padded tokens of one batch. Default: NEURONLENS_MAX_BATCH_TOKENS, else 1024 on a CPU.",
+            help="Tokens of one batch. Default: NEURONLENS_MAX_BATCH_TOKENS, else 1024 on a CPU.",
+            rich_help_panel=options.MODEL_PANEL,
+        ),
+    ] = None,
+    trunk_cache_mb: Annotated[
+        int | None,
+        typer.Option(
+            "--trunk-cache-mb",
+            min=0,
+            help="Megabytes of trunk states to keep, so that a text that comes again costs its tail only. "
+            "Default: NEURONLENS_TRUNK_CACHE_MB, else 0.",
             rich_help_panel=options.MODEL_PANEL,
         ),
     ] = None,
@@ -78,9 +89,11 @@ def serve(
         dtype=dtype,
         threads=threads,
         allow_pickle=allow_pickle,
+        plain=plain,
         template=template,
         scoring=scoring,
         max_batch_tokens=max_batch_tokens,
+        trunk_cache_mb=trunk_cache_mb,
         host=host,
         port=port,
         insecure=insecure,

@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -112,7 +113,7 @@ def test_ranges_of_what_an_mlp_adds_are_served_beside_others(
     ready(running, inside)
     asked = {"concept": "Sports", "method": "neuron", "top_fraction": 1.0, "layer": 0}
     answer = running.classify(TEXTS, erase=[asked], compare=True).json()
-    batch = model.tokens.pad([text.ids for text in model.tokens.encode(TEXTS)])
+    batch = replace(model.tokens.pad([text.ids for text in model.tokens.encode(TEXTS)]), packing=None)
     bare = model.steered.logits(batch).softmax(dim=1).numpy()
     place = model.steered.blocks[0].get_submodule("output.dense")
     handle = place.register_forward_hook(lambda m, i, out: out * ~batch.mask.unsqueeze(-1))

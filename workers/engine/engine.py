@@ -7,11 +7,15 @@ event loop waits for torch (promise 9), and a batch wakes it once, not once per 
 import asyncio
 import logging
 import math
+import random
 import threading
 import time
-from collections.abc import Mapping, Sequence
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 
+import torch
 from prometheus_client import CollectorRegistry
 
 from range_store.erasure import Erasure
@@ -23,7 +27,10 @@ from workers.engine.metrics import EngineMetrics
 from workers.engine.queue import BatchQueue
 from workers.engine.requests import Answer, Logits, Request, Text, TextAnswer, reply
 from workers.engine.settings import EngineSettings
+from workers.engine.trunk_cache import TrunkCache
 from workers.models.loading import LoadedModel
+from workers.models.steered import SteeredModel, Trunk
+from workers.models.tokens import TokenBatch
 
 logger = logging.getLogger(__name__)
 
@@ -63,6 +70,13 @@ class Engine:
         self._failure: str | None = None
         self._warm = threading.Event()
         self._tokens_per_second = 0.0
+        self._tokenizing = 0
+        self._watch = random.Random(0)
+        self._cache: TrunkCache | None = None
+        steered = model.steered
+        self._packs = isinstance(steered, SteeredModel) and steered.splits and steered.packs
+        if settings.trunk_cache_bytes and isinstance(steered, SteeredModel) and steered.splits:
+            self._cache = TrunkCache(steered, model.tokens, settings.trunk_cache_bytes)
 
     @property
     def failure(self) -> str | None:
@@ -120,35 +134,54 @@ class Engine:
             TextTooLong, EmptyText: see `workers.models.errors`.
             RangeStoreError: the erasures cannot be resolved, or no range set or snapshot is at hand.
         """
+        stage = _Stage()
         try:
             async with asyncio.timeout(timeout):
-                return await self._classify(texts, erase, compare, truncate)
+                return await self._classify(texts, erase, compare, truncate, stage)
         except TimeoutError:
             self.metrics.rejections.labels(REASONS[DeadlineExceeded]).inc()
+            self.metrics.cancellations.labels(stage.name).inc()
             raise DeadlineExceeded(timeout or 0.0) from None
         except asyncio.CancelledError:
             self.metrics.rejections.labels("cancelled").inc()
+            self.metrics.cancellations.labels(stage.name).inc()
             raise
         except EngineError as error:
             self.metrics.rejections.labels(REASONS[type(error)]).inc()
             raise
 
     async def _classify(
-        self, texts: Sequence[str], erase: Sequence[Erasure] | None, compare: bool, truncate: bool
+        self, texts: Sequence[str], erase: Sequence[Erasure] | None, compare: bool, truncate: bool, stage: "_Stage"
     ) -> Answer:
         if self._draining:
             raise Draining
+        self._check_room(len(texts), 0)  # before any work is done for a request that is refused
         loop = asyncio.get_running_loop()
         admission = await self._planner.admit(erase)
-        encoded = await loop.run_in_executor(self._tokenizer, self.model.tokens.encode, texts, truncate)
+        self._tokenizing += len(texts)
+        started = time.monotonic()
+        try:
+            encoded = await loop.run_in_executor(self._tokenizer, self.model.tokens.encode, texts, truncate)
+        finally:
+            self._tokenizing -= len(texts)
+        self.metrics.stage.labels("tokenize").observe(time.monotonic() - started)
         request = Request(loop, loop.create_future(), [None] * len(encoded), len(encoded))
         plan = admission.plan.plan
+        last = self.model.identity.n_layers - 1
         # a text without erasure needs no split: it joins the batches of the last block, where a bare answer is free
-        at = self.model.identity.n_layers - 1 if plan.split is None else plan.split
+        at = last if plan.split is None else plan.split
         if plan.site != "block_output":
             at = WHOLE_PASS
+        variants = 2 if compare and plan.masks and at != last else 1
+        packed = self._packs and at == last
         if encoded:
-            self._enqueue([Text(request, i, text, admission.plan, compare, at) for i, text in enumerate(encoded)])
+            self._enqueue(
+                [
+                    Text(request, i, text, admission.plan, compare, at, variants, packed)
+                    for i, text in enumerate(encoded)
+                ]
+            )
+            stage.request = request
             try:
                 await request.done
             finally:
@@ -166,28 +199,38 @@ class Engine:
 
     def _enqueue(self, texts: list[Text]) -> None:
         """Queue all texts of a request, or none."""
-        tokens = sum(text.tokens for text in texts)
+        tokens = sum(text.tokens * text.variants for text in texts)
         if tokens > self.settings.max_queue_tokens:
             raise RequestTooLarge("tokens", tokens, self.settings.max_queue_tokens)
-        if len(texts) > self.settings.max_queue_texts:
-            raise RequestTooLarge("texts", len(texts), self.settings.max_queue_texts)
-
-        def full() -> bool:
-            too_many = len(self._queue) + len(texts) > self.settings.max_queue_texts
-            return too_many or self._queue.tokens + tokens > self.settings.max_queue_tokens
-
         with self._changed:
             if self._closing or self._draining:
                 raise Draining
-            if full():
-                self._queue.discard(lambda text: text.abandoned)
-            if full():
-                rate = self._tokens_per_second
-                raise QueueFull(math.ceil(self._queue.tokens / rate) if rate else 1.0)
+            self._check_room(len(texts), tokens)
             for text in texts:
                 self._queue.add(text)
             self._gauge()
             self._changed.notify()
+
+    def _check_room(self, texts: int, tokens: int) -> None:
+        """Raises what a request of so many texts and tokens is to be refused with."""
+        if texts > self.settings.max_queue_texts:
+            raise RequestTooLarge("texts", texts, self.settings.max_queue_texts)
+        with self._changed:
+            if self._missing_room(texts, tokens) > 0:
+                self._queue.discard(lambda text: text.abandoned)
+            missing = self._missing_room(texts, tokens)
+        if missing > 0:
+            raise QueueFull(max(1.0, math.ceil(missing / self._tokens_per_second)) if self._tokens_per_second else 1.0)
+
+    def _missing_room(self, texts: int, tokens: int) -> float:
+        """Tokens that must leave the queue before so many texts and tokens may enter; 0 if they may now."""
+        waiting, texts_waiting = self._queue.tokens, len(self._queue)
+        each = waiting / texts_waiting if texts_waiting else 1.0
+        too_many = texts_waiting + self._tokenizing + texts - self.settings.max_queue_texts
+        missing = max(0.0, waiting + tokens - self.settings.max_queue_tokens, too_many * each)
+        if self._tokens_per_second:
+            missing = max(missing, waiting - self.settings.max_queue_seconds * self._tokens_per_second)
+        return missing
 
     def _gauge(self) -> None:
         self.metrics.queue_texts.set(len(self._queue))
@@ -204,11 +247,15 @@ class Engine:
                     while not len(self._queue) and not self._closing:
                         self._changed.wait()
                     batch = self._queue.take()
+                    backlog = len(self._queue) > 0
                     self._gauge()
                     if not batch and self._closing:
                         return
                 if batch:
+                    started = time.monotonic()
                     self._answer(batch)
+                    if backlog:
+                        self._measure_rate(batch, time.monotonic() - started)
         except BaseException as error:
             logger.exception("the engine's thread died")
             self.drain()
@@ -220,6 +267,11 @@ class Engine:
             reply([(text, EngineFailed("the engine stopped")) for text in lost])
             raise
 
+    def _measure_rate(self, batch: list[Text], seconds: float) -> None:
+        """How fast a backlog drains; a batch that left none behind may have been small, and tells nothing."""
+        rate = sum(text.tokens * text.variants for text in batch) / max(seconds, 1e-6)
+        self._tokens_per_second = rate if not self._tokens_per_second else 0.9 * self._tokens_per_second + 0.1 * rate
+
     def _warm_up(self) -> None:
         """A first, or a further, small batch; raises whatever the model does."""
         warm = self.model.tokens.encode(["warm-up"])
@@ -229,10 +281,13 @@ class Engine:
         """Run a batch and reply. If it raises, halves are tried, so that only the text that causes it fails."""
         started = time.monotonic()
         for text in batch:
+            text.request.running = True
             self.metrics.queue_wait.observe(started - text.admitted)
         try:
             answers = self._forward(batch)
         except Exception as error:
+            if isinstance(error, torch.OutOfMemoryError) and torch.accelerator.is_available():
+                torch.accelerator.empty_cache()
             if len(batch) > 1:
                 middle = len(batch) // 2
                 self._answer(batch[:middle])
@@ -242,45 +297,89 @@ class Engine:
             reply([(batch[0], EngineFailed("the model failed on this text"))])
             self._warm_up()  # a text that fails is one thing; a device that fails on any text ends the engine
             return
-        seconds = time.monotonic() - started
-        self._observe(batch, answers, seconds)
-        reply(list(zip(batch, answers, strict=True)))
+        done = time.monotonic()
+        self._observe(batch, answers, done - started)
+        replied = self.metrics.stage.labels("reply")
+        reply(list(zip(batch, answers, strict=True)), lambda: replied.observe(time.monotonic() - done))
 
     def _forward(self, batch: list[Text]) -> list[TextAnswer]:
         model = self.model
         tokens = model.tokens.pad([text.encoded.ids for text in batch], model.device)
         variants = [Variant(row, text.plan) for row, text in enumerate(batch) if text.plan_key]
-        bare = any(text.compare or not text.plan_key for text in batch)
-        base: Logits | None = None
-        if not variants:
-            base = model.steered.logits(tokens).float().cpu().numpy()
-        else:
-            trunk = open_trunk(model.steered, tokens, batch[0].split, whole=bare)
-            outcome = steer_variants(model.steered, tokens, trunk, variants, self.settings.max_batch_tokens)
-            erased = outcome.logits.float().cpu().numpy()
-            masked = outcome.masked.cpu().numpy()
-            if trunk.logits is not None:
-                base = trunk.logits.float().cpu().numpy()
+        watched = bool(variants) and self._watch.random() < self.settings.watched_batches
+        bare = watched or any(text.compare or not text.plan_key for text in batch)
+        with self._timed("trunk"):
+            trunk = self._trunk(batch, tokens, whole=bare)
+        base: Logits | None = None if trunk.logits is None else trunk.logits.float().cpu().numpy()
+        if variants:
+            with self._timed("tail"):
+                outcome = steer_variants(model.steered, tokens, trunk, variants, self.settings.max_batch_tokens)
+                erased = outcome.logits.float().cpu().numpy()
+                masked = outcome.masked.tolist()
+            self.metrics.count(self.metrics.masked, outcome.by_concept)
+            self.metrics.count(self.metrics.maskable, outcome.of)
         answers = []
         nth = 0
         for row, text in enumerate(batch):
             baseline = base[row] if base is not None and text.compare else None
             if text.plan_key:
-                logits, count = erased[nth], int(masked[nth])
+                logits, count = erased[nth], masked[nth]
                 nth += 1
             else:
                 assert base is not None
                 logits, count = base[row], 0
             answers.append(TextAnswer(logits, baseline, count, text.encoded.truncated, text.tokens))
+        if base is not None and variants:
+            self._count_changes(batch, base, answers, watched)
         return answers
+
+    def _trunk(self, batch: list[Text], tokens: TokenBatch, *, whole: bool) -> Trunk:
+        split = batch[0].split
+        if self._cache is None or split == WHOLE_PASS:
+            return open_trunk(self.model.steered, tokens, split, whole=whole)
+        hits, misses = self._cache.hits, self._cache.misses
+        trunk = self._cache.trunk(tokens, [text.encoded.ids for text in batch], split, whole=whole)
+        self.metrics.trunk_cache_hits.inc(self._cache.hits - hits)
+        self.metrics.trunk_cache_misses.inc(self._cache.misses - misses)
+        self.metrics.trunk_cache_bytes.set(self._cache.nbytes)
+        return trunk
+
+    def _count_changes(self, batch: list[Text], base: Logits, answers: list[TextAnswer], watched: bool) -> None:
+        """Count, by erased concept, the texts whose label differs from the bare model's."""
+        seen, changed = Counter[str](), Counter[str]()
+        for row, (text, answer) in enumerate(zip(batch, answers, strict=True)):
+            if watched or text.compare:
+                concepts = [erasure.concept for erasure in text.plan.plan.erasures]
+                seen.update(concepts)
+                if answer.logits.argmax() != base[row].argmax():
+                    changed.update(concepts)
+        self.metrics.count(self.metrics.watched, seen)
+        self.metrics.count(self.metrics.changed, changed)
 
     def _observe(self, batch: list[Text], answers: list[TextAnswer], seconds: float) -> None:
         tokens = sum(text.tokens for text in batch)
-        rate = tokens / max(seconds, 1e-6)
-        self._tokens_per_second = rate if not self._tokens_per_second else 0.9 * self._tokens_per_second + 0.1 * rate
         self.metrics.forward.observe(seconds)
         self.metrics.batch_texts.observe(len(batch))
+        self.metrics.batch_tokens.observe(tokens)
         self.metrics.batch_plans.observe(len({text.plan_key for text in batch} - {""}))
         self.metrics.tokens.inc(tokens)
-        self.metrics.padded_tokens.inc(max(text.tokens for text in batch) * len(batch))
+        self.metrics.padded_tokens.inc(tokens if self._packs else max(text.tokens for text in batch) * len(batch))
         self.metrics.masked_neurons.inc(sum(answer.masked_neurons for answer in answers))
+
+    @contextmanager
+    def _timed(self, stage: str) -> Iterator[None]:
+        started = time.monotonic()
+        yield
+        self.metrics.stage.labels(stage).observe(time.monotonic() - started)
+
+
+class _Stage:
+    """How far a request has come."""
+
+    request: Request | None = None
+
+    @property
+    def name(self) -> str:
+        if self.request is None:
+            return "tokenizing"
+        return "running" if self.request.running else "queued"

@@ -1,5 +1,6 @@
 """One batch through the model: the trunk once, a tail for every variant. Serving and evaluation both run on this."""
 
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -33,10 +34,17 @@ class Variant:
 
 @dataclass(frozen=True, eq=False)
 class Outcome:
-    """Logits [V, K] of the variants in their order, and neurons masked at the read position of each, [V] int64."""
+    """What became of V variants, in their order.
+
+    Attributes:
+        logits: [V, K]. masked: neurons masked at the read position of each, [V] int64.
+        by_concept: neurons masked there by each concept, over all variants. of: how many it could have masked.
+    """
 
     logits: Tensor
     masked: Tensor
+    by_concept: Counter[str]
+    of: Counter[str]
 
 
 def steer_variants(
@@ -58,7 +66,12 @@ def steer_variants(
         _steer(model, batch, trunk, variants[start : start + step], positions)
         for start in range(0, len(variants), step)
     ]
-    return Outcome(torch.cat([part.logits for part in parts]), torch.cat([part.masked for part in parts]))
+    return Outcome(
+        torch.cat([part.logits for part in parts]),
+        torch.cat([part.masked for part in parts]),
+        sum((part.by_concept for part in parts), Counter()),
+        sum((part.of for part in parts), Counter()),
+    )
 
 
 def _steer(
@@ -76,7 +89,8 @@ def _steer(
     device = batch.ids.device
     table = MaskTable(distinct, torch.tensor(slots, device=device), positions)
     rows = torch.tensor([variant.row for variant in variants], device=device)
-    return Outcome(model.steer(batch, trunk, rows, table), table.masked)
+    logits = model.steer(batch, trunk, rows, table)
+    return Outcome(logits, table.masked, *table.by_concept())
 
 
 class PlanSweep:

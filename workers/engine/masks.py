@@ -4,6 +4,7 @@ A plan's tensors never change once made, and a batch's table is built from the p
 later requests another plan, and nothing that is queued or running can be touched by it (DESIGN promise 4).
 """
 
+from collections import Counter
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 
@@ -66,7 +67,7 @@ class MaskTable:
     """The masks of one batch of variants; row v of the batch is masked by `plans[slots[v]]`.
 
     After the pass, `masked` [V] int64 counts the neurons that were masked at the read position, union over the
-    concepts of the plan and summed over layers.
+    concepts of the plan and summed over layers; `by_concept` counts them for each concept.
 
     Args:
         plans: the distinct plans of the batch, S of them, all of one site.
@@ -80,6 +81,7 @@ class MaskTable:
         self._slots = slots
         self._tables = stack_plans(plans)
         self.masked = torch.zeros_like(slots)
+        self._hits: dict[int, Tensor] = {}
 
     @property
     def layers(self) -> Collection[int]:
@@ -102,11 +104,29 @@ class MaskTable:
         """`hidden` [V, T, D] with the masked components replaced, at every real or read token and never at padding."""
         table = self._tables[layer]
         rows = self._slots if table.low.shape[0] > 1 else torch.zeros_like(self._slots[:1])
-        parts = table.map(lambda part: part[rows].unsqueeze(2))  # [V, I, 1, D], or [1, I, 1, D] with one plan
-        result, masked = _apply(parts, hidden, maskable(batch, self.positions))
+        own = table.map(lambda part: part[rows])  # [V, I, D], or [1, I, D] with one plan
         at = torch.arange(len(hidden), device=hidden.device)
-        self.masked = self.masked + masked[at, batch.read].sum(dim=-1)
-        return result
+        read = hidden[at, batch.read].float().unsqueeze(1)  # [V, 1, D]
+        hit = ((read >= own.low) & (read <= own.high)) | own.always
+        self._hits[layer] = hit.sum(dim=-1)
+        self.masked = self.masked + hit.any(dim=1).sum(dim=-1)
+        return _apply(own.map(lambda part: part.unsqueeze(2)), hidden, maskable(batch, self.positions))
+
+    def by_concept(self) -> tuple[Counter[str], Counter[str]]:
+        """Of the neurons of every variant at the read position: how many each concept masked, and could have."""
+        masked, all_of_them = Counter[str](), Counter[str]()
+        slots = self._slots.cpu()
+        for layer, hits in self._hits.items():
+            totals = torch.zeros((len(self._plans), hits.shape[1]), dtype=torch.int64)
+            totals.index_add_(0, slots, hits.cpu())
+            variants = torch.bincount(slots, minlength=len(self._plans)).tolist()
+            width = self._tables[layer].low.shape[-1]
+            for plan, counts, number in zip(self._plans, totals.tolist(), variants, strict=True):
+                concepts = [erasure.concept for erasure in plan.plan.erasures if layer in erasure.layers]
+                for concept, count in zip(concepts, counts, strict=False):  # a plan may have fewer than the widest
+                    masked[concept] += count
+                    all_of_them[concept] += number * width
+        return masked, all_of_them
 
 
 class PlanGrid:
@@ -147,7 +167,7 @@ class PlanGrid:
         table = self._tables[layer].map(lambda part: part[:, :, None, None])  # [P, I, 1, 1, D]
         shape = (len(self._plans), self._texts)
         real = maskable(batch, self.positions).view(*shape, -1)
-        return _apply(table, hidden.view(*shape, *hidden.shape[1:]), real)[0].flatten(0, 1)
+        return _apply(table, hidden.view(*shape, *hidden.shape[1:]), real).flatten(0, 1)
 
 
 def stack_plans(plans: Sequence[DevicePlan]) -> dict[int, DeviceMask]:
@@ -161,8 +181,8 @@ def maskable(batch: TokenBatch, positions: Positions) -> Tensor:
     return batch.mask if positions == "all" else batch.mask & batch.is_read
 
 
-def _apply(table: DeviceMask, hidden: Tensor, tokens: Tensor) -> tuple[Tensor, Tensor]:
-    """`hidden` [..., T, D] with the components in a range replaced, and which they were, bool.
+def _apply(table: DeviceMask, hidden: Tensor, tokens: Tensor) -> Tensor:
+    """`hidden` [..., T, D] with the components in a range replaced.
 
     Values are compared in float32, whatever the serving dtype: bounds cast to bfloat16 would move.
 
@@ -182,8 +202,7 @@ def _apply(table: DeviceMask, hidden: Tensor, tokens: Tensor) -> tuple[Tensor, T
         replacement = torch.where(scale == 0, offset, scale * value + offset) if table.scaled else offset
         result = torch.where(first, replacement.to(hidden.dtype), result)
         masked = hit if masked is None else masked | hit
-    assert masked is not None
-    return result, masked
+    return result
 
 
 def _stack(masks: Sequence[DeviceMask | None]) -> DeviceMask:

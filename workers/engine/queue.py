@@ -1,4 +1,4 @@
-"""What waits, and what runs next: batches by padded tokens, from a window sorted by length."""
+"""What waits, and what runs next: batches by tokens, from a window sorted by length."""
 
 from collections import OrderedDict
 from collections.abc import Callable, Iterator
@@ -15,6 +15,16 @@ class Queued(Protocol):
     @property
     def tokens(self) -> int:
         """Its length in tokens."""
+        ...
+
+    @property
+    def variants(self) -> int:
+        """How often it passes the blocks above the split: twice where its bare answer is wanted beside another."""
+        ...
+
+    @property
+    def packed(self) -> bool:
+        """It meets no padding but in attention."""
         ...
 
     @property
@@ -35,10 +45,16 @@ class Queued(Protocol):
 
 Item = TypeVar("Item", bound=Queued)
 
+PACKED_GRID = 4
+"""Attention lays packed texts out as if padded: the most such tokens, as a multiple of a batch's real ones."""
+
 
 @dataclass
 class BatchQueue(Generic[Item]):
-    """Texts in order of arrival. Not thread-safe: the engine holds its lock around every call."""
+    """Texts in order of arrival. Not thread-safe: the engine holds its lock around every call.
+
+    `tokens` is what waits: tokens × variants of every text.
+    """
 
     settings: EngineSettings
     tokens: int = 0
@@ -55,7 +71,7 @@ class BatchQueue(Generic[Item]):
         """Put a text at the end."""
         self._items[self._next] = item
         self._next += 1
-        self.tokens += item.tokens
+        self.tokens += item.tokens * item.variants
 
     def discard(self, unwanted: Callable[[Item], bool]) -> list[Item]:
         """Take out, and return, every text that is `unwanted`."""
@@ -80,27 +96,32 @@ class BatchQueue(Generic[Item]):
     def _grow(self, window: list[tuple[int, Item]], at: int) -> list[tuple[int, Item]]:
         """The longest run of `window` around place `at` that the limits allow, growing to the nearer length first."""
         start, end = at, at + 1
-        plans = {window[at][1].plan_key} - {""}
+        first = window[at][1]
+        plans = {first.plan_key} - {""}
+        tokens, variants = first.tokens * first.variants, first.variants
         while end - start < self.settings.max_batch_texts:
             sides = []
             if start > 0:
-                sides.append((window[at][1].tokens - window[start - 1][1].tokens, start - 1))
+                sides.append((first.tokens - window[start - 1][1].tokens, start - 1))
             if end < len(window):
-                sides.append((window[end][1].tokens - window[at][1].tokens, end))
+                sides.append((window[end][1].tokens - first.tokens, end))
             for _, place in sorted(sides):
-                longest = window[max(end - 1, place)][1].tokens
-                grown = plans | ({window[place][1].plan_key} - {""})
-                if (
-                    longest * (end - start + 1) <= self.settings.max_batch_tokens
-                    and len(grown) <= self.settings.max_batch_plans
-                ):
-                    start, end, plans = min(start, place), max(end, place + 1), grown
+                item = window[place][1]
+                more, rows = tokens + item.tokens * item.variants, variants + item.variants
+                grown = plans | ({item.plan_key} - {""})
+                padded = window[max(end - 1, place)][1].tokens * rows
+                if self._fits(more, padded, first.packed) and len(grown) <= self.settings.max_batch_plans:
+                    start, end, plans, tokens, variants = min(start, place), max(end, place + 1), grown, more, rows
                     break
             else:
                 break
         return window[start:end]
 
+    def _fits(self, tokens: int, padded: int, packed: bool) -> bool:
+        most = self.settings.max_batch_tokens
+        return tokens <= most and padded <= PACKED_GRID * most if packed else padded <= most
+
     def _pop(self, key: int) -> Item:
         item = self._items.pop(key)
-        self.tokens -= item.tokens
+        self.tokens -= item.tokens * item.variants
         return item

@@ -4,6 +4,7 @@ import asyncio
 import logging
 import time
 from collections import defaultdict
+from collections.abc import Callable
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -53,6 +54,7 @@ class Request:
     answers: list[TextAnswer | None]
     missing: int
     abandoned: bool = False
+    running: bool = False
 
 
 @dataclass(eq=False)
@@ -65,6 +67,8 @@ class Text:
     plan: DevicePlan
     compare: bool
     split: int
+    variants: int
+    packed: bool
     admitted: float = field(default_factory=time.monotonic)
 
     @property
@@ -80,19 +84,19 @@ class Text:
         return self.request.abandoned
 
 
-def reply(answered: list[tuple[Text, TextAnswer | EngineError]]) -> None:
-    """Hand answers to their requests, with one wake-up of each event loop."""
+def reply(answered: list[tuple[Text, TextAnswer | EngineError]], then: Callable[[], object] = lambda: None) -> None:
+    """Hand answers to their requests, with one wake-up of each event loop; `then` is called there afterwards."""
     by_loop: dict[asyncio.AbstractEventLoop, list[tuple[Text, TextAnswer | EngineError]]] = defaultdict(list)
     for text, answer in answered:
         by_loop[text.request.loop].append((text, answer))
     for loop, own in by_loop.items():
         try:
-            loop.call_soon_threadsafe(settle, own)
+            loop.call_soon_threadsafe(settle, own, then)
         except RuntimeError:  # the loop is closed: nobody waits there any more
             logger.debug("answers for a closed event loop dropped")
 
 
-def settle(answered: list[tuple[Text, TextAnswer | EngineError]]) -> None:
+def settle(answered: list[tuple[Text, TextAnswer | EngineError]], then: Callable[[], object]) -> None:
     """On the event loop: fill in answers and complete the requests that have all of theirs."""
     for text, answer in answered:
         request = text.request
@@ -105,3 +109,4 @@ def settle(answered: list[tuple[Text, TextAnswer | EngineError]]) -> None:
         request.missing -= 1
         if not request.missing:
             request.done.set_result(None)
+    then()

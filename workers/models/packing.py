@@ -137,8 +137,8 @@ class Packing:
         return self.padded(states.transpose(1, 2)).transpose(1, 2)
 
 
-class _KeysAndValues(Exception):
-    """A block has computed its keys and values."""
+class _KeysAndValues(BaseException):
+    """No error: a block has computed its keys and values, and is left."""
 
 
 def _attention(

@@ -88,8 +88,8 @@ class Pass:
     at_reads: int | None = None
 
 
-class _Stop(Exception):
-    """A packed pass has all that it was to record."""
+class _Stop(BaseException):
+    """No error: a packed pass has recorded all that it was to, and is left."""
 
 
 class _Passing(Protocol):

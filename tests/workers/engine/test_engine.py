@@ -147,7 +147,7 @@ def test_no_erasure_is_the_bare_model_bit_for_bit(start: Callable[..., Running])
 
 
 def test_a_baseline_beside_an_erased_answer_is_the_bare_model_bit_for_bit(start: Callable[..., Running]) -> None:
-    service = start(max_batch_tokens=4096)
+    service = start(max_batch_tokens=65536)  # the same texts make one batch, compared or not
     bare = service.ask(TEXTS, [])
     for layer in range(3):
         erasure = Erasure(concept="Sports", top_fraction=1.0, layers=(layer,))
@@ -292,14 +292,14 @@ def test_what_cannot_be_resolved_is_an_error_and_never_dropped(start: Callable[.
 def test_a_failing_text_fails_alone(start: Callable[..., Running], monkeypatch: pytest.MonkeyPatch) -> None:
     service = start()
     poison = service.model.tokens.encode(["telescope"])[0].ids
-    good = service.model.steered.logits
+    good = service.model.steered.trunk
 
-    def fails_on_poison(batch: Any) -> torch.Tensor:
+    def fails_on_poison(batch: Any, split: int, *, whole: bool) -> Any:
         if any(tuple(row[: len(poison)].tolist()) == poison for row in batch.ids):
-            raise RuntimeError("out of memory")
-        return good(batch)
+            raise torch.OutOfMemoryError("out of memory")
+        return good(batch, split, whole=whole)
 
-    monkeypatch.setattr(service.model.steered, "logits", fails_on_poison)
+    monkeypatch.setattr(service.model.steered, "trunk", fails_on_poison)
 
     async def mixed() -> list[Any]:
         async with service.held():

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from workers.engine.queue import BatchQueue
+from workers.engine.queue import PACKED_GRID, BatchQueue
 from workers.engine.settings import EngineSettings
 
 
@@ -16,10 +16,18 @@ class Waiting:
     split: int = 5
     plan_key: str = ""
     abandoned: bool = False
+    variants: int = 1
+    packed: bool = False
 
 
 texts = st.lists(
-    st.tuples(st.integers(1, 60), st.sampled_from([2, 5]), st.sampled_from(["", "a", "b", "c", "d"]), st.booleans()),
+    st.tuples(
+        st.integers(1, 60),
+        st.sampled_from([2, 5]),
+        st.sampled_from(["", "a", "b", "c", "d"]),
+        st.booleans(),
+        st.integers(1, 2),
+    ),
     max_size=40,
 )
 
@@ -33,20 +41,27 @@ texts = st.lists(
 )
 @settings(deadline=None)
 def test_every_text_is_batched_once_within_the_limits(
-    rows: list[tuple[int, int, str, bool]], max_tokens: int, max_texts: int, max_plans: int, window: int
+    rows: list[tuple[int, int, str, bool, int]], max_tokens: int, max_texts: int, max_plans: int, window: int
 ) -> None:
     limits = EngineSettings(max_tokens, max_texts, max_plans, window=window)
     queue: BatchQueue[Waiting] = BatchQueue(limits)
-    items = [Waiting(n, tokens, split, plan, gone) for n, (tokens, split, plan, gone) in enumerate(rows)]
+    items = [
+        Waiting(n, tokens, split, plan, gone, variants, packed=split == 5)
+        for n, (tokens, split, plan, gone, variants) in enumerate(rows)
+    ]
     for item in items:
         queue.add(item)
-    assert queue.tokens == sum(item.tokens for item in items)
+    assert queue.tokens == sum(item.tokens * item.variants for item in items)
     served: list[int] = []
     while batch := queue.take():
         oldest = min(item.number for item in items if not item.abandoned and item.number not in served)
         assert oldest in [item.number for item in batch], "the oldest text waits for nobody"
         assert len(batch) <= max_texts
-        assert max(item.tokens for item in batch) * len(batch) <= max_tokens
+        padded = max(item.tokens for item in batch) * sum(item.variants for item in batch)
+        if batch[0].packed:
+            assert padded <= PACKED_GRID * max_tokens or len(batch) == 1
+            padded = sum(item.tokens * item.variants for item in batch)
+        assert padded <= max_tokens or len(batch) == 1
         assert len({item.split for item in batch}) == 1
         assert len({item.plan_key for item in batch} - {""}) <= max_plans
         served += [item.number for item in batch]
