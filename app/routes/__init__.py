@@ -28,8 +28,8 @@ class _Whole(Convertor[str]):
 register_url_convertor("whole", _Whole())
 
 
-def get_service(request: Request) -> Service:
-    """The process's service."""
+async def get_service(request: Request) -> Service:
+    """The process's service. Like every dependency it is asynchronous: others run on a thread, for each request."""
     service: Service = request.app.state.service
     return service
 
@@ -43,10 +43,12 @@ def check_model_name(service: Service, model: str | None) -> None:
         raise ApiError(404, "unknown_model", f"no such model; this server has {service.name!r}")
 
 
-def _check_query(
+async def _check_query(
     request: Request, service: Serving, model: Annotated[str | None, Query(description="Default: the only one.")] = None
 ) -> None:
     check_model_name(service, model)
+    if not request.query_params:
+        return
     known = _query_names(request.scope["route"].dependant)
     if unknown := [name for name in request.query_params if name not in known]:
         detail = f"query.{unknown[0]}: no such parameter; this path has {', '.join(sorted(known))}"

@@ -22,7 +22,7 @@ BY = "http"
 """Who the audit says did it, while there are no keys to tell callers apart."""
 
 
-def required_generation(service: Serving, if_match: IfMatch = None) -> str | None:
+async def required_generation(service: Serving, if_match: IfMatch = None) -> str | None:
     """The generation that the caller insists on; None for any.
 
     Raises:

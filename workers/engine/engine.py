@@ -12,8 +12,8 @@ import threading
 import time
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
+from queue import SimpleQueue
 
 import torch
 from prometheus_client import CollectorRegistry
@@ -25,12 +25,12 @@ from workers.engine.errors import DeadlineExceeded, Draining, EngineError, Engin
 from workers.engine.forward import WHOLE_PASS, Variant, open_trunk, steer_variants
 from workers.engine.metrics import EngineMetrics
 from workers.engine.queue import BatchQueue
-from workers.engine.requests import Answer, Logits, Request, Text, TextAnswer, reply
+from workers.engine.requests import Answer, Logits, Request, Text, TextAnswer, fail, reply
 from workers.engine.settings import EngineSettings
 from workers.engine.trunk_cache import TrunkCache
 from workers.models.loading import LoadedModel
 from workers.models.steered import SteeredModel, Trunk
-from workers.models.tokens import TokenBatch
+from workers.models.tokens import Encoded, TokenBatch
 
 logger = logging.getLogger(__name__)
 
@@ -43,6 +43,9 @@ REASONS: Mapping[type[EngineError], str] = {
     EngineFailed: "failed",
 }
 """What the metrics call each way of not answering; a caller that hangs up is "cancelled"."""
+
+TOKENIZED_AT_ONCE = 64
+"""Requests whose texts are tokenized together; more wait for their turn."""
 
 
 class Engine:
@@ -63,14 +66,15 @@ class Engine:
         self._planner = Planner(mirror, model.device, settings.plan_cache)
         self._queue: BatchQueue[Text] = BatchQueue(settings)
         self._changed = threading.Condition()
-        self._tokenizer = ThreadPoolExecutor(1, "tokenizer")
+        self._inbox: SimpleQueue[Request | None] = SimpleQueue()
+        self._tokenizer = threading.Thread(target=self._read_inbox, name="tokenizer", daemon=True)
         self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
         self._draining = False
         self._closing = False
         self._failure: str | None = None
         self._warm = threading.Event()
         self._tokens_per_second = 0.0
-        self._tokenizing = 0
+        self._untokenized = 0
         self._watch = random.Random(0)
         self._cache: TrunkCache | None = None
         steered = model.steered
@@ -80,7 +84,7 @@ class Engine:
 
     @property
     def failure(self) -> str | None:
-        """Why the model's thread died, in one line; None while it lives. Nothing can be answered any more."""
+        """Why a thread of the engine died, in one line; None while it lives. Nothing can be answered any more."""
         return self._failure
 
     @property
@@ -94,6 +98,7 @@ class Engine:
         Raises:
             EngineFailed: the warm-up failed.
         """
+        self._tokenizer.start()
         self._thread.start()
         while not self._warm.wait(0.05):
             if not self._thread.is_alive():
@@ -106,12 +111,14 @@ class Engine:
     def close(self) -> None:
         """Drain, answer what was accepted, and stop the threads."""
         self.drain()
+        if self._tokenizer.is_alive():
+            self._inbox.put(None)
+            self._tokenizer.join()
         with self._changed:
             self._closing = True
             self._changed.notify_all()
         if self._thread.is_alive():
             self._thread.join()
-        self._tokenizer.shutdown()
 
     async def classify(
         self,
@@ -134,58 +141,30 @@ class Engine:
             TextTooLong, EmptyText: see `workers.models.errors`.
             RangeStoreError: the erasures cannot be resolved, or no range set or snapshot is at hand.
         """
-        stage = _Stage()
+        request: Request | None = None
         try:
             async with asyncio.timeout(timeout):
-                return await self._classify(texts, erase, compare, truncate, stage)
+                request = await self._admit(texts, erase, compare, truncate)
+                if texts:
+                    self._inbox.put(request)
+                    if self._failure is not None:  # nobody may read it any more
+                        raise EngineFailed("the engine stopped")
+                    await request.done
         except TimeoutError:
             self.metrics.rejections.labels(REASONS[DeadlineExceeded]).inc()
-            self.metrics.cancellations.labels(stage.name).inc()
+            self.metrics.cancellations.labels(request.stage if request else "tokenizing").inc()
             raise DeadlineExceeded(timeout or 0.0) from None
         except asyncio.CancelledError:
             self.metrics.rejections.labels("cancelled").inc()
-            self.metrics.cancellations.labels(stage.name).inc()
+            self.metrics.cancellations.labels(request.stage if request else "tokenizing").inc()
             raise
         except EngineError as error:
             self.metrics.rejections.labels(REASONS[type(error)]).inc()
             raise
-
-    async def _classify(
-        self, texts: Sequence[str], erase: Sequence[Erasure] | None, compare: bool, truncate: bool, stage: "_Stage"
-    ) -> Answer:
-        if self._draining:
-            raise Draining
-        self._check_room(len(texts), 0)  # before any work is done for a request that is refused
-        loop = asyncio.get_running_loop()
-        admission = await self._planner.admit(erase)
-        self._tokenizing += len(texts)
-        started = time.monotonic()
-        try:
-            encoded = await loop.run_in_executor(self._tokenizer, self.model.tokens.encode, texts, truncate)
         finally:
-            self._tokenizing -= len(texts)
-        self.metrics.stage.labels("tokenize").observe(time.monotonic() - started)
-        request = Request(loop, loop.create_future(), [None] * len(encoded), len(encoded))
-        plan = admission.plan.plan
-        last = self.model.identity.n_layers - 1
-        # a text without erasure needs no split: it joins the batches of the last block, where a bare answer is free
-        at = last if plan.split is None else plan.split
-        if plan.site != "block_output":
-            at = WHOLE_PASS
-        variants = 2 if compare and plan.masks and at != last else 1
-        packed = self._packs and at == last
-        if encoded:
-            self._enqueue(
-                [
-                    Text(request, i, text, admission.plan, compare, at, variants, packed)
-                    for i, text in enumerate(encoded)
-                ]
-            )
-            stage.request = request
-            try:
-                await request.done
-            finally:
+            if request is not None:
                 request.abandoned = True
+        admission = request.admission
         answers = tuple(answer for answer in request.answers if answer is not None)
         self.metrics.texts.labels(admission.source).inc(len(answers))
         return Answer(
@@ -197,17 +176,90 @@ class Engine:
             admission.generation,
         )
 
+    async def _admit(
+        self, texts: Sequence[str], erase: Sequence[Erasure] | None, compare: bool, truncate: bool
+    ) -> Request:
+        """Freeze the plan, or refuse the request before any work is done for it."""
+        if self._draining:
+            raise Draining
+        self._check_room(len(texts), 0)
+        admission = await self._planner.admit(erase)
+        loop = asyncio.get_running_loop()
+        nothing: list[TextAnswer | None] = [None] * len(texts)
+        with self._changed:
+            self._untokenized += len(texts)
+        return Request(loop, loop.create_future(), texts, admission, compare, truncate, nothing, len(texts))
+
+    def _read_inbox(self) -> None:
+        """The tokenizer's thread: whatever has come in, at once, until the engine closes. If it dies, all end."""
+        requests: list[Request] = []
+        try:
+            while requests := self._next_requests():
+                for truncate in (True, False):
+                    some = [each for each in requests if each.truncate is truncate and not each.abandoned]
+                    if some:
+                        self._tokenize(some, truncate)
+        except BaseException as error:
+            self._die("tokenizer", error, requests)
+            raise
+
+    def _next_requests(self) -> list[Request]:
+        """Waits for requests; none when the engine closes."""
+        requests: list[Request] = []
+        while not requests or (len(requests) < TOKENIZED_AT_ONCE and not self._inbox.empty()):
+            request = self._inbox.get()
+            if request is None:
+                if requests:
+                    self._inbox.put(None)  # close, but after these
+                break
+            requests.append(request)
+        with self._changed:
+            self._untokenized -= sum(len(each.texts) for each in requests)
+        return requests
+
+    def _tokenize(self, requests: list[Request], truncate: bool) -> None:
+        """Tokenize and queue the texts of several requests; one that cannot be tokenized or queued fails alone."""
+        texts = [text for request in requests for text in request.texts]
+        try:
+            encoded = iter(self.model.tokens.encode(texts, truncate))
+        except Exception as error:
+            if len(requests) == 1:
+                fail([(requests[0], error)])
+            else:
+                for request in requests:
+                    self._tokenize([request], truncate)
+            return
+        for request in requests:
+            self.metrics.stage.labels("tokenize").observe(time.monotonic() - request.received)
+            try:
+                self._enqueue(self._texts(request, encoded))
+            except EngineError as error:
+                fail([(request, error)])
+
+    def _texts(self, request: Request, encoded: Iterator[Encoded]) -> list[Text]:
+        """The texts of a request, as they are queued; takes their token ids off `encoded`."""
+        plan = request.admission.plan.plan
+        last = self.model.identity.n_layers - 1
+        # a text without erasure needs no split: it joins the batches of the last block, where a bare answer is free
+        at = last if plan.split is None else plan.split
+        if plan.site != "block_output":
+            at = WHOLE_PASS
+        variants = 2 if request.compare and plan.masks and at != last else 1
+        packed = self._packs and at == last
+        return [Text(request, i, next(encoded), at, variants, packed) for i in range(len(request.texts))]
+
     def _enqueue(self, texts: list[Text]) -> None:
         """Queue all texts of a request, or none."""
         tokens = sum(text.tokens * text.variants for text in texts)
         if tokens > self.settings.max_queue_tokens:
             raise RequestTooLarge("tokens", tokens, self.settings.max_queue_tokens)
         with self._changed:
-            if self._closing or self._draining:
+            if self._closing:
                 raise Draining
             self._check_room(len(texts), tokens)
             for text in texts:
                 self._queue.add(text)
+            texts[0].request.stage = "queued"
             self._gauge()
             self._changed.notify()
 
@@ -226,7 +278,7 @@ class Engine:
         """Tokens that must leave the queue before so many texts and tokens may enter; 0 if they may now."""
         waiting, texts_waiting = self._queue.tokens, len(self._queue)
         each = waiting / texts_waiting if texts_waiting else 1.0
-        too_many = texts_waiting + self._tokenizing + texts - self.settings.max_queue_texts
+        too_many = texts_waiting + self._untokenized + texts - self.settings.max_queue_texts
         missing = max(0.0, waiting + tokens - self.settings.max_queue_tokens, too_many * each)
         if self._tokens_per_second:
             missing = max(missing, waiting - self.settings.max_queue_seconds * self._tokens_per_second)
@@ -257,15 +309,23 @@ class Engine:
                     if backlog:
                         self._measure_rate(batch, time.monotonic() - started)
         except BaseException as error:
-            logger.exception("the engine's thread died")
-            self.drain()
-            reason = (str(error).strip().splitlines() or [""])[0]
-            self._failure = f"{type(error).__name__}: {reason}" if reason else type(error).__name__
-            with self._changed:
-                self._closing = True
-                lost = batch + self._queue.discard(lambda text: True)
-            reply([(text, EngineFailed("the engine stopped")) for text in lost])
+            self._die("engine", error, [text.request for text in batch])
             raise
+
+    def _die(self, what: str, error: BaseException, requests: list[Request]) -> None:
+        """A thread ends by an error: nothing more is answered, and whoever waits is told."""
+        logger.error("the %s's thread died", what, exc_info=error)
+        self.drain()
+        reason = (str(error).strip().splitlines() or [""])[0]
+        self._failure = f"{type(error).__name__}: {reason}" if reason else type(error).__name__
+        with self._changed:
+            self._closing = True
+            lost = requests + [text.request for text in self._queue.discard(lambda text: True)]
+            self._changed.notify_all()
+        while not self._inbox.empty():
+            if (request := self._inbox.get()) is not None:
+                lost.append(request)
+        fail((request, EngineFailed("the engine stopped")) for request in lost)
 
     def _measure_rate(self, batch: list[Text], seconds: float) -> None:
         """How fast a backlog drains; a batch that left none behind may have been small, and tells nothing."""
@@ -281,7 +341,7 @@ class Engine:
         """Run a batch and reply. If it raises, halves are tried, so that only the text that causes it fails."""
         started = time.monotonic()
         for text in batch:
-            text.request.running = True
+            text.request.stage = "running"
             self.metrics.queue_wait.observe(started - text.admitted)
         try:
             answers = self._forward(batch)
@@ -294,7 +354,7 @@ class Engine:
                 self._answer(batch[middle:])
                 return
             logger.error("a text of %d tokens failed: %s", batch[0].tokens, type(error).__name__, exc_info=error)
-            reply([(batch[0], EngineFailed("the model failed on this text"))])
+            fail([(batch[0].request, EngineFailed("the model failed on this text"))])
             self._warm_up()  # a text that fails is one thing; a device that fails on any text ends the engine
             return
         done = time.monotonic()
@@ -371,15 +431,3 @@ class Engine:
         started = time.monotonic()
         yield
         self.metrics.stage.labels(stage).observe(time.monotonic() - started)
-
-
-class _Stage:
-    """How far a request has come."""
-
-    request: Request | None = None
-
-    @property
-    def name(self) -> str:
-        if self.request is None:
-            return "tokenizing"
-        return "running" if self.request.running else "queued"

@@ -4,21 +4,22 @@ import asyncio
 import logging
 import time
 from collections import defaultdict
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
+from typing import Any, Literal
 
 import numpy as np
 import numpy.typing as npt
 
 from range_store.erasure import Erasure
-from workers.engine.admission import Source
-from workers.engine.errors import EngineError
+from workers.engine.admission import Admission, Source
 from workers.engine.masks import DevicePlan
 from workers.models.tokens import Encoded
 
 logger = logging.getLogger(__name__)
 
 Logits = npt.NDArray[np.float32]
+Stage = Literal["tokenizing", "queued", "running"]
 
 
 @dataclass(frozen=True, eq=False)
@@ -49,12 +50,22 @@ class Answer:
 
 @dataclass(eq=False)
 class Request:
+    """Texts that were admitted with a plan, and the answers that are there already.
+
+    `done` is completed on `loop` when all are, or with the first error. `stage`: how far it has come.
+    """
+
     loop: asyncio.AbstractEventLoop
     done: asyncio.Future[None]
+    texts: Sequence[str]
+    admission: Admission
+    compare: bool
+    truncate: bool
     answers: list[TextAnswer | None]
     missing: int
     abandoned: bool = False
-    running: bool = False
+    stage: Stage = "tokenizing"
+    received: float = field(default_factory=time.monotonic)
 
 
 @dataclass(eq=False)
@@ -64,12 +75,18 @@ class Text:
     request: Request
     index: int
     encoded: Encoded
-    plan: DevicePlan
-    compare: bool
     split: int
     variants: int
     packed: bool
     admitted: float = field(default_factory=time.monotonic)
+
+    @property
+    def plan(self) -> DevicePlan:
+        return self.request.admission.plan
+
+    @property
+    def compare(self) -> bool:
+        return self.request.compare
 
     @property
     def tokens(self) -> int:
@@ -84,29 +101,38 @@ class Text:
         return self.request.abandoned
 
 
-def reply(answered: list[tuple[Text, TextAnswer | EngineError]], then: Callable[[], object] = lambda: None) -> None:
+def reply(answered: Iterable[tuple[Text, TextAnswer]], then: Callable[[], object]) -> None:
     """Hand answers to their requests, with one wake-up of each event loop; `then` is called there afterwards."""
-    by_loop: dict[asyncio.AbstractEventLoop, list[tuple[Text, TextAnswer | EngineError]]] = defaultdict(list)
+    by_loop: dict[asyncio.AbstractEventLoop, list[tuple[Text, TextAnswer]]] = defaultdict(list)
     for text, answer in answered:
         by_loop[text.request.loop].append((text, answer))
     for loop, own in by_loop.items():
-        try:
-            loop.call_soon_threadsafe(settle, own, then)
-        except RuntimeError:  # the loop is closed: nobody waits there any more
-            logger.debug("answers for a closed event loop dropped")
+        _soon(loop, _settle, own, then)
 
 
-def settle(answered: list[tuple[Text, TextAnswer | EngineError]], then: Callable[[], object]) -> None:
-    """On the event loop: fill in answers and complete the requests that have all of theirs."""
+def fail(failed: Iterable[tuple[Request, Exception]]) -> None:
+    """End requests with an error; those that are ended already stay as they are."""
+    for request, error in failed:
+        _soon(request.loop, _end, request, error)
+
+
+def _soon(loop: asyncio.AbstractEventLoop, call: Callable[..., object], *args: Any) -> None:
+    try:
+        loop.call_soon_threadsafe(call, *args)
+    except RuntimeError:  # the loop is closed: nobody waits there any more
+        logger.debug("answers for a closed event loop dropped")
+
+
+def _settle(answered: list[tuple[Text, TextAnswer]], then: Callable[[], object]) -> None:
     for text, answer in answered:
         request = text.request
-        if request.done.done():
-            continue
-        if isinstance(answer, EngineError):
-            request.done.set_exception(answer)
-            continue
         request.answers[text.index] = answer
         request.missing -= 1
-        if not request.missing:
+        if not request.missing and not request.done.done():
             request.done.set_result(None)
     then()
+
+
+def _end(request: Request, error: Exception) -> None:
+    if not request.done.done():
+        request.done.set_exception(error)
