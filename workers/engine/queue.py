@@ -45,9 +45,6 @@ class Queued(Protocol):
 
 Item = TypeVar("Item", bound=Queued)
 
-PACKED_GRID = 4
-"""Attention lays packed texts out as if padded: the most such tokens, as a multiple of a batch's real ones."""
-
 
 @dataclass
 class BatchQueue(Generic[Item]):
@@ -109,17 +106,14 @@ class BatchQueue(Generic[Item]):
                 item = window[place][1]
                 more, rows = tokens + item.tokens * item.variants, variants + item.variants
                 grown = plans | ({item.plan_key} - {""})
-                padded = window[max(end - 1, place)][1].tokens * rows
-                if self._fits(more, padded, first.packed) and len(grown) <= self.settings.max_batch_plans:
+                longest = window[max(end - 1, place)][1].tokens
+                counted = more if first.packed else longest * rows
+                if counted <= self.settings.max_batch_tokens and len(grown) <= self.settings.max_batch_plans:
                     start, end, plans, tokens, variants = min(start, place), max(end, place + 1), grown, more, rows
                     break
             else:
                 break
         return window[start:end]
-
-    def _fits(self, tokens: int, padded: int, packed: bool) -> bool:
-        most = self.settings.max_batch_tokens
-        return tokens <= most and padded <= PACKED_GRID * most if packed else padded <= most
 
     def _pop(self, key: int) -> Item:
         item = self._items.pop(key)

@@ -23,9 +23,51 @@ from transformers.masking_utils import sdpa_mask
 ATTENTION = "neuronlens"
 """Name of the attention that understands packed texts."""
 
+ALIKE, ALIKE_TOKENS = 1.25, 4
+"""Texts are of like length where the longest has no more tokens than 1.25 times those of the shortest, and 4."""
+
 Attention = Callable[..., tuple[Tensor, None]]
 
 _now: ContextVar[Attention | None] = ContextVar("packed attention", default=None)
+
+
+@dataclass(frozen=True, eq=False)
+class Group:
+    """Neighbouring texts of like length, which attention takes together: rows [b] of the batch, t tokens the longest.
+
+    Attributes:
+        rows: which of the B texts. tokens: which of the N tokens.
+        grid: [b, t], place in the packed row of each token as if padded; on padding, the text's first token.
+        places: [n], the other way round, into the flattened grid.
+        real: [b, 1, 1, t] bool, keys that are no padding.
+        before_read: [b, 1, 1, t] bool, keys that the token at the read position may see in causal attention.
+        padded: some text is shorter than t.
+    """
+
+    rows: slice
+    tokens: slice
+    grid: Tensor
+    places: Tensor
+    real: Tensor
+    before_read: Tensor
+    padded: bool
+
+    def to(self, device: torch.device | str) -> "Group":
+        """The same on another device."""
+        grid, places = self.grid.to(device), self.places.to(device)
+        real, before_read = self.real.to(device), self.before_read.to(device)
+        return Group(self.rows, self.tokens, grid, places, real, before_read, self.padded)
+
+    def apart(self, states: Tensor) -> Tensor:
+        """[1, H, N, d] as [b, H, t, d]."""
+        own = states[0].transpose(0, 1)
+        own = own.index_select(0, self.grid.flatten()) if self.padded else own[self.tokens]
+        return own.view(*self.grid.shape, *own.shape[1:]).transpose(1, 2)
+
+    def together(self, states: Tensor) -> Tensor:
+        """[b, t, H, d] as [n, H, d]."""
+        flat = states.flatten(0, 1)
+        return flat.index_select(0, self.places) if self.padded else flat
 
 
 @dataclass(frozen=True, eq=False)
@@ -36,47 +78,44 @@ class Packing:
         ids: [1, N]. positions: [1, N], of each token in its own text, from 0.
         reads: [B], place of each text's read position in the packed row.
         grid: [B, T], place of each token of the padded batch in the packed row; on padding, the text's first token.
-        places: [N], the other way round, into the flattened padded batch.
-        real: [B, 1, 1, T] bool, keys that are no padding; None where no text is padded.
-        before_read: [B, 1, 1, T] bool, keys that the token at the read position may see in causal attention.
+        groups: all texts, in their order.
     """
 
     ids: Tensor
     positions: Tensor
     reads: Tensor
     grid: Tensor
-    places: Tensor
-    real: Tensor | None
-    before_read: Tensor
+    groups: tuple[Group, ...]
 
     @classmethod
     def of(cls, ids: Tensor, mask: Tensor, read: Tensor) -> "Packing":
         """That of a right-padded batch: ids, mask [B, T]; read [B]."""
         lengths = mask.sum(dim=1)
-        starts = (lengths.cumsum(dim=0) - lengths).unsqueeze(1)
+        starts = lengths.cumsum(dim=0) - lengths
         column = torch.arange(ids.shape[1], device=ids.device).expand_as(ids)
-        columns = column.unsqueeze(1).unsqueeze(1)
-        return cls(
-            ids=ids[mask].unsqueeze(0),
-            positions=column[mask].unsqueeze(0),
-            reads=starts.squeeze(1) + read,
-            grid=starts + column * mask,
-            places=mask.flatten().nonzero().squeeze(1),
-            real=None if bool(mask.all()) else mask.unsqueeze(1).unsqueeze(1),
-            before_read=columns <= read.view(-1, 1, 1, 1),
-        )
+        grid = starts.unsqueeze(1) + column * mask
+        groups = []
+        for rows in _alike(lengths.tolist()):
+            width = int(lengths[rows].max())
+            real = mask[rows, :width]
+            first = int(starts[rows.start])
+            groups.append(
+                Group(
+                    rows,
+                    slice(first, first + int(lengths[rows].sum())),
+                    grid[rows, :width],
+                    real.flatten().nonzero().squeeze(1),
+                    real[:, None, None],
+                    (column[rows, :width] <= read[rows].unsqueeze(1))[:, None, None],
+                    padded=not bool(real.all()),
+                )
+            )
+        return cls(ids[mask].unsqueeze(0), column[mask].unsqueeze(0), starts + read, grid, tuple(groups))
 
     def to(self, device: torch.device | str) -> "Packing":
         """The same on another device."""
-        return Packing(
-            self.ids.to(device),
-            self.positions.to(device),
-            self.reads.to(device),
-            self.grid.to(device),
-            self.places.to(device),
-            None if self.real is None else self.real.to(device),
-            self.before_read.to(device),
-        )
+        ids, positions, reads = self.ids.to(device), self.positions.to(device), self.reads.to(device)
+        return Packing(ids, positions, reads, self.grid.to(device), tuple(group.to(device) for group in self.groups))
 
     def padded(self, hidden: Tensor) -> Tensor:
         """Packed states [1, N, …] as [B, T, …]; padding holds states of the text's first token."""
@@ -87,10 +126,13 @@ class Packing:
         """Inside, blocks take and give packed states of every token."""
 
         def attend(module: nn.Module, query: Tensor, key: Tensor, value: Tensor, **options: Any) -> tuple[Tensor, None]:
-            query, key, value = self._apart(query), self._apart(key), self._apart(value)
-            mask = None if _is_causal(module, options) else self.real  # right padding is never seen looking back
-            given, _ = sdpa_attention_forward(module, query, key, value, mask, **options)
-            return given.flatten(0, 1).index_select(0, self.places).unsqueeze(0), None
+            causal = _is_causal(module, options)  # then right padding is never seen, and needs no mask
+            parts = []
+            for group in self.groups:
+                mask = group.real if group.padded and not causal else None
+                own = (group.apart(query), group.apart(key), group.apart(value))
+                parts.append(group.together(sdpa_attention_forward(module, *own, mask, **options)[0]))
+            return torch.cat(parts).unsqueeze(0), None
 
         with _attending(attend):
             yield
@@ -102,17 +144,20 @@ class Packing:
         block starts on all tokens, is left as soon as its keys and values are known, and runs again on the states
         that are read, with those keys and values in place of its own.
         """
-        kept: list[Tensor] = []
+        kept: list[tuple[Tensor, Tensor]] = []
 
         def keep(module: nn.Module, query: Tensor, key: Tensor, value: Tensor, **options: Any) -> tuple[Tensor, None]:
-            kept.extend((self._apart(key), self._apart(value)))
+            kept.extend((group.apart(key), group.apart(value)) for group in self.groups)
             raise _KeysAndValues
 
         def attend(module: nn.Module, query: Tensor, key: Tensor, value: Tensor, **options: Any) -> tuple[Tensor, None]:
-            mask = self.before_read if _is_causal(module, options) else self.real
-            keys, values = kept
-            given, _ = sdpa_attention_forward(module, query.permute(2, 1, 0, 3), keys, values, mask, **options)
-            return given.transpose(0, 1), None
+            causal = _is_causal(module, options)
+            queries = query.permute(2, 1, 0, 3)  # [B, H, 1, d]
+            parts = []
+            for group, (keys, values) in zip(self.groups, kept, strict=True):
+                mask = group.before_read if causal else group.real
+                parts.append(sdpa_attention_forward(module, queries[group.rows], keys, values, mask, **options)[0])
+            return torch.cat(parts).transpose(0, 1), None
 
         def read(part: Any) -> Any:
             """Tensors [1, N, …], which speak of each token, cut down to [1, B, …]; all else as it is."""
@@ -132,9 +177,17 @@ class Packing:
         assert isinstance(output, Tensor)
         return output
 
-    def _apart(self, states: Tensor) -> Tensor:
-        """[1, H, N, d] as [B, H, T, d]."""
-        return self.padded(states.transpose(1, 2)).transpose(1, 2)
+
+def _alike(lengths: list[int]) -> Iterator[slice]:
+    """Runs of neighbours of which the longest is not much longer than the shortest."""
+    start = 0
+    shortest = longest = lengths[0]
+    for row, length in enumerate(lengths):
+        shortest, longest = min(shortest, length), max(longest, length)
+        if longest > ALIKE * shortest + ALIKE_TOKENS:
+            yield slice(start, row)
+            start, shortest, longest = row, length, length
+    yield slice(start, len(lengths))
 
 
 class _KeysAndValues(BaseException):

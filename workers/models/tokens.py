@@ -2,8 +2,10 @@
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from itertools import chain
 from typing import Any, Literal
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -129,12 +131,10 @@ class TextTokenizer:
 
     def pad(self, rows: Sequence[Sequence[int]], device: torch.device | str = "cpu") -> TokenBatch:
         """Rows of token ids as one right-padded batch on `device`."""
-        width = max(len(row) for row in rows)
-        ids = torch.full((len(rows), width), self.pad_id, dtype=torch.int64)
-        mask = torch.zeros((len(rows), width), dtype=torch.bool)
-        for i, row in enumerate(rows):
-            ids[i, : len(row)] = torch.tensor(row, dtype=torch.int64)
-            mask[i, : len(row)] = True
+        lengths = torch.tensor([len(row) for row in rows])
+        mask = torch.arange(int(lengths.max())) < lengths.unsqueeze(1)
+        ids = torch.full(mask.shape, self.pad_id, dtype=torch.int64)
+        ids[mask] = torch.from_numpy(np.fromiter(chain.from_iterable(rows), np.int64, int(lengths.sum())))
         read = self._read_positions(ids, mask)
         packing = Packing.of(ids, mask, read)
         return TokenBatch(ids.to(device), mask.to(device), read.to(device), packing=packing.to(device))

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from workers.engine.queue import PACKED_GRID, BatchQueue
+from workers.engine.queue import BatchQueue
 from workers.engine.settings import EngineSettings
 
 
@@ -59,7 +59,6 @@ def test_every_text_is_batched_once_within_the_limits(
         assert len(batch) <= max_texts
         padded = max(item.tokens for item in batch) * sum(item.variants for item in batch)
         if batch[0].packed:
-            assert padded <= PACKED_GRID * max_tokens or len(batch) == 1
             padded = sum(item.tokens * item.variants for item in batch)
         assert padded <= max_tokens or len(batch) == 1
         assert len({item.split for item in batch}) == 1

@@ -104,6 +104,16 @@ def test_a_packing_says_where_each_token_lies() -> None:
     assert packing.ids.tolist() == [[5, 6, 7, 8, 9, 10]]
     assert packing.positions.tolist() == [[0, 1, 2, 0, 0, 1]]
     assert packing.reads.tolist() == [2, 3, 4]
-    assert packing.places.tolist() == [0, 1, 2, 3, 6, 7]
+    assert [group.places.tolist() for group in packing.groups] == [[0, 1, 2, 3, 6, 7]], "all are of like length"
     states = packing.ids.unsqueeze(-1)
     assert torch.equal(packing.padded(states).squeeze(-1)[mask], ids[mask])
+
+
+def test_texts_of_like_length_are_one_group_of_attention() -> None:
+    lengths = torch.tensor([5, 9, 40, 50, 50, 6])
+    mask = torch.arange(50) < lengths[:, None]
+    packing = Packing.of(mask.long(), mask, lengths - 1)
+    assert [(group.rows.start, group.rows.stop) for group in packing.groups] == [(0, 2), (2, 5), (5, 6)]
+    assert sum(len(group.places) for group in packing.groups) == lengths.sum()
+    assert [group.tokens.start for group in packing.groups] == [0, 14, 154]
+    assert [group.padded for group in packing.groups] == [True, True, False]
