@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 ARGS ?=
 
-.PHONY: help setup demo test test-system check bench openapi picture clean
+.PHONY: help setup demo test test-system check bench bench-rivals soak openapi picture clean
 
 help:
 	@echo "make demo         train, fit, measure and serve the demo (ARGS=\"--port 8123\" passes arguments on)"
@@ -12,6 +12,8 @@ help:
 	@echo "make test-system  the tests that need redis-server"
 	@echo "make check        ruff, strict types, import contracts"
 	@echo "make bench        ratios of cost and speed, side by side (ARGS=\"--data texts.jsonl --pairs 20\")"
+	@echo "make bench-rivals this server beside infinity-emb, LitServe and a pipeline (the same ARGS)"
+	@echo "make soak         100,000 random requests at once, each against its answer alone"
 	@echo "make openapi      write openapi.json anew"
 	@echo "make picture      draw docs/ranges.png anew"
 
@@ -44,6 +46,21 @@ bench: setup
 	$(BIN)/neuronlens demo --no-serve --cache-dir build/bench
 	$(BIN)/python benchmarks/research.py
 	$(BIN)/python benchmarks/serving.py --cache-dir build/bench $(ARGS)
+
+# what is compared with lives in environments of its own: their requirements are not ours
+build/rivals/.ready: constraints.txt
+	$(PYTHON) -m venv build/rivals/infinity
+	build/rivals/infinity/bin/python -m pip install --disable-pip-version-check torch==2.13.0 'infinity-emb[torch,server]==0.0.78'
+	$(PYTHON) -m venv build/rivals/litserve
+	build/rivals/litserve/bin/python -m pip install --disable-pip-version-check torch==2.13.0 transformers==5.23.0 litserve==0.2.19
+	@touch $@
+
+bench-rivals: setup build/rivals/.ready
+	$(BIN)/neuronlens demo --no-serve --cache-dir build/bench
+	$(BIN)/python benchmarks/rivals.py --cache-dir build/bench --infinity build/rivals/infinity --litserve build/rivals/litserve $(ARGS)
+
+soak: setup
+	$(BIN)/python benchmarks/soak.py $(ARGS)
 
 openapi: setup
 	$(BIN)/python -m app.openapi

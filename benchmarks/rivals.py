@@ -4,7 +4,8 @@
 
 Each serves the demo's classifier in float32 with the same threads, and cuts texts at 512 tokens. All run all the time,
 one is asked at a time. `--infinity` and `--litserve` are virtual environments that hold infinity-emb and litserve;
-without one, that server is left out. The third is FastAPI with a transformers pipeline in each request (`rivals/pipeline.py`).
+without one, that server is left out. The third is FastAPI with a transformers pipeline in each request
+(`rivals/pipeline.py`).
 """
 
 import argparse
@@ -12,9 +13,11 @@ import asyncio
 import contextlib
 import json
 import os
+import signal
 import socket
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -34,30 +37,31 @@ def running(command: list[str], threads: int, check: bytes) -> Iterator[int]:
         free.bind(("127.0.0.1", 0))
         port = int(free.getsockname()[1])
     env = {**os.environ, "OMP_NUM_THREADS": str(threads), "DO_NOT_TRACK": "1"}
-    process = subprocess.Popen(
-        [part.replace("PORT", str(port)) for part in command],
-        env=env,
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.PIPE,
-    )
-    assert process.stderr is not None
-    try:
-        end = time.monotonic() + START_SECONDS
-        while True:
-            with contextlib.suppress(OSError, RuntimeError, asyncio.IncompleteReadError):
-                asyncio.run(ask_all(port, [check], 1, "/classify"))
-                break
-            if process.poll() is not None or time.monotonic() > end:
-                process.kill()
-                raise SystemExit(f"{' '.join(command)} did not start:\n{process.stderr.read().decode()[-2000:]}")
-            time.sleep(0.5)
-        yield port
-    finally:
-        process.terminate()
+    with tempfile.TemporaryFile() as log:
+        process = subprocess.Popen(
+            [part.replace("PORT", str(port)) for part in command],
+            env=env,
+            stdout=subprocess.DEVNULL,
+            stderr=log,
+            start_new_session=True,  # LitServe leaves processes of its own behind
+        )
         try:
-            process.wait(10)
-        except subprocess.TimeoutExpired:
-            process.kill()
+            end = time.monotonic() + START_SECONDS
+            while True:
+                with contextlib.suppress(OSError, RuntimeError, asyncio.IncompleteReadError):
+                    asyncio.run(ask_all(port, [check], 1, "/classify"))
+                    break
+                if process.poll() is not None or time.monotonic() > end:
+                    log.seek(0)
+                    raise SystemExit(
+                        f"{' '.join(command)} did not start:\n{log.read().decode(errors='replace')[-2000:]}"
+                    )
+                time.sleep(0.5)
+            yield port
+        finally:
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(process.pid, signal.SIGKILL)
+            process.wait()
 
 
 def main() -> None:
