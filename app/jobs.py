@@ -23,6 +23,7 @@ class ModelChoice:
     template: str | None = None
     scoring: Literal["restricted", "greedy"] = "restricted"
     plain: bool = False
+    compile: bool = False
 
     @classmethod
     def of(cls, settings: "Settings") -> Self:
@@ -39,6 +40,7 @@ class ModelChoice:
             settings.template,
             settings.scoring,
             settings.plain,
+            settings.compile,
         )
 
     @property

@@ -50,6 +50,9 @@ class Settings(BaseSettings):
         False,
         description="run the model as transformers does, bit for bit: padded, and without oneDNN's weights; slower",
     )
+    compile: bool = Field(
+        False, description="compile the model's blocks with `torch.compile`; takes half a minute or more at the start"
+    )
     max_body_bytes: Annotated[int, Field(ge=1024)] = Field(8388608, description="largest body of a request")
     max_texts: Annotated[int, Field(ge=1)] = Field(1024, description="most texts of a request")
     max_characters: Annotated[int, Field(ge=1)] = Field(100000, description="most characters of a text")

@@ -280,6 +280,7 @@ def _load(model: ModelChoice) -> LoadedModel:
         template=model.template,
         scoring=model.scoring,
         plain=model.plain,
+        compiled=model.compile,
     )
 
 

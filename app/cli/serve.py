@@ -49,6 +49,14 @@ def serve(
     threads: options.Threads = None,
     allow_pickle: options.AllowPickle = None,
     plain: options.Plain = None,
+    compile: Annotated[
+        bool | None,
+        typer.Option(
+            "--compile",
+            help="Compile the model's blocks; the start takes half a minute more, and needs a C++ compiler on a CPU.",
+            rich_help_panel=options.MODEL_PANEL,
+        ),
+    ] = None,
     template: options.Template = None,
     scoring: options.Scoring = None,
     max_batch_tokens: Annotated[
@@ -90,6 +98,7 @@ def serve(
         threads=threads,
         allow_pickle=allow_pickle,
         plain=plain,
+        compile=compile,
         template=template,
         scoring=scoring,
         max_batch_tokens=max_batch_tokens,

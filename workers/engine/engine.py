@@ -75,6 +75,7 @@ class Engine:
         self._warm = threading.Event()
         self._tokens_per_second = 0.0
         self._untokenized = 0
+        self._stale = False
         self._watch = random.Random(0)
         self._cache: TrunkCache | None = None
         steered = model.steered
@@ -164,6 +165,7 @@ class Engine:
         finally:
             if request is not None:
                 request.abandoned = True
+                self._stale = self._stale or request.missing > 0
         admission = request.admission
         answers = tuple(answer for answer in request.answers if answer is not None)
         self.metrics.texts.labels(admission.source).inc(len(answers))
@@ -195,8 +197,13 @@ class Engine:
         requests: list[Request] = []
         try:
             while requests := self._next_requests():
-                for truncate in (True, False):
-                    some = [each for each in requests if each.truncate is truncate and not each.abandoned]
+                wanted: dict[bool, list[Request]] = {True: [], False: []}
+                for request in requests:
+                    if request.abandoned:
+                        self._left_tokenizer(request)
+                    else:
+                        wanted[request.truncate].append(request)
+                for truncate, some in wanted.items():
                     if some:
                         self._tokenize(some, truncate)
         except BaseException as error:
@@ -213,9 +220,12 @@ class Engine:
                     self._inbox.put(None)  # close, but after these
                 break
             requests.append(request)
-        with self._changed:
-            self._untokenized -= sum(len(each.texts) for each in requests)
         return requests
+
+    def _left_tokenizer(self, request: Request) -> None:
+        """The texts of a request count as queued now, or no more."""
+        with self._changed:
+            self._untokenized -= len(request.texts)
 
     def _tokenize(self, requests: list[Request], truncate: bool) -> None:
         """Tokenize and queue the texts of several requests; one that cannot be tokenized or queued fails alone."""
@@ -224,6 +234,7 @@ class Engine:
             encoded = iter(self.model.tokens.encode(texts, truncate))
         except Exception as error:
             if len(requests) == 1:
+                self._left_tokenizer(requests[0])
                 fail([(requests[0], error)])
             else:
                 for request in requests:
@@ -231,6 +242,7 @@ class Engine:
             return
         for request in requests:
             self.metrics.stage.labels("tokenize").observe(time.monotonic() - request.received)
+            self._left_tokenizer(request)
             try:
                 self._enqueue(self._texts(request, encoded))
             except EngineError as error:
@@ -268,8 +280,10 @@ class Engine:
         if texts > self.settings.max_queue_texts:
             raise RequestTooLarge("texts", texts, self.settings.max_queue_texts)
         with self._changed:
-            if self._missing_room(texts, tokens) > 0:
+            if self._stale and self._missing_room(texts, tokens) > 0:
+                self._stale = False
                 self._queue.discard(lambda text: text.abandoned)
+                self._gauge()
             missing = self._missing_room(texts, tokens)
         if missing > 0:
             raise QueueFull(max(1.0, math.ceil(missing / self._tokens_per_second)) if self._tokens_per_second else 1.0)

@@ -74,6 +74,7 @@ def load_model(
     template: str | None = None,
     scoring: Scoring = "restricted",
     plain: bool = False,
+    compiled: bool = False,
 ) -> LoadedModel:
     """Load a checkpoint and check that it can be split.
 
@@ -87,11 +88,16 @@ def load_model(
         scoring: of a few-shot classifier; see `workers.models.few_shot`.
         plain: leave the model as transformers runs it, bit for bit: padded batches and, on a CPU, torch's own linear
             layers.
+        compiled: compile the blocks with `torch.compile`; takes half a minute or more.
 
     Raises:
-        CheckpointError: no such checkpoint or device, pickled weights, or no trained classification head.
+        CheckpointError: no such checkpoint or device, pickled weights, no trained classification head, or choices that
+            exclude each other.
         UnsupportedModel: a family that `families.py` does not describe.
     """
+    if compiled and (plain or template is not None):
+        other = "--plain" if plain else "--template"
+        raise CheckpointError(f"--compile does not go with {other}: leave one of them out")
     if source.startswith(("/", ".", "~")) and not Path(source).expanduser().is_dir():
         raise CheckpointError(f"no such directory: {source}")  # else the hub would be asked for it
     source = str(Path(source).expanduser()) if source.startswith("~") else source
@@ -127,7 +133,7 @@ def load_model(
         )
     pad = _pad_id(tokenizer, model, source)
     model = model.to(place).eval().requires_grad_(False)
-    if place.type == "cpu" and not plain:
+    if place.type == "cpu" and not plain and not compiled:
         prepack(model.get_submodule(family.blocks), torch_dtype)
     most = _max_tokens(tokenizer, config, family, pad)
     steered: Steerable
@@ -146,9 +152,12 @@ def load_model(
         kind, labels = "sequence-classification", tuple(str(config.id2label[i]) for i in range(config.num_labels))
         steered = SteeredModel(model, family, plain=plain)
         tokens = TextTokenizer(tokenizer, most, pad, family.reads)
-    steered.check(tokens.pad([text.ids for text in tokens.encode(_CHECK_TEXTS)], place))
+    check = tokens.pad([text.ids for text in tokens.encode(_CHECK_TEXTS)], place)
+    steered.check(check)
     if not steered.splits:
         logger.warning("%s cannot be split at its blocks: erasures cost a full forward pass each", source)
+    if compiled and isinstance(steered, SteeredModel) and not steered.compile_blocks(check) and place.type == "cpu":
+        prepack(model.get_submodule(family.blocks), torch_dtype)
     identity = ModelIdentity(
         id=name or Path(source).name,
         revision=revision or getattr(config, "_commit_hash", None),

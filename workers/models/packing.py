@@ -220,5 +220,6 @@ def _is_causal(module: nn.Module, options: dict[str, Any]) -> bool:
     return bool(getattr(module, "is_causal", True) if said is None else said)
 
 
-AttentionInterface.register(ATTENTION, _attention)
+# a compiled block leaves its graph for attention: what texts it lays out differs from batch to batch
+AttentionInterface.register(ATTENTION, torch.compiler.disable(_attention))
 AttentionMaskInterface.register(ATTENTION, sdpa_mask)

@@ -11,8 +11,9 @@ B: texts of a batch, V: variants (rows of the tail), T: tokens, D: hidden size, 
 """
 
 import copy
+import logging
 import threading
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal, Protocol
 
@@ -25,6 +26,8 @@ from workers.models.families import Family
 from workers.models.label_token import LabelTokenClassifier
 from workers.models.packing import ATTENTION, Packing
 from workers.models.tokens import TokenBatch
+
+logger = logging.getLogger(__name__)
 
 SPLIT_TOLERANCE: Mapping[torch.dtype, float] = {torch.float32: 1e-5, torch.bfloat16: 5e-2, torch.float16: 5e-3}
 """Largest difference of logits, relative to max(1, |logit|), between tail and hooked full pass at load."""
@@ -154,8 +157,31 @@ class SteeredModel:
         self.packs = not plain and _takes_packed_attention(model)
         self.current = Pass()
         self._lock = threading.Lock()
+        self._sited = self._with_sites(blocks)
+
+    def _with_sites(self, blocks: Iterable[nn.Module]) -> nn.Module:
+        """A shallow copy of the model with sites before `blocks`."""
         sites = nn.ModuleList(BlockSite(index, block, self) for index, block in enumerate(blocks))
-        self._sited = with_submodule(model, family.blocks.split("."), sites)
+        return with_submodule(self.model, self.family.blocks.split("."), sites)
+
+    def compile_blocks(self, batch: TokenBatch) -> bool:
+        """Compile each block with `torch.compile`, if what that gives equals the bare blocks.
+
+        The sites stand before compiled blocks then; hooks stay on the bare ones, which the reference passes run.
+
+        Returns:
+            Whether it worked; if not, the log says why, and the blocks stay as they were.
+        """
+        freezing = {"freezing": batch.ids.device.type == "cpu"}  # weights laid out once for oneDNN, as `prepack` does
+        before, self._sited = (
+            self._sited,
+            self._with_sites(torch.compile(block, dynamic=True, options=freezing) for block in self.blocks),  # type: ignore[arg-type]
+        )
+        if self.splits and self._agrees(batch):
+            return True
+        logger.warning("compiled blocks failed, or differ from the model's own: they are left as they are")
+        self._sited = before
+        return False
 
     def logits(self, batch: TokenBatch) -> Tensor:
         """The bare model's logits, [B, K]."""

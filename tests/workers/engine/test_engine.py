@@ -4,9 +4,8 @@ import asyncio
 import random
 import threading
 import uuid
-from collections.abc import AsyncIterator, Callable, Iterator
-from contextlib import asynccontextmanager
-from dataclasses import dataclass
+from collections.abc import Callable
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -20,116 +19,21 @@ from range_store.erasure import Damp, Erasure
 from range_store.errors import NoRangeSet, StoreUnavailable, UnknownConcept
 from range_store.live import LiveErasure
 from range_store.mirror import Mirror
-from range_store.plan import resolve
-from range_store.range_set import RangeSet
 from range_store.store import RangeStore
 from tests.workers.checkpoints import LABELS, save_tiny
-from tests.workers.masking import Alike
+from tests.workers.engine.running import NEAR, TEXTS, TOLERANCE, Running, alone, random_erasures
 from tests.workers.texts import labelled_texts, write_jsonl
 from workers.engine.engine import Engine
 from workers.engine.errors import DeadlineExceeded, Draining, EngineFailed, QueueFull, RequestTooLarge
 from workers.engine.requests import Answer
 from workers.engine.settings import EngineSettings
 from workers.fitting.corpus import load_corpus
-from workers.fitting.fit import Fitted, fit
+from workers.fitting.fit import fit
 from workers.models.errors import TextTooLong
-from workers.models.loading import LoadedModel, load_model
+from workers.models.loading import load_model
 
-Tiny = Callable[[str], LoadedModel]
-TOLERANCE = 2e-4
-"""Promise 2 in fp32: largest difference of a logit between a text in a batch and the same text alone."""
 BF16_TOLERANCE = 0.05
 """The same in bfloat16, whose spacing is 0.004 to 0.008 around 1."""
-NEAR = 1e-4
-"""ε of promise 2: a state this near to a bound may fall on either side of it."""
-TEXTS = [text for text, _ in labelled_texts(40, seed=9)]
-
-
-@dataclass
-class Running:
-    engine: Engine
-    store: RangeStore
-    mirror: Mirror
-    range_set: RangeSet
-    model: LoadedModel
-
-    def ask(self, texts: list[str], erase: list[Erasure] | None = None, **options: Any) -> Answer:
-        return asyncio.run(self.engine.classify(texts, erase, **options))
-
-    @asynccontextmanager
-    async def held(self) -> AsyncIterator[None]:
-        """Keep the model busy with a text of its own: whatever is sent meanwhile waits in the queue."""
-        waited = self.engine.metrics.queue_wait._sum.get()
-        with self.model.steered._lock:
-            busy = asyncio.create_task(self.engine.classify(["busy"], []))
-            while self.engine.metrics.queue_wait._sum.get() == waited:
-                await asyncio.sleep(0)
-            yield
-        await busy
-
-
-@pytest.fixture(scope="module")
-def fitted(tiny: Tiny, tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Fitted]:
-    path = write_jsonl(tmp_path_factory.mktemp("data") / "train.jsonl", labelled_texts(80, seed=1))
-    cache: dict[str, Fitted] = {}
-
-    def of(family: str) -> Fitted:
-        if family not in cache:
-            cache[family] = fit(tiny(family), load_corpus(str(path), labels=LABELS), layers="all")
-        return cache[family]
-
-    return of
-
-
-@pytest.fixture
-def start(redis_client: redis.Redis, tiny: Tiny, fitted: Callable[[str], Fitted]) -> Iterator[Callable[..., Running]]:
-    running: list[Running] = []
-
-    def make(family: str = "bert", publish: bool = True, **limits: Any) -> Running:
-        model = tiny(family)
-        store = RangeStore(redis_client, f"{family}-{uuid.uuid4().hex}")
-        if publish:
-            store.activate(store.publish(fitted(family).range_set, fitted(family).inspect))
-        mirror = Mirror(store, model.identity.fingerprint, poll=0.2)
-        mirror.start()
-        mirror.refresh()
-        engine = Engine(model, mirror, EngineSettings(**limits), CollectorRegistry())
-        engine.start()
-        running.append(Running(engine, store, mirror, fitted(family).range_set, model))
-        return running[-1]
-
-    yield make
-    for each in running:
-        each.engine.close()
-        each.mirror.close()
-
-
-def alone(service: Running, text: str, erasures: list[Erasure]) -> tuple[np.ndarray, float]:
-    """Logits of one text by itself, and how near one of its states comes to a bound of the plan."""
-    model = service.model
-    batch = model.tokens.pad([model.tokens.encode([text])[0].ids])
-    plan = resolve(service.range_set, erasures)
-    nearest = [np.inf]
-
-    class Masking(Alike):
-        layers = plan.masks.keys()
-
-        def __call__(self, layer: int, hidden: torch.Tensor, tokens: Any) -> torch.Tensor:
-            mask, result = plan.masks[layer], hidden
-            done = torch.zeros_like(hidden, dtype=torch.bool)
-            for i in range(len(mask.low)):
-                low, high = torch.from_numpy(mask.low[i]), torch.from_numpy(mask.high[i])
-                always = torch.from_numpy(mask.always[i])
-                gaps = torch.minimum((hidden - low).abs(), (hidden - high).abs())[..., ~always]
-                if gaps.numel():
-                    nearest.append(float(gaps.min()))
-                hit = (((hidden >= low) & (hidden <= high)) | always) & ~done
-                becomes = torch.from_numpy(mask.scale[i]) * hidden + torch.from_numpy(mask.offset[i])
-                result, done = torch.where(hit, becomes.to(hidden.dtype), result), done | hit
-            return result
-
-    logits = model.steered.hooked(batch, Masking()) if plan.masks else model.steered.logits(batch)
-    return logits[0].float().numpy(), min(nearest)
 
 
 def test_no_erasure_is_the_bare_model_bit_for_bit(start: Callable[..., Running]) -> None:
@@ -159,38 +63,33 @@ def test_a_baseline_beside_an_erased_answer_is_the_bare_model_bit_for_bit(start:
         assert sum(text.masked_neurons for text in compared.texts) > 0
 
 
-def random_erasures(rng: random.Random) -> list[Erasure]:
-    return [
-        Erasure(
-            concept=concept,
-            method=rng.choice(["range", "range", "neuron"]),
-            tau=rng.choice([0.5, 1.0, 2.5]),
-            top_fraction=rng.choice([0.1, 0.3, 1.0]),
-            ranking=rng.choice(["max", "probeless", "selectivity"]),
-            layers=rng.choice([(-1,), (-1,), (0,), (1, 2), "all"]),
-            replacement=rng.choice(["zero", "mean", Damp(damp=0.5)]),
-        )
-        for concept in rng.sample(LABELS, rng.randrange(0, 4))
-    ]
-
-
-@pytest.mark.parametrize("family", ["bert", "gpt2"])
-def test_mixed_requests_at_once_answer_as_each_alone(start: Callable[..., Running], family: str) -> None:
-    service = start(family, max_batch_tokens=400, max_batch_plans=3)
+@pytest.mark.parametrize(("family", "number"), [("bert", 3000), ("gpt2", 600)])
+def test_mixed_requests_at_once_answer_as_each_alone(start: Callable[..., Running], family: str, number: int) -> None:
+    """Promise 2, on random requests: texts, lengths, counts, plans, with and without the bare answer beside."""
+    service = start(family, max_batch_tokens=400, max_batch_plans=3, max_queue_seconds=600.0, max_queue_tokens=10**7)
     rng = random.Random(5)
-    requests = [(rng.sample(TEXTS, rng.randrange(1, 5)), random_erasures(rng), rng.random() < 0.3) for _ in range(150)]
+    texts = [*TEXTS, "Goal", *(" ".join(rng.sample(TEXTS, n)) for n in (2, 3, 4, 5))]
+    plans = [[], *(random_erasures(rng) for _ in range(50))]
+    requests = [
+        (rng.choices(range(len(texts)), k=rng.randrange(1, 5)), rng.randrange(len(plans)), rng.random() < 0.3)
+        for _ in range(number)
+    ]
 
     async def all_at_once() -> list[Answer]:
         return await asyncio.gather(
-            *(service.engine.classify(texts, erase, compare=compare) for texts, erase, compare in requests)
+            *(
+                service.engine.classify([texts[n] for n in some], plans[plan], compare=compare)
+                for some, plan, compare in requests
+            )
         )
 
     answers = asyncio.run(all_at_once())
+    by_itself = cache(lambda text, plan: alone(service, texts[text], plans[plan]))
     beyond = 0
-    for (texts, erase, compare), answer in zip(requests, answers, strict=True):
-        assert [e.concept for e in answer.erasures] == [e.concept for e in erase]
-        for text, given in zip(texts, answer.texts, strict=True):
-            logits, gap = alone(service, text, erase)
+    for (some, plan, compare), answer in zip(requests, answers, strict=True):
+        assert [e.concept for e in answer.erasures] == [e.concept for e in plans[plan]]
+        for text, given in zip(some, answer.texts, strict=True):
+            logits, gap = by_itself(text, plan)
             if np.abs(logits - given.logits).max() > TOLERANCE:
                 beyond += 1
                 assert gap < NEAR, "an answer differs, and no state lies near a bound"
@@ -198,8 +97,10 @@ def test_mixed_requests_at_once_answer_as_each_alone(start: Callable[..., Runnin
                 assert given.logits.argmax() == logits.argmax()
             assert (given.baseline is not None) == compare
             if given.baseline is not None:
-                assert np.abs(given.baseline - alone(service, text, [])[0]).max() < TOLERANCE
-    assert beyond < 0.05 * sum(len(texts) for texts, _, _ in requests)
+                assert np.abs(given.baseline - by_itself(text, 0)[0]).max() < TOLERANCE
+    assert beyond < 0.05 * sum(len(some) for some, _, _ in requests)
+    plans_of_batches = service.metric("neuronlens_batch_plans_bucket", le="4.0")
+    assert plans_of_batches == service.metric("neuronlens_batch_plans_count")
 
 
 def test_bfloat16_has_a_tolerance_of_its_own(redis_client: redis.Redis, tmp_path: Path) -> None:
@@ -211,9 +112,10 @@ def test_bfloat16_has_a_tolerance_of_its_own(redis_client: redis.Redis, tmp_path
     store.activate(store.publish(made.range_set, made.inspect))
     mirror = Mirror(store, model.identity.fingerprint)
     mirror.start()
-    engine = Engine(model, mirror, EngineSettings(max_batch_tokens=300), CollectorRegistry())
+    registry = CollectorRegistry()
+    engine = Engine(model, mirror, EngineSettings(max_batch_tokens=300), registry)
     engine.start()
-    service = Running(engine, store, mirror, made.range_set, model)
+    service = Running(engine, store, mirror, made.range_set, model, registry)
     rng = random.Random(3)
     requests = [
         (text, [Erasure(concept=rng.choice(LABELS), method="neuron", layers=(rng.randrange(3),))] * (n % 3 > 0))

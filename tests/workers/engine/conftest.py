@@ -1,0 +1,59 @@
+"""Engines on real Redis and tiny models whose ranges are fitted."""
+
+import uuid
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pytest
+import redis
+from prometheus_client import CollectorRegistry
+
+from range_store.mirror import Mirror
+from range_store.store import RangeStore
+from tests.workers.checkpoints import LABELS
+from tests.workers.engine.running import Running
+from tests.workers.texts import labelled_texts, write_jsonl
+from workers.engine.engine import Engine
+from workers.engine.settings import EngineSettings
+from workers.fitting.corpus import load_corpus
+from workers.fitting.fit import Fitted, fit
+from workers.models.loading import LoadedModel
+
+Tiny = Callable[[str], LoadedModel]
+
+
+@pytest.fixture(scope="module")
+def fitted(tiny: Tiny, tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Fitted]:
+    path = write_jsonl(tmp_path_factory.mktemp("data") / "train.jsonl", labelled_texts(80, seed=1))
+    cache: dict[str, Fitted] = {}
+
+    def of(family: str) -> Fitted:
+        if family not in cache:
+            cache[family] = fit(tiny(family), load_corpus(str(path), labels=LABELS), layers="all")
+        return cache[family]
+
+    return of
+
+
+@pytest.fixture
+def start(redis_client: redis.Redis, tiny: Tiny, fitted: Callable[[str], Fitted]) -> Iterator[Callable[..., Running]]:
+    running: list[Running] = []
+
+    def make(family: str = "bert", publish: bool = True, **limits: Any) -> Running:
+        model = tiny(family)
+        store = RangeStore(redis_client, f"{family}-{uuid.uuid4().hex}")
+        if publish:
+            store.activate(store.publish(fitted(family).range_set, fitted(family).inspect))
+        mirror = Mirror(store, model.identity.fingerprint, poll=0.2)
+        mirror.start()
+        mirror.refresh()
+        registry = CollectorRegistry()
+        engine = Engine(model, mirror, EngineSettings(**limits), registry)
+        engine.start()
+        running.append(Running(engine, store, mirror, fitted(family).range_set, model, registry))
+        return running[-1]
+
+    yield make
+    for each in running:
+        each.engine.close()
+        each.mirror.close()

@@ -1,0 +1,111 @@
+"""Kept trunk states: the same answers, fewer passes, bounded bytes."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from range_store.erasure import Erasure
+from tests.workers.engine.running import TEXTS, Running
+from workers.engine.trunk_cache import TrunkCache
+from workers.models.loading import LoadedModel, load_model
+from workers.models.tokens import TokenBatch
+
+Tiny = Callable[[str], LoadedModel]
+
+
+def batch_of(model: LoadedModel, texts: list[str]) -> tuple[TokenBatch, list[tuple[int, ...]]]:
+    ids = [text.ids for text in model.tokens.encode(texts)]
+    return model.tokens.pad(ids), ids
+
+
+@pytest.mark.parametrize("family", ["bert", "gpt2"])
+@pytest.mark.parametrize("whole", [False, True])
+def test_a_kept_trunk_is_the_one_that_was_run(tiny: Tiny, family: str, whole: bool) -> None:
+    model = tiny(family)
+    for split in range(3):
+        cache = TrunkCache(model.steered, model.tokens, 1 << 24)  # type: ignore[arg-type]
+        batch, ids = batch_of(model, TEXTS[:6])
+        first = cache.trunk(batch, ids, split, whole=whole)
+        some = [TEXTS[n] for n in (4, 1, 1, 5)]
+        mixed, mixed_ids = batch_of(model, [*some, TEXTS[20]])
+        again = cache.trunk(mixed, mixed_ids, split, whole=whole)
+        assert (cache.hits, cache.misses) == (4, 7)
+        for row, n in enumerate((4, 1, 1, 5)):
+            width = 1 if split == 2 else len(ids[n])
+            assert torch.equal(again.hidden[row, :width], first.hidden[n, :width])
+            if whole:
+                assert again.logits is not None
+                assert first.logits is not None
+                assert torch.equal(again.logits[row], first.logits[n])
+        expected = model.steered.trunk(mixed, split, whole=whole)
+        width = 1 if split == 2 else len(mixed_ids[4])
+        torch.testing.assert_close(again.hidden[4, :width], expected.hidden[4, :width], atol=1e-5, rtol=0)
+
+
+def test_bytes_are_bounded_and_the_least_recently_used_goes_first(tiny: Tiny) -> None:
+    model = tiny("bert")
+    one, ids = batch_of(model, TEXTS[:1])
+    probe = TrunkCache(model.steered, model.tokens, 1 << 20)  # type: ignore[arg-type]
+    probe.trunk(one, ids, 0, whole=False)
+    limit = 8 * probe.nbytes
+    cache = TrunkCache(model.steered, model.tokens, limit)  # type: ignore[arg-type]
+    texts = list(dict.fromkeys(TEXTS))
+    for text in texts:
+        cache.trunk(*batch_of(model, [text]), 0, whole=False)
+        assert 0 < cache.nbytes <= limit
+    assert 0 < len(cache) < len(texts)
+    cache.trunk(*batch_of(model, texts[-1:]), 0, whole=False)
+    assert cache.hits == 1, "the newest is there"
+    cache.trunk(*batch_of(model, texts[:1]), 0, whole=False)
+    assert cache.hits == 1, "the oldest is not"
+
+
+def test_a_state_without_bare_logits_does_not_answer_for_them(tiny: Tiny) -> None:
+    model = tiny("bert")
+    cache = TrunkCache(model.steered, model.tokens, 1 << 20)  # type: ignore[arg-type]
+    batch, ids = batch_of(model, TEXTS[:2])
+    assert cache.trunk(batch, ids, 1, whole=False).logits is None
+    assert torch.equal(cache.trunk(batch, ids, 1, whole=True).logits, model.steered.logits(batch))  # type: ignore[arg-type]
+    assert cache.misses == 4
+    assert cache.trunk(batch, ids, 1, whole=False).logits is None
+    assert cache.hits == 2
+
+
+def test_trying_settings_on_one_text_costs_only_tails(
+    start: Callable[..., Running], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    cached, bare = start(trunk_cache_bytes=1 << 24), start()
+    tries = [
+        Erasure(concept="Sports", tau=tau, top_fraction=share, layers=layers)
+        for tau in (0.5, 1.0, 2.5)
+        for share in (0.3, 1.0)
+        for layers in ((-1,), (0, 2))
+    ]
+    expected = [bare.ask(TEXTS[:3], [erasure]) for erasure in tries]
+    cached.ask(TEXTS[:3], [tries[0]], compare=True)
+    cached.ask(TEXTS[:3], [tries[1]], compare=True)
+    model: Any = cached.model.steered
+    monkeypatch.setattr(model, "trunk", lambda *args, **options: pytest.fail("a trunk was run"))
+    for erasure, known in zip(tries, expected, strict=True):
+        for one, other in zip(cached.ask(TEXTS[:3], [erasure]).texts, known.texts, strict=True):
+            assert np.abs(one.logits - other.logits).max() < 1e-4
+            assert one.masked_neurons == other.masked_neurons
+    metrics = cached.engine.metrics
+    assert metrics.trunk_cache_hits._value.get() == 3 * len(tries)
+    assert metrics.trunk_cache_misses._value.get() == 6
+    assert metrics.trunk_cache_bytes._value.get() > 0
+
+
+def test_a_model_of_another_type_has_states_of_its_own(tiny: Tiny, tmp_path: Path) -> None:
+    """A cache belongs to one loaded model: what it keeps is in that model's type."""
+    full = tiny("bert")
+    half = load_model(full.source, device="cpu", dtype="bfloat16")
+    for model, dtype in ((full, torch.float32), (half, torch.bfloat16)):
+        cache = TrunkCache(model.steered, model.tokens, 1 << 20)  # type: ignore[arg-type]
+        batch, ids = batch_of(model, TEXTS[:2])
+        cache.trunk(batch, ids, 1, whole=False)
+        assert cache.trunk(batch, ids, 1, whole=False).hidden.dtype == dtype
