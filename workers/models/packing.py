@@ -221,5 +221,5 @@ def _is_causal(module: nn.Module, options: dict[str, Any]) -> bool:
 
 
 # a compiled block leaves its graph for attention: what texts it lays out differs from batch to batch
-AttentionInterface.register(ATTENTION, torch.compiler.disable(_attention))
+AttentionInterface.register(ATTENTION, torch.compiler.disable(_attention))  # type: ignore[no-untyped-call]
 AttentionMaskInterface.register(ATTENTION, sdpa_mask)

@@ -15,7 +15,7 @@ import logging
 import threading
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Literal, Protocol
+from typing import Any, Literal, Protocol, cast
 
 import torch
 from torch import Tensor, nn
@@ -172,11 +172,13 @@ class SteeredModel:
         Returns:
             Whether it worked; if not, the log says why, and the blocks stay as they were.
         """
-        freezing = {"freezing": batch.ids.device.type == "cpu"}  # weights laid out once for oneDNN, as `prepack` does
-        before, self._sited = (
-            self._sited,
-            self._with_sites(torch.compile(block, dynamic=True, options=freezing) for block in self.blocks),  # type: ignore[arg-type]
-        )
+        freezing: dict[str, Any] = {"freezing": batch.ids.device.type == "cpu"}  # weights laid out once for oneDNN, as `prepack` does
+
+        def compiled(block: nn.Module) -> nn.Module:
+            return cast(nn.Module, torch.compile(block, dynamic=True, options=freezing))
+
+        before = self._sited
+        self._sited = self._with_sites(map(compiled, self.blocks))
         if self.splits and self._agrees(batch):
             return True
         logger.warning("compiled blocks failed, or differ from the model's own: they are left as they are")
