@@ -9,7 +9,7 @@ from prometheus_client import CollectorRegistry
 
 from app import problems
 from app.metrics import LiveMetrics
-from app.middleware import BodyLimit, Faults, HostCheck, HttpMetrics, RequestId
+from app.middleware import BodyLimit, Faults, FullQueue, HostCheck, HttpMetrics, RequestId
 from app.problems import Problem
 from app.routes import classify, erasures, inspection, range_sets, service
 from app.settings import LOOPBACK, Settings
@@ -51,6 +51,8 @@ def create_app(settings: Settings, running: Service | None = None) -> FastAPI:
     # the last added is the outermost
     app.add_middleware(Faults)
     app.add_middleware(BodyLimit, limit=settings.max_body_bytes)
+    if running is not None:
+        app.add_middleware(FullQueue, path="/v1/classify", refusal=running.engine.refusal)
     if settings.loopback:
         app.add_middleware(HostCheck, hosts=LOOPBACK)
     app.add_middleware(HttpMetrics, registry=registry)

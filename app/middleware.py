@@ -5,14 +5,16 @@ import random
 import re
 import time
 import traceback
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
 
 from prometheus_client import CollectorRegistry, Counter, Histogram
 from starlette.datastructures import Headers, MutableHeaders
 from starlette.exceptions import HTTPException
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from app.problems import problem_response
+from app.problems import domain_problem, problem_response
+from app.wiring import QueueFull
 
 logger = logging.getLogger(__name__)
 
@@ -92,6 +94,31 @@ class HostCheck:
                 request_id = scope.get("state", {}).get("request_id")
                 detail = "this server answers to loopback names only: see --host in the documentation"
                 await problem_response(421, "wrong_host", detail, request_id)(scope, receive, send)
+                return
+        await self.app(scope, receive, send)
+
+
+@dataclass(frozen=True)
+class _Gated:
+    """Stands for the route that a request would have reached."""
+
+    path_format: str
+
+
+class FullQueue:
+    """Refuses what is posted to `path` while `refusal` says why, before its body is read."""
+
+    def __init__(self, app: ASGIApp, path: str, refusal: Callable[[], QueueFull | None]) -> None:
+        self.app = app
+        self.path = path
+        self.refusal = refusal
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] == "http" and scope["path"] == self.path and scope["method"] == "POST":
+            full = self.refusal()
+            if full is not None:
+                scope["route"] = _Gated(self.path)
+                await domain_problem(full, scope.get("state", {}).get("request_id"))(scope, receive, send)
                 return
         await self.app(scope, receive, send)
 

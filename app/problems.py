@@ -165,6 +165,11 @@ def _request_id(request: Request) -> str | None:
 
 
 async def _domain_error(request: Request, error: Exception) -> JSONResponse:
+    return domain_problem(error, _request_id(request))
+
+
+def domain_problem(error: Exception, request_id: str | None) -> JSONResponse:
+    """The reply to an error of the domain or of the engine, one of `CODES`."""
     status, code = next(CODES[kind] for kind in type(error).__mro__ if kind in CODES)
     members: dict[str, Any] = {}
     headers: dict[str, str] = {}
@@ -181,8 +186,8 @@ async def _domain_error(request: Request, error: Exception) -> JSONResponse:
     if status == 503:
         headers["Retry-After"] = "1"
     if status == 500:
-        logger.error("request %s failed: %s: %s", _request_id(request), type(error).__name__, error)
-    return problem_response(status, code, str(error), _request_id(request), headers, **members)
+        logger.error("request %s failed: %s: %s", request_id, type(error).__name__, error)
+    return problem_response(status, code, str(error), request_id, headers, **members)
 
 
 async def _api_error(request: Request, error: Exception) -> JSONResponse:

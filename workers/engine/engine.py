@@ -275,6 +275,18 @@ class Engine:
             self._gauge()
             self._changed.notify()
 
+    def refusal(self) -> QueueFull | None:
+        """Why not even one text would be taken now, and then a refused request is counted; None if it would.
+
+        Under overload most requests end here, before anybody has read them: what they cost, the accepted ones lack.
+        """
+        try:
+            self._check_room(1, 0)
+        except QueueFull as full:
+            self.metrics.rejections.labels(REASONS[QueueFull]).inc()
+            return full
+        return None
+
     def _check_room(self, texts: int, tokens: int) -> None:
         """Raises what a request of so many texts and tokens is to be refused with."""
         if texts > self.settings.max_queue_texts:

@@ -3,7 +3,6 @@
 from collections import OrderedDict
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
-from itertools import islice
 from typing import Generic, Protocol, TypeVar
 
 from workers.engine.settings import EngineSettings
@@ -84,11 +83,22 @@ class BatchQueue(Generic[Item]):
         if not self._items:
             return []
         oldest = next(iter(self._items))
-        split = self._items[oldest].split
-        same = ((key, item) for key, item in self._items.items() if item.split == split)
-        window = sorted(islice(same, self.settings.window), key=lambda pair: pair[1].tokens)
+        window = sorted(self._window(self._items[oldest].split), key=lambda pair: pair[1].tokens)
         at = next(place for place, (key, _) in enumerate(window) if key == oldest)
         return [self._pop(key) for key, _ in self._grow(window, at)]
+
+    def _window(self, split: int) -> Iterator[tuple[int, Item]]:
+        """The oldest texts of a split, a few batches full: so many that their lengths can be chosen among.
+
+        More would let late texts overtake early ones again and again.
+        """
+        room = self.settings.window * self.settings.max_batch_tokens
+        for key, item in self._items.items():
+            if item.split == split:
+                yield key, item
+                room -= item.tokens * item.variants
+                if room <= 0:
+                    return
 
     def _grow(self, window: list[tuple[int, Item]], at: int) -> list[tuple[int, Item]]:
         """The longest run of `window` around place `at` that the limits allow, growing to the nearer length first."""
