@@ -46,6 +46,7 @@ bench: setup
 	$(BIN)/neuronlens demo --no-serve --cache-dir build/bench
 	$(BIN)/python benchmarks/research.py
 	$(BIN)/python benchmarks/serving.py --cache-dir build/bench $(ARGS)
+	$(BIN)/python benchmarks/overload.py --cache-dir build/bench
 
 # what is compared with lives in environments of its own: their requirements are not ours
 build/rivals/.ready: constraints.txt

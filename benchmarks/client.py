@@ -43,12 +43,16 @@ class Connection:
 
     async def ask(self, body: bytes, path: str = "/v1/classify", verb: str = "POST", more: str = "") -> Reply:
         sent = time.monotonic()
-        self._writer.write(HEAD.format(verb=verb, path=path, length=len(body), more=more).encode() + body)
+        self.send(body, path, verb, more)
         head = await self._reader.readuntil(b"\r\n\r\n")
         fields = head.lower().split(b"\r\n")
         length = next((each[15:] for each in fields if each.startswith(b"content-length:")), b"0")
         answer = await self._reader.readexactly(int(length))
         return Reply(int(head[9:12]), answer, sent, time.monotonic())
+
+    def send(self, body: bytes, path: str = "/v1/classify", verb: str = "POST", more: str = "") -> None:
+        """Send a request, and leave its answer to the caller, or to nobody."""
+        self._writer.write(HEAD.format(verb=verb, path=path, length=len(body), more=more).encode() + body)
 
     def close(self) -> None:
         self._writer.close()

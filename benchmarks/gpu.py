@@ -5,9 +5,10 @@
 
 Needs torch, transformers and this repository only: weights are random, texts are random token ids of news-like lengths
 (52 tokens on average), nothing is read from a network or a store. All cases of a shape are timed one after the other in
-every round; medians are printed, with their ratio to the bare model. "matrix" is the share of this card's own measured
-matrix rate that the bare model reaches, by 2 · parameters · padded tokens. The mask alone is timed on the hidden states
-of a whole batch, beside the bytes that it must move: one read and one write of them.
+every round; medians are printed, with their ratio to the bare model. The bare model is given padded batches that lie on
+the device already; the engine's step makes its batches from token ids, as it does when it serves. "matrix" is the share
+of this card's own measured matrix rate that the bare model reaches, by 2 · parameters · padded tokens. The mask alone
+is timed on the hidden states of a whole batch, beside the bytes that it must move: one read and one write of them.
 """
 
 import argparse
@@ -27,7 +28,7 @@ from workers.engine.forward import Variant, steer_variants
 from workers.engine.masks import DevicePlan, MaskTable
 from workers.models.families import family_of
 from workers.models.steered import SteeredModel
-from workers.models.tokens import TokenBatch, length_sorted
+from workers.models.tokens import TextTokenizer, TokenBatch, length_sorted
 
 SHAPES: dict[str, tuple[str, dict[str, Any]]] = {
     "bert-base": ("bert", {}),
@@ -61,6 +62,7 @@ class Measured:
     texts_per_second: float
     tokens_per_second: float
     matrix_share: float
+    packed: bool
     unmasked: float
     masked: float
     masked_middle: float
@@ -83,20 +85,15 @@ def random_plan(seed: int, hidden: int, layer: int, device: torch.device) -> Dev
     return DevicePlan.of(Plan((), {layer: mask}, f"plan {seed} of {layer}"), device)
 
 
-def batches_of(
-    texts: int, batch_tokens: int, vocabulary: int, longest: int, reads: str, device: torch.device
-) -> list[TokenBatch]:
+Rows = list[tuple[int, ...]]
+
+
+def batches_of(texts: int, batch_tokens: int, vocabulary: int, longest: int) -> list[Rows]:
     """Texts of random token ids in length-sorted batches."""
     rng = np.random.default_rng(0)
-    lengths = np.clip(rng.lognormal(np.log(46), 0.5, size=texts), 8, longest).astype(int)
-    found = []
-    for rows in length_sorted(lengths.tolist(), batch_tokens):
-        width = int(max(lengths[row] for row in rows))
-        own = torch.tensor([int(lengths[row]) for row in rows])
-        ids = torch.from_numpy(rng.integers(10, vocabulary, size=(len(rows), width)))
-        mask = torch.arange(width) < own[:, None]
-        found.append((ids * mask, mask, own - 1 if reads == "last" else torch.zeros_like(own)))
-    return [TokenBatch(ids.to(device), mask.to(device), read.to(device)) for ids, mask, read in found]
+    lengths = np.clip(rng.lognormal(np.log(46), 0.5, size=texts), 8, longest).astype(int).tolist()
+    ids = [tuple(rng.integers(10, vocabulary, size=length).tolist()) for length in lengths]
+    return [[ids[row] for row in rows] for rows in length_sorted(lengths, batch_tokens)]
 
 
 def matrix_rate(device: torch.device, dtype: torch.dtype) -> float:
@@ -135,8 +132,10 @@ def measure(
     steered = SteeredModel(model, family_of(kind))
     last, middle = steered.n_layers - 1, steered.n_layers // 2
     longest = min(512, config.max_position_embeddings)
-    batches = batches_of(texts, batch_tokens, config.vocab_size, longest, steered.family.reads, device)
-    steered.check(batches[0].rows(torch.arange(min(2, len(batches[0].ids)), device=device)))
+    tokens = TextTokenizer(None, longest, 0, steered.family.reads)  # it pads; there are no texts to tokenize
+    rows = batches_of(texts, batch_tokens, config.vocab_size, longest)
+    batches = [tokens.pad(some, device) for some in rows]
+    steered.check(tokens.pad([rows[0][0], rows[-1][-1][:longest]], device))
     if not steered.splits:
         raise SystemExit(f"{shape} cannot be split here: its numbers would be those of whole passes")
     plans = [random_plan(seed, config.hidden_size, last, device) for seed in range(PLANS)]
@@ -144,8 +143,8 @@ def measure(
 
     def over(step: Callable[[TokenBatch], object]) -> Callable[[], None]:
         def run() -> None:
-            for batch in batches:
-                step(batch)
+            for some in rows:
+                step(tokens.pad(some, device))
 
         return run
 
@@ -156,14 +155,15 @@ def measure(
         if trunk.logits is not None:
             trunk.logits.float().cpu()
 
-    def bare(batch: TokenBatch) -> None:
-        with torch.inference_mode():
-            model(
-                input_ids=batch.ids, attention_mask=batch.mask.to(torch.int64), **steered.family.call
-            ).logits.float().cpu()
+    def bare() -> None:
+        for batch in batches:
+            with torch.inference_mode():
+                model(
+                    input_ids=batch.ids, attention_mask=batch.mask.to(torch.int64), **steered.family.call
+                ).logits.float().cpu()
 
-    jobs = {
-        "bare": over(bare),
+    jobs: dict[str, Callable[[], None]] = {
+        "bare": bare,
         "unmasked": over(lambda batch: steered.logits(batch).float().cpu()),
         "masked": over(lambda batch: erased(batch, plans[:1], last, whole=False)),
         "masked_middle": over(lambda batch: erased(batch, [deep], middle, whole=False)),
@@ -194,6 +194,7 @@ def measure(
         texts_per_second=texts / alone,
         tokens_per_second=sum(int(batch.mask.sum()) for batch in batches) / alone,
         matrix_share=2 * parameters * padded / alone / matrix_rate(device, dtype),
+        packed=steered.packs,
         unmasked=ratios["unmasked"],
         masked=ratios["masked"],
         masked_middle=ratios["masked_middle"],

@@ -106,8 +106,9 @@ async def toggles(told: Server, other: Server, rounds: int) -> list[float]:
 
 
 def idle_latency(server: Server, loop: PlainLoop) -> tuple[float, float]:
-    """Median milliseconds of one short text at a time: over HTTP, and through the bare model."""
+    """Median milliseconds of one short text at a time: over HTTP, and one pass of the bare model over its token ids."""
     short = json.dumps({"inputs": "A short text.", "erase": []}).encode()
+    batch = loop.tokenizer("A short text.", return_tensors="pt")
     served: list[float] = []
     alone: list[float] = []
 
@@ -122,7 +123,8 @@ def idle_latency(server: Server, loop: PlainLoop) -> tuple[float, float]:
         asyncio.run(ask(50))
         for _ in range(50):
             started = time.perf_counter()
-            loop(["A short text."])
+            with torch.inference_mode():
+                loop.model(**batch).logits.argmax(dim=-1).tolist()
             alone.append(1000 * (time.perf_counter() - started))
     return statistics.median(served), statistics.median(alone)
 
@@ -134,6 +136,7 @@ def main() -> None:
     parser.add_argument("--pairs", type=int, default=20)
     parser.add_argument("--threads", type=int, default=os.cpu_count())
     parser.add_argument("--toggles", type=int, default=200)
+    parser.add_argument("--compiled", action="store_true", help="also time the engine's pass with compiled blocks")
     parser.add_argument("--compared-texts", type=int, default=2000, help="on which the labels of types are compared")
     parser.add_argument(
         "--cache-dir", type=Path, required=True, help="of a demo that was made: neuronlens demo --cache-dir"
@@ -178,9 +181,13 @@ def main() -> None:
             (Line("compared ÷ not compared", "≥ 0.95"), "64 × 1, compared", "64 × 1, erased"),
             (Line("32 plans in flight ÷ one", "≥ 0.97"), "64 × 1, 32 plans", "64 × 1, erased"),
         ]
+        if asked.compiled:
+            compiled = OwnPass(load_model(str(model), device="cpu", dtype="float32", compiled=True), texts)
+            jobs["own pass, compiled"] = compiled
+            claims.append((Line("compiled ÷ not compiled, own pass", "-"), "own pass, compiled", "own pass"))
         for job in jobs.values():
             job()
-        here = {"plain loop", "own pass", "own pass, bfloat16"}
+        here = {"plain loop", "own pass", "own pass, bfloat16", "own pass, compiled"}
         cpu = dict.fromkeys(jobs, 0.0)
         client_cpu = client_wall = 0.0
         for _ in range(asked.pairs):

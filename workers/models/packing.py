@@ -2,23 +2,30 @@
 
 Everything in a transformer but attention looks at one token at a time, so a block takes the packed row as it is.
 Attention is registered with transformers under `ATTENTION` and lays queries, keys and values out text by text for its
-own matrix products alone, which are a few percent of the work. Outside of `Packing.everywhere` and `Packing.at_reads`
+own matrix products alone, which are a few percent of the work; on a GPU, in half precision, a kernel for texts of
+varying length takes them as they lie. Outside of `Packing.everywhere` and `Packing.at_reads`
 it is transformers' own `sdpa` attention, to the bit.
 
-B: texts, T: tokens of the longest, N: tokens of all, H: heads, D: hidden size, d: of one head.
+A packed row is filled up to one of a few sizes (`prepack.rounded`) with tokens that nothing looks at.
+
+B: texts, T: tokens of the longest, N: tokens of all, the filling included, H: heads, D: hidden size, d: of one head.
 """
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.attention.varlen import varlen_attn
 from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
+
+from workers.models.prepack import rounded
 
 ATTENTION = "neuronlens"
 """Name of the attention that understands packed texts."""
@@ -78,7 +85,10 @@ class Packing:
         ids: [1, N]. positions: [1, N], of each token in its own text, from 0.
         reads: [B], place of each text's read position in the packed row.
         grid: [B, T], place of each token of the padded batch in the packed row; on padding, the text's first token.
-        groups: all texts, in their order.
+        groups: all texts, in their order, where attention is computed text by text.
+        starts: [B + 1] int32, place of each text's first token, and of the first that belongs to no text.
+        longest: tokens of the longest text.
+        filling: how many tokens at the end of the row belong to no text.
     """
 
     ids: Tensor
@@ -86,6 +96,9 @@ class Packing:
     reads: Tensor
     grid: Tensor
     groups: tuple[Group, ...]
+    starts: Tensor
+    longest: int
+    filling: int
 
     @classmethod
     def of(cls, ids: Tensor, mask: Tensor, read: Tensor) -> "Packing":
@@ -110,12 +123,18 @@ class Packing:
                     padded=not bool(real.all()),
                 )
             )
-        return cls(ids[mask].unsqueeze(0), column[mask].unsqueeze(0), starts + read, grid, tuple(groups))
+        packed, positions = ids[mask], column[mask]
+        filling = rounded(len(packed)) - len(packed)
+        packed, positions = (F.pad(each, (0, filling)).unsqueeze(0) for each in (packed, positions))
+        ends = F.pad(lengths.cumsum(dim=0), (1, 0)).to(torch.int32)
+        return cls(packed, positions, starts + read, grid, tuple(groups), ends, ids.shape[1], filling)
 
     def to(self, device: torch.device | str) -> "Packing":
         """The same on another device."""
         ids, positions, reads = self.ids.to(device), self.positions.to(device), self.reads.to(device)
-        return Packing(ids, positions, reads, self.grid.to(device), tuple(group.to(device) for group in self.groups))
+        groups = tuple(group.to(device) for group in self.groups)
+        starts, longest = self.starts.to(device), self.longest
+        return Packing(ids, positions, reads, self.grid.to(device), groups, starts, longest, self.filling)
 
     def padded(self, hidden: Tensor) -> Tensor:
         """Packed states [1, N, …] as [B, T, …]; padding holds states of the text's first token."""
@@ -126,16 +145,41 @@ class Packing:
         """Inside, blocks take and give packed states of every token."""
 
         def attend(module: nn.Module, query: Tensor, key: Tensor, value: Tensor, **options: Any) -> tuple[Tensor, None]:
-            causal = _is_causal(module, options)  # then right padding is never seen, and needs no mask
+            causal = _is_causal(module, options)
+            if takes_varying_lengths(query):
+                return self._varying_lengths(query, key, value, causal, options.get("scaling")), None
             parts = []
             for group in self.groups:
+                # causal attention never sees right padding, and needs no mask
                 mask = group.real if group.padded and not causal else None
                 own = (group.apart(query), group.apart(key), group.apart(value))
                 parts.append(group.together(sdpa_attention_forward(module, *own, mask, **options)[0]))
+            if self.filling:
+                parts.append(parts[0].new_zeros((self.filling, *parts[0].shape[1:])))
             return torch.cat(parts).unsqueeze(0), None
 
         with _attending(attend):
             yield
+
+    def _varying_lengths(self, query: Tensor, key: Tensor, value: Tensor, causal: bool, scale: float | None) -> Tensor:
+        """Attention [1, N, H, d] of all texts in one kernel; the filling attends to itself, like a text of its own."""
+        starts, longest = self.starts, self.longest
+        if self.filling:
+            starts, longest = F.pad(starts, (0, 1), value=query.shape[2]), max(longest, self.filling)
+        queries, keys, values = (states[0].transpose(0, 1).contiguous() for states in (query, key, value))
+        given = varlen_attn(
+            queries,
+            keys,
+            values,
+            starts,
+            starts,
+            longest,
+            longest,
+            scale=scale,
+            window_size=(-1, 0) if causal else (-1, -1),
+            enable_gqa=query.shape[1] != key.shape[1],
+        )
+        return cast(Tensor, given).unsqueeze(0)
 
     def at_reads(self, block: nn.Module, hidden: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """What `block` gives at the read positions, [1, B, D], out of the packed states [1, N, D].
@@ -176,6 +220,11 @@ class Packing:
             output = block(read(hidden), *map(read, args), **{name: read(part) for name, part in kwargs.items()})
         assert isinstance(output, Tensor)
         return output
+
+
+def takes_varying_lengths(states: Tensor) -> bool:
+    """Whether a kernel for texts of varying length takes such states: on CUDA, in half precision."""
+    return states.is_cuda and states.dtype in (torch.float16, torch.bfloat16)
 
 
 def _alike(lengths: list[int]) -> Iterator[slice]:

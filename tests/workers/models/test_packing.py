@@ -1,5 +1,6 @@
 """Texts end to end answer as padded ones do."""
 
+import itertools
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -10,6 +11,7 @@ from transformers import AutoModelForSequenceClassification
 
 from tests.workers.checkpoints import SENTENCES, save_tiny
 from tests.workers.masking import ZeroBand
+from workers.models import packing
 from workers.models.families import FAMILIES
 from workers.models.loading import LoadedModel, load_model
 from workers.models.packing import Packing
@@ -101,8 +103,9 @@ def test_a_packing_says_where_each_token_lies() -> None:
     ids = torch.tensor([[5, 6, 7], [8, 0, 0], [9, 10, 0]])
     mask = torch.tensor([[1, 1, 1], [1, 0, 0], [1, 1, 0]]).bool()
     packing = Packing.of(ids, mask, torch.tensor([2, 0, 0]))
-    assert packing.ids.tolist() == [[5, 6, 7, 8, 9, 10]]
-    assert packing.positions.tolist() == [[0, 1, 2, 0, 0, 1]]
+    assert packing.ids.tolist() == [[5, 6, 7, 8, 9, 10, 0, 0]], "filled up to one of few sizes"
+    assert packing.positions.tolist() == [[0, 1, 2, 0, 0, 1, 0, 0]]
+    assert packing.filling == 2
     assert packing.reads.tolist() == [2, 3, 4]
     assert [group.places.tolist() for group in packing.groups] == [[0, 1, 2, 3, 6, 7]], "all are of like length"
     states = packing.ids.unsqueeze(-1)
@@ -117,3 +120,50 @@ def test_texts_of_like_length_are_one_group_of_attention() -> None:
     assert sum(len(group.places) for group in packing.groups) == lengths.sum()
     assert [group.tokens.start for group in packing.groups] == [0, 14, 154]
     assert [group.padded for group in packing.groups] == [True, True, False]
+
+
+@families
+def test_one_kernel_for_texts_of_varying_length_gives_what_text_by_text_gives(
+    tiny: Tiny, family: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """That kernel is CUDA's; here stands the same in plain words, so that what is handed to it is tested."""
+    calls = []
+
+    def by_text(
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        starts: torch.Tensor,
+        key_starts: torch.Tensor,
+        longest: int,
+        longest_key: int,
+        *,
+        scale: float,
+        window_size: tuple[int, int],
+        enable_gqa: bool,
+    ) -> torch.Tensor:
+        assert torch.equal(starts, key_starts)
+        assert starts.dtype is torch.int32
+        assert (int(starts[0]), int(starts[-1])) == (0, len(query)), "every token belongs to some text"
+        assert longest == longest_key == int(starts.diff().max())
+        assert all(states.is_contiguous() for states in (query, key, value))
+        calls.append(len(query))
+        given = torch.empty_like(query)
+        for start, end in itertools.pairwise(starts.tolist()):
+            own = (states[start:end].transpose(0, 1)[None] for states in (query, key, value))
+            given[start:end] = torch.nn.functional.scaled_dot_product_attention(
+                *own, is_causal=window_size == (-1, 0), scale=scale, enable_gqa=enable_gqa
+            )[0].transpose(0, 1)
+        return given
+
+    model = tiny(family)
+    for texts in (MIXED, ALIKE):
+        batch = batch_of(model, texts)
+        expected = model.steered.trunk(batch, 2, whole=True)
+        with monkeypatch.context() as patch:
+            patch.setattr(packing, "takes_varying_lengths", lambda states: True)
+            patch.setattr(packing, "varlen_attn", by_text)
+            trunk = model.steered.trunk(batch, 2, whole=True)
+        torch.testing.assert_close(trunk.hidden, expected.hidden, atol=2e-5, rtol=0)
+        torch.testing.assert_close(trunk.logits, expected.logits, atol=1e-5, rtol=0)
+    assert len(calls) == 2 * 2, "two blocks of a pass; the last one attends at the read position only"

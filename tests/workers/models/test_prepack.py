@@ -4,12 +4,14 @@ from pathlib import Path
 
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from tests.workers.checkpoints import save_tiny
 from workers.models.loading import load_model
-from workers.models.prepack import PrepackedLinear, prepack
+from workers.models.prepack import STEP, PrepackedLinear, prepack, rounded
 
 TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 2e-2}
 
@@ -55,3 +57,25 @@ def test_every_linear_layer_of_a_block_is_replaced(tmp_path: Path, family: str, 
         found = [module for module in block.modules() if isinstance(module, PrepackedLinear)]
         assert len(found) == per_block
         assert not any(isinstance(module, nn.Linear | Conv1D) for module in block.modules())
+
+
+@given(st.integers(0, 1 << 20))
+def test_rounding_adds_little_and_leaves_few_sizes(rows: int) -> None:
+    size = rounded(rows)
+    assert rows <= size < rows + max(STEP, rows / 16)
+    assert rounded(size) == size
+
+
+def test_batches_of_every_size_up_to_a_thousand_rows_have_less_than_a_hundred_sizes() -> None:
+    assert len({rounded(rows) for rows in range(1, 1025)}) < 100
+
+
+def test_rows_that_fill_up_a_batch_touch_no_other() -> None:
+    """Whatever the number of rows, a row's product is its own."""
+    blocks = nn.Sequential(nn.Linear(16, 16))
+    x = torch.randn(70, 16, generator=torch.Generator().manual_seed(1))
+    with torch.inference_mode():
+        expected = blocks(x)
+        assert prepack(blocks, torch.float32) == 1
+        for rows in (1, 7, 8, 9, 63, 64, 65, 70):
+            torch.testing.assert_close(blocks(x[:rows]), expected[:rows], atol=1e-5, rtol=0)
