@@ -61,6 +61,8 @@ def test_overload_is_refused_at_once_and_what_was_accepted_is_answered(
             assert [each["label"] for each in response.json()["results"]] == [known[text] for text in texts]
     value = running.service.registry.get_sample_value
     assert value("neuronlens_rejections_total", {"reason": "queue_full"}) == statuses[429]
+    labels = {"method": "POST", "route": "/v1/classify", "status": "429"}
+    assert value("neuronlens_http_requests_total", labels) == statuses[429]
     assert value("neuronlens_queue_texts") == value("neuronlens_queue_tokens") == 0
 
 
