@@ -136,6 +136,7 @@ def main() -> None:
     parser.add_argument("--pairs", type=int, default=20)
     parser.add_argument("--threads", type=int, default=os.cpu_count())
     parser.add_argument("--toggles", type=int, default=200)
+    parser.add_argument("--only", default="", help="measure the claims alone that hold these words")
     parser.add_argument("--compiled", action="store_true", help="also time the engine's pass with compiled blocks")
     parser.add_argument("--compared-texts", type=int, default=2000, help="on which the labels of types are compared")
     parser.add_argument(
@@ -185,6 +186,8 @@ def main() -> None:
             compiled = OwnPass(load_model(str(model), device="cpu", dtype="float32", compiled=True), texts)
             jobs["own pass, compiled"] = compiled
             claims.append((Line("compiled ÷ not compiled, own pass", "-"), "own pass, compiled", "own pass"))
+        claims = [each for each in claims if asked.only in each[0].claim]
+        jobs = {name: job for name, job in jobs.items() if any(name in each[1:] for each in claims)}
         for job in jobs.values():
             job()
         here = {"plain loop", "own pass", "own pass, bfloat16", "own pass, compiled"}
