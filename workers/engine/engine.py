@@ -29,6 +29,7 @@ from workers.engine.requests import Answer, Logits, Request, Text, TextAnswer, f
 from workers.engine.settings import EngineSettings
 from workers.engine.trunk_cache import TrunkCache
 from workers.models.loading import LoadedModel
+from workers.models.prepack import rounded
 from workers.models.steered import SteeredModel, Trunk
 from workers.models.tokens import Encoded, TokenBatch
 
@@ -449,7 +450,9 @@ class Engine:
         self.metrics.batch_tokens.observe(tokens)
         self.metrics.batch_plans.observe(len({text.plan_key for text in batch} - {""}))
         self.metrics.tokens.inc(tokens)
-        self.metrics.padded_tokens.inc(tokens if self._packs else max(text.tokens for text in batch) * len(batch))
+        self.metrics.padded_tokens.inc(
+            rounded(tokens) if self._packs else max(text.tokens for text in batch) * len(batch)
+        )
         self.metrics.masked_neurons.inc(sum(answer.masked_neurons for answer in answers))
 
     @contextmanager

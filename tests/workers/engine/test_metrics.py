@@ -9,6 +9,7 @@ from range_store.erasure import Erasure
 from tests.workers.engine.running import TEXTS, Running
 from workers.engine.metrics import MOST_CONCEPTS, OTHER_CONCEPTS
 from workers.models.errors import TextTooLong
+from workers.models.prepack import STEP
 
 SPORTS, WORLD = Erasure(concept="Sports", top_fraction=1.0), Erasure(concept="World", top_fraction=0.5)
 
@@ -54,11 +55,12 @@ def test_tokens_waits_and_stages_are_counted(start: Callable[..., Running]) -> N
     answer = service.ask(TEXTS, [SPORTS])
     tokens = sum(text.tokens for text in answer.texts)
     assert service.metric("neuronlens_tokens_total") == tokens
-    assert service.metric("neuronlens_padded_tokens_total") == tokens, "texts are packed: there is no padding"
     assert service.metric("neuronlens_batch_texts_sum") == service.metric("neuronlens_queue_wait_seconds_count")
     assert service.metric("neuronlens_batch_tokens_sum") == tokens
     batches = service.metric("neuronlens_batch_texts_count")
     assert batches > 1
+    padded = service.metric("neuronlens_padded_tokens_total")
+    assert tokens <= padded < tokens + batches * STEP + tokens / 16, "texts are packed: there is hardly any padding"
     for stage in ("trunk", "tail", "reply"):
         assert service.metric("neuronlens_stage_seconds_count", stage=stage) == batches
     assert service.metric("neuronlens_stage_seconds_count", stage="tokenize") == 1

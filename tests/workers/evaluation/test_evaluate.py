@@ -31,6 +31,7 @@ from workers.evaluation.settings import EvaluationSettings, grid
 from workers.fitting.corpus import Corpus, CorpusError, load_corpus
 from workers.fitting.fit import fit
 from workers.models.loading import LoadedModel, load_model
+from workers.models.prepack import STEP
 from workers.models.tokens import TokenBatch
 
 Tiny = Callable[[str], LoadedModel]
@@ -372,7 +373,8 @@ def test_many_classes_cost_no_further_pass(tiny: Tiny, learned: Corpus, held_out
         handle.remove()
     assert passes == one
     texts = [text for block in held_out.blocks() for text in block.texts]
-    assert sum(one) == sum(len(text.ids) for text in model.tokens.encode(texts)), "every token once, and no padding"
+    tokens = sum(len(text.ids) for text in model.tokens.encode(texts))
+    assert tokens <= sum(one) < tokens + len(one) * STEP + tokens / 16, "every token once, and hardly any filling"
 
 
 KILLED = """
