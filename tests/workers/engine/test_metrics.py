@@ -1,6 +1,5 @@
 """What the engine counts is what it did."""
 
-import asyncio
 from collections.abc import Callable
 
 import pytest
@@ -8,7 +7,6 @@ import pytest
 from range_store.erasure import Erasure
 from tests.workers.engine.running import TEXTS, Running
 from workers.engine.metrics import MOST_CONCEPTS, OTHER_CONCEPTS
-from workers.models.errors import TextTooLong
 from workers.models.prepack import STEP
 
 SPORTS, WORLD = Erasure(concept="Sports", top_fraction=1.0), Erasure(concept="World", top_fraction=0.5)
@@ -74,22 +72,3 @@ def test_series_are_bounded_whatever_concepts_there_are(start: Callable[..., Run
     samples = [s for s in metrics.masked.collect()[0].samples if s.name.endswith("_total")]
     assert len(samples) == MOST_CONCEPTS + 1
     assert {s.labels["concept"]: s.value for s in samples}[OTHER_CONCEPTS] == 2 * MOST_CONCEPTS
-
-
-def test_a_request_that_cannot_be_tokenized_fails_alone(start: Callable[..., Running]) -> None:
-    """Requests are tokenized together; one with a text that is too long touches no other."""
-    service = start()
-
-    async def together() -> list[object]:
-        async with service.held():
-            asks = [service.engine.classify([text], [], truncate=False) for text in [*TEXTS[:5], "goal " * 500]]
-            return [asyncio.ensure_future(ask) for ask in asks]
-
-    async def ends() -> list[object]:
-        tasks = await together()
-        return await asyncio.gather(*tasks, return_exceptions=True)  # type: ignore[call-overload,no-any-return]
-
-    *good, long = asyncio.run(ends())
-    assert isinstance(long, TextTooLong)
-    assert not any(isinstance(each, Exception) for each in good)
-    assert service.engine._untokenized == 0
