@@ -3,8 +3,8 @@
 Everything in a transformer but attention looks at one token at a time, so a block takes the packed row as it is.
 Attention is registered with transformers under `ATTENTION` and lays queries, keys and values out text by text for its
 own matrix products alone, which are a few percent of the work; on a GPU, in half precision, a kernel for texts of
-varying length takes them as they lie. Outside of `Packing.everywhere` and `Packing.at_reads`
-it is transformers' own `sdpa` attention, to the bit.
+varying length takes them as they lie. Outside of `Packing.everywhere` and `Packing.at_reads` it is transformers' own
+`sdpa` attention, to the bit.
 
 A packed row is filled up to one of a few sizes (`prepack.rounded`) with tokens that nothing looks at.
 
@@ -104,7 +104,8 @@ class Packing:
     def of(cls, ids: Tensor, mask: Tensor, read: Tensor) -> "Packing":
         """That of a right-padded batch: ids, mask [B, T]; read [B]."""
         lengths = mask.sum(dim=1)
-        starts = lengths.cumsum(dim=0) - lengths
+        edges = F.pad(lengths.cumsum(dim=0), (1, 0))
+        starts = edges[:-1]
         column = torch.arange(ids.shape[1], device=ids.device).expand_as(ids)
         grid = starts.unsqueeze(1) + column * mask
         groups = []
@@ -126,8 +127,7 @@ class Packing:
         packed, positions = ids[mask], column[mask]
         filling = rounded(len(packed)) - len(packed)
         packed, positions = (F.pad(each, (0, filling)).unsqueeze(0) for each in (packed, positions))
-        ends = F.pad(lengths.cumsum(dim=0), (1, 0)).to(torch.int32)
-        return cls(packed, positions, starts + read, grid, tuple(groups), ends, ids.shape[1], filling)
+        return cls(packed, positions, starts + read, grid, tuple(groups), edges.to(torch.int32), ids.shape[1], filling)
 
     def to(self, device: torch.device | str) -> "Packing":
         """The same on another device."""

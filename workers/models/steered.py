@@ -172,9 +172,8 @@ class SteeredModel:
         Returns:
             Whether it worked; if not, the log says why, and the blocks stay as they were.
         """
-        freezing: dict[str, Any] = {
-            "freezing": batch.ids.device.type == "cpu"
-        }  # weights laid out once for oneDNN, as `prepack` does
+        # on a CPU, weights are laid out once for oneDNN, as `prepack` does
+        freezing: dict[str, Any] = {"freezing": batch.ids.device.type == "cpu"}
 
         def compiled(block: nn.Module) -> nn.Module:
             return cast(nn.Module, torch.compile(block, dynamic=True, options=freezing))
