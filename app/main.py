@@ -8,7 +8,7 @@ from fastapi_offline import FastAPIOffline
 from prometheus_client import CollectorRegistry
 
 from app import problems
-from app.metrics import LiveMetrics
+from app.metrics import ServiceMetrics
 from app.middleware import BodyLimit, Faults, FullQueue, HostCheck, HttpMetrics, RequestId
 from app.problems import Problem
 from app.routes import classify, erasures, inspection, range_sets, service
@@ -45,7 +45,7 @@ def create_app(settings: Settings, running: Service | None = None) -> FastAPI:
     registry = CollectorRegistry()
     if running is not None:
         registry = running.registry
-        LiveMetrics(running.mirror, registry)
+        ServiceMetrics(running)
     app.state.service = running
     _document(app)
     # the last added is the outermost

@@ -1,36 +1,69 @@
-"""Gauges of the live state, read when Prometheus asks."""
+"""What a process tells Prometheus of itself when asked: readiness, live state, model; and the process's own figures."""
 
+import time
+from collections import Counter
 from collections.abc import Iterator
+from importlib.metadata import version
+from typing import get_args
 
-from prometheus_client import CollectorRegistry
-from prometheus_client.core import GaugeMetricFamily
+from prometheus_client import PlatformCollector, ProcessCollector
+from prometheus_client.core import GaugeMetricFamily, InfoMetricFamily
 from prometheus_client.metrics_core import Metric
 from prometheus_client.registry import Collector
 
-from range_store.mirror import Mirror
+from app.readiness import conditions
+from app.wiring import MOST_CONCEPTS, OTHER_CONCEPTS, Service
+from range_store.live import LiveErasure
+from range_store.mirror import Trouble
 
 
-class LiveMetrics(Collector):
-    """What a mirror knows: generation, age of the snapshot, whether the store answers, how much is erased."""
+class ServiceMetrics(Collector):
+    """Readiness, what the mirror knows, what is erased now, and what is loaded: read afresh for every scrape."""
 
-    def __init__(self, mirror: Mirror, registry: CollectorRegistry) -> None:
-        self._mirror = mirror
-        registry.register(self)
+    def __init__(self, service: Service) -> None:
+        self._service = service
+        service.registry.register(self)
+        ProcessCollector(registry=service.registry)
+        PlatformCollector(registry=service.registry)
 
     def collect(self) -> Iterator[Metric]:
-        snapshot = self._mirror.snapshot
-        live = snapshot.live if snapshot else None
+        yield from self._readiness()
+        yield from self._live_state()
+        yield from self._loaded()
+
+    def _readiness(self) -> Iterator[Metric]:
+        checks = conditions(self._service)
         yield GaugeMetricFamily(
-            "neuronlens_store_up", "Whether the store answered last time.", float(self._mirror.store_up)
+            "neuronlens_ready", "1 while the process takes requests, as /readyz says.", float(all(checks.values()))
         )
+        by_condition = GaugeMetricFamily(
+            "neuronlens_ready_condition", "1 for each condition of readiness that holds.", labels=["condition"]
+        )
+        for condition, holds in checks.items():
+            by_condition.add_metric([condition], float(holds))
+        yield by_condition
+
+    def _live_state(self) -> Iterator[Metric]:
+        mirror = self._service.mirror
+        snapshot, trouble = mirror.snapshot, mirror.trouble
+        live = snapshot.live if snapshot else None
+        erased = live.at(time.time()) if live else ()
+        yield GaugeMetricFamily("neuronlens_store_up", "1 if the store answered last time.", float(mirror.store_up))
         yield GaugeMetricFamily(
             "neuronlens_snapshot_age_seconds",
             "Time since the live state was last known to be the newest.",
-            self._mirror.age(),
+            mirror.age(),
         )
-        yield GaugeMetricFamily(
-            "neuronlens_live_erasures", "Concepts that are erased live.", float(len(live.erasures) if live else 0)
+        problem = GaugeMetricFamily(
+            "neuronlens_live_state_problem",
+            "1 for the reason why the live state is not known to be the newest, if there is one.",
+            labels=["problem"],
         )
+        for kind in get_args(Trouble):
+            problem.add_metric([kind], float(kind == trouble))
+        yield problem
+        yield GaugeMetricFamily("neuronlens_live_erasures", "Concepts that are erased live.", float(len(erased)))
+        yield _by_concept(erased)
         yield GaugeMetricFamily(
             "neuronlens_generation", "Counter of the live state's generation.", float(live.counter if live else 0)
         )
@@ -38,3 +71,41 @@ class LiveMetrics(Collector):
         if live:
             info.add_metric([live.epoch, live.range_set or ""], 1.0)
         yield info
+        created = GaugeMetricFamily(
+            "neuronlens_range_set_created_timestamp_seconds", "When the active range set was fitted, if there is one."
+        )
+        if snapshot and snapshot.range_set:
+            created.add_metric([], snapshot.range_set.provenance.created_at)
+        yield created
+
+    def _loaded(self) -> Iterator[Metric]:
+        model, identity = self._service.model, self._service.model.identity
+        yield InfoMetricFamily("neuronlens_build", "Version of this software.", {"version": version("neuronlens")})
+        yield InfoMetricFamily(
+            "neuronlens_model",
+            "What is served.",
+            {
+                "model": self._service.name,
+                "kind": identity.kind,
+                "family": identity.family,
+                "fingerprint": identity.fingerprint,
+                "dtype": model.dtype,
+                "device": str(model.device),
+            },
+        )
+
+
+def _by_concept(erased: tuple[LiveErasure, ...]) -> Metric:
+    """The first concepts by name have series of their own, all others are counted together."""
+    family = GaugeMetricFamily(
+        "neuronlens_live_erasure",
+        f"1 for each concept that is erased live; beyond {MOST_CONCEPTS} concepts, how many more.",
+        labels=["concept", "method", "enforced"],
+    )
+    series = Counter[tuple[str, str, str]]()
+    for n, each in enumerate(erased):
+        concept = each.concept if n < MOST_CONCEPTS else OTHER_CONCEPTS
+        series[concept, each.erasure.method, str(each.enforced).lower()] += 1
+    for labels, number in series.items():
+        family.add_metric(labels, float(number))
+    return family

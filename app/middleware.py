@@ -8,7 +8,7 @@ import traceback
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
-from prometheus_client import CollectorRegistry, Counter, Histogram
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
 from starlette.datastructures import Headers, MutableHeaders
 from starlette.exceptions import HTTPException
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
@@ -154,7 +154,7 @@ class BodyLimit:
 
 
 class HttpMetrics:
-    """Counts requests by route template, method and status, and times them."""
+    """Counts requests by route template, method and status, times them, and tells how many are under way."""
 
     def __init__(self, app: ASGIApp, registry: CollectorRegistry) -> None:
         self.app = app
@@ -162,7 +162,14 @@ class HttpMetrics:
             "neuronlens_http_requests", "HTTP requests.", ["method", "route", "status"], registry=registry
         )
         self.seconds = Histogram(
-            "neuronlens_http_request_seconds", "Time to answer an HTTP request.", ["route"], registry=registry
+            "neuronlens_http_request_seconds",
+            "Time to answer an HTTP request, by class of its status: a refusal is quick, and says nothing of answers.",
+            ["route", "status_class"],
+            buckets=SECONDS,
+            registry=registry,
+        )
+        self.under_way = Gauge(
+            "neuronlens_http_requests_in_flight", "HTTP requests that are not answered yet.", registry=registry
         )
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -178,13 +185,17 @@ class HttpMetrics:
                 status = message["status"]
             await send(message)
 
+        self.under_way.inc()
         try:
             await self.app(scope, receive, note)
         finally:
+            self.under_way.dec()
             route = getattr(scope.get("route"), "path_format", None) or "unmatched"
             method = scope["method"] if scope["method"] in _METHODS else "other"
             self.requests.labels(method, route, str(status)).inc()
-            self.seconds.labels(route).observe(time.perf_counter() - started)
+            self.seconds.labels(route, f"{status // 100}xx").observe(time.perf_counter() - started)
 
 
 _METHODS = ("GET", "HEAD", "POST", "PUT", "DELETE", "OPTIONS", "PATCH")
+SECONDS = (0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1, 2, 5, 10, 20, 60)
+"""Edges of the times: a latency objective must lie on one of them, or the share that meets it is a guess."""

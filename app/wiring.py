@@ -14,6 +14,7 @@ import redis
 from prometheus_client import CollectorRegistry
 
 from app.jobs import CorpusChoice, ModelChoice, NewModelChoice
+from app.live_changes import LiveChanges
 from app.settings import Settings
 from range_store.embedded import connect
 from range_store.mirror import Mirror
@@ -30,6 +31,7 @@ from workers.engine.errors import (
     QueueFull,
     RequestTooLarge,
 )
+from workers.engine.metrics import MOST_CONCEPTS, OTHER_CONCEPTS
 from workers.engine.requests import Answer, TextAnswer
 from workers.engine.settings import EngineSettings, batch_tokens_for
 from workers.evaluation.evaluate import Evaluation, check_targets
@@ -47,6 +49,8 @@ from workers.training.train import TrainReport, TrainSettings
 from workers.training.train import train as _train
 
 __all__ = [
+    "MOST_CONCEPTS",
+    "OTHER_CONCEPTS",
     "Answer",
     "DeadlineExceeded",
     "Demo",
@@ -103,8 +107,9 @@ def open_service(settings: Settings, model: LoadedModel | None = None) -> Iterat
 def _serving(settings: Settings, model: LoadedModel, client: redis.Redis) -> Iterator[Service]:
     name = settings.name or model.identity.id
     store = RangeStore(client, name)
-    mirror = Mirror(store, model.identity.fingerprint, poll=settings.poll_seconds)
     registry = CollectorRegistry()
+    changes = LiveChanges(registry, MOST_CONCEPTS, OTHER_CONCEPTS)
+    mirror = Mirror(store, model.identity.fingerprint, poll=settings.poll_seconds, on_change=changes)
     limits = EngineSettings(
         max_batch_tokens=settings.max_batch_tokens or batch_tokens_for(model.device),
         max_queue_tokens=settings.max_queue_tokens,

@@ -13,6 +13,7 @@ import time
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass
+from typing import Literal
 
 import redis
 
@@ -30,6 +31,8 @@ LISTEN_SECONDS = 0.2
 SWEEP_SECONDS = 0.5
 """Shortest time between two tries to take expired erasures out of the store."""
 FIRST_BACKOFF, LAST_BACKOFF = 0.05, 1.0
+Trouble = Literal["store_down", "lost", "range_set"]
+"""Why a snapshot is not the newest: Redis does not answer; it has lost the live state; what is active is unusable."""
 ATTEMPTS = 3
 
 
@@ -78,6 +81,8 @@ class Mirror:
         """Whether Redis answered last time."""
         self.problem: str | None = None
         """Why the snapshot is not the newest, or None while it is."""
+        self.trouble: Trouble | None = None
+        """The kind of `problem`."""
 
     def start(self) -> None:
         """Read once, and then keep reading in a thread. Does not fail while Redis is away: see `problem`."""
@@ -151,6 +156,7 @@ class Mirror:
         elif problem is None and self.problem is not None:
             log.info("%s: the live state is current again", self._store.model)
         self.problem = problem
+        self.trouble = None if error is None else _kind(error)
 
     def _tell(self, before: Snapshot | None, fresh: Snapshot) -> None:
         if before is not None and before.live.epoch != fresh.live.epoch:
@@ -226,6 +232,12 @@ class Mirror:
         except ValueError:
             return True  # who knows what it meant: reading costs little
         return not isinstance(hint, dict) or hint.get("model") in (None, self._store.model)
+
+
+def _kind(error: RangeStoreError) -> Trouble:
+    if isinstance(error, LostState):
+        return "lost"
+    return "store_down" if isinstance(error, StoreUnavailable) else "range_set"
 
 
 def _not_lost(held: Snapshot | None, live: LiveState | None) -> LiveState:

@@ -4,6 +4,7 @@ from fastapi import APIRouter, Request, Response
 from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
 
 from app.problems import ApiError, documented
+from app.readiness import conditions
 from app.replies import Alive, ModelOut, ModelsOut, Ready
 from app.routes import QueryChecked, Serving
 from app.settings import LOOPBACK
@@ -24,11 +25,7 @@ async def readyz(service: Serving) -> Ready:
     A store that is away does not make it unready: the last good snapshot goes on answering, and its age is told.
     """
     snapshot = service.mirror.snapshot
-    checks = {
-        "engine": service.engine.ready,
-        "live_state": snapshot is not None,
-        "range_set": snapshot is not None and snapshot.range_set is not None,
-    }
+    checks = conditions(service)
     if snapshot is None or not all(checks.values()):
         failing = ", ".join(name for name, good in checks.items() if not good)
         raise ApiError(503, "not_ready", f"not ready: {failing}", checks=checks)

@@ -92,4 +92,7 @@ def test_every_request_is_counted_under_bounded_labels(app: ASGIApp, status: str
     for label in ("POST", "other"):
         labels = {"method": label, "route": "unmatched", "status": status}
         assert counted("neuronlens_http_requests_total", labels) == 1
-    assert counted("neuronlens_http_request_seconds_count", {"route": "unmatched"}) == 2
+    assert (
+        counted("neuronlens_http_request_seconds_count", {"route": "unmatched", "status_class": f"{status[0]}xx"}) == 2
+    )
+    assert counted("neuronlens_http_requests_in_flight") == 0

@@ -108,7 +108,7 @@ def test_metrics_are_prometheus_and_hold_no_text(news: Running) -> None:
     assert texts["request"] == 1
     routes = {sample.labels.get("route") for sample in families["neuronlens_http_requests"].samples}
     assert routes >= {"/v1/classify", "unmatched"}
-    assert all(name.startswith("neuronlens_") for name in families)
+    assert all(name.startswith(("neuronlens_", "process_", "python_info")) for name in families)
 
 
 def test_models_say_what_is_loaded(news: Running) -> None:

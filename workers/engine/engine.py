@@ -63,7 +63,7 @@ class Engine:
     ) -> None:
         self.model = model
         self.settings = settings
-        self.metrics = EngineMetrics(registry)
+        self.metrics = EngineMetrics(registry, settings)
         self._planner = Planner(mirror, model.device, settings.plan_cache)
         self._queue: BatchQueue[Text] = BatchQueue(settings)
         self._changed = threading.Condition()

@@ -4,6 +4,8 @@ from collections.abc import Mapping
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
 
+from workers.engine.settings import EngineSettings
+
 SECONDS = (0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1, 2, 5, 10)
 STAGES = ("tokenize", "trunk", "tail", "reply")
 GIVEN_UP = ("tokenizing", "queued", "running")
@@ -12,9 +14,9 @@ OTHER_CONCEPTS = "(other)"
 
 
 class EngineMetrics:
-    """The engine's metrics, registered in `registry`."""
+    """The engine's metrics, registered in `registry`; the limits of `settings` are among them."""
 
-    def __init__(self, registry: CollectorRegistry) -> None:
+    def __init__(self, registry: CollectorRegistry, settings: EngineSettings) -> None:
         self.queue_texts = Gauge("neuronlens_queue_texts", "Texts waiting for a batch.", registry=registry)
         self.queue_tokens = Gauge(
             "neuronlens_queue_tokens",
@@ -100,6 +102,12 @@ class EngineMetrics:
             "neuronlens_trunk_cache_misses", "Texts whose trunk was not kept, if any are.", registry=registry
         )
         self.trunk_cache_bytes = Gauge("neuronlens_trunk_cache_bytes", "Bytes of kept trunks.", registry=registry)
+        for name, help_text, limit in (
+            ("neuronlens_queue_texts_limit", "Texts that may wait.", settings.max_queue_texts),
+            ("neuronlens_queue_tokens_limit", "Tokens that may wait.", settings.max_queue_tokens),
+            ("neuronlens_batch_tokens_limit", "Tokens of one batch at most.", settings.max_batch_tokens),
+        ):
+            Gauge(name, help_text, registry=registry).set(limit)
         self._concepts: set[str] = set()
         for source in ("live", "request", "none"):
             self.texts.labels(source)

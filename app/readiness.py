@@ -1,0 +1,16 @@
+"""What makes a service ready: one list for `/readyz` and for the metrics."""
+
+from app.wiring import Service
+
+
+def conditions(service: Service) -> dict[str, bool]:
+    """Each condition of readiness, and whether it holds now. Ready is who meets them all.
+
+    A store that is away is none of them: the last good snapshot goes on answering, and its age is told.
+    """
+    snapshot = service.mirror.snapshot
+    return {
+        "engine": service.engine.ready,
+        "live_state": snapshot is not None,
+        "range_set": snapshot is not None and snapshot.range_set is not None,
+    }
