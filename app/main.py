@@ -13,6 +13,7 @@ from app.middleware import BodyLimit, Faults, FullQueue, HostCheck, HttpMetrics,
 from app.problems import Problem
 from app.routes import classify, erasures, inspection, range_sets, service
 from app.settings import LOOPBACK, Settings
+from app.store_calls import StoreCalls
 from app.wiring import Service
 
 DESCRIPTION = """Classify text with a transformer while erasing chosen concepts from its activations, live.
@@ -47,6 +48,7 @@ def create_app(settings: Settings, running: Service | None = None) -> FastAPI:
         registry = running.registry
         ServiceMetrics(running)
     app.state.service = running
+    app.state.store_calls = StoreCalls()
     _document(app)
     # the last added is the outermost
     app.add_middleware(Faults)

@@ -1,6 +1,7 @@
 """`/v1/erasures`: what is erased when a request names nothing. Every change is one generation."""
 
 import time
+from collections.abc import Callable
 from typing import Annotated, Any
 
 from fastapi import APIRouter, Depends, Header, Query, Response
@@ -9,9 +10,11 @@ from app.problems import documented
 from app.replies import ErasureOut, LiveListOut, LiveOut
 from app.requests import LiveListIn, Reason, SwitchOnIn
 from app.routes import QueryChecked, Serving, check_model_name, snapshot_of
+from app.store_calls import StoreCalling, StoreCalls
 from app.wiring import Service
-from range_store.errors import StaleGeneration
+from range_store.errors import StaleGeneration, StoreUnavailable
 from range_store.live import LiveState
+from range_store.store import RangeStore
 
 router = APIRouter(tags=["erasures"])
 IfMatch = Annotated[str | None, Header(description="Change only if the live state is at this generation.")]
@@ -22,68 +25,105 @@ BY = "http"
 """Who the audit says did it, while there are no keys to tell callers apart."""
 
 
-async def required_generation(service: Serving, if_match: IfMatch = None) -> str | None:
-    """The generation that the caller insists on; None for any.
+async def named_generations(if_match: IfMatch = None) -> tuple[str, ...]:
+    """The generations that the caller insists on; none for any."""
+    if if_match is None or if_match.strip() == "*":
+        return ()
+    return tuple(tag.strip().removeprefix("W/").strip('"') for tag in if_match.split(","))
+
+
+Required = Annotated[tuple[str, ...], Depends(named_generations)]
+
+
+def one_of(store: RangeStore, named: tuple[str, ...]) -> str | None:
+    """The generation that a change is to be guarded by; None for any.
 
     Raises:
-        StaleGeneration: `If-Match` names none that is current.
+        StaleGeneration: none of those named is current.
     """
-    if if_match is None or if_match.strip() == "*":
-        return None
-    named = [tag.strip().removeprefix("W/").strip('"') for tag in if_match.split(",")]
-    if len(named) == 1:
-        return named[0]
-    current = service.store.live().generation
+    if len(named) <= 1:
+        return named[0] if named else None
+    current = store.live().generation
     if current not in named:
         raise StaleGeneration(" or ".join(named), current)
     return current
 
 
-Required = Annotated[str | None, Depends(required_generation)]
-
-
 @router.get("/v1/erasures", dependencies=[QueryChecked], responses=documented(404) | WITH_ETAG)
-def list_erasures(service: Serving, response: Response) -> LiveListOut:
+async def list_erasures(service: Serving, response: Response) -> LiveListOut:
     """What is erased now, as this process applies it. The ETag is the generation."""
     return listing(service, snapshot_of(service).live, response)
 
 
 @router.put("/v1/erasures", dependencies=[QueryChecked], responses=CHANGES)
-def replace_erasures(service: Serving, body: LiveListIn, required: Required, response: Response) -> LiveListOut:
+async def replace_erasures(
+    service: Serving, calls: StoreCalling, body: LiveListIn, required: Required, response: Response
+) -> LiveListOut:
     """Replace all live erasures in one generation."""
     check_model_name(service, body.model)
     now = time.time()
     wanted = [each.live(each.concept, now, BY) for each in body.erasures]
-    return applied(service, service.store.set_erasures(wanted, required, BY, body.reason), response)
+
+    def change(store: RangeStore) -> LiveState:
+        return store.set_erasures(wanted, one_of(store, required), BY, body.reason)
+
+    return await applied(service, calls, change, response)
 
 
 @router.put("/v1/erasures/{concept:whole}", dependencies=[QueryChecked], responses=CHANGES)
-def switch_on(
-    service: Serving, concept: str, required: Required, response: Response, body: SwitchOnIn | None = None
+async def switch_on(
+    service: Serving,
+    calls: StoreCalling,
+    concept: str,
+    required: Required,
+    response: Response,
+    body: SwitchOnIn | None = None,
 ) -> LiveListOut:
     """Erase a concept from every request that names nothing, or change how."""
     body = body or SwitchOnIn()
     check_model_name(service, body.model)
     wanted = body.live(concept, time.time(), BY)
-    return applied(service, service.store.set_erasure(wanted, required), response)
+    return await applied(service, calls, lambda store: store.set_erasure(wanted, one_of(store, required)), response)
 
 
 @router.delete("/v1/erasures/{concept:whole}", dependencies=[QueryChecked], responses=CHANGES)
-def switch_off(
+async def switch_off(
     service: Serving,
+    calls: StoreCalling,
     concept: str,
     required: Required,
     response: Response,
     reason: Annotated[Reason | None, Query()] = None,
 ) -> LiveListOut:
     """Erase a concept no more. Where it is off already, nothing changes."""
-    return applied(service, service.store.remove_erasure(concept, required, BY, reason), response)
+
+    def change(store: RangeStore) -> LiveState:
+        return store.remove_erasure(concept, one_of(store, required), BY, reason)
+
+    return await applied(service, calls, change, response)
 
 
-def applied(service: Service, state: LiveState, response: Response) -> LiveListOut:
-    """The reply to a change: this process's next admitted request sees it."""
-    service.mirror.refresh()
-    return listing(service, state, response)
+async def applied(
+    service: Service, calls: StoreCalls, change: Callable[[RangeStore], LiveState], response: Response
+) -> LiveListOut:
+    """Make a change and reply to it: this process's next admitted request sees it.
+
+    Raises:
+        StoreUnavailable: it was not made, or it was, as the error then says, and cannot be read back yet.
+    """
+
+    def work() -> LiveState:
+        state = change(service.store)
+        try:
+            service.mirror.refresh()
+        except StoreUnavailable as error:
+            raise StoreUnavailable(
+                f"the change is made, as generation {state.generation}, but this process cannot read it back yet, "
+                f"and will follow: {error}"
+            ) from error
+        return state
+
+    return listing(service, await calls(work), response)
 
 
 def listing(service: Service, state: LiveState, response: Response) -> LiveListOut:

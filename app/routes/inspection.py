@@ -4,6 +4,7 @@ import base64
 import binascii
 import math
 import time
+from collections.abc import Sequence
 from typing import Annotated
 
 from fastapi import APIRouter, Path, Query
@@ -20,8 +21,10 @@ from app.replies import (
     RangesOut,
 )
 from app.routes import QueryChecked, Serving, active_range_set, snapshot_of
+from app.store_calls import StoreCalling
 from range_store.erasure import Ranking
 from range_store.inspection import NeuronStatistics, block_index, neuron_statistics, overlap_of_tops, ranked_ranges
+from range_store.range_set import InspectLayer
 
 router = APIRouter(tags=["inspection"], dependencies=[QueryChecked])
 
@@ -93,8 +96,9 @@ def list_ranges(
 
 
 @router.get("/v1/neurons/{layer}/{neuron}", responses=documented(404))
-def show_neuron(
+async def show_neuron(
     service: Serving,
+    calls: StoreCalling,
     layer: Annotated[int, Path(description="Block, from 0; negative ones from the end.")],
     neuron: int,
     tau: Tau = 2.5,
@@ -103,8 +107,12 @@ def show_neuron(
     range_set = active_range_set(service)
     block = block_index(range_set, layer)
     range_set.layer(block)
-    inspect = service.store.read_inspect(range_set.id, block)
-    found = neuron_statistics(range_set, inspect, block, neuron, tau)
+
+    def read() -> tuple[InspectLayer, Sequence[NeuronStatistics]]:
+        inspect = service.store.read_inspect(range_set.id, block)
+        return inspect, neuron_statistics(range_set, inspect, block, neuron, tau)
+
+    inspect, found = await calls(read)
     return NeuronOut(
         model=service.name,
         range_set=range_set.id,
