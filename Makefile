@@ -9,7 +9,7 @@ ARGS ?=
 help:
 	@echo "make demo         train, fit, measure and serve the demo (ARGS=\"--port 8123\" passes arguments on)"
 	@echo "make test         the tests that need no system package"
-	@echo "make test-system  the tests that need redis-server"
+	@echo "make test-system  the tests that need redis-server and prometheus"
 	@echo "make check        ruff, strict types, import contracts"
 	@echo "make bench        ratios of cost and speed, side by side (ARGS=\"--data texts.jsonl --pairs 20\")"
 	@echo "make bench-rivals this server beside infinity-emb, LitServe and a pipeline (the same ARGS)"
