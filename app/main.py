@@ -36,7 +36,7 @@ def create_app(settings: Settings, running: Service | None = None) -> FastAPI:
             {"name": "service", "description": "Probes, metrics, models."},
         ],
         redoc_url=None,
-        responses={"default": {"model": Problem}},  # puts its schema in; `document_default` says the media type
+        responses=problems.documented(*problems.ANY) | {500: {"model": Problem}},  # puts its schema in
         generate_unique_id_function=lambda route: route.name,
         redirect_slashes=False,
     )
@@ -68,7 +68,7 @@ def _document(app: FastAPI) -> None:
 
     def openapi() -> dict[str, Any]:
         if app.openapi_schema is None:
-            problems.document_default(make())
+            problems.finish(make())
         return make()
 
     app.openapi = openapi  # type: ignore[method-assign]

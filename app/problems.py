@@ -14,6 +14,7 @@ from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse
 from pydantic import BaseModel, Field
 from starlette.exceptions import HTTPException
+from starlette.routing import Match
 
 from app.shapes import without_tags
 from app.wiring import DeadlineExceeded, Draining, EmptyText, EngineFailed, QueueFull, RequestTooLarge, TextTooLong
@@ -125,6 +126,8 @@ def problem_response(
         **members,
     )
     sent = dict(headers or {})
+    if status == 503:
+        sent["Retry-After"] = "1"
     if request_id:
         sent["X-Request-ID"] = request_id
     return _ProblemResponse(problem.model_dump(exclude_none=True), status, headers=sent)
@@ -139,25 +142,47 @@ def install(app: FastAPI) -> None:
     app.add_exception_handler(HTTPException, _http_error)
 
 
+ANY = (413, 421, 500)
+"""Statuses that every operation may answer with: a body too large, a foreign `Host`, a fault."""
+QUERY = (404, 422)
+"""Those of an operation whose query is checked: another model, an unknown or invalid parameter."""
+BODY = (400, 415)
+"""Those of an operation that reads a body: no JSON, or not declared as such."""
+
+
 def documented(*codes: int) -> dict[int | str, dict[str, Any]]:
-    """The `responses` of a route: which statuses it may answer with, each a problem."""
-    return {code: _documented(code) for code in sorted({*codes, 400, 413, 415, 422, 500, 503})}
+    """The `responses` of an operation: which statuses it may answer with, each a problem.
+
+    There is no `default`: it would make every status a documented one.
+    """
+    return {code: _documented(code) for code in sorted(codes)}
 
 
-def document_default(openapi: dict[str, Any]) -> None:
-    """Say of every operation that whatever else it answers is a problem too."""
+def finish(openapi: dict[str, Any]) -> None:
+    """Say of every error that it is a problem, and of every reply that it carries the request's id."""
+    about = {"description": "The request's own, or a new one.", "required": True, "schema": {"type": "string"}}
+    openapi["components"]["headers"] = {"RequestId": about}
     for operations in openapi["paths"].values():
         for operation in operations.values():
-            operation["responses"]["default"] = {"description": "Any other error", "content": _CONTENT}
+            for status, response in operation["responses"].items():
+                if int(status) >= 400:
+                    response["content"] = _CONTENT
+                said = {"X-Request-ID": {"$ref": "#/components/headers/RequestId"}}
+                response["headers"] = response.get("headers", {}) | said
+
+
+def header(name: str, description: str, kind: str = "string") -> dict[str, Any]:
+    """A header that a reply always has, as the document says it."""
+    return {name: {"description": description, "required": True, "schema": {"type": kind}}}
 
 
 _CONTENT = {MEDIA_TYPE: {"schema": {"$ref": "#/components/schemas/Problem"}}}
-_RETRY = {"Retry-After": {"description": "Seconds to wait before trying again.", "schema": {"type": "integer"}}}
+_RETRY = header("Retry-After", "Seconds to wait before trying again.", "integer")
+_HEADERS = {412: header("ETag", "The current generation, quoted."), 429: _RETRY, 503: _RETRY}
 
 
 def _documented(status: int) -> dict[str, Any]:
-    response: dict[str, Any] = {"description": HTTPStatus(status).phrase, "content": _CONTENT}
-    return response | ({"headers": _RETRY} if status in (429, 503) else {})
+    return {"description": HTTPStatus(status).phrase} | ({"headers": _HEADERS[status]} if status in _HEADERS else {})
 
 
 def _request_id(request: Request) -> str | None:
@@ -183,8 +208,6 @@ def domain_problem(error: Exception, request_id: str | None) -> JSONResponse:
             headers["ETag"] = f'"{error.current}"'
         case QueueFull():
             headers["Retry-After"] = str(max(1, round(error.retry_after)))
-    if status == 503:
-        headers["Retry-After"] = "1"
     if status == 500:
         logger.error("request %s failed: %s: %s", request_id, type(error).__name__, error)
     return problem_response(status, code, str(error), request_id, headers, **members)
@@ -215,7 +238,7 @@ async def _invalid(request: Request, error: Exception) -> JSONResponse:
 async def _http_error(request: Request, error: Exception) -> JSONResponse:
     assert isinstance(error, HTTPException)
     code = _HTTP_CODES.get(error.status_code, "error")
-    detail = str(error.detail)
+    detail, headers = str(error.detail), error.headers
     match error.status_code:
         case 400:
             detail = "the body cannot be read as JSON"  # it nests too deeply, or is no text at all
@@ -223,4 +246,15 @@ async def _http_error(request: Request, error: Exception) -> JSONResponse:
             detail = "no such path; see /docs"
         case 405:
             detail = f"this path does not take {request.method}; see /docs"
-    return problem_response(error.status_code, code, detail, _request_id(request), error.headers)
+            headers = {"Allow": ", ".join(_methods(request))}
+    return problem_response(error.status_code, code, detail, _request_id(request), headers)
+
+
+def _methods(request: Request) -> list[str]:
+    """What the path of a request takes; each of its methods is a route of its own, and knows nothing of the others."""
+    scope = {"type": "http", "path": request.scope["path"], "root_path": request.scope["root_path"], "headers": []}
+    return [
+        method
+        for method in ("GET", "HEAD", "POST", "PUT", "DELETE")
+        if any(route.matches(scope | {"method": method})[0] is Match.FULL for route in request.app.routes)
+    ]

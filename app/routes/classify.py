@@ -8,7 +8,7 @@ import numpy as np
 import numpy.typing as npt
 from fastapi import APIRouter, Header, Request, Response
 
-from app.problems import ApiError, documented
+from app.problems import BODY, QUERY, ApiError, documented
 from app.replies import Baseline, ClassifyOut, ErasureOut, ErasurePlan, Result, Score, Usage
 from app.requests import ClassifyIn
 from app.routes import QueryChecked, Serving, check_model_name
@@ -24,7 +24,10 @@ CLIENT_GONE = 499
 
 
 @router.post(
-    "/v1/classify", dependencies=[QueryChecked], response_model=ClassifyOut, responses=documented(404, 409, 429, 504)
+    "/v1/classify",
+    dependencies=[QueryChecked],
+    response_model=ClassifyOut,
+    responses=documented(*QUERY, *BODY, 429, 503, 504),
 )
 async def classify(
     request: Request, body: ClassifyIn, service: Serving, x_request_timeout: Timeout = None

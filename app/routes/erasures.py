@@ -6,7 +6,7 @@ from typing import Annotated, Any
 
 from fastapi import APIRouter, Depends, Header, Query, Response
 
-from app.problems import documented
+from app.problems import BODY, QUERY, documented, header
 from app.replies import ErasureOut, LiveListOut, LiveOut
 from app.requests import LiveListIn, Reason, SwitchOnIn
 from app.routes import QueryChecked, Serving, check_model_name, snapshot_of
@@ -18,9 +18,8 @@ from range_store.store import RangeStore
 
 router = APIRouter(tags=["erasures"])
 IfMatch = Annotated[str | None, Header(description="Change only if the live state is at this generation.")]
-_ETAG = {"description": "The generation, quoted.", "schema": {"type": "string"}}
-WITH_ETAG: dict[int | str, dict[str, Any]] = {200: {"headers": {"ETag": _ETAG}}}
-CHANGES = documented(404, 409, 412) | WITH_ETAG
+WITH_ETAG: dict[int | str, dict[str, Any]] = {200: {"headers": header("ETag", "The generation, quoted.")}}
+CHANGES = documented(*QUERY, 409, 412, 503) | WITH_ETAG
 BY = "http"
 """Who the audit says did it, while there are no keys to tell callers apart."""
 
@@ -49,13 +48,13 @@ def one_of(store: RangeStore, named: tuple[str, ...]) -> str | None:
     return current
 
 
-@router.get("/v1/erasures", dependencies=[QueryChecked], responses=documented(404) | WITH_ETAG)
+@router.get("/v1/erasures", dependencies=[QueryChecked], responses=documented(*QUERY, 503) | WITH_ETAG)
 async def list_erasures(service: Serving, response: Response) -> LiveListOut:
     """What is erased now, as this process applies it. The ETag is the generation."""
     return listing(service, snapshot_of(service).live, response)
 
 
-@router.put("/v1/erasures", dependencies=[QueryChecked], responses=CHANGES)
+@router.put("/v1/erasures", dependencies=[QueryChecked], responses=CHANGES | documented(*BODY))
 async def replace_erasures(
     service: Serving, calls: StoreCalling, body: LiveListIn, required: Required, response: Response
 ) -> LiveListOut:
@@ -70,7 +69,7 @@ async def replace_erasures(
     return await applied(service, calls, change, response)
 
 
-@router.put("/v1/erasures/{concept:whole}", dependencies=[QueryChecked], responses=CHANGES)
+@router.put("/v1/erasures/{concept:whole}", dependencies=[QueryChecked], responses=CHANGES | documented(*BODY))
 async def switch_on(
     service: Serving,
     calls: StoreCalling,

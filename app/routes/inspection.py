@@ -9,7 +9,7 @@ from typing import Annotated
 
 from fastapi import APIRouter, Path, Query
 
-from app.problems import ApiError, documented
+from app.problems import QUERY, ApiError, documented
 from app.replies import (
     ConceptOut,
     ConceptsOut,
@@ -32,7 +32,7 @@ Layer = Annotated[int, Query(description="Block, from 0; negative ones from the 
 Tau = Annotated[float, Query(ge=0, allow_inf_nan=False, description="Half-width in standard deviations.")]
 
 
-@router.get("/v1/concepts", responses=documented(404))
+@router.get("/v1/concepts", responses=documented(*QUERY, 503))
 def list_concepts(service: Serving) -> ConceptsOut:
     """Concepts of the active range set, and whether each is erased now."""
     range_set, live = active_range_set(service), snapshot_of(service).live
@@ -54,7 +54,7 @@ def list_concepts(service: Serving) -> ConceptsOut:
     )
 
 
-@router.get("/v1/concepts/{concept:whole}/ranges", responses=documented(404))
+@router.get("/v1/concepts/{concept:whole}/ranges", responses=documented(*QUERY, 503))
 def list_ranges(
     service: Serving,
     concept: str,
@@ -95,7 +95,7 @@ def list_ranges(
     )
 
 
-@router.get("/v1/neurons/{layer}/{neuron}", responses=documented(404))
+@router.get("/v1/neurons/{layer}/{neuron}", responses=documented(*QUERY, 503))
 async def show_neuron(
     service: Serving,
     calls: StoreCalling,
@@ -124,7 +124,7 @@ async def show_neuron(
     )
 
 
-@router.get("/v1/overlap", responses=documented(404))
+@router.get("/v1/overlap", responses=documented(*QUERY, 503))
 def show_overlap(
     service: Serving,
     layer: Layer = -1,

@@ -1,8 +1,9 @@
 """`/v1/range-sets`: what was fitted, and which of it is active."""
 
 from fastapi import APIRouter, Response
+from starlette.convertors import StringConvertor, register_url_convertor
 
-from app.problems import documented
+from app.problems import BODY, QUERY, documented
 from app.replies import LiveListOut, RangeSetOut, RangeSetsOut
 from app.requests import ActivateIn
 from app.routes import QueryChecked, Serving, check_model_name
@@ -17,7 +18,16 @@ from range_store.store import RangeStore
 router = APIRouter(tags=["range sets"])
 
 
-@router.get("/v1/range-sets", dependencies=[QueryChecked], responses=documented(404))
+class _Named(StringConvertor):
+    """A path segment other than `active`, which is no id of a range set but a path of its own."""
+
+    regex = "(?!active$)[^/]+"
+
+
+register_url_convertor("named", _Named())
+
+
+@router.get("/v1/range-sets", dependencies=[QueryChecked], responses=documented(*QUERY, 503))
 async def list_range_sets(service: Serving, calls: StoreCalling) -> RangeSetsOut:
     """Every published range set of the model, newest first."""
     published = await calls(service.store.list)
@@ -25,7 +35,7 @@ async def list_range_sets(service: Serving, calls: StoreCalling) -> RangeSetsOut
     return RangeSetsOut(model=service.name, active=active, range_sets=[_out(each) for each in published])
 
 
-@router.get("/v1/range-sets/{range_set}", dependencies=[QueryChecked], responses=documented(404))
+@router.get("/v1/range-sets/{range_set:named}", dependencies=[QueryChecked], responses=documented(*QUERY, 503))
 async def show_range_set(service: Serving, calls: StoreCalling, range_set: str) -> RangeSetOut:
     """Where a range set comes from: model, corpus, settings, versions."""
     for each in await calls(service.store.list):
@@ -34,7 +44,7 @@ async def show_range_set(service: Serving, calls: StoreCalling, range_set: str) 
     raise UnknownRangeSet(range_set)
 
 
-@router.put("/v1/range-sets/active", dependencies=[QueryChecked], responses=CHANGES)
+@router.put("/v1/range-sets/active", dependencies=[QueryChecked], responses=CHANGES | documented(*BODY))
 async def activate(
     service: Serving, calls: StoreCalling, body: ActivateIn, required: Required, response: Response
 ) -> LiveListOut:

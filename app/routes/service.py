@@ -3,7 +3,7 @@
 from fastapi import APIRouter, Request, Response
 from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
 
-from app.problems import ApiError, documented
+from app.problems import QUERY, ApiError, documented
 from app.readiness import conditions
 from app.replies import Alive, ModelOut, ModelsOut, Ready
 from app.routes import QueryChecked, Serving
@@ -18,7 +18,7 @@ async def livez() -> Alive:
     return Alive()
 
 
-@router.get("/readyz", responses={503: documented()[503]})
+@router.get("/readyz", responses=documented(503))
 async def readyz(service: Serving) -> Ready:
     """The model is warm, a range set is loaded, and the service is not shutting down.
 
@@ -39,7 +39,7 @@ async def metrics(service: Serving) -> Response:
     return Response(generate_latest(service.registry), media_type=CONTENT_TYPE_LATEST)
 
 
-@router.get("/v1/models", dependencies=[QueryChecked], responses=documented(404))
+@router.get("/v1/models", dependencies=[QueryChecked], responses=documented(*QUERY))
 async def list_models(service: Serving, request: Request) -> ModelsOut:
     """What is loaded."""
     model, identity = service.model, service.model.identity

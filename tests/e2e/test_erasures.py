@@ -122,6 +122,8 @@ def test_if_match_guards_a_change(news: Running, problem: Problem) -> None:
     problem(news.http.delete("/v1/erasures/World", headers={"If-Match": f"{old}, {old}"}), 412, "stale_generation")
     assert news.http.delete("/v1/erasures/World", headers={"If-Match": f"{old}, {new}"}).status_code == 200
     assert news.http.put("/v1/erasures/World", headers={"If-Match": "*"}).status_code == 200
+    wrong = {"erasures": [{"concept": "World", "tau": -1}]}
+    problem(news.http.put("/v1/erasures", json=wrong, headers={"If-Match": f"{old}, {old}"}), 422, "invalid")
 
 
 def test_an_erasure_expires(news: Running) -> None:

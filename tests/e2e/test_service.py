@@ -173,6 +173,24 @@ def test_pages_and_neurons_that_do_not_exist(news: Running, problem: Problem) ->
     problem(get("/v1/classify"), 405, "method_not_allowed")
 
 
+def test_a_refused_method_is_told_all_that_the_path_takes(news: Running) -> None:
+    for path, allowed in {
+        "/v1/erasures": "GET, PUT",
+        "/v1/erasures/Sci/Tech": "PUT, DELETE",
+        "/v1/range-sets/active": "PUT",
+        "/v1/range-sets/0123": "GET",
+        "/v1/classify": "POST",
+    }.items():
+        refused = news.http.patch(path)
+        assert (refused.status_code, refused.headers["allow"]) == (405, allowed), path
+    assert news.http.get("/v1/range-sets/active").status_code == 405, "active is a path of its own, not an id"
+
+
+def test_a_server_that_is_not_ready_says_when_to_ask_again(serve: Callable[..., Running]) -> None:
+    unready = serve().http.get("/readyz")
+    assert (unready.status_code, unready.headers["retry-after"]) == (503, "1")
+
+
 def test_a_neuron_shows_every_concept(news: Running, fitted: Fitted) -> None:
     shown = news.http.get("/v1/neurons/-1/7").json()
     assert (shown["layer"], shown["neuron"], len(shown["edges"])) == (2, 7, 65)
@@ -259,12 +277,14 @@ def test_every_route_documents_its_errors_as_problems() -> None:
     api = json.loads(document())
     for path, methods in api["paths"].items():
         for method, operation in methods.items():
-            assert "default" in operation["responses"]
+            assert {"413", "421", "500"} <= operation["responses"].keys()
+            assert "default" not in operation["responses"], "it would make every status a documented one"
             for status, response in operation["responses"].items():
-                if status == "default" or int(status) >= 400:
+                assert "X-Request-ID" in response["headers"]
+                if int(status) >= 400:
                     assert list(response["content"]) == ["application/problem+json"], (path, method, status)
-                if status in ("429", "503") and path != "/readyz":
-                    assert "Retry-After" in response["headers"]
+                if status in ("429", "503"):
+                    assert response["headers"]["Retry-After"]["required"]
 
 
 def test_what_the_server_answers_is_what_openapi_says(news: Running) -> None:
