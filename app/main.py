@@ -8,12 +8,14 @@ from fastapi_offline import FastAPIOffline
 from prometheus_client import CollectorRegistry
 
 from app import problems
+from app.access_log import AccessLog
 from app.metrics import ServiceMetrics
 from app.middleware import BodyLimit, Faults, FullQueue, HostCheck, HttpMetrics, RequestId
 from app.problems import Problem
 from app.routes import classify, erasures, inspection, range_sets, service
 from app.settings import LOOPBACK, Settings
 from app.store_calls import StoreCalls
+from app.tracing import Traces
 from app.wiring import Service
 
 DESCRIPTION = """Classify text with a transformer while erasing chosen concepts from its activations, live.
@@ -39,6 +41,8 @@ def create_app(settings: Settings, running: Service | None = None) -> FastAPI:
         responses=problems.documented(*problems.ANY) | {500: {"model": Problem}},  # puts its schema in
         generate_unique_id_function=lambda route: route.name,
         redirect_slashes=False,
+        # it would record paths, queries and what errors say; `app.tracing` has the spans instead
+        telemetry={"tracing": False, "metrics": False, "logs": False, "auto_configure": False},
     )
     problems.install(app)
     for module in (service, classify, erasures, range_sets, inspection):
@@ -58,8 +62,15 @@ def create_app(settings: Settings, running: Service | None = None) -> FastAPI:
     if settings.loopback:
         app.add_middleware(HostCheck, hosts=LOOPBACK)
     app.add_middleware(HttpMetrics, registry=registry)
+    app.add_middleware(AccessLog, every=settings.access_log, generation=lambda: _generation(running))
+    app.add_middleware(Traces)
     app.add_middleware(RequestId)
     return app
+
+
+def _generation(running: Service | None) -> str | None:
+    snapshot = running.mirror.snapshot if running is not None else None
+    return snapshot.live.generation if snapshot is not None else None
 
 
 def _document(app: FastAPI) -> None:

@@ -4,7 +4,6 @@ import logging
 import random
 import re
 import time
-import traceback
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
@@ -13,6 +12,7 @@ from starlette.datastructures import Headers, MutableHeaders
 from starlette.exceptions import HTTPException
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from app.logs import described
 from app.problems import domain_problem, problem_response
 from app.wiring import QueueFull
 
@@ -67,8 +67,9 @@ class Faults:
             await self.app(scope, receive, note)
         except Exception as error:
             request_id = scope.get("state", {}).get("request_id")
-            frames = "".join(traceback.format_tb(error.__traceback__))
-            logger.error("request %s failed: %s\n%s", request_id, type(error).__name__, frames)
+            logger.error(
+                "request %s failed: %s", request_id, type(error).__name__, extra={"exception": described(error)}
+            )
             if started:  # half a reply is out: only breaking the connection can still tell the client
                 raise ConnectionAbortedError("a reply failed half-way") from None
             detail = "this is a fault of the service; its log says more under the request id"
@@ -190,12 +191,21 @@ class HttpMetrics:
             await self.app(scope, receive, note)
         finally:
             self.under_way.dec()
-            route = getattr(scope.get("route"), "path_format", None) or "unmatched"
-            method = scope["method"] if scope["method"] in _METHODS else "other"
-            self.requests.labels(method, route, str(status)).inc()
+            route = route_of(scope)
+            self.requests.labels(method_of(scope), route, str(status)).inc()
             self.seconds.labels(route, f"{status // 100}xx").observe(time.perf_counter() - started)
 
 
 _METHODS = ("GET", "HEAD", "POST", "PUT", "DELETE", "OPTIONS", "PATCH")
 SECONDS = (0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1, 2, 5, 10, 20, 60)
 """Edges of the times: a latency objective must lie on one of them, or the share that meets it is a guess."""
+
+
+def route_of(scope: Scope) -> str:
+    """The template of the route that a request has reached; `unmatched` if none."""
+    return getattr(scope.get("route"), "path_format", None) or "unmatched"
+
+
+def method_of(scope: Scope) -> str:
+    """The request's method, if it is a known one; else `other`."""
+    return scope["method"] if scope["method"] in _METHODS else "other"

@@ -80,6 +80,10 @@ class Settings(BaseSettings):
     log_level: Literal["debug", "info", "warning", "error"] = Field(
         "info", description="what is logged; `debug`: every request"
     )
+    log_format: Literal["auto", "json", "text"] = Field(
+        "auto", description="form of the log on stderr; `auto`: `text` on a terminal, elsewhere `json`"
+    )
+    access_log: bool = Field(False, description="log every request at `info`, by the template of its path")
 
     @property
     def redis_dir(self) -> Path:

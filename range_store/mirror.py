@@ -117,8 +117,8 @@ class Mirror:
             except RangeStoreError as error:
                 self._note(error)
                 raise
-            self._note(None)
             before, self.snapshot = self.snapshot, fresh
+            self._note(None)
             if before is None or before.live != fresh.live:
                 self._tell(before, fresh)
             return fresh
@@ -152,9 +152,9 @@ class Mirror:
                 if self.snapshot
                 else "nothing is known yet"
             )
-            log.error("%s: %s; %s", self._store.model, problem, kept)
+            log.error("%s: %s; %s", self._store.model, problem, kept, extra=self._where())
         elif problem is None and self.problem is not None:
-            log.info("%s: the live state is current again", self._store.model)
+            log.info("%s: the live state is current again", self._store.model, extra=self._where())
         self.problem = problem
         self.trouble = None if error is None else _kind(error)
 
@@ -167,12 +167,18 @@ class Mirror:
                 before.live.generation,
                 fresh.live.generation,
                 ", ".join(sorted(dropped)) or "nothing",
+                extra=self._where(),
             )
         if self._on_change is not None:
             try:
                 self._on_change(fresh)
             except Exception:
-                log.exception("%s: on_change failed", self._store.model)
+                log.exception("%s: on_change failed", self._store.model, extra=self._where())
+
+    def _where(self) -> dict[str, str]:
+        """Fields of a log line: the model, and the generation that is held."""
+        held = self.snapshot
+        return {"model": self._store.model} | ({"generation": held.live.generation} if held else {})
 
     def _run(self) -> None:
         backoff = FIRST_BACKOFF
@@ -181,11 +187,12 @@ class Mirror:
             try:
                 self._listen()
             except (redis.RedisError, OSError) as error:
-                log.info("%s: no messages from Redis (%s); reading without them", self._store.model, explain(error))
+                said = "%s: no messages from Redis (%s); reading without them"
+                log.info(said, self._store.model, explain(error), extra=self._where())
                 with suppress(RangeStoreError):  # it says itself what is wrong
                     self.refresh()
             except Exception:
-                log.exception("%s: the mirror stumbled, and goes on", self._store.model)
+                log.exception("%s: the mirror stumbled, and goes on", self._store.model, extra=self._where())
             if time.monotonic() - listening_since > LAST_BACKOFF:
                 backoff = FIRST_BACKOFF
             self._stopping.wait(backoff)

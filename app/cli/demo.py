@@ -8,8 +8,8 @@ import typer
 
 from app.cli import options
 from app.cli.console import print_json, progress, say, table
-from app.cli.listening import bind, check_host, configure_logs
-from app.cli.serve import Host, Insecure, LogLevel, Port, serve_until_told
+from app.cli.listening import bind, check_host, observed
+from app.cli.serve import AccessLog, Host, Insecure, LogFormat, LogLevel, Port, serve_until_told
 from app.cli.stores import settings_with
 
 if TYPE_CHECKING:
@@ -38,18 +38,22 @@ def demo(
     rebuild: Annotated[bool, typer.Option("--rebuild", help="Train and fit anew, whatever is cached.")] = False,
     serve: Annotated[bool, typer.Option("--serve/--no-serve", help="Serve it when it is ready.")] = True,
     log_level: LogLevel = None,
+    log_format: LogFormat = None,
+    access_log: AccessLog = None,
     as_json: options.AsJson = False,
 ) -> None:
     """Train a small classifier, fit its ranges, show what erasing does, and serve it.
 
     Needs nothing from outside, and keeps what it made: the second start is quick.
     """
-    settings = settings_with(host=host, port=port, insecure=insecure, log_level=log_level)
+    settings = settings_with(
+        host=host, port=port, insecure=insecure, log_level=log_level, log_format=log_format, access_log=access_log
+    )
     # a private Redis of its own, whatever store the environment names
     settings = settings.model_copy(update={"redis_url": None, "data_dir": cache_dir or settings.data_dir / "demo"})
     check_host(settings)
-    configure_logs(settings)
     with ExitStack() as stack:
+        stack.enter_context(observed(settings))
         bound = stack.enter_context(bind(settings)) if serve else None
         with progress("") as report:
             report("loading", 0, 0)

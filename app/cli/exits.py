@@ -27,6 +27,7 @@ EXIT_CODES: Final = {
     "range_store.errors.InvalidRangeSet": FAILED,
     "range_store.errors.StoreUnavailable": UNREACHABLE,
     "range_store.errors.RangeStoreError": CONFLICT,
+    "app.tracing.TracesUnavailable": USAGE,
     "workers.models.errors.ModelError": USAGE,
     "workers.fitting.corpus.CorpusError": USAGE,
     "workers.fitting.fit.FitCancelled": INTERRUPTED,

@@ -4,17 +4,20 @@ import errno
 import logging
 import signal
 import socket
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
 import uvicorn
 
-from app.cli.exits import FAILED, USAGE, CommandError
+from app.cli.exits import FAILED, USAGE, CommandError, exit_code_of
 
 if TYPE_CHECKING:
     from fastapi import FastAPI
 
     from app.settings import Settings
+
+logger = logging.getLogger(__name__)
 
 
 def check_host(settings: "Settings") -> None:
@@ -58,15 +61,23 @@ def address_of(bound: socket.socket) -> str:
     return f"http://[{host}]:{port}" if bound.family == socket.AF_INET6 else f"http://{host}:{port}"
 
 
-def configure_logs(settings: "Settings") -> None:
-    """Logs on stderr. Except at debug, not every request is a line: /metrics counts them."""
-    logging.basicConfig(
-        level=settings.log_level.upper(), format="%(asctime)s %(levelname)-7s %(name)s: %(message)s", force=True
-    )
-    if settings.log_level != "debug":
-        for noisy in ("uvicorn", "httpx", "httpcore", "filelock"):
-            logging.getLogger(noisy).setLevel(logging.WARNING)
-        logging.getLogger("huggingface_hub").setLevel(logging.ERROR)
+@contextmanager
+def observed(settings: "Settings") -> Iterator[None]:
+    """Logs on stderr in the settings' format, and traces exported if they are asked for, until it is left.
+
+    Raises:
+        CommandError: an error that is none of those a user can meet; it is in the log.
+    """
+    from app import logs, tracing
+
+    with logs.configured(settings), tracing.exported():
+        try:
+            yield
+        except Exception as error:
+            if exit_code_of(error) is not None:
+                raise
+            logger.critical("the program failed: %s", type(error).__name__, exc_info=error)
+            raise CommandError(f"a fault of the program ({type(error).__name__}); its log says where") from None
 
 
 def listen(
@@ -91,7 +102,7 @@ def listen(
     config = uvicorn.Config(
         app,
         log_config=None,
-        access_log=settings.log_level == "debug",
+        access_log=False,  # app.access_log has the lines, without what callers put into paths
         timeout_graceful_shutdown=settings.drain_seconds,
         server_header=False,
     )

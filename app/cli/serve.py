@@ -10,7 +10,7 @@ import typer
 from app.cli import options
 from app.cli.console import hint, progress, say
 from app.cli.exits import USAGE, CommandError
-from app.cli.listening import address_of, bind, check_host, configure_logs, listen
+from app.cli.listening import address_of, bind, check_host, listen, observed
 from app.cli.stores import settings_with
 
 if TYPE_CHECKING:
@@ -30,6 +30,16 @@ Insecure = Annotated[
 LogLevel = Annotated[
     Literal["debug", "info", "warning", "error"] | None,
     typer.Option("--log-level", help="Default: NEURONLENS_LOG_LEVEL, else info. debug logs every request."),
+]
+LogFormat = Annotated[
+    Literal["auto", "json", "text"] | None,
+    typer.Option("--log-format", help="Default: NEURONLENS_LOG_FORMAT, else auto: text on a terminal, elsewhere json."),
+]
+AccessLog = Annotated[
+    bool | None,
+    typer.Option(
+        "--access-log", help="Log every request, by the template of its path. Default: NEURONLENS_ACCESS_LOG."
+    ),
 ]
 
 
@@ -84,6 +94,8 @@ def serve(
     redis_url: options.RedisUrl = None,
     data_dir: options.DataDir = None,
     log_level: LogLevel = None,
+    log_format: LogFormat = None,
+    access_log: AccessLog = None,
 ) -> None:
     """Serve a classifier over HTTP, with concepts erased live or per request.
 
@@ -109,12 +121,14 @@ def serve(
         redis_url=redis_url,
         data_dir=data_dir,
         log_level=log_level,
+        log_format=log_format,
+        access_log=access_log,
     )
     if settings.model is None:
         raise CommandError("which model? pass --model, or set NEURONLENS_MODEL", USAGE)
     check_host(settings)
-    configure_logs(settings)
     with ExitStack() as stack:
+        stack.enter_context(observed(settings))
         bound = stack.enter_context(bind(settings))
         with progress("rows") as report:
             report("loading the model", 0, 0)

@@ -7,13 +7,16 @@ from typing import Annotated, Any
 import numpy as np
 import numpy.typing as npt
 from fastapi import APIRouter, Header, Request, Response
+from opentelemetry.trace import Span
 
+from app.logs import note
 from app.problems import BODY, QUERY, ApiError, documented
 from app.replies import Baseline, ClassifyOut, ErasureOut, ErasurePlan, Result, Score, Usage
 from app.requests import ClassifyIn
 from app.routes import QueryChecked, Serving, check_model_name
 from app.scores import Activation, scores_of
 from app.settings import Settings
+from app.tracing import step, step_done
 from app.wiring import Answer
 
 router = APIRouter(tags=["classify"])
@@ -37,18 +40,23 @@ async def classify(
     texts = [body.inputs] if isinstance(body.inputs, str) else body.inputs
     _check_size(texts, service.settings)
     longest = service.settings.request_timeout
-    answer = await _unless_gone(
-        request,
-        service.engine.classify(
-            texts,
-            body.erasures(),
-            compare=body.compare,
-            truncate=body.truncate,
-            timeout=min(x_request_timeout or longest, longest),
-        ),
-    )
-    if answer is None:
-        return Response(status_code=CLIENT_GONE)
+    note(texts=len(texts))
+    with step("classify") as span:
+        span.set_attributes({"neuronlens.texts": len(texts), "neuronlens.compare": body.compare})
+        answer = await _unless_gone(
+            request,
+            service.engine.classify(
+                texts,
+                body.erasures(),
+                compare=body.compare,
+                truncate=body.truncate,
+                timeout=min(x_request_timeout or longest, longest),
+            ),
+        )
+        if answer is None:
+            return Response(status_code=CLIENT_GONE)
+        _trace(span, answer)
+    note(generation=answer.generation)
     activation: Activation = body.activation if body.activation != "auto" else _activation(service.model.problem_type)
     return ClassifyOut(
         model=service.name,
@@ -56,6 +64,20 @@ async def classify(
         erasure=_plan(answer, service.model.identity.n_layers),
         usage=Usage(tokens=sum(text.tokens for text in answer.texts)),
     )
+
+
+def _trace(span: Span, answer: Answer) -> None:
+    """Numbers and identifiers of an answer; the names of concepts come from callers, and are left out."""
+    told = {
+        "neuronlens.tokens": sum(text.tokens for text in answer.texts),
+        "neuronlens.erasures": len(answer.erasures),
+        "neuronlens.source": answer.source,
+        "neuronlens.generation": answer.generation,
+        "neuronlens.range_set": answer.range_set,
+    }
+    span.set_attributes({name: value for name, value in told.items() if value is not None})
+    step_done("queue", answer.queued_seconds + answer.running_seconds, answer.queued_seconds)
+    step_done("model", answer.running_seconds, answer.running_seconds)
 
 
 def _check_size(texts: Sequence[str], settings: Settings) -> None:

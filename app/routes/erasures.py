@@ -6,6 +6,7 @@ from typing import Annotated, Any
 
 from fastapi import APIRouter, Depends, Header, Query, Response
 
+from app.logs import note
 from app.problems import BODY, QUERY, documented, header
 from app.replies import ErasureOut, LiveListOut, LiveOut
 from app.requests import LiveListIn, Reason, SwitchOnIn
@@ -113,6 +114,7 @@ async def applied(
 
     def work() -> LiveState:
         state = change(service.store)
+        note(generation=state.generation)
         try:
             service.mirror.refresh()
         except StoreUnavailable as error:

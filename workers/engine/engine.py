@@ -168,6 +168,7 @@ class Engine:
                 request.abandoned = True
                 self._stale = self._stale or request.missing > 0
         admission = request.admission
+        began = time.monotonic() if request.began is None else request.began
         answers = tuple(answer for answer in request.answers if answer is not None)
         self.metrics.texts.labels(admission.source).inc(len(answers))
         return Answer(
@@ -177,6 +178,8 @@ class Engine:
             admission.enforced,
             admission.range_set,
             admission.generation,
+            began - request.received,
+            time.monotonic() - began,
         )
 
     async def _admit(
@@ -369,6 +372,8 @@ class Engine:
         started = time.monotonic()
         for text in batch:
             text.request.stage = "running"
+            if text.request.began is None:
+                text.request.began = started
             self.metrics.queue_wait.observe(started - text.admitted)
         try:
             answers = self._forward(batch)
@@ -380,8 +385,10 @@ class Engine:
                 self._answer(batch[:middle])
                 self._answer(batch[middle:])
                 return
-            logger.error("a text of %d tokens failed: %s", batch[0].tokens, type(error).__name__, exc_info=error)
-            fail([(batch[0].request, EngineFailed("the model failed on this text"))])
+            failed = batch[0].request
+            said = "a text of %d tokens failed: %s"
+            failed.context.run(logger.error, said, batch[0].tokens, type(error).__name__, exc_info=error)
+            fail([(failed, EngineFailed("the model failed on this text"))])
             self._warm_up()  # a text that fails is one thing; a device that fails on any text ends the engine
             return
         done = time.monotonic()

@@ -1,6 +1,7 @@
 """Requests on their way through the engine, and their answers: one future a request, one wake-up a batch."""
 
 import asyncio
+import contextvars
 import logging
 import time
 from collections import defaultdict
@@ -38,6 +39,7 @@ class Answer:
     """A request's answers in its order, and the plan that it was admitted with.
 
     `erasures` have their layers resolved to block indices; `enforced` names the concepts that an operator enforces.
+    It was queued until its first text's batch began, and running from then on.
     """
 
     texts: tuple[TextAnswer, ...]
@@ -46,13 +48,16 @@ class Answer:
     enforced: frozenset[str]
     range_set: str | None
     generation: str | None
+    queued_seconds: float = 0.0
+    running_seconds: float = 0.0
 
 
 @dataclass(eq=False)
 class Request:
     """Texts that were admitted with a plan, and the answers that are there already.
 
-    `done` is completed on `loop` when all are, or with the first error. `stage`: how far it has come.
+    `done` is completed on `loop` when all are, or with the first error. `stage`: how far it has come. `context`: of the
+    caller, for what other threads log about it. `began`: when its first text's batch did, by the monotonic clock.
     """
 
     loop: asyncio.AbstractEventLoop
@@ -66,6 +71,8 @@ class Request:
     abandoned: bool = False
     stage: Stage = "tokenizing"
     received: float = field(default_factory=time.monotonic)
+    began: float | None = None
+    context: contextvars.Context = field(default_factory=contextvars.copy_context)
 
 
 @dataclass(eq=False)
