@@ -4,11 +4,13 @@ from importlib.metadata import version
 from typing import Any
 
 from fastapi import FastAPI
+from fastapi.middleware.cors import CORSMiddleware
 from fastapi_offline import FastAPIOffline
 from prometheus_client import CollectorRegistry
 
-from app import problems
+from app import auth, problems
 from app.access_log import AccessLog
+from app.auth import Authentication
 from app.metrics import ServiceMetrics
 from app.middleware import BodyLimit, Faults, FullQueue, HostCheck, HttpMetrics, RequestId
 from app.problems import Problem
@@ -56,11 +58,27 @@ def create_app(settings: Settings, running: Service | None = None) -> FastAPI:
     _document(app)
     # the last added is the outermost
     app.add_middleware(Faults)
-    app.add_middleware(BodyLimit, limit=settings.max_body_bytes)
+    app.add_middleware(BodyLimit, limit=settings.max_body_bytes, seconds=settings.body_timeout)
     if running is not None:
         app.add_middleware(FullQueue, path="/v1/classify", refusal=running.engine.refusal)
-    if settings.loopback:
-        app.add_middleware(HostCheck, hosts=LOOPBACK)
+        app.add_middleware(Authentication, keyring=running.keyring, rate_limit=settings.rate_limit, registry=registry)
+    if settings.cors_origins:
+        app.add_middleware(
+            CORSMiddleware,
+            allow_origins=settings.cors_origins,
+            allow_methods=["GET", "POST", "PUT", "DELETE"],
+            allow_headers=[
+                "Authorization",
+                "Content-Type",
+                "If-Match",
+                "X-API-Key",
+                "X-Request-ID",
+                "X-Request-Timeout",
+            ],
+            expose_headers=["ETag", "Retry-After", "X-Request-ID"],
+        )
+    if settings.loopback and running is not None:
+        app.add_middleware(HostCheck, hosts=LOOPBACK, off=lambda: running.keyring.in_force)
     app.add_middleware(HttpMetrics, registry=registry)
     app.add_middleware(AccessLog, every=settings.access_log, generation=lambda: _generation(running))
     app.add_middleware(Traces)
@@ -79,6 +97,7 @@ def _document(app: FastAPI) -> None:
 
     def openapi() -> dict[str, Any]:
         if app.openapi_schema is None:
+            auth.document_keys(make())
             problems.finish(make())
         return make()
 

@@ -1,7 +1,7 @@
 """Small pure-ASGI layers around the application: one class, one job."""
 
+import asyncio
 import logging
-import random
 import re
 import time
 from collections.abc import Callable, Iterable
@@ -13,7 +13,7 @@ from starlette.exceptions import HTTPException
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from app.logs import described
-from app.problems import domain_problem, problem_response
+from app.problems import domain_problem, new_request_id, problem_response
 from app.wiring import QueueFull
 
 logger = logging.getLogger(__name__)
@@ -32,7 +32,7 @@ class RequestId:
             await self.app(scope, receive, send)
             return
         given = Headers(scope=scope).get("x-request-id", "")
-        request_id = given if _SANE_ID.fullmatch(given) else f"{random.getrandbits(128):032x}"
+        request_id = given if _SANE_ID.fullmatch(given) else new_request_id()
         scope.setdefault("state", {})["request_id"] = request_id
 
         async def echo(message: Message) -> None:
@@ -80,15 +80,16 @@ class HostCheck:
     """Refuses requests whose `Host` is not one of `hosts`.
 
     A page in a browser can make its own name resolve to 127.0.0.1 and so reach a server that trusts whoever is on the
-    machine (DNS rebinding); but it cannot change the Host header.
+    machine (DNS rebinding); but it cannot change the Host header. `off`: asked each time whether any host will do.
     """
 
-    def __init__(self, app: ASGIApp, hosts: Iterable[str]) -> None:
+    def __init__(self, app: ASGIApp, hosts: Iterable[str], off: Callable[[], bool] = lambda: False) -> None:
         self.app = app
         self.hosts = frozenset(hosts)
+        self.off = off
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if scope["type"] == "http":
+        if scope["type"] == "http" and not self.off():
             host = Headers(scope=scope).get("host", "")
             name = host.partition("]")[0].lstrip("[") if host.startswith("[") else host.partition(":")[0]
             if name.lower() not in self.hosts:
@@ -125,11 +126,12 @@ class FullQueue:
 
 
 class BodyLimit:
-    """Refuses bodies above `limit` bytes, whether their length is announced or not."""
+    """Refuses bodies above `limit` bytes, announced or not, and those that take longer than `seconds` to arrive."""
 
-    def __init__(self, app: ASGIApp, limit: int) -> None:
+    def __init__(self, app: ASGIApp, limit: int, seconds: float) -> None:
         self.app = app
         self.limit = limit
+        self.seconds = seconds
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
@@ -141,11 +143,20 @@ class BodyLimit:
             request_id = scope.get("state", {}).get("request_id")
             await problem_response(413, "body_too_large", detail, request_id)(scope, receive, send)
             return
-        received = 0
+        received, more = 0, True
+        deadline = asyncio.get_running_loop().time() + self.seconds
 
         async def count() -> Message:
-            nonlocal received
-            message = await receive()
+            nonlocal received, more
+            if not more:  # what comes after the body, a disconnect, may take its time
+                return await receive()
+            try:
+                async with asyncio.timeout_at(deadline):
+                    message = await receive()
+            except TimeoutError:
+                late = f"the body took longer than {self.seconds:g} s to arrive"
+                raise HTTPException(408, late, {"Connection": "close"}) from None
+            more = message.get("more_body", False)
             received += len(message.get("body", b""))
             if received > self.limit:
                 raise HTTPException(413, detail)

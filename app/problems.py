@@ -5,6 +5,7 @@ No problem ever repeats a text that a user sent.
 
 import json
 import logging
+import random
 from collections.abc import Mapping
 from http import HTTPStatus
 from typing import Any
@@ -95,7 +96,13 @@ CODES: Mapping[type[Exception], tuple[int, str]] = {
 }
 """Status and code of every error that the domain and the engine raise."""
 
-_HTTP_CODES = {400: "malformed", 404: "not_found", 405: "method_not_allowed", 413: "body_too_large"}
+_HTTP_CODES = {
+    400: "malformed",
+    404: "not_found",
+    405: "method_not_allowed",
+    408: "request_timeout",
+    413: "body_too_large",
+}
 
 
 class _ProblemResponse(JSONResponse):
@@ -133,6 +140,11 @@ def problem_response(
     return _ProblemResponse(problem.model_dump(exclude_none=True), status, headers=sent)
 
 
+def new_request_id() -> str:
+    """An id for a request that brought none."""
+    return f"{random.getrandbits(128):032x}"
+
+
 def install(app: FastAPI) -> None:
     """Make every error of `app` a problem."""
     for kind in CODES:
@@ -142,8 +154,8 @@ def install(app: FastAPI) -> None:
     app.add_exception_handler(HTTPException, _http_error)
 
 
-ANY = (413, 421, 500)
-"""Statuses that every operation may answer with: a body too large, a foreign `Host`, a fault."""
+ANY = (408, 413, 421, 431, 500)
+"""Statuses that every operation may answer with: a head or body too slow or too large, a foreign `Host`, a fault."""
 QUERY = (404, 422)
 """Those of an operation whose query is checked: another model, an unknown or invalid parameter."""
 BODY = (400, 415)

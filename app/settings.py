@@ -1,11 +1,13 @@
 """Configuration: the one place where it enters, from `NEURONLENS_…` variables or from the command line's options."""
 
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 from platformdirs import user_data_path
-from pydantic import Field
+from pydantic import Field, SecretStr, field_validator
 from pydantic_settings import BaseSettings, SettingsConfigDict
+
+from app.rates import rate
 
 LOOPBACK = ("127.0.0.1", "localhost", "::1")
 
@@ -22,15 +24,38 @@ class Settings(BaseSettings):
 
     model_config = SettingsConfigDict(env_prefix="NEURONLENS_", extra="ignore", frozen=True)
 
-    redis_url: str | None = Field(None, description="the store; unset: a private Redis in the data directory")
+    redis_url: str | None = Field(
+        None,
+        repr=False,  # it may hold a password
+        description="the store: `redis://`, `rediss://` (TLS), `unix://`; unset: a private Redis in the data directory",
+    )
+    redis_username: str | None = Field(None, description="ACL user of the store, if its URL names none")
+    redis_password: SecretStr | None = Field(None, description="password of the store, if its URL holds none")
+    redis_ca_file: Path | None = Field(
+        None, description="certificates that a `rediss://` store is checked against; unset: those of the system"
+    )
     data_dir: Path = Field(
         default_factory=_data_dir,
         description="where the private Redis, fits under way and the demo are kept; unset: the user's data directory",
     )
     url: str | None = Field(None, description="a running server that `neuronlens ranges` and `erase` talk to")
+    api_key: SecretStr | None = Field(None, description="key with which `ranges`, `erase` and `audit` call that server")
     host: str = Field("127.0.0.1", description="address to listen at")
     port: Annotated[int, Field(ge=0, le=65535)] = Field(8000, description="port to listen at; 0 takes any free one")
     insecure: bool = Field(False, description="allow a host that other machines can reach, though there are no keys")
+    require_keys: bool = Field(
+        False, description="refuse every call while no API keys are known, whether or not there ever were any"
+    )
+    rate_limit: str | None = Field(
+        None, description="calls of one key, like `600/minute`, unless the key has a limit of its own; unset: no limit"
+    )
+    cors_origins: tuple[str, ...] = Field(
+        (), description="origins whose pages a browser lets call the server, as a JSON list; empty: none"
+    )
+    metrics_port: Annotated[int, Field(ge=0, le=65535)] | None = Field(
+        None, description="port of its own for `/metrics`, which is then on no other"
+    )
+    metrics_host: str | None = Field(None, description="address for that port; unset: the host")
     model: str | None = Field(None, description="checkpoint to serve: a directory, or a name on the hub")
     revision: str | None = Field(None, description="revision of a checkpoint on the hub")
     name: str | None = Field(None, description="what to call the model; unset: the checkpoint's own name")
@@ -53,6 +78,11 @@ class Settings(BaseSettings):
     compile: bool = Field(
         False, description="compile the model's blocks with `torch.compile`; takes half a minute or more at the start"
     )
+    max_header_bytes: Annotated[int, Field(ge=1024)] = Field(
+        32768, description="largest head of a request: its first line and all headers"
+    )
+    header_timeout: Annotated[float, Field(gt=0)] = Field(10.0, description="seconds that the head may take to arrive")
+    body_timeout: Annotated[float, Field(gt=0)] = Field(30.0, description="seconds that the body may take to arrive")
     max_body_bytes: Annotated[int, Field(ge=1024)] = Field(8388608, description="largest body of a request")
     max_texts: Annotated[int, Field(ge=1)] = Field(1024, description="most texts of a request")
     max_characters: Annotated[int, Field(ge=1)] = Field(100000, description="most characters of a text")
@@ -85,10 +115,28 @@ class Settings(BaseSettings):
     )
     access_log: bool = Field(False, description="log every request at `info`, by the template of its path")
 
+    @field_validator("rate_limit")
+    @classmethod
+    def _readable_rate(cls, value: str | None) -> str | None:
+        if value is not None:
+            rate(value)
+        return value
+
     @property
     def redis_dir(self) -> Path:
         """Where the private Redis keeps its data."""
         return self.data_dir / "redis"
+
+    @property
+    def redis(self) -> dict[str, Any]:
+        """How to reach the store: the arguments of `range_store.embedded.connect`."""
+        return {
+            "url": self.redis_url,
+            "directory": self.redis_dir,
+            "username": self.redis_username,
+            "password": self.redis_password.get_secret_value() if self.redis_password else None,
+            "ca_file": self.redis_ca_file,
+        }
 
     @property
     def loopback(self) -> bool:
@@ -100,6 +148,6 @@ def table() -> str:
     """The settings as rows of a Markdown table: variable, default, meaning."""
     rows = []
     for name, field in Settings.model_fields.items():
-        default = "" if field.default_factory or field.default is None else f"`{field.default}`"
+        default = "" if field.default_factory or field.default in (None, ()) else f"`{field.default}`"
         rows.append(f"| `NEURONLENS_{name.upper()}` | {default} | {field.description} |")
     return "\n".join(rows)

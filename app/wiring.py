@@ -14,8 +14,10 @@ import redis
 from prometheus_client import CollectorRegistry
 
 from app.jobs import CorpusChoice, ModelChoice, NewModelChoice
+from app.keyring import Keyring, memory_of
 from app.live_changes import LiveChanges
 from app.settings import Settings
+from range_store.api_keys import KeyStore
 from range_store.embedded import connect
 from range_store.mirror import Mirror
 from range_store.range_set import check_model
@@ -75,12 +77,13 @@ Report = Callable[[str, int, int], None]
 
 @dataclass(frozen=True, eq=False)
 class Service:
-    """One process's parts: store, mirror of the live state, engine. Made by `open_service`."""
+    """One process's parts: store, mirror of the live state, keys, engine. Made by `open_service`."""
 
     settings: Settings
     model: LoadedModel
     store: RangeStore
     mirror: Mirror
+    keyring: Keyring
     engine: Engine
     registry: CollectorRegistry
     name: str
@@ -99,7 +102,7 @@ def open_service(settings: Settings, model: LoadedModel | None = None) -> Iterat
     """
     assert model is not None or settings.model is not None
     loaded = model or _load_aside(ModelChoice.of(settings))
-    with connect(settings.redis_url, settings.redis_dir) as client, _serving(settings, loaded, client) as service:
+    with connect(**settings.redis) as client, _serving(settings, loaded, client) as service:
         yield service
 
 
@@ -107,9 +110,13 @@ def open_service(settings: Settings, model: LoadedModel | None = None) -> Iterat
 def _serving(settings: Settings, model: LoadedModel, client: redis.Redis) -> Iterator[Service]:
     name = settings.name or model.identity.id
     store = RangeStore(client, name)
+    keyring = Keyring(KeyStore(client), required=settings.require_keys, memory=_key_memory(settings, client))
+    keyring.refresh()
     registry = CollectorRegistry()
     changes = LiveChanges(registry, MOST_CONCEPTS, OTHER_CONCEPTS)
-    mirror = Mirror(store, model.identity.fingerprint, poll=settings.poll_seconds, on_change=changes)
+    mirror = Mirror(
+        store, model.identity.fingerprint, poll=settings.poll_seconds, on_change=changes, also=keyring.refresh
+    )
     limits = EngineSettings(
         max_batch_tokens=settings.max_batch_tokens or batch_tokens_for(model.device),
         max_queue_tokens=settings.max_queue_tokens,
@@ -122,10 +129,16 @@ def _serving(settings: Settings, model: LoadedModel, client: redis.Redis) -> Ite
     mirror.start()
     try:
         engine.start()
-        yield Service(settings, model, store, mirror, engine, registry, name)
+        yield Service(settings, model, store, mirror, keyring, engine, registry, name)
     finally:
         engine.close()
         mirror.close()
+
+
+def _key_memory(settings: Settings, client: redis.Redis) -> Path:
+    where = client.connection_pool.connection_kwargs
+    store = f"{where.get('host')}:{where.get('port')}/{where.get('db')}" if settings.redis_url else "private"
+    return memory_of(settings.data_dir, str(where["path"]) if settings.redis_url and "path" in where else store)
 
 
 @contextmanager
@@ -136,7 +149,7 @@ def open_demo(settings: Settings, report: Report, *, rebuild: bool = False) -> I
         DemoError: its base model is missing or not the known one.
         StoreUnavailable: the private Redis cannot be started.
     """
-    with connect(settings.redis_url, settings.redis_dir) as client:
+    with connect(**settings.redis) as client:
         demo = prepare(settings.data_dir, RangeStore(client, DEMO_NAME), report, rebuild=rebuild)
         named = settings.model_copy(update={"name": DEMO_NAME})
         with _serving(named, demo.model, client) as service:

@@ -11,6 +11,7 @@
 | `keys`, `scripts`, `failures` | names of the keys; the atomic steps, in Lua; what Redis's errors mean |
 | `published`, `store` | range sets in Redis; `RangeStore`, which adds the live erasures and their audit |
 | `live` | the live state: which erasures apply to requests that name none |
+| `api_keys` | who may call a server: keys with scopes, of which only a hash is stored |
 | `mirror` | what a worker holds of all this, kept current, and answering when Redis is away |
 | `errors` | everything that can go wrong, as a tree |
 """

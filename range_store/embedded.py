@@ -22,19 +22,40 @@ CONNECT_TIMEOUT = 2.0
 HEALTH_CHECK_INTERVAL = 15
 
 
-def connect(url: str | None, directory: Path) -> redis.Redis:
+def connect(
+    url: str | None,
+    directory: Path,
+    *,
+    username: str | None = None,
+    password: str | None = None,
+    ca_file: Path | None = None,
+) -> redis.Redis:
     """A client of the Redis at `url` (redis://, rediss:// or unix://), or, without one, of the one in `directory`.
 
     A URL is not tried before its first use, so that a service can start while Redis is away. Close the client when
-    done; it is a context manager.
+    done; it is a context manager. A user, password or `ssl_ca_certs` in the URL counts more than these.
+
+    Args:
+        ca_file: certificates (PEM) that a rediss:// server's is checked against; None: the system's.
 
     Raises:
         StoreUnavailable: no such URL, or the embedded Redis cannot be started.
     """
     if not url:
         return EmbeddedRedis.open(directory)
+    given: dict[str, Any] = {"username": username, "password": password}
+    if url.startswith("rediss://"):
+        if ca_file is not None and not ca_file.is_file():
+            raise StoreUnavailable(f"NEURONLENS_REDIS_CA_FILE: {ca_file} is no file")
+        given["ssl_ca_certs"] = str(ca_file) if ca_file else None
     try:
-        return redis.Redis.from_url(url, client_name="neuronlens", protocol=2, **_patience())
+        return redis.Redis.from_url(
+            url,
+            client_name="neuronlens",
+            protocol=2,
+            **{name: value for name, value in given.items() if value is not None},
+            **_patience(),
+        )
     except (ValueError, redis.RedisError):  # not quoted: the URL may hold a password
         raise StoreUnavailable(
             "NEURONLENS_REDIS_URL is no Redis URL: it must be like redis://host:6379/0, rediss://… or unix:///path"

@@ -14,6 +14,8 @@ Every error carries one sentence that says what to do. `app.problems` maps each 
     ├── StaleGeneration         the live state has moved on since the caller read it             412
     ├── InvalidRangeSet         corrupt, truncated or foreign bytes                              500 / exit 1
     ├── NoRangeSet              nothing is active yet                                            503
+    ├── InvalidKey              an API key that cannot be made, or an unreadable list of them    exit 2
+    ├── UnknownKey              no such API key                                                  exit 4
     └── StoreUnavailable        Redis cannot be reached, or refuses to write                     503
 """
 
@@ -85,6 +87,17 @@ class InvalidRangeSet(RangeStoreError):
 
 class NoRangeSet(RangeStoreError):
     """No range set is active: fit one with `neuronlens fit … --activate`."""
+
+
+class InvalidKey(RangeStoreError):
+    """An API key cannot be made as asked, or the stored keys are unreadable."""
+
+
+class UnknownKey(RangeStoreError):
+    """No API key of that name is in use."""
+
+    def __init__(self, name: str) -> None:
+        super().__init__(f"no key {name!r}; see `neuronlens keys list`")
 
 
 class StoreUnavailable(RangeStoreError):

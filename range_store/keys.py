@@ -5,6 +5,8 @@ from dataclasses import dataclass
 PREFIX = "neuronlens:"
 CHANGES = f"{PREFIX}changes"
 """Pub/sub channel of hints: something of the model named in the message has changed."""
+API_KEYS = f"{PREFIX}keys"
+"""The API keys of all servers on this Redis, as JSON."""
 RANGE_SET = f"{PREFIX}rangeset:"
 """Before the id of a range set, in the keys of its parts."""
 

@@ -58,6 +58,7 @@ class Mirror:
         fingerprint: of the model in use; a range set of another model is refused.
         poll: seconds between reads where no message comes.
         on_change: told of every snapshot whose generation differs from the one before, in order. It must be quick.
+        also: called whenever the store is to be read, to read something else of it then. It must not raise.
     """
 
     def __init__(
@@ -66,11 +67,13 @@ class Mirror:
         fingerprint: str,
         poll: float = 2.0,
         on_change: Callable[[Snapshot], None] | None = None,
+        also: Callable[[], None] | None = None,
     ) -> None:
         self._store = store
         self._fingerprint = fingerprint
         self._poll = poll
         self._on_change = on_change
+        self._also = also
         self._reading = threading.RLock()
         self._stopping = threading.Event()
         self._thread: threading.Thread | None = None
@@ -117,6 +120,9 @@ class Mirror:
             except RangeStoreError as error:
                 self._note(error)
                 raise
+            finally:
+                if self._also is not None:
+                    self._also()
             before, self.snapshot = self.snapshot, fresh
             self._note(None)
             if before is None or before.live != fresh.live:

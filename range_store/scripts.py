@@ -94,3 +94,13 @@ for i = 7, #ARGV do redis.call('XADD', KEYS[2], 'MAXLEN', '~', ARGV[6], '*', 'ch
 redis.call('PUBLISH', ARGV[4], ARGV[5])
 return 'done'
 """
+
+CHANGE_DOCUMENT = """
+-- KEYS: a document. ARGV: it as it was read ('' if absent), as it is to be, channel, hint.
+local current = redis.call('GET', KEYS[1]) or ''
+if current == ARGV[2] then return 'done' end
+if current ~= ARGV[1] then return 'conflict' end
+redis.call('SET', KEYS[1], ARGV[2])
+redis.call('PUBLISH', ARGV[3], ARGV[4])
+return 'done'
+"""

@@ -15,7 +15,7 @@ from typing import Annotated
 
 import typer
 
-from app.cli import erase, ranges
+from app.cli import erase, keys, ranges
 from app.cli.console import error_line, say
 from app.cli.demo import demo
 from app.cli.evaluate import evaluate
@@ -36,6 +36,7 @@ for command in (demo, serve, fit, evaluate, train):
     app.command(epilog=EPILOG)(command)
 app.add_typer(ranges.app, name="ranges")
 app.add_typer(erase.app, name="erase")
+app.add_typer(keys.app, name="keys")
 
 
 def _version(wanted: bool) -> None:

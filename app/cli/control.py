@@ -72,7 +72,8 @@ def control_of(url: str | None, redis_url: str | None, data_dir: Path | None, na
         raise CommandError("--url is a running server, --redis-url and --data-dir are a store: name one of them", USAGE)
     settings = settings_with(redis_url=redis_url, data_dir=data_dir, url=url)
     if settings.url and not (redis_url or data_dir):
-        with ServerControl(settings.url, name) as server:
+        api_key = settings.api_key.get_secret_value() if settings.api_key else None
+        with ServerControl(settings.url, name, api_key) as server:
             yield server
     else:
         with store_of(settings, name) as store:

@@ -8,7 +8,7 @@ import typer
 
 from app.cli import options
 from app.cli.console import print_json, progress, say, table
-from app.cli.listening import bind, check_host, observed
+from app.cli.listening import bind, guarded, observed
 from app.cli.serve import AccessLog, Host, Insecure, LogFormat, LogLevel, Port, serve_until_told
 from app.cli.stores import settings_with
 
@@ -51,7 +51,7 @@ def demo(
     )
     # a private Redis of its own, whatever store the environment names
     settings = settings.model_copy(update={"redis_url": None, "data_dir": cache_dir or settings.data_dir / "demo"})
-    check_host(settings)
+    settings = guarded(settings)
     with ExitStack() as stack:
         stack.enter_context(observed(settings))
         bound = stack.enter_context(bind(settings)) if serve else None

@@ -10,24 +10,84 @@ from typing import TYPE_CHECKING
 
 import uvicorn
 
+from app.cli.console import hint
 from app.cli.exits import FAILED, USAGE, CommandError, exit_code_of
 
 if TYPE_CHECKING:
     from fastapi import FastAPI
+    from prometheus_client import CollectorRegistry
 
     from app.settings import Settings
 
 logger = logging.getLogger(__name__)
 
 
-def check_host(settings: "Settings") -> None:
-    """Raises CommandError if others could reach a server that has no keys, unless that was asked for by name."""
-    if not settings.loopback and not settings.insecure:
+def guarded(settings: "Settings") -> "Settings":
+    """The settings, so that nobody from outside comes in without a key.
+
+    On an address that others reach, keys must exist, and are then required for good: should they be lost, everyone is
+    refused. A store that is away cannot tell: the server starts, and refuses everyone until it knows.
+
+    Raises:
+        CommandError: others could reach the server, no keys exist, and that was not asked for by name.
+    """
+    if settings.loopback or settings.insecure or settings.require_keys:
+        return settings
+    from range_store.api_keys import KeyStore
+    from range_store.embedded import connect
+    from range_store.errors import StoreUnavailable
+
+    try:
+        with connect(**settings.redis) as client:
+            exist = KeyStore(client).read() is not None
+    except StoreUnavailable as error:
+        if settings.redis_url is None:
+            raise
+        hint(f"{error}; every call is refused until the API keys are read")
+        exist = True
+    if not exist:
         raise CommandError(
-            f"--host {settings.host} lets other machines in, and no keys exist yet to tell who may: serve at 127.0.0.1 "
-            "behind a proxy that checks, or pass --insecure",
+            f"--host {settings.host} lets other machines in, and no API key exists yet to tell who may: "
+            f"`{keys_create(settings)}` makes one; or serve at 127.0.0.1, or pass --insecure",
             USAGE,
         )
+    return settings.model_copy(update={"require_keys": True})
+
+
+def keys_create(settings: "Settings") -> str:
+    """The command that makes a key in the store of the settings."""
+    from app.settings import Settings
+
+    elsewhere = settings.redis_url is None and settings.data_dir != Settings.model_fields["data_dir"].get_default(
+        call_default_factory=True
+    )
+    return "neuronlens keys create NAME --scope infer" + (f" --data-dir {settings.data_dir}" if elsewhere else "")
+
+
+@contextmanager
+def metrics_apart(settings: "Settings", registry: "CollectorRegistry") -> Iterator[str | None]:
+    """Serves /metrics on their own port, if the settings name one; gives where.
+
+    Raises:
+        CommandError: the port is taken or not allowed.
+    """
+    if settings.metrics_port is None:
+        yield None
+        return
+    from prometheus_client import start_http_server
+
+    host = settings.metrics_host or settings.host
+    where = f"{host}:{settings.metrics_port}"
+    try:
+        server, thread = start_http_server(settings.metrics_port, host, registry)
+    except OSError as error:
+        raise CommandError(f"cannot serve metrics at {where}: {error.strerror}", FAILED) from None
+    try:
+        yield f"http://{host}:{server.server_port}/metrics"
+    finally:
+        server.shutdown()
+        server.server_close()
+        thread.join()
 
 
 def bind(settings: "Settings") -> socket.socket:
@@ -99,8 +159,11 @@ def listen(
     Raises:
         CommandError: the port was taken meanwhile, or there was a failure.
     """
+    from app.protocol import bounded_head  # here, because it loads torch
+
     config = uvicorn.Config(
         app,
+        http=bounded_head(settings.max_header_bytes, settings.header_timeout),
         log_config=None,
         access_log=False,  # app.access_log has the lines, without what callers put into paths
         timeout_graceful_shutdown=settings.drain_seconds,

@@ -10,7 +10,7 @@ import typer
 from app.cli import options
 from app.cli.console import hint, progress, say
 from app.cli.exits import USAGE, CommandError
-from app.cli.listening import address_of, bind, check_host, listen, observed
+from app.cli.listening import address_of, bind, guarded, keys_create, listen, metrics_apart, observed
 from app.cli.stores import settings_with
 
 if TYPE_CHECKING:
@@ -25,7 +25,8 @@ Port = Annotated[
     typer.Option("--port", min=0, max=65535, help="Port; 0 takes any free one. Default: NEURONLENS_PORT, else 8000."),
 ]
 Insecure = Annotated[
-    bool | None, typer.Option("--insecure", help="Allow a --host that other machines reach, though there are no keys.")
+    bool | None,
+    typer.Option("--insecure", help="Allow a --host that other machines reach, though there are no API keys."),
 ]
 LogLevel = Annotated[
     Literal["debug", "info", "warning", "error"] | None,
@@ -91,6 +92,13 @@ def serve(
     host: Host = None,
     port: Port = None,
     insecure: Insecure = None,
+    require_keys: Annotated[
+        bool | None, typer.Option("--require-keys", help="Refuse every call while no API keys are known.")
+    ] = None,
+    metrics_port: Annotated[
+        int | None,
+        typer.Option("--metrics-port", min=0, max=65535, help="Serve /metrics on a port of its own instead."),
+    ] = None,
     redis_url: options.RedisUrl = None,
     data_dir: options.DataDir = None,
     log_level: LogLevel = None,
@@ -118,6 +126,8 @@ def serve(
         host=host,
         port=port,
         insecure=insecure,
+        require_keys=require_keys,
+        metrics_port=metrics_port,
         redis_url=redis_url,
         data_dir=data_dir,
         log_level=log_level,
@@ -126,7 +136,7 @@ def serve(
     )
     if settings.model is None:
         raise CommandError("which model? pass --model, or set NEURONLENS_MODEL", USAGE)
-    check_host(settings)
+    settings = guarded(settings)
     with ExitStack() as stack:
         stack.enter_context(observed(settings))
         bound = stack.enter_context(bind(settings))
@@ -151,16 +161,23 @@ def serve_until_told(
             hint(f"nothing can be erased yet: neuronlens fit --model {service.model.source} --data FILE --activate")
         for line in to_try:
             hint(line.replace("{address}", address))
+        if metrics_at is not None:
+            hint(f"metrics: {metrics_at}")
+        if not service.keyring.in_force and settings.loopback:
+            hint(
+                f"only this machine can reach it; for others: `{keys_create(settings)}`, then serve with --host 0.0.0.0"
+            )
         hint(f"API: {address}/docs · stop: Ctrl-C")
         say(f"serving {service.name} at {address}")
 
     engine = service.engine
-    listen(
-        create_app(settings, service),
-        settings,
-        bound,
-        ready=ready,
-        draining=engine.drain,
-        failure=lambda: engine.failure,
-    )
+    with metrics_apart(settings, service.registry) as metrics_at:
+        listen(
+            create_app(settings, service),
+            settings,
+            bound,
+            ready=ready,
+            draining=engine.drain,
+            failure=lambda: engine.failure,
+        )
     hint("stopped; what was accepted is answered")

@@ -40,12 +40,13 @@ class ServerControl:
     Args:
         url: where it listens, with or without a path before `/v1`.
         model: its served name; None: the server's only one.
+        api_key: what it asks for, if it asks.
 
     Raises:
         CommandError: no such URL; and, from every method, the server's problem in one line.
     """
 
-    def __init__(self, url: str, model: str | None) -> None:
+    def __init__(self, url: str, model: str | None, api_key: str | None = None) -> None:
         self._url = url.rstrip("/")
         try:
             parts = httpx.URL(self._url)
@@ -55,6 +56,8 @@ class ServerControl:
             raise CommandError(f"{url!r} is no URL of a server: it must be like http://127.0.0.1:8000", USAGE)
         # a proxy of the environment is for the world outside, not for this machine
         self._client = httpx.Client(timeout=TIMEOUT, trust_env=parts.host not in LOOPBACK)
+        if api_key:
+            self._client.headers["X-API-Key"] = api_key
         self._model = {"model": model} if model else {}
 
     def __enter__(self) -> Self:
@@ -147,5 +150,7 @@ def _problem(answer: httpx.Response, decoded: Any, url: str) -> CommandError:
         )
     code = CONFLICT if decoded["code"] == "no_range_set" else _EXIT_CODES.get(answer.status_code, FAILED)
     message = str(decoded.get("detail") or decoded.get("title") or decoded["code"])
+    if answer.status_code == 401:
+        message = "this server wants an API key: set NEURONLENS_API_KEY to one that is good"
     request = decoded.get("request_id")
     return CommandError(f"{message} ({decoded['code']}{f', request {request}' if request else ''})", code)

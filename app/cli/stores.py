@@ -43,7 +43,7 @@ def store_of(settings: "Settings", name: str | None) -> Iterator["RangeStore"]:
     from range_store.embedded import connect
     from range_store.store import RangeStore
 
-    with connect(settings.redis_url, settings.redis_dir) as client:
+    with connect(**settings.redis) as client:
         yield RangeStore(client, name or _named(settings) or _only_model(client))
 
 

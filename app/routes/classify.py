@@ -1,6 +1,7 @@
 """`POST /v1/classify`: texts in, labels out, with concepts erased."""
 
 import asyncio
+import time
 from collections.abc import Coroutine, Sequence
 from typing import Annotated, Any
 
@@ -9,11 +10,12 @@ import numpy.typing as npt
 from fastapi import APIRouter, Header, Request, Response
 from opentelemetry.trace import Span
 
+from app.auth import Calling, check_compare
 from app.logs import note
 from app.problems import BODY, QUERY, ApiError, documented
 from app.replies import Baseline, ClassifyOut, ErasureOut, ErasurePlan, Result, Score, Usage
 from app.requests import ClassifyIn
-from app.routes import QueryChecked, Serving, check_model_name
+from app.routes import QueryChecked, Serving, check_model_name, snapshot_of
 from app.scores import Activation, scores_of
 from app.settings import Settings
 from app.tracing import step, step_done
@@ -33,12 +35,14 @@ CLIENT_GONE = 499
     responses=documented(*QUERY, *BODY, 429, 503, 504),
 )
 async def classify(
-    request: Request, body: ClassifyIn, service: Serving, x_request_timeout: Timeout = None
+    request: Request, body: ClassifyIn, service: Serving, caller: Calling, x_request_timeout: Timeout = None
 ) -> ClassifyOut | Response:
     """Classify one text or several while concepts are erased from the model's activations."""
     check_model_name(service, body.model)
     texts = [body.inputs] if isinstance(body.inputs, str) else body.inputs
     _check_size(texts, service.settings)
+    if body.compare:
+        check_compare(caller, any(each.enforced for each in snapshot_of(service).live.at(time.time())))
     longest = service.settings.request_timeout
     note(texts=len(texts))
     with step("classify") as span:
@@ -57,6 +61,8 @@ async def classify(
             return Response(status_code=CLIENT_GONE)
         _trace(span, answer)
     note(generation=answer.generation)
+    if body.compare:  # the plan was frozen later than the look above
+        check_compare(caller, bool(answer.enforced))
     activation: Activation = body.activation if body.activation != "auto" else _activation(service.model.problem_type)
     return ClassifyOut(
         model=service.name,

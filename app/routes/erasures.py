@@ -6,6 +6,7 @@ from typing import Annotated, Any
 
 from fastapi import APIRouter, Depends, Header, Query, Response
 
+from app.auth import Calling
 from app.logs import note
 from app.problems import BODY, QUERY, documented, header
 from app.replies import ErasureOut, LiveListOut, LiveOut
@@ -21,8 +22,6 @@ router = APIRouter(tags=["erasures"])
 IfMatch = Annotated[str | None, Header(description="Change only if the live state is at this generation.")]
 WITH_ETAG: dict[int | str, dict[str, Any]] = {200: {"headers": header("ETag", "The generation, quoted.")}}
 CHANGES = documented(*QUERY, 409, 412, 503) | WITH_ETAG
-BY = "http"
-"""Who the audit says did it, while there are no keys to tell callers apart."""
 
 
 async def named_generations(if_match: IfMatch = None) -> tuple[str, ...]:
@@ -57,15 +56,15 @@ async def list_erasures(service: Serving, response: Response) -> LiveListOut:
 
 @router.put("/v1/erasures", dependencies=[QueryChecked], responses=CHANGES | documented(*BODY))
 async def replace_erasures(
-    service: Serving, calls: StoreCalling, body: LiveListIn, required: Required, response: Response
+    service: Serving, calls: StoreCalling, caller: Calling, body: LiveListIn, required: Required, response: Response
 ) -> LiveListOut:
     """Replace all live erasures in one generation."""
     check_model_name(service, body.model)
     now = time.time()
-    wanted = [each.live(each.concept, now, BY) for each in body.erasures]
+    wanted = [each.live(each.concept, now, caller.by) for each in body.erasures]
 
     def change(store: RangeStore) -> LiveState:
-        return store.set_erasures(wanted, one_of(store, required), BY, body.reason)
+        return store.set_erasures(wanted, one_of(store, required), caller.by, body.reason)
 
     return await applied(service, calls, change, response)
 
@@ -74,6 +73,7 @@ async def replace_erasures(
 async def switch_on(
     service: Serving,
     calls: StoreCalling,
+    caller: Calling,
     concept: str,
     required: Required,
     response: Response,
@@ -82,7 +82,7 @@ async def switch_on(
     """Erase a concept from every request that names nothing, or change how."""
     body = body or SwitchOnIn()
     check_model_name(service, body.model)
-    wanted = body.live(concept, time.time(), BY)
+    wanted = body.live(concept, time.time(), caller.by)
     return await applied(service, calls, lambda store: store.set_erasure(wanted, one_of(store, required)), response)
 
 
@@ -90,6 +90,7 @@ async def switch_on(
 async def switch_off(
     service: Serving,
     calls: StoreCalling,
+    caller: Calling,
     concept: str,
     required: Required,
     response: Response,
@@ -98,7 +99,7 @@ async def switch_off(
     """Erase a concept no more. Where it is off already, nothing changes."""
 
     def change(store: RangeStore) -> LiveState:
-        return store.remove_erasure(concept, one_of(store, required), BY, reason)
+        return store.remove_erasure(concept, one_of(store, required), caller.by, reason)
 
     return await applied(service, calls, change, response)
 

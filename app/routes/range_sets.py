@@ -3,11 +3,12 @@
 from fastapi import APIRouter, Response
 from starlette.convertors import StringConvertor, register_url_convertor
 
+from app.auth import Calling
 from app.problems import BODY, QUERY, documented
 from app.replies import LiveListOut, RangeSetOut, RangeSetsOut
 from app.requests import ActivateIn
 from app.routes import QueryChecked, Serving, check_model_name
-from app.routes.erasures import BY, CHANGES, Required, applied, one_of
+from app.routes.erasures import CHANGES, Required, applied, one_of
 from app.store_calls import StoreCalling
 from range_store.errors import UnknownRangeSet
 from range_store.live import LiveState
@@ -46,14 +47,14 @@ async def show_range_set(service: Serving, calls: StoreCalling, range_set: str) 
 
 @router.put("/v1/range-sets/active", dependencies=[QueryChecked], responses=CHANGES | documented(*BODY))
 async def activate(
-    service: Serving, calls: StoreCalling, body: ActivateIn, required: Required, response: Response
+    service: Serving, calls: StoreCalling, caller: Calling, body: ActivateIn, required: Required, response: Response
 ) -> LiveListOut:
     """Make a range set the one that erasures are resolved on, or go back to an older one."""
     check_model_name(service, body.model)
 
     def change(store: RangeStore) -> LiveState:
         check_model(store.provenance(body.id), service.model.identity.fingerprint)
-        return store.activate(body.id, body.force, one_of(store, required), BY, body.reason)
+        return store.activate(body.id, body.force, one_of(store, required), caller.by, body.reason)
 
     return await applied(service, calls, change, response)
 

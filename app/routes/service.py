@@ -3,6 +3,7 @@
 from fastapi import APIRouter, Request, Response
 from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
 
+from app.auth import Calling
 from app.problems import QUERY, ApiError, documented
 from app.readiness import conditions
 from app.replies import Alive, ModelOut, ModelsOut, Ready
@@ -33,17 +34,20 @@ async def readyz(service: Serving) -> Ready:
     return Ready(checks=checks, generation=snapshot.live.generation, snapshot_age=round(service.mirror.age(), 3))
 
 
-@router.get("/metrics", response_class=Response, responses={200: {"content": {"text/plain": {}}}})
+@router.get("/metrics", response_class=Response, responses={200: {"content": {"text/plain": {}}}, **documented(404)})
 async def metrics(service: Serving) -> Response:
-    """For Prometheus."""
+    """For Prometheus, unless they have a port of their own."""
+    if service.settings.metrics_port is not None:
+        raise ApiError(404, "not_found", "metrics have a port of their own here")
     return Response(generate_latest(service.registry), media_type=CONTENT_TYPE_LATEST)
 
 
 @router.get("/v1/models", dependencies=[QueryChecked], responses=documented(*QUERY))
-async def list_models(service: Serving, request: Request) -> ModelsOut:
-    """What is loaded."""
+async def list_models(service: Serving, caller: Calling, request: Request) -> ModelsOut:
+    """What is loaded. Where the checkpoint lies is told to scope admin, or, without keys, on this machine."""
     model, identity = service.model, service.model.identity
     local = request.client is not None and request.client.host in LOOPBACK
+    trusted = local if caller.key is None else caller.may("admin")
     return ModelsOut(
         models=[
             ModelOut(
@@ -61,7 +65,7 @@ async def list_models(service: Serving, request: Request) -> ModelsOut:
                 problem_type=model.problem_type,
                 template=model.template,
                 split=model.steered.splits,
-                path=model.source if local else None,
+                path=model.source if trusted else None,
             )
         ]
     )

@@ -58,7 +58,7 @@ def test_other_names_stay_outside(host: str) -> None:
 
 @pytest.mark.parametrize(("size", "status"), [(0, 200), (100, 200), (101, 413)])
 def test_a_body_has_a_limit_to_the_byte(size: int, status: int) -> None:
-    assert ask(BodyLimit(echo, 100), content=b"x" * size).status_code == status
+    assert ask(BodyLimit(echo, 100, 5), content=b"x" * size).status_code == status
 
 
 def failing(started: bool) -> ASGIApp:

@@ -1,0 +1,218 @@
+"""Keys over real HTTP: who comes in, what each scope may do, and who the audit names."""
+
+import json
+import socket
+import time
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import httpx
+import pytest
+import redis
+
+from app.auth import scope_of
+from range_store.api_keys import KeyStore
+from range_store.embedded import EmbeddedRedis, connect
+from range_store.store import RangeStore
+from tests.e2e.conftest import Running, ready
+from tests.range_store.waiting import until
+from workers.fitting.fit import Fitted
+
+Problem = Callable[[httpx.Response, int, str], dict[str, Any]]
+Serve = Callable[..., Running]
+
+
+@pytest.fixture
+def own_redis(tmp_path_factory: pytest.TempPathFactory) -> Iterator[EmbeddedRedis]:
+    """A Redis of its own: keys are of a whole store."""
+    with connect(None, tmp_path_factory.mktemp("keys-redis")) as client:
+        assert isinstance(client, EmbeddedRedis)
+        yield client
+
+
+@pytest.fixture
+def keyed(
+    serve: Serve, fitted: Fitted, own_redis: EmbeddedRedis, tmp_path: Any
+) -> tuple[Running, dict[str, str], KeyStore]:
+    """A server on which keys are in force, a token of each scope, and where keys are made."""
+    keys = KeyStore(own_redis)
+    tokens = {scope: keys.create(f"the-{scope}", [scope])[1] for scope in ("infer", "read", "admin")}
+    running = ready(serve(redis_url=own_redis.url, data_dir=tmp_path), fitted)
+    return running, tokens, keys
+
+
+def bearer(token: str) -> dict[str, str]:
+    return {"Authorization": f"Bearer {token}"}
+
+
+def test_every_call_of_the_document_takes_the_keys_of_its_scope_and_no_others(
+    keyed: tuple[Running, dict[str, str], KeyStore], problem: Problem
+) -> None:
+    running, tokens, _ = keyed
+    document = running.http.get("/openapi.json").json()
+    for path, operations in document["paths"].items():
+        url = path.format(concept="Sports", layer=-1, neuron=0, range_set="x")
+        for method in operations:
+            needed = scope_of(method.upper(), path)
+            if needed is None:
+                assert running.http.request(method, url).status_code == 200
+                continue
+            problem(running.http.request(method, url, json={}), 401, "no_key")
+            problem(running.http.request(method, url, json={}, headers=bearer("nl_no")), 401, "bad_key")
+            for scope, token in tokens.items():
+                answer = running.http.request(method, url, json={}, headers={"X-API-Key": token})
+                if scope in (needed, "admin"):
+                    assert answer.status_code not in (401, 403), (method, path, scope)
+                else:
+                    problem(answer, 403, "wrong_scope")
+                    assert "insufficient_scope" in answer.headers["www-authenticate"]
+
+
+def test_a_key_is_asked_for_before_a_body_is_read(
+    keyed: tuple[Running, dict[str, str], KeyStore], problem: Problem
+) -> None:
+    running, _, _ = keyed
+    port = httpx.URL(running.url).port or 0
+    with socket.create_connection(("127.0.0.1", port), timeout=10) as connection:
+        connection.sendall(b"POST /v1/classify HTTP/1.1\r\nHost: x\r\nContent-Length: 1000000\r\n\r\n")  # and no body
+        assert connection.recv(100).startswith(b"HTTP/1.1 401")
+    problem(running.http.post("/v1/classify", content=b"{" * 10), 401, "no_key")
+    problem(running.http.get("/v1/nothing-there"), 401, "no_key")
+
+
+def test_the_audit_and_the_list_name_the_key(keyed: tuple[Running, dict[str, str], KeyStore]) -> None:
+    running, tokens, _ = keyed
+    headers = bearer(tokens["admin"])
+    state = running.http.put("/v1/erasures/Sports", json={"reason": "why not"}, headers=headers).json()
+    assert [each["by"] for each in state["erasures"]] == ["key:the-admin"]
+    running.http.delete("/v1/erasures/Sports", headers=headers)
+    running.http.put("/v1/erasures", json={"erasures": [{"concept": "World"}]}, headers=headers)
+    running.http.put("/v1/range-sets/active", json={"id": state["range_set"]}, headers=headers)
+    store: RangeStore = running.service.store
+    changes = [entry for entry in store.audit() if entry.by == "key:the-admin"]
+    assert [entry.action for entry in changes] == ["activate", "replace", "remove", "set"]
+
+
+def test_an_enforced_erasure_is_not_looked_behind_without_admin(
+    keyed: tuple[Running, dict[str, str], KeyStore], problem: Problem
+) -> None:
+    running, tokens, _ = keyed
+    admin, infer = bearer(tokens["admin"]), bearer(tokens["infer"])
+    body = {"inputs": "The striker scored twice.", "compare": True, "erase": []}
+    assert running.http.post("/v1/classify", json=body, headers=infer).status_code == 200
+    running.http.put("/v1/erasures/Sports", json={"enforced": True, "top_fraction": 1.0}, headers=admin)
+    problem(running.http.post("/v1/classify", json=body, headers=infer), 403, "wrong_scope")
+    assert running.http.post("/v1/classify", json=body, headers=admin).json()["results"][0]["baseline"]
+    plain = running.http.post("/v1/classify", json={**body, "compare": False}, headers=infer).json()
+    assert plain["erasure"]["concepts"] == ["Sports"]
+    assert plain["results"][0]["baseline"] is None
+
+
+def test_a_revoked_key_opens_nothing_within_moments(keyed: tuple[Running, dict[str, str], KeyStore]) -> None:
+    running, tokens, keys = keyed
+    headers = bearer(tokens["read"])
+    assert running.http.get("/v1/models", headers=headers).status_code == 200
+    keys.revoke("the-read")
+    until(lambda: running.http.get("/v1/models", headers=headers).status_code == 401)
+    for name in ("the-infer", "the-admin"):
+        keys.revoke(name)
+    until(lambda: running.http.get("/v1/models", headers=bearer(tokens["admin"])).status_code == 401)
+
+
+def test_the_first_key_closes_a_server_that_runs_already(
+    serve: Serve, fitted: Fitted, own_redis: EmbeddedRedis, tmp_path: Any
+) -> None:
+    running = ready(serve(redis_url=own_redis.url, data_dir=tmp_path), fitted)
+    assert running.classify("a").status_code == 200
+    _, token = KeyStore(own_redis).create("app", ["infer"])
+    until(lambda: running.classify("a").status_code == 401)
+    assert running.http.post("/v1/classify", json={"inputs": "a"}, headers=bearer(token)).status_code == 200
+    # now that a key is needed, no page can trick a browser, and a proxy may use any name
+    assert running.http.get("/livez", headers={"Host": "neuronlens.example"}).status_code == 200
+
+
+def test_an_emptied_redis_opens_nothing_not_even_after_a_restart(
+    serve: Serve, fitted: Fitted, own_redis: EmbeddedRedis, tmp_path: Any, problem: Problem
+) -> None:
+    running = ready(serve(redis_url=own_redis.url, data_dir=tmp_path, name="one"), fitted)
+    keys = KeyStore(own_redis)
+    _, token = keys.create("app", ["infer"])
+    until(lambda: running.classify("a").status_code == 401)
+    own_redis.flushall()
+    until(lambda: running.service.mirror.problem is not None)
+    body = {"inputs": "a"}
+    assert running.http.post("/v1/classify", json=body, headers=bearer(token)).status_code == 200
+    problem(running.classify("a"), 401, "no_key")
+    again = serve(redis_url=own_redis.url, data_dir=tmp_path, name="two")
+    refused = again.http.post("/v1/classify", json=body, headers=bearer(token))
+    assert "keys create" in problem(refused, 503, "keys_unavailable")["detail"]
+    assert refused.headers["retry-after"] == "1"
+    assert again.http.get("/livez").status_code == 200
+
+
+def test_a_key_has_a_rate_and_others_do_not_share_it(
+    keyed: tuple[Running, dict[str, str], KeyStore], problem: Problem
+) -> None:
+    running, tokens, keys = keyed
+    _, slow = keys.create("slow", ["read"], rate_limit="3/hour")
+    until(lambda: running.http.get("/v1/models", headers=bearer(slow)).status_code == 200)
+    statuses = [running.http.get("/v1/models", headers=bearer(slow)).status_code for _ in range(3)]
+    assert statuses == [200, 200, 429]
+    refused = running.http.get("/v1/models", headers=bearer(slow))
+    assert "3 per 1 hour" in problem(refused, 429, "rate_limited")["detail"]
+    assert 0 < int(refused.headers["retry-after"]) <= 3600
+    assert running.http.get("/v1/models", headers=bearer(tokens["read"])).status_code == 200
+
+
+def test_a_rate_without_keys_is_of_an_address(serve: Serve, fitted: Fitted, problem: Problem) -> None:
+    running = ready(serve(rate_limit="2/hour"), fitted)
+    assert [running.classify("a").status_code for _ in range(2)] == [200, 200]
+    problem(running.classify("a"), 429, "rate_limited")
+    assert running.http.get("/readyz").status_code == 200
+
+
+def test_refusals_are_counted_and_no_key_is_a_label(keyed: tuple[Running, dict[str, str], KeyStore]) -> None:
+    running, tokens, _ = keyed
+    running.http.get("/v1/models")
+    running.http.get("/v1/models", headers=bearer(tokens["infer"]))
+    exposed = running.http.get("/metrics").text
+    for reason in ("no_key", "wrong_scope"):
+        assert f'neuronlens_auth_rejections_total{{reason="{reason}"}} 1.0' in exposed
+    assert not any(word in exposed for word in (*tokens.values(), *(f"the-{scope}" for scope in tokens)))
+
+
+def test_the_checkpoint_path_is_told_to_admin_alone(keyed: tuple[Running, dict[str, str], KeyStore]) -> None:
+    running, tokens, _ = keyed
+    paths = {
+        scope: running.http.get("/v1/models", headers=bearer(tokens[scope])).json()["models"][0].get("path")
+        for scope in ("read", "admin")
+    }
+    assert paths["read"] is None
+    assert paths["admin"]
+
+
+def test_no_origin_may_call_unless_it_is_named(serve: Serve) -> None:
+    origin = {"Origin": "https://console.example"}
+    asks = {**origin, "Access-Control-Request-Method": "POST", "Access-Control-Request-Headers": "authorization"}
+    closed = serve()
+    assert closed.http.options("/v1/classify", headers=asks).status_code != 200
+    assert "access-control-allow-origin" not in closed.http.get("/livez", headers=origin).headers
+    named = serve(cors_origins=["https://console.example"])
+    assert named.http.options("/v1/classify", headers=asks).headers["access-control-allow-origin"] == origin["Origin"]
+    other = named.http.get("/livez", headers={"Origin": "https://elsewhere.example"})
+    assert "access-control-allow-origin" not in other.headers
+
+
+def test_a_key_that_expires_while_a_server_runs(
+    keyed: tuple[Running, dict[str, str], KeyStore], own_redis: redis.Redis
+) -> None:
+    running, _, keys = keyed
+    _, token = keys.create("brief", ["read"], expires_at=time.time() + 1.5)
+    until(lambda: running.http.get("/v1/models", headers=bearer(token)).status_code == 200)
+    until(lambda: running.http.get("/v1/models", headers=bearer(token)).status_code == 401)
+
+
+def test_the_document_says_how_to_send_a_key(keyed: tuple[Running, dict[str, str], KeyStore]) -> None:
+    running, _, _ = keyed
+    schemes = json.loads(running.http.get("/openapi.json").text)["components"]["securitySchemes"]
+    assert {scheme["type"] for scheme in schemes.values()} == {"http", "apiKey"}
