@@ -2,6 +2,7 @@
 
 import logging
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -14,9 +15,9 @@ from range_store.keys import API_KEYS
 
 
 @pytest.fixture
-def store(redis_client: redis.Redis) -> KeyStore:
-    redis_client.delete(API_KEYS)
-    return KeyStore(redis_client)
+def store(redis_client: redis.Redis) -> Iterator[KeyStore]:
+    yield KeyStore(redis_client)
+    redis_client.delete(API_KEYS)  # the other tests of this Redis need none
 
 
 def refused(keyring: Keyring, token: str | None) -> str:
@@ -96,7 +97,6 @@ def test_an_unreadable_list_changes_nothing(store: KeyStore, redis_client: redis
     redis_client.set(API_KEYS, b"nonsense")
     keyring.refresh()
     assert keyring.identify(token).name == "app"
-    redis_client.delete(API_KEYS)
 
 
 def test_redis_away_from_the_start_refuses_everyone_if_keys_are_required(tmp_path: Path) -> None:

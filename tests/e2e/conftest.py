@@ -5,6 +5,7 @@ import uuid
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import httpx
@@ -57,13 +58,18 @@ def fitted(model: LoadedModel, tmp_path_factory: pytest.TempPathFactory) -> Fitt
 
 
 @pytest.fixture
-def serve(redis_client: redis.Redis, model: LoadedModel) -> Iterator[Callable[..., Running]]:
+def serve(redis_client: redis.Redis, model: LoadedModel, tmp_path: Path) -> Iterator[Callable[..., Running]]:
     """`serve(loaded, **settings)`: start a server (default: of `model`); everything is stopped after the test."""
     assert isinstance(redis_client, EmbeddedRedis)
     with ExitStack() as stack:
 
         def start(loaded: LoadedModel | None = None, **settings: Any) -> Running:
-            named = {"name": f"tiny-{uuid.uuid4().hex[:8]}", "redis_url": redis_client.url, "poll_seconds": 0.2}
+            named: dict[str, Any] = {
+                "name": f"tiny-{uuid.uuid4().hex[:8]}",
+                "redis_url": redis_client.url,
+                "poll_seconds": 0.2,
+            }
+            named["data_dir"] = tmp_path
             chosen = Settings(**{**named, **settings})
             service = stack.enter_context(open_service(chosen, loaded or model))
             config = uvicorn.Config(create_app(chosen, service), host="127.0.0.1", port=0, log_level="warning")

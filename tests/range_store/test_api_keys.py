@@ -16,9 +16,8 @@ from range_store.keys import API_KEYS
 
 @pytest.fixture
 def store(redis_client: redis.Redis) -> Iterator[KeyStore]:
-    redis_client.delete(API_KEYS)
     yield KeyStore(redis_client)
-    redis_client.delete(API_KEYS)
+    redis_client.delete(API_KEYS)  # the other tests of this Redis need none
 
 
 def read(store: KeyStore) -> Keys:
