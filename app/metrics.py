@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from importlib.metadata import version
 from typing import get_args
 
-from prometheus_client import PlatformCollector, ProcessCollector
+from prometheus_client import PlatformCollector, ProcessCollector, disable_created_metrics
 from prometheus_client.core import GaugeMetricFamily, InfoMetricFamily
 from prometheus_client.metrics_core import Metric
 from prometheus_client.registry import Collector
@@ -22,6 +22,8 @@ class ServiceMetrics(Collector):
 
     def __init__(self, service: Service) -> None:
         self._service = service
+        # else a second series beside each counter says when that was made
+        disable_created_metrics()  # type: ignore[no-untyped-call]
         service.registry.register(self)
         ProcessCollector(registry=service.registry)
         PlatformCollector(registry=service.registry)

@@ -448,7 +448,7 @@ class Engine:
                 if answer.logits.argmax() != base[row].argmax():
                     changed.update(concepts)
         self.metrics.count(self.metrics.watched, seen)
-        self.metrics.count(self.metrics.changed, changed)
+        self.metrics.count(self.metrics.changed, {concept: changed[concept] for concept in seen})  # zeros too: a ratio
 
     def _observe(self, batch: list[Text], answers: list[TextAnswer], seconds: float) -> None:
         tokens = sum(text.tokens for text in batch)
