@@ -224,6 +224,7 @@ OPERATORS = [
         ],
         unit="reqps",
         stacked=True,
+        width=6,
     ),
     lines(
         "Not answered, by reason",
@@ -232,6 +233,7 @@ OPERATORS = [
         [Query(f"sum by (reason) ({rate('neuronlens_rejections_total')})", "{{reason}}")],
         unit="reqps",
         stacked=True,
+        width=6,
     ),
     lines(
         "Given up, by stage",
@@ -240,6 +242,16 @@ OPERATORS = [
         [Query(f"sum by (stage) ({rate('neuronlens_cancellations_total')})", "{{stage}}")],
         unit="reqps",
         stacked=True,
+        width=6,
+    ),
+    lines(
+        "Callers refused, by reason",
+        "Calls per second that were refused before they were read: no_key and bad_key 401, wrong_scope 403, rate_limited "
+        "429, keys_unavailable 503. Many bad keys: somebody tries, or a key was revoked that is in use.",
+        [Query(f"sum by (reason) ({rate('neuronlens_auth_rejections_total')})", "{{reason}}")],
+        unit="reqps",
+        stacked=True,
+        width=6,
     ),
     row("Store"),
     lines(
