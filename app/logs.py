@@ -50,7 +50,7 @@ FIELDS: Mapping[str, str] = {
     "texts": "texts of the request",
     "key": "name of the API key",
     "client": "address of the caller, or of the last proxy that is not trusted",
-    "exception": "`type` and `frames` of an error, never what it says; `cause` for the one behind it",
+    "exception": "an error: `type`, `frames`, `reason` if the system gave one, `cause`; never what it says",
 }
 """Every field that a line can have, with its meaning. `docs/observing.md` lists them; a test holds it against this."""
 
@@ -231,7 +231,9 @@ def configured(settings: Settings) -> Iterator[None]:
         root.handlers = [handler]
         level = settings.log_level.upper()
         uvicorn = "INFO" if settings.log_level == "debug" else "WARNING"
-        levels = dict.fromkeys(OURS, level) | dict.fromkeys(SILENT, "CRITICAL") | {"uvicorn": uvicorn}
+        for name in SILENT:  # for good: their threads may outlast this
+            logging.getLogger(name).setLevel("CRITICAL")
+        levels = dict.fromkeys(OURS, level) | {"uvicorn": uvicorn}
         # logged one by one by app.middleware, without the path
         levels |= {"uvicorn.access": "CRITICAL", "huggingface_hub": "ERROR", "stderr": "INFO"}
         for name, wanted in ({"": "WARNING"} | levels).items():

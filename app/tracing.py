@@ -53,6 +53,7 @@ class Traces:
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http" or scope["path"] in UNTRACED:
+            otel_context.attach(otel_context.Context())  # it may begin while the one before it on its connection ends
             await self.app(scope, receive, send)
             return
         headers = Headers(scope=scope)
@@ -195,3 +196,4 @@ def exported() -> Iterator[None]:
         if ending.is_alive():
             logger.warning("the last spans were not taken within %g s, and are given up", FLUSH_SECONDS)
             exporter.shutdown()
+            ending.join(1.0)

@@ -1,0 +1,276 @@
+"""Logs and traces of real server processes, under callers who would like to write into them."""
+
+import json
+import os
+import re
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from typing import Any
+
+import httpx
+import pytest
+from opentelemetry.proto.collector.trace.v1.trace_service_pb2 import ExportTraceServiceRequest
+
+from app.logs import FIELDS, configured
+from app.settings import Settings
+from tests.e2e.conftest import Running
+from tests.range_store.waiting import until
+from tests.workers.checkpoints import save_tiny
+
+SECRET = "confession"
+TRACE, PARENT = "0af7651916cd43dd8448eb211c80319c", "b7ad6b7169203331"
+TRACEPARENT = f"00-{TRACE}-{PARENT}-01"
+COMMAND = (sys.executable, "-c", "from app.cli import main; main()")
+
+
+class Collector:
+    """Takes traces by OTLP over HTTP, as a real one would."""
+
+    def __init__(self) -> None:
+        self.bodies: list[bytes] = []
+        self.headers: list[dict[str, str]] = []
+        collector = self
+
+        class Handler(BaseHTTPRequestHandler):
+            def do_POST(self) -> None:
+                collector.headers.append({name.lower(): value for name, value in self.headers.items()})
+                collector.bodies.append(self.rfile.read(int(self.headers["Content-Length"])))
+                self.send_response(200)
+                self.send_header("Content-Length", "0")
+                self.end_headers()
+
+            def log_message(self, *_: object) -> None:
+                pass
+
+        self.server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+        self.url = f"http://127.0.0.1:{self.server.server_port}"
+
+    def spans(self) -> list[Any]:
+        return [
+            span
+            for body in self.bodies
+            for resource in ExportTraceServiceRequest.FromString(body).resource_spans
+            for scope in resource.scope_spans
+            for span in scope.spans
+        ]
+
+
+@pytest.fixture
+def collector() -> Iterator[Collector]:
+    made = Collector()
+    thread = threading.Thread(target=made.server.serve_forever, daemon=True)
+    thread.start()
+    yield made
+    made.server.shutdown()
+    made.server.server_close()
+    thread.join()
+
+
+class Server:
+    """`neuronlens serve` under way in a process of its own; its lines are collected as they come."""
+
+    def __init__(self, arguments: list[str], environment: dict[str, str]) -> None:
+        kept = {name: value for name, value in os.environ.items() if not name.startswith(("OTEL_", "NEURONLENS_"))}
+        self.process = subprocess.Popen(
+            [*COMMAND, "serve", "--port", "0", "--threads", "1", "--device", "cpu", *arguments],
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+            env=kept | environment,
+        )
+        self.out: list[str] = []
+        self.err: list[str] = []
+        streams = ((self.out, self.process.stdout), (self.err, self.process.stderr))
+        self._readers = [threading.Thread(target=into.extend, args=(stream,)) for into, stream in streams if stream]
+        for reader in self._readers:
+            reader.start()
+
+    def client(self) -> httpx.Client:
+        until(lambda: bool(self.out) or self.process.poll() is not None, 120)
+        assert self.out, self.err
+        return httpx.Client(base_url=self.out[0].split()[-1], trust_env=False, timeout=60)
+
+    def stop(self) -> int:
+        self.process.send_signal(signal.SIGTERM)
+        return self.end()
+
+    def end(self) -> int:
+        code = self.process.wait(120)
+        for reader in self._readers:
+            reader.join()
+        return code
+
+
+@pytest.fixture(scope="module")
+def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return save_tiny("bert", tmp_path_factory.mktemp("observing") / "tiny-news")
+
+
+@pytest.fixture
+def server(tiny: Path, tmp_path: Path) -> Iterator[Callable[..., Server]]:
+    """`server("--access-log", OTEL_…="…")`: start one."""
+    started: list[Server] = []
+
+    def start(*arguments: str, **environment: str) -> Server:
+        options = ["--model", str(tiny), "--data-dir", str(tmp_path / f"data-{len(started)}"), *arguments]
+        started.append(Server(options, environment))
+        return started[-1]
+
+    yield start
+    for each in started:
+        each.process.kill()
+        each.end()
+
+
+def test_hostile_callers_stay_out_of_logs_and_traces(server: Callable[..., Server], collector: Collector) -> None:
+    served = server(
+        "--access-log", "--log-level", "debug",
+        OTEL_EXPORTER_OTLP_ENDPOINT=collector.url,
+        OTEL_EXPORTER_OTLP_HEADERS=f"authorization=Bearer%20{SECRET}-of-the-operator",
+        OTEL_SERVICE_NAME="news",
+        OTEL_BSP_SCHEDULE_DELAY="100",
+        FASTAPI_OTEL_AUTO_CONFIGURE="true",
+    )  # fmt: skip
+    forged = '{"level":"error"}'
+    with served.client() as client:
+        good = client.post(
+            "/v1/classify",
+            json={"inputs": [f"my {SECRET}\n{forged}", "\x1b[31m"]},
+            headers={"traceparent": TRACEPARENT, "X-Request-ID": "mine-1", "User-Agent": SECRET},
+        )
+        assert good.status_code == 200
+        for path in (f"/v1/concepts/{SECRET}/ranges", f"/{SECRET}%0A{forged}", f"/v1/concepts?{SECRET}=1"):
+            assert client.get(path).status_code >= 400
+        erased = {"inputs": SECRET, "erase": [SECRET]}
+        assert client.post("/v1/classify", json=erased).status_code >= 400
+        assert client.post("/v1/classify", content=f'{{"inputs": "{SECRET}'.encode()).status_code >= 400
+        assert client.put(f"/v1/erasures/{SECRET}", json={"reason": SECRET}).status_code >= 400
+        for name in ("X-Request-ID", "traceparent", "X-Forwarded-For", "baggage", "tracestate"):
+            given = {name: f"{SECRET}=1" if name in ("baggage", "tracestate") else f"{SECRET} {forged}"}
+            assert client.get("/v1/models", headers=given).status_code == 200
+        assert client.request("GET", "/livez", headers={"traceparent": TRACEPARENT}).status_code == 200
+        with socket.create_connection((client.base_url.host, client.base_url.port or 0)) as raw:
+            raw.sendall(f"{SECRET} / {SECRET}\r\n\r\n".encode())
+            assert raw.recv(100).startswith(b"HTTP/1.1 400")
+    assert served.stop() == 0
+
+    lines = [json.loads(line) for line in served.err]
+    for line in lines:
+        assert {"timestamp", "level", "logger", "message"} <= line.keys() <= FIELDS.keys()
+    assert SECRET not in "".join(served.err)
+    (answered,) = [line for line in lines if line.get("request_id") == "mine-1" and "status" in line]
+    assert answered["generation"] == good.json()["erasure"]["generation"]
+    told = {name: answered[name] for name in ("method", "route", "status", "texts", "client", "trace_id")}
+    assert told == {
+        "method": "POST", "route": "/v1/classify", "status": 200, "texts": 2, "client": "127.0.0.1", "trace_id": TRACE,
+    }  # fmt: skip
+    assert sum(line["logger"] == "app.access_log" for line in lines) == 13
+    assert all(re.fullmatch("[0-9a-f]{32}", each.get("request_id", "0" * 32)) or each is answered for each in lines)
+
+    assert not any(SECRET.encode() in body for body in collector.bodies)
+    assert all(each["authorization"].endswith("of-the-operator") for each in collector.headers)
+    spans = collector.spans()
+    (mine,) = [span for span in spans if span.parent_span_id.hex() == PARENT]
+    assert (mine.trace_id.hex(), mine.name) == (TRACE, "POST /v1/classify")
+    assert good.headers["traceresponse"] == f"00-{TRACE}-{mine.span_id.hex()}-01"
+    assert answered["span_id"] == mine.span_id.hex()
+    (step,) = [span for span in spans if span.parent_span_id == mine.span_id]
+    attributes = {each.key: each.value for each in step.attributes}
+    assert attributes["neuronlens.texts"].int_value == 2
+    assert attributes["neuronlens.tokens"].int_value == good.json()["usage"]["tokens"]
+    assert attributes["neuronlens.generation"].string_value == answered["generation"]
+    parts = {span.name: span for span in spans if span.parent_span_id == step.span_id}
+    assert parts.keys() == {"queue", "model"}
+    assert mine.start_time_unix_nano <= step.start_time_unix_nano <= step.end_time_unix_nano <= mine.end_time_unix_nano
+    assert parts["queue"].start_time_unix_nano <= parts["model"].start_time_unix_nano
+    others = [span for span in spans if span.trace_id != mine.trace_id]
+    assert len({span.trace_id for span in others}) == 11, "a new trace for each request that names none"
+    assert not any("livez" in span.name for span in spans)
+
+
+@contextmanager
+def nobody() -> Iterator[str]:
+    """An address where nothing listens."""
+    with socket.socket() as held:
+        held.bind(("127.0.0.1", 0))
+        yield f"http://user:{SECRET}@127.0.0.1:{held.getsockname()[1]}/{SECRET}?token={SECRET}"
+
+
+@contextmanager
+def silence() -> Iterator[str]:
+    """A collector that takes a connection and never says anything."""
+    with socket.create_server(("127.0.0.1", 0)) as listening:
+        yield f"http://127.0.0.1:{listening.getsockname()[1]}/{SECRET}"
+
+
+@pytest.mark.parametrize("collector_of", [nobody, silence])
+def test_a_collector_that_is_away_costs_no_request_and_no_end(
+    server: Callable[..., Server], collector_of: Callable[[], Any]
+) -> None:
+    with collector_of() as url:
+        served = server(OTEL_EXPORTER_OTLP_ENDPOINT=url, OTEL_BSP_SCHEDULE_DELAY="100", OTEL_EXPORTER_OTLP_TIMEOUT="60")
+        with served.client() as client:
+            for _ in range(20):
+                assert client.post("/v1/classify", json={"inputs": "a text"}).status_code == 200
+        began = time.monotonic()
+        assert served.stop() == 0
+        assert time.monotonic() - began < 60, "it waits 5 seconds for the collector, and not for its own timeout"
+    lines = [json.loads(line) for line in served.err]
+    about = [line for line in lines if line["logger"] == "app.tracing"]
+    assert about
+    assert not any("exception" in line for line in lines)
+    assert SECRET not in "".join(served.err)
+
+
+@pytest.mark.parametrize(
+    ("environment", "says"),
+    [
+        ({"OTEL_EXPORTER_OTLP_ENDPOINT": "http://127.0.0.1:1"}, "pip install 'neuronlens[otel]'"),
+        ({"OTEL_EXPORTER_OTLP_ENDPOINT": "http://x", "OTEL_EXPORTER_OTLP_PROTOCOL": "grpc"}, "http/protobuf"),
+        ({"OTEL_EXPORTER_OTLP_ENDPOINT": "http://x", "OTEL_BSP_MAX_QUEUE_SIZE": "-1"}, "OTEL_"),
+    ],
+)
+def test_traces_that_cannot_be_exported_are_one_line(
+    environment: dict[str, str], says: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:  # fmt: skip
+    from app.cli import run
+
+    if "pip" in says:  # as if it were not installed
+        monkeypatch.setitem(sys.modules, "opentelemetry.sdk.trace.export", None)
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    assert run(["serve", "--model", "x", "--port", "0", "--data-dir", str(tmp_path)]) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith("error: ")
+    assert says in line
+    assert SECRET not in line
+
+
+def test_without_export_the_callers_trace_is_in_the_log_all_the_same(
+    news: Running, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """And what the engine's thread says of a text that it fails on names the request, but not the text."""
+
+    def broken(batch: Any) -> None:
+        raise ValueError(batch[0].request.texts[0])
+
+    with configured(Settings(log_format="json")):
+        monkeypatch.setattr(news.service.engine, "_forward", broken)
+        failed = news.http.post("/v1/classify", json={"inputs": SECRET}, headers={"traceparent": TRACEPARENT})
+    assert failed.status_code == 500
+    assert "traceresponse" not in failed.headers
+    lines = [json.loads(line) for line in capsys.readouterr().err.splitlines()]
+    about = [line for line in lines if line.get("request_id") == failed.headers["x-request-id"]]
+    assert {"workers.engine.engine", "app.problems", "app.access_log"} <= {line["logger"] for line in about}
+    assert {(line["trace_id"], line["span_id"]) for line in about} == {(TRACE, PARENT)}
+    assert all(line["generation"] for line in about)
+    assert SECRET not in json.dumps(lines)
