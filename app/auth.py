@@ -15,6 +15,7 @@ from starlette.types import ASGIApp, Receive, Send
 from starlette.types import Scope as AsgiScope
 
 from app.keyring import REASONS, Keyring, Refused
+from app.logs import note
 from app.problems import ApiError, documented, header, problem_response
 from app.rates import rate
 from range_store.api_keys import ApiKey, Scope
@@ -124,6 +125,7 @@ class Authentication:
         if not key.may(needed):
             have = ", ".join(key.scopes)
             raise Refused("wrong_scope", f"this call needs a key with scope {needed}; this one has {have}")
+        note(key=key.name)
         return Caller(key)
 
     def _count(self, who: str, limit: RateLimitItem | None) -> None:

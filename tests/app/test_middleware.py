@@ -6,6 +6,7 @@ from collections.abc import Callable
 import httpx
 import pytest
 from prometheus_client import CollectorRegistry
+from starlette.exceptions import HTTPException
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 from app.middleware import BodyLimit, Faults, HostCheck, HttpMetrics, RequestId
@@ -96,3 +97,48 @@ def test_every_request_is_counted_under_bounded_labels(app: ASGIApp, status: str
         counted("neuronlens_http_request_seconds_count", {"route": "unmatched", "status_class": f"{status[0]}xx"}) == 2
     )
     assert counted("neuronlens_http_requests_in_flight") == 0
+
+
+def test_a_body_that_does_not_come_is_given_up() -> None:
+    async def once() -> list[dict[str, object]]:
+        sent: list[dict[str, object]] = []
+
+        async def receive() -> dict[str, object]:
+            if not sent_body:
+                sent_body.append(True)
+                return {"type": "http.request", "body": b"{", "more_body": True}
+            await asyncio.sleep(60)
+            raise AssertionError("it waited on")
+
+        async def send(message: dict[str, object]) -> None:
+            sent.append(message)
+
+        sent_body: list[bool] = []
+        scope = {"type": "http", "method": "POST", "path": "/", "headers": [], "state": {}}
+        with pytest.raises(HTTPException) as caught:
+            await BodyLimit(echo, 100, 0.05)(scope, receive, send)  # type: ignore[arg-type]
+        assert caught.value.status_code == 408
+        assert caught.value.headers == {"Connection": "close"}
+        return sent
+
+    assert asyncio.run(once()) == []
+
+
+def test_what_comes_after_a_body_may_take_its_time() -> None:
+    async def patient(scope: Scope, receive: Receive, send: Send) -> None:
+        assert (await receive())["type"] == "http.request"
+        assert (await receive())["type"] == "http.disconnect"  # as a request that waits for its answer looks out for it
+
+    async def once() -> None:
+        async def receive() -> dict[str, object]:
+            if not asked:
+                asked.append(True)
+                return {"type": "http.request", "body": b"", "more_body": False}
+            await asyncio.sleep(0.2)
+            return {"type": "http.disconnect"}
+
+        asked: list[bool] = []
+        scope = {"type": "http", "method": "POST", "path": "/", "headers": [], "state": {}}
+        await BodyLimit(patient, 100, 0.05)(scope, receive, None)  # type: ignore[arg-type]
+
+    asyncio.run(once())
