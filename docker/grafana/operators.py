@@ -246,8 +246,8 @@ OPERATORS = [
     ),
     lines(
         "Callers refused, by reason",
-        "Calls per second that were refused before they were read: no_key and bad_key 401, wrong_scope 403, rate_limited "
-        "429, keys_unavailable 503. Many bad keys: somebody tries, or a key was revoked that is in use.",
+        "Calls per second that were refused before they were read: no_key and bad_key 401, wrong_scope 403, "
+        "rate_limited 429, keys_unavailable 503. Many bad keys: somebody tries, or a key was revoked that is in use.",
         [Query(f"sum by (reason) ({rate('neuronlens_auth_rejections_total')})", "{{reason}}")],
         unit="reqps",
         stacked=True,
