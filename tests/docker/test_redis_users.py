@@ -1,0 +1,174 @@
+"""The committed users of Redis, on a Redis 7 of the system: each may do its work, and nothing else."""
+
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import redis
+
+from range_store.embedded import connect
+from range_store.erasure import Erasure
+from range_store.errors import StoreUnavailable
+from range_store.live import LiveErasure
+from range_store.mirror import Mirror
+from range_store.store import RangeStore
+from tests.docker.conftest import DOCKER, PASSWORDS, Store
+from tests.range_store.builders import random_range_set
+from tests.range_store.waiting import until
+
+pytestmark = pytest.mark.system
+
+Client = Callable[[str], redis.Redis]
+
+
+@pytest.fixture
+def client(store_server: Store, tmp_path: Path) -> Iterator[Client]:
+    """`client("operator")`: as a process with that user's password has it."""
+    opened: list[redis.Redis] = []
+
+    def open_(user: str) -> redis.Redis:
+        opened.append(connect(store_server.url(user), tmp_path))
+        return opened[-1]
+
+    yield open_
+    for each in opened:
+        each.close()
+
+
+def test_the_operator_does_all_that_the_store_can(client: Client, tmp_path: Path) -> None:
+    store = RangeStore(client("operator"), "news")
+    range_set, inspect = random_range_set(1)
+    published = store.publish(range_set, inspect)
+    other = store.publish(*random_range_set(2))
+    assert {each.id for each in store.list()} == {published, other}
+    store.activate(published)
+    store.set_erasure(LiveErasure(erasure=Erasure(concept=range_set.concepts[0]), expires_at=time.time() + 60))
+    store.expire(time.time() + 120)
+    assert [each.action for each in store.audit()] == ["expire", "set", "activate", "create"]
+    assert store.live().erasures == ()
+    store.export(published, tmp_path / "out.safetensors")
+    elsewhere = RangeStore(store.client, "elsewhere")
+    assert elsewhere.import_file(tmp_path / "out.safetensors") == published
+    elsewhere.remove(published)
+    store.remove(other)
+    assert [each.id for each in store.list()] == [published]
+    assert store.read_inspect(published, next(iter(range_set.layers))) is not None
+    assert list(store.client.scan_iter("neuronlens:rangesets:*")) == [b"neuronlens:rangesets:news"]
+    # API keys are one document, changed by a script
+    put = store.client.register_script("return redis.call('SET', KEYS[1], ARGV[1])")
+    put(["neuronlens:keys"], ["{}"])
+    assert client("service").get("neuronlens:keys") == b"{}"
+
+
+def test_the_service_serves_toggles_and_follows_but_publishes_nothing(client: Client) -> None:
+    operator = RangeStore(client("operator"), "news")
+    range_set, inspect = random_range_set(1)
+    published = operator.publish(range_set, inspect)
+    store = RangeStore(client("service"), "news")
+    store.activate(published)
+    assert [each.id for each in store.list()] == [published]
+    mirror = Mirror(store, range_set.provenance.model.fingerprint, poll=300.0)
+    mirror.start()
+    try:
+        until(lambda: mirror.snapshot is not None)
+
+        def hinted() -> bool:  # the first hints may come before it has subscribed
+            soon = time.time() + 3600
+            operator.set_erasure(LiveErasure(erasure=Erasure(concept=range_set.concepts[0]), expires_at=soon))
+            return mirror.snapshot is not None and bool(mirror.snapshot.live.erasures)
+
+        until(hinted)
+        assert mirror.problem is None
+        store.expire(time.time() + 7200)
+        store.set_erasures([LiveErasure(erasure=Erasure(concept=range_set.concepts[1]))], by="key:someone")
+        assert store.audit()[0].by == "key:someone"
+        assert store.remove_erasure(range_set.concepts[1]).erasures == ()
+        until(lambda: mirror.snapshot is not None and mirror.snapshot.live == store.live())
+    finally:
+        mirror.close()
+    with pytest.raises(StoreUnavailable, match="ACL"):
+        store.publish(*random_range_set(2))
+    with pytest.raises(StoreUnavailable, match="ACL"):
+        RangeStore(store.client, "other").publish(range_set, inspect)
+    put = store.client.register_script("return redis.call('SET', KEYS[1], ARGV[1])")
+    for key in ("neuronlens:keys", "neuronlens:rangesets:news", f"neuronlens:rangeset:{published}:meta"):
+        with pytest.raises(redis.ResponseError):
+            put([key], ["{}"])
+        with pytest.raises(redis.exceptions.NoPermissionError):
+            store.client.set(key, "{}")
+    assert operator.read(published).layers.keys() == range_set.layers.keys(), "nothing was harmed"
+
+
+REFUSED: dict[str, tuple[Any, ...]] = {
+    "empty it": ("FLUSHALL",),
+    "empty one database": ("FLUSHDB",),
+    "reconfigure it": ("CONFIG", "SET", "appendonly", "no"),
+    "read its configuration": ("CONFIG", "GET", "*"),
+    "list all keys": ("KEYS", "*"),
+    "stop it": ("SHUTDOWN", "NOSAVE"),
+    "look into it": ("DEBUG", "OBJECT", "neuronlens:live:news"),
+    "listen to everybody": ("MONITOR",),
+    "make users": ("ACL", "SETUSER", "me", "on", "nopass", "+@all", "~*"),
+    "see users": ("ACL", "LIST"),
+    "make it a copy of another": ("REPLICAOF", "192.0.2.1", "6379"),
+    "load code": ("MODULE", "LOAD", "/tmp/evil.so"),
+    "see others' connections": ("CLIENT", "LIST"),
+    "close others' connections": ("CLIENT", "KILL", "TYPE", "normal"),
+    "run any script": ("EVAL", "return 1", "0"),
+    "read other keys": ("GET", "session:42"),
+    "write other keys": ("SET", "session:42", "x"),
+    "remove its own keys one by one": ("DEL", "neuronlens:live:news"),
+    "tell other channels": ("PUBLISH", "__keyspace@0__:x", "x"),
+    "hear other channels": ("SUBSCRIBE", "news"),
+}
+
+
+@pytest.mark.parametrize("what", REFUSED)
+@pytest.mark.parametrize("user", ["service", "operator", "monitor"])
+def test_nobody_may(store_server: Store, user: str, what: str) -> None:
+    refused = "no permissions|not allowed|permissions to"  # by the user's rules, or by the configuration for everybody
+    with redis.Redis.from_url(store_server.url(user)) as each, pytest.raises(redis.ResponseError, match=refused):
+        each.execute_command(*REFUSED[what])
+
+
+def test_a_script_reaches_no_other_keys(client: Client) -> None:
+    for user in ("service", "operator"):
+        sneak = client(user).register_script("return redis.call('SET', ARGV[1], 'x')")
+        with pytest.raises(redis.ResponseError, match="can't access"):
+            sneak(["neuronlens:live:news"], ["session:42"])
+
+
+def test_who_does_not_log_in_is_refused(store_server: Store) -> None:
+    where = f"127.0.0.1:{store_server.port}/0"
+    with redis.Redis.from_url(f"redis://{where}") as nobody, pytest.raises(redis.AuthenticationError):
+        nobody.ping()
+    for wrong in (f"redis://default:x@{where}", f"redis://service:{PASSWORDS['operator']}@{where}"):
+        with redis.Redis.from_url(wrong) as nobody, pytest.raises(redis.AuthenticationError):
+            nobody.ping()
+    with redis.Redis.from_url(store_server.url("monitor")) as monitor:
+        assert monitor.ping()
+        assert monitor.info("persistence")["aof_enabled"] == 1
+
+
+def test_passwords_are_kept_as_hashes_only(store_server: Store) -> None:
+    written = (store_server.directory / "users.acl").read_text()
+    assert "@" not in written.replace("+@", ""), "every password was put in"
+    committed = (DOCKER / "redis" / "users.acl").read_text()
+    for password in PASSWORDS.values():
+        assert password not in written + committed
+    assert (store_server.directory / "users.acl").stat().st_mode & 0o077 == 0
+
+
+def test_an_acknowledged_toggle_outlives_kill_9(store_server: Store, client: Client) -> None:
+    range_set, inspect = random_range_set(1)
+    operator = RangeStore(client("operator"), "news")
+    operator.activate(operator.publish(range_set, inspect))
+    store = RangeStore(client("service"), "news")
+    for turn in range(5):
+        acknowledged = store.set_erasure(LiveErasure(erasure=Erasure(concept=range_set.concepts[0], tau=1.0 + turn)))
+        store_server.kill()
+        store_server.start()
+        assert store.live() == acknowledged
+    assert store.audit()[0].after == acknowledged.generation
