@@ -1,0 +1,41 @@
+#!/bin/sh
+# Installs NeuronLens into a virtual environment: the steps of the image's build stage, which a test runs too.
+#
+#   install.sh dependencies VENV   makes VENV, and installs what pyproject.toml asks for (with the extra otel), at the
+#                                  versions of constraints.txt
+#   install.sh package VENV        adds NeuronLens itself
+#
+# It runs in the directory that holds pyproject.toml. TORCH_INDEX is the package index that torch alone is taken from;
+# empty: the usual one, whose torch for Linux on x86-64 brings CUDA.
+set -eu
+
+step=$1
+venv=$2
+pip() { "$venv/bin/python" -m pip --disable-pip-version-check --no-input "$@"; }
+
+case $step in
+dependencies)
+  python3 -m venv "$venv"
+  # without what torch requires: that comes from the usual index below, so that no other index can answer for it
+  if [ -n "${TORCH_INDEX:-}" ]; then
+    pip install --no-deps --index-url "$TORCH_INDEX" --constraint constraints.txt torch
+  fi
+  wanted=$(mktemp)
+  "$venv/bin/python" -c '
+import tomllib
+with open("pyproject.toml", "rb") as file:
+    project = tomllib.load(file)["project"]
+print(*project["dependencies"], *project["optional-dependencies"]["otel"], sep="\n")
+' >"$wanted"
+  pip install --constraint constraints.txt --requirement "$wanted"
+  rm "$wanted"
+  ;;
+package)
+  pip install --no-deps .
+  pip check
+  ;;
+*)
+  echo "install.sh: no such step: $step" >&2
+  exit 2
+  ;;
+esac
