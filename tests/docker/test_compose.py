@@ -1,0 +1,205 @@
+"""The compose files: their schema, and that what they name exists and says the same everywhere."""
+
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from tests.docker.conftest import DOCKER, PASSWORDS, ROOT, check_settings, system_program
+
+MAIN = ROOT / "docker-compose.yml"
+GPU = DOCKER / "docker-compose.gpu.yml"
+EXAMPLE = ROOT / ".env.example"
+
+VARIABLE = re.compile(r"(?<!\$)\$\{(?P<name>[A-Z_]+)(?:(?P<kind>:[?-])(?P<rest>[^}]*))?\}")
+LINE = re.compile(r"^#?(?P<name>[A-Z_]+)=(?P<value>.*)$", re.MULTILINE)
+
+FILLED_IN = {f"REDIS_{user.upper()}_PASSWORD": password for user, password in PASSWORDS.items()} | {
+    "GRAFANA_ADMIN_PASSWORD": "7b" * 16,
+    "NEURONLENS_MODEL": "/files/model",
+}
+
+
+def services() -> dict[str, Any]:
+    return dict(yaml.safe_load(MAIN.read_text())["services"])
+
+
+def seconds(duration: str) -> int:
+    return int(duration.removesuffix("s"))
+
+
+@pytest.mark.parametrize("file", [MAIN, GPU], ids=lambda file: file.name)
+def test_the_files_keep_the_schema_of_compose(file: Path) -> None:
+    assert _schema_check(file).returncode == 0, _schema_check(file).stdout
+
+
+def test_a_wrong_file_is_noticed(tmp_path: Path) -> None:
+    wrong = tmp_path / "docker-compose.yml"
+    wrong.write_text(MAIN.read_text().replace("cap_drop", "capdrop"))
+    assert _schema_check(wrong).returncode == 1
+
+
+def _schema_check(file: Path) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-m", "check_jsonschema", "--builtin-schema", "vendor.compose-spec", str(file)]
+    return subprocess.run(command, capture_output=True, text=True)
+
+
+def test_the_example_of_env_has_each_variable_with_its_default() -> None:
+    asked: dict[str, set[str | None]] = {}
+    for found in VARIABLE.finditer(_without_comments(MAIN) + _without_comments(GPU)):
+        asked.setdefault(found["name"], set()).add(found["rest"] if found["kind"] == ":-" else None)
+    example = EXAMPLE.read_text()
+    told = {found["name"]: found for found in LINE.finditer(example)}
+    assert asked.keys() == told.keys()
+    for name, defaults in asked.items():
+        assert len(defaults) == 1, f"{name} has two defaults"
+        (default,) = defaults
+        if default is None:
+            assert not told[name][0].startswith("#"), f"{name} must be set, so it is not commented out"
+        else:
+            assert told[name][0] == f"#{name}={default}"
+
+
+def _without_comments(file: Path) -> str:
+    return "\n".join(line for line in file.read_text().splitlines() if not line.lstrip().startswith("#"))
+
+
+def test_each_variable_without_a_default_says_what_to_do() -> None:
+    for found in VARIABLE.finditer(_without_comments(MAIN) + _without_comments(GPU)):
+        assert found["kind"] in (":-", ":?"), found[0]
+        assert found["kind"] == ":-" or found["rest"].startswith("set it in .env"), found[0]
+    for name in FILLED_IN:
+        assert f"\n{name}=\n" in EXAMPLE.read_text(), f"{name} must not have a value that somebody forgets to change"
+
+
+def test_settings_are_real() -> None:
+    for file in (MAIN, GPU):
+        for each in yaml.safe_load(file.read_text())["services"].values():
+            check_settings(list(each.get("environment", {})))
+
+
+def test_what_is_mounted_exists() -> None:
+    for name, service in services().items():
+        for volume in service.get("volumes", []):
+            source = volume["source"] if isinstance(volume, dict) else volume.split(":")[0]
+            if source.startswith("./"):
+                assert (ROOT / source).exists(), f"{name} mounts {source}"
+                assert volume.endswith(":ro")
+
+
+def test_images_are_pinned_and_ours_are_built() -> None:
+    for name, service in services().items():
+        ours = service["image"].startswith("${NEURONLENS_IMAGE:-neuronlens:")
+        assert ours or re.search(r":[\w.-]+@sha256:[0-9a-f]{64}$", service["image"]), name
+        assert ours == ("build" in service), name
+
+
+def test_containers_may_do_little() -> None:
+    for name, service in services().items():
+        assert service["read_only"] is True, name
+        assert service["cap_drop"] == ["ALL"], name
+        assert service["security_opt"] == ["no-new-privileges:true"], name
+        assert service["deploy"]["resources"]["limits"].keys() == {"cpus", "memory"}, name
+        assert "privileged" not in service
+        assert not any("docker.sock" in str(volume) for volume in service.get("volumes", []))
+
+
+def test_only_this_machine_reaches_what_is_published_and_redis_is_not() -> None:
+    published = {name: each["ports"] for name, each in services().items() if "ports" in each}
+    assert published.keys() == {"service", "prometheus", "grafana"}
+    for ports in published.values():
+        for port in ports:
+            assert port.startswith(("127.0.0.1:", "${PUBLISH_ADDRESS:-127.0.0.1}:")), port
+    networks = yaml.safe_load(MAIN.read_text())["networks"]
+    assert networks["store"]["internal"] is True
+    assert services()["redis"]["networks"] == ["store"]
+    reach_redis = {name for name, each in services().items() if "store" in each["networks"]} - {"redis"}
+    assert reach_redis == {"service", "fit", "cli"}
+
+
+def test_only_the_operator_s_commands_hold_the_operator_s_password() -> None:
+    for name, service in services().items():
+        environment = str(service.get("environment", {}))
+        assert ("REDIS_OPERATOR_PASSWORD" in environment) == (name in ("fit", "cli", "redis")), name
+        assert ("GRAFANA_ADMIN_PASSWORD" in environment) == (name == "grafana")
+
+
+def test_prometheus_scrapes_the_service_where_its_metrics_are() -> None:
+    (job,) = yaml.safe_load((DOCKER / "prometheus" / "prometheus.yml").read_text())["scrape_configs"]
+    (found,) = job["dns_sd_configs"]
+    (name,) = found["names"]
+    scraped = services()[name]
+    assert str(found["port"]) == scraped["environment"]["NEURONLENS_METRICS_PORT"]
+    assert not any(str(found["port"]) in port for port in scraped["ports"]), "metrics are not for those outside"
+    assert set(scraped["networks"]) & set(services()["prometheus"]["networks"])
+    sources = yaml.safe_load(next((DOCKER / "grafana").glob("provisioning/datasources/*.yml")).read_text())
+    assert sources["datasources"][0]["url"] == "http://prometheus:9090"
+    folder = yaml.safe_load(next((DOCKER / "grafana").glob("provisioning/dashboards/*.yml")).read_text())
+    path = folder["providers"][0]["options"]["path"]
+    assert any(volume.endswith(f":{path}:ro") for volume in services()["grafana"]["volumes"])
+
+
+def test_a_stop_waits_longer_than_the_drain() -> None:
+    service = services()["service"]
+    environment = service["environment"]
+    needed = int(environment["NEURONLENS_DRAIN_DELAY"]) + int(environment["NEURONLENS_DRAIN_SECONDS"])
+    assert seconds(service["stop_grace_period"]) >= needed + 5
+
+
+def test_the_service_waits_for_a_healthy_store_and_needs_keys() -> None:
+    service = services()["service"]
+    assert service["depends_on"] == {"redis": {"condition": "service_healthy"}}
+    assert service["environment"]["NEURONLENS_REQUIRE_KEYS"] == "true"
+    assert service["environment"]["NEURONLENS_HOST"] == "0.0.0.0"
+    assert "healthcheck" in services()["redis"]
+    assert "healthcheck" not in service, "the image's own"
+
+
+def test_files_that_are_no_part_of_an_image_stay_out_of_git_too() -> None:
+    ignored = (ROOT / ".gitignore").read_text().splitlines()
+    assert {".env", "files/"} <= set(ignored)
+
+
+@pytest.mark.system
+@pytest.mark.parametrize("profile", [[], ["--profile", "fit"], ["--profile", "cli"]])
+@pytest.mark.parametrize("files", [[MAIN], [MAIN, GPU]])
+def test_docker_compose_takes_the_files(files: list[Path], profile: list[str], tmp_path: Path) -> None:
+    made = configured(files, tmp_path, profile)
+    assert made["services"].keys() == {"redis", "service", "fit", "cli", "prometheus", "grafana"}
+    service = made["services"]["service"]
+    assert service["environment"]["NEURONLENS_REDIS_PASSWORD"] == PASSWORDS["service"]
+    assert service["ports"] == ["127.0.0.1:8000:8000/tcp"]
+    if GPU in files:
+        assert service["environment"]["NEURONLENS_DEVICE"] == "cuda"
+        assert service["image"] == "neuronlens:cuda"
+        assert service["build"]["args"] == {"TORCH_INDEX": ""}
+        limits, reserved = (service["deploy"]["resources"][each] for each in ("limits", "reservations"))
+        assert limits["memory"] == "4g"
+        assert reserved["devices"][0]["capabilities"] == ["gpu"]
+
+
+@pytest.mark.system
+def test_a_password_that_is_missing_is_one_clear_line(tmp_path: Path) -> None:
+    compose = system_program("docker-compose")
+    command = [compose, "--env-file", str(EXAMPLE), "-f", str(MAIN), "config", "--quiet"]
+    run = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, env={"PATH": os.defpath})
+    assert run.returncode != 0
+    assert "_PASSWORD" in run.stderr
+    assert "set it in .env, for example to the output of openssl rand" in run.stderr
+
+
+def configured(files: list[Path], directory: Path, options: list[str]) -> dict[str, Any]:
+    """The files as docker-compose puts them together, with `.env` filled in."""
+    env_file = directory / "filled.env"
+    lines = [line for line in EXAMPLE.read_text().splitlines() if not line.endswith("=")]
+    env_file.write_text("\n".join([*lines, *(f"{name}={value}" for name, value in FILLED_IN.items())]) + "\n")
+    named = [word for file in files for word in ("-f", str(file))]
+    command = [system_program("docker-compose"), "--env-file", str(env_file), *options, *named, "config"]
+    run = subprocess.run(command, capture_output=True, text=True, cwd=directory, env={"PATH": os.defpath})
+    assert run.returncode == 0, run.stderr
+    return dict(yaml.safe_load(run.stdout))
