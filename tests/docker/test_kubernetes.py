@@ -1,0 +1,185 @@
+"""The Kubernetes manifests: what kustomize makes of them holds against the schemas of several versions."""
+
+import re
+import shutil
+import subprocess
+from typing import Any
+
+import kubernetes_validate
+import pytest
+import yaml
+
+from tests.docker.conftest import ROOT, check_settings, system_program
+
+KUBERNETES = ROOT / "docker" / "kubernetes"
+VERSIONS = ("1.30", "1.34", "1.37")
+OVERLAYS = ("base", "fit", "gpu", "trial")
+CUSTOM = ("Kustomization", "ServiceMonitor")
+"""Kinds that Kubernetes itself does not know; they have no schema here."""
+
+Manifest = dict[str, Any]
+
+
+def documents(text: str) -> list[Manifest]:
+    return [each for each in yaml.safe_load_all(text) if each]
+
+
+def committed() -> list[tuple[str, Manifest]]:
+    found = []
+    for file in sorted([*KUBERNETES.rglob("*.yaml"), *(ROOT / "docker" / "redis").glob("*.yaml")]):
+        found += [(f"{file.name}:{each['kind']}", each) for each in documents(file.read_text()) if "kind" in each]
+    return found
+
+
+def check(manifest: Manifest) -> None:
+    for version in VERSIONS:
+        kubernetes_validate.validate(manifest, version, strict=True)
+
+
+@pytest.fixture(scope="module")
+def rendered(tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[Manifest]]:
+    """What kustomize makes of every overlay, by name."""
+    kubectl = system_program("kubectl")
+    directory = tmp_path_factory.mktemp("manifests")
+    for name in ("kubernetes", "redis"):
+        shutil.copytree(ROOT / "docker" / name, directory / name)
+    about = subprocess.run([kubectl, "version", "--client"], capture_output=True, text=True).stdout
+    if "Kustomize Version" not in about:  # the kustomize 2 of Debian's kubectl has older words for the same
+        for file in directory.rglob("kustomization.yaml"):
+            file.write_text(_in_older_words(file.read_text()))
+    made = {}
+    for name in (*OVERLAYS, "monitoring"):
+        run = subprocess.run(
+            [kubectl, "kustomize", str(directory / "kubernetes" / name)], capture_output=True, text=True
+        )
+        assert run.returncode == 0, run.stderr
+        made[name] = documents(run.stdout)
+    return made
+
+
+def _in_older_words(text: str) -> str:
+    asked = yaml.safe_load(text)
+    folders = [each for each in asked["resources"] if not each.endswith(".yaml")]
+    asked["bases"], asked["resources"] = folders, [each for each in asked["resources"] if each not in folders]
+    asked["patchesStrategicMerge"] = [each["path"] for each in asked.pop("patches", [])]
+    return yaml.safe_dump({key: value for key, value in asked.items() if value})
+
+
+@pytest.mark.parametrize(("name", "manifest"), committed())
+def test_each_manifest_keeps_its_schema(name: str, manifest: Manifest) -> None:
+    patch = (KUBERNETES / "gpu" / "gpu.yaml").read_text()
+    if manifest["kind"] in CUSTOM or manifest in documents(patch):  # a patch is no whole object
+        return
+    check(manifest)
+
+
+def test_a_wrong_manifest_is_noticed() -> None:
+    (deployment,) = documents((KUBERNETES / "base" / "deployment.yaml").read_text())
+    deployment["spec"]["template"]["spec"]["containers"][0]["readinessprobe"] = {}
+    with pytest.raises(kubernetes_validate.ValidationError):
+        check(deployment)
+
+
+@pytest.mark.system
+@pytest.mark.parametrize("overlay", OVERLAYS)
+def test_what_is_rendered_keeps_its_schema(rendered: dict[str, list[Manifest]], overlay: str) -> None:
+    assert len(rendered[overlay]) == {"base": 7, "fit": 1, "gpu": 7, "trial": 11}[overlay]
+    for manifest in rendered[overlay]:
+        check(manifest)
+        assert manifest["metadata"]["namespace"] == "neuronlens"
+
+
+@pytest.mark.system
+def test_what_is_rendered_fits_together(rendered: dict[str, list[Manifest]]) -> None:
+    """Selectors choose the pods, images are named, names that are referred to exist."""
+    trial = {(each["kind"], each["metadata"]["name"]): each for each in rendered["trial"]}
+    pods = {
+        each["metadata"]["name"]: each["spec"]["template"]["metadata"]["labels"]
+        for each in rendered["trial"]
+        if each["kind"] in ("Deployment", "StatefulSet")
+    }
+    for (kind, name), manifest in trial.items():
+        chosen = {"Service": ["selector"], "PodDisruptionBudget": ["selector", "matchLabels"]}.get(kind)
+        chosen = ["podSelector", "matchLabels"] if kind == "NetworkPolicy" else chosen
+        if chosen:
+            selector = manifest["spec"]
+            for step in chosen:
+                selector = selector[step]
+            assert selector.items() <= pods[name].items(), (kind, name)
+    ports = {each["name"]: each["containerPort"] for each in _container(trial["Deployment", "neuronlens"])["ports"]}
+    assert {each["targetPort"] for each in trial["Service", "neuronlens"]["spec"]["ports"]} == set(ports)
+    assert ports["metrics"] == int(trial["ConfigMap", "neuronlens"]["data"]["NEURONLENS_METRICS_PORT"])
+    scaled = trial["HorizontalPodAutoscaler", "neuronlens"]["spec"]["scaleTargetRef"]
+    assert (scaled["kind"], scaled["name"]) in trial
+    (settings,) = [name for kind, name in trial if kind == "ConfigMap" and name != "neuronlens"]
+    redis = trial["StatefulSet", "neuronlens-redis"]["spec"]["template"]["spec"]
+    assert settings in [each["configMap"]["name"] for each in redis["volumes"] if "configMap" in each]
+    url = trial["ConfigMap", "neuronlens"]["data"]["NEURONLENS_REDIS_URL"]
+    assert re.fullmatch(r"redis://(.+):6379/0", url)[1] == "neuronlens-redis"  # type: ignore[index]
+    (gpu,) = [each for each in rendered["gpu"] if each["kind"] == "Deployment"]
+    assert _container(gpu)["resources"]["limits"]["nvidia.com/gpu"] == "1"
+    assert {"name": "NEURONLENS_DEVICE", "value": "cuda"} in _container(gpu)["env"]
+    assert {each["name"] for each in _container(gpu)["env"]} > {"NEURONLENS_REDIS_PASSWORD"}
+
+
+def test_pods_are_locked_down_and_told_of_their_end() -> None:
+    for name, manifest in committed():
+        if manifest["kind"] not in ("Deployment", "StatefulSet", "Job") or name.startswith("gpu.yaml"):
+            continue
+        pod = manifest["spec"]["template"]["spec"]
+        assert pod["automountServiceAccountToken"] is False, name
+        assert pod["enableServiceLinks"] is False, "a Service's name would become NEURONLENS_PORT"
+        assert pod["securityContext"]["runAsNonRoot"] is True, name
+        assert pod["securityContext"]["runAsUser"] > 0, name
+        for container in pod["containers"]:
+            locked = container["securityContext"]
+            assert locked["readOnlyRootFilesystem"] is True, name
+            assert locked["capabilities"] == {"drop": ["ALL"]}, name
+            assert locked["allowPrivilegeEscalation"] is False, name
+            assert container["resources"].keys() >= {"requests", "limits"}, name
+    (deployment,) = documents((KUBERNETES / "base" / "deployment.yaml").read_text())
+    (settings,) = documents((KUBERNETES / "base" / "configmap.yaml").read_text())
+    needed = sum(int(settings["data"][f"NEURONLENS_DRAIN_{part}"]) for part in ("DELAY", "SECONDS"))
+    assert deployment["spec"]["template"]["spec"]["terminationGracePeriodSeconds"] >= needed + 5
+    probes = _container(deployment)
+    assert probes["readinessProbe"]["httpGet"]["path"] == "/readyz"
+    assert {probes[f"{kind}Probe"]["httpGet"]["path"] for kind in ("startup", "liveness")} == {"/livez"}
+    drain = int(settings["data"]["NEURONLENS_DRAIN_DELAY"])
+    noticed = probes["readinessProbe"]["periodSeconds"] * probes["readinessProbe"]["failureThreshold"]
+    assert drain > noticed, "a draining pod must be seen unready before it stops to accept"
+
+
+def test_settings_are_real_and_no_secret_stands_there() -> None:
+    for _, manifest in committed():
+        assert manifest["kind"] != "Secret"
+        if manifest["kind"] == "ConfigMap":
+            check_settings(list(manifest["data"]))
+        if manifest["kind"] in ("Deployment", "StatefulSet", "Job"):
+            for each in _container(manifest)["env"]:
+                check_settings([each["name"]])
+                assert "value" not in each or "PASSWORD" not in each["name"]
+
+
+def test_the_autoscaler_and_the_adapter_mean_a_metric_that_is_served() -> None:
+    (scaler,) = documents((KUBERNETES / "base" / "horizontalpodautoscaler.yaml").read_text())
+    (adapter,) = documents((KUBERNETES / "monitoring" / "prometheus-adapter.yaml").read_text())
+    (metric,) = [each["pods"]["metric"]["name"] for each in scaler["spec"]["metrics"]]
+    assert adapter["rules"]["custom"][0]["seriesQuery"].startswith(metric + "{")
+    assert f'"{metric}"' in (ROOT / "workers" / "engine" / "metrics.py").read_text()
+
+
+def _container(manifest: Manifest) -> Manifest:
+    (container,) = manifest["spec"]["template"]["spec"]["containers"]
+    return dict(container)
+
+
+def test_images_are_pinned() -> None:
+    for name, manifest in committed():
+        for image in manifest.get("images", []) if manifest["kind"] == "Kustomization" else []:
+            assert image["newTag"] not in ("", "latest"), name
+        if manifest["kind"] == "StatefulSet":
+            assert "@sha256:" in _container(manifest)["image"], name
+
+
+def test_overlays_are_all_of_them() -> None:
+    assert {each.parent.name for each in KUBERNETES.rglob("kustomization.yaml")} == {*OVERLAYS, "monitoring"}
