@@ -1,0 +1,94 @@
+"""Backup and restore as docs/operations.md tells it: its very commands, on a Redis of the operating system."""
+
+import re
+import subprocess
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+import redis
+
+from range_store.api_keys import KeyStore
+from range_store.embedded import connect
+from range_store.erasure import Erasure
+from range_store.live import LiveErasure
+from range_store.mirror import LostState, Mirror
+from range_store.store import RangeStore
+from tests.range_store.builders import random_range_set
+from tests.range_store.waiting import until
+
+pytestmark = pytest.mark.system
+
+PAGE = Path(__file__).parents[2] / "docs" / "operations.md"
+FINGERPRINT = random_range_set(1)[0].provenance.model.fingerprint
+
+Start = Callable[[Path], redis.Redis]
+
+
+def commands(name: str) -> str:
+    """The shell block of the page that follows the comment `<!-- name -->`."""
+    found = re.search(rf"<!-- {name} -->\n```\n(.*?)```", PAGE.read_text("utf-8"), re.DOTALL)
+    assert found is not None
+    return found[1]
+
+
+@pytest.fixture
+def start() -> Iterator[Start]:
+    """`start(directory)`: a Redis there, set up as the committed configuration does; gives a client."""
+    running: list[subprocess.Popen[bytes]] = []
+    clients: list[redis.Redis] = []
+
+    def begin(directory: Path) -> redis.Redis:
+        socket = directory / "r.sock"
+        options = ["--port", "0", "--unixsocket", str(socket), "--dir", str(directory)]
+        options += ["--appendonly", "yes", "--appendfsync", "always", "--save", ""]
+        running.append(subprocess.Popen(["/usr/bin/redis-server", *options], stdout=subprocess.DEVNULL))
+        until(socket.exists)
+        clients.append(connect(f"unix://{socket}", directory))
+        return clients[-1]
+
+    yield begin
+    for client in clients:
+        client.close()
+    for process in running:
+        process.terminate()
+        process.wait()
+
+
+def shell(script: str, directory: Path) -> None:
+    subprocess.run(["bash", "-euc", script], cwd=directory, check=True, timeout=60, stdout=subprocess.DEVNULL)
+
+
+def test_what_is_backed_up_comes_back_and_servers_that_know_more_say_so(start: Start, tmp_path: Path) -> None:
+    old, new = tmp_path / "old", tmp_path / "new"
+    old.mkdir()
+    new.mkdir()
+    client = start(old)
+    store, keys = RangeStore(client, "news"), KeyStore(client)
+    id_ = store.publish(*random_range_set(1))
+    store.activate(id_)
+    concept = store.provenance(id_).concepts[0]
+    kept = store.set_erasure(LiveErasure(erasure=Erasure(concept=concept), reason="kept"))
+    _, token = keys.create("app", ["infer"])
+
+    shell(commands("backup").replace("redis-cli", f"redis-cli -s {old}/r.sock"), tmp_path)
+    later = store.remove_erasure(concept)
+    mirror = Mirror(store, FINGERPRINT)
+    assert mirror.refresh().live == later
+
+    (tmp_path / "backup.rdb").rename(new / "backup.rdb")
+    shell(commands("restore"), new)
+    restored = start(new)
+    again = RangeStore(restored, "news")
+    assert again.live() == kept
+    assert again.read(id_).provenance == store.read(id_).provenance
+    assert [entry.action for entry in again.audit()] == ["set", "activate", "create"]
+    known = KeyStore(restored).read()
+    assert known is not None
+    assert known.of_token(token) is not None
+
+    mirror._store = again  # the server that knew the later state finds the older one in its place
+    with pytest.raises(LostState, match="went back"):
+        mirror.refresh()
+    assert mirror.snapshot is not None
+    assert mirror.snapshot.live == later
