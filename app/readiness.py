@@ -6,11 +6,13 @@ from app.wiring import Service
 def conditions(service: Service) -> dict[str, bool]:
     """Each condition of readiness, and whether it holds now. Ready is who meets them all.
 
-    A store that is away is none of them: the last good snapshot goes on answering, and its age is told.
+    A store that is away is none of them: the last good snapshot goes on answering, and its age is told. It is not
+    fresh any more when it is older than `max_snapshot_age`, where that is set.
     """
-    snapshot = service.mirror.snapshot
+    snapshot, oldest = service.mirror.snapshot, service.settings.max_snapshot_age
     return {
         "engine": service.engine.ready,
         "live_state": snapshot is not None,
         "range_set": snapshot is not None and snapshot.range_set is not None,
+        "snapshot_fresh": snapshot is not None and (oldest is None or service.mirror.age() <= oldest),
     }

@@ -237,3 +237,4 @@ class Ready(BaseModel):
     checks: dict[str, bool]
     generation: str
     snapshot_age: float
+    problem: str | None = Field(description="Why the live state cannot be kept current; null while it is.")

@@ -1,10 +1,10 @@
 """Configuration: the one place where it enters, from `NEURONLENS_…` variables or from the command line's options."""
 
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, Self
 
 from platformdirs import user_data_path
-from pydantic import Field, SecretStr, field_validator
+from pydantic import Field, SecretStr, field_validator, model_validator
 from pydantic_settings import BaseSettings, SettingsConfigDict
 
 from app.rates import rate
@@ -106,6 +106,11 @@ class Settings(BaseSettings):
     poll_seconds: Annotated[float, Field(gt=0)] = Field(
         2.0, description="how often the live state is read again, told or not"
     )
+    max_snapshot_age: Annotated[float, Field(gt=0)] | None = Field(
+        None,
+        description="seconds without word from the store after which `/readyz` answers 503, more than `poll_seconds`; "
+        "unset: never",
+    )
     drain_seconds: Annotated[int, Field(ge=0)] = Field(30, description="time for accepted requests after a stop signal")
     log_level: Literal["debug", "info", "warning", "error"] = Field(
         "info", description="what is logged; `debug`: every request"
@@ -121,6 +126,14 @@ class Settings(BaseSettings):
         if value is not None:
             rate(value)
         return value
+
+    @model_validator(mode="after")
+    def _polled_before_it_is_old(self) -> Self:
+        if self.max_snapshot_age is not None and self.max_snapshot_age <= self.poll_seconds:
+            raise ValueError(
+                f"max_snapshot_age ({self.max_snapshot_age:g}) must be more than poll_seconds ({self.poll_seconds:g})"
+            )
+        return self
 
     @property
     def redis_dir(self) -> Path:

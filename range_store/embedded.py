@@ -16,8 +16,11 @@ from range_store.embedded_server import EmbeddedServer
 from range_store.errors import StoreUnavailable
 from range_store.failures import reaching_redis
 
-SOCKET_TIMEOUT = 15.0
-"""Seconds for one answer: the largest part of a range set must pass in it."""
+ANSWER_TIMEOUT = 2.0
+"""Seconds that Redis may be silent, before or within an answer. However large an answer is, it comes in pieces, so this
+bounds what a Redis that hangs costs a caller, and no read."""
+TRANSFER_TIMEOUT = 30.0
+"""Seconds for a client that publishes: here the largest part of a range set must be taken, and written to disk."""
 CONNECT_TIMEOUT = 2.0
 HEALTH_CHECK_INTERVAL = 15
 
@@ -29,6 +32,7 @@ def connect(
     username: str | None = None,
     password: str | None = None,
     ca_file: Path | None = None,
+    timeout: float = ANSWER_TIMEOUT,
 ) -> redis.Redis:
     """A client of the Redis at `url` (redis://, rediss:// or unix://), or, without one, of the one in `directory`.
 
@@ -37,12 +41,13 @@ def connect(
 
     Args:
         ca_file: certificates (PEM) that a rediss:// server's is checked against; None: the system's.
+        timeout: seconds that Redis may be silent; `TRANSFER_TIMEOUT` for who publishes range sets.
 
     Raises:
         StoreUnavailable: no such URL, or the embedded Redis cannot be started.
     """
     if not url:
-        return EmbeddedRedis.open(directory)
+        return EmbeddedRedis.open(directory, timeout)
     given: dict[str, Any] = {"username": username, "password": password}
     if url.startswith("rediss://"):
         if ca_file is not None and not ca_file.is_file():
@@ -54,7 +59,7 @@ def connect(
             client_name="neuronlens",
             protocol=2,
             **{name: value for name, value in given.items() if value is not None},
-            **_patience(),
+            **_patience(timeout),
         )
     except (ValueError, redis.RedisError):  # not quoted: the URL may hold a password
         raise StoreUnavailable(
@@ -69,7 +74,7 @@ class EmbeddedRedis(redis.Redis):
     running for the next to join. A server that died is started again by whoever next connects to it.
     """
 
-    def __init__(self, server: EmbeddedServer, path: Path) -> None:
+    def __init__(self, server: EmbeddedServer, path: Path, timeout: float = ANSWER_TIMEOUT) -> None:
         self._server = server
         self._closed = False
         self._name = f"neuronlens-{os.getpid()}-{secrets.token_hex(4)}"
@@ -79,7 +84,7 @@ class EmbeddedRedis(redis.Redis):
             revive=self._revive,
             client_name=self._name,
             protocol=2,
-            **_patience(),
+            **_patience(timeout),
         )
         super().__init__(connection_pool=pool)
 
@@ -87,7 +92,7 @@ class EmbeddedRedis(redis.Redis):
         return f"EmbeddedRedis({str(self.directory)!r})"
 
     @classmethod
-    def open(cls, directory: Path) -> "EmbeddedRedis":
+    def open(cls, directory: Path, timeout: float = ANSWER_TIMEOUT) -> "EmbeddedRedis":
         """Start the server of `directory`, or join it.
 
         Raises:
@@ -95,7 +100,7 @@ class EmbeddedRedis(redis.Redis):
         """
         server = EmbeddedServer(directory)
         with server.locked():
-            client = cls(server, server.ensure())
+            client = cls(server, server.ensure(), timeout)
             with reaching_redis():
                 client.ping()  # its connection stays open: it tells others that the server is in use
         return client
@@ -151,10 +156,13 @@ class _RevivingConnection(redis.UnixDomainSocketConnection):
             return super()._connect()  # type: ignore[no-untyped-call]
 
 
-def _patience() -> dict[str, Any]:
+def _patience(timeout: float) -> dict[str, Any]:
+    # A cut connection is tried once more: that is how a Redis that was started again is met. A silent one is not, for
+    # whoever asked has waited long enough.
+    retry = Retry(ExponentialBackoff(cap=0.1, base=0.02), 1, supported_errors=(redis.ConnectionError,))
     return {
-        "socket_timeout": SOCKET_TIMEOUT,
+        "socket_timeout": timeout,
         "socket_connect_timeout": CONNECT_TIMEOUT,
         "health_check_interval": HEALTH_CHECK_INTERVAL,
-        "retry": Retry(ExponentialBackoff(cap=0.1, base=0.02), 1),
+        "retry": retry,
     }

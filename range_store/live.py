@@ -12,7 +12,8 @@ from range_store.errors import InvalidErasure
 Generation = Annotated[str, Field(pattern=r"^[0-9a-f]{8}-(0|[1-9][0-9]*)$")]
 """`epoch-counter`: the epoch is random where the state is created, so an emptied Redis never repeats a generation."""
 
-Action = Literal["create", "set", "remove", "replace", "activate", "expire"]
+Action = Literal["create", "set", "remove", "replace", "activate", "expire", "restore"]
+"""`restore`: a server put back what Redis had forgotten."""
 
 
 class LiveErasure(Frozen):

@@ -8,6 +8,7 @@ is good: an erasure is never dropped because something else broke (DESIGN promis
 import dataclasses
 import json
 import logging
+import shlex
 import threading
 import time
 from collections.abc import Callable
@@ -17,7 +18,7 @@ from typing import Literal
 
 import redis
 
-from range_store.errors import RangeStoreError, StoreUnavailable, UnknownRangeSet
+from range_store.errors import ForeignRangeSet, RangeStoreError, StoreUnavailable, UnknownRangeSet
 from range_store.failures import explain
 from range_store.keys import CHANGES
 from range_store.live import LiveState
@@ -30,7 +31,10 @@ LISTEN_SECONDS = 0.2
 """Longest wait for a message before the clock and the end are looked at again."""
 SWEEP_SECONDS = 0.5
 """Shortest time between two tries to take expired erasures out of the store."""
-FIRST_BACKOFF, LAST_BACKOFF = 0.05, 1.0
+FIRST_BACKOFF, LAST_BACKOFF = 0.05, 0.5
+"""Seconds between two tries to reach Redis: it is found again half a second after its return at the latest."""
+REMIND_SECONDS = 60.0
+"""How often what is wrong is logged again while it lasts."""
 Trouble = Literal["store_down", "lost", "range_set"]
 """Why a snapshot is not the newest: Redis does not answer; it has lost the live state; what is active is unusable."""
 ATTEMPTS = 3
@@ -46,7 +50,7 @@ class Snapshot:
 
 
 class LostState(StoreUnavailable):
-    """Redis answers, but has forgotten or undone what this worker knows to be live."""
+    """Redis answers, but has forgotten what this worker knows to be live, and it cannot be put back yet."""
 
 
 class Mirror:
@@ -86,6 +90,7 @@ class Mirror:
         """Why the snapshot is not the newest, or None while it is."""
         self.trouble: Trouble | None = None
         """The kind of `problem`."""
+        self._logged = 0.0
 
     def start(self) -> None:
         """Read once, and then keep reading in a thread. Does not fail while Redis is away: see `problem`."""
@@ -133,9 +138,13 @@ class Mirror:
         for attempt in range(ATTEMPTS):
             held = self.snapshot
             read_at = time.monotonic()
-            # What is gone is only created anew by one who never knew it.
-            live = self._store.live() if held is None else self._store.peek()
-            live = _not_lost(held, live)
+            if held is None:
+                live = self._store.live()
+            else:
+                # what is gone is not created anew by one who knew it, but put back
+                found = self._store.peek()
+                forgotten = found != held.live and self._store.has_forgotten(held.live, found)
+                live = self._put_back(held.live, found) if found is None or forgotten else found
             if live.range_set is None:
                 return Snapshot(live, None, read_at)
             if held is not None and held.range_set is not None and held.range_set.id == live.range_set:
@@ -148,21 +157,62 @@ class Mirror:
                     raise
         raise AssertionError("unreachable")
 
+    def _put_back(self, held: LiveState, found: LiveState | None) -> LiveState:
+        """Make live again what Redis has forgotten.
+
+        Raises:
+            LostState: it cannot be, until an operator does something; says what.
+        """
+        model = self._store.model
+        if found is None:
+            why = "Redis has lost the live state (was it emptied?)"
+        elif found.epoch != held.epoch:
+            why = f"Redis has lost the live state (it begins anew at {found.generation})"
+        else:
+            why = f"Redis went back from generation {held.generation} to {found.generation} (is it an older copy?)"
+        anew = found is not None and found.epoch != held.epoch and found.range_set is not None
+        range_set = found.range_set if anew and found is not None else held.range_set
+        try:
+            if range_set is not None:
+                check_model(self._store.provenance(range_set), self._fingerprint)
+            state = self._store.put_back(held)
+        except StoreUnavailable:
+            raise
+        except UnknownRangeSet:
+            name = shlex.quote(model)
+            raise LostState(
+                f"{why}, and range set {range_set} with it. Bring it back: `neuronlens ranges import FILE --activate "
+                f"--name {name}`, or fit again with `neuronlens fit … --activate --name {name}`; this server then puts "
+                "the live erasures back by itself"
+            ) from None
+        except ForeignRangeSet:
+            raise
+        except RangeStoreError as error:
+            raise LostState(
+                f"{why}, and range set {range_set}, which is active now, cannot serve what was erased ({error}): "
+                "activate another one, or switch each erasure on anew with `neuronlens erase on`"
+            ) from None
+        log.warning("%s: %s; put back as generation %s", model, why, state.generation, extra=self._where())
+        return state
+
     def _note(self, error: RangeStoreError | None) -> None:
-        """Remember what is wrong, and log it when it begins and when it ends."""
-        self.store_up = not isinstance(error, StoreUnavailable) or isinstance(error, LostState)
-        problem = None if error is None else str(error)
-        if problem is not None and problem != self.problem:
-            kept = (
-                f"generation {self.snapshot.live.generation} stays in force"
-                if self.snapshot
-                else "nothing is known yet"
-            )
-            log.error("%s: %s; %s", self._store.model, problem, kept, extra=self._where())
-        elif problem is None and self.problem is not None:
-            log.info("%s: the live state is current again", self._store.model, extra=self._where())
-        self.problem = problem
+        """Remember what is wrong; log when it begins, when it ends, and now and then while it lasts."""
         self.trouble = None if error is None else _kind(error)
+        self.store_up = self.trouble != "store_down"
+        before, self.problem = self.problem, None if error is None else str(error)
+        if self.problem is None:
+            if before is not None:
+                log.info("%s: the live state is current again", self._store.model, extra=self._where())
+            return
+        now = time.monotonic()
+        # what stands in brackets differs from try to try
+        same = before is not None and before.split(" (")[0] == self.problem.split(" (")[0]
+        if same and now - self._logged < REMIND_SECONDS:
+            return
+        self._logged = now
+        held = self.snapshot
+        kept = f"generation {held.live.generation} stays in force" if held else "nothing is known yet"
+        log.error("%s: %s; %s", self._store.model, self.problem, kept, extra=self._where())
 
     def _tell(self, before: Snapshot | None, fresh: Snapshot) -> None:
         if before is not None and before.live.epoch != fresh.live.epoch:
@@ -187,25 +237,33 @@ class Mirror:
         return {"model": self._store.model} | ({"generation": held.live.generation} if held else {})
 
     def _run(self) -> None:
-        backoff = FIRST_BACKOFF
+        backoff, heard = FIRST_BACKOFF, True
         while not self._stopping.is_set():
             listening_since = time.monotonic()
             try:
                 self._listen()
             except (redis.RedisError, OSError) as error:
-                said = "%s: no messages from Redis (%s); reading without them"
-                log.info(said, self._store.model, explain(error), extra=self._where())
+                if heard:
+                    said = "%s: no messages from Redis (%s); reading without them"
+                    log.info(said, self._store.model, explain(error), extra=self._where())
                 with suppress(RangeStoreError):  # it says itself what is wrong
                     self.refresh()
+            except StoreUnavailable:
+                pass  # `refresh` has said it; perhaps a new connection finds the way
             except Exception:
                 log.exception("%s: the mirror stumbled, and goes on", self._store.model, extra=self._where())
-            if time.monotonic() - listening_since > LAST_BACKOFF:
+            heard = time.monotonic() - listening_since > LAST_BACKOFF
+            if heard:
                 backoff = FIRST_BACKOFF
             self._stopping.wait(backoff)
             backoff = min(2 * backoff, LAST_BACKOFF)
 
     def _listen(self) -> None:
-        """Read on messages and on time, over one subscription, until it breaks or the mirror is closed."""
+        """Read on messages and on time, over one subscription, until it breaks or the mirror is closed.
+
+        Raises:
+            StoreUnavailable: Redis did not answer. Then the subscription may be dead too, and not know it.
+        """
         with self._store.client.pubsub() as feed:  # type: ignore[no-untyped-call]
             feed.subscribe(CHANGES)
             next_poll = next_sweep = time.monotonic()
@@ -216,8 +274,14 @@ class Mirror:
                     next_sweep = now + SWEEP_SECONDS if self._until_expiry() <= 0 else now
                 if now >= next_poll:
                     next_poll = now + self._poll
-                    with suppress(RangeStoreError):
+                    try:
                         self.refresh()
+                    except LostState:
+                        pass
+                    except StoreUnavailable:
+                        raise
+                    except RangeStoreError:
+                        pass
                 now = time.monotonic()
                 wait = min(LISTEN_SECONDS, next_poll - now, max(next_sweep - now, self._until_expiry()))
                 message = feed.get_message(timeout=max(wait, 0.0))
@@ -251,27 +315,3 @@ def _kind(error: RangeStoreError) -> Trouble:
     if isinstance(error, LostState):
         return "lost"
     return "store_down" if isinstance(error, StoreUnavailable) else "range_set"
-
-
-def _not_lost(held: Snapshot | None, live: LiveState | None) -> LiveState:
-    """`live`, if it can be the successor of what is held.
-
-    Raises:
-        LostState: Redis was emptied, or went back to an older state. Only an operator's change settles what is to
-            be: the first one of a new epoch, or one that passes the generation that is held.
-    """
-    advice = "activate a range set and switch the erasures on again"
-    if live is None:
-        raise LostState(f"Redis has lost the live state (was it emptied?): {advice}")
-    if held is None or live == held.live:
-        return live
-    if live.epoch != held.live.epoch:
-        knew_something = held.live.range_set is not None or held.live.erasures
-        if live.counter == 0 and knew_something:
-            raise LostState(f"Redis has lost the live state (it begins anew at {live.generation}): {advice}")
-    elif live.counter < held.live.counter:
-        raise LostState(
-            f"Redis went back from generation {held.live.generation} to {live.generation} (was an old copy restored?): "
-            "switch the erasures on again"
-        )
-    return live

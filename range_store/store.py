@@ -172,6 +172,52 @@ class RangeStore(PublishedRangeSets):
         self._resolver = candidate
         return state
 
+    def has_forgotten(self, held: LiveState, state: LiveState | None) -> bool:
+        """Whether `state`, as Redis has it now, knows less than `held`, which it had before.
+
+        It was emptied, an older copy came back, or it was begun anew since and nobody has yet decided there on what
+        is to be erased: activating a range set is no such decision.
+        """
+        if state is None:
+            return True
+        if state.epoch == held.epoch:
+            return state.counter < held.counter
+        if state.counter == 0:
+            return held.range_set is not None or bool(held.erasures)
+        return bool(held.erasures) and not self._erasures_decided(state)
+
+    def put_back(self, held: LiveState) -> LiveState:
+        """Make what Redis has forgotten of `held` live again, in one step; leaves a state that has not forgotten it.
+
+        What was begun anew keeps its epoch, and the range set that was activated in it.
+
+        Raises:
+            UnknownRangeSet: the range set is not published any more.
+            UnknownConcept, NotFitted: the range set that was activated since cannot serve the erasures.
+        """
+
+        def restore(state: LiveState, now: float) -> tuple[LiveState, Change] | None:
+            if not self.has_forgotten(held, state):
+                return None
+            same, erasures = state.epoch == held.epoch, held.at(now)
+            range_set = held.range_set if same or state.range_set is None else state.range_set
+            after = (held if same else state).advanced(range_set, erasures)
+            self._check_resolvable(after, erasures)
+            reason = f"Redis had forgotten generation {held.generation}"
+            concepts = {each.concept for each in erasures}
+            return after, _change("restore", state, after, concepts, "server", reason)
+
+        return self._change(restore, None)
+
+    def _erasures_decided(self, state: LiveState) -> bool:
+        """Whether the audit of the state's epoch names an erasure; yes if it does not reach back to its beginning."""
+        for entry in self.audit(min(state.counter + 1, AUDIT_LENGTH)):
+            if entry.after.split("-")[0] != state.epoch or entry.action not in ("create", "activate"):
+                return True
+            if entry.action == "create":
+                return False
+        return True
+
     def expire(self, now: float) -> LiveState | None:
         """Take out what has expired at Unix time `now`, as a generation of its own; None where there is no state."""
         if self.peek() is None:
@@ -237,7 +283,7 @@ class RangeStore(PublishedRangeSets):
         Raises:
             UnknownRangeSet: the range set to activate is no longer published.
         """
-        activated = any(change.action == "activate" for change in changes)
+        activated = any(change.action in ("activate", "restore") for change in changes)
         arguments: list[bytes | str | int] = [
             expected,
             state.model_dump_json(),

@@ -61,8 +61,13 @@ class StoreControl:
 
 
 @contextmanager
-def control_of(url: str | None, redis_url: str | None, data_dir: Path | None, name: str | None) -> Iterator[Control]:
+def control_of(
+    url: str | None, redis_url: str | None, data_dir: Path | None, name: str | None, *, publishes: bool = False
+) -> Iterator[Control]:
     """The server at `url`, or, without one, the store. Options that name a store win over NEURONLENS_URL.
+
+    Args:
+        publishes: see `store_of`.
 
     Raises:
         CommandError: both are named, or there is no telling which model is meant.
@@ -76,7 +81,7 @@ def control_of(url: str | None, redis_url: str | None, data_dir: Path | None, na
         with ServerControl(settings.url, name, api_key) as server:
             yield server
     else:
-        with store_of(settings, name) as store:
+        with store_of(settings, name, publishes=publishes) as store:
             yield StoreControl(store)
 
 

@@ -82,7 +82,7 @@ def fit(
         template=template,
         scoring=scoring,
     )
-    with store_of(settings, None) as store:
+    with store_of(settings, None, publishes=True) as store:
         store.peek()  # a store that is away should be known before the work, not after it
         try:
             with progress("rows") as report:

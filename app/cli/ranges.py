@@ -129,6 +129,7 @@ def export(
 @app.command("import", epilog=EPILOG)
 def import_(
     file: Annotated[Path, typer.Argument(help="File that `ranges export` wrote.")],
+    activate: Annotated[bool, typer.Option("--activate", help="Make it the range set that erasures use.")] = False,
     url: options.Url = None,
     name: options.ServedName = None,
     redis_url: options.RedisUrl = None,
@@ -142,13 +143,15 @@ def import_(
         raise CommandError(f"no such file: {file}", USAGE)
     range_set, inspect = read_archive(file)
     model = name or range_set.provenance.model.id
-    with control_of(url, redis_url, data_dir, model) as control:
+    with control_of(url, redis_url, data_dir, model, publishes=True) as control:
         published = store_only(control, "import").publish(range_set, inspect)
+        generation = control.activate(published, force=False, if_match=None).generation if activate else None
     if as_json:
-        print_json({"id": published, "model": model})
+        print_json({"id": published, "model": model, "generation": generation})
         return
-    say(f"range set {published} of {model} published")
-    hint(f"next: neuronlens ranges activate {published} --name {shlex.quote(model)}")
+    say(f"range set {published} of {model} published" + (f", active at generation {generation}" if activate else ""))
+    if not activate:
+        hint(f"next: neuronlens ranges activate {published} --name {shlex.quote(model)}")
 
 
 @app.command(epilog=EPILOG)

@@ -28,6 +28,16 @@ Insecure = Annotated[
     bool | None,
     typer.Option("--insecure", help="Allow a --host that other machines reach, though there are no API keys."),
 ]
+MaxSnapshotAge = Annotated[
+    float | None,
+    typer.Option(
+        "--max-snapshot-age",
+        min=0.0,
+        help="Seconds without word from the store after which /readyz answers 503. "
+        "Default: NEURONLENS_MAX_SNAPSHOT_AGE, else never.",
+        rich_help_panel=options.STORE_PANEL,
+    ),
+]
 LogLevel = Annotated[
     Literal["debug", "info", "warning", "error"] | None,
     typer.Option("--log-level", help="Default: NEURONLENS_LOG_LEVEL, else info. debug logs every request."),
@@ -101,6 +111,7 @@ def serve(
     ] = None,
     redis_url: options.RedisUrl = None,
     data_dir: options.DataDir = None,
+    max_snapshot_age: MaxSnapshotAge = None,
     log_level: LogLevel = None,
     log_format: LogFormat = None,
     access_log: AccessLog = None,
@@ -130,6 +141,7 @@ def serve(
         metrics_port=metrics_port,
         redis_url=redis_url,
         data_dir=data_dir,
+        max_snapshot_age=max_snapshot_age,
         log_level=log_level,
         log_format=log_format,
         access_log=access_log,

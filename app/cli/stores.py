@@ -33,17 +33,21 @@ def settings_with(**overrides: Any) -> "Settings":
 
 
 @contextmanager
-def store_of(settings: "Settings", name: str | None) -> Iterator["RangeStore"]:
+def store_of(settings: "Settings", name: str | None, *, publishes: bool = False) -> Iterator["RangeStore"]:
     """The store of one served model: of that name, else of the settings', else of the only one that has range sets.
+
+    Args:
+        publishes: give Redis the time that a large range set takes to be written.
 
     Raises:
         CommandError: no name was given, and there is not exactly one model with range sets.
         StoreUnavailable: Redis cannot be reached.
     """
-    from range_store.embedded import connect
+    from range_store.embedded import ANSWER_TIMEOUT, TRANSFER_TIMEOUT, connect
     from range_store.store import RangeStore
 
-    with connect(**settings.redis) as client:
+    timeout = TRANSFER_TIMEOUT if publishes else ANSWER_TIMEOUT
+    with connect(**settings.redis, timeout=timeout) as client:
         yield RangeStore(client, name or _named(settings) or _only_model(client))
 
 

@@ -23,15 +23,22 @@ async def livez() -> Alive:
 async def readyz(service: Serving) -> Ready:
     """The model is warm, a range set is loaded, and the service is not shutting down.
 
-    A store that is away does not make it unready: the last good snapshot goes on answering, and its age is told.
+    A store that is away, or has forgotten everything, does not make it unready: the last good snapshot goes on
+    answering; its age is told, and what is wrong. A limit to the age can be set (`max_snapshot_age`).
     """
-    snapshot = service.mirror.snapshot
-    checks = conditions(service)
+    mirror = service.mirror
+    snapshot, checks = mirror.snapshot, conditions(service)
+    problem = mirror.problem
+    if problem is not None and not mirror.store_up:  # who asks may be anybody: addresses stay in the log
+        problem = "the store cannot be reached, or refuses; the log says why"
     if snapshot is None or not all(checks.values()):
         failing = ", ".join(name for name, good in checks.items() if not good)
-        raise ApiError(503, "not_ready", f"not ready: {failing}", checks=checks)
-    checks["store"] = service.mirror.store_up
-    return Ready(checks=checks, generation=snapshot.live.generation, snapshot_age=round(service.mirror.age(), 3))
+        detail = f"not ready: {failing}" + (f" ({problem})" if problem else "")
+        raise ApiError(503, "not_ready", detail, checks=checks)
+    checks["store"] = mirror.store_up
+    return Ready(
+        checks=checks, generation=snapshot.live.generation, snapshot_age=round(mirror.age(), 3), problem=problem
+    )
 
 
 @router.get("/metrics", response_class=Response, responses={200: {"content": {"text/plain": {}}}, **documented(404)})

@@ -183,6 +183,13 @@ def test_starting_while_redis_is_away(server: EmbeddedServer, mirrors: Mirrors) 
     assert (mirror.store_up, mirror.problem) == (True, None)
 
 
+def empty(store: RangeStore) -> None:
+    """Take out everything of the store's model, as if Redis had been emptied."""
+    for published in store.list():
+        store.client.delete(*store.client.keys(f"neuronlens:rangeset:{published.id}:*"))
+    store.client.delete(store.keys.live, store.keys.audit, store.keys.range_sets)
+
+
 def test_an_emptied_redis_drops_no_erasure(
     active: RangeStore, mirrors: Mirrors, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -191,42 +198,110 @@ def test_an_emptied_redis_drops_no_erasure(
     mirror.start()
     held = mirror.snapshot
     assert held is not None
-    active.client.delete(active.keys.live)
+    empty(active)
     until(lambda: mirror.problem)
     with pytest.raises(StoreUnavailable, match="lost the live state"):
         mirror.refresh()
     assert active.peek() is None, "a worker that knew of erasures creates no state without them"
     assert (concepts(mirror.snapshot), mirror.snapshot.live, mirror.store_up) == (["World"], held.live, True)
+    assert f"neuronlens ranges import FILE --activate --name {active.model}" in caplog.text
 
     newcomer = mirrors()
     newcomer.start()
     assert concepts(newcomer.snapshot) == []
     with pytest.raises(StoreUnavailable, match="begins anew"):
         mirror.refresh()
-    assert concepts(mirror.snapshot) == ["World"], "that somebody else looked is no operator's will"
+    assert (concepts(mirror.snapshot), mirror.trouble) == (["World"], "lost"), "that somebody looked is nobody's will"
 
+
+@pytest.mark.parametrize("activates", [False, True])
+def test_what_an_emptied_redis_forgot_is_put_back_with_the_range_set(
+    active: RangeStore, mirrors: Mirrors, activates: bool
+) -> None:
+    """The range set comes back from a file, the erasures from whoever still knows them; nobody sees a state between."""
+    seen: list[list[str]] = []
+    active.set_erasures([erasing("World"), erasing("Sports", time.time() + 3600)])
+    both = [mirrors(poll=0.02, on_change=lambda snapshot: seen.append(concepts(snapshot))) for _ in range(2)]
+    for mirror in both:
+        mirror.start()
+    held = active.live()
+    empty(active)
+    until(lambda: all(mirror.trouble == "lost" for mirror in both))
+    published = active.publish(*random_range_set(600))
+    if activates:
+        active.activate(published)
+    until(lambda: all(mirror.problem is None for mirror in both))
+    until(lambda: all(mirror.snapshot.live == active.peek() for mirror in both))
+    state = active.live()
+    assert (state.erasures, state.range_set) == (held.erasures, published)
+    assert state.epoch != held.epoch
+    assert all(each == ["Sports", "World"] for each in seen)
+    (entry,) = [each for each in active.audit() if each.action == "restore"]
+    assert (entry.concepts, entry.by) == (("Sports", "World"), "server")
+    assert held.generation in str(entry.reason)
+    later = active.remove_erasure("World")
+    until(lambda: all(mirror.snapshot.live == later for mirror in both))
+
+
+def test_what_an_operator_decides_after_the_loss_stands(
+    active: RangeStore, mirrors: Mirrors, caplog: pytest.LogCaptureFixture
+) -> None:
+    active.set_erasure(erasing("World"))
+    mirror = mirrors()
+    mirror.refresh()
+    empty(active)
+    active.activate(active.publish(*random_range_set(600)))
+    state = active.set_erasures([])
     with caplog.at_level(logging.WARNING):
-        state = active.activate(str(held.live.range_set))
-        until(lambda: "no longer erased: World" in caplog.text)
-    assert mirror.snapshot.live == state
-    assert mirror.problem is None
+        assert mirror.refresh().live == state
+    assert "no longer erased: World" in caplog.text
+
+
+def test_what_the_new_range_set_cannot_serve_is_an_operators_matter(active: RangeStore, mirrors: Mirrors) -> None:
+    deep = LiveErasure(erasure=Erasure(concept="World", layers=(0,)))
+    active.set_erasure(deep)
+    mirror = mirrors()
+    held = mirror.refresh()
+    empty(active)
+    active.activate(active.publish(*random_range_set(606, layers=[2])))
+    with pytest.raises(StoreUnavailable, match="cannot serve what was erased"):
+        mirror.refresh()
+    assert mirror.snapshot is held
+    state = active.set_erasure(erasing("World"))
+    assert mirror.refresh().live == state
 
 
 def test_an_old_copy_of_redis_undoes_nothing(active: RangeStore, mirrors: Mirrors) -> None:
     before = active.client.get(active.keys.live)
     active.set_erasure(erasing("World"))
-    active.set_erasure(erasing("Sports"))
+    held = active.set_erasure(erasing("Sports"))
     mirror = mirrors()
     mirror.refresh()
     active.client.set(active.keys.live, before)
+    state = mirror.refresh().live
+    assert state == active.peek()
+    assert (state.epoch, state.counter) == (held.epoch, held.counter + 1)
+    assert (state.erasures, state.range_set) == (held.erasures, held.range_set)
+    assert active.audit(1)[0].action == "restore"
+
+
+def test_an_old_copy_without_the_active_range_set_waits_for_it(active: RangeStore, mirrors: Mirrors) -> None:
+    copy = active.client.get(active.keys.live)
+    second, inspect = random_range_set(607)
+    active.publish(second, inspect)
+    active.activate(second.id)
+    active.set_erasure(erasing("World"))
+    mirror = mirrors()
+    held = mirror.refresh()
+    active.client.set(active.keys.live, copy)
+    active.remove(second.id)
     with pytest.raises(StoreUnavailable, match="went back"):
         mirror.refresh()
-    assert concepts(mirror.snapshot) == ["Sports", "World"]
-    active.set_erasures([erasing("Sports")])
-    with pytest.raises(StoreUnavailable, match="went back"):
-        mirror.refresh()
-    state = active.set_erasures([erasing("World")])
-    assert mirror.refresh().live == state
+    assert mirror.snapshot is held
+    active.publish(second, inspect)
+    assert mirror.refresh().live == held.live.model_copy(
+        update={"generation": f"{held.live.epoch}-{held.live.counter + 1}"}
+    )
 
 
 def test_a_slow_read_never_overwrites_a_newer_one(active: RangeStore, mirrors: Mirrors) -> None:

@@ -128,6 +128,7 @@ TEMPLATE: dict[str, Any] = {
 
 
 def _wordpiece() -> Tokenizer:
+    """What it learns from the same sentences differs a little between processes, and so do the lengths of texts."""
     tokenizer = Tokenizer(models.WordPiece(unk_token="[UNK]"))
     tokenizer.normalizer = normalizers.BertNormalizer(lowercase=True)
     tokenizer.pre_tokenizer = pre_tokenizers.BertPreTokenizer()

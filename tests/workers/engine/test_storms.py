@@ -17,6 +17,7 @@ from tests.workers.engine.running import NEAR, TEXTS, TOLERANCE, Running, alone
 from tests.workers.texts import labelled_texts
 from workers.engine.errors import DeadlineExceeded, QueueFull, RequestTooLarge
 from workers.engine.requests import Answer, Request, Text
+from workers.models.errors import TextTooLong
 
 
 def waiting(service: Running) -> tuple[int, int, int]:
@@ -181,3 +182,20 @@ def test_what_is_compared_above_the_split_counts_twice(start: Callable[..., Runn
     assert len(service.ask(TEXTS[:3], [Erasure(concept="Sports")], compare=True).texts) == 3, "no block above the split"
     with pytest.raises(RequestTooLarge, match=f"{2 * tokens} tokens"):
         service.ask(TEXTS[:3], deep, compare=True)
+
+
+def test_a_request_that_cannot_be_tokenized_fails_alone(start: Callable[..., Running]) -> None:
+    """Requests are tokenized together; one with a text that is too long touches no other."""
+    service = start()
+    short = [" ".join(text.split()[:5]) for text in TEXTS[:5]]
+
+    async def ends() -> list[object]:
+        async with service.held():
+            asks = [service.engine.classify([text], [], truncate=False) for text in [*short, "goal " * 500]]
+            tasks = [asyncio.create_task(ask) for ask in asks]
+        return await asyncio.gather(*tasks, return_exceptions=True)
+
+    *good, long = asyncio.run(ends())
+    assert isinstance(long, TextTooLong), repr(long)
+    assert [repr(each) for each in good if isinstance(each, BaseException)] == []
+    assert waiting(service) == (0, 0, 0)
