@@ -38,6 +38,7 @@ def test_readiness_follows_what_is_needed_to_answer(
         "engine": True,
         "live_state": True,
         "range_set": True,
+        "snapshot_fresh": True,
         "store": True,
     }
     running.service.engine.drain()

@@ -53,9 +53,12 @@ def test_export_and_import_carry_a_range_set_to_another_store(cli: Cli, prepared
     assert cli("ranges", "export", prepared.whole, file, *prepared.options).exit_code == 0
     other = ("--data-dir", tmp_path / "other")
     imported = cli("ranges", "import", file, "--json", *other).json
-    assert imported == {"id": prepared.whole, "model": "tiny-news"}
+    assert imported == {"id": prepared.whole, "model": "tiny-news", "generation": None}
     listed = cli("ranges", "list", "--json", *other).json  # the only model there: no --name
-    assert [each["id"] for each in listed] == [prepared.whole]
+    assert [(each["id"], each["active"]) for each in listed] == [(prepared.whole, False)]
+    activated = cli("ranges", "import", file, "--activate", "--json", *other).json
+    live = cli("erase", "list", "--json", *other).json
+    assert (live["range_set"], live["generation"]) == (prepared.whole, activated["generation"])
 
 
 def test_export_overwrites_only_when_told_to(cli: Cli, prepared: Prepared, tmp_path: Path) -> None:

@@ -3,10 +3,8 @@
 import os
 import signal
 import socket
-import subprocess
 import sys
-import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -17,41 +15,10 @@ import redis
 from range_store.embedded import EmbeddedRedis
 from range_store.store import RangeStore
 from tests.app.cli.conftest import Cli
+from tests.processes import Running
 from tests.range_store.waiting import until
 from tests.workers.checkpoints import save_tiny
 from tests.workers.texts import labelled_texts, write_jsonl
-
-NEURONLENS = str(Path(sys.executable).parent / "neuronlens")
-
-
-class Running:
-    """A command under way; its lines are collected as they come."""
-
-    def __init__(self, arguments: tuple[object, ...], program: Sequence[str] = (NEURONLENS,)) -> None:
-        self.process = subprocess.Popen(
-            [*program, *map(str, arguments)], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
-        )
-        self.stdout: list[str] = []
-        self.stderr: list[str] = []
-        self._readers = [
-            threading.Thread(target=lines.extend, args=(stream,))
-            for lines, stream in ((self.stdout, self.process.stdout), (self.stderr, self.process.stderr))
-            if stream is not None
-        ]
-        for reader in self._readers:
-            reader.start()
-
-    def says(self, lines: list[str], words: str) -> str:
-        """The line that holds `words`, as soon as it is there."""
-        until(lambda: any(words in line for line in lines) or self.process.poll() is not None, 120)
-        return next(line for line in lines if words in line)
-
-    def end(self) -> int:
-        """Wait until it has ended; gives its exit code."""
-        code = self.process.wait(120)
-        for reader in self._readers:
-            reader.join()
-        return code
 
 
 @pytest.fixture
@@ -64,8 +31,7 @@ def start() -> Iterator[Callable[..., Running]]:
 
     yield command
     for each in started:
-        each.process.kill()
-        each.end()
+        each.kill()
 
 
 @pytest.fixture(scope="module")
@@ -165,5 +131,4 @@ def test_a_server_whose_device_is_lost_says_so_and_exits(tiny: Path, tmp_path: P
         (line,) = [line for line in served.stderr if line.startswith("error:")]
         assert "illegal memory access" in line
     finally:
-        served.process.kill()
-        served.end()
+        served.kill()

@@ -1,0 +1,57 @@
+"""The installed command as a process of its own, for tests that send signals or need a whole program."""
+
+import os
+import subprocess
+import sys
+import threading
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+from tests.range_store.waiting import until
+
+NEURONLENS = str(Path(sys.executable).parent / "neuronlens")
+
+
+class Running:
+    """A command under way; its lines are collected as they come."""
+
+    def __init__(
+        self,
+        arguments: Sequence[object],
+        program: Sequence[str] = (NEURONLENS,),
+        environment: Mapping[str, str] | None = None,
+    ) -> None:
+        self.process = subprocess.Popen(
+            [*program, *map(str, arguments)],
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+            env={**os.environ, **(environment or {})},
+        )
+        self.stdout: list[str] = []
+        self.stderr: list[str] = []
+        self._readers = [
+            threading.Thread(target=lines.extend, args=(stream,))
+            for lines, stream in ((self.stdout, self.process.stdout), (self.stderr, self.process.stderr))
+            if stream is not None
+        ]
+        for reader in self._readers:
+            reader.start()
+
+    def says(self, lines: list[str], words: str) -> str:
+        """The line that holds `words`, as soon as it is there."""
+        until(lambda: any(words in line for line in lines) or self.process.poll() is not None, 120)
+        return next(line for line in lines if words in line)
+
+    def end(self) -> int:
+        """Wait until it has ended; gives its exit code."""
+        code = self.process.wait(120)
+        for reader in self._readers:
+            reader.join()
+        return code
+
+    def kill(self) -> None:
+        """End it at once, whatever it does."""
+        self.process.kill()
+        self.end()
