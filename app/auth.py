@@ -121,6 +121,7 @@ class Authentication:
             self._count((scope.get("client") or ("",))[0], self.rate_limit)
             return ANYONE
         key = self.keyring.identify(token_of(Headers(scope=scope)))
+        note(key=key.name)
         self._count(key.id, rate(key.rate_limit) if key.rate_limit else self.rate_limit)
         if not key.may(needed):
             have = ", ".join(key.scopes)

@@ -71,11 +71,13 @@ def create_app(settings: Settings, running: Service | None = None) -> FastAPI:
                 "Authorization",
                 "Content-Type",
                 "If-Match",
+                "traceparent",
+                "tracestate",
                 "X-API-Key",
                 "X-Request-ID",
                 "X-Request-Timeout",
             ],
-            expose_headers=["ETag", "Retry-After", "X-Request-ID"],
+            expose_headers=["ETag", "Retry-After", "X-Request-ID", "traceresponse"],
         )
     if settings.loopback and running is not None:
         app.add_middleware(HostCheck, hosts=LOOPBACK, off=lambda: running.keyring.in_force)

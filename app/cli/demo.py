@@ -51,9 +51,9 @@ def demo(
     )
     # a private Redis of its own, whatever store the environment names
     settings = settings.model_copy(update={"redis_url": None, "data_dir": cache_dir or settings.data_dir / "demo"})
-    settings = guarded(settings)
     with ExitStack() as stack:
         stack.enter_context(observed(settings))
+        settings = guarded(settings)
         bound = stack.enter_context(bind(settings)) if serve else None
         with progress("") as report:
             report("loading", 0, 0)

@@ -148,9 +148,9 @@ def serve(
     )
     if settings.model is None:
         raise CommandError("which model? pass --model, or set NEURONLENS_MODEL", USAGE)
-    settings = guarded(settings)
     with ExitStack() as stack:
         stack.enter_context(observed(settings))
+        settings = guarded(settings)
         bound = stack.enter_context(bind(settings))
         with progress("rows") as report:
             report("loading the model", 0, 0)

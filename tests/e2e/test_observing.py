@@ -19,6 +19,7 @@ import httpx
 import pytest
 from opentelemetry.proto.collector.trace.v1.trace_service_pb2 import ExportTraceServiceRequest
 
+from app.cli import run
 from app.logs import FIELDS, configured
 from app.settings import Settings
 from tests.e2e.conftest import Running
@@ -130,7 +131,22 @@ def server(tiny: Path, tmp_path: Path) -> Iterator[Callable[..., Server]]:
         each.end()
 
 
-def test_hostile_callers_stay_out_of_logs_and_traces(server: Callable[..., Server], collector: Collector) -> None:
+def test_hostile_callers_stay_out_of_logs_and_traces(
+    server: Callable[..., Server], collector: Collector, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    create = [
+        "keys",
+        "create",
+        "news-desk",
+        "--scope",
+        "infer",
+        "--scope",
+        "read",
+        "--data-dir",
+        str(tmp_path / "data-0"),
+    ]
+    assert run(create) == 0
+    token = capsys.readouterr().out.strip()
     served = server(
         "--access-log", "--log-level", "debug",
         OTEL_EXPORTER_OTLP_ENDPOINT=collector.url,
@@ -141,6 +157,7 @@ def test_hostile_callers_stay_out_of_logs_and_traces(server: Callable[..., Serve
     )  # fmt: skip
     forged = '{"level":"error"}'
     with served.client() as client:
+        client.headers["X-API-Key"] = token
         good = client.post(
             "/v1/classify",
             json={"inputs": [f"my {SECRET}\n{forged}", "\x1b[31m"]},
@@ -166,16 +183,18 @@ def test_hostile_callers_stay_out_of_logs_and_traces(server: Callable[..., Serve
     for line in lines:
         assert {"timestamp", "level", "logger", "message"} <= line.keys() <= FIELDS.keys()
     assert SECRET not in "".join(served.err)
+    assert token not in "".join(served.err)
     (answered,) = [line for line in lines if line.get("request_id") == "mine-1" and "status" in line]
     assert answered["generation"] == good.json()["erasure"]["generation"]
-    told = {name: answered[name] for name in ("method", "route", "status", "texts", "client", "trace_id")}
+    told = {name: answered[name] for name in ("method", "route", "status", "texts", "key", "client", "trace_id")}
     assert told == {
-        "method": "POST", "route": "/v1/classify", "status": 200, "texts": 2, "client": "127.0.0.1", "trace_id": TRACE,
+        "method": "POST", "route": "/v1/classify", "status": 200, "texts": 2, "key": "news-desk", "client": "127.0.0.1",
+        "trace_id": TRACE,
     }  # fmt: skip
     assert sum(line["logger"] == "app.access_log" for line in lines) == 13
     assert all(re.fullmatch("[0-9a-f]{32}", each.get("request_id", "0" * 32)) or each is answered for each in lines)
 
-    assert not any(SECRET.encode() in body for body in collector.bodies)
+    assert not any(SECRET.encode() in body or token.encode() in body for body in collector.bodies)
     assert all(each["authorization"].endswith("of-the-operator") for each in collector.headers)
     spans = collector.spans()
     (mine,) = [span for span in spans if span.parent_span_id.hex() == PARENT]
@@ -242,8 +261,6 @@ def test_traces_that_cannot_be_exported_are_one_line(
     environment: dict[str, str], says: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:  # fmt: skip
-    from app.cli import run
-
     if "pip" in says:  # as if it were not installed
         monkeypatch.setitem(sys.modules, "opentelemetry.sdk.trace.export", None)
     for name, value in environment.items():
