@@ -11,6 +11,7 @@ import pytest
 import redis
 
 from app.auth import scope_of
+from app.cli import run
 from range_store.api_keys import KeyStore
 from range_store.embedded import EmbeddedRedis, connect
 from range_store.store import RangeStore
@@ -216,3 +217,18 @@ def test_the_document_says_how_to_send_a_key(keyed: tuple[Running, dict[str, str
     running, _, _ = keyed
     schemes = json.loads(running.http.get("/openapi.json").text)["components"]["securitySchemes"]
     assert {scheme["type"] for scheme in schemes.values()} == {"http", "apiKey"}
+
+
+def test_the_command_line_takes_its_key_from_the_environment(
+    keyed: tuple[Running, dict[str, str], KeyStore], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    running, tokens, _ = keyed
+    monkeypatch.delenv("NEURONLENS_API_KEY", raising=False)
+    assert run(["erase", "list", "--url", running.url]) == 1
+    assert "set NEURONLENS_API_KEY" in capsys.readouterr().err
+    monkeypatch.setenv("NEURONLENS_API_KEY", tokens["read"])
+    assert run(["erase", "on", "Sports", "--url", running.url]) == 1
+    assert "scope admin" in capsys.readouterr().err
+    monkeypatch.setenv("NEURONLENS_API_KEY", tokens["admin"])
+    assert run(["erase", "on", "Sports", "--url", running.url, "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["erasures"][0]["by"] == "key:the-admin"

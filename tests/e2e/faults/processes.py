@@ -50,8 +50,10 @@ class RedisProcess:
         try:
             with self.client() as client:
                 return bool(client.ping())
-        except redis.RedisError as error:
-            return isinstance(error, redis.ResponseError) and "NOAUTH" in str(error)
+        except redis.AuthenticationError:
+            return True
+        except redis.RedisError:
+            return False
 
     def signal(self, number: signal.Signals) -> None:
         assert self.process is not None
