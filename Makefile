@@ -4,12 +4,13 @@ VENV := .venv
 BIN := $(VENV)/bin
 ARGS ?=
 
-.PHONY: help setup demo test test-system check bench bench-rivals soak openapi picture clean
+.PHONY: help setup demo test test-system test-long check audit bench bench-rivals soak openapi picture clean
 
 help:
 	@echo "make demo         train, fit, measure and serve the demo (ARGS=\"--port 8123\" passes arguments on)"
 	@echo "make test         the tests that need no system package"
 	@echo "make test-system  the tests that need redis-server and prometheus"
+	@echo "make test-long    the tests that take minutes (ARGS=\"--seed 7\" tries other things)"
 	@echo "make check        ruff, strict types, import contracts"
 	@echo "make bench        ratios of cost and speed, side by side (ARGS=\"--data texts.jsonl --pairs 20\")"
 	@echo "make bench-rivals this server beside infinity-emb, LitServe and a pipeline (the same ARGS)"
@@ -31,10 +32,13 @@ demo: setup
 	@$(BIN)/neuronlens demo $(ARGS)
 
 test: setup
-	$(BIN)/python -m pytest -m "not system" $(ARGS)
+	$(BIN)/python -m pytest -m "not system and not long" $(ARGS)
 
 test-system: setup
-	$(BIN)/python -m pytest -m system $(ARGS)
+	$(BIN)/python -m pytest -m "system and not long" $(ARGS)
+
+test-long: setup
+	$(BIN)/python -m pytest -m long $(ARGS)
 
 check: setup
 	$(BIN)/ruff check .

@@ -10,6 +10,7 @@ from range_store.embedded import connect
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--fail-on-skip", action="store_true", help="a skipped test is a failure (CI)")
+    parser.addoption("--seed", type=int, default=5, help="of what is tried at random: another one tries other things")
 
 
 def pytest_sessionfinish(session: pytest.Session, exitstatus: int) -> None:

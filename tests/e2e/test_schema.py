@@ -1,0 +1,182 @@
+"""Whatever is sent, the reply is one that the committed `openapi.json` documents: status, headers, media type, body.
+
+Schemathesis makes the requests, valid and invalid, from the document; Hypothesis those that no document describes.
+"""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import httpx
+import pytest
+import schemathesis
+from hypothesis import HealthCheck, example, given, settings
+from hypothesis import strategies as st
+
+from tests.e2e.conftest import Running
+
+DOCUMENT = Path(__file__).parents[2] / "openapi.json"
+CHECKS = (
+    "not_a_server_error",
+    "status_code_conformance",
+    "content_type_conformance",
+    "response_headers_conformance",
+    "response_schema_conformance",
+    "negative_data_rejection",
+    "positive_data_acceptance",
+    "unsupported_method",
+    "allow_header_conformance",
+    "missing_required_header",
+    "use_after_free",
+    "ignored_auth",
+)
+# most requests name things that exist, else all that is seen of an operation is its 404
+CONFIG = """
+continue-on-failure = true
+[cache]
+enabled = false
+[generation]
+database = "none"
+[checks.positive_data_acceptance]
+expected-statuses = [200, 404, 409, 412, 422]
+[[operations]]  # a request may ask for an answer within no time at all
+include-path = "/v1/classify"
+[operations.checks]
+not_a_server_error = {{ expected-statuses = ["2XX", "4XX", 504] }}
+positive_data_acceptance = {{ expected-statuses = [200, 404, 422, 504] }}
+[dictionaries]
+concepts = {{ values = ["World", "Sports", "Business", "Sci/Tech", "Météo & co"] }}
+range_sets = {{ values = ["{range_set}"] }}
+models = {{ values = ["{model}"] }}
+blocks = {{ values = [-2, -1] }}
+[parameters]
+"query.model" = "{model}"
+"query.layer" = {{ dictionary = "blocks", probability = 0.5 }}
+"path.concept" = {{ dictionary = "concepts", probability = 0.6 }}
+"path.range_set" = {{ dictionary = "range_sets", probability = 0.5 }}
+"path.layer" = {{ dictionary = "blocks", probability = 0.7 }}
+"body.model" = {{ dictionary = "models", probability = 0.9 }}
+"body.id" = {{ dictionary = "range_sets", probability = 0.5 }}
+"body.layer" = {{ dictionary = "blocks", probability = 0.5 }}
+"body.erase[*]" = {{ dictionary = "concepts", probability = 0.5 }}
+"body.erase[*].concept" = {{ dictionary = "concepts", probability = 0.9 }}
+"body.erase.concepts[*]" = {{ dictionary = "concepts", probability = 0.9 }}
+"body.erasures[*].concept" = {{ dictionary = "concepts", probability = 0.9 }}
+"body.erasures[*].layer" = {{ dictionary = "blocks", probability = 0.5 }}
+"""
+
+
+def explore(running: Running, folder: Path, document: Path, *options: str) -> tuple[dict[str, Any], str]:
+    """Have Schemathesis try every operation of a document: its report, and what it found in words, with curl lines."""
+    config, report = folder / "schemathesis.toml", folder / "report.json"
+    range_set = running.service.store.live().range_set
+    config.write_text(CONFIG.format(range_set=range_set, model=running.service.name), "utf-8")
+    command = [Path(sys.executable).parent / "schemathesis", "--config-file", config, "run", document, "--no-color"]
+    command += ["--url", running.url, "--checks", ",".join(CHECKS), *options]
+    command += ["--report", "json", "--report-json-path", report]
+    done = subprocess.run(list(map(str, command)), capture_output=True, text=True, cwd=folder)
+    assert report.exists(), done.stdout + done.stderr
+    return json.loads(report.read_text("utf-8")), done.stdout
+
+
+@pytest.mark.parametrize(
+    ("examples", "at_least"),
+    [(120, 2_000), pytest.param(1500, 10_000, marks=[pytest.mark.long, pytest.mark.timeout(1200)])],
+)
+def test_every_reply_is_as_documented(
+    news: Running, tmp_path: Path, pytestconfig: pytest.Config, examples: int, at_least: int
+) -> None:
+    seed = pytestconfig.getoption("--seed")
+    found, said = explore(news, tmp_path, DOCUMENT, "--seed", str(seed), "--max-examples", str(examples))
+    assert not found["failures"], said
+    assert not found["errors"], said
+    assert found["complete"], said
+    operations = found["operations"]
+    assert operations["tested"] == operations["total"] >= 16
+    assert found["test_cases"]["generated"] >= at_least
+    unseen = [name for name, phases in found["valid_rates"].items() if not sum(p["accepted"] for p in phases.values())]
+    assert not unseen, "operations of which only refusals were seen"
+
+
+def test_a_reply_that_is_not_documented_would_be_found(news: Running, tmp_path: Path) -> None:
+    poorer = json.loads(DOCUMENT.read_text("utf-8"))
+    poorer["paths"] = {path: poorer["paths"][path] for path in ("/v1/overlap", "/v1/models")}
+    del poorer["paths"]["/v1/overlap"]["get"]["responses"]["422"]
+    model = poorer["components"]["schemas"]["ModelOut"]["properties"]
+    model["layers"] = {"type": "string"}
+    (tmp_path / "poorer.json").write_text(json.dumps(poorer), "utf-8")
+    found, _ = explore(news, tmp_path, tmp_path / "poorer.json", "--phases", "coverage", "--seed", "5")
+    assert {each["type"] for each in found["failures"]} == {"UndefinedStatusCode", "JsonSchemaError"}
+
+
+VALID = (
+    ("POST", "/v1/classify", "/v1/classify", b'{"inputs": ["a goal in the last minute"], "erase": ["Sports"]}'),
+    ("PUT", "/v1/erasures", "/v1/erasures", b'{"erasures": [{"concept": "World", "tau": 2}], "reason": "why"}'),
+    ("PUT", "/v1/erasures/Sports", "/v1/erasures/{concept}", b'{"layer": [-1], "replacement": {"damp": 0.5}}'),
+    ("PUT", "/v1/range-sets/active", "/v1/range-sets/active", b'{"id": "0123456789abcdef0123", "force": true}'),
+    ("GET", "/v1/erasures", "/v1/erasures", b""),
+    ("GET", "/v1/concepts/%FF%C3/ranges?layer=%FF&%FF=%00", "/v1/concepts/{concept}/ranges", b""),
+    ("DELETE", "/v1/erasures/%00%ED%A0%80%0A", "/v1/erasures/{concept}", b"\xff"),
+)
+HOSTILE = (
+    *(b"\xff\xfe", b"\xed\xa0\x80", b"\\ud800", b"\0", b"\xef\xbb\xbf", b"NaN", b"1e999", b"9" * 5000, b"-1", b"true"),
+    *(b"null", b'"', b",", b"}", b'"inputs": 1,', b'"erase": [],', b"[" * 3000, b'{"a":' * 3000),
+)
+NAMES = (
+    *(b"Content-Type", b"Accept", b"Content-Encoding", b"X-Request-ID", b"X-Request-Timeout", b"If-Match", b"Cookie"),
+    *(b"traceparent", b"Origin", b"Range", b"Authorization", b"X-API-Key", b"X-Forwarded-For", b"X"),
+)
+VALUES = (
+    *(b"", b"0", b"-1", b"nan", b"inf", b"1e-9", b"*", b'W/"a", "b"', b"gzip", b"/", b"00-", b"a" * 500, b"text/plain"),
+    *(b"application/json; charset=utf-16", b"application/json;;;", b"application/x+json"),
+)
+PRINTABLE = st.binary(max_size=20).map(lambda value: bytes(byte for byte in value if byte > 31 and byte != 127).strip())
+HEADER = st.tuples(st.sampled_from(NAMES), st.sampled_from(VALUES) | PRINTABLE)
+
+
+@st.composite
+def damaged(draw: st.DrawFn) -> tuple[str, str, str, bytes, list[tuple[bytes, bytes]]]:
+    """Method, path, path of the document, body with something put in its place somewhere, and odd headers."""
+    method, path, documented, body = draw(st.sampled_from(VALID))
+    if draw(st.booleans()):
+        start = draw(st.integers(0, len(body)))
+        end = draw(st.integers(start, len(body)))
+        body = body[:start] + draw(st.sampled_from(HOSTILE) | st.binary(max_size=8)) + body[end:]
+    headers = [(b"Content-Type", b"application/json")] if draw(st.booleans()) else []
+    return method, path, documented, body, headers + draw(st.lists(HEADER, max_size=4))
+
+
+@pytest.fixture(scope="module")
+def operations() -> Any:
+    return schemathesis.openapi.from_path(DOCUMENT)
+
+
+@settings(max_examples=1000, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(request=damaged())
+@example(request=("POST", "/v1/classify", "/v1/classify", b"9" * 5000, [(b"Content-Type", b"application/json")]))
+def test_bytes_that_no_document_describes_get_a_documented_reply(
+    news: Running, operations: Any, request: tuple[str, str, str, bytes, list[tuple[bytes, bytes]]]
+) -> None:
+    method, path, documented, body, headers = request
+    reply = news.http.request(method, path, content=body, headers=headers)
+    assert reply.status_code != 500, reply.text
+    plain = httpx.Response(reply.status_code, headers=reply.headers, content=reply.content)
+    plain.request, plain.elapsed = httpx.Request(method, reply.request.url), reply.elapsed  # without the odd headers
+    operations[documented][method].validate_response(plain)
+
+
+@pytest.mark.parametrize("method", ["TRACE", "OPTIONS", "PATCH", "PROPFIND"])
+def test_a_method_that_is_none_here_is_refused(news: Running, problem: Any, method: str) -> None:
+    for path in ("/v1/classify", "/livez", "/v1/erasures/Sports"):
+        refused = news.http.request(method, path)
+        problem(refused, 405, "method_not_allowed")
+        assert method not in refused.headers["allow"].split(", ")
+
+
+def test_what_is_no_http_is_refused_as_text(news: Running) -> None:
+    """The parser answers, before there is a request whose reply a document could describe."""
+    refused = news.http.request("BREW", "/v1/classify")
+    assert (refused.status_code, refused.headers["content-type"]) == (400, "text/plain; charset=utf-8")
+    assert news.http.get("/livez").status_code == 200
