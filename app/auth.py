@@ -67,7 +67,8 @@ Calling = Annotated[Caller, Depends(get_caller)]
 def check_compare(caller: Caller, enforced: bool) -> None:
     """Raises ApiError (403) if an answer without erasure is asked for where an operator enforces one."""
     if enforced and not caller.may("admin"):
-        raise ApiError(403, "wrong_scope", "compare: an erasure is enforced, so only a key with scope admin may ask")
+        detail = "compare: an erasure is enforced, so only a key with scope admin may ask"
+        raise ApiError(403, "wrong_scope", detail, _HEADERS["wrong_scope"])
 
 
 _STATUS: Mapping[str, tuple[int, str]] = {

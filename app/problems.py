@@ -68,8 +68,10 @@ class Problem(BaseModel):
 class ApiError(Exception):
     """An error that only HTTP knows."""
 
-    def __init__(self, status: int, code: str, detail: str, **members: Any) -> None:
-        self.status, self.code, self.detail, self.members = status, code, detail, members
+    def __init__(
+        self, status: int, code: str, detail: str, headers: Mapping[str, str] | None = None, **members: Any
+    ) -> None:
+        self.status, self.code, self.detail, self.headers, self.members = status, code, detail, headers, members
         super().__init__(detail)
 
 
@@ -227,7 +229,8 @@ def domain_problem(error: Exception, request_id: str | None) -> JSONResponse:
 
 async def _api_error(request: Request, error: Exception) -> JSONResponse:
     assert isinstance(error, ApiError)
-    return problem_response(error.status, error.code, error.detail, _request_id(request), **error.members)
+    request_id = _request_id(request)
+    return problem_response(error.status, error.code, error.detail, request_id, error.headers, **error.members)
 
 
 async def _invalid(request: Request, error: Exception) -> JSONResponse:

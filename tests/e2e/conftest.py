@@ -17,7 +17,8 @@ import uvicorn
 from app.main import create_app
 from app.settings import Settings
 from app.wiring import Service, open_service
-from range_store.embedded import EmbeddedRedis
+from range_store.api_keys import KeyStore
+from range_store.embedded import EmbeddedRedis, connect
 from range_store.store import RangeStore
 from tests.range_store.waiting import until
 from tests.workers.checkpoints import save_tiny
@@ -102,6 +103,25 @@ def ready(running: Running, fitted: Fitted) -> Running:
     store.activate(store.publish(fitted.range_set, fitted.inspect))
     running.service.mirror.refresh()
     return running
+
+
+@pytest.fixture
+def own_redis(tmp_path_factory: pytest.TempPathFactory) -> Iterator[EmbeddedRedis]:
+    """A Redis of its own: keys are of a whole store."""
+    with connect(None, tmp_path_factory.mktemp("keys-redis")) as client:
+        assert isinstance(client, EmbeddedRedis)
+        yield client
+
+
+@pytest.fixture
+def keyed(
+    serve: Callable[..., Running], fitted: Fitted, own_redis: EmbeddedRedis, tmp_path: Path
+) -> tuple[Running, dict[str, str], KeyStore]:
+    """A server on which keys are in force, a token of each scope, and where keys are made."""
+    keys = KeyStore(own_redis)
+    tokens = {scope: keys.create(f"the-{scope}", [scope])[1] for scope in ("infer", "read", "admin")}
+    running = ready(serve(redis_url=own_redis.url, data_dir=tmp_path), fitted)
+    return running, tokens, keys
 
 
 @pytest.fixture

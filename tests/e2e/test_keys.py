@@ -3,17 +3,16 @@
 import json
 import socket
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import httpx
-import pytest
 import redis
 
 from app.auth import scope_of
 from app.cli import run
 from range_store.api_keys import KeyStore
-from range_store.embedded import EmbeddedRedis, connect
+from range_store.embedded import EmbeddedRedis
 from range_store.store import RangeStore
 from tests.e2e.conftest import Running, ready
 from tests.range_store.waiting import until
@@ -21,25 +20,6 @@ from workers.fitting.fit import Fitted
 
 Problem = Callable[[httpx.Response, int, str], dict[str, Any]]
 Serve = Callable[..., Running]
-
-
-@pytest.fixture
-def own_redis(tmp_path_factory: pytest.TempPathFactory) -> Iterator[EmbeddedRedis]:
-    """A Redis of its own: keys are of a whole store."""
-    with connect(None, tmp_path_factory.mktemp("keys-redis")) as client:
-        assert isinstance(client, EmbeddedRedis)
-        yield client
-
-
-@pytest.fixture
-def keyed(
-    serve: Serve, fitted: Fitted, own_redis: EmbeddedRedis, tmp_path: Any
-) -> tuple[Running, dict[str, str], KeyStore]:
-    """A server on which keys are in force, a token of each scope, and where keys are made."""
-    keys = KeyStore(own_redis)
-    tokens = {scope: keys.create(f"the-{scope}", [scope])[1] for scope in ("infer", "read", "admin")}
-    running = ready(serve(redis_url=own_redis.url, data_dir=tmp_path), fitted)
-    return running, tokens, keys
 
 
 def bearer(token: str) -> dict[str, str]:
@@ -102,7 +82,9 @@ def test_an_enforced_erasure_is_not_looked_behind_without_admin(
     body = {"inputs": "The striker scored twice.", "compare": True, "erase": []}
     assert running.http.post("/v1/classify", json=body, headers=infer).status_code == 200
     running.http.put("/v1/erasures/Sports", json={"enforced": True, "top_fraction": 1.0}, headers=admin)
-    problem(running.http.post("/v1/classify", json=body, headers=infer), 403, "wrong_scope")
+    refused = running.http.post("/v1/classify", json=body, headers=infer)
+    problem(refused, 403, "wrong_scope")
+    assert "insufficient_scope" in refused.headers["www-authenticate"]
     assert running.http.post("/v1/classify", json=body, headers=admin).json()["results"][0]["baseline"]
     plain = running.http.post("/v1/classify", json={**body, "compare": False}, headers=infer).json()
     assert plain["erasure"]["concepts"] == ["Sports"]

@@ -15,6 +15,10 @@ import schemathesis
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
+from app.auth import scope_of
+from range_store.api_keys import KeyStore
+from range_store.erasure import Erasure
+from range_store.live import LiveErasure
 from tests.e2e.conftest import Running
 
 DOCUMENT = Path(__file__).parents[2] / "openapi.json"
@@ -40,12 +44,12 @@ enabled = false
 [generation]
 database = "none"
 [checks.positive_data_acceptance]
-expected-statuses = [200, 404, 409, 412, 422]
+expected-statuses = [200, 401, 403, 404, 409, 412, 422]
 [[operations]]  # a request may ask for an answer within no time at all
 include-path = "/v1/classify"
 [operations.checks]
 not_a_server_error = {{ expected-statuses = ["2XX", "4XX", 504] }}
-positive_data_acceptance = {{ expected-statuses = [200, 404, 422, 504] }}
+positive_data_acceptance = {{ expected-statuses = [200, 401, 403, 404, 422, 504] }}
 [dictionaries]
 concepts = {{ values = ["World", "Sports", "Business", "Sci/Tech", "Météo & co"] }}
 range_sets = {{ values = ["{range_set}"] }}
@@ -68,36 +72,91 @@ blocks = {{ values = [-2, -1] }}
 """
 
 
-def explore(running: Running, folder: Path, document: Path, *options: str) -> tuple[dict[str, Any], str]:
-    """Have Schemathesis try every operation of a document: its report, and what it found in words, with curl lines."""
+AUTH = """
+[auth.openapi]
+bearer = {{ bearer = "{token}" }}
+"""
+Keyed = tuple[Running, dict[str, str], KeyStore]
+
+
+def explore(
+    running: Running, folder: Path, document: Path, *options: str, token: str | None = None, auth: bool = False
+) -> tuple[dict[str, Any], str]:
+    """Have Schemathesis try every operation of a document: its report, and what it found in words, with curl lines.
+
+    Args:
+        token: sent with most requests.
+        auth: whether keys are in force, so that a call without one, or with a wrong one, must be refused.
+    """
     config, report = folder / "schemathesis.toml", folder / "report.json"
     range_set = running.service.store.live().range_set
-    config.write_text(CONFIG.format(range_set=range_set, model=running.service.name), "utf-8")
+    settled = CONFIG.format(range_set=range_set, model=running.service.name)
+    config.write_text(settled + (AUTH.format(token=token) if token else ""), "utf-8")
+    checks = CHECKS if auth else tuple(check for check in CHECKS if check != "ignored_auth")
     command = [Path(sys.executable).parent / "schemathesis", "--config-file", config, "run", document, "--no-color"]
-    command += ["--url", running.url, "--checks", ",".join(CHECKS), *options]
+    command += ["--url", running.url, "--checks", ",".join(checks), *options]
     command += ["--report", "json", "--report-json-path", report]
     done = subprocess.run(list(map(str, command)), capture_output=True, text=True, cwd=folder)
     assert report.exists(), done.stdout + done.stderr
     return json.loads(report.read_text("utf-8")), done.stdout
 
 
-@pytest.mark.parametrize(
-    ("examples", "at_least"),
-    [(120, 2_000), pytest.param(1500, 10_000, marks=[pytest.mark.long, pytest.mark.timeout(1200)])],
-)
+LONG = [pytest.mark.long, pytest.mark.timeout(1200)]
+
+
+@pytest.mark.parametrize(("examples", "at_least"), [(60, 1_500), pytest.param(1500, 10_000, marks=LONG)])
 def test_every_reply_is_as_documented(
     news: Running, tmp_path: Path, pytestconfig: pytest.Config, examples: int, at_least: int
 ) -> None:
+    accepted = check_replies(news, tmp_path, pytestconfig, examples, at_least)
+    assert accepted == set(calls()), "of the others only refusals were seen"
+
+
+@pytest.mark.parametrize(("examples", "at_least"), [(20, 800), pytest.param(1500, 10_000, marks=LONG)])
+def test_every_reply_to_a_key_is_as_documented(
+    keyed: Keyed, tmp_path: Path, pytestconfig: pytest.Config, examples: int, at_least: int
+) -> None:
+    running, tokens, _ = keyed
+    accepted = check_replies(running, tmp_path, pytestconfig, examples, at_least, token=tokens["admin"], auth=True)
+    assert accepted == set(calls()), "of the others only refusals were seen"
+
+
+@pytest.mark.parametrize("scope", ["infer", "read", None])
+@pytest.mark.parametrize(("examples", "mode"), [(5, "positive"), pytest.param(300, "all", marks=LONG)])
+def test_a_key_opens_what_its_scope_says_and_nothing_else(
+    keyed: Keyed, tmp_path: Path, pytestconfig: pytest.Config, examples: int, mode: str, scope: str | None
+) -> None:
+    running, tokens, _ = keyed
+    enforced = LiveErasure(erasure=Erasure(concept="World"), enforced=True)  # then `compare` is for admins
+    running.service.store.set_erasure(enforced)
+    running.service.mirror.refresh()
+    token = tokens[scope] if scope else None
+    accepted = check_replies(
+        running, tmp_path, pytestconfig, examples, 200, "--mode", mode, token=token, auth=token is not None
+    )
+    assert accepted == {call for call, needed in calls().items() if needed in (None, scope)}
+
+
+def check_replies(
+    running: Running, folder: Path, pytestconfig: pytest.Config, examples: int, at_least: int, *more: str, **caller: Any
+) -> set[str]:
+    """Explore, and fail with what Schemathesis says about a wrong reply: the calls that were answered with 200."""
     seed = pytestconfig.getoption("--seed")
-    found, said = explore(news, tmp_path, DOCUMENT, "--seed", str(seed), "--max-examples", str(examples))
+    options = ("--seed", str(seed), "--max-examples", str(examples), *more)
+    found, said = explore(running, folder, DOCUMENT, *options, **caller)
     assert not found["failures"], said
     assert not found["errors"], said
     assert found["complete"], said
-    operations = found["operations"]
-    assert operations["tested"] == operations["total"] >= 16
-    assert found["test_cases"]["generated"] >= at_least
-    unseen = [name for name, phases in found["valid_rates"].items() if not sum(p["accepted"] for p in phases.values())]
-    assert not unseen, "operations of which only refusals were seen"
+    assert found["operations"]["tested"] == len(calls())
+    assert found["test_cases"]["generated"] >= at_least, said
+    return {call for call, phases in found["valid_rates"].items() if sum(each["accepted"] for each in phases.values())}
+
+
+def calls() -> dict[str, str | None]:
+    """The scope that every call of the document needs."""
+    paths = json.loads(DOCUMENT.read_text("utf-8"))["paths"]
+    named = ((method.upper(), path) for path, methods in paths.items() for method in methods)
+    return {f"{method} {path}": scope_of(method, path) for method, path in named}
 
 
 def test_a_reply_that_is_not_documented_would_be_found(news: Running, tmp_path: Path) -> None:
