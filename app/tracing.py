@@ -2,7 +2,7 @@
 
 A span holds numbers, identifiers and templates: no text, no path, no query, no header, no message of an error.
 FastAPI's own telemetry records those, so it is off (`app.main`). Without the extra `otel` the API alone is there: a
-request then belongs to its caller's trace, in the log and in the reply, and nothing is exported.
+request then belongs to its caller's trace in the log, and nothing is exported.
 """
 
 import logging
@@ -56,8 +56,8 @@ class Traces:
             otel_context.attach(otel_context.Context())  # it may begin while the one before it on its connection ends
             await self.app(scope, receive, send)
             return
-        headers = Headers(scope=scope)
-        carrier = {name: headers[name] for name in ("traceparent", "tracestate") if name in headers}
+        # `tracestate` is for those who call on; here it would only be a way for a caller's words into the traces
+        carrier = {"traceparent": Headers(scope=scope).get("traceparent", "")}
         span = _tracer.start_span(
             method_of(scope), _propagator.extract(carrier, otel_context.Context()), kind=SpanKind.SERVER
         )

@@ -1,10 +1,12 @@
 """Pages that name things of the code are held against the code."""
 
+import json
 import re
 from pathlib import Path
 
 import pytest
 
+from app.logs import FIELDS
 from app.main import create_app
 from app.problems import CODES
 from app.settings import Settings, table
@@ -46,3 +48,11 @@ def test_links_between_pages_lead_somewhere(page: str) -> None:
     for target in re.findall(r"\]\(([^)#]+)[^)]*\)", text):
         if "://" not in target:
             assert ((ROOT / page).parent / target).exists(), target
+
+
+def test_observing_page_lists_every_field_of_a_log_line() -> None:
+    page = (ROOT / "docs" / "observing.md").read_text("utf-8")
+    assert "\n".join(f"| `{name}` | {meaning} |" for name, meaning in FIELDS.items()) in page
+    (line,) = re.findall(r"```json\n(.+)\n```", page)
+    example = json.loads(line)
+    assert list(example) == [name for name in FIELDS if name in example]

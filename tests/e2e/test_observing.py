@@ -1,11 +1,9 @@
 """Logs and traces of real server processes, under callers who would like to write into them."""
 
 import json
-import os
 import re
 import signal
 import socket
-import subprocess
 import sys
 import threading
 import time
@@ -22,14 +20,14 @@ from opentelemetry.proto.collector.trace.v1.trace_service_pb2 import ExportTrace
 from app.cli import run
 from app.logs import FIELDS, configured
 from app.settings import Settings
+from tests import processes
 from tests.e2e.conftest import Running
-from tests.range_store.waiting import until
 from tests.workers.checkpoints import save_tiny
 
 SECRET = "confession"
 TRACE, PARENT = "0af7651916cd43dd8448eb211c80319c", "b7ad6b7169203331"
 TRACEPARENT = f"00-{TRACE}-{PARENT}-01"
-COMMAND = (sys.executable, "-c", "from app.cli import main; main()")
+PAGE = Path(__file__).parents[2] / "docs" / "observing.md"
 
 
 class Collector:
@@ -75,39 +73,16 @@ def collector() -> Iterator[Collector]:
     thread.join()
 
 
-class Server:
-    """`neuronlens serve` under way in a process of its own; its lines are collected as they come."""
-
-    def __init__(self, arguments: list[str], environment: dict[str, str]) -> None:
-        kept = {name: value for name, value in os.environ.items() if not name.startswith(("OTEL_", "NEURONLENS_"))}
-        self.process = subprocess.Popen(
-            [*COMMAND, "serve", "--port", "0", "--threads", "1", "--device", "cpu", *arguments],
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
-            env=kept | environment,
-        )
-        self.out: list[str] = []
-        self.err: list[str] = []
-        streams = ((self.out, self.process.stdout), (self.err, self.process.stderr))
-        self._readers = [threading.Thread(target=into.extend, args=(stream,)) for into, stream in streams if stream]
-        for reader in self._readers:
-            reader.start()
+class Server(processes.Running):
+    """`neuronlens serve` under way in a process of its own."""
 
     def client(self) -> httpx.Client:
-        until(lambda: bool(self.out) or self.process.poll() is not None, 120)
-        assert self.out, self.err
-        return httpx.Client(base_url=self.out[0].split()[-1], trust_env=False, timeout=60)
+        address = self.says(self.stdout, "serving ").split()[-1]
+        return httpx.Client(base_url=address, trust_env=False, timeout=60)
 
     def stop(self) -> int:
         self.process.send_signal(signal.SIGTERM)
         return self.end()
-
-    def end(self) -> int:
-        code = self.process.wait(120)
-        for reader in self._readers:
-            reader.join()
-        return code
 
 
 @pytest.fixture(scope="module")
@@ -121,14 +96,14 @@ def server(tiny: Path, tmp_path: Path) -> Iterator[Callable[..., Server]]:
     started: list[Server] = []
 
     def start(*arguments: str, **environment: str) -> Server:
-        options = ["--model", str(tiny), "--data-dir", str(tmp_path / f"data-{len(started)}"), *arguments]
-        started.append(Server(options, environment))
+        place = ("--port", "0", "--data-dir", tmp_path / f"data-{len(started)}")
+        options = ("--model", tiny, "--threads", "1", "--device", "cpu", *place, *arguments)
+        started.append(Server(["serve", *options], environment=environment))
         return started[-1]
 
     yield start
     for each in started:
-        each.process.kill()
-        each.end()
+        each.kill()
 
 
 def test_hostile_callers_stay_out_of_logs_and_traces(
@@ -158,10 +133,11 @@ def test_hostile_callers_stay_out_of_logs_and_traces(
     forged = '{"level":"error"}'
     with served.client() as client:
         client.headers["X-API-Key"] = token
+        mine = {"traceparent": TRACEPARENT, "tracestate": f"a={SECRET}", "X-Request-ID": "mine-1", "User-Agent": SECRET}
         good = client.post(
             "/v1/classify",
             json={"inputs": [f"my {SECRET}\n{forged}", "\x1b[31m"]},
-            headers={"traceparent": TRACEPARENT, "X-Request-ID": "mine-1", "User-Agent": SECRET},
+            headers=mine,
         )
         assert good.status_code == 200
         for path in (f"/v1/concepts/{SECRET}/ranges", f"/{SECRET}%0A{forged}", f"/v1/concepts?{SECRET}=1"):
@@ -179,11 +155,11 @@ def test_hostile_callers_stay_out_of_logs_and_traces(
             assert raw.recv(100).startswith(b"HTTP/1.1 400")
     assert served.stop() == 0
 
-    lines = [json.loads(line) for line in served.err]
+    lines = [json.loads(line) for line in served.stderr]
     for line in lines:
         assert {"timestamp", "level", "logger", "message"} <= line.keys() <= FIELDS.keys()
-    assert SECRET not in "".join(served.err)
-    assert token not in "".join(served.err)
+    assert SECRET not in "".join(served.stderr)
+    assert token not in "".join(served.stderr)
     (answered,) = [line for line in lines if line.get("request_id") == "mine-1" and "status" in line]
     assert answered["generation"] == good.json()["erasure"]["generation"]
     told = {name: answered[name] for name in ("method", "route", "status", "texts", "key", "client", "trace_id")}
@@ -197,20 +173,22 @@ def test_hostile_callers_stay_out_of_logs_and_traces(
     assert not any(SECRET.encode() in body or token.encode() in body for body in collector.bodies)
     assert all(each["authorization"].endswith("of-the-operator") for each in collector.headers)
     spans = collector.spans()
-    (mine,) = [span for span in spans if span.parent_span_id.hex() == PARENT]
-    assert (mine.trace_id.hex(), mine.name) == (TRACE, "POST /v1/classify")
-    assert good.headers["traceresponse"] == f"00-{TRACE}-{mine.span_id.hex()}-01"
-    assert answered["span_id"] == mine.span_id.hex()
-    (step,) = [span for span in spans if span.parent_span_id == mine.span_id]
+    (top,) = [span for span in spans if span.parent_span_id.hex() == PARENT]
+    assert (top.trace_id.hex(), top.name) == (TRACE, "POST /v1/classify")
+    assert good.headers["traceresponse"] == f"00-{TRACE}-{top.span_id.hex()}-01"
+    assert answered["span_id"] == top.span_id.hex()
+    (step,) = [span for span in spans if span.parent_span_id == top.span_id]
     attributes = {each.key: each.value for each in step.attributes}
     assert attributes["neuronlens.texts"].int_value == 2
     assert attributes["neuronlens.tokens"].int_value == good.json()["usage"]["tokens"]
     assert attributes["neuronlens.generation"].string_value == answered["generation"]
     parts = {span.name: span for span in spans if span.parent_span_id == step.span_id}
     assert parts.keys() == {"queue", "model"}
-    assert mine.start_time_unix_nano <= step.start_time_unix_nano <= step.end_time_unix_nano <= mine.end_time_unix_nano
+    assert top.start_time_unix_nano <= step.start_time_unix_nano <= step.end_time_unix_nano <= top.end_time_unix_nano
     assert parts["queue"].start_time_unix_nano <= parts["model"].start_time_unix_nano
-    others = [span for span in spans if span.trace_id != mine.trace_id]
+    listed = set(re.findall(r"^\| `([\w.]+)` \|", PAGE.read_text("utf-8").partition("## Traces")[2], re.MULTILINE))
+    assert {each.key for span in spans for each in span.attributes} <= listed
+    others = [span for span in spans if span.trace_id != top.trace_id]
     assert len({span.trace_id for span in others}) == 11, "a new trace for each request that names none"
     assert not any("livez" in span.name for span in spans)
 
@@ -242,11 +220,11 @@ def test_a_collector_that_is_away_costs_no_request_and_no_end(
         began = time.monotonic()
         assert served.stop() == 0
         assert time.monotonic() - began < 60, "it waits 5 seconds for the collector, and not for its own timeout"
-    lines = [json.loads(line) for line in served.err]
+    lines = [json.loads(line) for line in served.stderr]
     about = [line for line in lines if line["logger"] == "app.tracing"]
     assert about
     assert not any("exception" in line for line in lines)
-    assert SECRET not in "".join(served.err)
+    assert SECRET not in "".join(served.stderr)
 
 
 @pytest.mark.parametrize(

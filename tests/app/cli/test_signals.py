@@ -59,7 +59,9 @@ def test_a_server_answers_what_it_accepted_and_leaves_nothing(
 
 
 def _metric(address: str, name: str) -> float:
-    lines = httpx.get(f"{address}/metrics", trust_env=False).text.splitlines()
+    reply = httpx.get(f"{address}/metrics", trust_env=False, timeout=60)
+    assert reply.status_code == 200, reply.text
+    lines = reply.text.splitlines()
     return next(float(line.split()[-1]) for line in lines if line.startswith(name))
 
 
