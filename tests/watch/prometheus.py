@@ -1,17 +1,32 @@
-"""Debian's Prometheus and promtool, and the committed configuration."""
+"""Debian's Prometheus and promtool, and the committed configuration, mapped to seconds where a test cannot wait."""
 
+import json
+import re
 import shutil
+import socket
 import subprocess
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import httpx
 import pytest
 import yaml
+
+from tests.range_store.waiting import until
 
 ROOT = Path(__file__).parents[2]
 CONFIG = ROOT / "docker" / "prometheus"
 RULES = CONFIG / "rules.yml"
 DASHBOARDS = sorted((ROOT / "docker" / "grafana" / "dashboards").glob("*.json"))
+
+WINDOWS = {"[5m]": "[5s]", "[10m]": "[10s]", "[30m]": "[8s]", "[1h]": "[8s]", "[6h]": "[15s]"}
+"""Windows of the rules, and what stands for them where a minute is a second."""
+QUICKER = {
+    "NeuronLensSnapshotOld": ("> 60", "> 2"),
+    "NeuronLensRestarting": ("[30m]) > 2", "[5m]) > 0"),
+}
+"""Alerts whose threshold is a time or a number of deaths that a test does not wait for."""
 
 
 def binary(name: str) -> str:
@@ -32,3 +47,89 @@ def rules(kind: str) -> dict[str, dict[str, Any]]:
     """The committed rules of a kind ("alert", "record"), by name."""
     groups = yaml.safe_load(RULES.read_text("utf-8"))["groups"]
     return {rule[kind]: rule for group in groups for rule in group["rules"] if kind in rule}
+
+
+def quick(rule: dict[str, Any]) -> dict[str, Any]:
+    """A committed rule with windows and waits of seconds; nothing else of it changes."""
+    expr = rule["expr"]
+    if rule.get("alert") in QUICKER:
+        slow, fast = QUICKER[rule["alert"]]
+        assert slow in expr, f"{rule['alert']} has changed: change QUICKER too"
+        expr = expr.replace(slow, fast)
+    else:
+        for window in re.findall(r"\[\w+\]", expr):
+            expr = expr.replace(window, WINDOWS[window])
+    return rule | {"expr": expr} | ({"for": "1s"} if "for" in rule else {})
+
+
+def free_port() -> int:
+    with socket.create_server(("127.0.0.1", 0)) as bound:
+        return int(bound.getsockname()[1])
+
+
+class Prometheus:
+    """A Prometheus process with the committed configuration: only its targets and intervals are others."""
+
+    def __init__(self, directory: Path, targets: Sequence[str]) -> None:
+        self._targets = directory / "targets.json"
+        self.watch(targets)
+        config = yaml.safe_load((CONFIG / "prometheus.yml").read_text("utf-8"))
+        config["global"] = {"scrape_interval": "1s", "scrape_timeout": "1s", "evaluation_interval": "1s"}
+        (job,) = config["scrape_configs"]
+        assert job.pop("dns_sd_configs")
+        job["file_sd_configs"] = [{"files": [str(self._targets)], "refresh_interval": "1s"}]
+        (directory / "prometheus.yml").write_text(yaml.safe_dump(config), "utf-8")
+        document = yaml.safe_load(RULES.read_text("utf-8"))
+        for group in document["groups"]:
+            group["rules"] = [quick(rule) for rule in group["rules"]]
+        (directory / "rules.yml").write_text(yaml.safe_dump(document, width=1000), "utf-8")
+        port = free_port()
+        with (directory / "prometheus.log").open("w") as log:
+            self.process = subprocess.Popen(
+                [
+                    binary("prometheus"),
+                    f"--config.file={directory / 'prometheus.yml'}",
+                    f"--storage.tsdb.path={directory / 'tsdb'}",
+                    f"--web.listen-address=127.0.0.1:{port}",
+                    "--log.level=warn",
+                ],
+                stdout=log,
+                stderr=log,
+            )
+        self._http = httpx.Client(base_url=f"http://127.0.0.1:{port}", timeout=30, trust_env=False)
+        until(self._ready, 60)
+
+    def _ready(self) -> bool:
+        try:
+            return self._http.get("/-/ready").status_code == 200
+        except httpx.HTTPError:
+            return False
+
+    def watch(self, targets: Sequence[str]) -> None:
+        """Replace the targets; Prometheus notices by itself, as it notices what a name resolves to."""
+        new = self._targets.with_suffix(".new")
+        new.write_text(json.dumps([{"targets": list(targets)}] if targets else []), "utf-8")
+        new.rename(self._targets)
+
+    def _get(self, path: str, **parameters: Any) -> Any:
+        answer = self._http.get(f"/api/v1/{path}", params=parameters).json()
+        assert answer["status"] == "success", f"{parameters}: {answer.get('error')}"
+        return answer["data"]
+
+    def firing(self) -> set[str]:
+        """Names of the alerts that fire now."""
+        return {each["labels"]["alertname"] for each in self._get("alerts")["alerts"] if each["state"] == "firing"}
+
+    def over(self, expr: str, start: float, end: float) -> list[tuple[dict[str, str], list[float]]]:
+        """What an expression gave at each second from `start` to `end`: labels and values of every series."""
+        found = self._get("query_range", query=expr, start=start, end=end, step=1)["result"]
+        return [(series["metric"], [float(value) for _, value in series["values"]]) for series in found]
+
+    def label_values(self, selector: str, label: str, start: float, end: float) -> list[str]:
+        found: list[str] = self._get(f"label/{label}/values", **{"match[]": selector, "start": start, "end": end})
+        return found
+
+    def stop(self) -> None:
+        self._http.close()
+        self.process.kill()
+        self.process.wait()

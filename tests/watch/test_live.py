@@ -1,0 +1,232 @@
+"""A real Prometheus scrapes two live replicas under traffic while Redis, the model and a replica are broken.
+
+Each alert must fire in its fault, and be silent while all is well. Then every query of every dashboard and rule must
+have given data at some time of the run, under the labels that its legend or columns name.
+"""
+
+import math
+import signal
+import threading
+import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import pytest
+
+from range_store.erasure import Erasure
+from range_store.keys import ModelKeys
+from range_store.live import LiveErasure
+from tests.e2e.conftest import LABELS
+from tests.range_store.builders import random_range_set
+from tests.range_store.waiting import until
+from tests.watch.expressions import Asked, asked, selectors, variables
+from tests.watch.processes import LONG, SERVE, SERVE_A_MODEL_THAT_FAILS_ON_LONG_TEXTS, Redis, Replica
+from tests.watch.prometheus import Prometheus, promtool, rules
+from tests.workers.checkpoints import save_tiny
+from tests.workers.texts import labelled_texts, write_jsonl
+from workers.fitting.corpus import load_corpus
+from workers.fitting.fit import fit
+from workers.models.loading import load_model
+
+pytestmark = [pytest.mark.system, pytest.mark.timeout(900)]
+TEXTS = [text for text, _ in labelled_texts(4000, seed=6) if len(text) < 60][:1024]
+PATIENCE = 60.0
+
+
+@dataclass
+class Watched:
+    """A run: what is running, and the alerts that fired, by the fault in which they did."""
+
+    prometheus: Prometheus
+    store: Redis
+    small: Replica
+    slow: Replica
+    began: float
+    fired: dict[str, set[str]] = field(default_factory=dict)
+    ended: float = 0.0
+    exposed: str = ""
+
+    def during(self, fault: str, alerts: set[str], again: Callable[[], object] = lambda: None) -> None:
+        """Repeat `again` until all of `alerts` fire."""
+        seen: set[str] = set()
+        give_up = time.monotonic() + PATIENCE
+        while not alerts <= seen:
+            again()
+            seen |= self.prometheus.firing()
+            if time.monotonic() > give_up:
+                pytest.fail(f"{fault}: {', '.join(sorted(alerts - seen))} did not fire, only {sorted(seen)}")
+            threading.Event().wait(0.2)  # Prometheus evaluates once a second
+        self.fired[fault] = seen
+
+    def quiet(self, again: Callable[[], object] = lambda: None) -> None:
+        """Repeat `again` until no alert fires any more."""
+        give_up = time.monotonic() + PATIENCE
+        again()
+        while not (self.small.ready and self.slow.ready) or self.prometheus.firing():
+            again()
+            if time.monotonic() > give_up:
+                pytest.fail(f"nothing is wrong any more, but there are alerts: {self.prometheus.firing()}")
+            threading.Event().wait(0.2)
+
+    def traffic(self) -> None:
+        """A little of everything that users and operators do."""
+        for replica in (self.small, self.slow):
+            replica.classify(TEXTS[:3])
+            replica.classify(TEXTS[3], erase=["Sports"], compare=True)
+            replica.classify(TEXTS[:4], erase=[{"concept": "World", "top_fraction": 1.0, "layer": 1}, "Business"])
+            replica.classify(TEXTS[4], erase=[])
+
+
+@pytest.fixture(scope="module")
+def watched(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Watched]:
+    directory = tmp_path_factory.mktemp("watched")
+    checkpoint = save_tiny("bert", directory / "tiny-news", labels=LABELS)
+    with ExitStack() as stack:
+        store = Redis(directory)
+        stack.callback(lambda: store.kill())
+        small = Replica("small", checkpoint, store, directory, script=SERVE, max_queue_texts=8, trunk_cache_mb=1)
+        stack.callback(lambda: small.kill())
+        script = SERVE_A_MODEL_THAT_FAILS_ON_LONG_TEXTS
+        slow = Replica("slow", checkpoint, store, directory, script=script, max_batch_tokens=64, max_queue_seconds=600)
+        stack.callback(lambda: slow.kill())
+        prometheus = Prometheus(directory, [small.target, slow.target])
+        stack.callback(prometheus.stop)
+        run = Watched(prometheus, store, small, slow, time.time())
+        run_through(run, checkpoint, directory)
+        run.ended = time.time()
+        yield run
+
+
+def run_through(run: Watched, checkpoint: Path, directory: Path) -> None:
+    """Break one thing after the other."""
+    corpus = write_jsonl(directory / "train.jsonl", labelled_texts(90, seed=4))
+    labels = ("World", "Sports", "Business", "SciTech")
+    loaded = load_model(str(checkpoint), device="cpu", name="tiny-news")
+    fitted = fit(loaded, load_corpus(str(corpus), labels=labels), layers=(-2, -1), bins=64)
+    until(lambda: run.small.alive and run.slow.alive, 180)
+    run.during("no range set yet", {"NeuronLensNotReady", "NeuronLensNoReplicaReady"})
+
+    store = run.store.store
+    ours = store.publish(fitted.range_set, fitted.inspect)
+    store.activate(ours)
+    until(lambda: run.small.ready and run.slow.ready)
+    run.small.http.put("/v1/erasures/Sports", json={"top_fraction": 1.0}).raise_for_status()
+    run.small.http.put("/v1/erasures/World", json={"method": "neuron", "enforced": True}).raise_for_status()
+    run.small.http.put("/v1/erasures/Sports", json={"top_fraction": 0.5}).raise_for_status()
+    run.quiet(run.traffic)
+    run.exposed = run.small.http.get("/metrics").text
+
+    with ThreadPoolExecutor(16) as pool:
+
+        def flood() -> None:
+            list(pool.map(lambda n: run.small.classify(TEXTS[n : n + 6]), range(200)))
+
+        run.during("more than a queue holds", {"NeuronLensOverload"}, flood)
+
+        def many() -> None:
+            list(pool.map(lambda _: run.slow.classify(TEXTS), range(6)))
+
+        burning = {"NeuronLensQueueWait", "NeuronLensLatencyBurnFast", "NeuronLensLatencyBurnSlow"}
+        run.during("a replica that is too slow", burning, many)
+
+    def failing() -> None:
+        assert run.slow.classify(LONG) == 500
+        assert run.small.classify(TEXTS[0], timeout="0.0001") == 504
+        assert run.slow.classify("x", erase=["no such concept"]) == 404
+
+    run.during("a model that fails", {"NeuronLensErrors", "NeuronLensModelFails"}, failing)
+    run.quiet(run.traffic)
+
+    run.store.let_in("slow", in_=False)
+    until(lambda: not run.slow.http.get("/readyz").json()["checks"]["store"])
+    run.small.http.delete("/v1/erasures/Sports").raise_for_status()
+    behind = {"NeuronLensReplicasDisagree", "NeuronLensStoreDown", "NeuronLensSnapshotOld"}
+    run.during("a replica that Redis lets in no more", behind)
+    run.store.let_in("slow", in_=True)
+    run.quiet()
+
+    run.store.process.send_signal(signal.SIGSTOP)
+    run.during("a Redis that hangs", {"NeuronLensSnapshotOld"})
+    run.store.process.send_signal(signal.SIGCONT)
+    run.quiet()
+
+    run.store.kill()
+
+    def toggle_in_vain() -> None:
+        assert run.small.http.put("/v1/erasures/Sports", json={}).status_code == 503
+        assert run.small.classify(TEXTS[0]) == 200
+
+    run.during("a Redis that is gone", {"NeuronLensStoreDown"}, toggle_in_vain)
+    run.store.start()
+    run.store.let_in("small", in_=True)
+    run.store.let_in("slow", in_=True)
+    run.quiet()
+
+    key = ModelKeys(store.model).live
+    kept = run.store.client.get(key)
+    assert isinstance(kept, bytes)
+    run.store.client.delete(key)
+    run.during("a Redis that came back empty", {"NeuronLensLiveStateLost"})
+    run.store.client.set(key, kept)
+    run.quiet()
+
+    store.set_erasures([])
+    foreign, inspect = random_range_set(1)
+    store.activate(store.publish(foreign, inspect))
+    run.during("a range set of another model", {"NeuronLensRangeSetRefused"})
+    store.activate(ours)
+    store.set_erasure(LiveErasure(erasure=Erasure(concept="Sports")))
+    run.quiet()
+
+    run.slow.kill()
+    run.during("a replica that was killed", {"NeuronLensDown"})
+    run.slow.start()
+    until(lambda: run.slow.ready, 180)
+    run.during("a replica that starts again", {"NeuronLensRestarting"})
+
+    run.prometheus.watch([])
+    run.during("no replica to be found", {"NeuronLensAbsent", "NeuronLensNoReplicaReady"})
+
+
+def test_every_alert_fired_in_its_fault(watched: Watched) -> None:
+    assert rules("alert").keys() == set().union(*watched.fired.values())
+
+
+@pytest.mark.parametrize("query", asked(), ids=str)
+def test_every_query_gave_data(watched: Watched, query: Asked) -> None:
+    """Of panels, annotations, recording rules and alerts; and of each series that one of them reads."""
+    where = f"{query.where}: {query.expr}"
+    for selector in selectors(query.expr):
+        assert watched.prometheus.over(selector, watched.began, watched.ended), f"{where}: nothing writes {selector}"
+    found = watched.prometheus.over(query.expr, watched.began, watched.ended)
+    numbers = [value for _, values in found for value in values if math.isfinite(value)]
+    assert numbers, f"{where}: no data"
+    missing = query.labels - {name for labels, _ in found for name in labels}
+    assert not missing, f"{where}: shows {', '.join(sorted(missing))}, which no series has"
+    if query.share:
+        assert max(numbers) <= 1.5, f"{where}: a share of {max(numbers)}"  # rates of few scrapes are rough
+        assert min(numbers) >= 0, where
+
+
+@pytest.mark.parametrize("expr", ["rate(neuronlens_imagined_total[4s]) or vector(0)", "neuronlens_ready > 1"])
+def test_a_query_that_can_show_nothing_would_be_noticed(watched: Watched, expr: str) -> None:
+    with pytest.raises(AssertionError, match=r"nothing writes neuronlens_imagined_total|no data"):
+        test_every_query_gave_data(watched, Asked("a panel", expr))
+
+
+@pytest.mark.parametrize(("where", "selector", "label"), variables(), ids=[where for where, _, _ in variables()])
+def test_every_variable_has_something_to_choose(watched: Watched, where: str, selector: str, label: str) -> None:
+    assert watched.prometheus.label_values(selector, label, watched.began, watched.ended), f"{where}: {selector}"
+
+
+def test_both_replicas_have_their_lines(watched: Watched) -> None:
+    found = watched.prometheus.over("neuronlens_generation", watched.began, watched.ended)
+    assert {labels["instance"] for labels, _ in found} == {watched.small.target, watched.slow.target}
+
+
+def test_promtool_finds_no_fault_with_names_and_types(watched: Watched) -> None:
+    checked = promtool("check", "metrics", stdin=watched.exposed)
+    assert checked.returncode == 0, checked.stdout + checked.stderr
