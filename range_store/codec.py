@@ -243,7 +243,10 @@ def _checked(data: bytes, meta: Meta, part: str) -> dict[str, npt.NDArray[Any]]:
     digest = hashlib.sha256(data).hexdigest()
     if digest != meta.parts.get(part):
         raise InvalidRangeSet(f"{part} of range set {meta.id} is corrupt: its sha256 does not match")
-    return from_safetensors(data)
+    arrays = from_safetensors(data)
+    if to_safetensors(arrays) != data:  # written anew, the range set would get another id
+        raise InvalidRangeSet(f"{part} of range set {meta.id} is not as it is written here")
+    return arrays
 
 
 def _check_serve(arrays: Arrays, provenance: Provenance) -> None:

@@ -179,6 +179,16 @@ def test_a_part_in_the_place_of_another_is_refused() -> None:
         decode_serve(PARTS[serve_part(1)], META, 0)
 
 
+def test_a_part_that_is_not_as_it_is_written_here_is_refused_even_if_vouched_for() -> None:
+    """Else a range set would be read under an id that it does not have once it is written again."""
+    part = PARTS[serve_part(0)]
+    length = struct.unpack_from("<Q", part)[0]
+    header = json.dumps(json.loads(part[8 : 8 + length])).encode()  # the same, with blanks
+    loose = struct.pack("<Q", len(header)) + header + part[8 + length :]
+    with pytest.raises(InvalidRangeSet, match="not as it is written"):
+        decode_serve(loose, meta_of(PROVENANCE, {serve_part(0): loose}), 0)
+
+
 def test_meta_data_are_those_of_the_id_or_refused() -> None:
     stored = encode_meta(META)
     assert decode_meta(stored, RANGE_SET.id) == META
