@@ -8,7 +8,7 @@ from prometheus_client import CollectorRegistry, Counter, Gauge
 from range_store.erasure import Erasure
 from range_store.mirror import Snapshot
 
-CHANGES = ("on", "off", "settings", "range_set")
+CHANGES = ("on", "off", "settings", "range_set", "anew")
 
 
 class LiveChanges:
@@ -25,13 +25,13 @@ class LiveChanges:
         self.changes = Counter(
             "neuronlens_live_changes",
             "Changes of the live state that this process applied: erasures switched on, off or set differently, "
-            "range sets activated.",
+            "range sets activated, and a start anew after Redis had lost it.",
             ["change"],
             registry=registry,
         )
         self.changed = Gauge(
             "neuronlens_live_changed_timestamp_seconds",
-            "When this process last applied such a change, by concept; of a range set, the concept is empty.",
+            "When this process last applied such a change, by concept; empty where it is about none.",
             ["change", "concept"],
             registry=registry,
         )
@@ -56,6 +56,8 @@ class LiveChanges:
 
 def _differences(before: Snapshot, after: Snapshot) -> Iterator[tuple[str, str]]:
     """(change, concept) of all that differs."""
+    if before.live.epoch != after.live.epoch:
+        yield "anew", ""
     if before.live.range_set != after.live.range_set:
         yield "range_set", ""
     old, new = _settings(before), _settings(after)

@@ -271,8 +271,8 @@ OPERATORS = [
     ),
     timeline(
         "Trouble with the live state",
-        "store_down: Redis does not answer. lost: it came back empty or older. range_set: what is active cannot be "
-        "used.",
+        "store_down: Redis does not answer. lost: it came back empty, range sets and all. range_set: what is active "
+        "cannot be used.",
         Query(f"max by (problem) (neuronlens_live_state_problem{{{ME}}})", "{{problem}}"),
         mapped=values((0, "no", GREEN), (1, "yes", RED)),
         width=8,

@@ -67,7 +67,8 @@ STEERING = [
     ),
     lines(
         "Changes applied",
-        "Erasures switched on, off or set differently, and range sets activated, in the replica that saw most.",
+        "Erasures switched on, off or set differently, range sets activated, and a live state that began anew after "
+        "Redis had lost it, in the replica that saw most.",
         [Query(f"max by (change) (increase(neuronlens_live_changes_total{{{ME}}}{EVERY}))", "{{change}}")],
         unit="none",
         axis="changes",

@@ -68,6 +68,16 @@ def test_changes_are_counted_by_kind_and_concept(news: Running) -> None:
     }
 
 
+def test_a_live_state_that_began_anew_is_a_change_of_its_own(news: Running) -> None:
+    news.http.put("/v1/erasures/Sports", json={})
+    (before,) = {epoch for epoch, _ in series(news, "neuronlens_live_info")}
+    changes = series(news, "neuronlens_live_changes_total")
+    news.service.store.client.delete(ModelKeys(news.service.name).live)
+    until(lambda: {epoch for epoch, _ in series(news, "neuronlens_live_info")} != {before})
+    assert series(news, "neuronlens_live_changes_total") == changes | {("anew",): 1.0}
+    assert series(news, "neuronlens_live_erasures") == {(): 1.0}
+
+
 def test_concepts_beyond_the_bound_share_a_series(news: Running) -> None:
     many = [LiveErasure(erasure=Erasure(concept=f"concept {n:04}")) for n in range(MOST_CONCEPTS + 5)]
     snapshot = news.service.mirror.snapshot
@@ -104,7 +114,8 @@ def test_a_lost_live_state_has_a_name(news: Running) -> None:
 
     assert problems() == set()
     news.http.put("/v1/erasures/Sports", json={})
-    news.service.store.client.delete(ModelKeys(news.service.name).live)
+    keys = ModelKeys(news.service.name)
+    news.service.store.client.delete(keys.live, keys.range_sets)  # at once: the live state alone would be put back
     until(lambda: problems() == {"lost"})
     assert series(news, "neuronlens_store_up") == {(): 1.0}
     assert series(news, "neuronlens_live_erasures") == {(): 1.0}

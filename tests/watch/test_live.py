@@ -17,7 +17,6 @@ from pathlib import Path
 import pytest
 
 from range_store.erasure import Erasure
-from range_store.keys import ModelKeys
 from range_store.live import LiveErasure
 from tests.e2e.conftest import LABELS
 from tests.range_store.builders import random_range_set
@@ -165,13 +164,12 @@ def run_through(run: Watched, checkpoint: Path, directory: Path) -> None:
     run.store.let_in("slow", in_=True)
     run.quiet()
 
-    key = ModelKeys(store.model).live
-    kept = run.store.client.get(key)
-    assert isinstance(kept, bytes)
-    run.store.client.delete(key)
+    run.store.client.flushall()
     run.during("a Redis that came back empty", {"NeuronLensLiveStateLost"})
-    run.store.client.set(key, kept)
+    assert store.publish(fitted.range_set, fitted.inspect) == ours
+    store.activate(ours)
     run.quiet()
+    assert [live.concept for live in store.live().erasures] == ["World"], "what was erased is put back"
 
     store.set_erasures([])
     foreign, inspect = random_range_set(1)
