@@ -14,7 +14,7 @@ from app.auth import Authentication
 from app.metrics import ServiceMetrics
 from app.middleware import BodyLimit, Faults, FullQueue, HostCheck, HttpMetrics, RequestId
 from app.problems import Problem
-from app.routes import classify, erasures, inspection, range_sets, service
+from app.routes import audit, classify, erasures, inspection, range_sets, service
 from app.settings import LOOPBACK, Settings
 from app.store_calls import StoreCalls
 from app.tracing import Traces
@@ -47,7 +47,7 @@ def create_app(settings: Settings, running: Service | None = None) -> FastAPI:
         telemetry={"tracing": False, "metrics": False, "logs": False, "auto_configure": False},
     )
     problems.install(app)
-    for module in (service, classify, erasures, range_sets, inspection):
+    for module in (service, classify, erasures, audit, range_sets, inspection):
         app.include_router(module.router)
     registry = CollectorRegistry()
     if running is not None:

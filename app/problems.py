@@ -220,6 +220,8 @@ def domain_problem(error: Exception, request_id: str | None) -> JSONResponse:
         case StaleGeneration():
             members["generation"] = error.current
             headers["ETag"] = f'"{error.current}"'
+        case Draining():
+            headers["Connection"] = "close"  # a new connection may lead to another replica
         case QueueFull():
             headers["Retry-After"] = str(max(1, round(error.retry_after)))
     if status == 500:

@@ -5,6 +5,7 @@ from typing import Any, Literal
 from pydantic import BaseModel, Field
 
 from range_store.erasure import Damp, Erasure, Method, Ranking, Rule, resolve_layers
+from range_store.live import Action
 
 
 class Score(BaseModel):
@@ -185,6 +186,29 @@ class OverlapOut(BaseModel):
     jaccard: list[list[float]]
     chance: float
     shared_by_all: list[int]
+
+
+class AuditEntryOut(BaseModel):
+    """A change of the live state. `at`: Unix seconds; `before` is null where the live state was created.
+
+    `concepts`: those that it was about; `dropped`: erasures that a forced activation took out.
+    """
+
+    id: str
+    at: float
+    action: Action
+    before: str | None
+    after: str
+    range_set: str | None
+    concepts: list[str]
+    dropped: list[str]
+    by: str | None
+    reason: str | None
+
+
+class AuditOut(BaseModel):
+    model: str
+    entries: list[AuditEntryOut]
 
 
 class RangeSetOut(BaseModel):

@@ -111,7 +111,14 @@ class Settings(BaseSettings):
         description="seconds without word from the store after which `/readyz` answers 503, more than `poll_seconds`; "
         "unset: never",
     )
-    drain_seconds: Annotated[int, Field(ge=0)] = Field(30, description="time for accepted requests after a stop signal")
+    drain_seconds: Annotated[int, Field(ge=0)] = Field(
+        30, description="seconds for accepted requests after a stop signal; then the process ends"
+    )
+    drain_delay: Annotated[float, Field(ge=0)] = Field(
+        0.0,
+        description="of these, seconds for which new connections are answered (503) after SIGTERM even if nothing is "
+        "left to do: as long as a load balancer takes to see it. Ctrl-C does not wait",
+    )
     log_level: Literal["debug", "info", "warning", "error"] = Field(
         "info", description="what is logged; `debug`: every request"
     )

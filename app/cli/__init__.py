@@ -16,6 +16,7 @@ from typing import Annotated
 import typer
 
 from app.cli import erase, keys, ranges
+from app.cli.audit import audit
 from app.cli.console import error_line, say
 from app.cli.demo import demo
 from app.cli.evaluate import evaluate
@@ -32,7 +33,7 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
 )
-for command in (demo, serve, fit, evaluate, train):
+for command in (demo, serve, fit, evaluate, train, audit):
     app.command(epilog=EPILOG)(command)
 app.add_typer(ranges.app, name="ranges")
 app.add_typer(erase.app, name="erase")

@@ -1,4 +1,4 @@
-"""What `ranges` and `erase` act on: the store itself, or a running server that has it."""
+"""What `ranges`, `erase` and `audit` act on: the store itself, or a running server that has it."""
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -8,7 +8,7 @@ from typing import Protocol
 from app.cli.exits import CONFLICT, USAGE, CommandError
 from app.cli.server_control import ServerControl
 from app.cli.stores import operator, settings_with, store_of
-from range_store.live import LiveErasure, LiveState
+from range_store.live import AuditEntry, LiveErasure, LiveState
 from range_store.published import Published
 from range_store.store import RangeStore
 
@@ -34,6 +34,9 @@ class Control(Protocol):
     def switch_all_off(self, *, reason: str | None, if_match: str | None) -> LiveState:
         """Erase nothing, in one generation."""
 
+    def audit(self, limit: int) -> Sequence[AuditEntry]:
+        """The last changes, newest first."""
+
 
 class StoreControl:
     """Control by the store itself; a running server follows through its change feed."""
@@ -58,6 +61,9 @@ class StoreControl:
 
     def switch_all_off(self, *, reason: str | None, if_match: str | None) -> LiveState:
         return self.store.set_erasures([], if_match, by=operator(), reason=reason)
+
+    def audit(self, limit: int) -> Sequence[AuditEntry]:
+        return self.store.audit(limit)
 
 
 @contextmanager

@@ -1,9 +1,11 @@
 """Listening for `serve` and `demo`: a socket bound before the model loads, a server that drains, logs on stderr."""
 
+import asyncio
 import errno
 import logging
 import signal
 import socket
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING
@@ -11,7 +13,7 @@ from typing import TYPE_CHECKING
 import uvicorn
 
 from app.cli.console import hint
-from app.cli.exits import FAILED, USAGE, CommandError, exit_code_of
+from app.cli.exits import FAILED, INTERRUPTED, USAGE, CommandError, exit_code_of
 
 if TYPE_CHECKING:
     from fastapi import FastAPI
@@ -151,13 +153,16 @@ def listen(
 ) -> None:
     """Serve until SIGINT or SIGTERM; then answer what was accepted, for `settings.drain_seconds` at most.
 
+    Until that is done, and for `settings.drain_delay` after SIGTERM at least, new connections are taken, so that they
+    are told 503 instead of being refused. A second signal ends it at once.
+
     Args:
         ready: called when requests are taken.
         draining: called at once when the signal comes; from a signal handler, so it must not wait.
         failure: asked ten times a second; once it says why nothing can be answered any more, the server stops.
 
     Raises:
-        CommandError: the port was taken meanwhile, or there was a failure.
+        CommandError: the port was taken meanwhile, there was a failure, or accepted requests were cut off.
     """
     from app.protocol import bounded_head  # here, because it loads torch
 
@@ -166,10 +171,9 @@ def listen(
         http=bounded_head(settings.max_header_bytes, settings.header_timeout),
         log_config=None,
         access_log=False,  # app.access_log has the lines, without what callers put into paths
-        timeout_graceful_shutdown=settings.drain_seconds,
         server_header=False,
     )
-    server = _Server(config, ready, draining, failure)
+    server = _Server(config, settings, ready, draining, failure)
     # uvicorn raises the signal again when it is done; by then it has done its work, and resources wait to be released
     before = {each: signal.signal(each, _ignore) for each in (signal.SIGINT, signal.SIGTERM)}
     try:
@@ -183,18 +187,31 @@ def listen(
         raise CommandError(f"the model cannot answer any more ({why}); start the server again", FAILED)
     if not server.started:
         raise CommandError("the server did not start; its log says why", FAILED)
+    if server.cut_off and server.force_exit:
+        raise CommandError(f"stopped at once by a second signal; not answered: {server.cut_off}", INTERRUPTED)
+    if server.cut_off:
+        why = f"accepted requests that were not answered within {settings.drain_seconds} s: {server.cut_off}"
+        raise CommandError(f"{why}; NEURONLENS_DRAIN_SECONDS gives them longer", FAILED)
 
 
 class _Server(uvicorn.Server):
+    """`cut_off`: how many accepted requests were not answered when it ended."""
+
     def __init__(
         self,
         config: uvicorn.Config,
+        settings: "Settings",
         ready: Callable[[], None],
         draining: Callable[[], None],
         failure: Callable[[], str | None],
     ) -> None:
         super().__init__(config)
         self._ready, self._draining, self._failure = ready, draining, failure
+        self._drain_seconds, self._drain_delay = settings.drain_seconds, settings.drain_delay
+        self._told: float | None = None
+        """When the first signal came, by the monotonic clock."""
+        self._listens_until = 0.0
+        self.cut_off = 0
 
     async def on_tick(self, counter: int) -> bool:
         return await super().on_tick(counter) or self._failure() is not None
@@ -205,8 +222,38 @@ class _Server(uvicorn.Server):
             self._ready()
 
     def handle_exit(self, sig: int, frame: object) -> None:
+        if self._told is not None:
+            self.force_exit = True
+        else:
+            self._told = time.monotonic()
+            self._listens_until = self._told + (self._drain_delay if sig == signal.SIGTERM else 0.0)
         super().handle_exit(sig, frame)  # type: ignore[arg-type]
         self._draining()
+
+    async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
+        ends = (self._told or time.monotonic()) + self._drain_seconds
+        accepted = set(self.server_state.tasks)
+        if self._failure() is None:
+            await self._go_on_listening(accepted, ends)
+        left = max(0.05, ends - time.monotonic())
+        self.config.timeout_graceful_shutdown = left  # type: ignore[assignment]  # any number of seconds will do
+        await super().shutdown(sockets)
+
+    async def _wait_tasks_to_complete(self) -> None:
+        try:
+            await super()._wait_tasks_to_complete()
+        finally:  # cancelled when the time is over; what is left is cancelled next
+            self.cut_off = len(self.server_state.tasks)
+
+    async def _go_on_listening(self, accepted: set[asyncio.Task[None]], ends: float) -> None:
+        """Return when those are done and it is time, at `ends` by the monotonic clock, or at a second signal."""
+        tick = 0
+        while not self.force_exit and (now := time.monotonic()) < ends:
+            if now >= self._listens_until and all(task.done() for task in accepted):
+                return
+            tick += 1
+            await super().on_tick(tick)  # it keeps the Date header
+            await asyncio.sleep(0.05)
 
 
 def _ignore(sig: int, frame: object) -> None:

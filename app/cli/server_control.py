@@ -1,9 +1,9 @@
 """Control through a running server's `/v1`."""
 
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from types import TracebackType
+from types import MappingProxyType, TracebackType
 from typing import Any, Self
 from urllib.parse import quote
 
@@ -13,7 +13,7 @@ from pydantic import ValidationError
 from app.cli.exits import CONFLICT, FAILED, UNREACHABLE, USAGE, CommandError
 from app.settings import LOOPBACK
 from range_store.erasure import Erasure
-from range_store.live import LiveErasure, LiveState
+from range_store.live import AuditEntry, LiveErasure, LiveState
 from range_store.published import Published
 from range_store.range_set import Provenance
 
@@ -92,10 +92,16 @@ class ServerControl:
         return self._state(self._call("PUT", f"erasures/{_path(erasure.concept)}", body, if_match))
 
     def switch_off(self, concept: str, *, reason: str | None, if_match: str | None) -> LiveState:
-        return self._state(self._call("DELETE", f"erasures/{_path(concept)}", None, if_match, reason))
+        named = {"reason": reason} if reason else {}
+        return self._state(self._call("DELETE", f"erasures/{_path(concept)}", None, if_match, named))
 
     def switch_all_off(self, *, reason: str | None, if_match: str | None) -> LiveState:
         return self._state(self._call("PUT", "erasures", {"erasures": [], "reason": reason}, if_match))
+
+    def audit(self, limit: int) -> Sequence[AuditEntry]:
+        answer = self._call("GET", "audit", parameters={"limit": str(limit)})
+        with _understanding(self._url):
+            return [AuditEntry.model_validate(each) for each in answer["entries"]]
 
     def _state(self, answer: Any) -> LiveState:
         with _understanding(self._url):
@@ -109,10 +115,15 @@ class ServerControl:
             return LiveState(generation=answer["generation"], range_set=answer["range_set"], erasures=erasures)
 
     def _call(
-        self, method: str, path: str, body: Any = None, if_match: str | None = None, reason: str | None = None
+        self,
+        method: str,
+        path: str,
+        body: Any = None,
+        if_match: str | None = None,
+        parameters: Mapping[str, str] = MappingProxyType({}),
     ) -> Any:
         headers = {"If-Match": f'"{if_match}"'} if if_match else {}
-        parameters = self._model | ({"reason": reason} if reason else {})
+        parameters = {**self._model, **parameters}
         try:
             answer = self._client.request(
                 method, f"{self._url}/v1/{path}", params=parameters, json=body, headers=headers

@@ -283,7 +283,10 @@ class Engine:
         """Why not even one text would be taken now, and then a refused request is counted; None if it would.
 
         Under overload most requests end here, before anybody has read them: what they cost, the accepted ones lack.
+        While draining none does: whose connection is to be closed must have been heard, or its reply may be lost.
         """
+        if self._draining:
+            return None
         try:
             self._check_room(1, 0)
         except QueueFull as full:

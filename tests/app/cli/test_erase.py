@@ -1,9 +1,13 @@
 """`neuronlens erase` on a real store."""
 
 import time
+import uuid
+from itertools import pairwise
 
 import pytest
+import redis
 
+from range_store.embedded import EmbeddedRedis
 from range_store.erasure import Damp, Erasure
 from tests.app.cli.conftest import Cli, Prepared
 
@@ -108,3 +112,24 @@ def test_a_redis_url_that_is_none_is_exit_3_and_keeps_its_password(cli: Cli) -> 
     ended = cli("erase", "list", "--redis-url", "http://user:s3cret@host", "--name", "news")
     assert ended.exit_code == 3
     assert "s3cret" not in ended.stderr
+
+
+def test_the_audit_names_every_change_newest_first(cli: Cli, prepared: Prepared) -> None:
+    cli("erase", "on", "World", "--reason", "first", *prepared.options)
+    cli("ranges", "activate", prepared.last_only, *prepared.options)
+    entries = cli("audit", "--json", *prepared.options).json
+    assert [each["action"] for each in entries] == ["activate", "set", "activate", "create"]
+    assert all(late["before"] == early["after"] for late, early in pairwise(entries))
+    assert entries[1]["reason"] == "first"
+    assert entries[1]["by"].startswith("cli")
+    shown = cli("audit", "--limit", 1, *prepared.options).stdout
+    assert prepared.last_only in shown
+    assert "first" not in shown
+    assert cli("audit", "--limit", 0, *prepared.options).exit_code == 2
+
+
+def test_nothing_was_ever_changed(cli: Cli, redis_client: redis.Redis) -> None:
+    assert isinstance(redis_client, EmbeddedRedis)
+    ended = cli("audit", "--redis-url", redis_client.url, "--name", f"never-{uuid.uuid4().hex}")
+    assert (ended.exit_code, ended.stdout) == (0, "")
+    assert "nothing was ever changed" in ended.stderr

@@ -63,6 +63,23 @@ def live(server: Server) -> LiveState:
     return server.store.live()
 
 
+def test_the_audit_is_the_same_through_a_server(cli: Cli, server: Server) -> None:
+    cli("erase", "on", "Sports", "--reason", "a complaint", "--url", server.url)
+    cli("erase", "off", "Sports", "--url", server.url)
+    entries = cli("audit", "--limit", 2, "--json", "--url", server.url).json
+    assert [(each["action"], each["concepts"], each["reason"]) for each in entries] == [
+        ("remove", ["Sports"], None),
+        ("set", ["Sports"], "a complaint"),
+    ]
+    assert entries[0]["before"] == entries[1]["after"]
+    stored = server.store.audit(2)
+    assert entries == [each.model_dump(mode="json") for each in stored]
+    table = cli("audit", "--limit", 2, "--url", server.url).stdout.splitlines()
+    assert [line.split()[0] for line in table[:1]] == ["when"]
+    assert "a complaint" in table[2]
+    assert len(table) == 3
+
+
 def test_an_erasure_goes_on_and_off_as_on_the_store(cli: Cli, server: Server) -> None:
     settings = ["--layer", "0,2", "--tau", "1.5", "--replacement", "damp:0.5", "--reason", "incident", "--enforced"]
     on = cli("erase", "on", "Sci/Tech %", *settings, "--expires-in", "1h", "--json", "--url", server.url)

@@ -1,4 +1,4 @@
-"""A served model and its Redis, one pair for the tests of a module."""
+"""A served model and its Redis, one pair for all tests that leave it as it was."""
 
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -14,34 +14,34 @@ from workers.fitting.fit import Fitted
 from workers.models.loading import LoadedModel
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="session")
 def redis_process(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RedisProcess]:
     process = RedisProcess(tmp_path_factory.mktemp("faults") / "redis")
     yield process
     process.kill()
 
 
-@pytest.fixture(scope="module")
-def module_server(redis_process: RedisProcess, model: LoadedModel) -> Iterator[Served]:
+@pytest.fixture(scope="session")
+def whole_server(redis_process: RedisProcess, model: LoadedModel) -> Iterator[Served]:
     server = Served(model.source, redis_process.url)
     yield server
     server.close()
 
 
 @pytest.fixture
-def store(redis_process: RedisProcess, module_server: Served) -> Iterator[RangeStore]:
+def store(redis_process: RedisProcess, whole_server: Served) -> Iterator[RangeStore]:
     """The server's store, reached directly, as another process would."""
     with redis_process.client() as client:
-        yield RangeStore(client, module_server.name)
+        yield RangeStore(client, whole_server.name)
 
 
 @pytest.fixture
-def server(module_server: Served, store: RangeStore, fitted: Fitted) -> Served:
+def server(whole_server: Served, store: RangeStore, fitted: Fitted) -> Served:
     """The server, with a range set active and Sports erased."""
     store.activate(store.publish(fitted.range_set, fitted.inspect))
     state = store.set_erasures([LiveErasure(erasure=Erasure(concept="Sports"))])
-    until(lambda: module_server.http.get("/readyz").json().get("generation") == state.generation)
-    return module_server
+    until(lambda: whole_server.http.get("/readyz").json().get("generation") == state.generation)
+    return whole_server
 
 
 @pytest.fixture

@@ -121,8 +121,9 @@ class Load:
 class Served:
     """A `neuronlens serve` that answers."""
 
-    def __init__(self, model: str, redis_url: str, *options: object, **environment: str) -> None:
-        fixed = ["--model", model, "--redis-url", redis_url, "--port", "0", "--device", "cpu", "--threads", "1"]
+    def __init__(self, model: str, redis_url: str | None, *options: object, **environment: str) -> None:
+        where = ["--redis-url", redis_url] if redis_url else []
+        fixed = ["--model", model, *where, "--port", "0", "--device", "cpu", "--threads", "1"]
         self.command = Running(["serve", *fixed, *options], environment=environment)
         words = self.command.says(self.command.stdout, "serving ").split()
         self.name, self.url = words[1], words[-1]

@@ -1,0 +1,23 @@
+"""`/v1/audit`: who changed what is live, and when."""
+
+from typing import Annotated
+
+from fastapi import APIRouter, Query
+
+from app.problems import QUERY, documented
+from app.replies import AuditEntryOut, AuditOut
+from app.routes import QueryChecked, Serving
+from app.store_calls import StoreCalling
+
+router = APIRouter(tags=["erasures"])
+
+Limit = Annotated[int, Query(ge=1, le=1000, description="Most entries.")]
+
+
+@router.get("/v1/audit", dependencies=[QueryChecked], responses=documented(*QUERY, 503))
+async def list_audit(service: Serving, calls: StoreCalling, limit: Limit = 100) -> AuditOut:
+    """The last changes of the live state, newest first."""
+    entries = await calls(lambda: service.store.audit(limit))
+    return AuditOut(
+        model=service.name, entries=[AuditEntryOut.model_validate(each.model_dump(mode="json")) for each in entries]
+    )
