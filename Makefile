@@ -12,6 +12,7 @@ help:
 	@echo "make test-system  the tests that need redis-server and prometheus"
 	@echo "make test-long    the tests that take minutes (ARGS=\"--seed 7\" tries other things)"
 	@echo "make check        ruff, strict types, import contracts"
+	@echo "make audit        secrets in the tree; known vulnerabilities of what is pinned, where a service can be asked"
 	@echo "make bench        ratios of cost and speed, side by side (ARGS=\"--data texts.jsonl --pairs 20\")"
 	@echo "make bench-rivals this server beside infinity-emb, LitServe and a pipeline (the same ARGS)"
 	@echo "make soak         100,000 random requests at once, each against its answer alone"
@@ -45,6 +46,15 @@ check: setup
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/lint-imports
+
+# the auditor lives in an environment of its own: its requirements are not ours
+build/audit/.ready:
+	$(PYTHON) -m venv build/audit
+	build/audit/bin/python -m pip install --quiet --disable-pip-version-check pip-audit==2.10.1
+	@touch $@
+
+audit: setup build/audit/.ready
+	@$(BIN)/python .ci/audit.py
 
 bench: setup
 	$(BIN)/neuronlens demo --no-serve --cache-dir build/bench

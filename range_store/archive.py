@@ -17,6 +17,7 @@ import numpy.typing as npt
 from pydantic import ValidationError
 
 from range_store.codec import (
+    DTYPE_NAMES,
     Meta,
     check_meta,
     describe,
@@ -73,6 +74,8 @@ def decode_archive(data: bytes) -> tuple[RangeSet, dict[int, InspectLayer]]:
     if archive != _entry(archive.meta):
         raise InvalidRangeSet("the file's provenance does not match its sha256 or its id: it was altered")
     arrays = from_safetensors(data)
+    if not data.startswith(_head(arrays, archive)):
+        raise InvalidRangeSet("the header is not as it was written")
     serve: dict[int, ServeLayer] = {}
     inspect: dict[int, InspectLayer] = {}
     for layer in provenance.settings.layers:
@@ -129,17 +132,14 @@ def _entry(meta: Meta) -> Archive:
 
 
 def _read_entry(data: bytes) -> Archive:
-    """The metadata entry. The header must be as its writer leaves it: else a changed byte could go unseen."""
+    """The metadata entry, which must be as its writer leaves it: else a changed byte could go unseen."""
     if len(data) < _LENGTH.size or len(data) < _LENGTH.size + _LENGTH.unpack_from(data)[0]:
         raise InvalidRangeSet("the file is truncated, or no safetensors")
     raw = data[_LENGTH.size : _LENGTH.size + _LENGTH.unpack_from(data)[0]]
     try:
         header = json.loads(raw.decode())
-        canonical = json.dumps(header, ensure_ascii=False, separators=(",", ":")).encode()
     except (ValueError, RecursionError):
         raise InvalidRangeSet("the header is no JSON") from None
-    if raw != canonical + b" " * (-len(canonical) % _LENGTH.size):
-        raise InvalidRangeSet("the header is not as it was written")
     metadata = header.get("__metadata__") if isinstance(header, dict) else None
     if not isinstance(metadata, dict) or set(metadata) != {ENTRY}:
         raise InvalidRangeSet(f"no metadata {ENTRY!r}: written by something else?")
@@ -150,6 +150,18 @@ def _read_entry(data: bytes) -> Archive:
     if archive.model_dump_json() != metadata[ENTRY]:
         raise InvalidRangeSet("the provenance in the header is not as it was written")
     return archive
+
+
+def _head(arrays: dict[str, npt.NDArray[Any]], archive: Archive) -> bytes:
+    """Length and header of the file, as safetensors writes them: wide types first, then by name, with no gaps."""
+    header: dict[str, Any] = {"__metadata__": {ENTRY: archive.model_dump_json()}}
+    end = 0
+    for name, array in sorted(arrays.items(), key=lambda item: (-item[1].itemsize, item[0])):
+        start, end = end, end + array.nbytes
+        header[name] = {"dtype": DTYPE_NAMES[array.dtype], "shape": list(array.shape), "data_offsets": [start, end]}
+    raw = json.dumps(header, ensure_ascii=False, separators=(",", ":")).encode()
+    raw += b" " * (-len(raw) % _LENGTH.size)
+    return _LENGTH.pack(len(raw)) + raw
 
 
 def _take(arrays: dict[str, npt.NDArray[Any]], prefix: str) -> dict[str, npt.NDArray[Any]]:

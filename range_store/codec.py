@@ -32,6 +32,8 @@ SALIENCY = "saliency."
 """Saliencies are stored one array per ranking, as `saliency.{ranking}`."""
 
 _DTYPES: dict[str, np.dtype[Any]] = {"F64": np.dtype(np.float64), "U32": np.dtype(np.uint32)}
+DTYPE_NAMES = {dtype: name for name, dtype in _DTYPES.items()}
+"""What safetensors calls the types of arrays."""
 
 
 class Spec(NamedTuple):

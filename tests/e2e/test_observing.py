@@ -25,7 +25,7 @@ from tests.e2e.conftest import Running
 from tests.workers.checkpoints import save_tiny
 
 SECRET = "confession"
-TRACE, PARENT = "0af7651916cd43dd8448eb211c80319c", "b7ad6b7169203331"
+TRACE, PARENT = "0af7651916cd43dd8448eb211c80319c", "b7ad6b7169203331"  # pragma: allowlist secret
 TRACEPARENT = f"00-{TRACE}-{PARENT}-01"
 PAGE = Path(__file__).parents[2] / "docs" / "observing.md"
 

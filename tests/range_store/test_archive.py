@@ -50,6 +50,18 @@ def test_no_byte_of_the_header_can_change_unseen(by: int) -> None:
             decode_archive(FILE[:place] + bytes([FILE[place] ^ by]) + FILE[place + 1 :])
 
 
+def test_nothing_can_be_said_in_the_header_besides() -> None:
+    header = json.loads(FILE[8:HEADER])
+    first, second = list(header)[1:3]
+    more = header | {first: header[first] | {"x": None}}
+    turned = {"__metadata__": header.pop("__metadata__"), second: header.pop(second), **header}
+    for changed in (more, turned):
+        raw = json.dumps(changed, ensure_ascii=False, separators=(",", ":")).encode()
+        raw += b" " * (-len(raw) % 8)
+        with pytest.raises(InvalidRangeSet, match="not as it was written"):
+            decode_archive(struct.pack("<Q", len(raw)) + raw + FILE[HEADER:])
+
+
 @given(st.integers(0, len(FILE) - 1), st.integers(1, 255))
 def test_no_byte_can_change_unseen(place: int, by: int) -> None:
     with pytest.raises(InvalidRangeSet):

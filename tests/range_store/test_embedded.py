@@ -233,6 +233,7 @@ def test_a_server_that_does_not_start_says_why(tmp_path: Path, monkeypatch: pyte
 
 
 def test_a_url_that_is_none_is_refused_without_its_password() -> None:
+    # pragma: allowlist nextline secret
     for url in ("http://ann:secret@host", "secret", "redis://ann:secret@host:port/0", "redis://ann:secret@host?db=x"):
         with pytest.raises(StoreUnavailable, match=r"redis://") as caught:
             connect(url, Path("unused"))
