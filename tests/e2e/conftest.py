@@ -107,7 +107,7 @@ def ready(running: Running, fitted: Fitted) -> Running:
 
 @pytest.fixture
 def own_redis(tmp_path_factory: pytest.TempPathFactory) -> Iterator[EmbeddedRedis]:
-    """A Redis of its own: keys are of a whole store."""
+    """A Redis of its own: keys are of a whole store. Ask for it before `serve`, which must leave it first."""
     with connect(None, tmp_path_factory.mktemp("keys-redis")) as client:
         assert isinstance(client, EmbeddedRedis)
         yield client
@@ -115,7 +115,7 @@ def own_redis(tmp_path_factory: pytest.TempPathFactory) -> Iterator[EmbeddedRedi
 
 @pytest.fixture
 def keyed(
-    serve: Callable[..., Running], fitted: Fitted, own_redis: EmbeddedRedis, tmp_path: Path
+    own_redis: EmbeddedRedis, serve: Callable[..., Running], fitted: Fitted, tmp_path: Path
 ) -> tuple[Running, dict[str, str], KeyStore]:
     """A server on which keys are in force, a token of each scope, and where keys are made."""
     keys = KeyStore(own_redis)

@@ -104,7 +104,7 @@ def test_a_revoked_key_opens_nothing_within_moments(keyed: tuple[Running, dict[s
 
 
 def test_the_first_key_closes_a_server_that_runs_already(
-    serve: Serve, fitted: Fitted, own_redis: EmbeddedRedis, tmp_path: Any
+    own_redis: EmbeddedRedis, serve: Serve, fitted: Fitted, tmp_path: Any
 ) -> None:
     running = ready(serve(redis_url=own_redis.url, data_dir=tmp_path), fitted)
     assert running.classify("a").status_code == 200
@@ -116,7 +116,7 @@ def test_the_first_key_closes_a_server_that_runs_already(
 
 
 def test_an_emptied_redis_opens_nothing_not_even_after_a_restart(
-    serve: Serve, fitted: Fitted, own_redis: EmbeddedRedis, tmp_path: Any, problem: Problem
+    own_redis: EmbeddedRedis, serve: Serve, fitted: Fitted, tmp_path: Any, problem: Problem
 ) -> None:
     running = ready(serve(redis_url=own_redis.url, data_dir=tmp_path, name="one"), fitted)
     keys = KeyStore(own_redis)
