@@ -47,6 +47,7 @@ def test_an_alert_says_how_bad_it_is_and_what_to_do(alert: str) -> None:
 
 
 def test_the_runbook_has_a_section_for_every_alert_and_no_other() -> None:
-    page = ROOT / "docs" / "operations.md"
-    if page.exists():
-        assert set(re.findall(r"^### Alert: (\w+)$", page.read_text("utf-8"), re.MULTILINE)) == ALERTS.keys()
+    """Of the page that `runbook_url` leads to, as soon as it has a section for one."""
+    page = (ROOT / "docs" / "operations.md").read_text("utf-8")
+    sections = set(re.findall(r"^### Alert: (\w+)$", page, re.MULTILINE))
+    assert sections in (set(), ALERTS.keys())
