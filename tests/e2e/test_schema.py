@@ -4,8 +4,12 @@ Schemathesis makes the requests, valid and invalid, from the document; Hypothesi
 """
 
 import json
+import re
+import socket
 import subprocess
 import sys
+from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +23,8 @@ from app.auth import scope_of
 from range_store.api_keys import KeyStore
 from range_store.erasure import Erasure
 from range_store.live import LiveErasure
-from tests.e2e.conftest import Running
+from tests.e2e.conftest import Running, ready
+from workers.fitting.fit import Fitted
 
 DOCUMENT = Path(__file__).parents[2] / "openapi.json"
 CHECKS = (
@@ -232,6 +237,55 @@ def test_a_method_that_is_none_here_is_refused(news: Running, problem: Any, meth
         refused = news.http.request(method, path)
         problem(refused, 405, "method_not_allowed")
         assert method not in refused.headers["allow"].split(", ")
+
+
+REQUEST = (
+    b"POST /v1/classify HTTP/1.1\r\nHost: 127.0.0.1\r\nContent-Type: application/json\r\nX-Request-ID: a\r\n"
+    b'Content-Length: 15\r\nConnection: close\r\n\r\n{"inputs": "a"}'
+)
+LINES = (
+    *(b"Host: evil", b"Content-Length: -1", b"Content-Length: 16", b"Content-Length: 99999999999999999999", b"x"),
+    *(b"Transfer-Encoding: chunked", b"Transfer-Encoding: gzip", b"Expect: 100-continue", b"Upgrade: websocket"),
+    *(b": a", b"a:" + b"b" * 70_000, b"X-Request-ID: \xff", b" folded", b"Connection: upgrade", b"Host:", b"\x00: a"),
+)
+
+
+@st.composite
+def no_quite_http(draw: st.DrawFn) -> bytes:
+    """A request with other lines in its head, and bytes put in their place anywhere."""
+    head, _, body = REQUEST.partition(b"\r\n\r\n")
+    lines = head.split(b"\r\n")
+    for line in draw(st.lists(st.sampled_from(LINES), max_size=2)):
+        lines.insert(draw(st.integers(1, len(lines))), line)
+    raw = b"\r\n".join(lines) + b"\r\n\r\n" + body
+    if draw(st.booleans()):
+        start = draw(st.integers(0, len(raw)))
+        raw = raw[:start] + draw(st.binary(max_size=6)) + raw[start + draw(st.integers(0, 8)) :]
+    return raw
+
+
+@pytest.fixture
+def hasty(serve: Callable[..., Running], fitted: Fitted) -> Running:
+    """A server that does not wait long for the rest of a request."""
+    return ready(serve(header_timeout=0.2, body_timeout=0.2), fitted)
+
+
+@settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(raw=no_quite_http())
+@example(raw=REQUEST)
+def test_bytes_that_are_hardly_http_are_answered_too(hasty: Running, raw: bytes) -> None:
+    """With an answer or an error of the client, or by hanging up; never later than the server's limits."""
+    url = httpx.URL(hasty.url)
+    reply = b""
+    with socket.create_connection((url.host, url.port or 0), timeout=30) as connection, suppress(ConnectionError):
+        connection.sendall(raw)
+        while received := connection.recv(65536):
+            reply += received
+            if b"\r\n\r\n" in reply and b"connection: close" not in reply.lower():
+                break  # the server would take more
+    assert re.match(rb"HTTP/1\.1 (100|200|4\d\d) ", reply) or not reply, reply[:500]
+    assert reply.startswith(b"HTTP/1.1 200 ") or raw != REQUEST
+    assert hasty.http.get("/livez").status_code == 200
 
 
 def test_what_is_no_http_is_refused_as_text(news: Running) -> None:
