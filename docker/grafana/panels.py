@@ -1,4 +1,4 @@
-"""How a panel looks as Grafana's JSON (schema 41, Grafana 11.6): one function for each kind that the dashboards use."""
+"""How a panel looks as JSON of Grafana 11.6 and later: one function for each kind that the dashboards use."""
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -88,6 +88,9 @@ def figure(
         "textMode": "auto",
         "justifyMode": "auto",
         "orientation": "auto",
+        "percentChangeColorMode": "standard",
+        "showPercentChange": False,
+        "wideLayout": True,
     }
     return _panel("stat", title, description, [query], defaults, options, 4, 4)
 
@@ -116,11 +119,7 @@ def table(
         "indexByName": {name: n for n, (name, _) in enumerate(order)},
         "renameByName": dict(order),
     }
-    options: Json = {
-        "showHeader": True,
-        "cellHeight": "sm",
-        "footer": {"show": False, "reducer": [], "countRows": False},
-    }
+    options: Json = {"showHeader": True, "cellHeight": "sm", "frameIndex": 0}
     defaults: Json = {"custom": {"align": "auto", "cellOptions": {"type": "auto"}, "inspect": False}}
     panel = _panel("table", title, description, [query], defaults, options, width, 7)
     return panel | {"transformations": [{"id": "organize", "options": organize}]}
@@ -194,8 +193,8 @@ def annotation(name: str, expr: str, color: str, title: str, *, value_is_time: b
 
 def variable(name: str, label: str, query: str, *, all_of_them: bool) -> Json:
     """A choice among label values; `all_of_them`: several may be chosen, and at first all are."""
-    chosen: Json = {"selected": True, "text": ["All"], "value": ["$__all"]} if all_of_them else {}
-    return {
+    several: Json = {"allValue": ".+", "current": {"selected": True, "text": ["All"], "value": ["$__all"]}}
+    return (several if all_of_them else {}) | {
         "type": "query",
         "name": name,
         "label": label,
@@ -205,8 +204,6 @@ def variable(name: str, label: str, query: str, *, all_of_them: bool) -> Json:
         "sort": 1,
         "multi": all_of_them,
         "includeAll": all_of_them,
-        "allValue": ".+" if all_of_them else None,
-        "current": chosen,
         "options": [],
         "regex": "",
         "hide": 0,
@@ -223,7 +220,6 @@ def dashboard(
         "label": "Data source",
         "query": "prometheus",
         "refresh": 1,
-        "current": {},
         "options": [],
         "regex": "",
         "hide": 0,
