@@ -13,9 +13,10 @@ from tests.docker.conftest import ROOT, check_settings, system_program
 
 KUBERNETES = ROOT / "docker" / "kubernetes"
 VERSIONS = ("1.30", "1.34", "1.37")
-OVERLAYS = ("base", "fit", "gpu", "trial")
+OVERLAYS = ("base", "cli", "fit", "gpu", "trial")
 CUSTOM = ("Kustomization", "ServiceMonitor")
 """Kinds that Kubernetes itself does not know; they have no schema here."""
+WORKLOADS = ("Deployment", "StatefulSet", "Job", "Pod")
 
 Manifest = dict[str, Any]
 
@@ -83,7 +84,7 @@ def test_a_wrong_manifest_is_noticed() -> None:
 @pytest.mark.system
 @pytest.mark.parametrize("overlay", OVERLAYS)
 def test_what_is_rendered_keeps_its_schema(rendered: dict[str, list[Manifest]], overlay: str) -> None:
-    assert len(rendered[overlay]) == {"base": 7, "fit": 1, "gpu": 7, "trial": 11}[overlay]
+    assert len(rendered[overlay]) == {"base": 7, "cli": 1, "fit": 1, "gpu": 7, "trial": 11}[overlay]
     for manifest in rendered[overlay]:
         check(manifest)
         assert manifest["metadata"]["namespace"] == "neuronlens"
@@ -116,6 +117,11 @@ def test_what_is_rendered_fits_together(rendered: dict[str, list[Manifest]]) -> 
     assert settings in [each["configMap"]["name"] for each in redis["volumes"] if "configMap" in each]
     url = trial["ConfigMap", "neuronlens"]["data"]["NEURONLENS_REDIS_URL"]
     assert re.fullmatch(r"redis://(.+):6379/0", url)[1] == "neuronlens-redis"  # type: ignore[index]
+    (rule,) = trial["NetworkPolicy", "neuronlens-redis"]["spec"]["ingress"]
+    (let_in,) = rule["from"][0]["podSelector"]["matchExpressions"]
+    clients = [each for each in (*rendered["trial"], *rendered["fit"], *rendered["cli"]) if each["kind"] in WORKLOADS]
+    using = {each["metadata"]["name"] for each in clients} - {"neuronlens-redis"}
+    assert using == set(let_in["values"])
     (gpu,) = [each for each in rendered["gpu"] if each["kind"] == "Deployment"]
     assert _container(gpu)["resources"]["limits"]["nvidia.com/gpu"] == "1"
     assert {"name": "NEURONLENS_DEVICE", "value": "cuda"} in _container(gpu)["env"]
@@ -124,9 +130,9 @@ def test_what_is_rendered_fits_together(rendered: dict[str, list[Manifest]]) -> 
 
 def test_pods_are_locked_down_and_told_of_their_end() -> None:
     for name, manifest in committed():
-        if manifest["kind"] not in ("Deployment", "StatefulSet", "Job") or name.startswith("gpu.yaml"):
+        if manifest["kind"] not in WORKLOADS or name.startswith("gpu.yaml"):
             continue
-        pod = manifest["spec"]["template"]["spec"]
+        pod = _pod(manifest)
         assert pod["automountServiceAccountToken"] is False, name
         assert pod["enableServiceLinks"] is False, "a Service's name would become NEURONLENS_PORT"
         assert pod["securityContext"]["runAsNonRoot"] is True, name
@@ -152,7 +158,7 @@ def test_settings_are_real_and_no_secret_stands_there() -> None:
         assert manifest["kind"] != "Secret"
         if manifest["kind"] == "ConfigMap":
             check_settings(list(manifest["data"]))
-        if manifest["kind"] in ("Deployment", "StatefulSet", "Job"):
+        if manifest["kind"] in WORKLOADS:
             for each in _container(manifest)["env"]:
                 check_settings([each["name"]])
                 assert "value" not in each or "PASSWORD" not in each["name"]
@@ -167,8 +173,12 @@ def test_the_autoscaler_and_the_adapter_mean_a_metric_that_is_served() -> None:
 
 
 def _container(manifest: Manifest) -> Manifest:
-    (container,) = manifest["spec"]["template"]["spec"]["containers"]
+    (container,) = _pod(manifest)["containers"]
     return dict(container)
+
+
+def _pod(manifest: Manifest) -> Manifest:
+    return dict(manifest["spec"] if manifest["kind"] == "Pod" else manifest["spec"]["template"]["spec"])
 
 
 def test_images_are_pinned() -> None:
