@@ -81,6 +81,7 @@ def create_app(settings: Settings, running: Service | None = None) -> FastAPI:
         )
     if settings.loopback and running is not None:
         app.add_middleware(HostCheck, hosts=LOOPBACK, off=lambda: running.keyring.in_force)
+    app.add_middleware(Faults)  # of the layers above; the first one's replies go through them, and so get their headers
     app.add_middleware(HttpMetrics, registry=registry)
     app.add_middleware(AccessLog, every=settings.access_log, generation=lambda: _generation(running))
     app.add_middleware(Traces)

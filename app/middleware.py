@@ -43,6 +43,10 @@ class RequestId:
         await self.app(scope, receive, echo)
 
 
+class HalfReply(ConnectionAbortedError):
+    """A reply failed half-way, and that is logged: breaking the connection is all that is left to do."""
+
+
 class Faults:
     """Answers 500 to what nothing else caught, and logs where it came from.
 
@@ -65,13 +69,15 @@ class Faults:
 
         try:
             await self.app(scope, receive, note)
+        except HalfReply:
+            raise
         except Exception as error:
             request_id = scope.get("state", {}).get("request_id")
             logger.error(
                 "request %s failed: %s", request_id, type(error).__name__, extra={"exception": described(error)}
             )
             if started:  # half a reply is out: only breaking the connection can still tell the client
-                raise ConnectionAbortedError("a reply failed half-way") from None
+                raise HalfReply("a reply failed half-way") from None
             detail = "this is a fault of the service; its log says more under the request id"
             await problem_response(500, "internal", detail, request_id)(scope, receive, send)
 

@@ -50,6 +50,17 @@ def test_every_call_of_the_document_takes_the_keys_of_its_scope_and_no_others(
                     assert "insufficient_scope" in answer.headers["www-authenticate"]
 
 
+def test_a_fault_before_the_routes_is_a_problem_too(
+    keyed: tuple[Running, dict[str, str], KeyStore], problem: Problem, caplog: pytest.LogCaptureFixture
+) -> None:
+    """As a key whose rate another version wrote in its own way."""
+    running, _, keys = keyed
+    _, token = keys.create("of-tomorrow", ["read"], rate_limit="now and then")
+    running.service.keyring.refresh()
+    problem(running.http.get("/v1/models", headers=bearer(token)), 500, "internal")
+    assert "now and then" not in caplog.text
+
+
 def test_a_key_is_asked_for_before_a_body_is_read(
     keyed: tuple[Running, dict[str, str], KeyStore], problem: Problem
 ) -> None:
