@@ -9,7 +9,7 @@ ARGS ?=
 help:
 	@echo "make demo         train, fit, measure and serve the demo (ARGS=\"--port 8123\" passes arguments on)"
 	@echo "make test         the tests that need no system package"
-	@echo "make test-system  the tests that need redis-server and prometheus"
+	@echo "make test-system  the tests that need packages of the system (.ci/run names them)"
 	@echo "make test-long    the tests that take minutes (ARGS=\"--seed 7\" tries other things)"
 	@echo "make check        ruff, strict types, import contracts"
 	@echo "make audit        secrets in the tree; known vulnerabilities of what is pinned, where a service can be asked"
