@@ -101,9 +101,10 @@ def open_service(settings: Settings, model: LoadedModel | None = None) -> Iterat
         StoreUnavailable: the private Redis cannot be started. One by URL may be away: the mirror keeps trying.
     """
     assert model is not None or settings.model is not None
-    loaded = model or _load_aside(ModelChoice.of(settings))
-    with connect(**settings.redis) as client, _serving(settings, loaded, client) as service:
-        yield service
+    with connect(**settings.redis) as client:  # what is wrong with it should be known before minutes of loading
+        loaded = model or _load_aside(ModelChoice.of(settings))
+        with _serving(settings, loaded, client) as service:
+            yield service
 
 
 @contextmanager

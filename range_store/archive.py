@@ -9,7 +9,6 @@ import hashlib
 import json
 import os
 import struct
-import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +31,7 @@ from range_store.codec import (
 from range_store.erasure import Frozen
 from range_store.errors import InvalidRangeSet
 from range_store.range_set import Digest, InspectLayer, RangeSet, ServeLayer
+from range_store.whole_files import written_whole
 
 ENTRY = "neuronlens.range_set"
 """The file's only metadata entry."""
@@ -111,20 +111,13 @@ def write_archive(path: Path, range_set: RangeSet, inspect: dict[int, InspectLay
     """Write the file whole or not at all.
 
     Raises:
-        OSError: the directory is missing, full or not writable.
+        OSError: the directory is missing, full or not writable; names the file.
     """
     data = encode_archive(range_set, inspect)
-    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-    try:
-        with os.fdopen(handle, "wb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-        os.chmod(temporary, 0o644)
-        os.replace(temporary, path)
-    except BaseException:
-        Path(temporary).unlink(missing_ok=True)
-        raise
+    with written_whole(path) as partial, partial.open("wb") as file:
+        file.write(data)
+        file.flush()
+        os.fsync(file.fileno())
 
 
 def _entry(meta: Meta) -> Archive:

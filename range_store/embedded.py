@@ -82,6 +82,7 @@ class EmbeddedRedis(redis.Redis):
             connection_class=_RevivingConnection,
             path=str(path),
             revive=self._revive,
+            last_words=self._server.last_words,
             client_name=self._name,
             protocol=2,
             **_patience(timeout),
@@ -136,11 +137,21 @@ class EmbeddedRedis(redis.Redis):
 
 
 class _RevivingConnection(redis.UnixDomainSocketConnection):
-    """Starts the server again if nobody listens at its socket."""
+    """Starts the server again if nobody listens at its socket; if it died while it answered, says why."""
 
-    def __init__(self, *args: Any, revive: Callable[[], str | None], **kwargs: Any) -> None:
+    def __init__(
+        self, *args: Any, revive: Callable[[], str | None], last_words: Callable[[], str | None], **kwargs: Any
+    ) -> None:
         super().__init__(*args, **kwargs)  # type: ignore[no-untyped-call]
-        self._revive = revive
+        self._revive, self._last_words = revive, last_words
+
+    def read_response(self, *args: Any, **kwargs: Any) -> Any:
+        try:
+            return super().read_response(*args, **kwargs)
+        except redis.ConnectionError as error:
+            if why := self._last_words():
+                raise redis.ConnectionError(why) from error
+            raise
 
     def _connect(self) -> Any:
         try:

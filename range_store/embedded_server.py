@@ -105,6 +105,14 @@ class EmbeddedServer:
             os.close(handle)
         return False
 
+    def last_words(self) -> str | None:
+        """Why a server that just died did so, if its log tells: it ends rather than lose what it acknowledged."""
+        with suppress(OSError):
+            last = self._log.read_text(errors="replace").splitlines()[-3:]
+            if any("AOF" in line and "rror" in line for line in last):
+                return f"the private Redis in {self.directory} cannot write to its disk: is it full? See {self._log}"
+        return None
+
     def end_if_unused(self, user: str) -> None:
         """Shut the server down unless a connection is open that is not `user`'s."""
         if not self.running():

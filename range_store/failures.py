@@ -1,5 +1,6 @@
 """What Redis's errors mean to whoever asked: one sentence each."""
 
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -33,8 +34,10 @@ def explain(error: Exception) -> str:
     """One sentence on an error of Redis or of the way to it. It never repeats a password."""
     text = " ".join(str(error).split())
     for code, sentence in _REFUSALS:
-        if text.upper().startswith(code) or f": {code} " in text.upper():
+        if re.search(rf"(^|: -?){code}\b", text.upper()):  # in front, or in what a script was told
             return sentence
+    if text.startswith("the private Redis"):  # it was said already
+        return text
     match error:
         case redis.ReadOnlyError():
             return dict(_REFUSALS)["READONLY"]

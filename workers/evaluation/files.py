@@ -3,13 +3,13 @@
 import csv
 import io
 import json
-import os
 from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
 
 from range_store.inspection import overlap_of_tops
 from range_store.range_set import InspectLayer, RangeSet
+from range_store.whole_files import written_whole
 from workers.evaluation.activations import OVERLAP_FRACTION
 from workers.evaluation.claims import claims
 from workers.evaluation.evaluate import Evaluation
@@ -71,6 +71,5 @@ def _json(value: object) -> str:
 
 
 def _replace(path: Path, text: str) -> None:
-    partial = path.with_name(f".{path.name}.partial")
-    partial.write_text(text, "utf-8")
-    os.replace(partial, path)
+    with written_whole(path) as partial:
+        partial.write_text(text, "utf-8")

@@ -3,7 +3,6 @@
 import hashlib
 import json
 import logging
-import os
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, fields
@@ -17,6 +16,7 @@ from safetensors.numpy import load_file, save_file
 from range_store.erasure import Positions
 from range_store.plan import resolve
 from range_store.range_set import RangeSet
+from range_store.whole_files import written_whole
 from workers.engine.forward import WHOLE_PASS, PlanSweep, open_trunk
 from workers.engine.masks import DevicePlan
 from workers.evaluation.measures import Labels, Outcomes
@@ -221,8 +221,7 @@ class _Saver:
         every = min(max(self._seconds, 20 * self._cost), LONGEST) if self._seconds else 0.0
         if self._path is None or started - self._saved < every:
             return
-        unfinished = self._path.with_suffix(f".{os.getpid()}.partial")
-        save_file({name: np.ascontiguousarray(getattr(self._outcomes, name)) for name in _ARRAYS}, unfinished)
-        os.replace(unfinished, self._path)
+        with written_whole(self._path) as partial:
+            save_file({name: np.ascontiguousarray(getattr(self._outcomes, name)) for name in _ARRAYS}, partial)
         self._saved = time.monotonic()
         self._cost = self._saved - started

@@ -1,7 +1,6 @@
 """report.html: the paper's tables and figures on this model and these texts, each with a sentence and its settings."""
 
 import json
-import os
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -10,6 +9,7 @@ from typing import Any
 import numpy as np
 
 from range_store.range_set import InspectLayer, RangeSet
+from range_store.whole_files import written_whole
 from workers.evaluation import figures
 from workers.evaluation.activations import densities, overlap, statistics
 from workers.evaluation.claims import claims
@@ -45,9 +45,8 @@ def write_report(
     ]
     made = _Report(list(rows), run, choices, range_set, inspect)
     text = page(f"Erasing concepts from {model['id']}", facts, list(made.sections()))
-    partial = path.with_name(f".{path.name}.partial")
-    partial.write_text(text, "utf-8", errors="replace")
-    os.replace(partial, path)
+    with written_whole(path) as partial:
+        partial.write_text(text, "utf-8", errors="replace")
 
 
 class _Report:

@@ -3,7 +3,6 @@
 import hashlib
 import json
 import logging
-import os
 import time
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -15,6 +14,7 @@ from safetensors import SafetensorError
 from safetensors.numpy import load_file, save_file
 
 from range_store.range_set import FitSettings
+from range_store.whole_files import remove_leftovers, written_whole
 from workers.fitting.corpus import Corpus
 from workers.fitting.fitter import RangeFitter
 from workers.models.loading import LoadedModel
@@ -71,6 +71,7 @@ class Checkpoint:
         cls, directory: Path, model: LoadedModel, corpus: Corpus, settings: FitSettings, seconds: float
     ) -> "Checkpoint":
         directory.mkdir(parents=True, exist_ok=True)
+        remove_leftovers(directory, "fit-*")
         what = json.dumps([model.identity.fingerprint, corpus.sha256, settings.model_dump(mode="json")])
         return cls(directory / f"fit-{hashlib.sha256(what.encode()).hexdigest()[:20]}.safetensors", seconds)
 
@@ -96,14 +97,17 @@ class Checkpoint:
         return time.monotonic() - self.saved >= every
 
     def save(self, fitter: RangeFitter, counters: Counters, block: BlockStates | None) -> None:
-        """Write it whole or not at all."""
+        """Write it whole or not at all.
+
+        Raises:
+            OSError: it cannot be written; names the file.
+        """
         started = time.monotonic()
         arrays: dict[str, npt.NDArray[Any]] = fitter.arrays()
         arrays |= {f"counters.{name}": np.array(value) for name, value in vars(counters).items()}
         if block is not None:
             arrays |= {f"block.{name}": getattr(block, name) for name in ("states", "done", "kept")}
-        unfinished = self.path.with_suffix(f".{os.getpid()}.partial")
-        save_file({name: np.ascontiguousarray(array) for name, array in arrays.items()}, unfinished)
-        os.replace(unfinished, self.path)
+        with written_whole(self.path) as partial:
+            save_file({name: np.ascontiguousarray(array) for name, array in arrays.items()}, partial)
         self.saved = time.monotonic()
         self.cost = self.saved - started

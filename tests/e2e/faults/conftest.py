@@ -8,7 +8,7 @@ import pytest
 from range_store.erasure import Erasure
 from range_store.live import LiveErasure
 from range_store.store import RangeStore
-from tests.e2e.faults.processes import RedisProcess, Served
+from tests.e2e.faults.processes import Forks, RedisProcess, Served
 from tests.range_store.waiting import until
 from workers.fitting.fit import Fitted
 from workers.models.loading import LoadedModel
@@ -56,3 +56,10 @@ def redis_of_its_own(tmp_path: Path) -> Iterator[Callable[..., RedisProcess]]:
     yield start
     for each in started:
         each.kill()
+
+
+@pytest.fixture(scope="session")
+def forks() -> Iterator[Forks]:
+    process = Forks()
+    yield process
+    process.close()

@@ -1,13 +1,15 @@
 """Processes to break: a Redis of one's own, a served model, and clients that never pause."""
 
 import os
+import shlex
 import shutil
 import signal
 import socket
 import subprocess
+import sys
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -70,6 +72,39 @@ class RedisProcess:
         """Lose everything that was written; it must be down."""
         assert self.process is None
         shutil.rmtree(self.directory)
+
+
+class Forks:
+    """Runs commands that need torch, one at a time, each a process of its own that starts at once (see `forking`)."""
+
+    def __init__(self) -> None:
+        self._forking = subprocess.Popen(
+            [sys.executable, "-m", "tests.e2e.faults.forking"],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+            env={**os.environ, "TOKENIZERS_PARALLELISM": "false", "OMP_NUM_THREADS": "1"},
+        )
+        assert self._said() == "ready"
+
+    def _said(self) -> str:
+        assert self._forking.stdout is not None
+        return self._forking.stdout.readline().strip()
+
+    def start(self, words: Sequence[object], stderr: Path) -> int:
+        """The pid of a new process."""
+        assert self._forking.stdin is not None
+        self._forking.stdin.write(shlex.join(map(str, [stderr, *words])) + "\n")
+        self._forking.stdin.flush()
+        return int(self._said())
+
+    def end(self) -> int:
+        """Wait for it; its exit code, or minus the signal that killed it."""
+        return int(self._said())
+
+    def close(self) -> None:
+        self._forking.kill()
+        self._forking.communicate()
 
 
 class Load:

@@ -1,0 +1,58 @@
+"""Files that are there whole or not at all, and errors that name them."""
+
+import os
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+
+from safetensors import SafetensorError
+
+_PARTIAL = re.compile(r"\.(\d+)\.partial$")
+_OS_ERROR = re.compile(r"\(os error (\d+)\)")
+"""How safetensors tells what the system said."""
+
+
+@contextmanager
+def written_whole(path: Path) -> Iterator[Path]:
+    """A path beside `path` to write to; what is there becomes `path` at the end, and after an error nothing is left.
+
+    Raises:
+        OSError: it cannot be written; names `path`.
+    """
+    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
+    try:
+        yield partial
+        os.replace(partial, path)
+    except BaseException as error:
+        with suppress(OSError):
+            partial.unlink(missing_ok=True)
+        number = _number(error)
+        if number is None:
+            raise
+        raise OSError(number, os.strerror(number), str(path)) from error
+
+
+def remove_leftovers(directory: Path, name: str) -> None:
+    """Take out what processes that were killed had written of files whose names match `name`, a glob."""
+    for partial in directory.glob(f".{name}.*.partial"):
+        found = _PARTIAL.search(partial.name)
+        if found and not _lives(int(found[1])):
+            partial.unlink(missing_ok=True)
+
+
+def _number(error: BaseException) -> int | None:
+    if isinstance(error, OSError):
+        return error.errno
+    found = _OS_ERROR.search(str(error)) if isinstance(error, SafetensorError) else None
+    return int(found[1]) if found else None
+
+
+def _lives(pid: int) -> bool:
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:
+        pass
+    return True
