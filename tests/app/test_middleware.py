@@ -142,3 +142,12 @@ def test_what_comes_after_a_body_may_take_its_time() -> None:
         await BodyLimit(patient, 100, 0.05)(scope, receive, None)  # type: ignore[arg-type]
 
     asyncio.run(once())
+
+
+def test_failures_of_classify_are_counted_from_zero_on() -> None:
+    """Else the first burst of them, which makes the series, would be no increase of it."""
+    registry = CollectorRegistry()
+    HttpMetrics(echo, registry)
+    for status in ("200", "429", "500", "503", "504"):
+        labels = {"method": "POST", "route": "/v1/classify", "status": status}
+        assert registry.get_sample_value("neuronlens_http_requests_total", labels) == 0

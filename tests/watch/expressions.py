@@ -38,7 +38,9 @@ def substituted(expr: str) -> str:
 def asked() -> list[Asked]:
     """All of them: panels, annotations, recording rules, alerts."""
     found = [query for path in DASHBOARDS for query in _of_dashboard(json.loads(path.read_text("utf-8")))]
-    found += [Asked(f"record {name}", quick(rule)["expr"]) for name, rule in rules("record").items()]
+    found += [
+        Asked(f"record {name}", quick(rule)["expr"], share=":ratio" in name) for name, rule in rules("record").items()
+    ]
     found += [Asked(f"alert {name}", quick(rule)["expr"]) for name, rule in rules("alert").items()]
     return found
 
