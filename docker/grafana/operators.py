@@ -40,6 +40,7 @@ OPERATORS = [
         Query('1 - neuronlens:classify_slow:ratio_rate5m{job="$job"}', instant=True),
         unit="percentunit",
         thresholds=steps(RED, (0.95, YELLOW), (0.99, GREEN)),
+        empty="no traffic",
     ),
     figure(
         "Failed requests",
@@ -47,6 +48,7 @@ OPERATORS = [
         Query('neuronlens:classify_errors:ratio_rate5m{job="$job"}', instant=True),
         unit="percentunit",
         thresholds=steps(GREEN, (0.001, YELLOW), (0.01, RED)),
+        empty="no traffic",
     ),
     table(
         "Alerts that fire",

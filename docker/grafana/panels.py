@@ -77,10 +77,17 @@ def lines(
 
 
 def figure(
-    title: str, description: str, query: Query, *, unit: str, thresholds: Json, mapped: list[Json] | None = None
+    title: str,
+    description: str,
+    query: Query,
+    *,
+    unit: str,
+    thresholds: Json,
+    mapped: list[Json] | None = None,
+    empty: str = "no data",
 ) -> Json:
-    """One large number, the newest."""
-    defaults: Json = {"unit": unit, "thresholds": thresholds, "mappings": mapped or []}
+    """One large number, the newest; `empty`: what is shown where there is none."""
+    defaults: Json = {"unit": unit, "thresholds": thresholds, "mappings": mapped or [], "noValue": empty}
     options = {
         "reduceOptions": {"calcs": ["lastNotNull"], "fields": "", "values": False},
         "colorMode": "background",
