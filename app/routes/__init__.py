@@ -54,6 +54,10 @@ async def _check_query(
         detail = f"query.{unknown[0]}: no such parameter; this path has {', '.join(sorted(known))}"
         errors = [FieldError(loc=["query", name], msg="no such parameter", type="extra_forbidden") for name in unknown]
         raise ApiError(422, "invalid", detail, errors=errors[:MOST_ERRORS])
+    if len(request.query_params.multi_items()) > len(request.query_params):
+        twice = [name for name in request.query_params if len(request.query_params.getlist(name)) > 1]
+        errors = [FieldError(loc=["query", name], msg="given more than once", type="repeated") for name in twice]
+        raise ApiError(422, "invalid", f"query.{twice[0]}: given more than once", errors=errors)
 
 
 def _query_names(dependant: Dependant) -> set[str]:
@@ -62,7 +66,7 @@ def _query_names(dependant: Dependant) -> set[str]:
 
 
 QueryChecked = Depends(_check_query)
-"""Of every path below `/v1`: `?model=` names the one that is served, and nothing unknown stands in the query."""
+"""Of every path below `/v1`: `?model=` names the one served, and nothing stands in the query unknown or twice."""
 
 
 def snapshot_of(service: Service) -> Snapshot:

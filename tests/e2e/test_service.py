@@ -170,6 +170,8 @@ def test_pages_and_neurons_that_do_not_exist(news: Running, problem: Problem) ->
     problem(get("/v1/neurons/0/0"), 422, "not_fitted")
     problem(get("/v1/range-sets/nothing"), 404, "unknown_range_set")
     problem(get("/v1/concepts/Sports/ranges", params={"taus": 2}), 422, "invalid")
+    twice = problem(get("/v1/concepts/Sports/ranges?tau=2&limit=5&tau=3"), 422, "invalid")
+    assert twice["errors"] == [{"loc": ["query", "tau"], "msg": "given more than once", "type": "repeated"}]
     problem(get("/v1/concepts", params={"model": "another"}), 404, "unknown_model")
     problem(get("/v1/nothing"), 404, "not_found")
     problem(get("/v1/classify"), 405, "method_not_allowed")
