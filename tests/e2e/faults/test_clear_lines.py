@@ -1,7 +1,6 @@
 """What an operator can get wrong, and what can run out: one line that says what to do, and the exit code for it."""
 
 import errno
-import json
 import os
 import resource
 import shutil
@@ -17,6 +16,7 @@ import pytest
 from range_store.archive import write_archive
 from range_store.erasure import Erasure
 from range_store.live import LiveErasure
+from range_store.store import RangeStore
 from tests.e2e.conftest import Running as InProcess
 from tests.e2e.conftest import ready
 from tests.e2e.faults.processes import Forks, RedisProcess
@@ -97,30 +97,40 @@ def fit_of(model: LoadedModel, data: Path) -> list[object]:
 
 
 def test_a_full_disk(
-    small_disk: SmallDisk, redis_process: RedisProcess, model: LoadedModel, data: Path, file: Path, tmp_path: Path
+    forks: Forks,
+    small_disk: SmallDisk,
+    redis_process: RedisProcess,
+    model: LoadedModel,
+    data: Path,
+    file: Path,
+    tmp_path: Path,
 ) -> None:
-    place, forks, said = small_disk.place, small_disk.forks, tmp_path / "said"
+    place, limited, said = small_disk.place, small_disk.forks, tmp_path / "said"
     elsewhere = ["--redis-url", redis_process.url, "--name", "full"]
     no_room = os.strerror(errno.ENOSPC) if os.path.ismount(place) else os.strerror(errno.EFBIG)
 
-    fork_fails(forks, said, [*fit_of(model, data), *elsewhere, "--data-dir", place / "fit"], FAILED, no_room)
+    forks.start([*fit_of(model, data), *elsewhere, "--data-dir", tmp_path], said)
+    assert forks.end() == 0
+    with redis_process.client() as client:
+        (published,) = RangeStore(client, "full").list()
+
+    fitting = [*fit_of(model, data), *elsewhere, "--data-dir", place / "fit"]
+    fork_fails(limited, said, fitting, FAILED, no_room)
     assert "fit-" in said.read_text().splitlines()[-1], "it names the checkpoint"
     assert not list((place / "fit" / "fits").iterdir()), "what could not be written whole takes no room"
 
-    imported = Running(["ranges", "import", file, *elsewhere, "--json"])
-    assert imported.end() == 0
-    id_ = json.loads("".join(imported.stdout))["id"]
     out = place / "ranges.safetensors"
-    fork_fails(forks, said, ["ranges", "export", id_, out, *elsewhere], FAILED, f"{out}: {no_room}")
+    fork_fails(limited, said, ["ranges", "export", published.id, out, *elsewhere], FAILED, f"{out}: {no_room}")
     assert not out.exists()
 
     measuring = ["evaluate", "--model", model.source, "--data", data, "--test-data", data, "--max-rows", "200"]
     measuring += ["--layer", "all", "--threads", "1", "--device", "cpu", "--out", place / "results"]
-    fork_fails(forks, said, measuring, FAILED, no_room)
+    fork_fails(limited, said, measuring, FAILED, no_room)
     assert str(place / "results") in said.read_text().splitlines()[-1]
 
-    private = ["ranges", "import", file, "--data-dir", place / "private"]
-    fork_fails(forks, said, private, UNREACHABLE, "cannot write to its disk: is it full?")
+    if os.path.ismount(place):  # a limit to the size of files kills a Redis, which then cannot say why
+        private = ["ranges", "import", file, "--data-dir", place / "private"]
+        fork_fails(limited, said, private, UNREACHABLE, "cannot write to its disk: is it full?")
 
 
 def test_a_place_where_nothing_can_be_written(
