@@ -10,6 +10,7 @@ from prometheus_client import CollectorRegistry
 
 from app import auth, problems
 from app.access_log import AccessLog
+from app.answering import ClientGone, client_gone
 from app.auth import Authentication
 from app.metrics import ServiceMetrics
 from app.middleware import BodyLimit, Faults, FullQueue, HostCheck, HttpMetrics, RequestId
@@ -47,6 +48,7 @@ def create_app(settings: Settings, running: Service | None = None) -> FastAPI:
         telemetry={"tracing": False, "metrics": False, "logs": False, "auto_configure": False},
     )
     problems.install(app)
+    app.add_exception_handler(ClientGone, client_gone)
     for module in (service, classify, erasures, audit, range_sets, inspection):
         app.include_router(module.router)
     registry = CollectorRegistry()

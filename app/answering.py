@@ -1,0 +1,156 @@
+"""What every route that classifies shares: from texts and erasures to an answer, within all limits of a request."""
+
+import asyncio
+import time
+from collections.abc import Coroutine, Sequence
+from typing import Annotated, Any
+
+import numpy as np
+import numpy.typing as npt
+from fastapi import Header, Request, Response
+from opentelemetry.trace import Span
+
+from app.auth import Caller, check_compare
+from app.logs import note
+from app.problems import ApiError
+from app.replies import Score
+from app.routes import snapshot_of
+from app.scores import Activation, scores_of
+from app.settings import Settings
+from app.tracing import step, step_done
+from app.wiring import Answer, Service
+from range_store.erasure import Erasure
+
+Timeout = Annotated[float | None, Header(gt=0, description="Seconds; no more than the server's own.")]
+"""The header `X-Request-Timeout`."""
+
+
+CLIENT_GONE = 499
+"""As proxies count it. Nobody reads this reply."""
+
+
+class ClientGone(Exception):
+    """The client hung up."""
+
+
+async def client_gone(request: Request, error: Exception) -> Response:
+    """The reply to `ClientGone`."""
+    return Response(status_code=CLIENT_GONE)
+
+
+async def answer_to(
+    request: Request,
+    service: Service,
+    caller: Caller,
+    texts: Sequence[str],
+    erase: Sequence[Erasure] | None,
+    *,
+    compare: bool = False,
+    truncate: bool = True,
+    timeout: float | None = None,
+) -> Answer:
+    """The answer to a request whose body has been read, traced and noted in its log line.
+
+    Args:
+        erase: what to erase; None: the live erasures.
+        compare: also give the bare model's logits.
+        truncate: cut texts that are too long; else they are an error.
+        timeout: seconds, no more than the server's own limit.
+
+    Raises:
+        ApiError: too many texts, or too long ones (413); an erasure is enforced and `caller` may not compare (403).
+        ClientGone: the client hung up before, and the work is cancelled.
+        EngineError, RangeStoreError, TextTooLong, EmptyText: see `workers.engine.engine.Engine.classify`.
+    """
+    _check_size(texts, service.settings)
+    if compare:
+        check_compare(caller, any(each.enforced for each in snapshot_of(service).live.at(time.time())))
+    longest = service.settings.request_timeout
+    note(texts=len(texts))
+    with step("classify") as span:
+        span.set_attributes({"neuronlens.texts": len(texts), "neuronlens.compare": compare})
+        answer = await _unless_gone(
+            request,
+            service.engine.classify(
+                texts, erase, compare=compare, truncate=truncate, timeout=min(timeout or longest, longest)
+            ),
+        )
+        _trace(span, answer)
+    note(generation=answer.generation)
+    if compare:  # the plan was frozen later than the look above
+        check_compare(caller, bool(answer.enforced))
+    return answer
+
+
+def activation_of(problem_type: str | None) -> Activation:
+    """How a model's logits become scores where the request does not say."""
+    return "sigmoid" if problem_type == "multi_label_classification" else "softmax"
+
+
+def all_scores(logits: Sequence[npt.NDArray[np.float32]], activation: Activation) -> npt.NDArray[np.float64]:
+    """Each text's scores in the order of the model's labels, [N, K]. All texts at once: the event loop waits.
+
+    Raises:
+        ApiError: a score is no finite number (500 `non_finite`).
+    """
+    scores = scores_of(np.stack(logits), activation)
+    if not np.isfinite(scores).all():
+        raise ApiError(500, "non_finite", "the model gave a score that is no finite number")
+    return scores
+
+
+def ranked(
+    logits: Sequence[npt.NDArray[np.float32]], labels: tuple[str, ...], activation: Activation, top_k: int | None
+) -> list[list[Score]]:
+    """Each text's labels by score, best first; ties in the model's order. Raises as `all_scores` does."""
+    if not logits:
+        return []
+    scores = all_scores(logits, activation)
+    best = np.argsort(-scores, axis=-1, kind="stable")[:, :top_k]
+    return [
+        [Score(label=labels[index], score=score) for index, score in zip(indices, values, strict=True)]
+        for indices, values in zip(best.tolist(), np.take_along_axis(scores, best, axis=-1).tolist(), strict=True)
+    ]
+
+
+def _trace(span: Span, answer: Answer) -> None:
+    """Numbers and identifiers of an answer; the names of concepts come from callers, and are left out."""
+    told = {
+        "neuronlens.tokens": sum(text.tokens for text in answer.texts),
+        "neuronlens.erasures": len(answer.erasures),
+        "neuronlens.source": answer.source,
+        "neuronlens.generation": answer.generation,
+        "neuronlens.range_set": answer.range_set,
+    }
+    span.set_attributes({name: value for name, value in told.items() if value is not None})
+    step_done("queue", answer.queued_seconds + answer.running_seconds, answer.queued_seconds)
+    step_done("model", answer.running_seconds, answer.running_seconds)
+
+
+def _check_size(texts: Sequence[str], settings: Settings) -> None:
+    if len(texts) > settings.max_texts:
+        raise ApiError(413, "too_many_texts", f"{len(texts)} texts, the limit is {settings.max_texts}: send fewer")
+    for index, text in enumerate(texts):
+        if len(text) > settings.max_characters:
+            detail = f"input {index} has {len(text)} characters, the limit is {settings.max_characters}"
+            raise ApiError(413, "text_too_large", detail)
+
+
+async def _unless_gone(request: Request, work: Coroutine[Any, Any, Answer]) -> Answer:
+    """What `work` gives, unless the client hangs up before."""
+    answering = asyncio.ensure_future(work)
+    gone = asyncio.ensure_future(_disconnected(request))
+    try:
+        await asyncio.wait((answering, gone), return_when=asyncio.FIRST_COMPLETED)
+        if not answering.done():
+            raise ClientGone
+        return await answering
+    finally:
+        answering.cancel()
+        gone.cancel()
+
+
+async def _disconnected(request: Request) -> None:
+    """Returns when the client hangs up; the body must have been read."""
+    while (await request.receive())["type"] != "http.disconnect":
+        pass
