@@ -2,8 +2,9 @@
 
 import os
 import re
+import shutil
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from pathlib import Path
 
 from safetensors import SafetensorError
@@ -15,22 +16,25 @@ _OS_ERROR = re.compile(r"\(os error (\d+)\)")
 
 @contextmanager
 def written_whole(path: Path) -> Iterator[Path]:
-    """A path beside `path` to write to; what is there becomes `path` at the end, and after an error nothing is left.
+    """A path to write to, which becomes `path` at the end; after an error nothing is left.
+
+    It lies in a directory of its own beside `path`, where writers may put what they need meanwhile.
 
     Raises:
         OSError: it cannot be written; names `path`.
     """
     partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
     try:
-        yield partial
-        os.replace(partial, path)
+        partial.mkdir(exist_ok=True)
+        yield partial / path.name
+        os.replace(partial / path.name, path)
     except BaseException as error:
-        with suppress(OSError):
-            partial.unlink(missing_ok=True)
         number = _number(error)
         if number is None:
             raise
         raise OSError(number, os.strerror(number), str(path)) from error
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
 
 
 def remove_leftovers(directory: Path, name: str) -> None:
@@ -38,7 +42,7 @@ def remove_leftovers(directory: Path, name: str) -> None:
     for partial in directory.glob(f".{name}.*.partial"):
         found = _PARTIAL.search(partial.name)
         if found and not _lives(int(found[1])):
-            partial.unlink(missing_ok=True)
+            shutil.rmtree(partial, ignore_errors=True)
 
 
 def _number(error: BaseException) -> int | None:

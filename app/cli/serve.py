@@ -38,6 +38,15 @@ MaxSnapshotAge = Annotated[
         rich_help_panel=options.STORE_PANEL,
     ),
 ]
+DrainDelay = Annotated[
+    float | None,
+    typer.Option(
+        "--drain-delay",
+        min=0.0,
+        help="Seconds for which new connections are still answered (503) after SIGTERM. "
+        "Default: NEURONLENS_DRAIN_DELAY, else 0.",
+    ),
+]
 LogLevel = Annotated[
     Literal["debug", "info", "warning", "error"] | None,
     typer.Option("--log-level", help="Default: NEURONLENS_LOG_LEVEL, else info. debug logs every request."),
@@ -112,6 +121,7 @@ def serve(
     redis_url: options.RedisUrl = None,
     data_dir: options.DataDir = None,
     max_snapshot_age: MaxSnapshotAge = None,
+    drain_delay: DrainDelay = None,
     log_level: LogLevel = None,
     log_format: LogFormat = None,
     access_log: AccessLog = None,
@@ -142,6 +152,7 @@ def serve(
         redis_url=redis_url,
         data_dir=data_dir,
         max_snapshot_age=max_snapshot_age,
+        drain_delay=drain_delay,
         log_level=log_level,
         log_format=log_format,
         access_log=access_log,

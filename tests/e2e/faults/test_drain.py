@@ -20,13 +20,13 @@ Start = Callable[..., Served]
 
 @pytest.fixture
 def start(model: LoadedModel, tmp_path: Path) -> Iterator[Start]:
-    """`start(NEURONLENS_DRAIN_SECONDS="1")`: a server with room for all the work of these tests."""
+    """`start("--drain-delay", 1, NEURONLENS_DRAIN_SECONDS="1")`: a server with room for all the work of these tests."""
     started: list[Served] = []
 
-    def served(**environment: str) -> Served:
+    def served(*more: object, **environment: str) -> Served:
         room = {"NEURONLENS_MAX_QUEUE_TOKENS": "10000000", "NEURONLENS_MAX_QUEUE_SECONDS": "1000"}
         options = ["--data-dir", tmp_path, "--max-batch-tokens", "64"]
-        started.append(Served(model.source, None, *options, **room, **environment))
+        started.append(Served(model.source, None, *options, *more, **room, **environment))
         return started[-1]
 
     yield served
@@ -94,7 +94,7 @@ def test_a_server_under_load_answers_what_it_accepted_and_tells_the_others(start
 
 
 def test_after_sigterm_an_idle_server_stays_long_enough_to_be_seen_not_ready(start: Start) -> None:
-    served = start(NEURONLENS_DRAIN_DELAY="1.5")
+    served = start("--drain-delay", "1.5")
     began = time.monotonic()
     served.command.process.send_signal(signal.SIGTERM)
     until(lambda: one(served, "GET", "/readyz").json()["checks"]["engine"] is False)

@@ -137,7 +137,7 @@ def test_a_fit_that_is_killed_leaves_nothing_half_and_ends_in_the_same_range_set
         assert resumed > KILLS / 4, "kills came while there was something to go on from"
         assert halves >= 1, "and between the first part and the last step"
         assert "Traceback" not in said.read_text()
-        assert not list(checkpoints.iterdir()), "what was kept to go on from goes when its range set is published"
+        assert not list(checkpoints.iterdir()), "nothing is kept of what is published, nor of what was half written"
     finally:
         client.close()
         take_out()
