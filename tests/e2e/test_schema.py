@@ -48,6 +48,7 @@ continue-on-failure = true
 enabled = false
 [generation]
 database = "none"
+with-security-parameters = {auth}
 [checks.positive_data_acceptance]
 expected-statuses = [200, 401, 403, 404, 409, 412, 422]
 [[operations]]  # a request may ask for an answer within no time at all
@@ -95,7 +96,7 @@ def explore(
     """
     config, report = folder / "schemathesis.toml", folder / "report.json"
     range_set = running.service.store.live().range_set
-    settled = CONFIG.format(range_set=range_set, model=running.service.name)
+    settled = CONFIG.format(range_set=range_set, model=running.service.name, auth=str(auth).lower())
     config.write_text(settled + (AUTH.format(token=token) if token else ""), "utf-8")
     checks = CHECKS if auth else tuple(check for check in CHECKS if check != "ignored_auth")
     command = [Path(sys.executable).parent / "schemathesis", "--config-file", config, "run", document, "--no-color"]
