@@ -4,8 +4,13 @@ from collections.abc import Iterator
 
 import pytest
 import redis
+from hypothesis import settings
 
 from range_store.embedded import connect
+
+# a busy machine is no fault of the code: pytest-timeout ends what hangs
+settings.register_profile("unhurried", deadline=None)
+settings.load_profile("unhurried")
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
