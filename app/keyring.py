@@ -6,7 +6,7 @@ import threading
 import time
 from pathlib import Path
 
-from range_store.api_keys import ApiKey, Keys, KeyStore
+from range_store.api_keys import ApiKey, Keys, KeyStore, Scope
 from range_store.errors import RangeStoreError
 
 logger = logging.getLogger(__name__)
@@ -87,6 +87,14 @@ class Keyring:
         if key is None or not key.good(time.time()):
             raise Refused("bad_key", "this API key is wrong, revoked or expired")
         return key
+
+    def still_opens(self, key: ApiKey | None, scope: Scope) -> bool:
+        """Whether who came in with this key (None: without one) would be let in again."""
+        if key is None:
+            return not self.in_force
+        held = self._known.keys if self._known is not None else ()
+        found = next((each for each in held if each.id == key.id), None)
+        return found is not None and found.good(time.time()) and found.may(scope)
 
     def _take(self, found: Keys) -> None:
         self._known = found

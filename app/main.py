@@ -15,7 +15,7 @@ from app.auth import Authentication
 from app.metrics import ServiceMetrics
 from app.middleware import BodyLimit, Faults, FullQueue, HostCheck, HttpMetrics, RequestId
 from app.problems import Problem
-from app.routes import audit, classify, erasures, inspection, range_sets, service
+from app.routes import audit, classify, erasures, events, inspection, range_sets, service
 from app.settings import LOOPBACK, Settings
 from app.store_calls import StoreCalls
 from app.tracing import Traces
@@ -49,7 +49,7 @@ def create_app(settings: Settings, running: Service | None = None) -> FastAPI:
     )
     problems.install(app)
     app.add_exception_handler(ClientGone, client_gone)
-    for module in (service, classify, erasures, audit, range_sets, inspection):
+    for module in (service, classify, erasures, events, audit, range_sets, inspection):
         app.include_router(module.router)
     registry = CollectorRegistry()
     if running is not None:
@@ -73,6 +73,7 @@ def create_app(settings: Settings, running: Service | None = None) -> FastAPI:
                 "Authorization",
                 "Content-Type",
                 "If-Match",
+                "Last-Event-ID",
                 "traceparent",
                 "tracestate",
                 "X-API-Key",

@@ -198,22 +198,30 @@ class HttpMetrics:
             await self.app(scope, receive, send)
             return
         started = time.perf_counter()
-        status = 500
+        status, answered = 500, False
+
+        def count() -> None:
+            nonlocal answered
+            answered = True
+            self.under_way.dec()
+            route = route_of(scope)
+            self.requests.labels(method_of(scope), route, str(status)).inc()
+            self.seconds.labels(route, f"{status // 100}xx").observe(time.perf_counter() - started)
 
         async def note(message: Message) -> None:
             nonlocal status
             if message["type"] == "http.response.start":
                 status = message["status"]
+                if Headers(raw=message["headers"]).get("content-type", "").startswith("text/event-stream"):
+                    count()  # it has its answer, which goes on for as long as somebody listens
             await send(message)
 
         self.under_way.inc()
         try:
             await self.app(scope, receive, note)
         finally:
-            self.under_way.dec()
-            route = route_of(scope)
-            self.requests.labels(method_of(scope), route, str(status)).inc()
-            self.seconds.labels(route, f"{status // 100}xx").observe(time.perf_counter() - started)
+            if not answered:
+                count()
 
 
 ALERTED = (200, 429, 500, 503, 504)

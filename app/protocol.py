@@ -5,6 +5,7 @@ from typing import Any
 
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
+from app.events import ABORT
 from app.problems import new_request_id, problem_response
 
 _PER_HEADER = 4
@@ -45,6 +46,7 @@ class BoundedHead(HttpToolsProtocol):
         self._in_head, self._head_bytes = True, 0
         self._watch()
         super().on_message_begin()
+        self.scope["extensions"] = {ABORT: self.transport.abort}  # type: ignore[dict-item]
 
     def on_url(self, url: bytes) -> None:
         self._head_bytes += len(url)

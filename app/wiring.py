@@ -5,7 +5,7 @@ Importing it loads torch; commands that only talk to the store or to a server do
 
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,10 +16,12 @@ from prometheus_client import CollectorRegistry
 from app.jobs import CorpusChoice, ModelChoice, NewModelChoice
 from app.keyring import Keyring, memory_of
 from app.live_changes import LiveChanges
+from app.news import News
 from app.settings import Settings
 from range_store.api_keys import KeyStore
 from range_store.embedded import connect
-from range_store.mirror import Mirror
+from range_store.errors import RangeStoreError
+from range_store.mirror import Mirror, Snapshot
 from range_store.range_set import check_model
 from range_store.store import RangeStore
 from workers.demo.demo import NAME as DEMO_NAME
@@ -87,6 +89,7 @@ class Service:
     engine: Engine
     registry: CollectorRegistry
     name: str
+    news: News
 
 
 @contextmanager
@@ -115,9 +118,18 @@ def _serving(settings: Settings, model: LoadedModel, client: redis.Redis) -> Ite
     keyring.refresh()
     registry = CollectorRegistry()
     changes = LiveChanges(registry, MOST_CONCEPTS, OTHER_CONCEPTS)
-    mirror = Mirror(
-        store, model.identity.fingerprint, poll=settings.poll_seconds, on_change=changes, also=keyring.refresh
-    )
+    news = News(settings.max_event_streams, registry)
+
+    def changed(snapshot: Snapshot) -> None:
+        changes(snapshot)
+        news.wake()
+
+    def also() -> None:
+        keyring.refresh()
+        with suppress(RangeStoreError):  # the mirror says itself what is wrong
+            news.see_range_sets(store.ids())
+
+    mirror = Mirror(store, model.identity.fingerprint, poll=settings.poll_seconds, on_change=changed, also=also)
     limits = EngineSettings(
         max_batch_tokens=settings.max_batch_tokens or batch_tokens_for(model.device),
         max_queue_tokens=settings.max_queue_tokens,
@@ -130,7 +142,7 @@ def _serving(settings: Settings, model: LoadedModel, client: redis.Redis) -> Ite
     mirror.start()
     try:
         engine.start()
-        yield Service(settings, model, store, mirror, keyring, engine, registry, name)
+        yield Service(settings, model, store, mirror, keyring, engine, registry, name, news)
     finally:
         engine.close()
         mirror.close()

@@ -131,6 +131,11 @@ async def applied(
 def listing(service: Service, state: LiveState, response: Response) -> LiveListOut:
     """The live state as a reply."""
     response.headers["ETag"] = f'"{state.generation}"'
+    return live_list(service, state)
+
+
+def live_list(service: Service, state: LiveState) -> LiveListOut:
+    """The live state, without what has expired."""
     n_layers = service.model.identity.n_layers
     return LiveListOut(
         model=service.name,

@@ -94,6 +94,11 @@ class Engine:
         """The model is warm, its thread lives, and new requests are taken."""
         return self._warm.is_set() and self._thread.is_alive() and not self._draining
 
+    @property
+    def draining(self) -> bool:
+        """No new requests are taken any more."""
+        return self._draining
+
     def start(self) -> None:
         """Start the model's thread and wait until a first batch went through.
 

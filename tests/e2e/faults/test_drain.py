@@ -1,6 +1,7 @@
 """A server is told to stop while it has work (DESIGN promise 7): what was accepted is answered, what is new is told."""
 
 import signal
+import socket
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -10,6 +11,7 @@ import httpx
 import pytest
 
 from tests.e2e.faults.processes import Served
+from tests.e2e.listening import Listener
 from tests.range_store.waiting import until
 from workers.models.loading import LoadedModel
 
@@ -125,3 +127,19 @@ def test_what_takes_longer_than_the_drain_time_is_cut_off_and_counted(start: Sta
         cut_off = sum(not answered(each) for each in asked)
     assert cut_off >= 1
     assert f"not answered within 0 s: {cut_off};" in served.command.stderr[-1]
+
+
+def test_open_streams_do_not_hold_a_server_that_stops(start: Start) -> None:
+    """Neither one that is read, which ends as a whole reply, nor one whose reader has stopped reading."""
+    served = start()
+    with Listener(served.url) as window, socket.socket() as stuck:
+        stuck.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+        stuck.connect((httpx.URL(served.url).host, httpx.URL(served.url).port))
+        stuck.sendall(b"GET /v1/events HTTP/1.1\r\nHost: 127.0.0.1\r\n\r\n")
+        until(lambda: window.of("live") and served.metric("neuronlens_event_streams") == 2)
+        served.command.process.send_signal(signal.SIGTERM)
+        began = time.monotonic()
+        assert served.command.end() == 0, served.command.stderr
+        assert time.monotonic() - began < 20, "the streams were waited for until the drain's end"
+        assert window.ended == "whole"
+        assert not any("error" in line.lower() for line in served.command.stderr), served.command.stderr

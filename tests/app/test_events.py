@@ -1,0 +1,76 @@
+"""A stream whose reader has stopped reading, over a real socket: it is given up, and its connection is broken."""
+
+import asyncio
+import socket
+import threading
+import time
+from collections.abc import AsyncIterator, Iterator
+
+import pytest
+import uvicorn
+from prometheus_client import CollectorRegistry
+from starlette.types import Receive, Scope, Send
+
+from app.events import EventStream
+from app.news import KEPT_JOBS, News
+from app.protocol import bounded_head
+from tests.range_store.waiting import until
+
+
+class Flood:
+    """An application that streams a megabyte after the other, for as long as `on`, and a server for it."""
+
+    def __init__(self) -> None:
+        self.news = News(10, CollectorRegistry())
+        self.on = True
+        self.sent = self.open = 0
+        config = uvicorn.Config(self, port=0, http=bounded_head(32768, 10.0), log_level="error", lifespan="off")
+        self.server = uvicorn.Server(config)
+        self.thread = threading.Thread(target=self.server.run)
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        self.open += 1
+        await EventStream(self.news, self.messages, lambda: self.on)(scope, receive, send)
+        self.open -= 1
+
+    async def messages(self, woken: asyncio.Event) -> AsyncIterator[bytes]:
+        while True:
+            yield b":" + b"x" * 1_000_000 + b"\n\n"
+            self.sent += 1
+
+    def stands_still(self) -> bool:
+        before = self.sent
+        time.sleep(0.3)
+        return self.open == 1 and 0 < before == self.sent
+
+
+@pytest.fixture
+def flood() -> Iterator[Flood]:
+    made = Flood()
+    made.thread.start()
+    until(lambda: made.server.started)
+    yield made
+    made.server.should_exit = True
+    made.thread.join()
+
+
+@pytest.mark.parametrize("why", ["it may not go on", "nobody reads"])
+def test_a_reader_that_stopped_reading_is_given_up(flood: Flood, why: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    port = flood.server.servers[0].sockets[0].getsockname()[1]
+    with socket.create_connection(("127.0.0.1", port)) as reader:
+        reader.sendall(b"GET / HTTP/1.1\r\nHost: x\r\n\r\n")
+        until(flood.stands_still)
+        assert flood.server.server_state.connections
+        if why == "nobody reads":
+            monkeypatch.setattr("app.events.PATIENCE", 0.1)
+        else:
+            flood.on = False
+        until(lambda: flood.open == 0 and not flood.server.server_state.connections)
+
+
+def test_no_more_jobs_are_kept_than_a_bound(flood: Flood) -> None:
+    for number in range(KEPT_JOBS + 5):
+        flood.news.tell_job(f"job-{number}", {"id": number})
+    told, jobs = flood.news.jobs_since(0)
+    assert [int(job.split(b":")[1].strip(b" }")) for job in jobs] == list(range(5, KEPT_JOBS + 5))
+    assert flood.news.jobs_since(told) == (told, [])
