@@ -10,6 +10,7 @@ from pathlib import Path
 import httpx
 import pytest
 
+from range_store.embedded_server import EmbeddedServer
 from tests.e2e.faults.processes import Served
 from tests.e2e.listening import Listener
 from tests.range_store.waiting import until
@@ -34,6 +35,10 @@ def start(model: LoadedModel, tmp_path: Path) -> Iterator[Start]:
     yield served
     for each in started:
         each.close()
+    private = EmbeddedServer(tmp_path / "redis")
+    with private.locked():
+        if private.running():  # a server that was killed leaves it to the next
+            private.end()
 
 
 def busy(served: Served, pool: ThreadPoolExecutor) -> list[Future[httpx.Response]]:
