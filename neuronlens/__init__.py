@@ -1,0 +1,55 @@
+"""A client of the NeuronLens service: it needs httpx and pydantic, and nothing of the service itself.
+
+>>> from neuronlens import Client
+>>> with Client("http://127.0.0.1:8000") as client:
+...     client.classify("The coach praised the goalkeeper.", erase="Sports").label
+"""
+
+from neuronlens.client import AsyncClient, Client
+from neuronlens.erasing import CONTEXT, Erase, Erasing, ErasureSettings, ErasureSpec, LiveSpec
+from neuronlens.errors import (
+    Conflict,
+    DeadlineExceeded,
+    Failed,
+    Invalid,
+    NeuronLensError,
+    NoAnswer,
+    NotFound,
+    NotUnderstood,
+    Overloaded,
+    Refused,
+    Stale,
+    TooLarge,
+    Unavailable,
+)
+from neuronlens.replies import Answer, Answers, LiveState, Plan, Result, Score
+
+__all__ = [
+    "CONTEXT",
+    "Answer",
+    "Answers",
+    "AsyncClient",
+    "Client",
+    "Conflict",
+    "DeadlineExceeded",
+    "Erase",
+    "Erasing",
+    "ErasureSettings",
+    "ErasureSpec",
+    "Failed",
+    "Invalid",
+    "LiveSpec",
+    "LiveState",
+    "NeuronLensError",
+    "NoAnswer",
+    "NotFound",
+    "NotUnderstood",
+    "Overloaded",
+    "Plan",
+    "Refused",
+    "Result",
+    "Score",
+    "Stale",
+    "TooLarge",
+    "Unavailable",
+]

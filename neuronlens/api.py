@@ -1,0 +1,190 @@
+"""Every call of `/v1` as steps (`neuronlens.calls`): paths, fields and what the answer is."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any, Literal
+from uuid import uuid4
+
+from neuronlens.calls import Caller, Steps, in_path
+from neuronlens.erasing import CONTEXT, Erase, ErasureSettings, FromContext, LiveSpec, erased_here, listed
+from neuronlens.errors import NotFound, Refused, TooLarge
+from neuronlens.replies import (
+    Answer,
+    Answers,
+    Audit,
+    Classified,
+    Concepts,
+    LiveState,
+    Models,
+    Neuron,
+    Overlap,
+    Ranges,
+    RangeSet,
+    RangeSets,
+    Ready,
+    Reply,
+    Usage,
+)
+
+Activation = Literal["auto", "softmax", "sigmoid", "none"]
+Ranking = Literal["max", "probe", "probeless", "probeless_global", "selectivity"]
+
+BATCH = 256
+"""Texts of one request, where the server does not tell how many it takes."""
+PAGE = 1000
+"""Most neurons of one page of ranges."""
+
+
+class Limits(Reply):
+    """The part of `GET /v1/capabilities` that batching needs."""
+
+    max_texts: int | None = None
+
+
+class Api:
+    """The calls of one client."""
+
+    def __init__(self, caller: Caller, batch_size: int | None) -> None:
+        self.caller = caller
+        self._batch_size = batch_size
+
+    # classify
+
+    def request(self, erase: Erase | FromContext | None, fields: Mapping[str, Any]) -> dict[str, Any]:
+        """The body of `POST /v1/classify` without its texts. It is made where the caller is: blocks are known there."""
+        chosen = erased_here(self) if erase is CONTEXT else erase
+        body = {name: value for name, value in fields.items() if value is not None}
+        return body if chosen is None else {**body, "erase": listed(chosen)}
+
+    def with_ids(self, headers: Mapping[str, str] | None, parts: int) -> list[dict[str, str]]:
+        """The headers of each request of one call: one id, with a number where there are several requests."""
+        given = self.caller.headers | {name.lower(): value for name, value in (headers or {}).items()}
+        of_call = given.get("x-request-id", uuid4().hex)
+        return [given | {"x-request-id": f"{of_call}.{part}" if parts > 1 else of_call} for part in range(parts)]
+
+    def batches(self, texts: Sequence[str]) -> Steps[list[Sequence[str]]]:
+        """A list in parts that the server takes; an empty list is one part."""
+        if self._batch_size is None and len(texts) > BATCH:
+            try:
+                limits = yield from self.caller.call("GET", "/v1/capabilities", Limits)
+                self._batch_size = limits.max_texts or BATCH
+            except (NotFound, Refused):  # an older server; a key that may infer only
+                self._batch_size = BATCH
+        size = self._batch_size or BATCH
+        return [texts[start : start + size] for start in range(0, max(len(texts), 1), size)]
+
+    def classify(
+        self,
+        texts: Sequence[str],
+        request: Mapping[str, Any],
+        headers: Mapping[str, str],
+        timeout: float | None,
+    ) -> Steps[list[Classified]]:
+        """One batch; what is too large for the server goes in halves."""
+        try:
+            reply = yield from self.caller.call(
+                "POST",
+                "/v1/classify",
+                Classified,
+                body={"inputs": texts, **request},
+                headers=headers,
+                repeatable=True,
+                timeout=timeout,
+            )
+        except TooLarge as error:
+            if len(texts) == 1 or error.code == "text_too_large":
+                raise
+            middle = len(texts) // 2
+            first = yield from self.classify(texts[:middle], request, headers, timeout)
+            return first + (yield from self.classify(texts[middle:], request, headers, timeout))
+        return [reply]
+
+    # live erasures
+
+    def erasures(self) -> Steps[LiveState]:
+        return self.caller.call("GET", "/v1/erasures", LiveState)
+
+    def switch_on(
+        self,
+        concept: str,
+        settings: ErasureSettings,
+        enforced: bool,
+        reason: str | None,
+        expires_in: float | None,
+        if_match: str | None,
+    ) -> Steps[LiveState]:
+        body = {**settings, "enforced": enforced, "reason": reason, "expires_in": expires_in}
+        return self.caller.call("PUT", f"/v1/erasures/{in_path(concept)}", LiveState, body=body, if_match=if_match)
+
+    def switch_off(self, concept: str, reason: str | None, if_match: str | None) -> Steps[LiveState]:
+        path = f"/v1/erasures/{in_path(concept)}"
+        return self.caller.call("DELETE", path, LiveState, params={"reason": reason}, if_match=if_match)
+
+    def replace(self, erasures: Sequence[str | LiveSpec], reason: str | None, if_match: str | None) -> Steps[LiveState]:
+        named = [{"concept": each} if isinstance(each, str) else each for each in erasures]
+        body = {"erasures": named, "reason": reason}
+        return self.caller.call("PUT", "/v1/erasures", LiveState, body=body, if_match=if_match)
+
+    def audit(self, limit: int) -> Steps[Audit]:
+        return self.caller.call("GET", "/v1/audit", Audit, params={"limit": limit})
+
+    # range sets
+
+    def range_sets(self) -> Steps[RangeSets]:
+        return self.caller.call("GET", "/v1/range-sets", RangeSets)
+
+    def range_set(self, range_set: str) -> Steps[RangeSet]:
+        return self.caller.call("GET", f"/v1/range-sets/{in_path(range_set)}", RangeSet)
+
+    def activate(self, range_set: str, force: bool, reason: str | None, if_match: str | None) -> Steps[LiveState]:
+        body = {"id": range_set, "force": force, "reason": reason}
+        return self.caller.call("PUT", "/v1/range-sets/active", LiveState, body=body, if_match=if_match)
+
+    def concepts(self) -> Steps[Concepts]:
+        return self.caller.call("GET", "/v1/concepts", Concepts)
+
+    def ranges(self, concept: str, layer: int, ranking: Ranking, tau: float, limit: int | None) -> Steps[Ranges]:
+        """Page by page, until `limit` or the last neuron."""
+        path = f"/v1/concepts/{in_path(concept)}/ranges"
+        asked: dict[str, Any] = {"layer": layer, "ranking": ranking, "tau": tau}
+        found: list[Any] = []
+        cursor = None
+        while True:
+            size = PAGE if limit is None else min(PAGE, limit - len(found))
+            page = yield from self.caller.call("GET", path, Ranges, params={**asked, "limit": size, "cursor": cursor})
+            found += page.neurons
+            cursor = page.next_cursor
+            if cursor is None or len(found) == limit:
+                return page.model_copy(update={"neurons": tuple(found)})
+
+    def neuron(self, layer: int, neuron: int, tau: float) -> Steps[Neuron]:
+        return self.caller.call("GET", f"/v1/neurons/{layer}/{neuron}", Neuron, params={"tau": tau})
+
+    def overlap(self, layer: int, top_fraction: float, ranking: Ranking) -> Steps[Overlap]:
+        asked = {"layer": layer, "top_fraction": top_fraction, "ranking": ranking}
+        return self.caller.call("GET", "/v1/overlap", Overlap, params=asked)
+
+    # the server
+
+    def models(self) -> Steps[Models]:
+        return self.caller.call("GET", "/v1/models", Models)
+
+    def ready(self) -> Steps[Ready]:
+        return self.caller.call("GET", "/readyz", Ready, retries=0)  # not being ready is the answer
+
+
+def answer(replies: Sequence[Classified]) -> Answer:
+    """The reply to one text as its answer."""
+    (reply,) = replies
+    (result,) = reply.results
+    fields = {name: getattr(result, name) for name in result.model_fields_set | (result.model_extra or {}).keys()}
+    return Answer.model_construct(**fields, model=reply.model, erasure=reply.erasure, usage=reply.usage)
+
+
+def answers(replies: Sequence[Classified]) -> Answers:
+    """The replies to a list's parts as one."""
+    return Answers(
+        model=replies[0].model,
+        results=tuple(result for reply in replies for result in reply.results),
+        plans=tuple(reply.erasure for reply in replies),
+        usage=Usage(tokens=sum(reply.usage.tokens for reply in replies)),
+    )

@@ -1,0 +1,294 @@
+"""What the server replies (docs/http.md; all fields in openapi.json). Unknown fields are kept."""
+
+from collections.abc import Mapping
+from typing import Any
+
+from pydantic import BaseModel, ConfigDict
+
+
+class Reply(BaseModel):
+    """Base of all replies: immutable; what this version does not know stands in `model_extra`."""
+
+    model_config = ConfigDict(frozen=True, extra="allow", protected_namespaces=())
+
+
+class Score(Reply):
+    label: str
+    score: float
+
+
+class Baseline(Reply):
+    """The bare model's answer."""
+
+    label: str
+    score: float
+    scores: tuple[Score, ...]
+
+
+class Result(Reply):
+    """One text's answer; `scores` best first. `masked_neurons`: at the read position, summed over layers."""
+
+    label: str
+    score: float
+    scores: tuple[Score, ...]
+    masked_neurons: int
+    truncated: bool
+    baseline: Baseline | None = None
+
+
+class Erasure(Reply):
+    """An erasure as it was applied; `layers` are block indices from 0, `replacement` as in a request."""
+
+    concept: str
+    method: str
+    rule: str
+    tau: float
+    top_fraction: float
+    ranking: str
+    layers: tuple[int, ...]
+    replacement: str | Mapping[str, float]
+    enforced: bool
+
+
+class Plan(Reply):
+    """What was erased from a request: `source` is "request", "live" or "none"."""
+
+    source: str
+    concepts: tuple[str, ...]
+    erasures: tuple[Erasure, ...]
+    range_set: str | None
+    generation: str | None
+
+
+class Usage(Reply):
+    tokens: int
+
+
+class Classified(Reply):
+    """Reply to one `POST /v1/classify`."""
+
+    model: str
+    results: tuple[Result, ...]
+    erasure: Plan
+    usage: Usage
+
+
+class Answer(Result):
+    """One text's answer, with what was erased from it."""
+
+    model: str
+    erasure: Plan
+    usage: Usage
+
+
+class Answers(Reply):
+    """Several texts' answers, in their order.
+
+    `plans`: what was erased, of each request that the list took. They differ if what is live changed in between.
+    """
+
+    model: str
+    results: tuple[Result, ...]
+    plans: tuple[Plan, ...]
+    usage: Usage
+
+    @property
+    def erasure(self) -> Plan:
+        """What was erased, by the first request's plan."""
+        return self.plans[0]
+
+    @property
+    def labels(self) -> tuple[str, ...]:
+        """The best label of each text."""
+        return tuple(each.label for each in self.results)
+
+
+class LiveErasure(Erasure):
+    """An erasure that is switched on; times are Unix seconds."""
+
+    reason: str | None
+    expires_at: float | None
+    since: float
+    by: str | None
+
+
+class LiveState(Reply):
+    """What is erased when a request names nothing. `generation` is what `if_match` takes."""
+
+    model: str
+    generation: str
+    range_set: str | None
+    erasures: tuple[LiveErasure, ...]
+
+    @property
+    def concepts(self) -> tuple[str, ...]:
+        return tuple(each.concept for each in self.erasures)
+
+
+class Concept(Reply):
+    """A concept of the active range set. `texts`: of the fitting corpus; `label`: whether it is one of the model."""
+
+    concept: str
+    texts: int
+    label: bool
+    erased: bool
+    enforced: bool
+
+
+class Concepts(Reply):
+    model: str
+    range_set: str
+    generation: str
+    concepts: tuple[Concept, ...]
+
+
+class NeuronRange(Reply):
+    """One neuron's range for one concept; low and high are None where it is empty. `overlap`: with other concepts'."""
+
+    rank: int
+    neuron: int
+    saliency: float | None
+    mean: float | None
+    std: float | None
+    low: float | None
+    high: float | None
+    overlap: Mapping[str, float]
+
+
+class Ranges(Reply):
+    """A concept's neurons by rank."""
+
+    model: str
+    range_set: str
+    concept: str
+    layer: int
+    ranking: str
+    tau: float
+    neurons: tuple[NeuronRange, ...]
+    next_cursor: str | None
+
+
+class Histogram(Reply):
+    """Texts per bin; `below` and `above` fell outside the edges."""
+
+    below: int
+    counts: tuple[int, ...]
+    above: int
+
+
+class NeuronOfConcept(Reply):
+    """One concept's statistics of one neuron."""
+
+    concept: str
+    texts: int
+    mean: float | None
+    std: float | None
+    mean_abs: float | None
+    skewness: float | None
+    kurtosis: float | None
+    minimum: float | None
+    maximum: float | None
+    low: float | None
+    high: float | None
+    saliency: Mapping[str, float | None]
+    rank: Mapping[str, int]
+    histogram: Histogram
+
+
+class Neuron(Reply):
+    model: str
+    range_set: str
+    layer: int
+    neuron: int
+    tau: float
+    edges: tuple[float | None, ...]
+    concepts: tuple[NeuronOfConcept, ...]
+
+
+class Overlap(Reply):
+    """How far concepts share their salient neurons. `chance`: the share that random sets of this size would have."""
+
+    model: str
+    range_set: str
+    layer: int
+    ranking: str
+    top_fraction: float
+    neurons: int
+    concepts: tuple[str, ...]
+    share: tuple[tuple[float, ...], ...]
+    jaccard: tuple[tuple[float, ...], ...]
+    chance: float
+    shared_by_all: tuple[int, ...]
+
+
+class AuditEntry(Reply):
+    """A change of the live state. `at`: Unix seconds; `before` is None where the live state was created."""
+
+    id: str
+    at: float
+    action: str
+    before: str | None
+    after: str
+    range_set: str | None
+    concepts: tuple[str, ...]
+    dropped: tuple[str, ...]
+    by: str | None
+    reason: str | None
+
+
+class Audit(Reply):
+    """Newest first."""
+
+    model: str
+    entries: tuple[AuditEntry, ...]
+
+
+class RangeSet(Reply):
+    """A published range set and where it comes from."""
+
+    id: str
+    published_at: float
+    active: bool
+    provenance: Mapping[str, Any]
+
+
+class RangeSets(Reply):
+    """Newest first."""
+
+    model: str
+    active: str | None
+    range_sets: tuple[RangeSet, ...]
+
+
+class Model(Reply):
+    """What is loaded."""
+
+    id: str
+    kind: str
+    family: str
+    fingerprint: str
+    revision: str | None
+    labels: tuple[str, ...]
+    layers: int
+    hidden_size: int
+    max_tokens: int
+    dtype: str
+    device: str
+    problem_type: str | None
+    template: str | None
+    split: bool
+    path: str | None
+
+
+class Models(Reply):
+    models: tuple[Model, ...]
+
+
+class Ready(Reply):
+    """`snapshot_age`: seconds since the live state was last known to be the newest; `problem`: why it cannot be."""
+
+    status: str
+    checks: Mapping[str, bool]
+    generation: str
+    snapshot_age: float
+    problem: str | None
