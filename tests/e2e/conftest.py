@@ -15,6 +15,7 @@ import torch
 import uvicorn
 
 from app.main import create_app
+from app.protocol import bounded_head
 from app.settings import Settings
 from app.wiring import Service, open_service
 from range_store.api_keys import KeyStore
@@ -73,7 +74,9 @@ def serve(redis_client: redis.Redis, model: LoadedModel, tmp_path: Path) -> Iter
             named["data_dir"] = tmp_path
             chosen = Settings(**{**named, **settings})
             service = stack.enter_context(open_service(chosen, loaded or model))
-            config = uvicorn.Config(create_app(chosen, service), host="127.0.0.1", port=0, log_level="warning")
+            protocol = bounded_head(chosen.max_header_bytes, chosen.header_timeout)
+            app = create_app(chosen, service)
+            config = uvicorn.Config(app, host="127.0.0.1", port=0, log_level="warning", http=protocol)
             server = uvicorn.Server(config)
             thread = threading.Thread(target=server.run)
             thread.start()

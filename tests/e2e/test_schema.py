@@ -292,8 +292,7 @@ def test_bytes_that_are_hardly_http_are_answered_too(hasty: Running, raw: bytes)
     assert hasty.http.get("/livez").status_code == 200
 
 
-def test_what_is_no_http_is_refused_as_text(news: Running) -> None:
+def test_what_is_no_http_is_a_problem_too(news: Running, problem: Callable[[httpx.Response, int, str], object]) -> None:
     """The parser answers, before there is a request whose reply a document could describe."""
-    refused = news.http.request("BREW", "/v1/classify")
-    assert (refused.status_code, refused.headers["content-type"]) == (400, "text/plain; charset=utf-8")
+    problem(news.http.request("BREW", "/v1/classify"), 400, "malformed")
     assert news.http.get("/livez").status_code == 200
