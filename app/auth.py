@@ -22,7 +22,7 @@ from range_store.api_keys import ApiKey, Scope
 
 OPEN = frozenset({"/livez", "/readyz", "/metrics", "/openapi.json"})
 """Paths that never need a key, besides the documentation below /docs and /static-offline-docs."""
-INFER = frozenset({"/v1/classify"})
+INFER = frozenset({"/v1/classify", "/", "/predict"})
 """Paths whose POST computes answers and changes nothing."""
 ADMIN = frozenset({"/v1/audit"})
 """Paths that only `admin` may read."""

@@ -15,7 +15,8 @@ from app.auth import Authentication
 from app.metrics import ServiceMetrics
 from app.middleware import BodyLimit, Faults, FullQueue, HostCheck, HttpMetrics, RequestId
 from app.problems import Problem
-from app.routes import audit, classify, erasures, events, inspection, range_sets, service
+from app.routes import audit, classify, dropin, erasures, events, inspection, range_sets, service
+from app.routes.dropin.dialect import Dialects
 from app.settings import LOOPBACK, Settings
 from app.store_calls import StoreCalls
 from app.tracing import Traces
@@ -39,6 +40,7 @@ def create_app(settings: Settings, running: Service | None = None) -> FastAPI:
             {"name": "range sets", "description": "What was fitted."},
             {"name": "inspection", "description": "Neurons and their ranges."},
             {"name": "service", "description": "Probes, metrics, models."},
+            *dropin.TAGS,
         ],
         redoc_url=None,
         responses=problems.documented(*problems.ANY) | {500: {"model": Problem}},  # puts its schema in
@@ -51,6 +53,8 @@ def create_app(settings: Settings, running: Service | None = None) -> FastAPI:
     app.add_exception_handler(ClientGone, client_gone)
     for module in (service, classify, erasures, events, audit, range_sets, inspection):
         app.include_router(module.router)
+    for router in dropin.ROUTERS:
+        app.include_router(router)
     registry = CollectorRegistry()
     if running is not None:
         registry = running.registry
@@ -62,7 +66,7 @@ def create_app(settings: Settings, running: Service | None = None) -> FastAPI:
     app.add_middleware(Faults)
     app.add_middleware(BodyLimit, limit=settings.max_body_bytes, seconds=settings.body_timeout)
     if running is not None:
-        app.add_middleware(FullQueue, path="/v1/classify", refusal=running.engine.refusal)
+        app.add_middleware(FullQueue, template_of=_answering, refusal=running.engine.refusal)
         app.add_middleware(Authentication, keyring=running.keyring, rate_limit=settings.rate_limit, registry=registry)
     if settings.cors_origins:
         app.add_middleware(
@@ -80,16 +84,30 @@ def create_app(settings: Settings, running: Service | None = None) -> FastAPI:
                 "X-Request-ID",
                 "X-Request-Timeout",
             ],
-            expose_headers=["ETag", "Retry-After", "X-Request-ID", "traceresponse"],
+            expose_headers=[
+                "ETag",
+                "Retry-After",
+                "X-NeuronLens-Erased",
+                "X-NeuronLens-Generation",
+                "X-NeuronLens-Range-Set",
+                "X-NeuronLens-Source",
+                "X-Request-ID",
+                "traceresponse",
+            ],
         )
     if settings.loopback and running is not None:
         app.add_middleware(HostCheck, hosts=LOOPBACK, off=lambda: running.keyring.in_force)
     app.add_middleware(Faults)  # of the layers above; the first one's replies go through them, and so get their headers
+    app.add_middleware(Dialects, dialect_of=dropin.dialect_of)
     app.add_middleware(HttpMetrics, registry=registry)
     app.add_middleware(AccessLog, every=settings.access_log, generation=lambda: _generation(running))
     app.add_middleware(Traces)
     app.add_middleware(RequestId)
     return app
+
+
+def _answering(path: str) -> str | None:
+    return path if path == "/v1/classify" else dropin.answering(path)
 
 
 def _generation(running: Service | None) -> str | None:
@@ -105,6 +123,7 @@ def _document(app: FastAPI) -> None:
         if app.openapi_schema is None:
             auth.document_keys(make())
             problems.finish(make())
+            dropin.document_dialects(make())
         return make()
 
     app.openapi = openapi  # type: ignore[method-assign]

@@ -114,18 +114,25 @@ class _Gated:
 
 
 class FullQueue:
-    """Refuses what is posted to `path` while `refusal` says why, before its body is read."""
+    """Refuses what is posted to paths that take the model's time while `refusal` says why, before its body is read.
 
-    def __init__(self, app: ASGIApp, path: str, refusal: Callable[[], QueueFull | None]) -> None:
+    Args:
+        template_of: the template of the route at such a path; None for any other path.
+    """
+
+    def __init__(
+        self, app: ASGIApp, template_of: Callable[[str], str | None], refusal: Callable[[], QueueFull | None]
+    ) -> None:
         self.app = app
-        self.path = path
+        self.template_of = template_of
         self.refusal = refusal
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if scope["type"] == "http" and scope["path"] == self.path and scope["method"] == "POST":
+        template = self.template_of(scope["path"]) if scope["type"] == "http" and scope["method"] == "POST" else None
+        if template is not None:
             full = self.refusal()
             if full is not None:
-                scope["route"] = _Gated(self.path)
+                scope["route"] = _Gated(template)
                 await domain_problem(full, scope.get("state", {}).get("request_id"))(scope, receive, send)
                 return
         await self.app(scope, receive, send)

@@ -116,6 +116,25 @@ Erase = Annotated[
     Annotated[list[OneErasure], Field(max_length=MOST), LIST] | Annotated[ErasuresIn, OBJECT],
     by_shape("null, a list, or an object with concepts"),
 ]
+
+
+def erasures_of(erase: Erase | None) -> list[Erasure] | None:
+    """What a request wants erased, in its order; None: the live erasures.
+
+    Raises:
+        InvalidErasure: a concept is named twice; see also `ErasureSettings.of`.
+    """
+    if erase is None:
+        return None
+    if isinstance(erase, ErasuresIn):
+        wanted = [erase.of(concept) for concept in erase.concepts]
+    else:
+        plain = ErasureSettings()
+        wanted = [plain.of(each) if isinstance(each, str) else each.of(each.concept) for each in erase]
+    check_distinct([erasure.concept for erasure in wanted])
+    return wanted
+
+
 Inputs = Annotated[
     # after the first that is no text, looking at the rest of a million tells nothing more
     Annotated[str, TEXT] | Annotated[list[str], Field(fail_fast=True), LIST],
@@ -135,20 +154,8 @@ class ClassifyIn(In):
     model: str | None = None
 
     def erasures(self) -> list[Erasure] | None:
-        """What the request wants erased, in its order; None: the live erasures.
-
-        Raises:
-            InvalidErasure: a concept is named twice; see also `ErasureSettings.of`.
-        """
-        if self.erase is None:
-            return None
-        if isinstance(self.erase, ErasuresIn):
-            wanted = [self.erase.of(concept) for concept in self.erase.concepts]
-        else:
-            plain = ErasureSettings()
-            wanted = [plain.of(each) if isinstance(each, str) else each.of(each.concept) for each in self.erase]
-        check_distinct([erasure.concept for erasure in wanted])
-        return wanted
+        """What the request wants erased; see `erasures_of`."""
+        return erasures_of(self.erase)
 
 
 class LiveIn(ErasureSettings):

@@ -39,7 +39,11 @@ def test_changes_need_admin_and_looking_does_not() -> None:
         ("GET", "/readyz"),
         ("GET", "/metrics"),
     }
-    assert {call for call, scope in scopes.items() if scope == "infer"} == {("POST", "/v1/classify")}
+    assert {call for call, scope in scopes.items() if scope == "infer"} == {
+        ("POST", "/v1/classify"),
+        ("POST", "/"),
+        ("POST", "/predict"),
+    }
     assert {scope for (method, _), scope in scopes.items() if method in ("PUT", "DELETE")} == {"admin"}
 
 

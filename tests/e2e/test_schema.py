@@ -59,6 +59,7 @@ include-path = "/v1/classify"
 [operations.checks]
 not_a_server_error = {{ expected-statuses = ["2XX", "4XX", 504] }}
 positive_data_acceptance = {{ expected-statuses = [200, 401, 403, 404, 422, 504] }}
+{dropin}
 [dictionaries]
 concepts = {{ values = ["World", "Sports", "Business", "Sci/Tech", "Météo & co"] }}
 range_sets = {{ values = ["{range_set}"] }}
@@ -81,6 +82,17 @@ blocks = {{ values = [-2, -1] }}
 """
 
 
+# what is refused as unsupported, or with the model's name in the path, is valid by the document
+DROPIN = """
+[[operations]]
+include-path = "{path}"
+[operations.checks]
+not_a_server_error = {{ expected-statuses = ["2XX", "4XX", 504] }}
+positive_data_acceptance = {{ expected-statuses = [200, 400, 401, 403, 404, 413, 422, 504] }}
+"""
+DROPINS = ("/", "/predict")
+
+
 AUTH = """
 [auth.openapi]
 bearer = {{ bearer = "{token}" }}
@@ -99,7 +111,9 @@ def explore(
     """
     config, report = folder / "schemathesis.toml", folder / "report.json"
     range_set = running.service.store.live().range_set
-    settled = CONFIG.format(range_set=range_set, model=running.service.name, auth=str(auth).lower())
+    dropin = "".join(DROPIN.format(path=path) for path in DROPINS)
+    about = {"range_set": range_set, "model": running.service.name, "auth": str(auth).lower(), "dropin": dropin}
+    settled = CONFIG.format(**about)
     config.write_text(settled + (AUTH.format(token=token) if token else ""), "utf-8")
     checks = CHECKS if auth else tuple(check for check in CHECKS if check != "ignored_auth")
     command = [Path(sys.executable).parent / "schemathesis", "--config-file", config, "run", document, "--no-color"]
@@ -181,6 +195,8 @@ def test_a_reply_that_is_not_documented_would_be_found(news: Running, tmp_path: 
 
 VALID = (
     ("POST", "/v1/classify", "/v1/classify", b'{"inputs": ["a goal in the last minute"], "erase": ["Sports"]}'),
+    ("POST", "/", "/", b'{"inputs": "a goal", "parameters": {"top_k": 2, "erase": ["Sports"]}}'),
+    ("POST", "/predict", "/predict", b'{"inputs": [["a goal"], "b"], "truncation_direction": "Left"}'),
     ("PUT", "/v1/erasures", "/v1/erasures", b'{"erasures": [{"concept": "World", "tau": 2}], "reason": "why"}'),
     ("PUT", "/v1/erasures/Sports", "/v1/erasures/{concept}", b'{"layer": [-1], "replacement": {"damp": 0.5}}'),
     ("PUT", "/v1/range-sets/active", "/v1/range-sets/active", b'{"id": "0123456789abcdef0123", "force": true}'),

@@ -1,0 +1,66 @@
+"""What is added to every protocol: erasures in a request, and in the reply's headers what was done."""
+
+from typing import Any
+from urllib.parse import quote
+
+from fastapi import Response
+from pydantic import BaseModel, ConfigDict, Field
+
+from app.requests import Erase
+from app.wiring import Answer
+
+LONGEST_HEADER = 2000
+"""Most characters of `X-NeuronLens-Erased`; many clients take 8,000 for all headers together."""
+
+
+class Loose(BaseModel):
+    """Base of what clients of other servers send: unknown fields are ignored, wrong types are errors."""
+
+    model_config = ConfigDict(extra="ignore", strict=True, allow_inf_nan=False)
+
+
+class Steered(Loose):
+    """A request that may say what to erase."""
+
+    erase: Erase | None = Field(
+        None, description="Extension: what to erase, as in /v1/classify; null or absent: the live erasures."
+    )
+
+
+def erased_header(concepts: list[str]) -> str:
+    """The names, percent-encoded and with commas between; `*` stands for those that have no room."""
+    header = ""
+    for concept in concepts:
+        name = ("," if header else "") + quote(concept, safe="")
+        if len(header) + len(name) > LONGEST_HEADER:
+            return header + ("," if header else "") + "*"
+        header += name
+    return header
+
+
+def tell(response: Response, answer: Answer) -> None:
+    """Say in headers what an answer was made under; bodies have no room for it in these protocols."""
+    told = {
+        "X-NeuronLens-Source": answer.source,
+        "X-NeuronLens-Generation": answer.generation,
+        "X-NeuronLens-Range-Set": answer.range_set,
+        "X-NeuronLens-Erased": erased_header([erasure.concept for erasure in answer.erasures]),
+    }
+    response.headers.update({name: value for name, value in told.items() if value})
+
+
+def _header(description: str) -> dict[str, Any]:
+    return {"description": description, "schema": {"type": "string"}}
+
+
+TOLD: dict[int | str, dict[str, Any]] = {
+    200: {
+        "headers": {
+            "X-NeuronLens-Source": _header("Where the erasures came from: live, request or none."),
+            "X-NeuronLens-Generation": _header("Generation of the live state that the request was admitted under."),
+            "X-NeuronLens-Range-Set": _header("Range set that the erasures were resolved against."),
+            "X-NeuronLens-Erased": _header("Concepts that were erased: percent-encoded, with commas between."),
+        }
+    }
+}
+"""The `responses` that document what `tell` sends."""

@@ -1,0 +1,169 @@
+"""`POST /predict`, `GET /info`: text-embeddings-inference with a classifier.
+
+Shapes: its OpenAPI document and router of version 1.7.1 (huggingface/text-embeddings-inference, `docs/openapi.json`,
+`router/src/http`). Where we differ, `docs/dropin.md` says so: there, two strings in a list are one pair.
+"""
+
+from importlib.metadata import version
+from typing import Annotated, Any, Literal
+
+from fastapi import APIRouter, Request, Response
+from pydantic import BaseModel, Field
+
+from app.answering import Timeout, activation_of, answer_to, ranked
+from app.auth import Calling
+from app.problems import BODY, ApiError, Problem, documented
+from app.replies import Score
+from app.requests import erasures_of
+from app.routes import Serving
+from app.routes.dropin.dialect import Dialect
+from app.routes.dropin.steering import TOLD, Steered, tell
+from app.shapes import LIST, TEXT, by_shape
+from app.wiring import Answer
+
+ErrorType = Literal["Unhealthy", "Backend", "Overloaded", "Validation", "Tokenizer"]
+
+
+class TeiProblem(Problem):
+    """An error as clients of text-embeddings-inference read it."""
+
+    error: str | None = Field(None, description="The same as `detail`.")
+    error_type: ErrorType | None = None
+
+
+_STATUS = {"text_too_long": 413, "engine_failed": 424, "non_finite": 424}
+_TYPES: dict[int, ErrorType] = {424: "Backend", 429: "Overloaded", 500: "Backend", 503: "Unhealthy", 504: "Backend"}
+
+
+def _say(problem: dict[str, Any]) -> tuple[int, dict[str, Any]]:
+    status = _STATUS.get(problem["code"], problem["status"])
+    kind = "Tokenizer" if problem["code"] == "empty_text" else _TYPES.get(status, "Validation")
+    return status, {"error": problem["detail"], "error_type": kind}
+
+
+DIALECT = Dialect(TeiProblem, _say)
+router = APIRouter(tags=["text-embeddings-inference"], responses={500: {"model": TeiProblem}})
+
+OneInput = Annotated[
+    Annotated[str, TEXT] | Annotated[list[str], Field(min_length=1, max_length=2), LIST],
+    by_shape("a text, or a list of one text or of a pair"),
+]
+PredictInput = Annotated[
+    Annotated[str, TEXT] | Annotated[list[OneInput], Field(min_length=1, fail_fast=True), LIST],
+    by_shape("a text or a list of texts"),
+]
+
+
+class PredictIn(Steered):
+    """Texts to classify."""
+
+    inputs: PredictInput = Field(description="One text, or a batch.")
+    raw_scores: bool = Field(False, description="Logits instead of scores.")
+    truncate: bool | None = Field(None, description="false: a text that is too long is an error.")
+    truncation_direction: Literal["Right", "right", "Left", "left"] = Field(
+        "Right", description="Left is refused where it would matter."
+    )
+
+    def texts(self) -> list[str]:
+        """The texts, one or many.
+
+        Raises:
+            ApiError: one of them is a pair (422).
+        """
+        if isinstance(self.inputs, str):
+            return [self.inputs]
+        texts = []
+        for index, each in enumerate(self.inputs):
+            if isinstance(each, list) and len(each) > 1:
+                raise ApiError(422, "unsupported", f"inputs.{index}: this server classifies single texts, not pairs")
+            texts.append(each if isinstance(each, str) else each[0])
+        return texts
+
+
+class ClassifierInfo(BaseModel):
+    id2label: dict[str, str]
+    label2id: dict[str, int]
+
+
+class ClassifierType(BaseModel):
+    classifier: ClassifierInfo
+
+
+class InfoOut(BaseModel):
+    """What is served. `max_concurrent_requests`: texts that may wait; `version`: of this server."""
+
+    model_id: str
+    model_sha: str | None
+    model_dtype: str
+    model_type: ClassifierType
+    max_concurrent_requests: int
+    max_input_length: int
+    max_batch_tokens: int
+    max_batch_requests: int | None
+    max_client_batch_size: int
+    auto_truncate: bool
+    tokenization_workers: int
+    version: str
+    sha: str | None
+    docker_label: str | None
+
+
+@router.post("/predict", responses=documented(*BODY, 404, 422, 424, 429, 503, 504) | TOLD)
+async def tei_predict(
+    request: Request,
+    response: Response,
+    body: PredictIn,
+    service: Serving,
+    caller: Calling,
+    x_request_timeout: Timeout = None,
+) -> list[Score] | list[list[Score]]:
+    """Classify as text-embeddings-inference does: a list of labels for a text, a list of such lists for a batch."""
+    answer = await answer_to(
+        request,
+        service,
+        caller,
+        body.texts(),
+        erasures_of(body.erase),
+        truncate=body.truncate is not False,
+        timeout=x_request_timeout,
+    )
+    if body.truncation_direction.lower() == "left":
+        _check_uncut(answer)
+    tell(response, answer)
+    activation = "none" if body.raw_scores else activation_of(service.model.problem_type)
+    predictions = ranked([text.logits for text in answer.texts], service.model.identity.labels, activation, None)
+    return predictions[0] if isinstance(body.inputs, str) else predictions
+
+
+def _check_uncut(answer: Answer) -> None:
+    for index, text in enumerate(answer.texts):
+        if text.truncated:
+            raise ApiError(422, "unsupported", f"inputs.{index} is too long, and this server cuts at the right only")
+
+
+@router.get("/info")
+async def tei_info(service: Serving) -> InfoOut:
+    """What is loaded, as text-embeddings-inference tells it."""
+    model, limits = service.model, service.engine.settings
+    labels = model.identity.labels
+    return InfoOut(
+        model_id=service.name,
+        model_sha=model.identity.revision,
+        model_dtype=model.dtype,
+        model_type=ClassifierType(
+            classifier=ClassifierInfo(
+                id2label={str(index): label for index, label in enumerate(labels)},
+                label2id={label: index for index, label in enumerate(labels)},
+            )
+        ),
+        max_concurrent_requests=limits.max_queue_texts,
+        max_input_length=model.tokens.max_tokens,
+        max_batch_tokens=limits.max_batch_tokens,
+        max_batch_requests=None,
+        max_client_batch_size=service.settings.max_texts,
+        auto_truncate=True,
+        tokenization_workers=1,
+        version=version("neuronlens"),
+        sha=None,
+        docker_label=None,
+    )

@@ -1,0 +1,99 @@
+"""What the tests of all protocols go through: how each asks, and how its clients read an error.
+
+The schemas say, in JSON Schema, what the protocols' own documents ask of a reply: text-embeddings-inference's OpenAPI
+1.7.1, vLLM's pydantic models, the Open Inference Protocol's `open_inference_rest.yaml`. They are written for these
+tests; none is copied.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import httpx
+
+Body = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Protocol:
+    """ask: the body that classifies texts; erase: that body with something erased; error: what its clients look for."""
+
+    path: Callable[[str], str]
+    ask: Callable[[list[str]], Body]
+    erase: Callable[[Body, Any], Body]
+    labels: Callable[[Any], list[str]]
+    error: Callable[[Any], str]
+    invalid: int
+
+
+def _top(body: Body, erase: Any) -> Body:
+    return {**body, "erase": erase}
+
+
+def _best(reply: Any) -> list[str]:
+    return [each[0]["label"] for each in reply]
+
+
+PROTOCOLS = {
+    "hf": Protocol(lambda name: "/", lambda texts: {"inputs": texts}, _top, _best, lambda body: body["error"], 422),
+    "tei": Protocol(
+        lambda name: "/predict", lambda texts: {"inputs": texts}, _top, _best, lambda body: body["error"], 422
+    ),
+}
+
+
+def refused(response: httpx.Response, status: int, code: str) -> dict[str, Any]:
+    """The body of an error: a problem's members, sent as plain JSON."""
+    assert (response.status_code, response.headers["content-type"]) == (status, "application/json"), response.text
+    body: dict[str, Any] = response.json()
+    assert (body["status"], body["code"]) == (status, code), body
+    assert body["request_id"] == response.headers["x-request-id"]
+    assert {"type", "title", "detail"} <= body.keys()
+    return body
+
+
+def _array(of: Any) -> Any:
+    return {"type": "array", "items": of}
+
+
+def _object(required: dict[str, Any], optional: dict[str, Any] | None = None) -> Any:
+    return {"type": "object", "required": list(required), "properties": required | (optional or {})}
+
+
+TEXT, NUMBER, BOOLEAN = {"type": "string"}, {"type": "number"}, {"type": "boolean"}
+COUNT = {"type": "integer", "minimum": 0}
+MAYBE_TEXT = {"type": ["string", "null"]}
+PREDICTION = _object({"score": NUMBER, "label": TEXT})
+TEI_PREDICTIONS = {"oneOf": [_array(PREDICTION), _array(_array(PREDICTION))]}
+TEI_ERROR = _object(
+    {"error": TEXT, "error_type": {"enum": ["Unhealthy", "Backend", "Overloaded", "Validation", "Tokenizer"]}}
+)
+TEI_INFO = _object(
+    {
+        "model_id": TEXT,
+        "model_dtype": TEXT,
+        "model_type": _object(
+            {
+                "classifier": _object(
+                    {
+                        "id2label": {"type": "object", "additionalProperties": TEXT},
+                        "label2id": {"type": "object", "additionalProperties": COUNT},
+                    }
+                )
+            }
+        ),
+        "max_concurrent_requests": COUNT,
+        "max_input_length": COUNT,
+        "max_batch_tokens": COUNT,
+        "max_client_batch_size": COUNT,
+        "auto_truncate": BOOLEAN,
+        "tokenization_workers": COUNT,
+        "version": TEXT,
+    },
+    {
+        "model_sha": MAYBE_TEXT,
+        "sha": MAYBE_TEXT,
+        "docker_label": MAYBE_TEXT,
+        "max_batch_requests": {"type": ["integer", "null"], "minimum": 0},
+    },
+)

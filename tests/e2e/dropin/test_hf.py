@@ -1,0 +1,93 @@
+"""`POST /` with the client that people have: huggingface_hub's own."""
+
+from typing import Any
+
+import pytest
+from huggingface_hub import InferenceClient
+from huggingface_hub.errors import HfHubHTTPError
+
+from range_store.api_keys import KeyStore
+from range_store.erasure import Erasure
+from range_store.live import LiveErasure
+from tests.e2e.conftest import LABELS, Running
+from tests.e2e.dropin.protocols import refused
+from tests.workers.texts import labelled_texts
+
+TEXT = labelled_texts(1, seed=3)[0][0]
+
+
+def scores(running: Running, **fields: Any) -> dict[str, float]:
+    """Labels, best first, with their scores, as /v1/classify gives them."""
+    found = running.classify(TEXT, **fields).json()["results"][0]["scores"]
+    return {each["label"]: each["score"] for each in found}
+
+
+def asked(client: InferenceClient, **more: Any) -> dict[str, float]:
+    return {each.label: each.score for each in client.text_classification(TEXT, **more)}
+
+
+@pytest.mark.parametrize("end", ["", "/"])
+def test_the_client_gets_every_label_best_first(news: Running, end: str) -> None:
+    client = InferenceClient(model=news.url + end)
+    assert asked(client) == pytest.approx(scores(news))
+    assert list(asked(client)) == list(scores(news))
+    assert list(asked(client, top_k=2)) == list(scores(news))[:2]
+
+
+@pytest.mark.parametrize("function", ["softmax", "sigmoid", "none"])
+def test_the_client_chooses_the_function(news: Running, function: Any) -> None:
+    client = InferenceClient(model=news.url)
+    assert asked(client, function_to_apply=function) == pytest.approx(scores(news, activation=function))
+
+
+def test_the_client_sees_what_is_erased_live(news: Running) -> None:
+    client = InferenceClient(model=news.url)
+    bare = asked(client)
+    news.service.store.set_erasure(LiveErasure(erasure=Erasure(concept="Sports", top_fraction=1.0)))
+    news.service.mirror.refresh()
+    erased = asked(client)
+    assert erased == pytest.approx(scores(news))
+    assert erased != pytest.approx(bare)
+
+
+def test_the_client_sends_its_token(keyed: tuple[Running, dict[str, str], KeyStore]) -> None:
+    running, tokens, _ = keyed
+    found = InferenceClient(model=running.url, token=tokens["infer"]).text_classification(TEXT)
+    assert {each.label for each in found} == set(LABELS)
+    with pytest.raises(HfHubHTTPError, match="needs a key with scope infer") as wrong:
+        InferenceClient(model=running.url, token=tokens["read"]).text_classification(TEXT)
+    assert wrong.value.response.status_code == 403
+    assert wrong.value.request_id == wrong.value.response.headers["x-request-id"]
+
+
+def test_the_client_tells_why_it_was_refused(news: Running) -> None:
+    with pytest.raises(HfHubHTTPError, match="greater than or equal to 1"):
+        InferenceClient(model=news.url).text_classification(TEXT, top_k=0)
+    with pytest.raises(HfHubHTTPError, match="the limit is 100000"):
+        InferenceClient(model=news.url).text_classification("a" * 100_001)
+
+
+def test_a_list_of_texts_and_parameters(news: Running) -> None:
+    def post(**body: Any) -> Any:
+        return news.http.post("/", json=body).json()
+
+    assert [len(each) for each in post(inputs=[TEXT, "b"], parameters={"top_k": 2, "padding": True})] == [2, 2]
+    assert post(inputs=TEXT) == post(inputs=[TEXT]) == post(inputs=TEXT, parameters=None)
+    assert post(inputs=[]) == []
+    erased = post(inputs=TEXT, erase=["Sports"])
+    assert erased == post(inputs=TEXT, parameters={"erase": ["Sports"]})
+    assert erased == post(inputs=TEXT, erase=["Sports"], parameters={"erase": ["World"]})
+    assert [each["label"] for each in erased[0]] == list(scores(news, erase=["Sports"]))
+
+
+def test_a_text_that_is_too_long_is_cut_unless_told_otherwise(news: Running) -> None:
+    body = {"inputs": "word " * 5000}
+    assert news.http.post("/", json=body).status_code == 200
+    whole = news.http.post("/", json={**body, "parameters": {"truncation": False}})
+    assert refused(whole, 422, "text_too_long")["error"]
+
+
+def test_other_methods_of_the_root_are_not_of_this_protocol(news: Running) -> None:
+    reply = news.http.delete("/")
+    assert reply.headers["content-type"] == "application/problem+json"
+    assert "error" not in reply.json()

@@ -1,0 +1,112 @@
+"""`/predict`, `/info`: what a client of text-embeddings-inference sends and reads."""
+
+from typing import Any
+
+import jsonschema
+import pytest
+import torch
+
+from range_store.api_keys import KeyStore
+from tests.e2e.conftest import LABELS, Running
+from tests.e2e.dropin.protocols import TEI_ERROR, TEI_INFO, TEI_PREDICTIONS, refused
+from tests.workers.texts import labelled_texts
+from workers.models.loading import LoadedModel
+
+TEXTS = [text for text, _ in labelled_texts(3, seed=3)]
+
+
+def predict(running: Running, **body: Any) -> Any:
+    reply = running.http.post("/predict", json=body)
+    assert reply.status_code == 200, reply.text
+    jsonschema.validate(reply.json(), TEI_PREDICTIONS)
+    return reply.json()
+
+
+def test_a_string_is_answered_by_one_list(news: Running) -> None:
+    assert predict(news, inputs=TEXTS[0]) == news.classify(TEXTS[0]).json()["results"][0]["scores"]
+
+
+@pytest.mark.parametrize("wrap", [lambda text: text, lambda text: [text]])
+@pytest.mark.parametrize("many", [1, 2, 3])
+def test_a_list_is_a_batch_of_any_length(news: Running, wrap: Any, many: int) -> None:
+    found = predict(news, inputs=[wrap(text) for text in TEXTS[:many]])
+    assert [each[0]["label"] for each in found] == [
+        each["label"] for each in news.classify(TEXTS[:many]).json()["results"]
+    ]
+
+
+def test_pairs_are_refused_and_not_misread(news: Running) -> None:
+    reply = news.http.post("/predict", json={"inputs": [["a"], ["b", "c"]]})
+    body = refused(reply, 422, "unsupported")
+    assert body["error"] == "inputs.1: this server classifies single texts, not pairs"
+    jsonschema.validate(body, TEI_ERROR)
+
+
+@pytest.mark.parametrize("inputs", [[], [[]], [["a", "b", "c"]], 5, [5], [["a", 5]], None, {"text": "a"}])
+def test_what_is_no_input(news: Running, inputs: Any) -> None:
+    body = refused(news.http.post("/predict", json={"inputs": inputs}), 422, "invalid")
+    jsonschema.validate(body, TEI_ERROR)
+    assert body["error_type"] == "Validation"
+
+
+def test_raw_scores_are_logits(news: Running) -> None:
+    found = predict(news, inputs=TEXTS[0], raw_scores=True)
+    assert found == news.classify(TEXTS[0], activation="none").json()["results"][0]["scores"]
+
+
+@pytest.mark.parametrize("direction", ["Left", "left", "Right", "right"])
+def test_a_long_text_is_cut_at_the_right_or_refused(news: Running, direction: str) -> None:
+    long = "word " * 5000
+    assert predict(news, inputs=long) == news.classify(long).json()["results"][0]["scores"]
+    assert len(predict(news, inputs="short", truncation_direction=direction)) == len(LABELS)
+    whole = news.http.post("/predict", json={"inputs": long, "truncate": False, "truncation_direction": direction})
+    body = refused(whole, 413, "text_too_long")
+    assert body["error_type"] == "Validation"
+    cut = news.http.post("/predict", json={"inputs": ["short", long], "truncation_direction": direction})
+    if direction.lower() == "left":
+        assert refused(cut, 422, "unsupported")["error"].startswith("inputs.1 is too long")
+    else:
+        assert cut.status_code == 200
+
+
+def test_a_model_that_fails_is_424(news: Running, model: LoadedModel, monkeypatch: pytest.MonkeyPatch) -> None:
+    whole = model.steered._call_packed
+    failed: list[int] = []
+
+    def fails_once(*args: Any) -> torch.Tensor:
+        if not failed:
+            failed.append(1)
+            raise ValueError("a fault on a text")
+        return whole(*args)
+
+    monkeypatch.setattr(model.steered, "_call_packed", fails_once)
+    reply = news.http.post("/predict", json={"inputs": TEXTS[0]})
+    body = refused(reply, 424, "engine_failed")
+    jsonschema.validate(body, TEI_ERROR)
+    assert body["error_type"] == "Backend"
+    assert news.http.post("/predict", json={"inputs": TEXTS[0]}).status_code == 200
+
+
+def test_error_types(news: Running) -> None:
+    late = news.http.post("/predict", json={"inputs": "a"}, headers={"X-Request-Timeout": "1e-9"})
+    assert refused(late, 504, "deadline_exceeded")["error_type"] == "Backend"
+    news.service.engine.drain()
+    stopped = news.http.post("/predict", json={"inputs": "a"})
+    assert refused(stopped, 503, "draining")["error_type"] == "Unhealthy"
+
+
+def test_info(news: Running) -> None:
+    info = news.http.get("/info").json()
+    jsonschema.validate(info, TEI_INFO)
+    assert info["model_id"] == news.service.name
+    assert info["model_type"]["classifier"]["id2label"] == {str(n): label for n, label in enumerate(LABELS)}
+    assert info["model_type"]["classifier"]["label2id"] == {label: n for n, label in enumerate(LABELS)}
+    assert info["max_client_batch_size"] == news.service.settings.max_texts
+
+
+def test_info_needs_scope_read(keyed: tuple[Running, dict[str, str], KeyStore]) -> None:
+    running, tokens, _ = keyed
+    jsonschema.validate(refused(running.http.get("/info"), 401, "no_key"), TEI_ERROR)
+    for scope, status in (("infer", 403), ("read", 200)):
+        headers = {"Authorization": f"Bearer {tokens[scope]}"}
+        assert running.http.get("/info", headers=headers).status_code == status
