@@ -5,7 +5,8 @@
 ...     client.classify("The coach praised the goalkeeper.", erase="Sports").label
 """
 
-from neuronlens.client import AsyncClient, Client
+from neuronlens.async_client import AsyncClient
+from neuronlens.client import Client
 from neuronlens.erasing import CONTEXT, Erase, Erasing, ErasureSettings, ErasureSpec, LiveSpec
 from neuronlens.errors import (
     Conflict,
@@ -22,6 +23,7 @@ from neuronlens.errors import (
     TooLarge,
     Unavailable,
 )
+from neuronlens.events import Event, LiveChanged, OtherEvent, RangeSetsChanged
 from neuronlens.replies import Answer, Answers, LiveState, Plan, Result, Score
 
 __all__ = [
@@ -36,16 +38,20 @@ __all__ = [
     "Erasing",
     "ErasureSettings",
     "ErasureSpec",
+    "Event",
     "Failed",
     "Invalid",
+    "LiveChanged",
     "LiveSpec",
     "LiveState",
     "NeuronLensError",
     "NoAnswer",
     "NotFound",
     "NotUnderstood",
+    "OtherEvent",
     "Overloaded",
     "Plan",
+    "RangeSetsChanged",
     "Refused",
     "Result",
     "Score",

@@ -145,7 +145,7 @@ class Caller:
                 again = isinstance(outcome, _NOTHING_SENT) or (
                     repeatable and isinstance(outcome, httpx.NetworkError | httpx.RemoteProtocolError)
                 )
-            pause = _pause(tried, error.retry_after)
+            pause = pause_before(tried, error.retry_after)
             if not again or tried >= retries or time.monotonic() + pause >= deadline:
                 raise error
             tried += 1
@@ -171,7 +171,7 @@ def _again(error: NeuronLensError, repeatable: bool) -> bool:
     return error.status == 429 or error.code in _NOTHING_DONE or (repeatable and error.status in (502, 503))
 
 
-def _pause(tried: int, retry_after: float | None) -> float:
+def pause_before(tried: int, retry_after: float | None) -> float:
     """Seconds until the next try: what the server asks for and some more, so that not all come back at once."""
     return (retry_after or 0.0) + random.uniform(0, min(LONGEST_PAUSE, FIRST_PAUSE * 2**tried))
 

@@ -2,6 +2,7 @@
 
 import asyncio
 import contextvars
+import inspect
 import json
 import threading
 import time
@@ -30,11 +31,23 @@ class Awaited:
 
         def run(*args: Any, **named: Any) -> Any:
             result = found(*args, **named)
+            if inspect.isasyncgen(result):
+                return self._each(result)
             if not asyncio.iscoroutine(result):
                 return result
             return self._runner.run(result, context=contextvars.copy_context())
 
         return run
+
+    def _each(self, events: Any) -> Iterator[Any]:
+        try:
+            while True:
+                try:
+                    yield self._runner.run(anext(events))
+                except StopAsyncIteration:
+                    return
+        finally:
+            self._runner.run(events.aclose())
 
 
 @pytest.fixture(params=["sync", "async"])
