@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 ARGS ?=
 
-.PHONY: help setup demo test test-system test-long check audit bench bench-rivals soak openapi picture clean
+.PHONY: help setup demo test test-system test-long check audit bench bench-rivals soak openapi picture screenshots clean
 
 help:
 	@echo "make demo         train, fit, measure and serve the demo (ARGS=\"--port 8123\" passes arguments on)"
@@ -18,6 +18,7 @@ help:
 	@echo "make soak         100,000 random requests at once, each against its answer alone"
 	@echo "make openapi      write openapi.json anew"
 	@echo "make picture      draw docs/ranges.png anew"
+	@echo "make screenshots  take docs/console-*.png anew (needs Debian's chromium)"
 
 $(VENV)/.ready: pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is needed: make PYTHON=python3.11")'
@@ -82,6 +83,9 @@ openapi: setup
 
 picture: setup
 	$(BIN)/python docs/draw_ranges.py
+
+screenshots: setup
+	$(BIN)/python docs/draw_console.py
 
 clean:
 	rm -rf $(VENV) .pytest_cache .mypy_cache .ruff_cache .hypothesis build *.egg-info

@@ -32,6 +32,8 @@ def scope_of(method: str, path: str) -> Scope | None:
     """The scope that a call needs; None if it is open. What is not known to be harmless needs `admin`."""
     if path in OPEN or path == "/docs" or path.startswith(("/docs/", "/static-offline-docs/")):
         return None
+    if method in ("GET", "HEAD") and (path == "/" or path.startswith("/console/")):
+        return None  # the console: a page that asks for a key itself
     if method == "POST" and path in INFER:
         return "infer"
     return "read" if method in ("GET", "HEAD") and path not in ADMIN else "admin"

@@ -15,7 +15,7 @@ from app.auth import Authentication
 from app.metrics import ServiceMetrics
 from app.middleware import BodyLimit, Faults, FullQueue, HostCheck, HttpMetrics, RequestId
 from app.problems import Problem
-from app.routes import audit, classify, dropin, erasures, events, inspection, range_sets, service
+from app.routes import audit, classify, console, dropin, erasures, events, inspection, range_sets, service
 from app.routes.dropin.dialect import Dialects
 from app.settings import LOOPBACK, Settings
 from app.store_calls import StoreCalls
@@ -51,7 +51,7 @@ def create_app(settings: Settings, running: Service | None = None) -> FastAPI:
     )
     problems.install(app)
     app.add_exception_handler(ClientGone, client_gone)
-    for module in (service, classify, erasures, events, audit, range_sets, inspection):
+    for module in (service, classify, erasures, events, audit, range_sets, inspection, console):
         app.include_router(module.router)
     for router in dropin.ROUTERS:
         app.include_router(router)

@@ -17,6 +17,8 @@ if TYPE_CHECKING:
 
 _POST = "{address}/v1/classify -H 'Content-Type: application/json' -d"
 _TEXT = '"inputs": "The striker scored twice in extra time and the home side won the cup."'
+TRUNK_CACHE_MB = 64
+"""Megabytes of trunk states that the demo keeps."""
 MEAN = "mean"
 """Target name of the row that averages over the targets."""
 TO_TRY = (
@@ -50,7 +52,9 @@ def demo(
         host=host, port=port, insecure=insecure, log_level=log_level, log_format=log_format, access_log=access_log
     )
     # a private Redis of its own, whatever store the environment names
-    settings = settings.model_copy(update={"redis_url": None, "data_dir": cache_dir or settings.data_dir / "demo"})
+    own = {"redis_url": None, "data_dir": cache_dir or settings.data_dir / "demo"}
+    # the console's sliders ask about one text again and again
+    settings = settings.model_copy(update={**own, "trunk_cache_mb": settings.trunk_cache_mb or TRUNK_CACHE_MB})
     with ExitStack() as stack:
         stack.enter_context(observed(settings))
         settings = guarded(settings)

@@ -15,9 +15,17 @@ PAGE = Path(__file__).parents[2] / "docs" / "http.md"
 
 
 @pytest.mark.parametrize("method", ["GET", "POST", "PUT", "DELETE", "PATCH", "OPTIONS", "HEAD", "WHATEVER"])
-@pytest.mark.parametrize("path", ["/", "/v1", "/v1/", "/v2/x", "/metrics/", "/livez/..", "/v1/classify/", "/docsx", ""])
+@pytest.mark.parametrize(
+    "path", ["/console", "/v1", "/v1/", "/v2/x", "/metrics/", "/livez/..", "/v1/classify/", "/docsx", ""]
+)
 def test_what_is_not_known_to_be_open_needs_a_key(method: str, path: str) -> None:
     assert scope_of(method, path) is not None
+
+
+def test_the_console_is_open_to_look_at_only() -> None:
+    for path in ("/", "/console/main.js"):
+        scopes = {method: scope_of(method, path) for method in ("GET", "HEAD", "POST", "PUT", "DELETE", "OPTIONS")}
+        assert {method for method, scope in scopes.items() if scope is None} == {"GET", "HEAD"}
 
 
 def test_the_openapi_document_names_the_scope_of_every_call() -> None:

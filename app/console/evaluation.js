@@ -1,0 +1,82 @@
+// Evaluation: the reports of `neuronlens evaluate` in the data directory, opened in place.
+
+import { call, isAbort, path } from "./api.js";
+import { button, el, fill, quoted } from "./elements.js";
+import { empty, failed, loading } from "./notices.js";
+import { moment } from "./numbers.js";
+import { keep } from "./state.js";
+
+export async function showEvaluation(part, params, signal) {
+  const list = el("div", {}, loading("reports"));
+  const opened = el("div", {});
+  part.append(
+    el("h1", { class: "unseen" }, "Evaluation"),
+    el("section", { class: "card", "aria-labelledby": "reports-title" }, el("h2", { id: "reports-title" }, "Reports"), el("p", { class: "quiet" }, "What ", el("code", {}, "neuronlens evaluate"), " measured, newest first."), list),
+    opened,
+  );
+  const read = async () => {
+    fill(list, loading("reports"));
+    try {
+      const { data } = await call("GET", "/v1/reports", { signal });
+      draw(data.reports);
+    } catch (error) {
+      if (isAbort(error) || signal.aborted) return;
+      if (error.status === 404) fill(list, empty("No reports here", "This server shows none."));
+      else fill(list, failed(error, read));
+    }
+  };
+  const draw = (reports) => {
+    if (!reports.length) {
+      fill(list, empty("No reports yet", "neuronlens evaluate … --out DIRECTORY writes one; below the server’s reports directory it shows up here."));
+      return;
+    }
+    fill(list, el("ul", { class: "erasures" }, reports.map((report) => item(report, open))));
+    const wanted = reports.find(({ id }) => id === params.get("report"));
+    if (wanted) open(wanted);
+  };
+  const open = async (report) => {
+    keep("evaluation", { report: report.id });
+    for (const each of list.querySelectorAll("[data-report]")) each.setAttribute("aria-pressed", String(each.dataset.report === report.id));
+    fill(opened, loading("the report"));
+    try {
+      const { data } = await call("GET", path("v1", "reports", report.id, "report.html"), { signal, text: true });
+      fill(opened, el("section", { class: "card", "aria-label": "Report" }, el("div", { class: "heading" }, el("h2", {}, quoted(report.id)), button("Close", () => {
+        keep("evaluation", {});
+        fill(opened);
+        list.querySelector(`[data-report="${CSS.escape(report.id)}"]`)?.focus();
+      })), frame(report.id, data, signal)));
+      opened.scrollIntoView({ block: "start" });
+    } catch (error) {
+      if (isAbort(error) || signal.aborted) return;
+      fill(opened, failed(error, () => open(report)));
+    }
+  };
+  await read();
+}
+
+function item(report, open) {
+  return el(
+    "li",
+    { class: "erasure" },
+    el("div", {}, el("h3", {}, quoted(report.id)), el("p", { class: "quiet" }, facts(report))),
+    el("div", { class: "actions" }, button("Open", () => open(report), { "data-report": report.id, "aria-pressed": "false", "aria-label": `Open ${report.id}` })),
+  );
+}
+
+function facts(report) {
+  const at = report.modified_at ?? report.created_at ?? null;
+  return [report.model ? ["of ", quoted(report.model), " · "] : null, at === null ? null : `written ${moment(at)}`];
+}
+
+/** A frame with an origin of its own: the report's scripts run, and reach nothing else. */
+function frame(name, html, signal) {
+  const element = el("iframe", { src: "/console/report-frame.html", sandbox: "allow-scripts", title: `Report ${name}`, class: "report", referrerpolicy: "no-referrer" });
+  addEventListener(
+    "message",
+    ({ source, data }) => {
+      if (source === element.contentWindow && data === "ready") element.contentWindow.postMessage({ report: html }, "*");
+    },
+    { signal },
+  );
+  return element;
+}

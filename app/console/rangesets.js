@@ -1,0 +1,117 @@
+// Range sets: where each comes from, two of them beside each other, making one active or going back to it.
+
+import { call } from "./api.js";
+import { confirm, reasonField } from "./dialogs.js";
+import { button, el, freshId, quoted, table } from "./elements.js";
+import { live, rangeSetsChanged, take } from "./follow.js";
+import { empty, failed, loading } from "./notices.js";
+import { count, moment } from "./numbers.js";
+
+/** The part of the page; it reads the list again when that has changed. */
+export async function rangeSetsPart(signal) {
+  const list = el("div", {}, loading("range sets"));
+  const compared = el("div", {});
+  const part = el("section", { class: "card", "aria-labelledby": "sets-title" }, el("h2", { id: "sets-title" }, "Range sets"), el("p", { class: "quiet" }, "What was fitted. Erasures are resolved on the active one; choose two to compare them."), list, compared);
+  const picked = [];
+  const read = async () => {
+    try {
+      const { data } = await call("GET", "/v1/range-sets", { signal });
+      if (signal.aborted) return;
+      draw(data.range_sets);
+    } catch (error) {
+      if (!signal.aborted) list.replaceChildren(failed(error, read));
+    }
+  };
+  const draw = (sets) => {
+    const active = sets.find((each) => each.active);
+    const drawCompared = () => {
+      const [one, other] = picked.map((id) => sets.find((each) => each.id === id));
+      compared.replaceChildren(...(one && other ? [comparison(one, other)] : []));
+    };
+    const pick = (id, box) => {
+      if (box.checked) picked.push(id);
+      else picked.splice(picked.indexOf(id), 1);
+      if (picked.length > 2) {
+        const dropped = picked.shift();
+        const other = list.querySelector(`[data-set="${CSS.escape(dropped)}"]`);
+        if (other) other.checked = false;
+      }
+      drawCompared();
+    };
+    list.replaceChildren(sets.length ? el("ul", { class: "sets" }, sets.map((each) => item(each, active, picked, pick))) : empty("No range set is published", "neuronlens fit --model … --data … --activate makes one."));
+    drawCompared();
+  };
+  rangeSetsChanged.watch(read, signal);
+  await read();
+  return part;
+}
+
+function item(set, active, picked, pick) {
+  const { corpus, settings } = set.provenance;
+  const id = freshId("set");
+  const box = el("input", { type: "checkbox", id, "data-set": set.id, checked: picked.includes(set.id), onchange: () => pick(set.id, box) });
+  const older = active && set.published_at < active.published_at;
+  return el(
+    "li",
+    { class: "erasure" },
+    el(
+      "div",
+      {},
+      el("h3", {}, el("code", {}, set.id), set.active ? el("span", { class: "badge" }, "active") : null),
+      el("p", {}, quoted(corpus.name), corpus.split ? [" / ", quoted(corpus.split)] : null, `: ${count(Object.keys(corpus.counts).length, "concept")}, ${count(corpus.rows, "text")}, blocks ${settings.layers.join(", ")}`),
+      el("p", { class: "quiet" }, `published ${moment(set.published_at)} · fitted ${moment(set.provenance.created_at)}`),
+      el("details", {}, el("summary", {}, "Provenance"), table(`Provenance of ${set.id}`, ["", ""], flat(set.provenance).map(([name, text]) => [name, quoted(text)]), { class: "facts" })),
+      el("div", { class: "tickbox" }, box, el("label", { for: id }, "Compare")),
+    ),
+    el("div", { class: "actions" }, set.active ? null : button(older ? "Roll back to it…" : "Activate…", () => activate(set, older), { "aria-label": `${older ? "Roll back to" : "Activate"} ${set.id}` })),
+  );
+}
+
+/** Every value of a provenance with its dotted name. */
+function flat(value, name = "") {
+  if (value === null || typeof value !== "object") return [[name, String(value)]];
+  if (Array.isArray(value)) return [[name, value.join(", ")]];
+  return Object.entries(value).flatMap(([part, each]) => flat(each, name ? `${name}.${part}` : part));
+}
+
+function comparison(one, other) {
+  const [left, right] = [one, other].map((each) => new Map(flat(each.provenance)));
+  const names = [...new Set([...left.keys(), ...right.keys()])];
+  const differing = names.filter((name) => left.get(name) !== right.get(name));
+  return el(
+    "div",
+    { role: "region", "aria-label": "Comparison" },
+    el("h3", {}, differing.length ? `${count(differing.length, "difference")} of ${names.length} facts` : "No difference but the statistics"),
+    differing.length ? table("Differences", ["", one.id, other.id], differing.map((name) => [name, quoted(left.get(name) ?? "–"), quoted(right.get(name) ?? "–")]), { class: "facts" }) : null,
+  );
+}
+
+function activate(set, older) {
+  const guard = { generation: live.value?.generation };
+  const reason = reasonField();
+  let force = false;
+  confirm({
+    title: older ? "Roll back" : "Activate",
+    content: el("div", {}, el("p", {}, "Erasures are then resolved on ", el("code", {}, set.id), ", from the next request on, on every server of this store."), reason.element),
+    action: older ? "Roll back for everybody" : "Activate for everybody",
+    run: async () => {
+      const body = { id: set.id, reason: reason.value(), ...(force ? { force: true } : {}) };
+      const { data } = await call("PUT", "/v1/range-sets/active", { body, ifMatch: guard.generation });
+      take(data);
+    },
+    refused: (error) => {
+      force = false;
+      if (error.status === 412) {
+        guard.generation = error.generation;
+        call("GET", "/v1/erasures").then(({ data }) => take(data)).catch(() => {});
+        return el("p", { class: "note" }, "The live state has changed since; the same button goes on with what it is now.");
+      }
+      if (error.code !== "unresolvable_erasure") return null;
+      const id = freshId("force");
+      const box = el("input", { type: "checkbox", id, onchange: () => {
+        force = box.checked;
+      } });
+      return el("div", { class: "tickbox" }, box, el("label", { for: id }, "Force: drop the live erasures that it cannot serve"));
+    },
+  });
+}

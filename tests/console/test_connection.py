@@ -1,0 +1,114 @@
+"""Keys asked for, refusals explained, a lost server shown and found again."""
+
+from collections.abc import Callable
+
+import pytest
+from playwright.sync_api import Route, expect
+
+from range_store.api_keys import KeyStore
+from tests.console.conftest import Window
+from tests.e2e.conftest import Running
+from tests.range_store.waiting import until
+
+pytestmark = pytest.mark.system
+Open = Callable[..., Window]
+Keyed = tuple[Running, dict[str, str], KeyStore]
+
+
+def give(window: Window, token: str) -> None:
+    window.page.get_by_label("Key", exact=True).fill(token)
+    window.page.get_by_role("button", name="Use it").click()
+
+
+def test_a_key_is_asked_for_once_and_kept_for_the_tab(keyed: Keyed, window: Open) -> None:
+    running, tokens, _ = keyed
+    mine = window(running)
+    page = mine.open("#/live")
+    expect(page.get_by_role("dialog")).to_contain_text("This server asks for an API key")
+    give(mine, "two words")
+    expect(page.get_by_role("dialog").get_by_role("alert")).to_contain_text("A key is one word")
+    give(mine, "nl_wrong")
+    expect(page.get_by_role("dialog")).to_contain_text("does not know this key")
+    give(mine, tokens["admin"])
+    expect(page.get_by_text("Nothing is erased", exact=True)).to_be_visible()
+    page.reload()
+    expect(page.get_by_text("Nothing is erased", exact=True)).to_be_visible()
+    expect(page.get_by_role("dialog")).to_have_count(0)
+    page.get_by_role("button", name="Key").click()
+    page.get_by_role("button", name="Forget the key").click()
+    expect(page.get_by_role("alert").filter(has_text="A key is needed")).to_be_visible()
+    page.get_by_role("button", name="Use another key").click()
+    page.get_by_role("button", name="Not now").click()
+    expect(page.get_by_role("dialog")).to_have_count(0)
+
+
+def test_a_key_that_may_not_is_told_which_scope_is_missing(keyed: Keyed, window: Open) -> None:
+    running, tokens, _ = keyed
+    mine = window(running)
+    page = mine.open("#/live")
+    give(mine, tokens["read"])
+    expect(page.get_by_text("Nothing is erased", exact=True)).to_be_visible()
+    page.get_by_role("button", name="Switch on…").click()
+    page.get_by_role("button", name="Switch it on for everybody").click()
+    expect(page.get_by_role("dialog").get_by_role("alert")).to_contain_text("needs a key with scope admin")
+
+
+def test_a_revoked_key_is_asked_for_anew(keyed: Keyed, window: Open) -> None:
+    running, tokens, keys = keyed
+    mine = window(running)
+    page = mine.open("#/try?text=a+goal")
+    give(mine, tokens["admin"])
+    expect(page.locator(".scores")).to_be_visible()
+    keys.revoke("the-admin")
+    running.service.keyring.refresh()
+    page.get_by_label("Sports").check(force=True)
+    expect(page.get_by_role("dialog")).to_contain_text("revoked")
+
+
+def test_the_store_away_is_a_notice_and_no_blank_page(news: Running, window: Open) -> None:
+    mine = window(news)
+    page = mine.page
+
+    def away(route: Route) -> None:
+        route.fulfill(
+            status=503,
+            headers={"Retry-After": "1", "Content-Type": "application/problem+json"},
+            body='{"code": "store_unavailable", "detail": "the store is away", "status": 503, "request_id": "abc"}',
+        )
+
+    page.route("**/v1/range-sets", away)
+    mine.open("#/live")
+    expect(page.get_by_role("alert").filter(has_text="the store is away")).to_contain_text("abc")
+    page.unroute("**/v1/range-sets")
+    page.get_by_role("button", name="Try again").click()
+    expect(page.get_by_role("heading", name=str(news.service.store.live().range_set))).to_be_visible()
+
+
+def test_a_server_that_is_lost_is_shown_and_found_again(news: Running, window: Open) -> None:
+    mine = window(news)
+    page = mine.open("#/try?text=a+goal&erase=Sports")
+    expect(page.locator(".scores")).to_be_visible()
+    mine.away = True
+    page.context.set_offline(True)
+    page.get_by_label("Share of neurons").fill("90")
+    expect(page.locator("#lost")).to_be_visible()
+    expect(page.locator(".result")).to_contain_text("No connection")
+    news.http.put("/v1/erasures/World")
+    page.context.set_offline(False)
+    expect(page.locator("#lost")).to_be_hidden()
+    expect(page.locator(".scores")).to_be_visible()
+    page.get_by_role("link", name="Live").click()
+    expect(page.get_by_role("heading", name="World")).to_be_visible()
+
+
+def test_without_ranges_the_page_says_what_to_do(serve: Callable[..., Running], window: Open) -> None:
+    running = serve()
+    mine = window(running)
+    page = mine.open("#/neurons")
+    expect(page.get_by_text("No range set is active")).to_be_visible()
+    page.get_by_role("link", name="Try").click()
+    page.get_by_role("group", name="Examples").get_by_role("button").first.click()
+    expect(page.locator(".scores")).to_be_visible()
+    page.get_by_role("link", name="Live").click()
+    expect(page.get_by_text("No range set is published")).to_be_visible()
+    until(lambda: all(status in (404, 503) for status, _ in mine.refused))

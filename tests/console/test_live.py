@@ -1,0 +1,157 @@
+"""Live: what is erased, changed with care, seen by every window."""
+
+import re
+from collections.abc import Callable
+
+import pytest
+from playwright.sync_api import Page, expect
+
+from tests.console.conftest import NARROW, Window
+from tests.e2e.conftest import Running
+from tests.range_store.builders import random_range_set
+
+pytestmark = pytest.mark.system
+Open = Callable[..., Window]
+
+
+def live(running: Running) -> dict[str, dict[str, object]]:
+    return {each["concept"]: each for each in running.http.get("/v1/erasures").json()["erasures"]}
+
+
+def dialog(page: Page, title: str | re.Pattern[str]) -> object:
+    found = page.get_by_role("dialog", name=title)
+    expect(found).to_be_visible()
+    return found
+
+
+def test_on_change_and_off_with_a_reason_while_another_window_follows(
+    news: Running, window: Open, no_sideways: Callable[[Page], None]
+) -> None:
+    mine, other = window(news).open("#/live"), window(news, viewport=NARROW).open("#/live")
+    expect(mine.get_by_text("Nothing is erased", exact=True)).to_be_visible()
+    expect(other.get_by_text("Nothing is erased", exact=True)).to_be_visible()
+
+    mine.get_by_role("button", name="Switch on…").click()
+    box = dialog(mine, "Switch an erasure on")
+    assert not live(news), "nothing happens before it is confirmed"
+    box.get_by_label("Concept").select_option("Sports")
+    box.get_by_label("Share of neurons").fill("80")
+    box.get_by_label("Ends").select_option("3600")
+    box.get_by_label("Reason").fill("complaint <42>")
+    box.get_by_label("Enforced").check()
+    box.get_by_role("button", name="Switch it on for everybody").click()
+    for page in (mine, other):
+        item = page.get_by_role("listitem").filter(has=page.get_by_role("heading", name="Sports"))
+        expect(item).to_contain_text("complaint <42>")
+        expect(item).to_contain_text("80 % of the neurons")
+        expect(item).to_contain_text("enforced")
+        expect(item).to_contain_text(re.compile(r"since .* by http · ends in (1 h|59 min)"))
+        no_sideways(page)
+    assert live(news)["Sports"]["reason"] == "complaint <42>"
+
+    other.get_by_role("button", name="Change Sports").click()
+    box = dialog(other, "Change Sports")
+    expect(box.get_by_label("Share of neurons")).to_have_value("80")
+    expect(box.get_by_label("Enforced")).to_be_checked()
+    box.get_by_label("τ, half-width").fill("1")
+    box.get_by_role("button", name="Change it for everybody").click()
+    expect(mine.get_by_text("within ±1 σ")).to_be_visible()
+    assert live(news)["Sports"]["expires_at"] is not None
+
+    mine.get_by_role("button", name="Switch off Sports").click()
+    box = dialog(mine, "Switch Sports off")
+    box.get_by_role("button", name="Cancel").click()
+    assert live(news)
+    mine.get_by_role("button", name="Switch off Sports").click()
+    box = dialog(mine, "Switch Sports off")
+    box.get_by_label("Reason").fill("settled")
+    box.get_by_role("button", name="Switch it off for everybody").click()
+    for page in (mine, other):
+        expect(page.get_by_text("Nothing is erased", exact=True)).to_be_visible()
+    newest = news.http.get("/v1/audit").json()["entries"][0]
+    assert (newest["action"], newest["reason"]) == ("remove", "settled")
+
+
+def test_who_was_slower_is_told_and_may_go_on(news: Running, window: Open) -> None:
+    page = window(news).open("#/live")
+    expect(page.get_by_text("Nothing is erased", exact=True)).to_be_visible()
+    page.get_by_role("button", name="Switch on…").click()
+    box = dialog(page, "Switch an erasure on")
+    box.get_by_label("Concept").select_option("World")
+    news.http.put("/v1/erasures/Business")
+    box.get_by_role("button", name="Switch it on for everybody").click()
+    expect(box.get_by_text("Somebody was faster")).to_be_visible()
+    assert set(live(news)) == {"Business"}
+    expect(page.locator(".erasures h3", has_text="Business")).to_be_attached()
+    box.get_by_role("button", name="Switch it on for everybody").click()
+    expect(box).to_be_hidden()
+    assert set(live(news)) == {"Business", "World"}
+
+
+def test_range_sets_are_compared_activated_and_rolled_back(news: Running, window: Open) -> None:
+    identity = news.service.model.identity
+    before = news.service.store.live().range_set
+    fewer, inspect = random_range_set(7, ("Sports", "World"), hidden=32, n_layers=3, fingerprint=identity.fingerprint)
+    newer = news.service.store.publish(fewer, inspect)
+    news.http.put("/v1/erasures/Business")
+    page = window(news).open("#/live")
+    sets = page.get_by_role("region", name="Range sets")
+    expect(sets.get_by_role("heading", name=str(before))).to_contain_text("active")
+    for box in sets.get_by_label("Compare").all():
+        box.check()
+    comparison = page.get_by_role("region", name="Comparison")
+    expect(comparison).to_contain_text(re.compile(r"\d+ differences of \d+ facts"))
+    expect(comparison).to_contain_text("corpus.name")
+
+    page.get_by_role("button", name=f"Activate {newer}").click()
+    box = dialog(page, "Activate")
+    expect(box.get_by_label("Force")).to_have_count(0)
+    box.get_by_role("button", name="Activate for everybody").click()
+    expect(box.get_by_role("alert")).to_contain_text("That does not fit what is there")
+    assert news.service.store.live().range_set == before
+    box.get_by_label("Force").check()
+    box.get_by_role("button", name="Activate for everybody").click()
+    expect(box).to_be_hidden()
+    assert news.service.store.live().range_set == newer
+    expect(page.get_by_text("Nothing is erased", exact=True)).to_be_visible()
+
+    page.get_by_role("button", name=f"Roll back to {before}").click()
+    dialog(page, "Roll back").get_by_role("button", name="Roll back for everybody").click()
+    expect(page.get_by_role("heading", name=str(before))).to_contain_text("active")
+    assert news.service.store.live().range_set == before
+
+
+def test_an_erasure_that_ends_is_gone_by_itself(news: Running, window: Open) -> None:
+    page = window(news).open("#/live")
+    expect(page.get_by_text("Nothing is erased", exact=True)).to_be_visible()
+    news.http.put("/v1/erasures/Sports", json={"expires_in": 3})
+    expect(page.get_by_role("heading", name="Sports")).to_be_visible()
+    expect(page.get_by_text("Nothing is erased", exact=True)).to_be_visible()
+
+
+def test_it_can_all_be_done_from_the_keyboard(news: Running, window: Open) -> None:
+    page = window(news).open("#/try")
+    expect(page.get_by_label("Text")).to_be_visible()
+    page.keyboard.press("Tab")
+    expect(page.get_by_text("Skip to the content")).to_be_focused()
+    page.get_by_role("link", name="Live").focus()
+    page.keyboard.press("Enter")
+    expect(page.get_by_text("Nothing is erased", exact=True)).to_be_visible()
+    expect(page.locator("main")).to_be_focused()
+    page.keyboard.press("Tab")
+    expect(page.get_by_role("button", name="Switch on…")).to_be_focused()
+    page.keyboard.press("Enter")
+    box = dialog(page, "Switch an erasure on")
+    expect(box.get_by_label("Concept")).to_be_focused()
+    page.keyboard.press("Escape")
+    expect(box).to_be_hidden()
+    expect(page.get_by_role("button", name="Switch on…")).to_be_focused()
+    page.keyboard.press("Enter")
+    expect(box.get_by_label("Concept")).to_be_focused()
+    for _ in range(20):
+        page.keyboard.press("Tab")
+        if box.get_by_label("Reason").evaluate("(field) => field === document.activeElement"):
+            break
+    page.keyboard.type("by hand")
+    page.keyboard.press("Enter")
+    expect(page.get_by_text("by hand")).to_be_visible()

@@ -1,0 +1,83 @@
+"""The console's files over HTTP: open, cached with care, under a strict policy; and nothing in them parses HTML."""
+
+import gzip
+import re
+from collections.abc import Callable
+
+import httpx
+import pytest
+
+from app.routes.console import FILES, PLOTLY
+from range_store.api_keys import KeyStore
+from tests.e2e.conftest import Running
+
+NAMES = sorted(path.name for path in FILES.iterdir())
+
+
+def policy(response: httpx.Response) -> dict[str, str]:
+    parts = (part.strip().partition(" ") for part in response.headers["content-security-policy"].split(";"))
+    return {name: value for name, _, value in parts}
+
+
+def test_the_page_is_open_and_everything_else_is_not(
+    keyed: tuple[Running, dict[str, str], KeyStore], problem: Callable[..., object]
+) -> None:
+    running, _, _ = keyed
+    for path in ("/", *(f"/console/{name}" for name in NAMES)):
+        for method in ("GET", "HEAD"):
+            answer = running.http.request(method, path)
+            assert answer.status_code == 200, path
+            assert answer.headers["x-content-type-options"] == "nosniff"
+            assert answer.headers["referrer-policy"] == "no-referrer"
+            assert bool(answer.content) == (method == "GET")
+    problem(running.http.put("/console/main.js"), 401, "no_key")
+    problem(running.http.get("/console"), 401, "no_key")
+    for path in ("/console/", "/console/nothing.js", "/console/..%2Fmain.py", "/console/a/b"):
+        problem(running.http.get(path), 404, "not_found")
+
+
+def test_no_script_but_its_own_runs_in_the_page(news: Running) -> None:
+    page = news.http.get("/")
+    rules = policy(page)
+    assert rules["default-src"] == rules["base-uri"] == rules["form-action"] == rules["frame-ancestors"] == "'none'"
+    assert rules["script-src"] == rules["connect-src"] == "'self'"
+    assert not re.findall(r"<script(?![^>]*\bsrc=)|\son\w+=|javascript:", page.text)
+    assert re.findall(r'(?:src|href)="([^"#]+)"', page.text)
+    assert all(link.startswith("/") for link in re.findall(r'(?:src|href|content)="(\w*:?/[^"#]*)"', page.text))
+    frame = news.http.get("/console/report-frame.html")
+    rules = policy(frame)
+    assert rules["sandbox"] == "allow-scripts"
+    assert (rules["default-src"], rules["frame-ancestors"]) == ("'none'", "'self'")
+    assert "connect-src" not in rules
+
+
+def test_nothing_is_sent_twice(news: Running) -> None:
+    for path in ("/", "/console/main.js", f"/console/{PLOTLY}"):
+        first = news.http.get(path)
+        again = news.http.get(path, headers={"If-None-Match": first.headers["etag"]})
+        assert (again.status_code, again.content) == (304, b"")
+        assert again.headers["content-security-policy"]
+    kept = news.http.get(f"/console/{PLOTLY}", headers={"Accept-Encoding": "gzip"})
+    assert "immutable" in kept.headers["cache-control"]
+    assert kept.headers["content-encoding"] == "gzip"
+    assert int(kept.headers["content-length"]) < len(kept.content) / 2
+    assert news.http.get("/").headers["cache-control"] == "no-cache"
+    assert f"/console/{PLOTLY}" in news.http.get("/").text
+    plain = news.http.get("/console/main.js", headers={"Accept-Encoding": "identity"})
+    assert "content-encoding" not in plain.headers
+    assert plain.content == (FILES / "main.js").read_bytes()
+    with httpx.stream("GET", f"{news.url}/console/main.js", headers={"Accept-Encoding": "gzip"}) as raw:
+        assert gzip.decompress(b"".join(raw.iter_raw())) == plain.content
+
+
+@pytest.mark.parametrize("name", [name for name in NAMES if name.endswith(".js")])
+def test_every_module_is_small_and_parses_no_html(name: str) -> None:
+    text = (FILES / name).read_text("utf-8")
+    assert len(text.splitlines()) < 300
+    parses = (
+        r"innerHTML|outerHTML|insertAdjacentHTML|document\.write|DOMParser|createContextualFragment|\beval\(|Function\("
+    )
+    assert not re.findall(parses, text)
+    for imported in re.findall(r'from "\./([^"]+)"', text):
+        assert imported in NAMES, imported
+    assert not re.findall(r"https?://", text)
