@@ -149,7 +149,7 @@ def test_a_server_that_starts_late_is_reached(client_of: ClientOf) -> None:
 def test_nobody_there(client_of: ClientOf) -> None:
     with socket.socket() as silent:
         silent.bind(("127.0.0.1", 0))
-        url = f"http://user:secret@127.0.0.1:{silent.getsockname()[1]}"
+        url = f"http://user:secret@127.0.0.1:{silent.getsockname()[1]}"  # pragma: allowlist secret
         with pytest.raises(NoAnswer) as raised:
             client_of(url, retries=1).classify("a")
     assert "secret" not in str(raised.value)
