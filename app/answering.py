@@ -3,7 +3,7 @@
 import asyncio
 import time
 from collections.abc import Coroutine, Sequence
-from typing import Annotated, Any
+from typing import Annotated, Any, TypeVar
 
 import numpy as np
 import numpy.typing as npt
@@ -24,6 +24,7 @@ from range_store.erasure import Erasure
 Timeout = Annotated[float | None, Header(gt=0, description="Seconds; no more than the server's own.")]
 """The header `X-Request-Timeout`."""
 
+Result = TypeVar("Result")
 
 CLIENT_GONE = 499
 """As proxies count it. Nobody reads this reply."""
@@ -62,14 +63,14 @@ async def answer_to(
         ClientGone: the client hung up before, and the work is cancelled.
         EngineError, RangeStoreError, TextTooLong, EmptyText: see `workers.engine.engine.Engine.classify`.
     """
-    _check_size(texts, service.settings)
+    check_size(texts, service.settings)
     if compare:
         check_compare(caller, any(each.enforced for each in snapshot_of(service).live.at(time.time())))
     longest = service.settings.request_timeout
     note(texts=len(texts))
     with step("classify") as span:
         span.set_attributes({"neuronlens.texts": len(texts), "neuronlens.compare": compare})
-        answer = await _unless_gone(
+        answer = await unless_gone(
             request,
             service.engine.classify(
                 texts, erase, compare=compare, truncate=truncate, timeout=min(timeout or longest, longest)
@@ -127,7 +128,8 @@ def _trace(span: Span, answer: Answer) -> None:
     step_done("model", answer.running_seconds, answer.running_seconds)
 
 
-def _check_size(texts: Sequence[str], settings: Settings) -> None:
+def check_size(texts: Sequence[str], settings: Settings) -> None:
+    """Raises ApiError (413) if a request holds too many texts, or too long ones."""
     if len(texts) > settings.max_texts:
         raise ApiError(413, "too_many_texts", f"{len(texts)} texts, the limit is {settings.max_texts}: send fewer")
     for index, text in enumerate(texts):
@@ -136,8 +138,8 @@ def _check_size(texts: Sequence[str], settings: Settings) -> None:
             raise ApiError(413, "text_too_large", detail)
 
 
-async def _unless_gone(request: Request, work: Coroutine[Any, Any, Answer]) -> Answer:
-    """What `work` gives, unless the client hangs up before."""
+async def unless_gone(request: Request, work: Coroutine[Any, Any, Result]) -> Result:
+    """What `work` gives. Raises ClientGone if the client hangs up before; then the work is cancelled."""
     answering = asyncio.ensure_future(work)
     gone = asyncio.ensure_future(_disconnected(request))
     try:

@@ -22,7 +22,7 @@ from range_store.api_keys import ApiKey, Scope
 
 OPEN = frozenset({"/livez", "/readyz", "/metrics", "/openapi.json"})
 """Paths that never need a key, besides the documentation below /docs and /static-offline-docs."""
-INFER = frozenset({"/v1/classify", "/", "/predict"})
+INFER = frozenset({"/v1/classify", "/v1/tokenize", "/v1/activations", "/", "/predict"})
 """Paths whose POST computes answers and changes nothing."""
 ADMIN = frozenset({"/v1/audit"})
 """Paths that only `admin` may read."""
@@ -68,8 +68,13 @@ Calling = Annotated[Caller, Depends(get_caller)]
 
 def check_compare(caller: Caller, enforced: bool) -> None:
     """Raises ApiError (403) if an answer without erasure is asked for where an operator enforces one."""
+    check_shown(caller, enforced, "compare")
+
+
+def check_shown(caller: Caller, enforced: bool, what: str) -> None:
+    """Raises ApiError (403) if `what` shows what an operator hides by an enforced erasure."""
     if enforced and not caller.may("admin"):
-        detail = "compare: an erasure is enforced, so only a key with scope admin may ask"
+        detail = f"{what}: an erasure is enforced, so only a key with scope admin may ask"
         raise ApiError(403, "wrong_scope", detail, _HEADERS["wrong_scope"])
 
 

@@ -15,7 +15,20 @@ from app.auth import Authentication
 from app.metrics import ServiceMetrics
 from app.middleware import BodyLimit, Faults, FullQueue, HostCheck, HttpMetrics, RequestId
 from app.problems import Problem
-from app.routes import audit, classify, console, dropin, erasures, events, inspection, range_sets, service
+from app.routes import (
+    audit,
+    capabilities,
+    classify,
+    console,
+    dropin,
+    erasures,
+    events,
+    inspection,
+    looking,
+    range_sets,
+    reports,
+    service,
+)
 from app.routes.dropin.dialect import Dialects
 from app.settings import LOOPBACK, Settings
 from app.store_calls import StoreCalls
@@ -39,6 +52,7 @@ def create_app(settings: Settings, running: Service | None = None) -> FastAPI:
             {"name": "erasures", "description": "What is erased live."},
             {"name": "range sets", "description": "What was fitted."},
             {"name": "inspection", "description": "Neurons and their ranges."},
+            {"name": "reports", "description": "What evaluations measured."},
             {"name": "service", "description": "Probes, metrics, models."},
             *dropin.TAGS,
         ],
@@ -51,7 +65,19 @@ def create_app(settings: Settings, running: Service | None = None) -> FastAPI:
     )
     problems.install(app)
     app.add_exception_handler(ClientGone, client_gone)
-    for module in (service, classify, erasures, events, audit, range_sets, inspection, console):
+    for module in (
+        service,
+        capabilities,
+        classify,
+        erasures,
+        events,
+        audit,
+        range_sets,
+        inspection,
+        looking,
+        reports,
+        console,
+    ):
         app.include_router(module.router)
     for router in dropin.ROUTERS:
         app.include_router(router)

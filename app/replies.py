@@ -4,8 +4,10 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, Field
 
-from range_store.erasure import Damp, Erasure, Method, Ranking, Rule, resolve_layers
+from range_store.api_keys import Scope
+from range_store.erasure import Damp, Erasure, Method, Ranking, Rule, Site, resolve_layers
 from range_store.live import Action
+from range_store.range_set import Kind
 
 
 class Score(BaseModel):
@@ -262,3 +264,110 @@ class Ready(BaseModel):
     generation: str
     snapshot_age: float
     problem: str | None = Field(description="Why the live state cannot be kept current; null while it is.")
+
+
+class Token(BaseModel):
+    """A token as it stands in the vocabulary. `start`, `stop`: of its characters in the text; null if of none.
+
+    `special`: not of the text, but added around it. `read`: whether the head reads the state at it.
+    """
+
+    id: int
+    text: str
+    start: int | None
+    stop: int | None
+    special: bool
+    read: bool
+
+
+class TextTokens(BaseModel):
+    """One text's tokens. `total`: how many they would be if none were cut off."""
+
+    tokens: list[Token]
+    total: int
+    truncated: bool
+
+
+class TokenizeOut(BaseModel):
+    """`prefix_tokens`: of a few-shot prompt, before every text. `max_tokens`: what is left for a text after them."""
+
+    model: str
+    results: list[TextTokens]
+    prefix_tokens: int
+    max_tokens: int
+
+
+class TextValues(BaseModel):
+    """One text's values, in the order of `neurons`; null where one is no finite number."""
+
+    values: list[float | None]
+
+
+class ActivationsOut(BaseModel):
+    """Values before anything is erased. `site`, `position`: where they were taken."""
+
+    model: str
+    layer: int
+    site: Site
+    position: Literal["read", "mean"]
+    neurons: list[int]
+    results: list[TextValues]
+
+
+class ReportOut(BaseModel):
+    """An evaluation's report. `created_at`: Unix seconds at which its newest file was written.
+
+    `incomplete`: files are missing, since it is under way or was stopped; `broken`: run.json cannot be read. What it
+    says is null then. `data`, `texts`: the corpus that was measured on, and its size.
+    """
+
+    id: str
+    state: Literal["complete", "incomplete", "broken"]
+    created_at: float
+    files: list[Literal["report.html", "results.csv", "run.json"]]
+    model: str | None
+    data: str | None
+    texts: int | None
+    targets: list[str]
+    methods: list[str]
+
+
+class ReportsOut(BaseModel):
+    reports: list[ReportOut]
+
+
+class CapabilitiesOut(BaseModel):
+    """What this server can do, and its caller may ask for.
+
+    `rankings_fitted`, `layers_fitted`: of the active range set. `multi_label`: whether `activation: auto` is a sigmoid.
+    Limits: `max_tokens` of a text, what is longer is cut; `max_texts`, `max_characters` (of a text), `max_body_bytes`
+    and `max_erasures` of a request; `max_shown_texts` of `/v1/tokenize` and `/v1/activations`.
+    `key`, `scopes`: of the caller; without keys everybody has all scopes.
+    """
+
+    version: str
+    model: str
+    kind: Kind
+    labels: list[str]
+    multi_label: bool
+    layers: int
+    hidden_size: int
+    methods: list[Method]
+    rules: list[Rule]
+    rankings_fitted: list[Ranking]
+    layers_fitted: list[int]
+    replacements: list[Literal["zero", "mean", "damp"]]
+    activations: list[Literal["auto", "softmax", "sigmoid", "none"]]
+    max_tokens: int
+    max_texts: int
+    max_characters: int
+    max_body_bytes: int
+    max_erasures: int
+    max_shown_texts: int
+    features: list[str]
+    protocols: list[str]
+    range_set: str | None
+    generation: str | None
+    keys_in_force: bool
+    key: str | None
+    scopes: list[Scope]

@@ -205,3 +205,20 @@ class ActivateIn(In):
     force: bool = Field(False, description="Drop live erasures that it cannot serve.")
     reason: Reason | None = None
     model: str | None = None
+
+
+class TokenizeIn(In):
+    """Texts whose tokens are to be shown."""
+
+    inputs: Inputs = Field(description="One text, or several.")
+    add_special_tokens: bool = Field(True, description="List the tokens that are not of the text, too.")
+    model: str | None = None
+
+
+class ActivationsIn(In):
+    """Texts, and neurons of one block whose values are to be shown."""
+
+    inputs: Inputs = Field(description="One text, or several.")
+    layer: Block = Field(-1, description="Block, from 0; negative ones from the end.")
+    neurons: Annotated[list[Annotated[int, Field(ge=0, le=10**6)]], Field(min_length=1, max_length=64)]
+    model: str | None = None

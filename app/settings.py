@@ -38,6 +38,11 @@ class Settings(BaseSettings):
         default_factory=_data_dir,
         description="where the private Redis, fits under way and the demo are kept; unset: the user's data directory",
     )
+    reports_dir: Path | None = Field(
+        None,
+        description="where `neuronlens evaluate` writes reports unless told otherwise, and `/v1/reports` finds them; "
+        "unset: `reports` in the data directory",
+    )
     url: str | None = Field(None, description="a running server that `neuronlens ranges` and `erase` talk to")
     api_key: SecretStr | None = Field(None, description="key with which `ranges`, `erase` and `audit` call that server")
     host: str = Field("127.0.0.1", description="address to listen at")
@@ -144,6 +149,11 @@ class Settings(BaseSettings):
                 f"max_snapshot_age ({self.max_snapshot_age:g}) must be more than poll_seconds ({self.poll_seconds:g})"
             )
         return self
+
+    @property
+    def reports(self) -> Path:
+        """Where evaluations' reports lie."""
+        return self.reports_dir or self.data_dir / "reports"
 
     @property
     def redis_dir(self) -> Path:

@@ -1,5 +1,7 @@
 """`neuronlens evaluate`: fit on one corpus, erase each concept, measure on another."""
 
+import hashlib
+import re
 import shlex
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -32,7 +34,14 @@ MOST_LINES = 60
 
 def evaluate(
     model: options.Model,
-    out: Annotated[Path, typer.Option("--out", help="Directory for results.json, results.csv, report.html, …")],
+    out: Annotated[
+        Path | None,
+        typer.Option(
+            "--out",
+            help="Directory for results.json, results.csv, report.html, … Default: one of its own in "
+            "NEURONLENS_REPORTS_DIR, where a server shows it.",
+        ),
+    ] = None,
     data: options.Data = None,
     test_data: Annotated[
         str | None, typer.Option("--test-data", help="Texts to measure on; never those of --data.")
@@ -143,8 +152,6 @@ def evaluate(
         "bins": bins,
         "batch_tokens": batch_tokens,
     }
-    if out.exists() and not out.is_dir():
-        raise typer.BadParameter(f"{out} is a file, not a directory", param_hint="--out")
     settings = settings_with(
         model=model,
         name=name,
@@ -167,13 +174,18 @@ def evaluate(
     learned = corpus(data, split, max_rows, correct_only in ("fit", "both")) if range_set is None else None
     test = corpus(test_data, test_split or "test", max_test_rows, correct_only in ("test", "both"))
     selection = corpus(select_on, None, None, correct_only in ("test", "both")) if select_on else None
+    chosen = ModelChoice.of(settings)
+    everything = (chosen, learned, test, selection, range_set, settings_of_grid, settings_of_fit, perplexity)
+    out = out or settings.reports / _name_of(chosen, everything)
+    if out.exists() and not out.is_dir():
+        raise typer.BadParameter(f"{out} is a file, not a directory", param_hint="--out")
     try:
         with progress("rows") as report, _store_for(range_set, settings) as store:
             report("loading the model", 0, 0)
             from app.wiring import evaluate_model  # here, because it loads torch
 
             evaluation = evaluate_model(
-                ModelChoice.of(settings),
+                chosen,
                 learned,
                 test,
                 out,
@@ -194,6 +206,12 @@ def evaluate(
     for line in about_corpus(CorpusIdentity.model_validate(evaluation.run["range_set"]["corpus"])):
         hint(line)
     hint(f"written: {shlex.quote(str(out / 'report.html'))}, and the numbers beside it")
+
+
+def _name_of(model: ModelChoice, everything: tuple[object, ...]) -> str:
+    """A directory's name, the same for the same command, so that it goes on there when it is started again."""
+    named = re.sub(r"[^A-Za-z0-9._-]+", "-", model.served_name).strip(".-") or "model"
+    return f"{named}-{hashlib.sha256(repr(everything).encode()).hexdigest()[:8]}"
 
 
 @contextmanager

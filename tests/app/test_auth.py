@@ -51,6 +51,8 @@ def test_changes_need_admin_and_looking_does_not() -> None:
         ("POST", "/v1/classify"),
         ("POST", "/"),
         ("POST", "/predict"),
+        ("POST", "/v1/tokenize"),
+        ("POST", "/v1/activations"),
     }
     assert {scope for (method, _), scope in scopes.items() if method in ("PUT", "DELETE")} == {"admin"}
 

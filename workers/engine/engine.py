@@ -10,17 +10,21 @@ import math
 import random
 import threading
 import time
-from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections import Counter, deque
+from collections.abc import AsyncIterator, Callable, Iterator, Mapping, Sequence
+from contextlib import asynccontextmanager, contextmanager
 from queue import SimpleQueue
+from typing import Any, Literal
 
+import numpy as np
+import numpy.typing as npt
 import torch
 from prometheus_client import CollectorRegistry
 
-from range_store.erasure import Erasure
+from range_store.erasure import Erasure, Site
 from range_store.mirror import Mirror
 from workers.engine.admission import Planner
+from workers.engine.errands import MOST_WAITING, Errand, Result
 from workers.engine.errors import DeadlineExceeded, Draining, EngineError, EngineFailed, QueueFull, RequestTooLarge
 from workers.engine.forward import WHOLE_PASS, Variant, open_trunk, steer_variants
 from workers.engine.metrics import EngineMetrics
@@ -31,7 +35,7 @@ from workers.engine.trunk_cache import TrunkCache
 from workers.models.loading import LoadedModel
 from workers.models.prepack import rounded
 from workers.models.steered import SteeredModel, Trunk
-from workers.models.tokens import Encoded, TokenBatch
+from workers.models.tokens import Encoded, ShownText, TokenBatch, length_sorted
 
 logger = logging.getLogger(__name__)
 
@@ -44,6 +48,9 @@ REASONS: Mapping[type[EngineError], str] = {
     EngineFailed: "failed",
 }
 """What the metrics call each way of not answering; a caller that hangs up is "cancelled"."""
+
+MOST_SHOWN = 16384
+"""Tokens that one reply may list."""
 
 TOKENIZED_AT_ONCE = 64
 """Requests whose texts are tokenized together; more wait for their turn."""
@@ -67,9 +74,11 @@ class Engine:
         self._planner = Planner(mirror, model.device, settings.plan_cache)
         self._queue: BatchQueue[Text] = BatchQueue(settings)
         self._changed = threading.Condition()
-        self._inbox: SimpleQueue[Request | None] = SimpleQueue()
+        self._inbox: SimpleQueue[Request | Errand[Any] | None] = SimpleQueue()
         self._tokenizer = threading.Thread(target=self._read_inbox, name="tokenizer", daemon=True)
         self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
+        self._errands: deque[Errand[Any]] = deque()
+        self._errands_waiting = 0
         self._draining = False
         self._closing = False
         self._failure: str | None = None
@@ -187,6 +196,84 @@ class Engine:
             time.monotonic() - began,
         )
 
+    async def tokens(self, texts: Sequence[str], *, timeout: float | None = None) -> list[ShownText]:
+        """The tokens of each text as the model would get them, too long ones cut.
+
+        Raises:
+            QueueFull, RequestTooLarge, Draining, DeadlineExceeded, EngineFailed: see `workers.engine.errors`.
+        """
+        tokenizer = self.model.tokens
+
+        def show() -> list[ShownText]:
+            tokens = sum(len(each.ids) for each in tokenizer.encode(texts, keep_empty=True))
+            if tokens > MOST_SHOWN:  # known before they are looked at one by one
+                raise RequestTooLarge("tokens", tokens, MOST_SHOWN, "a reply")
+            return tokenizer.show(texts)
+
+        async with self._errands_within(timeout):
+            return await self._run_errand(show, self._inbox.put)
+
+    async def states(
+        self,
+        texts: Sequence[str],
+        layer: int,
+        *,
+        site: Site = "block_output",
+        position: Literal["read", "mean"] = "read",
+        timeout: float | None = None,
+    ) -> npt.NDArray[np.float32]:
+        """Each text's state at one block before anything is erased, [N, D]; too long texts are cut.
+
+        Batches of requests go on between the passes of this one.
+
+        Raises:
+            QueueFull, Draining, DeadlineExceeded, EngineFailed, EmptyText: as `classify` does.
+        """
+        model = self.model
+        found = np.empty((len(texts), model.identity.hidden_size), np.float32)
+        async with self._errands_within(timeout):
+            encoded = await self._run_errand(lambda: model.tokens.encode(texts), self._inbox.put)
+            for rows in length_sorted([len(each.ids) for each in encoded], self.settings.max_batch_tokens):
+
+                def run(rows: list[int] = rows) -> npt.NDArray[np.float32]:
+                    batch = model.tokens.pad([encoded[row].ids for row in rows], model.device)
+                    _, states = model.steered.record(batch, [layer], site, position)
+                    array: npt.NDArray[np.float32] = states[layer].float().cpu().numpy()
+                    return array
+
+                found[rows] = await self._run_errand(run, self._put_errand)
+        return found
+
+    @asynccontextmanager
+    async def _errands_within(self, timeout: float | None) -> AsyncIterator[None]:
+        """Raises what is to be refused, or is not done in time."""
+        if self._draining:
+            raise Draining
+        if self._errands_waiting >= MOST_WAITING:
+            raise QueueFull(1.0)
+        self._errands_waiting += 1
+        try:
+            async with asyncio.timeout(timeout):
+                yield
+        except TimeoutError:
+            raise DeadlineExceeded(timeout or 0.0) from None
+        finally:
+            self._errands_waiting -= 1
+
+    def _put_errand(self, errand: Errand[Any]) -> None:
+        with self._changed:
+            if self._closing:
+                raise Draining
+            self._errands.append(errand)
+            self._changed.notify()
+
+    async def _run_errand(self, work: Callable[[], Result], put: Callable[[Errand[Any]], None]) -> Result:
+        errand = Errand(work)
+        put(errand)
+        if self._failure is not None:  # nobody may do it any more
+            raise EngineFailed("the engine stopped")
+        return await errand.done
+
     async def _admit(
         self, texts: Sequence[str], erase: Sequence[Erasure] | None, compare: bool, truncate: bool
     ) -> Request:
@@ -228,6 +315,9 @@ class Engine:
                 if requests:
                     self._inbox.put(None)  # close, but after these
                 break
+            if isinstance(request, Errand):
+                request.run()
+                continue
             requests.append(request)
         return requests
 
@@ -334,13 +424,16 @@ class Engine:
             self._warm.set()
             while True:
                 with self._changed:
-                    while not len(self._queue) and not self._closing:
+                    while not len(self._queue) and not self._errands and not self._closing:
                         self._changed.wait()
+                    errand = self._errands.popleft() if self._errands else None
                     batch = self._queue.take()
                     backlog = len(self._queue) > 0
                     self._gauge()
-                    if not batch and self._closing:
+                    if not batch and errand is None and self._closing:
                         return
+                if errand is not None and not errand.run():
+                    self._warm_up()  # a device that fails on any text ends the engine
                 if batch:
                     started = time.monotonic()
                     self._answer(batch)
@@ -361,8 +454,13 @@ class Engine:
             lost = requests + [text.request for text in self._queue.discard(lambda text: True)]
             self._changed.notify_all()
         while not self._inbox.empty():
-            if (request := self._inbox.get()) is not None:
+            request = self._inbox.get()
+            if isinstance(request, Errand):
+                self._errands.append(request)
+            elif request is not None:
                 lost.append(request)
+        while self._errands:
+            self._errands.popleft().fail(EngineFailed("the engine stopped"))
         fail((request, EngineFailed("the engine stopped")) for request in lost)
 
     def _measure_rate(self, batch: list[Text], seconds: float) -> None:

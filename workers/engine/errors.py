@@ -24,8 +24,8 @@ class QueueFull(EngineError):
 class RequestTooLarge(EngineError):
     """One request holds more tokens, or texts, than the whole queue may."""
 
-    def __init__(self, what: str, number: int, limit: int) -> None:
-        super().__init__(f"the request has {number} {what}, the queue holds {limit}: send fewer texts at a time")
+    def __init__(self, what: str, number: int, limit: int, holder: str = "the queue") -> None:
+        super().__init__(f"the request has {number} {what}, {holder} holds {limit}: send fewer texts at a time")
 
 
 class Draining(EngineError):

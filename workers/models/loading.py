@@ -56,6 +56,11 @@ class LoadedModel:
     source: str
     template: str | None = None
 
+    @property
+    def prefix_tokens(self) -> int:
+        """Tokens that stand before every text: instruction and exemplars of a few-shot classifier."""
+        return len(self.steered.prefix) if isinstance(self.steered, FewShotModel) else 0
+
 
 def use_threads(threads: int | None) -> None:
     """Let torch use so many threads on the CPU; None: as many as it takes by itself."""

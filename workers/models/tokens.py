@@ -21,6 +21,31 @@ class Encoded:
     truncated: bool = False
 
 
+@dataclass(frozen=True)
+class ShownToken:
+    """One token for people to look at.
+
+    text: as it stands in the vocabulary. start, stop: of its characters in the text; None for one that is not of the
+    text (`special`), or where the tokenizer cannot tell. read: whether the head reads the state at it.
+    """
+
+    id: int
+    text: str
+    start: int | None
+    stop: int | None
+    special: bool
+    read: bool
+
+
+@dataclass(frozen=True)
+class ShownText:
+    """A text's tokens as the model gets them. `total`: how many they would be if none were cut off."""
+
+    tokens: tuple[ShownToken, ...]
+    total: int
+    truncated: bool
+
+
 @dataclass(frozen=True, eq=False)
 class TokenBatch:
     """Right-padded texts. ids: [B, T] int64; mask: [B, T] bool, True on real tokens; read: [B] int64.
@@ -115,9 +140,13 @@ class TextTokenizer:
         return encoded
 
     def _ids(self, texts: Sequence[str], truncation: bool) -> list[list[int]]:
+        ids: list[list[int]] = self._tokenized(texts, truncation)["input_ids"]
+        return ids
+
+    def _tokenized(self, texts: Sequence[str], truncation: bool, **more: bool) -> Any:
         # a lone surrogate is legal in JSON, but no tokenizer takes it
         clean = [text.encode("utf-8", "replace").decode("utf-8") for text in texts]
-        ids: list[list[int]] = self._tokenizer(
+        return self._tokenizer(
             clean,
             padding=False,
             add_special_tokens=not self.suffix,
@@ -126,8 +155,43 @@ class TextTokenizer:
             return_attention_mask=False,
             return_token_type_ids=False,
             verbose=False,
-        )["input_ids"]
-        return ids
+            **more,
+        )
+
+    def show(self, texts: Sequence[str]) -> list[ShownText]:
+        """The tokens of each text, as `encode` gives them with `truncate`, for people to look at.
+
+        A text that gives no token is no error here.
+        """
+        return [self._shown(text, each) for text, each in zip(texts, self.encode(texts, keep_empty=True), strict=True)]
+
+    def _shown(self, text: str, encoded: Encoded) -> ShownText:
+        whole = self._tokenized([text], False)["input_ids"][0]
+        spans: list[tuple[int, int] | None] = [None] * len(encoded.ids)
+        own = len(encoded.ids) - len(self.suffix)
+        if self._tokenizer.is_fast:
+            looked = self._tokenized(
+                [text],
+                encoded.truncated and not self.suffix,
+                return_offsets_mapping=True,
+                return_special_tokens_mask=True,
+            )
+            added = looked["special_tokens_mask"][0]
+            spans[:own] = [
+                None if special else span
+                for span, special in zip(looked["offset_mapping"][0][:own], added[:own], strict=True)
+            ]
+            special = [bool(each) for each in added[:own]] + [True] * len(self.suffix)
+        else:
+            known = set(self._tokenizer.all_special_ids)
+            special = [each in known for each in encoded.ids[:own]] + [True] * len(self.suffix)
+        read = int(self.pad([encoded.ids]).read[0]) if encoded.ids else -1
+        names: list[str] = self._tokenizer.convert_ids_to_tokens(list(encoded.ids))
+        tokens = tuple(
+            ShownToken(id_, name, span[0] if span else None, span[1] if span else None, of_none, place == read)
+            for place, (id_, name, span, of_none) in enumerate(zip(encoded.ids, names, spans, special, strict=True))
+        )
+        return ShownText(tokens, len(whole) + len(self.suffix), encoded.truncated)
 
     def pad(self, rows: Sequence[Sequence[int]], device: torch.device | str = "cpu") -> TokenBatch:
         """Rows of token ids as one right-padded batch on `device`."""

@@ -13,6 +13,7 @@ import typer
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from app.cli import options
+from app.reports import list_reports
 from range_store.embedded import EmbeddedRedis
 from range_store.store import RangeStore
 from tests.app.cli.conftest import Cli
@@ -281,3 +282,16 @@ def test_layers_are_groups() -> None:
     assert options.layer_groups("all") == "all"
     with pytest.raises(typer.BadParameter, match="4\\+5"):
         options.layer_groups("4+")
+
+
+def test_without_out_a_report_lies_where_a_server_looks_and_the_same_command_goes_on_there(
+    cli: Cli, tiny: Path, corpus: Path, held_out: Path, tmp_path: Path
+) -> None:
+    evaluate = ["evaluate", "--model", tiny, "--data", corpus, "--test-data", held_out, "--threads", "1"]
+    usual = [*evaluate, "--data-dir", tmp_path, "--max-test-rows", "20", "--resamples", "0"]
+    assert cli(*usual).exit_code == 0
+    assert cli(*usual).exit_code == 0
+    (first,) = list_reports(tmp_path / "reports")
+    assert (first.state, first.run and first.run.model.id) == ("complete", tiny.name)
+    assert cli(*usual, "--method", "range").exit_code == 0
+    assert len(list_reports(tmp_path / "reports")) == 2, "another command is another report"

@@ -1,0 +1,84 @@
+"""`/v1/reports`: what `neuronlens evaluate` measured, from the directory of reports on this server."""
+
+from typing import Annotated, Any
+
+from anyio import to_thread
+from fastapi import APIRouter, Path, Response
+
+from app.problems import QUERY, ApiError, documented, header
+from app.replies import ReportOut, ReportsOut
+from app.reports import FileName, Report, UnknownReport, list_reports, read_file, read_report
+from app.routes import QueryChecked, Serving
+
+router = APIRouter(tags=["reports"], dependencies=[QueryChecked])
+
+Name = Annotated[str, Path(description="Id of a report.")]
+
+MEDIA_TYPES: dict[FileName, str] = {
+    "report.html": "text/html; charset=utf-8",
+    "results.csv": "text/csv; charset=utf-8",
+    "run.json": "application/json",
+}
+POLICY = (
+    "sandbox allow-scripts; default-src 'none'; script-src 'unsafe-inline'; style-src 'unsafe-inline'; "
+    "img-src data: blob:; font-src data:; base-uri 'none'; form-action 'none'"
+)
+"""A page of its own origin, which reaches no host: its own inline script draws its figures, and that is all."""
+FILE: dict[int | str, dict[str, Any]] = {
+    200: {
+        "description": "The file.",
+        "content": {kind.partition(";")[0]: {} for kind in MEDIA_TYPES.values()},
+        "headers": header("Content-Security-Policy", "Lets a page run its own script, and reach nothing."),
+    }
+}
+
+
+@router.get("/v1/reports", responses=documented(*QUERY))
+async def list_evaluations(service: Serving) -> ReportsOut:
+    """The newest 200 reports, newest first; those that are unfinished or unreadable too, and told as such."""
+    found = await to_thread.run_sync(list_reports, service.settings.reports)
+    return ReportsOut(reports=[_out(each) for each in found])
+
+
+@router.get("/v1/reports/{report}", responses=documented(*QUERY))
+async def show_report(service: Serving, report: Name) -> ReportOut:
+    """One report."""
+    try:
+        return _out(await to_thread.run_sync(read_report, service.settings.reports, report))
+    except UnknownReport:
+        raise _unknown() from None
+
+
+@router.get("/v1/reports/{report}/{file}", response_class=Response, responses=FILE | documented(*QUERY))
+async def show_report_file(service: Serving, report: Name, file: FileName) -> Response:
+    """The report as a page, its numbers, or every choice that they were made with."""
+    try:
+        content = await to_thread.run_sync(read_file, service.settings.reports, report, file)
+    except UnknownReport:
+        raise _unknown() from None
+    headers = {
+        "Content-Security-Policy": POLICY,
+        "X-Content-Type-Options": "nosniff",
+        "Cache-Control": "no-cache",
+        "Referrer-Policy": "no-referrer",
+    }
+    return Response(content, headers=headers, media_type=MEDIA_TYPES[file])
+
+
+def _unknown() -> ApiError:
+    return ApiError(404, "unknown_report", "no such report, or it has no such file: see GET /v1/reports")
+
+
+def _out(report: Report) -> ReportOut:
+    run = report.run
+    return ReportOut(
+        id=report.id,
+        state=report.state,
+        created_at=report.created_at,
+        files=list(report.files),
+        model=run.model.id if run else None,
+        data=run.test.name if run else None,
+        texts=run.test.rows if run else None,
+        targets=run.settings.targets if run else [],
+        methods=run.settings.methods if run else [],
+    )

@@ -1,0 +1,164 @@
+"""Evaluations' reports over real HTTP: listed as they are, and nothing else is reached through them."""
+
+import os
+import socket
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+from urllib.parse import quote
+
+import httpx
+import pytest
+
+from tests.e2e.conftest import Running
+from tests.e2e.reports import PAGE, write_report
+
+Problem = Callable[[httpx.Response, int, str], dict[str, Any]]
+NAMES = ["plain", "with space & 'quotes'", "Météo–日本", "100%", "a.b", "x" * 200, "semi;colon?query#hash"]
+
+
+@pytest.fixture
+def reports(tmp_path: Path) -> Path:
+    """The directory that the server looks in; it is not there yet."""
+    return tmp_path / "reports"
+
+
+@pytest.fixture
+def server(serve: Callable[..., Running]) -> Running:
+    return serve()
+
+
+def listed(running: Running) -> list[dict[str, Any]]:
+    answer = running.http.get("/v1/reports")
+    assert answer.status_code == 200, answer.text
+    found: list[dict[str, Any]] = answer.json()["reports"]
+    return found
+
+
+def get(running: Running, *segments: str) -> httpx.Response:
+    return running.http.get("/v1/reports/" + "/".join(quote(each, safe="") for each in segments))
+
+
+def test_reports_are_listed_newest_first_with_what_they_are_of(server: Running, reports: Path) -> None:
+    assert listed(server) == []
+    for age, name in enumerate(NAMES):
+        directory = write_report(reports, name)
+        for file in directory.iterdir():
+            os.utime(file, (1_700_000_000 - age, 1_700_000_000 - age))
+    found = listed(server)
+    assert [each["id"] for each in found] == NAMES
+    first = found[0]
+    assert (first["state"], first["created_at"], first["model"]) == ("complete", 1_700_000_000, "tiny-news")
+    assert (first["data"], first["texts"], first["targets"]) == ("test.jsonl", 7, ["World", "Sci/Tech"])
+    for each in found:
+        assert get(server, each["id"]).json() == each
+        for file in each["files"]:
+            assert get(server, each["id"], file).status_code == 200, each["id"]
+
+
+def test_files_come_as_what_they_are_and_a_page_reaches_nothing(server: Running, reports: Path) -> None:
+    write_report(reports, "plain")
+    page = get(server, "plain", "report.html")
+    assert page.text == PAGE
+    policy = page.headers["Content-Security-Policy"]
+    assert policy.startswith("sandbox allow-scripts; default-src 'none';")
+    assert "allow-same-origin" not in policy
+    assert "http" not in policy
+    kinds = {"report.html": "text/html", "results.csv": "text/csv", "run.json": "application/json"}
+    for file, kind in kinds.items():
+        answer = get(server, "plain", file)
+        assert answer.headers["Content-Type"].partition(";")[0] == kind
+        assert answer.headers["X-Content-Type-Options"] == "nosniff"
+        assert answer.content == (reports / "plain" / file).read_bytes()
+
+
+@pytest.mark.parametrize(
+    "run",
+    [
+        *(
+            b"",
+            b"{",
+            b"null",
+            b"[]",
+            b'"x"',
+            b'{"model": 3}',
+            b"\xff\xfe",
+            b"[" * 100_000,
+            b'{"model": {"id": "\\ud800"}}',
+        ),
+        b'{"model": {"id": "m"}, "test": {"name": "t", "rows": "many"}, "settings": {"targets": [], "methods": []}}',
+        b'{"model": {"id": "m"}, "test": {"name": "t", "rows": 1e999}, "settings": {"targets": [], "methods": []}}',
+    ],
+)
+def test_an_unreadable_one_is_told_as_such(server: Running, reports: Path, run: bytes) -> None:
+    (write_report(reports, "broken") / "run.json").write_bytes(run)
+    write_report(reports, "whole")
+    states = {each["id"]: (each["state"], each["model"]) for each in listed(server)}
+    assert states == {"broken": ("broken", None), "whole": ("complete", "tiny-news")}
+    assert get(server, "broken", "report.html").status_code == 200
+
+
+def test_an_unfinished_one_is_told_as_such_and_what_is_no_report_is_not_listed(
+    server: Running, reports: Path, problem: Problem
+) -> None:
+    (write_report(reports, "half") / "report.html").unlink()
+    (reports / "begun").mkdir()
+    (reports / "begun" / ".checkpoint").write_text("x")
+    (reports / "a file").write_text("x")
+    write_report(reports, ".hidden")
+    assert {each["id"]: (each["state"], each["files"]) for each in listed(server)} == {
+        "half": ("incomplete", ["results.csv", "run.json"]),
+        "begun": ("incomplete", []),
+    }
+    for name, file in (("half", "report.html"), ("begun", "run.json"), (".hidden", "run.json"), ("none", "run.json")):
+        problem(get(server, name, file), 404, "unknown_report")
+    for name in ("a file", ".hidden", "none", "x" * 3000, "nul\0"):
+        problem(get(server, name), 404, "unknown_report")
+
+
+def test_no_link_and_nothing_special_is_followed(
+    server: Running, reports: Path, tmp_path: Path, problem: Problem
+) -> None:
+    outside = write_report(tmp_path / "elsewhere", "secret")
+    inside = write_report(reports, "linked")
+    (reports / "link").symlink_to(outside)
+    for file in ("report.html", "results.csv", "run.json"):
+        (inside / file).unlink()
+    (inside / "report.html").symlink_to(outside / "report.html")
+    os.mkfifo(inside / "results.csv")
+    (inside / "run.json").mkdir()
+    assert [(each["id"], each["state"], each["files"]) for each in listed(server)] == [("linked", "incomplete", [])]
+    for file in ("report.html", "results.csv", "run.json"):
+        problem(get(server, "linked", file), 404, "unknown_report")
+        problem(get(server, "link", file), 404, "unknown_report")
+
+
+def test_no_path_leads_out(server: Running, reports: Path, tmp_path: Path) -> None:
+    write_report(tmp_path, "secret")
+    write_report(reports, "plain")
+    (tmp_path / "run.json").write_text('{"secret": true}')
+    url = httpx.URL(server.url)
+    ways = [
+        *("..", "../secret", "%2e%2e", "%2e%2e/run.json", "..%2frun.json", "..%2fsecret/run.json"),
+        *("%2e%2e%2fsecret/run.json", "..%5csecret/run.json", "plain/..%2f..%2frun.json"),
+        *("plain/../../run.json", "plain/%2e%2e/run.json", "./run.json", "%2e/run.json"),
+        *("plain%2f..%2f..%2fsecret/run.json", "%00/run.json", "plain/run.json%00.csv", "//run.json"),
+        *(f"{str(tmp_path).replace('/', '%2f')}%2fsecret/run.json", "plain/results.json", "plain/"),
+        *("plain//run.json", "%c0%ae%c0%ae/run.json", "%ff/run.json", "plain/RUN.JSON"),
+    ]
+    for way in ways:
+        with socket.create_connection((url.host, url.port or 80), timeout=10) as connection:
+            connection.sendall(
+                f"GET /v1/reports/{way} HTTP/1.1\r\nHost: 127.0.0.1\r\nConnection: close\r\n\r\n".encode()
+            )
+            reply = b""
+            while received := connection.recv(65536):
+                reply += received
+        assert reply.split(b" ", 2)[1] in (b"400", b"404", b"422"), (way, reply)
+        assert b"tiny-news" not in reply, way
+        assert b'secret": true' not in reply, way
+
+
+def test_the_directory_is_a_setting(serve: Callable[..., Running], tmp_path: Path) -> None:
+    write_report(tmp_path / "mine", "plain")
+    assert [each["id"] for each in listed(serve(reports_dir=tmp_path / "mine"))] == ["plain"]
