@@ -32,7 +32,9 @@ async def tokenize(
     `prefix_tokens` of a few-shot prompt stand before every text and are not listed.
     """
     texts = _texts(service, body.inputs, body.model)
-    shown = await unless_gone(request, service.engine.tokens(texts, timeout=_seconds(service, x_request_timeout)))
+    shown = await unless_gone(
+        request, service.engine.looking.tokens(texts, timeout=_seconds(service, x_request_timeout))
+    )
     return TokenizeOut(
         model=service.name,
         results=[
@@ -82,10 +84,9 @@ async def show_activations(
     fitted = range_set.provenance.settings if range_set is not None else None
     site: Site = fitted.site if fitted else "block_output"
     position = fitted.position if fitted else "read"
-    states = await unless_gone(
-        request,
-        service.engine.states(texts, layer, site=site, position=position, timeout=_seconds(service, x_request_timeout)),
-    )
+    seconds = _seconds(service, x_request_timeout)
+    work = service.engine.looking.states(texts, layer, site=site, position=position, timeout=seconds)
+    states = await unless_gone(request, work)
     _check(service, caller)  # it may have been switched on since
     return ActivationsOut(
         model=service.name,

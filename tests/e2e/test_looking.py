@@ -12,7 +12,7 @@ import pytest
 from range_store.api_keys import KeyStore
 from tests.e2e.conftest import Running, ready
 from tests.workers.checkpoints import TEMPLATE, save_label_token, save_language_model, save_tiny
-from workers.engine import engine as engine_module
+from workers.engine import looking as looking_module
 from workers.fitting.fit import Fitted
 from workers.models.loading import LoadedModel, load_model
 
@@ -153,7 +153,7 @@ def test_limits_hold(serve: Callable[..., Running], fitted: Fitted, problem: Pro
 def test_a_reply_lists_no_more_tokens_than_a_bound(
     news: Running, problem: Problem, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(engine_module, "MOST_SHOWN", 20)
+    monkeypatch.setattr(looking_module, "MOST_SHOWN", 20)
     refused = news.http.post("/v1/tokenize", json={"inputs": ["a goal in the last minute"] * 10})
     assert "a reply holds 20" in problem(refused, 413, "request_too_large")["detail"]
 
@@ -179,14 +179,14 @@ def test_looking_and_classifying_go_on_side_by_side(news: Running) -> None:
 
 
 def test_more_errands_than_may_wait_are_refused_and_a_late_one_times_out(news: Running, problem: Problem) -> None:
-    engine = news.service.engine
-    engine._errands_waiting = 32  # as many as may wait
+    looking = news.service.engine.looking
+    looking._waiting = 32  # as many as may wait
     try:
         refused = news.http.post("/v1/tokenize", json={"inputs": "x"})
         problem(refused, 429, "queue_full")
         assert refused.headers["Retry-After"] == "1"
     finally:
-        engine._errands_waiting = 0
+        looking._waiting = 0
     late = {"X-Request-Timeout": "0.000001"}
     problem(news.http.post("/v1/tokenize", json={"inputs": "x"}, headers=late), 504, "deadline_exceeded")
     assert news.http.post("/v1/tokenize", json={"inputs": "x"}).status_code == 200

@@ -11,22 +11,21 @@ import random
 import threading
 import time
 from collections import Counter, deque
-from collections.abc import AsyncIterator, Callable, Iterator, Mapping, Sequence
-from contextlib import asynccontextmanager, contextmanager
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from queue import SimpleQueue
-from typing import Any, Literal
+from typing import Any
 
-import numpy as np
-import numpy.typing as npt
 import torch
 from prometheus_client import CollectorRegistry
 
-from range_store.erasure import Erasure, Site
+from range_store.erasure import Erasure
 from range_store.mirror import Mirror
 from workers.engine.admission import Planner
-from workers.engine.errands import MOST_WAITING, Errand, Result
+from workers.engine.errands import Errand
 from workers.engine.errors import DeadlineExceeded, Draining, EngineError, EngineFailed, QueueFull, RequestTooLarge
 from workers.engine.forward import WHOLE_PASS, Variant, open_trunk, steer_variants
+from workers.engine.looking import Looking
 from workers.engine.metrics import EngineMetrics
 from workers.engine.queue import BatchQueue
 from workers.engine.requests import Answer, Logits, Request, Text, TextAnswer, fail, reply
@@ -35,7 +34,7 @@ from workers.engine.trunk_cache import TrunkCache
 from workers.models.loading import LoadedModel
 from workers.models.prepack import rounded
 from workers.models.steered import SteeredModel, Trunk
-from workers.models.tokens import Encoded, ShownText, TokenBatch, length_sorted
+from workers.models.tokens import Encoded, TokenBatch
 
 logger = logging.getLogger(__name__)
 
@@ -48,9 +47,6 @@ REASONS: Mapping[type[EngineError], str] = {
     EngineFailed: "failed",
 }
 """What the metrics call each way of not answering; a caller that hangs up is "cancelled"."""
-
-MOST_SHOWN = 16384
-"""Tokens that one reply may list."""
 
 TOKENIZED_AT_ONCE = 64
 """Requests whose texts are tokenized together; more wait for their turn."""
@@ -78,7 +74,7 @@ class Engine:
         self._tokenizer = threading.Thread(target=self._read_inbox, name="tokenizer", daemon=True)
         self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
         self._errands: deque[Errand[Any]] = deque()
-        self._errands_waiting = 0
+        self.looking = Looking(model, settings.max_batch_tokens, self._inbox.put, self._put_errand, self._takes_nothing)
         self._draining = False
         self._closing = False
         self._failure: str | None = None
@@ -196,83 +192,18 @@ class Engine:
             time.monotonic() - began,
         )
 
-    async def tokens(self, texts: Sequence[str], *, timeout: float | None = None) -> list[ShownText]:
-        """The tokens of each text as the model would get them, too long ones cut.
-
-        Raises:
-            QueueFull, RequestTooLarge, Draining, DeadlineExceeded, EngineFailed: see `workers.engine.errors`.
-        """
-        tokenizer = self.model.tokens
-
-        def show() -> list[ShownText]:
-            tokens = sum(len(each.ids) for each in tokenizer.encode(texts, keep_empty=True))
-            if tokens > MOST_SHOWN:  # known before they are looked at one by one
-                raise RequestTooLarge("tokens", tokens, MOST_SHOWN, "a reply")
-            return tokenizer.show(texts)
-
-        async with self._errands_within(timeout):
-            return await self._run_errand(show, self._inbox.put)
-
-    async def states(
-        self,
-        texts: Sequence[str],
-        layer: int,
-        *,
-        site: Site = "block_output",
-        position: Literal["read", "mean"] = "read",
-        timeout: float | None = None,
-    ) -> npt.NDArray[np.float32]:
-        """Each text's state at one block before anything is erased, [N, D]; too long texts are cut.
-
-        Batches of requests go on between the passes of this one.
-
-        Raises:
-            QueueFull, Draining, DeadlineExceeded, EngineFailed, EmptyText: as `classify` does.
-        """
-        model = self.model
-        found = np.empty((len(texts), model.identity.hidden_size), np.float32)
-        async with self._errands_within(timeout):
-            encoded = await self._run_errand(lambda: model.tokens.encode(texts), self._inbox.put)
-            for rows in length_sorted([len(each.ids) for each in encoded], self.settings.max_batch_tokens):
-
-                def run(rows: list[int] = rows) -> npt.NDArray[np.float32]:
-                    batch = model.tokens.pad([encoded[row].ids for row in rows], model.device)
-                    _, states = model.steered.record(batch, [layer], site, position)
-                    array: npt.NDArray[np.float32] = states[layer].float().cpu().numpy()
-                    return array
-
-                found[rows] = await self._run_errand(run, self._put_errand)
-        return found
-
-    @asynccontextmanager
-    async def _errands_within(self, timeout: float | None) -> AsyncIterator[None]:
-        """Raises what is to be refused, or is not done in time."""
-        if self._draining:
-            raise Draining
-        if self._errands_waiting >= MOST_WAITING:
-            raise QueueFull(1.0)
-        self._errands_waiting += 1
-        try:
-            async with asyncio.timeout(timeout):
-                yield
-        except TimeoutError:
-            raise DeadlineExceeded(timeout or 0.0) from None
-        finally:
-            self._errands_waiting -= 1
+    def _takes_nothing(self) -> EngineError | None:
+        if self._failure is not None:
+            return EngineFailed("the engine stopped")
+        return Draining() if self._draining else None
 
     def _put_errand(self, errand: Errand[Any]) -> None:
+        """For the model's thread, between batches."""
         with self._changed:
             if self._closing:
-                raise Draining
+                raise self._takes_nothing() or Draining()
             self._errands.append(errand)
             self._changed.notify()
-
-    async def _run_errand(self, work: Callable[[], Result], put: Callable[[Errand[Any]], None]) -> Result:
-        errand = Errand(work)
-        put(errand)
-        if self._failure is not None:  # nobody may do it any more
-            raise EngineFailed("the engine stopped")
-        return await errand.done
 
     async def _admit(
         self, texts: Sequence[str], erase: Sequence[Erasure] | None, compare: bool, truncate: bool

@@ -11,9 +11,6 @@ from workers.models.errors import TextError
 
 logger = logging.getLogger(__name__)
 
-MOST_WAITING = 32
-"""Errands of one engine; more are refused."""
-
 Result = TypeVar("Result")
 
 

@@ -1,0 +1,73 @@
+"""Looking at texts on the engine's threads: it ends with the engine, and nobody waits for ever."""
+
+import asyncio
+from collections.abc import Callable
+
+import numpy as np
+import pytest
+
+from tests.workers.engine.running import Running
+from workers.engine.errors import Draining, EngineFailed
+from workers.models.tokens import ShownText
+
+Start = Callable[..., Running]
+TEXTS = ["a goal in the last minute of the final", "shares fell", "a probe sent back pictures"] * 20
+
+
+def test_states_do_not_depend_on_how_they_are_batched(start: Start) -> None:
+    running = start()
+
+    async def ask() -> tuple[np.ndarray, list[np.ndarray]]:
+        looking = running.engine.looking
+        return await looking.states(TEXTS[:6], 1), [await looking.states([text], 1) for text in TEXTS[:6]]
+
+    together, alone = asyncio.run(ask())
+    np.testing.assert_allclose(together, np.concatenate(alone), atol=1e-5)
+
+
+def test_an_engine_that_closes_leaves_nobody_waiting(start: Start) -> None:
+    """What was accepted is answered, or told that it is too late."""
+    running = start(max_batch_tokens=16)
+
+    async def ask() -> list[object]:
+        looking = running.engine.looking
+        asked = [asyncio.ensure_future(looking.states(TEXTS, 0)) for _ in range(4)]
+        asked.append(asyncio.ensure_future(looking.tokens(TEXTS)))
+        await asyncio.sleep(0)
+        closing = asyncio.ensure_future(asyncio.to_thread(running.engine.close))
+        async with asyncio.timeout(60):
+            ended = await asyncio.gather(*asked, return_exceptions=True)
+            await closing
+            ended += await asyncio.gather(looking.tokens(["late"]), return_exceptions=True)
+        return ended
+
+    *ended, tokens, late = asyncio.run(ask())
+    assert all(isinstance(each, np.ndarray | Draining) for each in ended), ended
+    assert isinstance(tokens, list)
+    assert all(isinstance(each, ShownText) for each in tokens)
+    assert isinstance(late, Draining)
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
+def test_an_engine_that_dies_tells_whoever_looks(start: Start, monkeypatch: pytest.MonkeyPatch) -> None:
+    running = start()
+
+    def broken(*_: object, **__: object) -> None:
+        raise RuntimeError("the device is gone")
+
+    async def ask() -> list[object]:
+        looking = running.engine.looking
+        async with asyncio.timeout(60):
+            asked = [looking.states(TEXTS, 0) for _ in range(3)]
+            ended = await asyncio.gather(*asked, return_exceptions=True)
+            while running.engine.failure is None:
+                await asyncio.sleep(0.01)
+            return ended + await asyncio.gather(looking.tokens(["late"]), return_exceptions=True)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(running.model.steered, "record", broken)
+        patched.setattr(running.model.steered, "logits", broken)
+        ended = asyncio.run(ask())
+    assert isinstance(ended[0], EngineFailed)
+    assert all(isinstance(each, EngineFailed | Draining) for each in ended), ended
+    assert isinstance(ended[-1], EngineFailed)
