@@ -8,9 +8,11 @@ from neuronlens.calls import Caller, Steps, in_path
 from neuronlens.erasing import CONTEXT, Erase, ErasureSettings, FromContext, LiveSpec, erased_here, listed
 from neuronlens.errors import NotFound, Refused, TooLarge
 from neuronlens.replies import (
+    Activations,
     Answer,
     Answers,
     Audit,
+    Capabilities,
     Classified,
     Concepts,
     LiveState,
@@ -22,6 +24,7 @@ from neuronlens.replies import (
     RangeSets,
     Ready,
     Reply,
+    Tokenized,
     Usage,
 )
 
@@ -163,7 +166,22 @@ class Api:
         asked = {"layer": layer, "top_fraction": top_fraction, "ranking": ranking}
         return self.caller.call("GET", "/v1/overlap", Overlap, params=asked)
 
+    # a text
+
+    def tokenize(self, inputs: str | list[str] | tuple[str, ...], special: bool) -> Steps[Tokenized]:
+        body = {"inputs": inputs, "add_special_tokens": special}
+        return self.caller.call("POST", "/v1/tokenize", Tokenized, body=body, repeatable=True)
+
+    def activations(
+        self, inputs: str | list[str] | tuple[str, ...], neurons: Sequence[int], layer: int
+    ) -> Steps[Activations]:
+        body = {"inputs": inputs, "neurons": list(neurons), "layer": layer}
+        return self.caller.call("POST", "/v1/activations", Activations, body=body, repeatable=True)
+
     # the server
+
+    def capabilities(self) -> Steps[Capabilities]:
+        return self.caller.call("GET", "/v1/capabilities", Capabilities)
 
     def models(self) -> Steps[Models]:
         return self.caller.call("GET", "/v1/models", Models)

@@ -14,9 +14,11 @@ from neuronlens.erasing import CONTEXT, Erase, ErasureSettings, FromContext, Liv
 from neuronlens.errors import NeuronLensError, error_of
 from neuronlens.events import Event, Following
 from neuronlens.replies import (
+    Activations,
     Answer,
     Answers,
     Audit,
+    Capabilities,
     Classified,
     Concepts,
     LiveState,
@@ -27,6 +29,7 @@ from neuronlens.replies import (
     RangeSet,
     RangeSets,
     Ready,
+    Tokenized,
 )
 
 
@@ -206,6 +209,15 @@ class AsyncClient(BaseClient):
 
     async def overlap(self, *, layer: int = -1, top_fraction: float = 0.3, ranking: Ranking = "max") -> Overlap:
         return await self._run(self._api.overlap(layer, top_fraction, ranking))
+
+    async def tokenize(self, inputs: str | Texts, *, add_special_tokens: bool = True) -> Tokenized:
+        return await self._run(self._api.tokenize(inputs, add_special_tokens))
+
+    async def activations(self, inputs: str | Texts, neurons: Sequence[int], *, layer: int = -1) -> Activations:
+        return await self._run(self._api.activations(inputs, neurons, layer))
+
+    async def capabilities(self) -> Capabilities:
+        return await self._run(self._api.capabilities())
 
     async def models(self) -> Models:
         return await self._run(self._api.models())

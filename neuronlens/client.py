@@ -14,9 +14,11 @@ from neuronlens.erasing import CONTEXT, Erase, ErasureSettings, FromContext, Liv
 from neuronlens.errors import NeuronLensError, error_of
 from neuronlens.events import Event, Following
 from neuronlens.replies import (
+    Activations,
     Answer,
     Answers,
     Audit,
+    Capabilities,
     Classified,
     Concepts,
     LiveState,
@@ -27,6 +29,7 @@ from neuronlens.replies import (
     RangeSet,
     RangeSets,
     Ready,
+    Tokenized,
 )
 
 
@@ -225,6 +228,18 @@ class Client(BaseClient):
     def overlap(self, *, layer: int = -1, top_fraction: float = 0.3, ranking: Ranking = "max") -> Overlap:
         """How far the concepts share their salient neurons."""
         return self._run(self._api.overlap(layer, top_fraction, ranking))
+
+    def tokenize(self, inputs: str | Texts, *, add_special_tokens: bool = True) -> Tokenized:
+        """The tokens of up to 64 texts, as the model gets them."""
+        return self._run(self._api.tokenize(inputs, add_special_tokens))
+
+    def activations(self, inputs: str | Texts, neurons: Sequence[int], *, layer: int = -1) -> Activations:
+        """The values of up to 64 neurons of a block for up to 64 texts, before anything is erased."""
+        return self._run(self._api.activations(inputs, neurons, layer))
+
+    def capabilities(self) -> Capabilities:
+        """What the server can do, its limits, and what this client's key may do."""
+        return self._run(self._api.capabilities())
 
     def models(self) -> Models:
         """What is loaded."""

@@ -292,3 +292,79 @@ class Ready(Reply):
     generation: str
     snapshot_age: float
     problem: str | None
+
+
+class Token(Reply):
+    """A token as it stands in the vocabulary; `start`, `stop`: of its characters in the text, None if of none."""
+
+    id: int
+    text: str
+    start: int | None
+    stop: int | None
+    special: bool
+    read: bool
+
+
+class TextTokens(Reply):
+    """One text's tokens. `total`: how many they would be if none were cut off."""
+
+    tokens: tuple[Token, ...]
+    total: int
+    truncated: bool
+
+
+class Tokenized(Reply):
+    """`prefix_tokens`: of a few-shot prompt, before every text. `max_tokens`: what is left for a text after them."""
+
+    model: str
+    results: tuple[TextTokens, ...]
+    prefix_tokens: int
+    max_tokens: int
+
+
+class TextValues(Reply):
+    """One text's values, in the order of `neurons`."""
+
+    values: tuple[float | None, ...]
+
+
+class Activations(Reply):
+    """Values of neurons before anything is erased. `site`, `position`: where they were taken."""
+
+    model: str
+    layer: int
+    site: str
+    position: str
+    neurons: tuple[int, ...]
+    results: tuple[TextValues, ...]
+
+
+class Capabilities(Reply):
+    """What the server can do, its limits, and what the caller may do (`scopes`)."""
+
+    version: str
+    model: str
+    kind: str
+    labels: tuple[str, ...]
+    multi_label: bool
+    layers: int
+    hidden_size: int
+    methods: tuple[str, ...]
+    rules: tuple[str, ...]
+    rankings_fitted: tuple[str, ...]
+    layers_fitted: tuple[int, ...]
+    replacements: tuple[str, ...]
+    activations: tuple[str, ...]
+    max_tokens: int
+    max_texts: int
+    max_characters: int
+    max_body_bytes: int
+    max_erasures: int
+    max_shown_texts: int
+    features: tuple[str, ...]
+    protocols: tuple[str, ...]
+    range_set: str | None
+    generation: str | None
+    keys_in_force: bool
+    key: str | None
+    scopes: tuple[str, ...]

@@ -8,18 +8,22 @@ import pickle
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
-from typing import Any
+from typing import Any, get_args, get_type_hints
 
 import httpx
 import pytest
 from pydantic import BaseModel
 
 import neuronlens.api
+from app import requests
 from neuronlens import (
     AsyncClient,
     Conflict,
     DeadlineExceeded,
+    ErasureSettings,
+    ErasureSpec,
     Invalid,
+    LiveSpec,
     NeuronLensError,
     NoAnswer,
     NotFound,
@@ -31,6 +35,8 @@ from neuronlens import (
     Unavailable,
     errors,
 )
+from neuronlens.erasing import ErasuresSpec
+from range_store.erasure import RANKINGS
 from tests.e2e.conftest import Running, ready
 from tests.workers.texts import labelled_texts, write_jsonl
 from workers.fitting.corpus import load_corpus
@@ -117,6 +123,15 @@ def test_a_list_goes_through_however_little_the_server_takes(
     assert raised.value.code == "request_too_large"
 
 
+def test_a_long_list_goes_in_parts_as_large_as_the_server_takes(
+    client_of: ClientOf, serve: Callable[..., Running], fitted: Fitted
+) -> None:
+    running = ready(serve(max_texts=280), fitted)
+    answers = client_of(running.url).classify([TEXTS[0], TEXTS[1]] * 300, erase=[])
+    assert (len(answers.results), len(answers.plans)) == (600, 3)
+    assert len(set(answers.labels[::2])) == len(set(answers.labels[1::2])) == 1
+
+
 def test_every_reply_is_what_the_server_says_and_every_field_is_known(client_of: ClientOf, news: Running) -> None:
     client = client_of(news.url, model=news.service.name)
     client.switch_on("Sports", tau=2, layer=[-2, -1], replacement={"damp": 0.5}, reason="a try", expires_in=600)
@@ -131,11 +146,43 @@ def test_every_reply_is_what_the_server_says_and_every_field_is_known(client_of:
         (client.neuron(-1, 3), "/v1/neurons/-1/3"),
         (client.overlap(ranking="probeless"), "/v1/overlap?ranking=probeless"),
         (client.models(), "/v1/models"),
+        (client.capabilities(), "/v1/capabilities"),
     ]
     for reply, path in replies:
         assert reply.model_dump(mode="json") == news.http.get(path).json(), path
         assert not list(unknown(reply)), path
     assert client.ready().checks["store"] is True
+
+
+def test_what_the_model_makes_of_a_text_is_what_the_server_says(client_of: ClientOf, news: Running) -> None:
+    client = client_of(news.url)
+    for reply, path, body in (
+        (client.tokenize("a goal 🎉"), "/v1/tokenize", {"inputs": "a goal 🎉"}),
+        (
+            client.tokenize(("a", "b"), add_special_tokens=False),
+            "/v1/tokenize",
+            {"inputs": ["a", "b"], "add_special_tokens": False},
+        ),
+        (
+            client.activations(["a"], (3, 1), layer=-2),
+            "/v1/activations",
+            {"inputs": ["a"], "neurons": [3, 1], "layer": -2},
+        ),
+    ):
+        assert reply.model_dump(mode="json") == news.http.post(path, json=body).json()
+        assert not list(unknown(reply))
+
+
+def test_what_may_be_named_is_what_the_server_takes() -> None:
+    """Settings of an erasure, as a type checker knows them, are those of the server."""
+    for known, taken in (
+        (ErasureSettings, requests.ErasureSettings),
+        (ErasureSpec, requests.ErasureIn),
+        (ErasuresSpec, requests.ErasuresIn),
+        (LiveSpec, requests.NamedLiveIn),
+    ):
+        assert set(known.__annotations__) == set(taken.model_fields)
+    assert get_args(get_type_hints(ErasureSettings)["ranking"]) == RANKINGS
 
 
 def test_all_neurons_come_page_by_page(client_of: ClientOf, news: Running, monkeypatch: pytest.MonkeyPatch) -> None:
