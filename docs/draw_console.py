@@ -11,7 +11,7 @@ from playwright.sync_api import Browser, Page, expect, sync_playwright
 
 HERE = Path(__file__).parent
 FLAGS = ("--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--disable-background-networking")
-TEXT = "The club’s owners sold a third of its shares to pay for the new stadium and a striker."
+TEXT = "Ministers of thirty states agreed to limit satellites that cross the sky at night."
 WIDE = (1280, 800)
 NARROW = (390, 844)
 
@@ -54,19 +54,21 @@ def main() -> None:
     if chromium is None:
         sys.exit("no chromium on this machine: apt-get install chromium")
     process, url = demo(sys.argv[1] if len(sys.argv) > 1 else "")
-    tried = f"text={TEXT}&erase=Sports&tau=2&top=0.6".replace(" ", "+")
+    text = TEXT.replace(" ", "+")
+    tried = f"#/try?text={text}&erase=World&ranking=selectivity"
+    neuron = f"#/neurons?concept=World&ranking=selectivity&text={text}"
+    masked = "masked at the read position"
     try:
-        put = {"top_fraction": 0.6, "reason": "ticket 214: no sport in the business feed", "expires_in": 28800}
-        httpx.put(f"{url}/v1/erasures/Sports", json=put).raise_for_status()
-        enforced = {"enforced": True, "reason": "agreed with the desk"}
-        httpx.put(f"{url}/v1/erasures/World", json=enforced).raise_for_status()
         with sync_playwright() as playwright:
             browser = playwright.chromium.launch(executable_path=chromium, args=list(FLAGS))
-            take(browser, url, "try", f"#/try?{tried}", "masked at the read position", WIDE, "light")
+            take(browser, url, "try", tried, masked, WIDE, "light")
+            take(browser, url, "narrow", tried, masked, NARROW, "dark")
+            take(browser, url, "neurons", neuron, "The text under Try has the value", WIDE, "dark")
+            put = {"top_fraction": 0.6, "reason": "ticket 214: no sport in the business feed", "expires_in": 28800}
+            httpx.put(f"{url}/v1/erasures/Sports", json=put).raise_for_status()
+            enforced = {"enforced": True, "reason": "agreed with the desk"}
+            httpx.put(f"{url}/v1/erasures/World", json=enforced).raise_for_status()
             take(browser, url, "live", "#/live", "ticket 214", WIDE, "light")
-            neuron = f"#/neurons?concept=Sports&ranking=selectivity&text={TEXT}".replace(" ", "+")
-            take(browser, url, "neurons", neuron, "Which part of a concept", WIDE, "dark")
-            take(browser, url, "narrow", f"#/try?{tried}", "masked at the read position", NARROW, "dark")
             browser.close()
     finally:
         for concept in ("Sports", "World"):

@@ -3,8 +3,10 @@
 import { call, isAbort, path } from "./api.js";
 import { button, el, fill, quoted } from "./elements.js";
 import { empty, failed, loading } from "./notices.js";
-import { moment } from "./numbers.js";
+import { count, moment } from "./numbers.js";
 import { keep } from "./state.js";
+
+const PAGE = "report.html";
 
 export async function showEvaluation(part, params, signal) {
   const list = el("div", {}, loading("reports"));
@@ -31,7 +33,7 @@ export async function showEvaluation(part, params, signal) {
       return;
     }
     fill(list, el("ul", { class: "erasures" }, reports.map((report) => item(report, open))));
-    const wanted = reports.find(({ id }) => id === params.get("report"));
+    const wanted = reports.find(({ id, files }) => id === params.get("report") && files.includes(PAGE));
     if (wanted) open(wanted);
   };
   const open = async (report) => {
@@ -39,7 +41,7 @@ export async function showEvaluation(part, params, signal) {
     for (const each of list.querySelectorAll("[data-report]")) each.setAttribute("aria-pressed", String(each.dataset.report === report.id));
     fill(opened, loading("the report"));
     try {
-      const { data } = await call("GET", path("v1", "reports", report.id, "report.html"), { signal, text: true });
+      const { data } = await call("GET", path("v1", "reports", report.id, PAGE), { signal, text: true });
       fill(opened, el("section", { class: "card", "aria-label": "Report" }, el("div", { class: "heading" }, el("h2", {}, quoted(report.id)), button("Close", () => {
         keep("evaluation", {});
         fill(opened);
@@ -55,17 +57,20 @@ export async function showEvaluation(part, params, signal) {
 }
 
 function item(report, open) {
+  const { id, state, files, model, data, texts, targets, methods } = report;
+  const about = [model ? ["of ", quoted(model)] : null, data ? ["on ", quoted(data), texts === null ? "" : ` (${count(texts, "text")})`] : null, targets.length ? count(targets.length, "target") : null, methods.length ? methods.join(", ") : null].filter(Boolean);
   return el(
     "li",
     { class: "erasure" },
-    el("div", {}, el("h3", {}, quoted(report.id)), el("p", { class: "quiet" }, facts(report))),
-    el("div", { class: "actions" }, button("Open", () => open(report), { "data-report": report.id, "aria-pressed": "false", "aria-label": `Open ${report.id}` })),
+    el(
+      "div",
+      {},
+      el("h3", {}, quoted(id), state === "complete" ? null : el("span", { class: "badge outline" }, state)),
+      el("p", {}, about.map((each, at) => [at ? " · " : "", each])),
+      el("p", { class: "quiet" }, `written ${moment(report.created_at)}`),
+    ),
+    el("div", { class: "actions" }, files.includes(PAGE) ? button("Open", () => open(report), { "data-report": id, "aria-pressed": "false", "aria-label": `Open ${id}` }) : null),
   );
-}
-
-function facts(report) {
-  const at = report.modified_at ?? report.created_at ?? null;
-  return [report.model ? ["of ", quoted(report.model), " · "] : null, at === null ? null : `written ${moment(at)}`];
 }
 
 /** A frame with an origin of its own: the report's scripts run, and reach nothing else. */

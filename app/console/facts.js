@@ -3,7 +3,10 @@
 import { call, path } from "./api.js";
 import { Watched } from "./watched.js";
 
-/** { model, concepts, rangeSet, layers, rankings }; null until they are known. `concepts` is null if they cannot be read. */
+/**
+ * { model, concepts, rangeSet, layers, rankings, features, problem }; null until they are known.
+ * `features`: what the server can do, by name; null if it does not say. `problem`: why concepts are not known.
+ */
 export const facts = new Watched(null);
 
 const UNTOLD = { id: "", kind: "", family: "", labels: [], layers: 1, hidden_size: null, max_tokens: null, dtype: "", device: "" };
@@ -18,10 +21,22 @@ async function loadModel(signal) {
   }
 }
 
+/** Whether the server has a feature; one that does not say may have it. */
+export const may = (feature) => facts.value.features?.includes(feature) ?? true;
+
+async function loadFeatures(signal) {
+  try {
+    return (await call("GET", "/v1/capabilities", { signal })).data.features;
+  } catch (error) {
+    if (!error.status) throw error;
+    return null;
+  }
+}
+
 /** Read them. Throws what calls throw; that no range set is active, or that the key may not look, is no error. */
 export async function loadFacts(signal) {
   const model = await loadModel(signal);
-  const found = { model, concepts: [], rangeSet: null, layers: [...Array(model.layers).keys()], rankings: ["max"], problem: null };
+  const found = { model, concepts: [], rangeSet: null, layers: [...Array(model.layers).keys()], rankings: ["max"], features: await loadFeatures(signal), problem: null };
   try {
     const { data } = await call("GET", "/v1/concepts", { signal });
     found.concepts = data.concepts;

@@ -3,7 +3,7 @@
 import { call, path } from "./api.js";
 import { confirm, reasonField } from "./dialogs.js";
 import { button, el, field, fill, freshId, quoted } from "./elements.js";
-import { facts } from "./facts.js";
+import { facts, may } from "./facts.js";
 import { following, jobs as told } from "./follow.js";
 import { empty, failed } from "./notices.js";
 import { count, duration, moment } from "./numbers.js";
@@ -35,6 +35,7 @@ export async function jobsPart(signal) {
     if (error.status === 404 || error.status === 405 || signal.aborted) return null;
     fill(list, failed(error, read));
   }
+  if (!may("fits") && !known.size) return null;
   told.watch(see, signal);
   const asking = setInterval(() => {
     const busy = [...known.values()].some(({ state }) => !OVER.includes(state));
@@ -44,7 +45,7 @@ export async function jobsPart(signal) {
   return el(
     "section",
     { class: "card", "aria-labelledby": "jobs-title" },
-    el("div", { class: "heading" }, el("h2", { id: "jobs-title" }, "Fits"), button("Start a fit…", () => start(see))),
+    el("div", { class: "heading" }, el("h2", { id: "jobs-title" }, "Fits"), may("fits") ? button("Start a fit…", () => start(see)) : null),
     el("p", { class: "quiet" }, "They run beside the server, on files that it may read."),
     list,
   );

@@ -3,7 +3,7 @@
 import { call, isAbort, path } from "./api.js";
 import { chart, densities, heatMap } from "./charts.js";
 import { button, choice, el, field, fill, quoted, table } from "./elements.js";
-import { facts } from "./facts.js";
+import { facts, may } from "./facts.js";
 import { Latest } from "./latest.js";
 import { empty, failed, loading } from "./notices.js";
 import { percent, range, value } from "./numbers.js";
@@ -200,17 +200,14 @@ function within(data, at) {
   return ["inside the range of ", ...inside.flatMap(({ concept }, place) => [place ? ", " : "", quoted(concept)])];
 }
 
-let untold = false;
-
 /** The value that the text under Try has at a neuron; null without a text, or where the server does not tell. */
 async function valueOfText(layer, neuron, signal) {
-  if (untold || !tried.text.trim()) return null;
+  if (!may("activations") || !tried.text.trim()) return null;
   try {
     const { data } = await call("POST", "/v1/activations", { body: { inputs: tried.text, layer, neurons: [neuron] }, signal });
     return data.results[0].values[0];
   } catch (error) {
-    if (error.status === 404 || error.status === 405) untold = true;
     if (!error.status) throw error;
-    return null;
+    return null; // a text without tokens, or an enforced erasure that it would show
   }
 }

@@ -30,6 +30,7 @@ def test_on_change_and_off_with_a_reason_while_another_window_follows(
     mine, other = window(news).open("#/live"), window(news, viewport=NARROW).open("#/live")
     expect(mine.get_by_text("Nothing is erased", exact=True)).to_be_visible()
     expect(other.get_by_text("Nothing is erased", exact=True)).to_be_visible()
+    expect(other.locator("#connection")).to_have_text("following")
 
     mine.get_by_role("button", name="Switch on…").click()
     box = dialog(mine, "Switch an erasure on")
@@ -70,6 +71,15 @@ def test_on_change_and_off_with_a_reason_while_another_window_follows(
         expect(page.get_by_text("Nothing is erased", exact=True)).to_be_visible()
     newest = news.http.get("/v1/audit").json()["entries"][0]
     assert (newest["action"], newest["reason"]) == ("remove", "settled")
+
+
+def test_where_no_events_come_the_page_asks(news: Running, window: Open) -> None:
+    mine = window(news)
+    mine.page.route("**/v1/events", lambda route: route.fulfill(status=404, body="{}"))
+    page = mine.open("#/live")
+    expect(page.locator("#connection")).to_have_text("following (asking)")
+    news.http.put("/v1/erasures/Sports")
+    expect(page.get_by_role("heading", name="Sports")).to_be_visible()
 
 
 def test_who_was_slower_is_told_and_may_go_on(news: Running, window: Open) -> None:

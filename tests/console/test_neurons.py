@@ -65,6 +65,24 @@ def test_a_link_leads_to_the_same_neuron_and_a_slider_moves_the_ranges(news: Run
     assert "layer=2" in page.url
 
 
+def test_where_the_text_under_try_falls(news: Running, window: Open) -> None:
+    text = "The keeper saved a penalty."
+    page = window(news).open(f"#/try?text={text}")
+    expect(page.locator(".scores")).to_be_visible()
+    page.get_by_role("link", name="Neurons").click()
+    region = page.get_by_role("region", name="One neuron")
+    expect(region).to_contain_text("The text under Try has the value")
+    traces(page, "One neuron")
+    neuron = int(page.locator("[data-neuron][aria-pressed=true]").inner_text())
+    body = {"inputs": text, "layer": 2, "neurons": [neuron]}
+    (told,) = news.http.post("/v1/activations", json=body).json()["results"]
+    plot = region.locator(".js-plotly-plot")
+    assert plot.evaluate("(plot) => plot.layout.shapes.map(({ x0 }) => x0)") == told["values"]
+    news.http.put("/v1/erasures/World", json={"enforced": True})  # whoever may change may still see
+    page.reload()
+    expect(region).to_contain_text("The text under Try has the value")
+
+
 def test_charts_change_with_light_and_dark(news: Running, window: Open) -> None:
     page = window(news).open("#/neurons")
     traces(page, "One neuron")

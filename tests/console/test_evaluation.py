@@ -1,0 +1,90 @@
+"""Evaluation: reports open in place, in a frame from which their scripts reach nothing."""
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from playwright.sync_api import expect
+
+from app.cli import run
+from range_store.api_keys import KeyStore
+from tests.console.conftest import NARROW, Window
+from tests.e2e.conftest import Running
+from tests.workers.checkpoints import save_tiny
+from tests.workers.texts import labelled_texts, write_jsonl
+
+pytestmark = pytest.mark.system
+Open = Callable[..., Window]
+
+TRIES = """<!doctype html><title>tries</title><body><script>
+const tries = {
+  parent: () => { parent.document.title = "reached"; },
+  mark: () => { parent.pwned = 1; },
+  key: () => parent.sessionStorage.length,
+  storage: () => sessionStorage.length,
+  leave: () => { top.location.href = "/docs"; },
+};
+const held = [];
+for (const [name, what] of Object.entries(tries)) {
+  try { what(); } catch { held.push(name); }
+}
+fetch("/livez").catch(() => held.push("fetch")).then(() => {
+  const image = new Image();
+  image.onerror = () => { held.push("image"); document.body.textContent = `held: ${held.join(" ")}`; };
+  image.src = "/console/icon.svg";
+});
+</script>"""
+
+
+@pytest.fixture(scope="module")
+def report(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A directory of reports, with one that `neuronlens evaluate` made."""
+    folder = tmp_path_factory.mktemp("reports")
+    model = save_tiny("bert", folder / "model")
+    data = write_jsonl(folder / "texts.jsonl", labelled_texts(60, seed=1))
+    out = folder / "reports" / "tiny & <b>small"
+    options = ["--data", data, "--test-data", data, "--out", out, "--target", "Sports", "--device", "cpu"]
+    assert run(list(map(str, ["evaluate", "--model", model, *options]))) == 0
+    return out.parent
+
+
+def test_a_report_opens_in_place(
+    serve: Callable[..., Running], window: Open, report: Path, no_sideways: Callable[..., None]
+) -> None:
+    running = serve(reports_dir=report)
+    page = window(running, viewport=NARROW).open("#/evaluation")
+    item = page.get_by_role("listitem").filter(has_text="tiny & <b>small")
+    expect(item).to_contain_text("60 texts")
+    item.get_by_role("button", name="Open").click()
+    inside = page.frame_locator("iframe")
+    expect(inside.locator("h1")).to_be_visible()
+    expect(inside.locator(".js-plotly-plot .main-svg").first).to_be_attached()
+    no_sideways(page)
+    page.reload()  # the address says which report is open
+    expect(inside.locator("h1")).to_be_visible()
+    page.get_by_role("button", name="Close").click()
+    expect(page.locator("iframe")).to_have_count(0)
+
+
+def test_a_report_reaches_nothing(keyed: tuple[Running, dict[str, str], KeyStore], window: Open) -> None:
+    running, tokens, _ = keyed
+    hostile = running.service.settings.reports / "hostile"
+    hostile.mkdir(parents=True)
+    (hostile / "report.html").write_text(TRIES, "utf-8")
+    mine = window(running)
+    page = mine.open("#/evaluation")
+    page.get_by_label("Key", exact=True).fill(tokens["read"])
+    page.get_by_role("button", name="Use it").click()
+    item = page.get_by_role("listitem").filter(has_text="hostile")
+    expect(item).to_contain_text("incomplete")
+    item.get_by_role("button", name="Open").click()
+    held = page.frame_locator("iframe").get_by_text("held:")
+    expect(held).to_have_text("held: parent mark key storage leave fetch image")
+    assert "#/evaluation" in page.url
+    assert all("Content Security Policy" in fault or "sandbox" in fault for fault in mine.faults), mine.faults
+    mine.faults.clear()  # of the report's own tries
+
+
+def test_without_any_the_page_says_how_to_make_one(news: Running, window: Open) -> None:
+    page = window(news).open("#/evaluation")
+    expect(page.get_by_text("No reports yet")).to_be_visible()
