@@ -85,11 +85,14 @@ class EventStream(Response):
             group.cancel_scope.cancel()
 
         await send({"type": "http.response.start", "status": self.status_code, "headers": self.raw_headers})
-        async with anyio.create_task_group() as group:
-            group.start_soon(watch)
-            group.start_soon(hear)
-            async for message in self._messages(woken):
-                await self._send(send, {"type": "http.response.body", "body": message, "more_body": True})
+        try:
+            async with anyio.create_task_group() as group:
+                group.start_soon(watch)
+                group.start_soon(hear)
+                async for message in self._messages(woken):
+                    await self._send(send, {"type": "http.response.body", "body": message, "more_body": True})
+        except ExceptionGroup as errors:  # one of three tasks failed; the log is to name its error
+            raise errors.exceptions[0] from None
         if gone:
             return
         if self._sending_since is None:

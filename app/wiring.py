@@ -126,8 +126,9 @@ def _serving(settings: Settings, model: LoadedModel, client: redis.Redis) -> Ite
 
     def also() -> None:
         keyring.refresh()
-        with suppress(RangeStoreError):  # the mirror says itself what is wrong
-            news.see_range_sets(store.ids())
+        if mirror.store_up:  # else who waits for a store that hangs would wait once more
+            with suppress(RangeStoreError):
+                news.see_range_sets(store.ids())
 
     mirror = Mirror(store, model.identity.fingerprint, poll=settings.poll_seconds, on_change=changed, also=also)
     limits = EngineSettings(

@@ -6,12 +6,14 @@ import threading
 import time
 from collections.abc import AsyncIterator, Iterator
 
+import httpx
 import pytest
 import uvicorn
 from prometheus_client import CollectorRegistry
 from starlette.types import Receive, Scope, Send
 
 from app.events import EventStream
+from app.middleware import Faults
 from app.news import KEPT_JOBS, News
 from app.protocol import bounded_head
 from tests.range_store.waiting import until
@@ -24,17 +26,20 @@ class Flood:
         self.news = News(10, CollectorRegistry())
         self.on = True
         self.sent = self.open = 0
+        self.fault: Exception | None = None
         config = uvicorn.Config(self, port=0, http=bounded_head(32768, 10.0), log_level="error", lifespan="off")
         self.server = uvicorn.Server(config)
         self.thread = threading.Thread(target=self.server.run)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         self.open += 1
-        await EventStream(self.news, self.messages, lambda: self.on)(scope, receive, send)
+        await Faults(EventStream(self.news, self.messages, lambda: self.on))(scope, receive, send)
         self.open -= 1
 
     async def messages(self, woken: asyncio.Event) -> AsyncIterator[bytes]:
         while True:
+            if self.fault is not None:
+                raise self.fault
             yield b":" + b"x" * 1_000_000 + b"\n\n"
             self.sent += 1
 
@@ -66,6 +71,18 @@ def test_a_reader_that_stopped_reading_is_given_up(flood: Flood, why: str, monke
         else:
             flood.on = False
         until(lambda: flood.open == 0 and not flood.server.server_state.connections)
+
+
+def test_a_fault_half_way_breaks_the_stream_and_is_logged_by_its_kind(
+    flood: Flood, caplog: pytest.LogCaptureFixture
+) -> None:
+    flood.fault = ArithmeticError("what no log may hold")
+    url = f"http://127.0.0.1:{flood.server.servers[0].sockets[0].getsockname()[1]}/"
+    with pytest.raises(httpx.RemoteProtocolError), httpx.stream("GET", url) as answer:
+        answer.read()
+    assert [record.message for record in caplog.records if record.name == "app.middleware"] == [
+        "request None failed: ArithmeticError"
+    ]
 
 
 def test_no_more_jobs_are_kept_than_a_bound(flood: Flood) -> None:
