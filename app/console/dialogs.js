@@ -37,7 +37,11 @@ export function confirm({ title, content, action, danger = false, run, refused =
     el("div", { class: "actions" }, button("Cancel", () => dialog.close(), { class: "plain" }), go),
   );
   const dialog = el("dialog", { "aria-labelledby": id }, form);
-  dialog.addEventListener("close", () => dialog.remove());
+  const opener = document.activeElement;
+  dialog.addEventListener("close", () => {
+    dialog.remove();
+    backTo(opener);
+  });
   document.body.append(dialog);
   dialog.showModal();
   return dialog;
@@ -48,4 +52,12 @@ export function reasonField(value = "") {
   const input = el("input", { type: "text", maxlength: 500, autocomplete: "off", name: "reason" });
   input.value = value;
   return { element: field("Reason, for the audit", input), value: () => input.value.trim() || null };
+}
+
+/** Give the focus back to where it was; what was there may have been drawn anew, or be gone. */
+function backTo(opener) {
+  if (opener?.isConnected) return; // the browser does it
+  const name = opener?.getAttribute("aria-label");
+  const same = name ? document.querySelector(`main [aria-label="${CSS.escape(name)}"]`) : null;
+  (same ?? document.getElementById("main")).focus({ preventScroll: true });
 }

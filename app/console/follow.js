@@ -15,6 +15,7 @@ export const jobs = new Watched(null);
 
 const ASK_EVERY = 900; // milliseconds: other windows follow within a second even without a stream
 const SILENCE = 40_000; // milliseconds without even a comment line, after which a stream is taken for dead
+const WITHOUT = 15_000; // milliseconds of asking before a stream that was refused is tried again
 const PAUSE = 1000; // milliseconds before the next attempt
 
 const rest = (milliseconds) => new Promise((resolve) => setTimeout(resolve, milliseconds));
@@ -30,20 +31,26 @@ function newer(generation, than) {
   return epoch !== thanEpoch || Number(counter) > Number(thanCounter);
 }
 
-/** Follow for as long as the page is open. */
+/** Follow for as long as the page is open: by a stream, and by asking where or while there is none. */
 export async function follow() {
-  let streams = true;
+  let streamsFrom = 0; // when to try a stream again; Infinity where the server has none
   for (;;) {
     try {
-      if (streams) await readStream();
-      else await ask();
-      await rest(streams ? 0 : ASK_EVERY);
+      if (performance.now() >= streamsFrom) {
+        await readStream();
+      } else {
+        await ask();
+        await rest(ASK_EVERY);
+      }
     } catch (error) {
       following.value = "";
-      if (error.status === 404 || error.status === 405) streams = false;
+      if (error.status === 404 || error.status === 405) streamsFrom = Infinity;
       else if (error.status === 401 || error.status === 403) await keyChanges(error);
-      else await rest(error.retryAfter ? 1000 * error.retryAfter : PAUSE);
-      if (error instanceof Lost) await connection();
+      else if (error instanceof Lost) await connection();
+      else {
+        if (performance.now() >= streamsFrom) streamsFrom = performance.now() + WITHOUT; // as many as it serves are open
+        await rest(error.retryAfter ? 1000 * error.retryAfter : PAUSE);
+      }
     }
   }
 }

@@ -18,9 +18,25 @@ export function address(view, params = {}) {
   return `#/${view}${text ? `?${text}` : ""}`;
 }
 
-/** Put a view's parameters into the address bar, without a new entry in the history. */
+const REST = 250; // milliseconds: browsers refuse an address that changes a hundred times in a few seconds
+
+let waiting = null;
+
+/** Put a view's parameters into its link, and soon into the address bar, without a new entry in the history. */
 export function keep(view, params) {
   const here = address(view, params);
   for (const link of document.querySelectorAll(`nav a[data-view="${view}"]`)) link.href = here;
+  if (waiting) clearTimeout(waiting.timer);
+  waiting = { view, here, timer: setTimeout(settle, REST) };
+}
+
+/** Have the address bar say what is shown, now. */
+export function settle() {
+  if (!waiting) return;
+  const { view, here, timer } = waiting;
+  clearTimeout(timer);
+  waiting = null;
   if (read().view === view && location.hash !== here) history.replaceState(null, "", here);
 }
+
+addEventListener("pagehide", settle);

@@ -12,7 +12,7 @@ import { count, percent } from "./numbers.js";
 import { asCurl, asPython, bodyOf } from "./request.js";
 import { scoreTable } from "./scores.js";
 import { controls, inWords, parse, unusual } from "./settings.js";
-import { keep } from "./state.js";
+import { keep, settle } from "./state.js";
 
 /** What stands under Try, for as long as the page is open. */
 export const tried = { text: "", source: "chosen", concepts: [], settings: parse(new URLSearchParams()) };
@@ -97,7 +97,10 @@ export function showTry(part, params, signal) {
         { class: "actions start" },
         button("Copy as curl", ({ currentTarget }) => copy(asCurl(body), "curl command", currentTarget)),
         button("Copy as Python", ({ currentTarget }) => copy(asPython(body), "Python program", currentTarget)),
-        button("Copy link", ({ currentTarget }) => copy(location.href, "link", currentTarget)),
+        button("Copy link", ({ currentTarget }) => {
+          settle();
+          copy(location.href, "link", currentTarget);
+        }),
       ),
     );
     strip.textContent = headline.textContent;

@@ -82,6 +82,18 @@ def test_where_no_events_come_the_page_asks(news: Running, window: Open) -> None
     expect(page.get_by_role("heading", name="Sports")).to_be_visible()
 
 
+def test_while_the_server_has_no_stream_to_spare_the_page_asks(news: Running, window: Open) -> None:
+    mine = window(news)
+    refusal = {"status": 429, "headers": {"Retry-After": "1"}, "body": '{"code": "queue_full", "detail": "full"}'}
+    mine.page.route("**/v1/events", lambda route: route.fulfill(**refusal))
+    page = mine.open("#/live")
+    expect(page.locator("#connection")).to_have_text("following (asking)")
+    mine.page.unroute("**/v1/events")
+    news.http.put("/v1/erasures/Sports")
+    expect(page.get_by_role("heading", name="Sports")).to_be_visible()
+    expect(page.locator("#connection")).to_have_text("following", timeout=40_000)
+
+
 def test_who_was_slower_is_told_and_may_go_on(news: Running, window: Open) -> None:
     page = window(news).open("#/live")
     expect(page.get_by_text("Nothing is erased", exact=True)).to_be_visible()
@@ -165,3 +177,12 @@ def test_it_can_all_be_done_from_the_keyboard(news: Running, window: Open) -> No
     page.keyboard.type("by hand")
     page.keyboard.press("Enter")
     expect(page.get_by_text("by hand")).to_be_visible()
+    page.get_by_role("button", name="Change World").focus()
+    page.keyboard.press("Enter")
+    expect(box).to_be_hidden()
+    expect(page.get_by_role("dialog", name="Change World")).to_be_visible()
+    page.keyboard.press("Tab")
+    page.get_by_role("button", name="Change it for everybody").focus()
+    page.keyboard.press("Enter")
+    expect(page.get_by_role("dialog")).to_have_count(0)
+    expect(page.get_by_role("button", name="Change World")).to_be_focused()

@@ -127,6 +127,24 @@ def test_only_the_last_answer_counts(news: Running, window: Open) -> None:
     assert held.is_set()
 
 
+def test_a_slider_may_be_moved_as_long_as_one_likes(news: Running, window: Open) -> None:
+    """A browser refuses an address that changes too often, and says so in its log."""
+    page = window(news).open(f"#/try?text={TEXT}&erase=Sports&method=neuron")
+    settled(page, "masked")
+    page.evaluate(
+        """async () => {
+          const slider = [...document.querySelectorAll("input[type=range]")].find((each) => each.max === "100");
+          for (let move = 0; move < 400; move += 1) {
+            slider.value = String(1 + (move % 100));
+            slider.dispatchEvent(new Event("input"));
+            if (move % 50 === 0) await new Promise(requestAnimationFrame);
+          }
+        }"""
+    )
+    settled(page, "32 neurons masked")
+    page.wait_for_url("**top=1")
+
+
 def test_a_link_shares_the_state_and_holds_no_key(
     keyed: tuple[Running, dict[str, str], KeyStore], window: Open
 ) -> None:
@@ -145,6 +163,7 @@ def test_a_link_shares_the_state_and_holds_no_key(
     assert tokens["admin"] not in first.content()
     kept = first.evaluate("[JSON.stringify(localStorage), document.cookie]")
     assert tokens["admin"] not in str(kept)
+    first.wait_for_url("**tau=0.7*")
     address, found = first.url, scores(first)
     other = window(running)
     other.page.goto(address)
