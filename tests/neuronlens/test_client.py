@@ -43,6 +43,20 @@ from workers.fitting.corpus import load_corpus
 from workers.fitting.fit import Fitted, fit
 
 ClientOf = Callable[..., Any]
+ERRORS: list[tuple[Callable[[Any], Any], type[NeuronLensError], str | None]] = [
+    (lambda client: client.classify("a", erase="Nonsense"), NotFound, "unknown_concept"),
+    (lambda client: client.switch_on(".."), NotFound, "unknown_concept"),
+    (lambda client: client.neuron(-1, 10**6), NotFound, "unknown_neuron"),
+    (lambda client: client.range_set("x"), NotFound, "unknown_range_set"),
+    (lambda client: client.classify("a", erase=[{"concept": "Sports", "tau": -1}]), Invalid, "invalid"),
+    (lambda client: client.classify("a", erase={"concepts": ["Sports"], "tua": 1}), Invalid, "invalid"),
+    (lambda client: client.classify(["a", 3]), Invalid, "invalid"),
+    (lambda client: client.classify("word " * 5000, truncate=False), Invalid, "text_too_long"),
+    (lambda client: client.classify("a", erase=["Sports", "Sports"]), Invalid, "invalid_erasure"),
+    (lambda client: client.ranges("Sports", layer=0), Invalid, "not_fitted"),
+    (lambda client: client.classify("x" * 200_000), TooLarge, "text_too_large"),
+    (lambda client: client.classify("a " * 300, timeout=0.0001), DeadlineExceeded, None),
+]
 TEXTS = [text for text, _ in labelled_texts(12, seed=8)]
 
 
@@ -235,39 +249,21 @@ def refit(running: Running, tmp_path: Any) -> str:
     return running.service.store.publish(made.range_set, made.inspect)
 
 
-@pytest.mark.parametrize(
-    ("call", "kind", "code"),
-    [
-        (lambda client: client.classify("a", erase="Nonsense"), NotFound, "unknown_concept"),
-        (lambda client: client.switch_on(".."), NotFound, "unknown_concept"),
-        (lambda client: client.neuron(-1, 10**6), NotFound, "unknown_neuron"),
-        (lambda client: client.range_set("x"), NotFound, "unknown_range_set"),
-        (lambda client: client.classify("a", erase=[{"concept": "Sports", "tau": -1}]), Invalid, "invalid"),
-        (lambda client: client.classify("a", erase={"concepts": ["Sports"], "tua": 1}), Invalid, "invalid"),
-        (lambda client: client.classify(["a", 3]), Invalid, "invalid"),
-        (lambda client: client.classify("word " * 5000, truncate=False), Invalid, "text_too_long"),
-        (lambda client: client.classify("a", erase=["Sports", "Sports"]), Invalid, "invalid_erasure"),
-        (lambda client: client.ranges("Sports", layer=0), Invalid, "not_fitted"),
-        (lambda client: client.classify("x" * 200_000), TooLarge, "text_too_large"),
-        (lambda client: client.classify("a " * 300, timeout=0.0001), DeadlineExceeded, None),
-    ],
-)
-def test_errors_are_what_the_server_says(
-    client_of: ClientOf, news: Running, call: Callable[..., Any], kind: type[NeuronLensError], code: str | None
-) -> None:
+def test_errors_are_what_the_server_says(client_of: ClientOf, news: Running) -> None:
     client = client_of(news.url, headers={"X-Request-ID": "mine"})
-    with pytest.raises(kind) as raised:
-        call(client)
-    error = raised.value
-    assert type(error) is kind
-    assert code in (None, error.code)
-    assert error.request_id == "mine"
-    if isinstance(error, NotFound) and error.code == "unknown_concept":
-        assert "Sci/Tech" in error.known
-    if isinstance(error, Invalid) and error.code == "invalid":
-        assert error.errors[0]["loc"]
-    if error.code == "not_fitted":
-        assert error.problem["fitted"]
+    for call, kind, code in ERRORS:
+        with pytest.raises(kind) as raised:
+            call(client)
+        error = raised.value
+        assert type(error) is kind
+        assert code in (None, error.code)
+        assert error.request_id == "mine"
+        if isinstance(error, NotFound) and error.code == "unknown_concept":
+            assert "Sci/Tech" in error.known
+        if isinstance(error, Invalid) and error.code == "invalid":
+            assert error.errors[0]["loc"]
+        if error.code == "not_fitted":
+            assert error.problem["fitted"]
 
 
 def test_any_text_is_sent_as_it_is(client_of: ClientOf, news: Running) -> None:

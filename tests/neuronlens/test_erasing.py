@@ -22,7 +22,7 @@ def sent(script: Scripted) -> Any:
     return script.asked[-1].body.get("erase", "live")
 
 
-@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(blocks=BLOCKS)
 def test_inner_blocks_add_to_outer_ones_and_win(client_of: ClientOf, scripted: Scripted, blocks: Any) -> None:
     """`blocks`, outermost first: each is {concept: tau}."""

@@ -108,7 +108,8 @@ def test_a_change_is_repeated_only_if_it_cannot_be_done_twice(
 
 @pytest.mark.parametrize("code", ["draining", "keys_unavailable"])
 def test_a_change_of_which_nothing_was_done_is_repeated(client_of: ClientOf, scripted: Scripted, code: str) -> None:
-    scripted.answers = [refusal(503, code, {"Retry-After": "0"}), BUSY, LIVE]
+    full = refusal(429, "rate_limited", {"Retry-After": "0"})
+    scripted.answers = [refusal(503, code, {"Retry-After": "0"}), full, LIVE]
     assert client_of(scripted.url).switch_on("a").generation == "00000000-2"
     assert len(scripted.asked) == 3
 
