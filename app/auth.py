@@ -20,9 +20,9 @@ from app.problems import ApiError, documented, header, problem_response
 from app.rates import rate
 from range_store.api_keys import ApiKey, Scope
 
-OPEN = frozenset({"/livez", "/readyz", "/metrics", "/openapi.json"})
+OPEN = frozenset({"/livez", "/readyz", "/metrics", "/openapi.json", "/v2/health/live", "/v2/health/ready"})
 """Paths that never need a key, besides the documentation below /docs and /static-offline-docs."""
-INFER = frozenset({"/v1/classify", "/v1/tokenize", "/v1/activations", "/", "/predict"})
+INFER = frozenset({"/v1/classify", "/v1/tokenize", "/v1/activations", "/", "/predict", "/classify"})
 """Paths whose POST computes answers and changes nothing."""
 ADMIN = frozenset({"/v1/audit"})
 """Paths that only `admin` may read."""
@@ -34,7 +34,7 @@ def scope_of(method: str, path: str) -> Scope | None:
         return None
     if method in ("GET", "HEAD") and (path == "/" or path.startswith("/console/")):
         return None  # the console: a page that asks for a key itself
-    if method == "POST" and path in INFER:
+    if method == "POST" and (path in INFER or (path.startswith("/v2/models/") and path.endswith("/infer"))):
         return "infer"
     return "read" if method in ("GET", "HEAD") and path not in ADMIN else "admin"
 

@@ -30,6 +30,7 @@ from app.routes import (
     service,
 )
 from app.routes.dropin.dialect import Dialects
+from app.routes.dropin.v2_binary import BinaryTensors
 from app.settings import LOOPBACK, Settings
 from app.store_calls import StoreCalls
 from app.tracing import Traces
@@ -89,6 +90,7 @@ def create_app(settings: Settings, running: Service | None = None) -> FastAPI:
     app.state.store_calls = StoreCalls()
     _document(app)
     # the last added is the outermost
+    app.add_middleware(BinaryTensors, infers=dropin.infers)
     app.add_middleware(Faults)
     app.add_middleware(BodyLimit, limit=settings.max_body_bytes, seconds=settings.body_timeout)
     if running is not None:

@@ -36,7 +36,7 @@ from workers.engine.errors import (
     RequestTooLarge,
 )
 from workers.engine.metrics import MOST_CONCEPTS, OTHER_CONCEPTS
-from workers.engine.requests import Answer, TextAnswer
+from workers.engine.requests import Answer, Logits, TextAnswer
 from workers.engine.settings import EngineSettings, batch_tokens_for
 from workers.evaluation.evaluate import Evaluation, check_targets
 from workers.evaluation.evaluate import evaluate as _evaluate
@@ -63,6 +63,7 @@ __all__ = [
     "EngineError",
     "EngineFailed",
     "Evaluation",
+    "Logits",
     "QueueFull",
     "RequestTooLarge",
     "Service",

@@ -13,7 +13,7 @@ from range_store.mirror import Snapshot
 from range_store.range_set import RangeSet
 
 
-class _Whole(Convertor[str]):
+class Whole(Convertor[str]):
     """The rest of a path, whatever it holds: starlette's own `path` stops at a line break, and takes nothing too."""
 
     regex = "(?s:.+)"
@@ -25,7 +25,7 @@ class _Whole(Convertor[str]):
         return value
 
 
-register_url_convertor("whole", _Whole())
+register_url_convertor("whole", Whole())
 
 
 async def get_service(request: Request) -> Service:

@@ -46,6 +46,8 @@ def test_changes_need_admin_and_looking_does_not() -> None:
         ("GET", "/livez"),
         ("GET", "/readyz"),
         ("GET", "/metrics"),
+        ("GET", "/v2/health/live"),
+        ("GET", "/v2/health/ready"),
     }
     assert {call for call, scope in scopes.items() if scope == "infer"} == {
         ("POST", "/v1/classify"),
@@ -53,6 +55,9 @@ def test_changes_need_admin_and_looking_does_not() -> None:
         ("POST", "/predict"),
         ("POST", "/v1/tokenize"),
         ("POST", "/v1/activations"),
+        ("POST", "/classify"),
+        ("POST", "/v2/models/{model}/infer"),
+        ("POST", "/v2/models/{model}/versions/{model_version}/infer"),
     }
     assert {scope for (method, _), scope in scopes.items() if method in ("PUT", "DELETE")} == {"admin"}
 

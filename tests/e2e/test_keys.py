@@ -33,7 +33,8 @@ def test_every_call_of_the_document_takes_the_keys_of_its_scope_and_no_others(
     running, tokens, _ = keyed
     document = running.http.get("/openapi.json").json()
     for path, operations in document["paths"].items():
-        url = path.format(concept="Sports", layer=-1, neuron=0, range_set="x", report="x", file="run.json")
+        named = {"model": running.service.name, "model_version": "1", "concept": "Sports", "range_set": "x"}
+        url = path.format(**named, layer=-1, neuron=0, report="x", file="run.json")
         for method in operations:
             needed = scope_of(method.upper(), path)
             if needed is None:

@@ -1,19 +1,23 @@
 """Routes that speak as other servers do, so that their clients need no change: one module each (docs/dropin.md)."""
 
+import re
 from typing import Any
 
 from starlette.types import Scope
 
-from app.routes.dropin import hf, tei
+from app.routes.dropin import hf, tei, v2, vllm
 from app.routes.dropin.dialect import Dialect, document
 
-ROUTERS = (hf.router, tei.router)
+ROUTERS = (hf.router, tei.router, vllm.router, v2.router)
 TAGS = (
     {"name": "Hugging Face", "description": "As an Inference Endpoint."},
     {"name": "text-embeddings-inference", "description": "As its classifiers answer."},
+    {"name": "vLLM", "description": "As its classifiers answer."},
+    {"name": "Open Inference Protocol", "description": "As KServe, Triton and MLServer answer."},
 )
-_DIALECTS = {"/predict": tei.DIALECT, "/info": tei.DIALECT}
-_ANSWERING = frozenset({"/", "/predict"})
+_DIALECTS = {"/predict": tei.DIALECT, "/info": tei.DIALECT, "/classify": vllm.DIALECT}
+_ANSWERING = frozenset({"/", "/predict", "/classify"})
+_INFER = re.compile(r"/v2/models/.+?(?P<version>/versions/[^/]+)?/infer", re.DOTALL)
 
 
 def dialect_of(scope: Scope) -> Dialect | None:
@@ -24,12 +28,22 @@ def dialect_of(scope: Scope) -> Dialect | None:
 def _dialect(method: str, path: str) -> Dialect | None:
     if path == "/":  # anything but a POST is not meant for this protocol
         return hf.DIALECT if method == "POST" else None
-    return _DIALECTS.get(path)
+    return v2.DIALECT if path == "/v2" or path.startswith("/v2/") else _DIALECTS.get(path)
 
 
 def answering(path: str) -> str | None:
     """The template of the route at a path whose POST takes the model's time; None if there is none."""
-    return path if path in _ANSWERING else None
+    if path in _ANSWERING:
+        return path
+    infer = _INFER.fullmatch(path)
+    if infer is None:
+        return None
+    return "/v2/models/{model}" + ("/versions/{model_version}" if infer["version"] else "") + "/infer"
+
+
+def infers(path: str) -> bool:
+    """Whether a path takes inference requests of the Open Inference Protocol."""
+    return _INFER.fullmatch(path) is not None
 
 
 def document_dialects(openapi: dict[str, Any]) -> None:

@@ -5,6 +5,7 @@ The schemas say, in JSON Schema, what the protocols' own documents ask of a repl
 tests; none is copied.
 """
 
+import json
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -34,10 +35,35 @@ def _best(reply: Any) -> list[str]:
     return [each[0]["label"] for each in reply]
 
 
+def _v2(texts: list[str]) -> Body:
+    return {"id": "7", "inputs": [{"name": "text", "datatype": "BYTES", "shape": [len(texts)], "data": texts}]}
+
+
+def _in_parameters(body: Body, erase: Any) -> Body:
+    """As JSON in a string, since parameters are strings, numbers or booleans in that protocol."""
+    return {**body, "parameters": {"erase": json.dumps(erase)}}
+
+
+def _v2_labels(reply: Any) -> list[str]:
+    (labels,) = (each["data"] for each in reply["outputs"] if each["name"] == "label")
+    return list(labels)
+
+
 PROTOCOLS = {
     "hf": Protocol(lambda name: "/", lambda texts: {"inputs": texts}, _top, _best, lambda body: body["error"], 422),
     "tei": Protocol(
         lambda name: "/predict", lambda texts: {"inputs": texts}, _top, _best, lambda body: body["error"], 422
+    ),
+    "vllm": Protocol(
+        lambda name: "/classify",
+        lambda texts: {"input": texts, "truncate_prompt_tokens": -1},
+        _top,
+        lambda reply: [each["label"] for each in reply["data"]],
+        lambda body: body["error"]["message"],
+        400,
+    ),
+    "v2": Protocol(
+        lambda name: f"/v2/models/{name}/infer", _v2, _in_parameters, _v2_labels, lambda body: body["error"], 400
     ),
 }
 
@@ -97,3 +123,29 @@ TEI_INFO = _object(
         "max_batch_requests": {"type": ["integer", "null"], "minimum": 0},
     },
 )
+VLLM_CLASSIFIED = _object(
+    {
+        "id": TEXT,
+        "object": {"const": "list"},
+        "created": COUNT,
+        "model": TEXT,
+        "data": _array(_object({"index": COUNT, "label": MAYBE_TEXT, "probs": _array(NUMBER), "num_classes": COUNT})),
+        "usage": _object({"prompt_tokens": COUNT, "total_tokens": COUNT}),
+    }
+)
+VLLM_ERROR = _object({"error": _object({"message": TEXT, "type": TEXT, "param": MAYBE_TEXT, "code": COUNT})})
+V2_TENSOR_DATA = {"type": "array", "items": {"type": ["array", "number", "string", "boolean"]}}
+V2_INFERRED = _object(
+    {
+        "model_name": TEXT,
+        "outputs": _array(_object({"name": TEXT, "shape": _array(COUNT), "datatype": TEXT, "data": V2_TENSOR_DATA})),
+    },
+    {"model_version": TEXT, "id": TEXT, "parameters": {"type": "object"}},
+)
+V2_SERVER = _object({"name": TEXT, "version": TEXT, "extensions": _array(TEXT)})
+_V2_METADATA = _object({"name": TEXT, "datatype": TEXT, "shape": _array({"type": "integer", "minimum": -1})})
+V2_MODEL = _object(
+    {"name": TEXT, "platform": TEXT},
+    {"versions": _array(TEXT), "inputs": _array(_V2_METADATA), "outputs": _array(_V2_METADATA)},
+)
+V2_ERROR = _object({"error": TEXT})

@@ -1,0 +1,107 @@
+"""Bodies of inference requests as Triton takes them: JSON whatever their type is said to be, or with binary tensors.
+
+The binary tensor extension is what Triton's clients use unless told not to. A body is then JSON, of a length that
+`Inference-Header-Content-Length` tells, and behind it the elements of each BYTES input that has a `binary_data_size`:
+for each its length, 4 bytes little-endian, and its bytes. This layer makes plain JSON of that. Replies are plain JSON
+in any case; those clients read both.
+Source: `docs/protocol/extension_binary_data.md` of triton-inference-server/server, tritonclient 2.73.
+"""
+
+import json
+from collections.abc import Callable
+from typing import Any
+
+from starlette.datastructures import Headers, MutableHeaders
+from starlette.exceptions import HTTPException
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+LENGTH = "inference-header-content-length"
+_REPLACED = (LENGTH.encode(), b"content-type", b"content-length")
+
+
+class BinaryTensors:
+    """Declares inference requests to be JSON, and makes plain JSON of those with binary tensors when they are read.
+
+    Args:
+        infers: whether a path takes inference requests.
+    """
+
+    def __init__(self, app: ASGIApp, infers: Callable[[str], bool]) -> None:
+        self.app = app
+        self.infers = infers
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http" or not self.infers(scope["path"]):
+            await self.app(scope, receive, send)
+            return
+        length = Headers(scope=scope).get(LENGTH)
+        headers = MutableHeaders(raw=[each for each in scope["headers"] if each[0] not in _REPLACED])
+        headers["content-type"] = "application/json"
+        scope["headers"] = headers.raw
+        if length is None:
+            await self.app(scope, receive, send)
+            return
+        read = False
+
+        async def receive_plain() -> Message:
+            nonlocal read
+            if read:
+                return await receive()
+            body, more = b"", True
+            while more:
+                message = await receive()
+                if message["type"] != "http.request":
+                    return message
+                body, more = body + message.get("body", b""), message.get("more_body", False)
+            read = True
+            try:
+                return {"type": "http.request", "body": plain_json(body, length), "more_body": False}
+            except (ValueError, RecursionError):
+                raise HTTPException(400) from None
+
+        await self.app(scope, receive_plain, send)
+
+
+def plain_json(body: bytes, header_length: str) -> bytes:
+    """A request with its binary tensors put into its JSON.
+
+    Raises:
+        ValueError: lengths or bytes do not fit, or there is no JSON.
+    """
+    if not header_length.isascii() or not header_length.isdecimal() or len(header_length) > 12:
+        raise ValueError("no length")
+    split = int(header_length)
+    if split > len(body):
+        raise ValueError("shorter than its header")
+    request = json.loads(body[:split])
+    rest = memoryview(body)[split:]
+    inputs = request.get("inputs") if isinstance(request, dict) else None
+    for each in inputs if isinstance(inputs, list) else ():
+        size = _binary_size(each)
+        if size is not None:
+            if size > len(rest):
+                raise ValueError("fewer bytes than told")
+            each["data"], rest = _texts(rest[:size]), rest[size:]
+    if len(rest):
+        raise ValueError("more bytes than told")
+    return json.dumps(request).encode()
+
+
+def _binary_size(tensor: Any) -> int | None:
+    parameters = tensor.get("parameters") if isinstance(tensor, dict) else None
+    size = parameters.get("binary_data_size") if isinstance(parameters, dict) else None
+    if size is not None and (type(size) is not int or size < 0):
+        raise ValueError("no size")
+    return size
+
+
+def _texts(raw: memoryview) -> list[str]:
+    texts = []
+    at = 0
+    while at < len(raw):
+        begin = at + 4
+        at = begin + int.from_bytes(raw[at:begin], "little")
+        if at > len(raw):
+            raise ValueError("an element is cut off")
+        texts.append(bytes(raw[begin:at]).decode("utf-8"))
+    return texts

@@ -1,0 +1,155 @@
+"""`POST /classify`: vLLM with a classifier.
+
+Shapes: `vllm/entrypoints/pooling/classify/protocol.py`, `pooling/base/protocol.py` and `serve/engine/protocol.py` of
+vllm-project/vllm, as of early 2026 (0.16).
+"""
+
+import time
+from typing import Annotated, Any, Literal
+
+from fastapi import APIRouter, Request, Response
+from pydantic import BaseModel, Field
+
+from app.answering import Timeout, activation_of, all_scores, answer_to
+from app.auth import Calling
+from app.problems import ApiError, Problem, documented
+from app.requests import Inputs, erasures_of
+from app.routes import Serving, check_model_name
+from app.routes.dropin.dialect import Dialect
+from app.routes.dropin.steering import TOLD, Steered, tell
+from app.scores import Activation
+from app.wiring import Answer
+
+
+class VllmErrorInfo(BaseModel):
+    message: str
+    type: str
+    param: str | None
+    code: int
+
+
+class VllmProblem(Problem):
+    """An error as clients of vLLM, and of OpenAI, read it."""
+
+    error: VllmErrorInfo | None = None
+
+
+_TYPES = {
+    400: "BadRequestError",
+    401: "AuthenticationError",
+    403: "PermissionDeniedError",
+    404: "NotFoundError",
+    413: "BadRequestError",
+    415: "BadRequestError",
+    429: "RateLimitError",
+    503: "ServiceUnavailableError",
+}
+
+
+def _say(problem: dict[str, Any]) -> tuple[int, dict[str, Any]]:
+    status = 400 if problem["status"] == 422 else problem["status"]
+    kind = _TYPES.get(status, "InternalServerError" if status >= 500 else "BadRequestError")
+    where = [str(part) for part in problem["errors"][0]["loc"][1:]] if problem.get("errors") else []
+    info = {"message": problem["detail"], "type": kind, "param": ".".join(where) or None, "code": status}
+    return status, {"error": info}
+
+
+DIALECT = Dialect(VllmProblem, _say, without=frozenset({422}))
+router = APIRouter(tags=["vLLM"], responses={500: {"model": VllmProblem}})
+
+
+class VllmClassifyIn(Steered):
+    """Texts to classify."""
+
+    input: Inputs = Field(description="One text, or several; not token ids.")
+    model: str | None = None
+    truncate_prompt_tokens: Annotated[int, Field(ge=-1)] | None = Field(
+        None,
+        description="-1: cut a text to what the model takes. A number of tokens: refused if a text has more, unless it "
+        "is what the model takes. Absent: a text that is too long is an error.",
+    )
+    use_activation: bool | None = Field(None, description="false: logits.")
+    activation: bool | None = Field(None, description="An older name of `use_activation`.")
+    softmax: bool | None = Field(None, description="An older name still.")
+    add_special_tokens: Literal[True] = True
+
+    def function(self, problem_type: str | None) -> Activation:
+        """What makes scores of the logits."""
+        chosen = [each for each in (self.use_activation, self.activation, self.softmax) if each is not None]
+        return "none" if chosen and not chosen[0] else activation_of(problem_type)
+
+
+class ClassificationData(BaseModel):
+    """A text's answer; `probs` in the order of the model's labels."""
+
+    index: int
+    label: str
+    probs: list[float]
+    num_classes: int
+
+
+class VllmUsage(BaseModel):
+    prompt_tokens: int
+    total_tokens: int
+    completion_tokens: int = 0
+    prompt_tokens_details: None = None
+
+
+class VllmClassifyOut(BaseModel):
+    id: str
+    object: Literal["list"] = "list"
+    created: int
+    model: str
+    data: list[ClassificationData]
+    usage: VllmUsage
+
+
+@router.post("/classify", responses=documented(400, 404, 415, 429, 503, 504) | TOLD)
+async def vllm_classify(
+    request: Request,
+    response: Response,
+    body: VllmClassifyIn,
+    service: Serving,
+    caller: Calling,
+    x_request_timeout: Timeout = None,
+) -> VllmClassifyOut:
+    """Classify as vLLM does."""
+    check_model_name(service, body.model)
+    if not body.input:
+        raise ApiError(422, "invalid", "input: there is nothing in it")
+    most, cut_to = service.model.tokens.max_tokens, body.truncate_prompt_tokens
+    if cut_to is not None and cut_to > most:
+        raise ApiError(422, "invalid", f"truncate_prompt_tokens: {cut_to} is more than the {most} that the model takes")
+    answer = await answer_to(
+        request,
+        service,
+        caller,
+        [body.input] if isinstance(body.input, str) else body.input,
+        erasures_of(body.erase),
+        truncate=cut_to is not None,
+        timeout=x_request_timeout,
+    )
+    if cut_to is not None and cut_to >= 0:
+        _check_lengths(answer, cut_to, most)
+    tell(response, answer)
+    labels = service.model.identity.labels
+    scores = all_scores([text.logits for text in answer.texts], body.function(service.model.problem_type))
+    tokens = sum(text.tokens for text in answer.texts)
+    return VllmClassifyOut(
+        id=f"classify-{request.state.request_id}",
+        created=int(time.time()),
+        model=service.name,
+        data=[
+            ClassificationData(index=index, label=labels[int(best)], probs=probs, num_classes=len(labels))
+            for index, (probs, best) in enumerate(zip(scores.tolist(), scores.argmax(axis=-1), strict=True))
+        ],
+        usage=VllmUsage(prompt_tokens=tokens, total_tokens=tokens),
+    )
+
+
+def _check_lengths(answer: Answer, cut_to: int, most: int) -> None:
+    """Texts are cut to what the model takes, and to nothing shorter: better no answer than one to another text."""
+    for index, text in enumerate(answer.texts):
+        if text.tokens > cut_to:
+            detail = f"truncate_prompt_tokens: input {index} is longer, and this server cuts to {most} tokens only"
+            raise ApiError(422, "unsupported", detail)

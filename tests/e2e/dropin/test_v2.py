@@ -1,0 +1,257 @@
+"""`/v2` with Triton's own HTTP client, and against what the Open Inference Protocol asks of a reply."""
+
+import json
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import jsonschema
+import numpy as np
+import pytest
+import tritonclient.http as triton
+from tritonclient.utils import InferenceServerException
+
+from range_store.api_keys import KeyStore
+from range_store.erasure import Erasure
+from range_store.live import LiveErasure
+from tests.e2e.conftest import LABELS, Running
+from tests.e2e.dropin.protocols import V2_ERROR, V2_INFERRED, V2_MODEL, V2_SERVER, refused
+from tests.workers.texts import labelled_texts
+
+TEXTS = [text for text, _ in labelled_texts(3, seed=3)] + ["Ünïcödé 日本"]
+Keyed = tuple[Running, dict[str, str], KeyStore]
+
+
+@pytest.fixture
+def client(news: Running) -> Iterator[triton.InferenceServerClient]:
+    with triton.InferenceServerClient(news.url.removeprefix("http://")) as client:
+        yield client
+
+
+def tensor(texts: list[str], *, binary: bool, column: bool = False) -> triton.InferInput:
+    values = np.array([text.encode() for text in texts], dtype=np.object_)
+    values = values[:, None] if column else values
+    asked = triton.InferInput("text", list(values.shape), "BYTES")
+    asked.set_data_from_numpy(values, binary_data=binary)
+    return asked
+
+
+def words(values: Any) -> list[str]:
+    return [each.decode() if isinstance(each, bytes) else each for each in values.ravel()]
+
+
+def infer(running: Running, path: str = "infer", **body: Any) -> Any:
+    asked = {"inputs": [{"name": "text", "datatype": "BYTES", "shape": [len(TEXTS)], "data": TEXTS}], **body}
+    reply = running.http.post(f"/v2/models/{running.service.name}/{path}", json=asked)
+    assert reply.status_code == 200, reply.text
+    jsonschema.validate(reply.json(), V2_INFERRED)
+    return reply.json()
+
+
+def output(reply: Any, name: str) -> Any:
+    (found,) = (each for each in reply["outputs"] if each["name"] == name)
+    return found
+
+
+def test_health_and_metadata(news: Running, client: triton.InferenceServerClient) -> None:
+    name = news.service.name
+    assert client.is_server_live()
+    assert client.is_server_ready()
+    assert client.is_model_ready(name)
+    assert client.is_model_ready(name, "1")
+    assert not client.is_model_ready("another")
+    server, model = client.get_server_metadata(), client.get_model_metadata(name)
+    jsonschema.validate(server, V2_SERVER)
+    jsonschema.validate(model, V2_MODEL)
+    assert client.get_model_metadata(name, "1") == model
+    assert (model["name"], model["parameters"]["labels"]) == (name, list(LABELS))
+    assert news.http.get("/v2/").json() == server
+
+
+@pytest.mark.parametrize("binary", [True, False])
+@pytest.mark.parametrize("column", [True, False])
+def test_the_client_gets_the_tensors(
+    news: Running, client: triton.InferenceServerClient, binary: bool, column: bool
+) -> None:
+    reply = client.infer(news.service.name, [tensor(TEXTS, binary=binary, column=column)], request_id="42")
+    expected = news.classify(TEXTS).json()["results"]
+    assert words(reply.as_numpy("label")) == [each["label"] for each in expected]
+    assert reply.as_numpy("score") == pytest.approx([each["score"] for each in expected], abs=1e-6)
+    probs = reply.as_numpy("probs")
+    assert probs.shape == (len(TEXTS), len(LABELS))
+    for row, each in zip(probs, expected, strict=True):
+        by_label = {score["label"]: score["score"] for score in each["scores"]}
+        assert list(row) == pytest.approx([by_label[label] for label in LABELS], abs=1e-6)
+    assert reply.get_response()["id"] == "42"
+    jsonschema.validate(reply.get_response(), V2_INFERRED)
+
+
+def test_the_client_steers_by_parameters(news: Running, client: triton.InferenceServerClient) -> None:
+    erase = [{"concept": "Sports", "top_fraction": 1.0}, "Météo & co"]
+    reply = client.infer(
+        news.service.name,
+        [tensor(TEXTS, binary=True)],
+        outputs=[triton.InferRequestedOutput("baseline_label"), triton.InferRequestedOutput("label")],
+        parameters={"erase": json.dumps(erase), "compare": True, "top_k": 2},
+    )
+    expected = news.classify(TEXTS, erase=erase, compare=True).json()
+    assert [each["name"] for each in reply.get_response()["outputs"]] == ["baseline_label", "label"]
+    best = [score["label"] for each in expected["results"] for score in each["scores"][:2]]
+    assert words(reply.as_numpy("label")) == best
+    assert reply.as_numpy("label").shape == (len(TEXTS), 2)
+    bare = [score["label"] for each in expected["results"] for score in each["baseline"]["scores"][:2]]
+    assert words(reply.as_numpy("baseline_label")) == bare
+    assert reply.get_response()["parameters"]["erased"] == "Sports,M%C3%A9t%C3%A9o%20%26%20co"
+
+
+def test_erasures_may_be_json_itself_or_in_a_string(news: Running) -> None:
+    erase = {"concepts": ["Sports"], "top_fraction": 1.0}
+    replies = [infer(news, parameters={"erase": form}) for form in (erase, json.dumps(erase))]
+    assert replies[0] == replies[1]
+    assert replies[0]["parameters"]["source"] == "request"
+    assert infer(news, parameters={"erase": "null"}) == infer(news) == infer(news, parameters={})
+
+
+def test_what_is_compared_where_nothing_is_erased(news: Running) -> None:
+    reply = infer(news, parameters={"compare": True})
+    assert output(reply, "baseline_probs")["data"] == output(reply, "probs")["data"]
+
+
+def test_comparing_needs_admin_where_an_erasure_is_enforced(keyed: Keyed) -> None:
+    running, tokens, _ = keyed
+    running.service.store.set_erasure(LiveErasure(erasure=Erasure(concept="World"), enforced=True))
+    running.service.mirror.refresh()
+    url = running.url.removeprefix("http://")
+    with triton.InferenceServerClient(url) as client:
+        asked = [tensor(TEXTS, binary=False)]
+        headers = {scope: {"Authorization": f"Bearer {token}"} for scope, token in tokens.items()}
+        name = running.service.name
+        with pytest.raises(InferenceServerException, match="only a key with scope admin") as refusal:
+            client.infer(name, asked, headers=headers["infer"], parameters={"compare": True})
+        assert refusal.value.status() == "403"
+        assert client.infer(name, asked, headers=headers["admin"], parameters={"compare": True}) is not None
+        assert client.is_server_ready()  # without a key
+        with pytest.raises(InferenceServerException, match="key") as refusal:
+            client.get_model_metadata(name)
+        assert refusal.value.status() == "401"
+        assert client.get_model_metadata(name, headers=headers["read"])["name"] == name
+
+
+def test_the_client_tells_why_it_was_refused(news: Running, client: triton.InferenceServerClient) -> None:
+    with pytest.raises(InferenceServerException, match="no such model") as refusal:
+        client.infer("another", [tensor(TEXTS, binary=True)])
+    assert refusal.value.status() == "404"
+    with pytest.raises(InferenceServerException, match="no such version"):
+        client.get_model_metadata(news.service.name, "2")
+    with pytest.raises(InferenceServerException, match="no such output; there are label, score, probs"):
+        client.infer(
+            news.service.name, [tensor(TEXTS, binary=True)], outputs=[triton.InferRequestedOutput("baseline_label")]
+        )
+    with pytest.raises(InferenceServerException, match="unknown concept 'Weather'"):
+        client.infer(news.service.name, [tensor(TEXTS, binary=True)], parameters={"erase": '["Weather"]'})
+
+
+def test_versions(news: Running) -> None:
+    reply = infer(news, "versions/1/infer")
+    assert reply == infer(news)
+    assert reply["model_version"] == "1"
+    refused(news.http.post(f"/v2/models/{news.service.name}/versions/2/infer", json={}), 404, "unknown_model")
+    gone = news.http.get(f"/v2/models/{news.service.name}/versions/2/ready")
+    jsonschema.validate(refused(gone, 404, "unknown_model"), V2_ERROR)
+
+
+def test_a_model_may_have_a_name_with_slashes(serve: Callable[..., Running]) -> None:
+    running = serve(name="org/a/model")
+    assert running.http.get("/v2/models/org/a/model").json()["name"] == "org/a/model"
+    assert running.http.get("/v2/models/org%2Fa%2Fmodel/versions/1").json()["name"] == "org/a/model"
+    asked = {"inputs": [{"name": "text", "datatype": "BYTES", "shape": [1], "data": ["a"]}]}
+    for path in ("infer", "versions/1/infer"):
+        assert running.http.post(f"/v2/models/org/a/model/{path}", json=asked).status_code == 200
+
+
+def test_a_path_that_infers_is_no_name_of_a_model(news: Running) -> None:
+    for path in ("infer", "versions/1/infer"):
+        gone = news.http.get(f"/v2/models/{news.service.name}/{path}")
+        refused(gone, 405, "method_not_allowed")
+        assert gone.headers["allow"] == "POST"
+
+
+def test_a_server_that_is_not_ready_says_so(serve: Callable[..., Running]) -> None:
+    running = serve()  # no range set is active
+    assert running.http.get("/v2/health/live").json() == {"live": True}
+    for path in ("/v2/health/ready", f"/v2/models/{running.service.name}/ready"):
+        refused(running.http.get(path), 503, "not_ready")
+    with triton.InferenceServerClient(running.url.removeprefix("http://")) as client:
+        assert client.is_server_live()
+        assert not client.is_server_ready()
+
+
+TEXT = {"name": "text", "datatype": "BYTES", "shape": [1], "data": ["a"]}
+
+
+@pytest.mark.parametrize(
+    "body",
+    [
+        {},
+        {"inputs": []},
+        {"inputs": [TEXT, TEXT]},
+        {"inputs": [{**TEXT, "name": "other"}]},
+        {"inputs": [{**TEXT, "datatype": "FP32", "data": [1.0]}]},
+        {"inputs": [{**TEXT, "shape": [2]}]},
+        {"inputs": [{**TEXT, "shape": []}]},
+        {"inputs": [{**TEXT, "shape": [0], "data": []}]},
+        {"inputs": [{**TEXT, "shape": [1, 1, 1]}]},
+        {"inputs": [{**TEXT, "data": [5]}]},
+        {"inputs": [TEXT], "outputs": [{"name": "other"}]},
+        {"inputs": [TEXT], "parameters": {"erase": "Sports"}},
+        {"inputs": [TEXT], "parameters": {"erase": "[" * 100_000}},
+        {"inputs": [TEXT], "parameters": {"top_k": 0}},
+    ],
+)
+def test_what_is_no_request(news: Running, body: Any) -> None:
+    reply = news.http.post(f"/v2/models/{news.service.name}/infer", json=body)
+    jsonschema.validate(refused(reply, 400, "invalid"), V2_ERROR)
+
+
+@pytest.mark.parametrize("length", ["", "x", "-1", "9" * 30, "5", "²", "0"])
+def test_a_length_of_the_header_that_is_wrong(news: Running, length: str) -> None:
+    body = json.dumps({"inputs": [TEXT]}).encode()
+    headers = {"Inference-Header-Content-Length": length.encode()}
+    reply = news.http.post(f"/v2/models/{news.service.name}/infer", content=body, headers=headers)
+    jsonschema.validate(refused(reply, 400, "malformed"), V2_ERROR)
+
+
+@pytest.mark.parametrize(
+    ("size", "raw"),
+    [
+        (5, b"\1\0\0\0a" + b"more"),
+        (6, b"\1\0\0\0a"),
+        (5, b"\2\0\0\0a"),
+        (3, b"\1\0\0"),
+        (5, b"\1\0\0\0\xff"),
+        (-1, b""),
+        ("5", b"\1\0\0\0a"),
+        (True, b"a"),
+    ],
+)
+def test_binary_tensors_that_do_not_fit(news: Running, size: Any, raw: bytes) -> None:
+    asked = {"inputs": [{"name": "text", "datatype": "BYTES", "shape": [1], "parameters": {"binary_data_size": size}}]}
+    head = json.dumps(asked).encode()
+    headers = {"Inference-Header-Content-Length": str(len(head))}
+    reply = news.http.post(f"/v2/models/{news.service.name}/infer", content=head + raw, headers=headers)
+    refused(reply, 400, "malformed")
+
+
+def test_binary_tensors_are_bound_by_the_limit_of_bodies(serve: Callable[..., Running]) -> None:
+    running = serve(max_body_bytes=2000)
+    with (
+        triton.InferenceServerClient(running.url.removeprefix("http://")) as client,
+        pytest.raises(InferenceServerException, match="larger than 2000 bytes"),
+    ):
+        client.infer(running.service.name, [tensor(["a" * 3000], binary=True)])
+
+    def chunks() -> Iterator[bytes]:
+        yield from [b"a" * 1000] * 3
+
+    headers = {"Inference-Header-Content-Length": "10"}
+    reply = running.http.post(f"/v2/models/{running.service.name}/infer", content=chunks(), headers=headers)
+    refused(reply, 413, "body_too_large")
