@@ -22,7 +22,7 @@ from range_store.api_keys import ApiKey, Scope
 
 OPEN = frozenset({"/livez", "/readyz", "/metrics", "/openapi.json", "/v2/health/live", "/v2/health/ready"})
 """Paths that never need a key, besides the documentation below /docs and /static-offline-docs."""
-INFER = frozenset({"/v1/classify", "/v1/tokenize", "/v1/activations", "/", "/predict", "/classify"})
+INFER = frozenset({"/v1/classify", "/v1/tokenize", "/v1/activations", "/", "/predict", "/classify", "/tokenize"})
 """Paths whose POST computes answers and changes nothing."""
 ADMIN = frozenset({"/v1/audit"})
 """Paths that only `admin` may read."""

@@ -56,6 +56,7 @@ def test_changes_need_admin_and_looking_does_not() -> None:
         ("POST", "/v1/tokenize"),
         ("POST", "/v1/activations"),
         ("POST", "/classify"),
+        ("POST", "/tokenize"),
         ("POST", "/v2/models/{model}/infer"),
         ("POST", "/v2/models/{model}/versions/{model_version}/infer"),
     }

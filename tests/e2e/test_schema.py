@@ -110,6 +110,7 @@ CONSOLE = (("UnsupportedMethodResponse", ["GET /"]), ("AllowHeaderMismatch", ["O
 DROPINS = (
     "/",
     "/predict",
+    "/tokenize",
     "/classify",
     "/v2/models/{model}/infer",
     "/v2/models/{model}/versions/{model_version}/infer",

@@ -5,23 +5,25 @@ from typing import Any
 
 from starlette.types import Scope
 
-from app.routes.dropin import hf, tei, v2, vllm
+from app.routes.dropin import hf, tei, tokenize, v2, vllm
 from app.routes.dropin.dialect import Dialect, document
 
-ROUTERS = (hf.router, tei.router, vllm.router, v2.router)
+ROUTERS = (hf.router, tei.router, vllm.router, tokenize.router, v2.router)
 TAGS = (
     {"name": "Hugging Face", "description": "As an Inference Endpoint."},
     {"name": "text-embeddings-inference", "description": "As its classifiers answer."},
     {"name": "vLLM", "description": "As its classifiers answer."},
     {"name": "Open Inference Protocol", "description": "As KServe, Triton and MLServer answer."},
 )
-_DIALECTS = {"/predict": tei.DIALECT, "/info": tei.DIALECT, "/classify": vllm.DIALECT}
+_DIALECTS = {"/predict": tei.DIALECT, "/info": tei.DIALECT, "/tokenize": tei.DIALECT, "/classify": vllm.DIALECT}
 _ANSWERING = frozenset({"/", "/predict", "/classify"})
 _INFER = re.compile(r"/v2/models/.+?(?P<version>/versions/[^/]+)?/infer", re.DOTALL)
 
 
 def dialect_of(scope: Scope) -> Dialect | None:
     """In which protocol's words to refuse a request; None: as a problem."""
+    if scope["path"] == "/tokenize" and scope.get("state", {}).get(tokenize.OF_VLLM):
+        return vllm.DIALECT
     return _dialect(scope["method"], scope["path"])
 
 
@@ -51,4 +53,4 @@ def document_dialects(openapi: dict[str, Any]) -> None:
     for path, operations in openapi["paths"].items():
         for method, operation in operations.items():
             if dialect := _dialect(method.upper(), path):
-                document(operation, dialect)
+                document(operation, dialect, *((vllm.DIALECT,) if path == "/tokenize" else ()))

@@ -149,3 +149,10 @@ V2_MODEL = _object(
     {"versions": _array(TEXT), "inputs": _array(_V2_METADATA), "outputs": _array(_V2_METADATA)},
 )
 V2_ERROR = _object({"error": TEXT})
+MAYBE_COUNT = {"type": ["integer", "null"], "minimum": 0}
+TEI_TOKENS = _array(
+    _array(_object({"id": COUNT, "text": TEXT, "special": BOOLEAN}, {"start": MAYBE_COUNT, "stop": MAYBE_COUNT}))
+)
+VLLM_TOKENS = _object(
+    {"count": COUNT, "max_model_len": COUNT, "tokens": _array(COUNT)}, {"token_strs": {"type": ["array", "null"]}}
+)

@@ -1,0 +1,85 @@
+"""`POST /tokenize`: two servers have it; `inputs` is text-embeddings-inference's (1.7.1), `prompt` is vLLM's (0.16)."""
+
+from typing import Any
+
+from fastapi import APIRouter, Request
+from pydantic import BaseModel, Field
+
+from app.answering import Timeout, check_size, unless_gone
+from app.logs import note
+from app.problems import BODY, ApiError, documented
+from app.requests import Inputs
+from app.routes import Serving, check_model_name
+from app.routes.dropin.steering import Loose
+from app.routes.looking import MOST_TEXTS
+
+router = APIRouter(tags=["text-embeddings-inference", "vLLM"])
+OF_VLLM = "tokenize_of_vllm"
+"""Set in a request's state where its body is vLLM's."""
+
+
+class DropinTokenizeIn(Loose):
+    """A text or several (`inputs`), or a single one (`prompt`)."""
+
+    inputs: Inputs | None = None
+    prompt: str | None = None
+    model: str | None = None
+    add_special_tokens: bool = Field(True, description="List the tokens that are not of the text, too.")
+    return_token_strs: bool | None = Field(None, description="With `prompt`: the tokens as words of the vocabulary.")
+
+
+class SimpleToken(BaseModel):
+    id: int
+    text: str
+    special: bool
+    start: int | None
+    stop: int | None
+
+
+class VllmTokens(BaseModel):
+    count: int
+    max_model_len: int
+    tokens: list[int]
+    token_strs: list[str] | None
+
+
+@router.post("/tokenize", responses=documented(*BODY, 404, 422, 429, 503, 504))
+async def dropin_tokenize(
+    request: Request, body: DropinTokenizeIn, service: Serving, x_request_timeout: Timeout = None
+) -> list[list[SimpleToken]] | VllmTokens:
+    """The tokens of texts: as text-embeddings-inference lists them, or for a `prompt` as vLLM does."""
+    asked: dict[str, Any] = request.scope["state"]
+    asked[OF_VLLM] = body.prompt is not None
+    if (body.inputs is None) == (body.prompt is None):
+        raise ApiError(422, "invalid", "say either inputs (text-embeddings-inference) or prompt (vLLM)")
+    given = body.inputs if body.inputs is not None else body.prompt or ""
+    texts = [given] if isinstance(given, str) else given
+    if body.prompt is not None:
+        check_model_name(service, body.model)
+    check_size(texts, service.settings)
+    if len(texts) > MOST_TEXTS:
+        raise ApiError(413, "too_many_texts", f"{len(texts)} texts, the limit of this call is {MOST_TEXTS}: send fewer")
+    note(texts=len(texts))
+    longest = service.settings.request_timeout
+    seconds = min(x_request_timeout or longest, longest)
+    shown = await unless_gone(request, service.engine.looking.tokens(texts, timeout=seconds))
+    for index, text in enumerate(shown):
+        if text.truncated:
+            detail = f"input {index} has {text.total} tokens; this server lists no more than the model takes"
+            raise ApiError(422, "unsupported", detail)
+    listed = [[each for each in text.tokens if body.add_special_tokens or not each.special] for text in shown]
+    if body.prompt is not None:
+        (tokens,) = listed
+        return VllmTokens(
+            count=len(tokens),
+            max_model_len=service.model.tokens.max_tokens,
+            tokens=[each.id for each in tokens],
+            token_strs=[each.text for each in tokens] if body.return_token_strs else None,
+        )
+    return [
+        [
+            SimpleToken(id=each.id, text=each.text, special=each.special, start=each.start, stop=each.stop)
+            for each in tokens
+        ]
+        for tokens in listed
+    ]
