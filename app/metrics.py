@@ -11,6 +11,8 @@ from prometheus_client.core import GaugeMetricFamily, InfoMetricFamily
 from prometheus_client.metrics_core import Metric
 from prometheus_client.registry import Collector
 
+from app.fit_jobs import STATES
+from app.fit_process import progress_of
 from app.readiness import conditions
 from app.wiring import MOST_CONCEPTS, OTHER_CONCEPTS, Service
 from range_store.live import LiveErasure
@@ -31,6 +33,7 @@ class ServiceMetrics(Collector):
     def collect(self) -> Iterator[Metric]:
         yield from self._readiness()
         yield from self._live_state()
+        yield from self._fits()
         yield from self._loaded()
 
     def _readiness(self) -> Iterator[Metric]:
@@ -79,6 +82,25 @@ class ServiceMetrics(Collector):
         if snapshot and snapshot.range_set:
             created.add_metric([], snapshot.range_set.provenance.created_at)
         yield created
+
+    def _fits(self) -> Iterator[Metric]:
+        jobs = self._service.jobs
+        found = jobs.list()
+        states = Counter(job.state for job in found)
+        by_state = GaugeMetricFamily(
+            "neuronlens_fit_jobs", "Fits of this model that are remembered, by state.", labels=["state"]
+        )
+        for state in STATES:
+            by_state.add_metric([state], float(states[state]))
+        yield by_state
+        done = 0.0
+        for progress in (progress_of(jobs.place(job.id)) for job in found if job.pid is not None):
+            done = progress.get("rows_done", 0) / (progress.get("rows_total") or 1)
+        yield GaugeMetricFamily(
+            "neuronlens_fit_progress_ratio",
+            "Share of its texts that the fit under way has done; 0 where none is.",
+            done,
+        )
 
     def _loaded(self) -> Iterator[Metric]:
         model, identity = self._service.model, self._service.model.identity

@@ -127,6 +127,25 @@ class Settings(BaseSettings):
         description="of these, seconds for which new connections are answered (503) after SIGTERM even if nothing is "
         "left to do: as long as a load balancer takes to see it. Ctrl-C does not wait",
     )
+    fit_dirs: tuple[Path, ...] = Field(
+        (),
+        description="directories, as a JSON list, whose files `POST /v1/fits` may read; empty: none. "
+        "Unless this or `fit_hub` is set, a server takes no fits",
+    )
+    fit_hub: bool = Field(False, description="let `POST /v1/fits` read data sets of the hub")
+    fit_device: str | None = Field(
+        None, description="where a server's fits run; unset: where its model does, which then stands there twice"
+    )
+    fit_threads: Annotated[int, Field(ge=1)] | None = Field(
+        None, description="CPU threads of a server's fit; unset: half of the cores that the server may use"
+    )
+    fit_queue: Annotated[int, Field(ge=0, le=100)] = Field(
+        4, description="fits that may wait for the one under way; more are refused"
+    )
+    fit_redis_username: str | None = Field(
+        None, description="ACL user with which a server's fits publish; unset: the server's own"
+    )
+    fit_redis_password: SecretStr | None = Field(None, description="password of that user")
     log_level: Literal["debug", "info", "warning", "error"] = Field(
         "info", description="what is logged; `debug`: every request"
     )
@@ -170,6 +189,11 @@ class Settings(BaseSettings):
             "password": self.redis_password.get_secret_value() if self.redis_password else None,
             "ca_file": self.redis_ca_file,
         }
+
+    @property
+    def fits(self) -> bool:
+        """Whether the server takes fits."""
+        return bool(self.fit_dirs) or self.fit_hub
 
     @property
     def loopback(self) -> bool:

@@ -13,6 +13,9 @@ from typing import Any
 import redis
 from prometheus_client import CollectorRegistry
 
+from app.fit_jobs import FitJobs
+from app.fit_replies import job_out
+from app.fit_runner import FitRunner
 from app.jobs import CorpusChoice, ModelChoice, NewModelChoice
 from app.keyring import Keyring, memory_of
 from app.live_changes import LiveChanges
@@ -44,8 +47,9 @@ from workers.evaluation.files import write as write_evaluation
 from workers.evaluation.perplexity import check_perplexity, with_perplexity
 from workers.evaluation.settings import EvaluationSettings
 from workers.fitting.corpus import Corpus, check_source, load_corpus, load_label_map, match_labels
-from workers.fitting.fit import Fitted
+from workers.fitting.fit import CHECKPOINT_SECONDS, Fitted
 from workers.fitting.fit import fit as _fit
+from workers.fitting.known import KNOWN
 from workers.models.errors import EmptyText, TextTooLong
 from workers.models.loading import LoadedModel, load_model, use_threads
 from workers.training.scratch import NewModel
@@ -53,6 +57,8 @@ from workers.training.train import TrainReport, TrainSettings
 from workers.training.train import train as _train
 
 __all__ = [
+    "CHECKPOINT_SECONDS",
+    "KNOWN_DATA_SETS",
     "MOST_CONCEPTS",
     "OTHER_CONCEPTS",
     "Answer",
@@ -71,6 +77,8 @@ __all__ = [
     "TextTooLong",
 ]
 
+KNOWN_DATA_SETS = tuple(KNOWN)
+"""Names that a job's `dataset` may be."""
 KEPT_FOR_CHOOSING = 0.1
 """Share of the fitting texts that is kept out of the fit, to choose settings on."""
 
@@ -80,7 +88,7 @@ Report = Callable[[str, int, int], None]
 
 @dataclass(frozen=True, eq=False)
 class Service:
-    """One process's parts: store, mirror of the live state, keys, engine. Made by `open_service`."""
+    """One process's parts: store, mirror of the live state, keys, engine, fits beside it. Made by `open_service`."""
 
     settings: Settings
     model: LoadedModel
@@ -91,6 +99,8 @@ class Service:
     registry: CollectorRegistry
     name: str
     news: News
+    jobs: FitJobs
+    fits: FitRunner
 
 
 @contextmanager
@@ -141,11 +151,17 @@ def _serving(settings: Settings, model: LoadedModel, client: redis.Redis) -> Ite
         watched_batches=settings.watched_batches,
     )
     engine = Engine(model, mirror, limits, registry)
+    jobs = FitJobs(settings.data_dir, name, model.identity.fingerprint)
+    fits = FitRunner(jobs, settings, model.source, store, mirror)
+    fits.listeners.append(lambda job: news.tell_job(job.id, job_out(jobs, job).model_dump(mode="json")))
     mirror.start()
     try:
         engine.start()
-        yield Service(settings, model, store, mirror, keyring, engine, registry, name, news)
+        if settings.fits or not all(job.over for job in jobs.list()):
+            fits.start()
+        yield Service(settings, model, store, mirror, keyring, engine, registry, name, news, jobs, fits)
     finally:
+        fits.close()
         engine.close()
         mirror.close()
 
@@ -175,6 +191,7 @@ def fit_corpus(model: ModelChoice, data: CorpusChoice, *, report: Report, **sett
     """Load model and corpus, and fit; `settings` are those of `workers.fitting.fit.fit`."""
     check_source(data.source)
     loaded = _load(model)
+    report("reading the texts", 0, 0)
     corpus = _corpus(data, loaded.identity.labels)
     return _fit(loaded, corpus, progress=lambda now: report("fitting", now.rows_done, now.rows_total), **settings)
 

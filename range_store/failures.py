@@ -36,6 +36,8 @@ def explain(error: Exception) -> str:
     for code, sentence in _REFUSALS:
         if re.search(rf"(^|: -?){code}\b", text.upper()):  # in front, or in what a script was told
             return sentence
+    if "The user executing the script can't run this" in text or "ACL failure in script" in text:
+        return dict(_REFUSALS)["NOPERM"]
     if text.startswith("the private Redis"):  # it was said already
         return text
     match error:

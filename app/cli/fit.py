@@ -1,12 +1,15 @@
 """`neuronlens fit`: from labelled texts to a published range set."""
 
 import shlex
+from contextlib import AbstractContextManager, nullcontext
+from pathlib import Path
 from typing import Annotated
 
 import typer
 
+from app import fit_child
 from app.cli import options
-from app.cli.console import hint, print_json, progress, say, table
+from app.cli.console import Report, hint, print_json, progress, say, table
 from app.cli.exits import INTERRUPTED
 from app.cli.stores import operator, settings_with, store_of
 from app.jobs import CorpusChoice, ModelChoice
@@ -58,12 +61,14 @@ def fit(
     redis_url: options.RedisUrl = None,
     data_dir: options.DataDir = None,
     as_json: options.AsJson = False,
+    job: Annotated[Path | None, typer.Option("--job", hidden=True)] = None,  # given by a server, see `fit_child`
 ) -> None:
     """Fit ranges: read every neuron's statistics per concept, in one pass over labelled texts.
 
     The range set is published whole or not at all. A fit that was stopped resumes when it is started again.
     """
     options.some_data(data, dataset)
+    report_to: AbstractContextManager[Report] = nullcontext(fit_child.begin(job)) if job else progress("rows")
     of_class = None if correct_only else rows_per_class
     corpus = CorpusChoice(data, dataset, split, text_field, label_field, label_map, max_rows, of_class, seed)
     rankings = options.rankings(ranking)
@@ -85,9 +90,9 @@ def fit(
     with store_of(settings, None, publishes=True) as store:
         store.peek()  # a store that is away should be known before the work, not after it
         try:
-            with progress("rows") as report:
+            with report_to as report:
                 report("loading the model", 0, 0)
-                from app.wiring import fit_corpus  # here, because it loads torch
+                from app.wiring import CHECKPOINT_SECONDS, fit_corpus  # here, because it loads torch
 
                 fitted = fit_corpus(
                     ModelChoice.of(settings),
@@ -101,13 +106,15 @@ def fit(
                     probe=ProbeSettings(l1=probe_l1, l2=probe_l2, rows=probe_rows, seed=seed),
                     bins=bins,
                     batch_tokens=batch_tokens,
-                    checkpoint_dir=settings.data_dir / "fits",
+                    checkpoint_dir=job / fit_child.CHECKPOINTS if job else settings.data_dir / "fits",
+                    checkpoint_seconds=fit_child.CHECKPOINT_SECONDS if job else CHECKPOINT_SECONDS,
                     report=report,
                 )
+                report("publishing", 0, 0)
+                published = store.publish(fitted.range_set, fitted.inspect)
         except KeyboardInterrupt:
             hint("interrupted: the same command resumes from the last checkpoint")
             raise typer.Exit(INTERRUPTED) from None
-        published = store.publish(fitted.range_set, fitted.inspect)
         fitted.discard_checkpoint()
         generation = _activate(store, published) if activate else None
     provenance = fitted.range_set.provenance

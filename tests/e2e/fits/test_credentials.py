@@ -1,0 +1,44 @@
+"""A server whose Redis user may publish nothing: fits have a user of their own, whose password nobody sees."""
+
+from collections.abc import Callable
+from pathlib import Path
+
+from tests.e2e.conftest import Running
+from tests.e2e.faults.conftest import redis_of_its_own  # noqa: F401 (fixture)
+from tests.e2e.faults.processes import RedisProcess
+from tests.e2e.fits.conftest import SMALL, over, process_of, started, when
+
+
+def test_a_fit_publishes_as_the_user_that_it_was_given(
+    redis_of_its_own: Callable[..., RedisProcess],  # noqa: F811
+    serve: Callable[..., Running],
+    texts: Path,
+    tmp_path: Path,
+) -> None:
+    own = redis_of_its_own()
+    with own.client() as client:
+        for name, rules in (("service", "-sadd -zadd -expire -persist"), ("operator", "")):
+            everything = f"on >{name}-secret ~* &* +@all {rules}"
+            client.execute_command("ACL", "SETUSER", name, *everything.split())
+    place = {"redis_url": own.url, "redis_username": "service", "redis_password": "service-secret", "name": "tiny"}
+    reads = {"fit_dirs": [texts], "fit_threads": 1, "fit_device": "cpu"}
+
+    plain = serve(**place, **reads)
+    failed = over(plain.http, started(plain.http, SMALL)["id"])
+    assert (failed["state"], failed["attempts"], failed["range_set"]) == ("failed", 1, None)
+    assert "ACL" in failed["error"]
+    assert "NEURONLENS_FIT_REDIS_USERNAME" in failed["error"]
+    plain.service.fits.close()
+
+    with_user = {"fit_redis_username": "operator", "fit_redis_password": "operator-secret"}
+    running = serve(**place, **reads, **with_user)
+    job = started(running.http, SMALL | {"activate": True})["id"]
+    when(running.http, job, lambda now: now["state"] == "running")
+    words = Path(f"/proc/{process_of(tmp_path, job)}/cmdline").read_text()
+    assert "--job=" in words
+    assert "secret" not in words
+    done = over(running.http, job)
+    assert (done["state"], done["error"]) == ("done", None)
+    assert running.http.get("/v1/erasures").json()["range_set"] == done["range_set"]
+    for file in (tmp_path / "jobs").rglob("*"):
+        assert file.is_dir() or b"secret" not in file.read_bytes(), file

@@ -1,0 +1,250 @@
+"""`POST /v1/fits` and `/v1/jobs` over HTTP, with real processes."""
+
+import json
+import os
+import signal
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import httpx
+import pytest
+
+from tests.e2e.conftest import Running
+from tests.e2e.fits.conftest import LONG, SECONDS, SMALL, lives, over, process_of, reading, started, when
+from tests.processes import Running as Command
+from tests.range_store.waiting import until
+from workers.models.loading import LoadedModel
+
+Problem = Callable[[httpx.Response, int, str], dict[str, Any]]
+
+
+def test_a_fit_is_done_activated_and_used(fitting: Running) -> None:
+    job = started(fitting.http, SMALL | {"activate": True, "reason": "the first"})
+    assert (job["state"], job["kind"], job["by"], job["model"]) == ("queued", "fit", "http", fitting.service.name)
+    assert (job["request"]["layers"], job["request"]["activate"]) == ([-1], True)
+    done = over(fitting.http, job["id"])
+    assert (done["state"], done["error"], done["exit_code"], done["progress"]) == ("done", None, 0, None)
+    assert done["created_at"] <= done["started_at"] <= done["ended_at"]
+    live = fitting.http.get("/v1/erasures").json()
+    assert (live["range_set"], live["generation"]) == (done["range_set"], done["generation"])
+    (entry,) = [each for each in fitting.http.get("/v1/audit").json()["entries"] if each["action"] == "activate"]
+    assert (entry["by"], entry["reason"]) == ("http", "the first")
+    answer = fitting.classify("the keeper saved a penalty", erase=["Sports"]).json()
+    assert answer["erasure"]["range_set"] == done["range_set"]
+    assert fitting.http.get("/v1/jobs").json() == {"model": fitting.service.name, "jobs": [done]}
+
+
+def test_it_publishes_what_the_command_does(fitting: Running, model: LoadedModel, texts: Path, tmp_path: Path) -> None:
+    """Bit for bit: the id of a range set is a hash of all that it holds."""
+    names = {"Business": "Money"}
+    request = SMALL | {
+        "layers": [-1, 0],
+        "rankings": ["max", "probe", "selectivity"],
+        "site": "mlp_output",
+        "position": "mean",
+        "probe_l1": 0.01,
+        "probe_rows": 64,
+        "batch_tokens": 512,
+        "max_rows": 80,
+        "rows_per_class": 15,
+        "seed": 7,
+        "label_map": names,
+    }
+    job = started(fitting.http, request)
+    (tmp_path / "names.json").write_text(json.dumps(names))
+    command = ["fit", "--model", model.source, "--data", texts / "news" / "small.jsonl", "--layer=-1,0"]
+    command += ["--ranking", "max,probe,selectivity", "--site", "mlp_output", "--position", "mean"]
+    command += ["--probe-l1", "0.01", "--probe-rows", "64", "--batch-tokens", "512", "--bins", "16"]
+    command += ["--max-rows", "80", "--rows-per-class", "15", "--seed", "7", "--label-map", tmp_path / "names.json"]
+    command += ["--threads", "1", "--device", "cpu", "--data-dir", tmp_path / "elsewhere", "--json"]
+    command += ["--name", fitting.service.name]
+    ended = Command(command)
+    assert ended.end() == 0, ended.stderr
+    said = json.loads("".join(ended.stdout))
+    assert over(fitting.http, job["id"])["range_set"] == said["id"]
+    assert said["counts"]["Money"] == 15
+
+
+def test_one_that_is_cancelled_leaves_nothing(fitting: Running, problem: Problem, tmp_path: Path) -> None:
+    job = started(fitting.http, LONG)["id"]
+    waiting = started(fitting.http, SMALL)["id"]
+    now = reading(fitting.http, job, 500)
+    assert now["progress"]["phase"] == "fitting"
+    assert now["progress"]["rows_done"] < now["progress"]["rows_total"] == 20_000
+    assert now["progress"]["rows_per_second"] > 0
+    assert now["progress"]["seconds_left"] > 0
+    page = fitting.http.get("/metrics").text
+    assert 'neuronlens_fit_jobs{state="running"} 1.0' in page
+    assert 'neuronlens_fit_jobs{state="queued"} 1.0' in page
+    assert "neuronlens_fit_progress_ratio 0.0\n" not in page
+    pid = process_of(tmp_path, job)
+    assert os.getpriority(os.PRIO_PROCESS, pid) == 19
+    asked = fitting.http.delete(f"/v1/jobs/{job}")
+    assert (asked.status_code, asked.json()["state"]) == (200, "cancelling")
+    fitting.http.delete(f"/v1/jobs/{waiting}").raise_for_status()
+    ended = over(fitting.http, job)
+    assert (ended["state"], ended["range_set"], ended["error"]) == ("cancelled", None, None)
+    assert not lives(pid)
+    assert over(fitting.http, waiting)["started_at"] is None
+    assert fitting.http.get("/v1/range-sets").json()["range_sets"] == []
+    left = {path.name for path in (tmp_path / "jobs" / job).iterdir()}
+    assert left == {"job.json", "log", "progress.json", "result.json"}, "no checkpoint"
+    assert (tmp_path / "jobs" / job / "result.json").read_bytes() == b""
+    problem(fitting.http.delete(f"/v1/jobs/{job}"), 409, "job_over")
+
+
+def test_one_that_is_killed_goes_on_and_ends_in_the_same_range_set(
+    fitting: Running, tmp_path: Path, texts: Path
+) -> None:
+    once = over(fitting.http, started(fitting.http, SMALL)["id"])["range_set"]
+    fitting.service.store.remove(once)
+    job = started(fitting.http, SMALL | {"reason": "again"})["id"]
+    when(fitting.http, job, lambda now: now["state"] == "running")
+    os.kill(process_of(tmp_path, job), signal.SIGKILL)
+    again = when(fitting.http, job, lambda now: now["error"] is not None or now["state"] == "done")
+    assert "killed by signal 9" in again["error"]
+    done = over(fitting.http, job)
+    assert (done["state"], done["range_set"], done["attempts"], done["error"]) == ("done", once, 2, None)
+
+
+def test_the_same_request_gives_the_same_job(fitting: Running, problem: Problem) -> None:
+    first = started(fitting.http, LONG)["id"]
+    assert started(fitting.http, LONG)["id"] == first
+    named = started(fitting.http, SMALL, Idempotency_Key="a")["id"]
+    assert started(fitting.http, SMALL, Idempotency_Key="a")["id"] == named != first
+    assert started(fitting.http, SMALL, Idempotency_Key="b")["id"] not in (first, named)
+    other = fitting.http.post("/v1/fits", json=LONG, headers={"Idempotency-Key": "a"})
+    problem(other, 409, "idempotency_key_reused")
+    fitting.http.delete(f"/v1/jobs/{named}").raise_for_status()
+    assert over(fitting.http, named)["state"] == "cancelled"
+    assert started(fitting.http, SMALL, Idempotency_Key="a")["id"] == named, "whatever became of it"
+    third = started(fitting.http, LONG | {"seed": 1})["id"]
+    assert len({first, named, third}) == 3
+
+
+def test_only_so_many_wait(serve: Callable[..., Running], texts: Path, problem: Problem) -> None:
+    running = serve(fit_dirs=[texts], fit_threads=1, fit_queue=1)
+    jobs = [started(running.http, LONG | {"seed": seed})["id"] for seed in (1, 2)]
+    full = running.http.post("/v1/fits", json=LONG | {"seed": 3})
+    problem(full, 429, "fit_queue_full")
+    assert int(full.headers["retry-after"]) > 0
+    running.http.delete(f"/v1/jobs/{jobs[1]}").raise_for_status()
+    over(running.http, jobs[1])
+    third = started(running.http, LONG | {"seed": 3})["id"]
+    for job in (jobs[0], third):
+        running.http.delete(f"/v1/jobs/{job}").raise_for_status()
+        assert over(running.http, job)["state"] == "cancelled"
+
+
+def test_texts_that_cannot_be_used_are_one_clear_line(serve: Callable[..., Running], tmp_path: Path) -> None:
+    """That of the command, with the file named as the request did; the queue goes on behind them."""
+    texts = tmp_path / "texts"
+    texts.mkdir()
+    files = {
+        "latin.jsonl": (b'{"text": "caf\xe9 closed", "label": "World"}\n' * 3, "latin.jsonl"),
+        "other.jsonl": (b'{"body": "a", "label": "World"}\n', "has no column 'text'"),
+    }
+    running = serve(fit_dirs=[texts], fit_threads=1, fit_device="cpu")
+    jobs = {}
+    for name, (content, _) in files.items():
+        (texts / name).write_bytes(content)
+        jobs[name] = started(running.http, {"data": name})["id"]
+    for name, (_, words) in files.items():
+        job = over(running.http, jobs[name])
+        assert (job["state"], job["exit_code"], job["attempts"], job["range_set"]) == ("failed", 2, 1, None)
+        assert words in job["error"]
+        assert "\n" not in job["error"]
+        assert str(tmp_path) not in job["error"]
+        assert "caf" not in job["error"]
+    command = ["fit", "--model", running.service.model.source, "--data", texts / "latin.jsonl"]
+    ended = Command([*command, "--data-dir", tmp_path / "own", "--threads", "1", "--device", "cpu"])
+    assert ended.end() == 2
+    said = ended.stderr[-1].strip().replace(f"{texts}/", "")
+    assert said == f"error: {over(running.http, jobs['latin.jsonl'])['error']}"
+
+
+@pytest.mark.parametrize(
+    "data",
+    [
+        *(
+            "../secret.jsonl",
+            "news/../../secret.jsonl",
+            "/etc/passwd",
+            "{outside}",
+            "link.jsonl",
+            "linked/secret.jsonl",
+        ),
+        *("news", "news/", ".", "", "news/none.jsonl", "news/notes.txt", "pipe.jsonl", "*.jsonl", "x\0.jsonl"),
+        *("file://{outside}", "imdb", "--help", "~/secret.jsonl", "news/small.jsonl/..", "a" * 5000),
+    ],
+)
+def test_hostile_paths(serve: Callable[..., Running], tmp_path: Path, data: str) -> None:
+    inside, outside = tmp_path / "in", tmp_path / "secret.jsonl"
+    (inside / "news").mkdir(parents=True)
+    outside.write_text('{"text": "secret", "label": "World"}\n')
+    for name in ("news/small.jsonl", "news/notes.txt", "*.jsonl"):
+        (inside / name).write_text(outside.read_text())
+    os.mkfifo(inside / "pipe.jsonl")
+    (inside / "link.jsonl").symlink_to(outside)
+    (inside / "linked").symlink_to(tmp_path)
+    running = serve(fit_dirs=[inside])
+    reply = running.http.post("/v1/fits", json={"data": data.replace("{outside}", str(outside))})
+    assert reply.status_code == 422, reply.text
+    assert reply.json()["code"] in ("unusable_data", "invalid")
+    assert str(tmp_path) not in reply.text
+    assert running.http.get("/v1/jobs").json()["jobs"] == []
+
+
+def test_what_is_asked_is_checked_at_once(fitting: Running, problem: Problem) -> None:
+    for wrong in (
+        {"data": None},
+        {"layers": []},
+        {"rankings": ["none"]},
+        {"rankings": ["max", "max"]},
+        {"bins": 0},
+        {"seed": -1},
+        {"max_rows": 0},
+        {"text_field": "a\nb"},
+        {"unknown": 1},
+        {"batch_tokens": 10**9},
+        {"layers": -1},
+    ):
+        problem(fitting.http.post("/v1/fits", json=SMALL | wrong), 422, "invalid")
+    problem(fitting.http.post("/v1/fits", json=SMALL | {"layers": [99]}), 422, "invalid_erasure")
+    problem(fitting.http.post("/v1/fits", json=SMALL | {"dataset": "none"}), 422, "unusable_data")
+    problem(fitting.http.post("/v1/fits", json={"dataset": "ag_news"}), 403, "fits_disabled")
+    problem(fitting.http.post("/v1/fits", json=SMALL | {"model": "other"}), 404, "unknown_model")
+    for id_ in ("0123456789abcdef", "..", "%2E%2E", "a" * 300):
+        for method in ("GET", "DELETE"):
+            reply = fitting.http.request(method, f"/v1/jobs/{id_}")
+            assert reply.status_code in (404, 405), reply.text
+    problem(fitting.http.get("/v1/jobs/0123456789abcdef"), 404, "unknown_job")
+    assert fitting.http.get("/v1/jobs").json()["jobs"] == []
+
+
+def test_a_server_takes_fits_only_if_it_is_told_what_they_may_read(news: Running, problem: Problem) -> None:
+    refused = problem(news.http.post("/v1/fits", json=SMALL), 403, "fits_disabled")
+    assert "NEURONLENS_FIT_DIRS" in refused["detail"]
+    assert news.http.get("/v1/jobs").json()["jobs"] == []
+
+
+def test_scopes_and_whose_name_the_audit_has(
+    keyed: tuple[Running, dict[str, str], Any], serve: Callable[..., Running], texts: Path, problem: Problem
+) -> None:
+    settings = keyed[0].service.settings
+    running, tokens = serve(redis_url=settings.redis_url, fit_dirs=[texts], fit_threads=1), keyed[1]
+
+    def call(method: str, path: str, scope: str, **more: Any) -> httpx.Response:
+        return running.http.request(method, path, headers={"X-API-Key": tokens[scope]}, **more)
+
+    for scope in ("infer", "read"):
+        problem(call("POST", "/v1/fits", scope, json=SMALL), 403, "wrong_scope")
+        problem(call("DELETE", "/v1/jobs/0123456789abcdef", scope), 403, "wrong_scope")
+    problem(call("GET", "/v1/jobs", "infer"), 403, "wrong_scope")
+    problem(running.http.get("/v1/jobs"), 401, "no_key")
+    job = call("POST", "/v1/fits", "admin", json=SMALL | {"activate": True}).json()["id"]
+    until(lambda: call("GET", f"/v1/jobs/{job}", "read").json()["state"] in ("done", "failed"), SECONDS)
+    entries = call("GET", "/v1/audit", "admin").json()["entries"]
+    assert entries[0]["by"] == "key:the-admin"
+    assert "nl_" not in (settings.data_dir / "jobs" / job / "job.json").read_text()

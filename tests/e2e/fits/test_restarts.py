@@ -1,0 +1,77 @@
+"""A fit outlives its server: drained, killed, or with another one beside it on the same data directory."""
+
+import signal
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack
+from pathlib import Path
+
+import pytest
+
+from tests.e2e.conftest import Running
+from tests.e2e.faults.processes import Served
+from tests.e2e.fits.conftest import LONG, SECONDS, lives, over, process_of, reading, started
+from tests.range_store.waiting import until
+from workers.models.loading import LoadedModel
+
+Serve = Callable[[], Served]
+
+
+@pytest.fixture
+def server(model: LoadedModel, texts: Path, tmp_path: Path) -> Iterator[Serve]:
+    """`server()`: `neuronlens serve` with a private Redis, on the same data directory each time."""
+    with ExitStack() as stack:
+
+        def start() -> Served:
+            fits = {"NEURONLENS_FIT_DIRS": f'["{texts}"]', "NEURONLENS_FIT_THREADS": "1"}
+            served = Served(model.source, None, "--data-dir", tmp_path, **fits)
+            stack.callback(served.close)
+            return served
+
+        yield start
+
+
+def test_a_server_that_is_killed_or_drained_goes_on_with_its_fit(server: Serve, tmp_path: Path) -> None:
+    """It ends in the range set of a fit that nothing disturbed; no process is left behind."""
+    first = server()
+    undisturbed = over(first.http, started(first.http, LONG)["id"])["range_set"]
+    job = started(first.http, LONG | {"activate": True})["id"]
+    reading(first.http, job, 2000)
+    pids = [process_of(tmp_path, job)]
+    until(lambda: any((tmp_path / "jobs" / job / "checkpoints").glob("fit-*")), SECONDS)
+    first.close()
+    until(lambda: not lives(pids[0]), SECONDS)
+
+    second = server()
+    resumed = reading(second.http, job)
+    assert (resumed["attempts"], resumed["progress"]["rows_done"] > 0) == (2, True)
+    pids.append(process_of(tmp_path, job))
+    second.command.process.send_signal(signal.SIGTERM)
+    assert second.command.end() == 0
+    assert not lives(pids[1])
+
+    third = server()
+    done = over(third.http, job)
+    assert (done["state"], done["range_set"], done["error"]) == ("done", undisturbed, None)
+    assert done["attempts"] == 2, "an orderly end is no failed attempt"
+    assert third.http.get("/v1/erasures").json()["range_set"] == undisturbed
+    assert not (tmp_path / "jobs" / job / "checkpoints").exists()
+
+
+def test_of_two_servers_one_runs_the_fit_and_the_other_takes_over(
+    serve: Callable[..., Running], texts: Path, tmp_path: Path
+) -> None:
+    one = serve(fit_dirs=[texts], fit_threads=1)
+    until(lambda: one.service.fits.runs, 10)
+    two = serve(fit_dirs=[texts], fit_threads=1, name=one.service.name)
+    job = started(two.http, LONG)["id"]
+    assert started(one.http, LONG)["id"] == job
+    reading(two.http, job)
+    pid = process_of(tmp_path, job)
+    assert not two.service.fits.runs
+    one.service.fits.close()
+    assert not lives(pid)
+    until(lambda: two.service.fits.runs, 30)
+    assert reading(two.http, job)["attempts"] == 1
+    assert lives(process_of(tmp_path, job))
+    two.http.delete(f"/v1/jobs/{job}").raise_for_status()
+    assert over(one.http, job)["state"] == "cancelled"
