@@ -31,7 +31,7 @@ export function failed(error, again) {
 }
 
 function meaning(error) {
-  if (error instanceof Lost) return ["No connection", "The page goes on by itself as soon as the server answers again."];
+  if (error instanceof Lost) return ["No connection", "What was asked last was not answered; it is asked again as soon as the server is back."];
   switch (error.status) {
     case 401:
       return ["A key is needed", null];

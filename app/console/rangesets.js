@@ -60,7 +60,7 @@ function item(set, active, picked, pick) {
       el("h3", {}, el("code", {}, set.id), set.active ? el("span", { class: "badge" }, "active") : null),
       el("p", {}, quoted(corpus.name), corpus.split ? [" / ", quoted(corpus.split)] : null, `: ${count(Object.keys(corpus.counts).length, "concept")}, ${count(corpus.rows, "text")}, blocks ${settings.layers.join(", ")}`),
       el("p", { class: "quiet" }, `published ${moment(set.published_at)} · fitted ${moment(set.provenance.created_at)}`),
-      el("details", {}, el("summary", {}, "Provenance"), table(`Provenance of ${set.id}`, ["", ""], flat(set.provenance).map(([name, text]) => [name, quoted(text)]), { class: "facts" })),
+      el("details", {}, el("summary", {}, "Provenance"), table(`Provenance of ${set.id}`, ["Fact", "Value"], flat(set.provenance).map(([name, text]) => [name, quoted(text)]), { class: "facts" })),
       el("div", { class: "tickbox" }, box, el("label", { for: id }, "Compare")),
     ),
     el("div", { class: "actions" }, set.active ? null : button(older ? "Roll back to it…" : "Activate…", () => activate(set, older), { "aria-label": `${older ? "Roll back to" : "Activate"} ${set.id}` })),
@@ -69,7 +69,8 @@ function item(set, active, picked, pick) {
 
 /** Every value of a provenance with its dotted name. */
 function flat(value, name = "") {
-  if (value === null || typeof value !== "object") return [[name, String(value)]];
+  if (name === "created_at") return [[name, moment(value)]];
+  if (value === null || typeof value !== "object") return [[name, value === null ? "none" : String(value)]];
   if (Array.isArray(value)) return [[name, value.join(", ")]];
   return Object.entries(value).flatMap(([part, each]) => flat(each, name ? `${name}.${part}` : part));
 }
@@ -82,7 +83,7 @@ function comparison(one, other) {
     "div",
     { role: "region", "aria-label": "Comparison" },
     el("h3", {}, differing.length ? `${count(differing.length, "difference")} of ${names.length} facts` : "No difference but the statistics"),
-    differing.length ? table("Differences", ["", one.id, other.id], differing.map((name) => [name, quoted(left.get(name) ?? "–"), quoted(right.get(name) ?? "–")]), { class: "facts" }) : null,
+    differing.length ? table("Differences", ["Fact", one.id, other.id], differing.map((name) => [name, quoted(left.get(name) ?? "–"), quoted(right.get(name) ?? "–")]), { class: "facts" }) : null,
   );
 }
 

@@ -21,13 +21,14 @@ export function address(view, params = {}) {
 const REST = 250; // milliseconds: browsers refuse an address that changes a hundred times in a few seconds
 
 let waiting = null;
+let settled = -Infinity;
 
-/** Put a view's parameters into its link, and soon into the address bar, without a new entry in the history. */
+/** Put a view's parameters into its link, and at once, or in a moment, into the address bar, without a new entry in the history. */
 export function keep(view, params) {
   const here = address(view, params);
   for (const link of document.querySelectorAll(`nav a[data-view="${view}"]`)) link.href = here;
   if (waiting) clearTimeout(waiting.timer);
-  waiting = { view, here, timer: setTimeout(settle, REST) };
+  waiting = { view, here, timer: setTimeout(settle, Math.max(0, settled + REST - performance.now())) };
 }
 
 /** Have the address bar say what is shown, now. */
@@ -36,6 +37,7 @@ export function settle() {
   const { view, here, timer } = waiting;
   clearTimeout(timer);
   waiting = null;
+  settled = performance.now();
   if (read().view === view && location.hash !== here) history.replaceState(null, "", here);
 }
 

@@ -60,6 +60,7 @@ def test_a_report_opens_in_place(
     expect(inside.locator("h1")).to_be_visible()
     expect(inside.locator(".js-plotly-plot .main-svg").first).to_be_attached()
     no_sideways(page)
+    page.wait_for_function("() => location.hash.includes('report=')")
     page.reload()  # the address says which report is open
     expect(inside.locator("h1")).to_be_visible()
     page.get_by_role("button", name="Close").click()

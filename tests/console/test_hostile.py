@@ -110,6 +110,7 @@ def test_texts(odd: Running, window: Open, no_sideways: Callable[[Page], None], 
     expect(page.locator(".result")).to_contain_text("masked at the read position")
     harmless(page)
     no_sideways(page)
+    page.wait_for_function("() => location.hash.includes('erase=')")
     page.reload()  # the address holds it now
     expect(page.locator(".result")).to_contain_text("masked at the read position")
     harmless(page)

@@ -62,7 +62,7 @@ def test_a_link_leads_to_the_same_neuron_and_a_slider_moves_the_ranges(news: Run
     expect(page.get_by_text("Range, ±0 σ")).to_be_visible()
     page.get_by_label("Block").select_option("2")
     expect(page.get_by_role("heading", name="of block 2")).to_be_visible()
-    assert "layer=2" in page.url
+    page.wait_for_function("() => location.hash.includes('layer=2')")
 
 
 def test_where_the_text_under_try_falls(news: Running, window: Open) -> None:

@@ -204,7 +204,7 @@ def test_the_copied_command_and_program_give_the_same_answer(
         label: cells[1] for label, cells in found.items()
     }
     page.get_by_role("button", name="Copy as Python").click()
-    page.wait_for_function("navigator.clipboard.readText().then((text) => text.includes('httpx'))")
+    page.wait_for_function("() => navigator.clipboard.readText().then((text) => text.includes('httpx'))")
     program = page.evaluate("navigator.clipboard.readText()")
     assert "nl_" not in program
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=60, env=environment)
