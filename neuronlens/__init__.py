@@ -23,8 +23,9 @@ from neuronlens.errors import (
     TooLarge,
     Unavailable,
 )
-from neuronlens.events import Event, LiveChanged, OtherEvent, RangeSetsChanged
-from neuronlens.replies import Answer, Answers, LiveState, Plan, Result, Score
+from neuronlens.events import Event, JobChanged, LiveChanged, OtherEvent, RangeSetsChanged
+from neuronlens.fitting import FitSettings
+from neuronlens.replies import Answer, Answers, Job, LiveState, Plan, Result, Score
 
 __all__ = [
     "CONTEXT",
@@ -40,7 +41,10 @@ __all__ = [
     "ErasureSpec",
     "Event",
     "Failed",
+    "FitSettings",
     "Invalid",
+    "Job",
+    "JobChanged",
     "LiveChanged",
     "LiveSpec",
     "LiveState",

@@ -1,12 +1,14 @@
 """Every call of `/v1` as steps (`neuronlens.calls`): paths, fields and what the answer is."""
 
+import math
+import time
 from collections.abc import Mapping, Sequence
 from typing import Any, Literal
 from uuid import uuid4
 
-from neuronlens.calls import Caller, Steps, in_path
+from neuronlens.calls import Caller, Pause, Steps, in_path
 from neuronlens.erasing import CONTEXT, Erase, ErasureSettings, FromContext, LiveSpec, erased_here, listed
-from neuronlens.errors import NotFound, Refused, TooLarge
+from neuronlens.errors import DeadlineExceeded, NotFound, Refused, TooLarge
 from neuronlens.replies import (
     Activations,
     Answer,
@@ -15,6 +17,8 @@ from neuronlens.replies import (
     Capabilities,
     Classified,
     Concepts,
+    Job,
+    Jobs,
     LiveState,
     Models,
     Neuron,
@@ -165,6 +169,36 @@ class Api:
     def overlap(self, layer: int, top_fraction: float, ranking: Ranking) -> Steps[Overlap]:
         asked = {"layer": layer, "top_fraction": top_fraction, "ranking": ranking}
         return self.caller.call("GET", "/v1/overlap", Overlap, params=asked)
+
+    # fits
+
+    def fit(self, data: str | None, settings: Mapping[str, Any], idempotency_key: str | None) -> Steps[Job]:
+        """The key makes one job of one call, however often it is sent."""
+        headers = {"idempotency-key": uuid4().hex if idempotency_key is None else idempotency_key}
+        body = {"data": data, **settings}
+        return self.caller.call("POST", "/v1/fits", Job, body=body, headers=headers, repeatable=True)
+
+    def job(self, job: str) -> Steps[Job]:
+        return self.caller.call("GET", f"/v1/jobs/{in_path(job)}", Job)
+
+    def jobs(self) -> Steps[Jobs]:
+        return self.caller.call("GET", "/v1/jobs", Jobs)
+
+    def cancel(self, job: str) -> Steps[Job]:
+        return self.caller.call("DELETE", f"/v1/jobs/{in_path(job)}", Job, repeatable=True)
+
+    def wait(self, job: str, timeout: float | None, poll: float) -> Steps[Job]:
+        """Ask until it is over: soon at first, then every `poll` seconds."""
+        deadline = math.inf if timeout is None else time.monotonic() + timeout
+        pause = min(0.1, poll)
+        while True:
+            found = yield from self.job(job)
+            if found.over:
+                return found
+            if time.monotonic() + pause > deadline:
+                raise DeadlineExceeded(f"job {job} is still {found.state}")
+            yield Pause(pause)
+            pause = min(pause * 2, poll)
 
     # a text
 

@@ -13,6 +13,7 @@ from neuronlens.calls import Outcome, Pause, Send, Steps, T
 from neuronlens.erasing import CONTEXT, Erase, ErasureSettings, FromContext, LiveSpec
 from neuronlens.errors import NeuronLensError, error_of
 from neuronlens.events import Event, Following
+from neuronlens.fitting import FitSettings
 from neuronlens.replies import (
     Activations,
     Answer,
@@ -21,6 +22,8 @@ from neuronlens.replies import (
     Capabilities,
     Classified,
     Concepts,
+    Job,
+    Jobs,
     LiveState,
     Models,
     Neuron,
@@ -209,6 +212,23 @@ class AsyncClient(BaseClient):
 
     async def overlap(self, *, layer: int = -1, top_fraction: float = 0.3, ranking: Ranking = "max") -> Overlap:
         return await self._run(self._api.overlap(layer, top_fraction, ranking))
+
+    async def fit(
+        self, data: str | None = None, *, idempotency_key: str | None = None, **settings: Unpack[FitSettings]
+    ) -> Job:
+        return await self._run(self._api.fit(data, settings, idempotency_key))
+
+    async def job(self, job: str) -> Job:
+        return await self._run(self._api.job(job))
+
+    async def jobs(self) -> Jobs:
+        return await self._run(self._api.jobs())
+
+    async def cancel(self, job: str) -> Job:
+        return await self._run(self._api.cancel(job))
+
+    async def wait(self, job: str, *, timeout: float | None = None, poll: float = 2.0) -> Job:
+        return await self._run(self._api.wait(job, timeout, poll))
 
     async def tokenize(self, inputs: str | Texts, *, add_special_tokens: bool = True) -> Tokenized:
         return await self._run(self._api.tokenize(inputs, add_special_tokens))

@@ -13,6 +13,7 @@ from neuronlens.calls import Outcome, Pause, Send, Steps, T
 from neuronlens.erasing import CONTEXT, Erase, ErasureSettings, FromContext, LiveSpec
 from neuronlens.errors import NeuronLensError, error_of
 from neuronlens.events import Event, Following
+from neuronlens.fitting import FitSettings
 from neuronlens.replies import (
     Activations,
     Answer,
@@ -21,6 +22,8 @@ from neuronlens.replies import (
     Capabilities,
     Classified,
     Concepts,
+    Job,
+    Jobs,
     LiveState,
     Models,
     Neuron,
@@ -228,6 +231,42 @@ class Client(BaseClient):
     def overlap(self, *, layer: int = -1, top_fraction: float = 0.3, ranking: Ranking = "max") -> Overlap:
         """How far the concepts share their salient neurons."""
         return self._run(self._api.overlap(layer, top_fraction, ranking))
+
+    def fit(
+        self, data: str | None = None, *, idempotency_key: str | None = None, **settings: Unpack[FitSettings]
+    ) -> Job:
+        """Fit ranges on texts that the server can read (its `NEURONLENS_FIT_DIRS`), beside it; `wait` for the job.
+
+        Args:
+            data: a file, by its path below one of the server's directories.
+            idempotency_key: calls with the same one give the same job; None: each call is a job of its own, which a
+                retry never doubles.
+        """
+        return self._run(self._api.fit(data, settings, idempotency_key))
+
+    def job(self, job: str) -> Job:
+        """What a fit is doing, how far it is, and how it ended."""
+        return self._run(self._api.job(job))
+
+    def jobs(self) -> Jobs:
+        """Every fit that waits or runs, and the last that are over, newest first."""
+        return self._run(self._api.jobs())
+
+    def cancel(self, job: str) -> Job:
+        """End a fit; it publishes nothing. It is `cancelling` until its process has ended."""
+        return self._run(self._api.cancel(job))
+
+    def wait(self, job: str, *, timeout: float | None = None, poll: float = 2.0) -> Job:
+        """The job when it is over, whichever way: look at its `state` and `error`.
+
+        Args:
+            timeout: seconds; None: as long as it takes.
+            poll: seconds between two looks.
+
+        Raises:
+            DeadlineExceeded: it is not over yet; it goes on.
+        """
+        return self._run(self._api.wait(job, timeout, poll))
 
     def tokenize(self, inputs: str | Texts, *, add_special_tokens: bool = True) -> Tokenized:
         """The tokens of up to 64 texts, as the model gets them."""

@@ -11,7 +11,7 @@ from pydantic import ValidationError
 
 from neuronlens.calls import CONNECT, Caller, pause_before
 from neuronlens.errors import NeuronLensError, NoAnswer, NotUnderstood, Overloaded, Unavailable
-from neuronlens.replies import LiveState
+from neuronlens.replies import Job, LiveState
 
 SILENCE = 45.0
 """Seconds without a byte after which a stream is taken for dead; the server breaks its silence every 15 s."""
@@ -30,6 +30,13 @@ class RangeSetsChanged:
 
 
 @dataclass(frozen=True)
+class JobChanged:
+    """A fit began, got on, or ended; told of the last ones at connect too."""
+
+    job: Job
+
+
+@dataclass(frozen=True)
 class OtherEvent:
     """What this version does not know."""
 
@@ -37,7 +44,7 @@ class OtherEvent:
     data: Mapping[str, Any]
 
 
-Event = LiveChanged | RangeSetsChanged | OtherEvent
+Event = LiveChanged | RangeSetsChanged | JobChanged | OtherEvent
 
 
 class Following:
@@ -117,6 +124,8 @@ class Following:
                     return LiveChanged(LiveState.model_validate(decoded))
                 case "range_sets":
                     return RangeSetsChanged()
+                case "jobs":
+                    return JobChanged(Job.model_validate(decoded))
             return OtherEvent(name, decoded)
         except (ValueError, AttributeError, ValidationError):
             raise NotUnderstood("an event is not as this client knows it: is the server another version?") from None

@@ -368,3 +368,48 @@ class Capabilities(Reply):
     keys_in_force: bool
     key: str | None
     scopes: tuple[str, ...]
+
+
+class Progress(Reply):
+    """How far a fit is; `rows_total` is 0 until its texts are read."""
+
+    phase: str
+    rows_done: int
+    rows_total: int
+    rows_per_second: float | None
+    seconds_left: float | None
+
+
+class Job(Reply):
+    """A fit that was asked for: queued, running, cancelling, cancelled, failed or done. Times are Unix seconds.
+
+    `error`: one line, why it failed; `range_set`: what it published; `generation`: what activating that made.
+    """
+
+    id: str
+    kind: str
+    model: str
+    state: str
+    progress: Progress | None
+    request: Mapping[str, Any]
+    by: str
+    created_at: float
+    started_at: float | None
+    ended_at: float | None
+    attempts: int
+    error: str | None
+    exit_code: int | None
+    range_set: str | None
+    generation: str | None
+
+    @property
+    def over(self) -> bool:
+        """Whether nothing more happens to it."""
+        return self.state in ("done", "failed", "cancelled")
+
+
+class Jobs(Reply):
+    """Those that wait or run, and the last that are over; newest first."""
+
+    model: str
+    jobs: tuple[Job, ...]
