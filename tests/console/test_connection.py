@@ -76,6 +76,9 @@ def test_the_store_away_is_a_notice_and_no_blank_page(news: Running, window: Ope
             body='{"code": "store_unavailable", "detail": "the store is away", "status": 503, "request_id": "abc"}',
         )
 
+    page.route(
+        "**/v1/events", lambda route: route.fulfill(status=404, body="{}")
+    )  # else the page reads again by itself
     page.route("**/v1/range-sets", away)
     mine.open("#/live")
     expect(page.get_by_role("alert").filter(has_text="the store is away")).to_contain_text("abc")
