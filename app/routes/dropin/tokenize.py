@@ -3,7 +3,7 @@
 from typing import Any
 
 from fastapi import APIRouter, Request
-from pydantic import BaseModel, Field
+from pydantic import BaseModel, ConfigDict, Field
 
 from app.answering import Timeout, check_size, unless_gone
 from app.logs import note
@@ -20,6 +20,8 @@ OF_VLLM = "tokenize_of_vllm"
 
 class DropinTokenizeIn(Loose):
     """A text or several (`inputs`), or a single one (`prompt`)."""
+
+    model_config = ConfigDict(json_schema_extra={"examples": [{"inputs": "a goal"}, {"prompt": "a goal"}]})
 
     inputs: Inputs | None = None
     prompt: str | None = None
