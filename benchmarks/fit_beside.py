@@ -49,7 +49,7 @@ def main() -> None:
     parser.add_argument("--texts", type=int, default=256, help="of one measurement")
     parser.add_argument("--connections", type=int, default=4)
     arguments = parser.parse_args()
-    classifier = make_classifier(arguments.cache_dir)
+    classifier = make_classifier(arguments.cache_dir, lambda *now: None)
     texts = texts_of(arguments.data, arguments.texts)
     large = arguments.cache_dir / "fit-beside.jsonl"
     with large.open("w", encoding="utf-8") as file:
