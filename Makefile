@@ -3,6 +3,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 ARGS ?=
+WORKERS ?= 3
 
 .PHONY: help setup demo test test-system test-long check audit bench bench-rivals soak openapi picture screenshots clean
 
@@ -33,11 +34,12 @@ setup: $(VENV)/.ready
 demo: setup
 	@$(BIN)/neuronlens demo $(ARGS)
 
+# most tests wait for processes and servers, so several run at once, a file's on one worker
 test: setup
-	$(BIN)/python -m pytest -m "not system and not long" $(ARGS)
+	$(BIN)/python -m pytest -n $(WORKERS) --dist loadfile -m "not system and not long" $(ARGS)
 
 test-system: setup
-	$(BIN)/python -m pytest -m "system and not long" $(ARGS)
+	$(BIN)/python -m pytest -n 2 --dist loadfile -m "system and not long" $(ARGS)
 
 test-long: setup
 	$(BIN)/python -m pytest -m long $(ARGS)

@@ -34,7 +34,7 @@ def test_every_call_of_the_document_takes_the_keys_of_its_scope_and_no_others(
     document = running.http.get("/openapi.json").json()
     for path, operations in document["paths"].items():
         named = {"model": running.service.name, "model_version": "1", "concept": "Sports", "range_set": "x"}
-        url = path.format(**named, layer=-1, neuron=0, report="x", file="run.json")
+        url = path.format(**named, layer=-1, neuron=0, report="x", file="run.json", job="x")
         for method in operations:
             needed = scope_of(method.upper(), path)
             if needed is None:

@@ -21,7 +21,8 @@ CHECKPOINT_SECONDS = 0.1
 
 def main() -> None:
     torch.set_num_threads(1)
-    app.wiring._fit = functools.partial(app.wiring._fit, checkpoint_seconds=CHECKPOINT_SECONDS)
+    app.wiring.CHECKPOINT_SECONDS = CHECKPOINT_SECONDS  # of the command
+    app.wiring._fit = functools.partial(app.wiring._fit, checkpoint_seconds=CHECKPOINT_SECONDS)  # of an evaluation
     sys.stdout.write("ready\n")
     sys.stdout.flush()
     for line in sys.stdin:
