@@ -11,10 +11,9 @@ import threading
 import time
 from pathlib import Path
 
+from app.settings import Settings
 from range_store.whole_files import written_whole
 
-NICENESS = 19
-"""Least weight: where cores are scarce, serving has them."""
 EVERY = 0.5
 """Seconds between two writes of the progress."""
 LEEWAY = 10.0
@@ -30,8 +29,8 @@ _PHASES = {"loading the model": "loading", "reading the texts": "reading"}
 
 
 def begin(job: Path) -> "JobProgress":
-    """Take the lowest priority, watch for the server's end, and say that the job is under way."""
-    os.nice(NICENESS)
+    """Take the priority of the settings, watch for the server's end, and say that the job is under way."""
+    os.nice(Settings().fit_niceness)
     threading.Thread(target=_end_with_server, name="server-watch", daemon=True).start()
     return JobProgress(job)
 

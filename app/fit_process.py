@@ -23,7 +23,17 @@ from app.settings import Settings
 RESULT, LOG, ALIVE = "result.json", "log", "alive"
 MOST_SAID = 500
 """Characters of the line that says why a fit failed."""
-_HANDED_ON = ("data_dir", "redis_ca_file", "revision", "dtype", "allow_pickle", "plain", "template", "scoring")
+_HANDED_ON = (
+    "fit_niceness",
+    "data_dir",
+    "redis_ca_file",
+    "revision",
+    "dtype",
+    "allow_pickle",
+    "plain",
+    "template",
+    "scoring",
+)
 """Settings that hold for a fit as they do for the server."""
 
 

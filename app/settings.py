@@ -139,6 +139,10 @@ class Settings(BaseSettings):
     fit_threads: Annotated[int, Field(ge=1)] | None = Field(
         None, description="CPU threads of a server's fit; unset: half of the cores that the server may use"
     )
+    fit_niceness: Annotated[int, Field(ge=0, le=19)] = Field(
+        19,
+        description="priority of a server's fit; 19: where cores are scarce, serving has them and the fit hardly moves",
+    )
     fit_queue: Annotated[int, Field(ge=0, le=100)] = Field(
         4, description="fits that may wait for the one under way; more are refused"
     )

@@ -142,7 +142,7 @@ def serve(serve: Callable[..., Running], tmp_path: Path) -> Callable[..., Runnin
     texts = tmp_path / "texts"
     (texts / "news").mkdir(parents=True)
     write_jsonl(texts / "news/train.jsonl", labelled_texts(30, seed=3))
-    return functools.partial(serve, fit_dirs=[texts], fit_threads=1)
+    return functools.partial(serve, fit_dirs=[texts], fit_threads=1, fit_niceness=0)
 
 
 Keyed = tuple[Running, dict[str, str], KeyStore]

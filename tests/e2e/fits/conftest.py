@@ -36,7 +36,7 @@ LONG = {"data": "news/long.jsonl", "bins": 16, "rankings": ["max"], "layers": "a
 @pytest.fixture
 def fitting(serve: Callable[..., Running], texts: Path) -> Running:
     """A server that reads those texts."""
-    return serve(fit_dirs=[texts], fit_threads=1, fit_device="cpu")
+    return serve(fit_dirs=[texts], fit_threads=1, fit_niceness=3, fit_device="cpu")
 
 
 def started(http: httpx.Client, request: dict[str, Any], **headers: str) -> dict[str, Any]:

@@ -21,7 +21,7 @@ def test_a_fit_publishes_as_the_user_that_it_was_given(
             everything = f"on >{name}-secret ~* &* +@all {rules}"
             client.execute_command("ACL", "SETUSER", name, *everything.split())
     place = {"redis_url": own.url, "redis_username": "service", "redis_password": "service-secret", "name": "tiny"}
-    reads = {"fit_dirs": [texts], "fit_threads": 1, "fit_device": "cpu"}
+    reads = {"fit_dirs": [texts], "fit_threads": 1, "fit_niceness": 0, "fit_device": "cpu"}
 
     plain = serve(**place, **reads)
     failed = over(plain.http, started(plain.http, SMALL)["id"])

@@ -79,7 +79,7 @@ def test_one_that_is_cancelled_leaves_nothing(fitting: Running, problem: Problem
     assert 'neuronlens_fit_jobs{state="queued"} 1.0' in page
     assert "neuronlens_fit_progress_ratio 0.0\n" not in page
     pid = process_of(tmp_path, job)
-    assert os.getpriority(os.PRIO_PROCESS, pid) == 19
+    assert os.getpriority(os.PRIO_PROCESS, pid) == fitting.service.settings.fit_niceness == 3
     asked = fitting.http.delete(f"/v1/jobs/{job}")
     assert (asked.status_code, asked.json()["state"]) == (200, "cancelling")
     fitting.http.delete(f"/v1/jobs/{waiting}").raise_for_status()
@@ -124,7 +124,7 @@ def test_the_same_request_gives_the_same_job(fitting: Running, problem: Problem)
 
 
 def test_only_so_many_wait(serve: Callable[..., Running], texts: Path, problem: Problem) -> None:
-    running = serve(fit_dirs=[texts], fit_threads=1, fit_queue=1)
+    running = serve(fit_dirs=[texts], fit_threads=1, fit_niceness=0, fit_queue=1)
     jobs = [started(running.http, LONG | {"seed": seed})["id"] for seed in (1, 2)]
     full = running.http.post("/v1/fits", json=LONG | {"seed": 3})
     problem(full, 429, "fit_queue_full")
@@ -145,7 +145,7 @@ def test_texts_that_cannot_be_used_are_one_clear_line(serve: Callable[..., Runni
         "latin.jsonl": (b'{"text": "caf\xe9 closed", "label": "World"}\n' * 3, "latin.jsonl"),
         "other.jsonl": (b'{"body": "a", "label": "World"}\n', "has no column 'text'"),
     }
-    running = serve(fit_dirs=[texts], fit_threads=1, fit_device="cpu")
+    running = serve(fit_dirs=[texts], fit_threads=1, fit_niceness=0, fit_device="cpu")
     jobs = {}
     for name, (content, _) in files.items():
         (texts / name).write_bytes(content)
@@ -233,7 +233,7 @@ def test_scopes_and_whose_name_the_audit_has(
     keyed: tuple[Running, dict[str, str], Any], serve: Callable[..., Running], texts: Path, problem: Problem
 ) -> None:
     settings = keyed[0].service.settings
-    running, tokens = serve(redis_url=settings.redis_url, fit_dirs=[texts], fit_threads=1), keyed[1]
+    running, tokens = serve(redis_url=settings.redis_url, fit_dirs=[texts], fit_threads=1, fit_niceness=0), keyed[1]
 
     def call(method: str, path: str, scope: str, **more: Any) -> httpx.Response:
         return running.http.request(method, path, headers={"X-API-Key": tokens[scope]}, **more)

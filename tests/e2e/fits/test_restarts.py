@@ -22,7 +22,11 @@ def server(model: LoadedModel, texts: Path, tmp_path: Path) -> Iterator[Serve]:
     with ExitStack() as stack:
 
         def start() -> Served:
-            fits = {"NEURONLENS_FIT_DIRS": f'["{texts}"]', "NEURONLENS_FIT_THREADS": "1"}
+            fits = {
+                "NEURONLENS_FIT_DIRS": f'["{texts}"]',
+                "NEURONLENS_FIT_THREADS": "1",
+                "NEURONLENS_FIT_NICENESS": "0",
+            }
             served = Served(model.source, None, "--data-dir", tmp_path, **fits)
             stack.callback(served.close)
             return served
@@ -60,9 +64,9 @@ def test_a_server_that_is_killed_or_drained_goes_on_with_its_fit(server: Serve, 
 def test_of_two_servers_one_runs_the_fit_and_the_other_takes_over(
     serve: Callable[..., Running], texts: Path, tmp_path: Path
 ) -> None:
-    one = serve(fit_dirs=[texts], fit_threads=1)
+    one = serve(fit_dirs=[texts], fit_threads=1, fit_niceness=0)
     until(lambda: one.service.fits.runs, 10)
-    two = serve(fit_dirs=[texts], fit_threads=1, name=one.service.name)
+    two = serve(fit_dirs=[texts], fit_threads=1, fit_niceness=0, name=one.service.name)
     job = started(two.http, LONG)["id"]
     assert started(one.http, LONG)["id"] == job
     reading(two.http, job)
