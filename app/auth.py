@@ -78,13 +78,14 @@ def check_shown(caller: Caller, enforced: bool, what: str) -> None:
         raise ApiError(403, "wrong_scope", detail, _HEADERS["wrong_scope"])
 
 
-_STATUS: Mapping[str, tuple[int, str]] = {
-    "no_key": (401, "no_key"),
-    "bad_key": (401, "bad_key"),
-    "wrong_scope": (403, "wrong_scope"),
-    "rate_limited": (429, "rate_limited"),
-    "keys_unavailable": (503, "keys_unavailable"),
+_STATUS: Mapping[str, int] = {
+    "no_key": 401,
+    "bad_key": 401,
+    "wrong_scope": 403,
+    "rate_limited": 429,
+    "keys_unavailable": 503,
 }
+"""Status by reason, which is the problem's code too."""
 assert set(_STATUS) == set(REASONS)
 
 
@@ -134,7 +135,6 @@ class Authentication:
         if not key.may(needed):
             have = ", ".join(key.scopes)
             raise Refused("wrong_scope", f"this call needs a key with scope {needed}; this one has {have}")
-        note(key=key.name)
         return Caller(key)
 
     def _count(self, who: str, limit: RateLimitItem | None) -> None:
@@ -146,9 +146,8 @@ class Authentication:
         self, why: Refused, headers: Mapping[str, str], scope: AsgiScope, receive: Receive, send: Send
     ) -> None:
         self.rejections.labels(why.reason).inc()
-        status, code = _STATUS[why.reason]
         request_id = scope.get("state", {}).get("request_id")
-        await problem_response(status, code, why.detail, request_id, headers)(scope, receive, send)
+        await problem_response(_STATUS[why.reason], why.reason, why.detail, request_id, headers)(scope, receive, send)
 
 
 class _TooOften(Refused):
@@ -161,7 +160,6 @@ _HEADERS: Mapping[str, Mapping[str, str]] = {
     "no_key": {"WWW-Authenticate": "Bearer"},
     "bad_key": {"WWW-Authenticate": 'Bearer error="invalid_token"'},
     "wrong_scope": {"WWW-Authenticate": 'Bearer error="insufficient_scope"'},
-    "keys_unavailable": {"Retry-After": "1"},
 }
 
 

@@ -11,7 +11,6 @@ import threading
 import time
 from pathlib import Path
 
-from app.settings import Settings
 from range_store.whole_files import written_whole
 
 EVERY = 0.5
@@ -30,6 +29,8 @@ _PHASES = {"loading the model": "loading", "reading the texts": "reading"}
 
 def begin(job: Path) -> "JobProgress":
     """Take the priority of the settings, watch for the server's end, and say that the job is under way."""
+    from app.settings import Settings  # here, because every command imports this module
+
     os.nice(Settings().fit_niceness)
     threading.Thread(target=_end_with_server, name="server-watch", daemon=True).start()
     return JobProgress(job)

@@ -42,7 +42,7 @@ async def show_capabilities(service: Serving, caller: Calling, request: Request)
     range_set = snapshot.range_set if snapshot else None
     fitted = range_set.provenance.settings if range_set else None
     paths = request.app.openapi()["paths"]
-    features = [name for name in _served(FEATURES, paths) if name != "fits" or getattr(settings, "fits", False)]
+    features = [name for name in _served(FEATURES, paths) if name != "fits" or settings.fits]
     return CapabilitiesOut(
         version=version("neuronlens"),
         model=service.name,
