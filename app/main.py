@@ -42,6 +42,9 @@ DESCRIPTION = """Classify text with a transformer while erasing chosen concepts 
 Each concept occupies its own range of a neuron's values (arXiv 2502.06809): a neuron is zeroed only while its value
 lies in the range fitted for the concept. Errors are `application/problem+json`."""
 
+CLASSIFYING = ("/v1/classify", *dropin.CLASSIFYING)
+"""Templates of the routes whose POST takes the model's time: what a full queue refuses, and alerts watch."""
+
 
 def create_app(settings: Settings, running: Service | None = None) -> FastAPI:
     """The application. Without a service only its OpenAPI is of use."""
@@ -132,7 +135,7 @@ def create_app(settings: Settings, running: Service | None = None) -> FastAPI:
         app.add_middleware(HostCheck, hosts=LOOPBACK, off=lambda: running.keyring.in_force)
     app.add_middleware(Faults)  # of the layers above; the first one's replies go through them, and so get their headers
     app.add_middleware(Dialects, dialect_of=dropin.dialect_of)
-    app.add_middleware(HttpMetrics, registry=registry)
+    app.add_middleware(HttpMetrics, registry=registry, alerted=CLASSIFYING)
     app.add_middleware(AccessLog, every=settings.access_log, generation=lambda: _generation(running))
     app.add_middleware(Traces)
     app.add_middleware(RequestId)

@@ -179,9 +179,13 @@ class BodyLimit:
 
 
 class HttpMetrics:
-    """Counts requests by route template, method and status, times them, and tells how many are under way."""
+    """Counts requests by route template, method and status, times them, and tells how many are under way.
 
-    def __init__(self, app: ASGIApp, registry: CollectorRegistry) -> None:
+    Args:
+        alerted: templates of routes whose POST alerts watch.
+    """
+
+    def __init__(self, app: ASGIApp, registry: CollectorRegistry, alerted: Iterable[str] = ()) -> None:
         self.app = app
         self.requests = Counter(
             "neuronlens_http_requests", "HTTP requests.", ["method", "route", "status"], registry=registry
@@ -189,16 +193,17 @@ class HttpMetrics:
         self.seconds = Histogram(
             "neuronlens_http_request_seconds",
             "Time to answer an HTTP request, by class of its status: a refusal is quick, and says nothing of answers.",
-            ["route", "status_class"],
+            ["method", "route", "status_class"],
             buckets=SECONDS,
             registry=registry,
         )
         self.under_way = Gauge(
             "neuronlens_http_requests_in_flight", "HTTP requests that are not answered yet.", registry=registry
         )
-        for status in ALERTED:  # a counter that is born at its first burst hides it: rates see what comes after
-            self.requests.labels("POST", "/v1/classify", str(status))
-            self.seconds.labels("/v1/classify", f"{status // 100}xx")
+        for route in alerted:
+            for status in ALERTED:  # a counter that is born at its first burst hides it: rates see what comes after
+                self.requests.labels("POST", route, str(status))
+            self.seconds.labels("POST", route, "2xx")
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
@@ -211,9 +216,9 @@ class HttpMetrics:
             nonlocal answered
             answered = True
             self.under_way.dec()
-            route = route_of(scope)
-            self.requests.labels(method_of(scope), route, str(status)).inc()
-            self.seconds.labels(route, f"{status // 100}xx").observe(time.perf_counter() - started)
+            method, route = method_of(scope), route_of(scope)
+            self.requests.labels(method, route, str(status)).inc()
+            self.seconds.labels(method, route, f"{status // 100}xx").observe(time.perf_counter() - started)
 
         async def note(message: Message) -> None:
             nonlocal status
@@ -231,8 +236,8 @@ class HttpMetrics:
                 count()
 
 
-ALERTED = (200, 429, 500, 503, 504)
-"""Statuses of `/v1/classify` that are counted from 0 on."""
+ALERTED = (200, 424, 429, 500, 503, 504)
+"""Statuses that are counted from 0 on where alerts watch; 424 is how `/predict` says that the model failed."""
 _METHODS = ("GET", "HEAD", "POST", "PUT", "DELETE", "OPTIONS", "PATCH")
 SECONDS = (0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1, 2, 5, 10, 20, 60)
 """Edges of the times: a latency objective must lie on one of them, or the share that meets it is a guess."""

@@ -44,7 +44,7 @@ OPERATORS = [
     ),
     figure(
         "Failed requests",
-        "Share of the classify requests of the last five minutes that were answered with 5xx. Objective: below 1 %.",
+        "Share of the classify requests of the last five minutes that failed (5xx, 424). Objective: below 1 %.",
         Query('neuronlens:classify_errors:ratio_rate5m{job="$job"}', instant=True),
         unit="percentunit",
         thresholds=steps(GREEN, (0.001, YELLOW), (0.01, RED)),
@@ -96,8 +96,8 @@ OPERATORS = [
     ),
     row("Latency"),
     lines(
-        "Time to answer /v1/classify",
-        "Of answered requests (2xx), over all replicas that are chosen. The line is the objective.",
+        "Time to answer classify requests",
+        "Of answered requests (2xx) on all routes that classify, over the replicas chosen. The line is the objective.",
         quantiles("neuronlens_http_request_seconds", f'{CLASSIFY},status_class="2xx"'),
         unit="s",
         limit=steps(GREEN, (1, RED)),

@@ -3,7 +3,9 @@
 from panels import GREEN, RED, Query, values
 
 ME = 'job="$job",instance=~"$instance"'
-CLASSIFY = f'{ME},route="/v1/classify"'
+CLASSIFYING = 'method="POST",route=~"/|/predict|/classify|/v1/classify|/v2/models/.+/infer"'
+"""What selects the requests that classify; docker/prometheus/rules.yml has the same."""
+CLASSIFY = f"{ME},{CLASSIFYING}"
 ERASED = f'{ME},source!="none"'
 EVERY = "[$__rate_interval]"
 REPLICA = "{{instance}}"

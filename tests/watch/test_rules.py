@@ -5,8 +5,11 @@ from pathlib import Path
 
 import pytest
 import yaml
+from fastapi.routing import iter_route_contexts
 
-from tests.watch.prometheus import CONFIG, ROOT, RULES, promtool, rules
+from app.main import CLASSIFYING, create_app
+from app.settings import Settings
+from tests.watch.prometheus import CONFIG, DASHBOARDS, ROOT, RULES, promtool, rules
 
 ALERTS = rules("alert")
 
@@ -51,3 +54,33 @@ def test_the_runbook_has_a_section_for_every_alert_and_no_other() -> None:
     page = (ROOT / "docs" / "operations.md").read_text("utf-8")
     sections = set(re.findall(r"^### Alert: (\w+)$", page, re.MULTILINE))
     assert sections == ALERTS.keys()
+
+
+def posted() -> dict[str, bool]:
+    """Template of every route that takes a POST, and whether its function answers with the model."""
+    found = {}
+    for route in iter_route_contexts(create_app(Settings(model="any")).routes):
+        if route.path_format and "POST" in (route.methods or ()):
+            assert route.endpoint is not None
+            found[route.path_format] = "answer_to" in route.endpoint.__code__.co_names
+    return found
+
+
+def test_rules_and_dashboards_select_what_classifies_and_nothing_else(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert {template for template, classifies in posted().items() if classifies} == set(CLASSIFYING)
+    monkeypatch.syspath_prepend(ROOT / "docker" / "grafana")
+    selector = __import__("queries").CLASSIFYING
+    method, routes = re.fullmatch(r'method="(\w+)",route=~"([^"]+)"', selector).groups()
+    assert method == "POST"
+    assert {template for template in posted() if re.fullmatch(routes, template)} == set(CLASSIFYING)
+
+    expressions = [rule["expr"] for rule in rules("record").values()]
+    for path in DASHBOARDS:
+        expressions += re.findall(r'"expr": "(.+)"', path.read_text("utf-8").replace('\\"', '"'))
+    chosen = re.compile(r"neuronlens_http_request_seconds\w*\{([^}]*)\}")
+    of_rules = re.compile(r"neuronlens_http_requests_total\{([^}]*)\}")
+    found = [inside for expr in expressions for inside in chosen.findall(expr)]
+    found += [inside for rule in rules("record").values() for inside in of_rules.findall(rule["expr"])]
+    assert len(found) > 10
+    assert [inside for inside in found if selector not in inside] == []
+    assert selector in (ROOT / "docs" / "metrics.md").read_text("utf-8")

@@ -16,7 +16,14 @@ TAGS = (
     {"name": "Open Inference Protocol", "description": "As KServe, Triton and MLServer answer."},
 )
 _DIALECTS = {"/predict": tei.DIALECT, "/info": tei.DIALECT, "/tokenize": tei.DIALECT, "/classify": vllm.DIALECT}
-_ANSWERING = frozenset({"/", "/predict", "/classify"})
+CLASSIFYING = (
+    "/",
+    "/predict",
+    "/classify",
+    "/v2/models/{model}/infer",
+    "/v2/models/{model}/versions/{model_version}/infer",
+)
+"""Templates of the routes whose POST takes the model's time."""
 _INFER = re.compile(r"/v2/models/.+?(?P<version>/versions/[^/]+)?/infer", re.DOTALL)
 
 
@@ -35,7 +42,7 @@ def _dialect(method: str, path: str) -> Dialect | None:
 
 def answering(path: str) -> str | None:
     """The template of the route at a path whose POST takes the model's time; None if there is none."""
-    if path in _ANSWERING:
+    if path in CLASSIFYING:
         return path
     infer = _INFER.fullmatch(path)
     if infer is None:
