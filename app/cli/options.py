@@ -5,13 +5,14 @@ import math
 from collections.abc import Sequence
 from decimal import Decimal
 from pathlib import Path
-from typing import Annotated, Literal, TypeVar
+from typing import Annotated, Any, Literal, TypeVar
 
 import typer
+from typer.core import TyperCommand
 
 from range_store.erasure import RANKINGS, Damp, Ranking, Replacement
 
-MODEL_PANEL, DATA_PANEL, STORE_PANEL = "Model", "Data", "Store"
+MODEL_PANEL, DATA_PANEL, STORE_PANEL, CLUSTER_PANEL = "Model", "Data", "Store", "Cluster"
 """Under which heading of --help an option stands."""
 
 Model = Annotated[
@@ -193,9 +194,35 @@ IfMatch = Annotated[
     str | None, typer.Option("--if-match", help="Change nothing unless the live state is at this generation.")
 ]
 Reason = Annotated[str | None, typer.Option("--reason", help="Why, for the audit.")]
+PRIVATE_CLUSTER = "local"
+"""What `--ray` without an address stands for: a cluster of this machine alone, which ends with the command."""
+Ray = Annotated[
+    str | None,
+    typer.Option(
+        "--ray",
+        metavar="[ADDRESS]",
+        help="Work on a Ray cluster: auto (the one that this machine is part of) or host:6379. "
+        "Without an address: a private one on this machine.",
+        rich_help_panel=CLUSTER_PANEL,
+        show_default=False,
+    ),
+]
+"""Commands that take it are `RayCommand`s."""
 AsJson = Annotated[bool, typer.Option("--json", help="Print the result as JSON on stdout.")]
 
 Choice = TypeVar("Choice", bound=str)
+
+
+class RayCommand(TyperCommand):
+    """A command whose `--ray` may stand alone; typer has no option with a value that may be missing."""
+
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        given = []
+        for place, word in enumerate(args):
+            following = args[place + 1 : place + 2]
+            alone = word == "--ray" and (not following or following[0].startswith("-"))
+            given.append(f"--ray={PRIVATE_CLUSTER}" if alone else word)
+        return super().parse_args(ctx, given)
 
 
 def some_data(data: str | None, dataset: str | None, option: str = "--data") -> None:

@@ -4,6 +4,7 @@ import pytest
 import typer
 from hypothesis import given
 from hypothesis import strategies as st
+from typer.testing import CliRunner
 
 from app.cli import options
 from app.cli.clock import duration
@@ -84,3 +85,29 @@ def test_durations() -> None:
     for text in ("", "soon", "-1", "0", "5 minutes", "1h30m"):
         with pytest.raises(typer.BadParameter, match="no duration"):
             duration(text)
+
+
+@pytest.mark.parametrize(
+    ("given", "ray", "rest"),
+    [
+        ((), None, None),
+        (("--ray",), "local", None),
+        (("--ray", "--data", "x"), "local", "x"),
+        (("--ray", "auto", "--data", "x"), "auto", "x"),
+        (("--data", "x", "--ray"), "local", "x"),
+        (("--ray=host:6379",), "host:6379", None),
+    ],
+)
+def test_ray_may_stand_alone_or_have_an_address(given: tuple[str, ...], ray: str | None, rest: str | None) -> None:
+    said: list[object] = []
+    app = typer.Typer()
+
+    @app.command(cls=options.RayCommand)
+    def command(ray: options.Ray = None, data: options.Data = None) -> None:
+        said.extend((ray, data))
+
+    ended = CliRunner().invoke(app, given)
+    assert ended.exit_code == 0, ended.output
+    assert said == [ray, rest]
+    assert "--ray" in CliRunner().invoke(app, ["--help"]).output
+    assert "[ADDRESS]" in CliRunner().invoke(app, ["--help"]).output
