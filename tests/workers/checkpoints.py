@@ -39,8 +39,10 @@ def save_tiny(
     """Write a random checkpoint of `family` to `directory`: weights far from zero, so that masking shows."""
     tokenizer = _wordpiece() if family in WORDPIECE else _byte_level(family)
     if family in WORDPIECE or family == "roberta":
+        special = {"pad_token": "[PAD]", "unk_token": "[UNK]", "cls_token": "[CLS]", "sep_token": "[SEP]"}
+        types = ["token_type_ids"] if family in ("bert", "electra") else []
         fast = PreTrainedTokenizerFast(
-            tokenizer_object=tokenizer, pad_token="[PAD]", unk_token="[UNK]", cls_token="[CLS]", sep_token="[SEP]"
+            tokenizer_object=tokenizer, model_input_names=["input_ids", *types, "attention_mask"], **special
         )
     else:
         fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<eos>", pad_token="<eos>")
@@ -134,7 +136,7 @@ def _wordpiece() -> Tokenizer:
     tokenizer.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
     special = ["[PAD]", "[UNK]", "[CLS]", "[SEP]"]
     tokenizer.train_from_iterator(SENTENCES, trainers.WordPieceTrainer(vocab_size=400, special_tokens=special))
-    _close(tokenizer)
+    _close(tokenizer, "[SEP] $B:1 [SEP]:1")
     return tokenizer
 
 
@@ -147,13 +149,13 @@ def _byte_level(family: str) -> Tokenizer:
     trainer = trainers.BpeTrainer(vocab_size=400, special_tokens=special, initial_alphabet=alphabet)
     tokenizer.train_from_iterator(SENTENCES, trainer)
     if family == "roberta":
-        _close(tokenizer)
+        _close(tokenizer, "[SEP] [SEP] $B [SEP]")
     return tokenizer
 
 
-def _close(tokenizer: Tokenizer) -> None:
-    """Texts become [CLS] … [SEP]."""
+def _close(tokenizer: Tokenizer, second: str) -> None:
+    """Texts become [CLS] … [SEP]; of a pair, `second` is what follows the first text."""
     cls, sep = tokenizer.token_to_id("[CLS]"), tokenizer.token_to_id("[SEP]")
     tokenizer.post_processor = processors.TemplateProcessing(
-        single="[CLS] $A [SEP]", special_tokens=[("[CLS]", cls), ("[SEP]", sep)]
+        single="[CLS] $A [SEP]", pair=f"[CLS] $A {second}", special_tokens=[("[CLS]", cls), ("[SEP]", sep)]
     )

@@ -34,6 +34,7 @@ from workers.engine.trunk_cache import TrunkCache
 from workers.models.loading import LoadedModel
 from workers.models.prepack import rounded
 from workers.models.steered import SteeredModel, Trunk
+from workers.models.texts import TextOrPair
 from workers.models.tokens import Encoded, TokenBatch
 
 logger = logging.getLogger(__name__)
@@ -134,14 +135,14 @@ class Engine:
 
     async def classify(
         self,
-        texts: Sequence[str],
+        texts: Sequence[TextOrPair],
         erase: Sequence[Erasure] | None,
         *,
         compare: bool = False,
         truncate: bool = True,
         timeout: float | None = None,
     ) -> Answer:
-        """Classify texts under the erasures of the request, or under the live ones where `erase` is None.
+        """Classify texts or pairs under the erasures of the request, or under the live ones where `erase` is None.
 
         Args:
             compare: also give the bare model's logits.
@@ -150,7 +151,7 @@ class Engine:
 
         Raises:
             QueueFull, RequestTooLarge, Draining, DeadlineExceeded, EngineFailed: see `workers.engine.errors`.
-            TextTooLong, EmptyText: see `workers.models.errors`.
+            TextTooLong, EmptyText, PairUnsupported: see `workers.models.errors`.
             RangeStoreError: the erasures cannot be resolved, or no range set or snapshot is at hand.
         """
         request: Request | None = None
@@ -206,7 +207,7 @@ class Engine:
             self._changed.notify()
 
     async def _admit(
-        self, texts: Sequence[str], erase: Sequence[Erasure] | None, compare: bool, truncate: bool
+        self, texts: Sequence[TextOrPair], erase: Sequence[Erasure] | None, compare: bool, truncate: bool
     ) -> Request:
         """Freeze the plan, or refuse the request before any work is done for it."""
         if self._draining:
@@ -435,7 +436,7 @@ class Engine:
 
     def _forward(self, batch: list[Text]) -> list[TextAnswer]:
         model = self.model
-        tokens = model.tokens.pad([text.encoded.ids for text in batch], model.device)
+        tokens = model.tokens.batch([text.encoded for text in batch], model.device)
         variants = [Variant(row, text.plan) for row, text in enumerate(batch) if text.plan_key]
         watched = bool(variants) and self._watch.random() < self.settings.watched_batches
         bare = watched or any(text.compare or not text.plan_key for text in batch)
@@ -469,7 +470,7 @@ class Engine:
         if self._cache is None or split == WHOLE_PASS:
             return open_trunk(self.model.steered, tokens, split, whole=whole)
         hits, misses = self._cache.hits, self._cache.misses
-        trunk = self._cache.trunk(tokens, [text.encoded.ids for text in batch], split, whole=whole)
+        trunk = self._cache.trunk(tokens, [text.encoded for text in batch], split, whole=whole)
         self.metrics.trunk_cache_hits.inc(self._cache.hits - hits)
         self.metrics.trunk_cache_misses.inc(self._cache.misses - misses)
         self.metrics.trunk_cache_bytes.set(self._cache.nbytes)

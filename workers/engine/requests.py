@@ -15,6 +15,7 @@ import numpy.typing as npt
 from range_store.erasure import Erasure
 from workers.engine.admission import Admission, Source
 from workers.engine.masks import DevicePlan
+from workers.models.texts import TextOrPair
 from workers.models.tokens import Encoded
 
 logger = logging.getLogger(__name__)
@@ -62,7 +63,7 @@ class Request:
 
     loop: asyncio.AbstractEventLoop
     done: asyncio.Future[None]
-    texts: Sequence[str]
+    texts: Sequence[TextOrPair]
     admission: Admission
     compare: bool
     truncate: bool

@@ -11,10 +11,10 @@ import torch
 from torch import Tensor
 
 from workers.models.steered import SteeredModel, Trunk
-from workers.models.tokens import TextTokenizer, TokenBatch
+from workers.models.tokens import Encoded, TextTokenizer, TokenBatch
 
 TEXT_BYTES = 28
-"""Of a token id, as a Python number in a tuple's slot it shares: an estimate, so that the keys count too."""
+"""Of a token, its id a Python number in a tuple's slot it shares: an estimate, so that the keys count too."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -38,7 +38,7 @@ class TrunkCache:
 
     def __init__(self, model: SteeredModel, tokens: TextTokenizer, limit: int) -> None:
         self._model, self._tokens, self._limit = model, tokens, limit
-        self._states: OrderedDict[tuple[int, tuple[int, ...]], _State] = OrderedDict()
+        self._states: OrderedDict[tuple[int, Encoded], _State] = OrderedDict()
         self.nbytes = 0
         self.hits = 0
         self.misses = 0
@@ -46,28 +46,28 @@ class TrunkCache:
     def __len__(self) -> int:
         return len(self._states)
 
-    def trunk(self, batch: TokenBatch, texts: Sequence[tuple[int, ...]], split: int, *, whole: bool) -> Trunk:
+    def trunk(self, batch: TokenBatch, texts: Sequence[Encoded], split: int, *, whole: bool) -> Trunk:
         """The trunk of a batch, of which only the texts that are not kept are run, and kept from now on.
 
         Args:
-            texts: token ids of each text of the batch.
+            texts: those of the batch.
             whole: the bare model's logits are needed too.
         """
-        states = {ids: self._kept(split, ids, whole) for ids in texts}
-        unknown = [ids for ids, state in states.items() if state is None]
+        states = {text: self._kept(split, text, whole) for text in texts}
+        unknown = [text for text, state in states.items() if state is None]
         self.misses += len(unknown)
         self.hits += len(texts) - len(unknown)
         if unknown:
-            run = batch if len(unknown) == len(texts) else self._tokens.pad(unknown, batch.ids.device)
+            run = batch if len(unknown) == len(texts) else self._tokens.batch(unknown, batch.ids.device)
             trunk = self._model.trunk(run, split, whole=whole)
-            for row, ids in enumerate(unknown):
-                hidden = trunk.hidden[row, : len(ids)].clone()  # after the last block it has one row
+            for row, text in enumerate(unknown):
+                hidden = trunk.hidden[row, : len(text.ids)].clone()  # after the last block it has one row
                 state = _State(hidden, None if trunk.logits is None else trunk.logits[row].clone())
-                states[ids] = state
-                self._keep(split, ids, state)
+                states[text] = state
+                self._keep(split, text, state)
             if run is batch:
                 return trunk
-        return self._together([states[ids] for ids in texts], batch, split, whole)
+        return self._together([states[text] for text in texts], batch, split, whole)
 
     def _together(self, states: Sequence[_State | None], batch: TokenBatch, split: int, whole: bool) -> Trunk:
         found = [state for state in states if state is not None]
@@ -78,21 +78,25 @@ class TrunkCache:
         logits = torch.stack([state.logits for state in found if state.logits is not None]) if whole else None
         return Trunk(split, hidden, logits)
 
-    def _kept(self, split: int, ids: tuple[int, ...], whole: bool) -> _State | None:
-        state = self._states.get((split, ids))
+    def _kept(self, split: int, text: Encoded, whole: bool) -> _State | None:
+        state = self._states.get((split, text))
         if state is None or (whole and state.logits is None):
             return None
-        self._states.move_to_end((split, ids))
+        self._states.move_to_end((split, text))
         return state
 
-    def _keep(self, split: int, ids: tuple[int, ...], state: _State) -> None:
-        self._drop((split, ids))
-        self._states[split, ids] = state
-        self.nbytes += state.nbytes + TEXT_BYTES * len(ids)
+    def _keep(self, split: int, text: Encoded, state: _State) -> None:
+        self._drop((split, text))
+        self._states[split, text] = state
+        self.nbytes += state.nbytes + _key_bytes(text)
         while self.nbytes > self._limit:
             self._drop(next(iter(self._states)))
 
-    def _drop(self, key: tuple[int, tuple[int, ...]]) -> None:
+    def _drop(self, key: tuple[int, Encoded]) -> None:
         state = self._states.pop(key, None)
         if state is not None:
-            self.nbytes -= state.nbytes + TEXT_BYTES * len(key[1])
+            self.nbytes -= state.nbytes + _key_bytes(key[1])
+
+
+def _key_bytes(text: Encoded) -> int:
+    return TEXT_BYTES * (len(text.ids) + len(text.type_ids or ()))

@@ -5,7 +5,8 @@ ModelError
 ├── UnsupportedModel     a family that `families.py` does not describe
 └── TextError            a text that the model cannot take
     ├── TextTooLong      more tokens than the model has positions, with truncate: false
-    └── EmptyText        no token at all, so there is no state to read
+    ├── EmptyText        no token at all, so there is no state to read
+    └── PairUnsupported  a pair of texts, where the classifier has a place for one
 """
 
 
@@ -42,3 +43,11 @@ class EmptyText(TextError):
 
     def __init__(self, index: int) -> None:
         super().__init__(index, f"input {index} holds no token that the model can read")
+
+
+class PairUnsupported(TextError):
+    """A pair of texts, for a classifier whose prompt, or whose `<sep>`, closes one text."""
+
+    def __init__(self, index: int) -> None:
+        said = "a label-token or few-shot classifier has a place for one text: join them"
+        super().__init__(index, f"input {index} is a pair of texts, and {said}")

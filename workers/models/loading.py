@@ -156,7 +156,7 @@ def load_model(
     else:
         kind, labels = "sequence-classification", tuple(str(config.id2label[i]) for i in range(config.num_labels))
         steered = SteeredModel(model, family, plain=plain)
-        tokens = TextTokenizer(tokenizer, most, pad, family.reads)
+        tokens = TextTokenizer(tokenizer, most, pad, family.reads, typed=_has_types(tokenizer, config))
     check = tokens.pad([text.ids for text in tokens.encode(_CHECK_TEXTS)], place)
     steered.check(check)
     if not steered.splits:
@@ -292,6 +292,11 @@ def _max_tokens(tokenizer: Any, config: Any, family: Family, pad: int) -> int:
     """Most tokens of a text: the model's positions, or fewer if the tokenizer says so."""
     positions = config.max_position_embeddings - (pad + 1 if family.positions_after_pad else 0)
     return int(min(positions, tokenizer.model_max_length))
+
+
+def _has_types(tokenizer: Any, config: Any) -> bool:
+    """Whether a pair has token type ids, as transformers decides: its tokenizer gives them, and the model has two."""
+    return getattr(config, "type_vocab_size", 0) > 1 and "token_type_ids" in tokenizer.model_input_names
 
 
 def _pad_id(tokenizer: Any, model: Any, source: str) -> int:

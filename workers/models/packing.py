@@ -82,7 +82,7 @@ class Packing:
     """Where the tokens of B texts lie, packed and padded.
 
     Attributes:
-        ids: [1, N]. positions: [1, N], of each token in its own text, from 0.
+        ids: [1, N]. positions: [1, N], of each token in its own text, from 0. type_ids: [1, N], token type ids, if any.
         reads: [B], place of each text's read position in the packed row.
         grid: [B, T], place of each token of the padded batch in the packed row; on padding, the text's first token.
         groups: all texts, in their order, where attention is computed text by text.
@@ -99,10 +99,11 @@ class Packing:
     starts: Tensor
     longest: int
     filling: int
+    type_ids: Tensor | None = None
 
     @classmethod
-    def of(cls, ids: Tensor, mask: Tensor, read: Tensor) -> "Packing":
-        """That of a right-padded batch: ids, mask [B, T]; read [B]."""
+    def of(cls, ids: Tensor, mask: Tensor, read: Tensor, type_ids: Tensor | None = None) -> "Packing":
+        """That of a right-padded batch: ids, mask, type_ids [B, T]; read [B]."""
         lengths = mask.sum(dim=1)
         edges = F.pad(lengths.cumsum(dim=0), (1, 0))
         starts = edges[:-1]
@@ -127,14 +128,17 @@ class Packing:
         packed, positions = ids[mask], column[mask]
         filling = rounded(len(packed)) - len(packed)
         packed, positions = (F.pad(each, (0, filling)).unsqueeze(0) for each in (packed, positions))
-        return cls(packed, positions, starts + read, grid, tuple(groups), edges.to(torch.int32), ids.shape[1], filling)
+        types = None if type_ids is None else F.pad(type_ids[mask], (0, filling)).unsqueeze(0)
+        edges = edges.to(torch.int32)
+        return cls(packed, positions, starts + read, grid, tuple(groups), edges, ids.shape[1], filling, types)
 
     def to(self, device: torch.device | str) -> "Packing":
         """The same on another device."""
         ids, positions, reads = self.ids.to(device), self.positions.to(device), self.reads.to(device)
         groups = tuple(group.to(device) for group in self.groups)
         starts, longest = self.starts.to(device), self.longest
-        return Packing(ids, positions, reads, self.grid.to(device), groups, starts, longest, self.filling)
+        types = None if self.type_ids is None else self.type_ids.to(device)
+        return Packing(ids, positions, reads, self.grid.to(device), groups, starts, longest, self.filling, types)
 
     def padded(self, hidden: Tensor) -> Tensor:
         """Packed states [1, N, …] as [B, T, …]; padding holds states of the text's first token."""

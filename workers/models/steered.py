@@ -353,7 +353,6 @@ class SteeredModel:
         return block if site == "block_output" else block.get_submodule(self.family.mlp)
 
     def _call_packed(self, batch: TokenBatch, packing: Packing) -> None:
-        reads = {"read": batch.read} if isinstance(self.model, LabelTokenClassifier) else {}
         config: Any = self.model.config
         first = config.pad_token_id + 1 if self.family.positions_after_pad else 0
         nothing = torch.zeros((1, 1, 1, 1), device=packing.ids.device)  # a mask made already: attention makes its own
@@ -362,16 +361,21 @@ class SteeredModel:
                 input_ids=packing.ids,
                 attention_mask=nothing,
                 position_ids=packing.positions + first,
-                **reads,
-                **self.family.call,
+                **self._more(batch, packing.type_ids),
             )
 
     def _call(self, model: nn.Module, batch: TokenBatch) -> Tensor:
-        reads = {"read": batch.read} if isinstance(model, LabelTokenClassifier) else {}
+        more = self._more(batch, batch.type_ids)
         with torch.inference_mode():
-            output = model(input_ids=batch.ids, attention_mask=batch.mask.to(torch.int64), **reads, **self.family.call)
+            output = model(input_ids=batch.ids, attention_mask=batch.mask.to(torch.int64), **more)
         logits: Tensor = output.logits
         return logits
+
+    def _more(self, batch: TokenBatch, type_ids: Tensor | None) -> dict[str, Any]:
+        """What a forward call takes beside ids and a mask. Without a pair no type ids, as if there were no pairs."""
+        reads = {"read": batch.read} if isinstance(self.model, LabelTokenClassifier) else {}
+        types = {} if type_ids is None else {"token_type_ids": type_ids}
+        return {**reads, **types, **self.family.call}
 
 
 def _takes_packed_attention(model: nn.Module) -> bool:

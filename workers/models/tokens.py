@@ -1,24 +1,29 @@
 """Texts to token ids, and token ids to right-padded batches that know their read positions."""
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
-from itertools import chain
+from dataclasses import dataclass, field, replace
+from itertools import chain, repeat
 from typing import Any, Literal
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from workers.models.errors import EmptyText, TextTooLong
+from workers.models.errors import EmptyText, PairUnsupported, TextTooLong
 from workers.models.packing import Packing
+from workers.models.texts import TextOrPair
 
 
 @dataclass(frozen=True)
 class Encoded:
-    """One text as token ids, special tokens included; `truncated` if the model takes no more of it."""
+    """One text, or a pair, as token ids, special tokens included; `truncated` if the model takes no more of it.
+
+    type_ids: of a pair, which tokens are of the first text (0) and which of the second (1), for models that are told.
+    """
 
     ids: tuple[int, ...]
-    truncated: bool = False
+    truncated: bool = field(default=False, compare=False)
+    type_ids: tuple[int, ...] | None = None
 
 
 @dataclass(frozen=True)
@@ -52,6 +57,7 @@ class TokenBatch:
 
     also_read: [B, T] bool, positions that the head reads beside `read` (few-shot: the tokens of the label strings).
     packing: the same texts end to end, for models that can take them so.
+    type_ids: [B, T] int64, token type ids, 0 on padding; None: all 0, or the model has none.
     """
 
     ids: Tensor
@@ -59,6 +65,7 @@ class TokenBatch:
     read: Tensor
     also_read: Tensor | None = None
     packing: Packing | None = None
+    type_ids: Tensor | None = None
 
     @property
     def is_read(self) -> Tensor:
@@ -69,12 +76,15 @@ class TokenBatch:
     def rows(self, index: Tensor) -> "TokenBatch":
         """The batch of these rows, each as often as it is named. index: [V] int64."""
         also_read = None if self.also_read is None else self.also_read[index]
-        return TokenBatch(self.ids[index], self.mask[index], self.read[index], also_read)
+        type_ids = None if self.type_ids is None else self.type_ids[index]
+        return TokenBatch(self.ids[index], self.mask[index], self.read[index], also_read, type_ids=type_ids)
 
     def read_tokens(self) -> "TokenBatch":
         """The batch cut down to the one token at the read position, of shape [B, 1]."""
-        ids = self.ids.gather(1, self.read.unsqueeze(1))
-        return TokenBatch(ids, torch.ones_like(ids, dtype=torch.bool), torch.zeros_like(self.read))
+        at = self.read.unsqueeze(1)
+        ids = self.ids.gather(1, at)
+        type_ids = None if self.type_ids is None else self.type_ids.gather(1, at)
+        return TokenBatch(ids, torch.ones_like(ids, dtype=torch.bool), torch.zeros_like(self.read), type_ids=type_ids)
 
 
 class TextTokenizer:
@@ -87,6 +97,7 @@ class TextTokenizer:
         reads: "first" or "last" real token.
         suffix: token ids that close every text (`<sep>`, or the end of a prompt). Then the tokenizer adds no special
             tokens of its own, truncation cuts the text and never the suffix, and the last token is what is read.
+        typed: the model is told by token type ids which text of a pair a token is of.
     """
 
     def __init__(
@@ -96,15 +107,17 @@ class TextTokenizer:
         pad_id: int,
         reads: Literal["first", "last"],
         suffix: tuple[int, ...] = (),
+        typed: bool = False,
     ) -> None:
         self._tokenizer = tokenizer
         self._reads = reads
+        self._typed = typed
         self.suffix = suffix
         self.max_tokens = max_tokens
         self.pad_id = pad_id
 
-    def encode(self, texts: Sequence[str], truncate: bool = True, *, keep_empty: bool = False) -> list[Encoded]:
-        """Token ids of each text.
+    def encode(self, texts: Sequence[TextOrPair], truncate: bool = True, *, keep_empty: bool = False) -> list[Encoded]:
+        """Token ids of each text or pair, as the tokenizer itself joins and cuts (the longer text first) a pair.
 
         Args:
             keep_empty: a text without any token has no ids, instead of being an error.
@@ -112,12 +125,13 @@ class TextTokenizer:
         Raises:
             TextTooLong: a text needs more than `max_tokens` tokens and `truncate` is False.
             EmptyText: a text gives no token at all.
+            PairUnsupported: a pair, where a suffix closes each text.
         """
         if not texts:
             return []
         if self.suffix:
             return self._encode_with_suffix(texts, truncate)
-        encoded = [Encoded(tuple(ids)) for ids in self._ids(texts, truncation=False)]
+        encoded = self._encoded(texts, truncation=False)
         for index, text in enumerate(encoded):
             if not text.ids and not keep_empty:
                 raise EmptyText(index)
@@ -125,35 +139,51 @@ class TextTokenizer:
         if long and not truncate:
             raise TextTooLong(long[0], len(encoded[long[0]].ids), self.max_tokens)
         if long:  # the tokenizer itself must cut, since it knows which special tokens close a text
-            cut = self._ids([texts[index] for index in long], truncation=True)
-            for index, ids in zip(long, cut, strict=True):
-                encoded[index] = Encoded(tuple(ids), truncated=True)
+            cut = self._encoded([texts[index] for index in long], truncation=True)
+            for index, text in zip(long, cut, strict=True):
+                encoded[index] = replace(text, truncated=True)
         return encoded
 
-    def _encode_with_suffix(self, texts: Sequence[str], truncate: bool) -> list[Encoded]:
+    def _encode_with_suffix(self, texts: Sequence[TextOrPair], truncate: bool) -> list[Encoded]:
         room = self.max_tokens - len(self.suffix)
         encoded = []
-        for index, ids in enumerate(self._ids(texts, truncation=False)):
+        single = [text for text in texts if isinstance(text, str)]
+        if len(single) < len(texts):
+            raise PairUnsupported(next(index for index, text in enumerate(texts) if not isinstance(text, str)))
+        for index, ids in enumerate(self._tokenized(single, truncation=False)["input_ids"]):
             if len(ids) > room and not truncate:
                 raise TextTooLong(index, len(ids) + len(self.suffix), self.max_tokens)
             encoded.append(Encoded((*ids[:room], *self.suffix), truncated=len(ids) > room))
         return encoded
 
-    def _ids(self, texts: Sequence[str], truncation: bool) -> list[list[int]]:
-        ids: list[list[int]] = self._tokenized(texts, truncation)["input_ids"]
-        return ids
+    def _encoded(self, texts: Sequence[TextOrPair], truncation: bool) -> list[Encoded]:
+        single = [text for text in texts if isinstance(text, str)]
+        alone = iter(self._tokenized(single, truncation)["input_ids"] if single else ())
+        if len(single) == len(texts):
+            return [Encoded(tuple(ids)) for ids in alone]
+        pairs = [text for text in texts if not isinstance(text, str)]
+        joined = self._tokenized([pair[0] for pair in pairs], truncation, [pair[1] for pair in pairs])
+        types = map(tuple, joined["token_type_ids"]) if self._typed else repeat(None)
+        paired = zip(joined["input_ids"], types, strict=False)
+        encoded = []
+        for text in texts:
+            ids, type_ids = (next(alone), None) if isinstance(text, str) else next(paired)
+            encoded.append(Encoded(tuple(ids), type_ids=type_ids))
+        return encoded
 
-    def _tokenized(self, texts: Sequence[str], truncation: bool, **more: bool) -> Any:
-        # a lone surrogate is legal in JSON, but no tokenizer takes it
-        clean = [text.encode("utf-8", "replace").decode("utf-8") for text in texts]
+    def _tokenized(
+        self, texts: Sequence[str], truncation: bool, seconds: Sequence[str] | None = None, **more: bool
+    ) -> Any:
+        """seconds: what each of `texts` makes a pair with."""
         return self._tokenizer(
-            clean,
+            _clean(texts),
+            None if seconds is None else _clean(seconds),
             padding=False,
             add_special_tokens=not self.suffix,
             truncation=truncation,
             max_length=self.max_tokens if truncation else None,
             return_attention_mask=False,
-            return_token_type_ids=False,
+            return_token_type_ids=seconds is not None and self._typed,
             verbose=False,
             **more,
         )
@@ -193,15 +223,27 @@ class TextTokenizer:
         )
         return ShownText(tokens, len(whole) + len(self.suffix), encoded.truncated)
 
-    def pad(self, rows: Sequence[Sequence[int]], device: torch.device | str = "cpu") -> TokenBatch:
-        """Rows of token ids as one right-padded batch on `device`."""
+    def batch(self, texts: Sequence[Encoded], device: torch.device | str = "cpu") -> TokenBatch:
+        """Texts and pairs as one right-padded batch on `device`; with token type ids if any of them has some."""
+        typed = any(text.type_ids is not None for text in texts)
+        types = [text.type_ids or (0,) * len(text.ids) for text in texts] if typed else None
+        return self.pad([text.ids for text in texts], device, types)
+
+    def pad(
+        self,
+        rows: Sequence[Sequence[int]],
+        device: torch.device | str = "cpu",
+        types: Sequence[Sequence[int]] | None = None,
+    ) -> TokenBatch:
+        """Rows of token ids, and of token type ids where there are any, as one right-padded batch on `device`."""
         lengths = torch.tensor([len(row) for row in rows])
         mask = torch.arange(int(lengths.max())) < lengths.unsqueeze(1)
-        ids = torch.full(mask.shape, self.pad_id, dtype=torch.int64)
-        ids[mask] = torch.from_numpy(np.fromiter(chain.from_iterable(rows), np.int64, int(lengths.sum())))
+        ids = _laid_out(rows, mask, self.pad_id)
+        type_ids = None if types is None else _laid_out(types, mask, 0)
         read = self._read_positions(ids, mask)
-        packing = Packing.of(ids, mask, read)
-        return TokenBatch(ids.to(device), mask.to(device), read.to(device), packing=packing.to(device))
+        packing = Packing.of(ids, mask, read, type_ids).to(device)
+        type_ids = None if type_ids is None else type_ids.to(device)
+        return TokenBatch(ids.to(device), mask.to(device), read.to(device), packing=packing, type_ids=type_ids)
 
     def _read_positions(self, ids: Tensor, mask: Tensor) -> Tensor:
         """Where the head reads: token 0, or the last real token, [B].
@@ -215,6 +257,18 @@ class TextTokenizer:
             return mask.sum(dim=1) - 1
         readable = mask & (ids != self.pad_id)
         return (torch.arange(ids.shape[1]) * readable).argmax(dim=1)
+
+
+def _clean(texts: Sequence[str]) -> list[str]:
+    """A lone surrogate is legal in JSON, but no tokenizer takes it."""
+    return [text.encode("utf-8", "replace").decode("utf-8") for text in texts]
+
+
+def _laid_out(rows: Sequence[Sequence[int]], mask: Tensor, padding: int) -> Tensor:
+    """Rows of numbers as [B, T] int64: where `mask` is True, and `padding` elsewhere."""
+    numbers = torch.full(mask.shape, padding, dtype=torch.int64)
+    numbers[mask] = torch.from_numpy(np.fromiter(chain.from_iterable(rows), np.int64, int(mask.sum())))
+    return numbers
 
 
 def length_sorted(lengths: Sequence[int], batch_tokens: int) -> Iterator[list[int]]:

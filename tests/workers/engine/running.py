@@ -2,7 +2,7 @@
 
 import asyncio
 import random
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -22,6 +22,7 @@ from tests.workers.texts import labelled_texts
 from workers.engine.engine import Engine
 from workers.engine.requests import Answer
 from workers.models.loading import LoadedModel
+from workers.models.texts import TextOrPair
 
 TOLERANCE = 2e-4
 """Promise 2 in fp32: largest difference of a logit between a text in a batch and the same text alone."""
@@ -39,7 +40,7 @@ class Running:
     model: LoadedModel
     registry: CollectorRegistry
 
-    def ask(self, texts: list[str], erase: list[Erasure] | None = None, **options: Any) -> Answer:
+    def ask(self, texts: Sequence[TextOrPair], erase: list[Erasure] | None = None, **options: Any) -> Answer:
         return asyncio.run(self.engine.classify(texts, erase, **options))
 
     def metric(self, name: str, **labels: str) -> float:
@@ -75,10 +76,10 @@ def random_erasures(rng: random.Random) -> list[Erasure]:
     ]
 
 
-def alone(service: Running, text: str, erasures: list[Erasure]) -> tuple[np.ndarray, float]:
-    """Logits of one text by itself, and how near one of its states comes to a bound of the plan."""
+def alone(service: Running, text: TextOrPair, erasures: list[Erasure]) -> tuple[np.ndarray, float]:
+    """Logits of one text or pair by itself, and how near one of its states comes to a bound of the plan."""
     model = service.model
-    batch = model.tokens.pad([model.tokens.encode([text])[0].ids])
+    batch = model.tokens.batch(model.tokens.encode([text]))
     plan = resolve(service.range_set, erasures)
     nearest = [np.inf]
 

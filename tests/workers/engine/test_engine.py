@@ -31,6 +31,7 @@ from workers.fitting.corpus import load_corpus
 from workers.fitting.fit import fit
 from workers.models.errors import TextTooLong
 from workers.models.loading import load_model
+from workers.models.texts import TextOrPair
 
 BF16_TOLERANCE = 0.05
 """The same in bfloat16, whose spacing is 0.004 to 0.008 around 1."""
@@ -65,10 +66,11 @@ def test_a_baseline_beside_an_erased_answer_is_the_bare_model_bit_for_bit(start:
 
 @pytest.mark.parametrize(("family", "number"), [("bert", 3000), ("gpt2", 600)])
 def test_mixed_requests_at_once_answer_as_each_alone(start: Callable[..., Running], family: str, number: int) -> None:
-    """Promise 2, on random requests: texts, lengths, counts, plans, with and without the bare answer beside."""
+    """Promise 2, on random requests: texts, pairs, lengths, counts, plans, with and without the bare answer beside."""
     service = start(family, max_batch_tokens=400, max_batch_plans=3, max_queue_seconds=600.0, max_queue_tokens=10**7)
     rng = random.Random(5)
-    texts = [*TEXTS, "Goal", *(" ".join(rng.sample(TEXTS, n)) for n in (2, 3, 4, 5))]
+    texts: list[TextOrPair] = [*TEXTS, "Goal", *(" ".join(rng.sample(TEXTS, n)) for n in (2, 3, 4, 5))]
+    texts += zip(TEXTS[:12], reversed(TEXTS), strict=False)
     plans = [[], *(random_erasures(rng) for _ in range(50))]
     requests = [
         (rng.choices(range(len(texts)), k=rng.randrange(1, 5)), rng.randrange(len(plans)), rng.random() < 0.3)
@@ -329,3 +331,12 @@ def test_long_texts_and_no_texts(start: Callable[..., Running], tmp_path: Path) 
     with pytest.raises(TextTooLong):
         service.ask([long], [], truncate=False)
     assert service.ask([], []).texts == ()
+
+
+def test_long_pairs_are_cut_or_refused_as_texts_are(start: Callable[..., Running]) -> None:
+    service = start()
+    long = "goal " * 500
+    pairs = [(long, "goal"), ("goal", long), ("goal", "goal"), ("", "")]
+    assert [text.truncated for text in service.ask(pairs, []).texts] == [True, True, False, False]
+    with pytest.raises(TextTooLong, match="input 1"):
+        service.ask(["goal", ("goal", long)], [], truncate=False)

@@ -12,14 +12,14 @@ from range_store.erasure import Erasure
 from tests.workers.engine.running import TEXTS, Running
 from workers.engine.trunk_cache import TrunkCache
 from workers.models.loading import LoadedModel, load_model
-from workers.models.tokens import TokenBatch
+from workers.models.tokens import Encoded, TokenBatch
 
 Tiny = Callable[[str], LoadedModel]
 
 
-def batch_of(model: LoadedModel, texts: list[str]) -> tuple[TokenBatch, list[tuple[int, ...]]]:
-    ids = [text.ids for text in model.tokens.encode(texts)]
-    return model.tokens.pad(ids), ids
+def batch_of(model: LoadedModel, texts: list[str]) -> tuple[TokenBatch, list[Encoded]]:
+    encoded = model.tokens.encode(texts)
+    return model.tokens.batch(encoded), encoded
 
 
 @pytest.mark.parametrize("family", ["bert", "gpt2"])
@@ -28,22 +28,37 @@ def test_a_kept_trunk_is_the_one_that_was_run(tiny: Tiny, family: str, whole: bo
     model = tiny(family)
     for split in range(3):
         cache = TrunkCache(model.steered, model.tokens, 1 << 24)  # type: ignore[arg-type]
-        batch, ids = batch_of(model, TEXTS[:6])
-        first = cache.trunk(batch, ids, split, whole=whole)
+        batch, encoded = batch_of(model, TEXTS[:6])
+        first = cache.trunk(batch, encoded, split, whole=whole)
         some = [TEXTS[n] for n in (4, 1, 1, 5)]
-        mixed, mixed_ids = batch_of(model, [*some, TEXTS[20]])
-        again = cache.trunk(mixed, mixed_ids, split, whole=whole)
+        mixed, all_encoded = batch_of(model, [*some, TEXTS[20]])
+        again = cache.trunk(mixed, all_encoded, split, whole=whole)
         assert (cache.hits, cache.misses) == (4, 7)
         for row, n in enumerate((4, 1, 1, 5)):
-            width = 1 if split == 2 else len(ids[n])
+            width = 1 if split == 2 else len(encoded[n].ids)
             assert torch.equal(again.hidden[row, :width], first.hidden[n, :width])
             if whole:
                 assert again.logits is not None
                 assert first.logits is not None
                 assert torch.equal(again.logits[row], first.logits[n])
         expected = model.steered.trunk(mixed, split, whole=whole)
-        width = 1 if split == 2 else len(mixed_ids[4])
+        width = 1 if split == 2 else len(all_encoded[4].ids)
         torch.testing.assert_close(again.hidden[4, :width], expected.hidden[4, :width], atol=1e-5, rtol=0)
+
+
+def test_a_pair_and_a_text_of_the_same_tokens_have_states_of_their_own(tiny: Tiny) -> None:
+    model = tiny("bert")
+    (pair,) = model.tokens.encode([("she won", "the cup")])
+    text = Encoded(pair.ids)
+    expected = [model.steered.trunk(model.tokens.batch([one]), 0, whole=True) for one in (text, pair)]
+    assert (expected[0].hidden - expected[1].hidden).abs().max() > 1e-3
+    cache = TrunkCache(model.steered, model.tokens, 1 << 24)  # type: ignore[arg-type]
+    for _ in range(2):
+        for one, own in zip((text, pair), expected, strict=True):
+            assert torch.equal(cache.trunk(model.tokens.batch([one]), [one], 0, whole=True).hidden, own.hidden)
+        both = cache.trunk(model.tokens.batch([pair, text]), [pair, text], 0, whole=True)
+        assert torch.equal(both.hidden, torch.cat([own.hidden for own in reversed(expected)]))
+    assert (cache.misses, cache.hits) == (2, 6)
 
 
 def test_bytes_are_bounded_and_the_least_recently_used_goes_first(tiny: Tiny) -> None:

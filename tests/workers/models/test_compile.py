@@ -17,8 +17,8 @@ def test_compiled_blocks_answer_as_bare_ones_and_still_obey_masks(tmp_path: Path
     bare, compiled = load_model(path, device="cpu"), load_model(path, device="cpu", compiled=True)
     site = compiled.steered._sited.get_submodule("bert.encoder.layer.0.block")
     assert isinstance(site, torch._dynamo.OptimizedModule), "the blocks are compiled indeed"
-    for texts in (SENTENCES[:1], SENTENCES, ("Short.", *SENTENCES)):
-        batch = bare.tokens.pad([text.ids for text in bare.tokens.encode(texts)])
+    for texts in (SENTENCES[:1], SENTENCES, ("Short.", *SENTENCES, SENTENCES[:2])):
+        batch = bare.tokens.batch(bare.tokens.encode(texts))
         torch.testing.assert_close(compiled.steered.logits(batch), bare.steered.logits(batch), atol=1e-5, rtol=0)
         rows = torch.arange(len(texts))
         for layer in range(3):

@@ -1,0 +1,155 @@
+"""Pairs of texts answer as transformers answers them, for every family, alone and among texts."""
+
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from transformers import AutoModelForSequenceClassification, AutoTokenizer
+
+from tests.workers.checkpoints import SENTENCES, save_label_token, save_tiny
+from tests.workers.masking import ZeroBand
+from workers.models.errors import EmptyText, PairUnsupported, TextTooLong
+from workers.models.families import FAMILIES
+from workers.models.loading import LoadedModel, load_model
+from workers.models.texts import TextOrPair, characters
+
+Tiny = Callable[[str], LoadedModel]
+families = pytest.mark.parametrize("family", sorted(FAMILIES))
+LONG = " ".join(SENTENCES)
+PAIRS = (
+    ("She won.", "The cup is hers."),
+    (SENTENCES[0], SENTENCES[1]),
+    (SENTENCES[1], SENTENCES[0]),
+    ("", "Only a second text."),
+    ("Only a first text.", ""),
+    ("\ud800 lone", "half a pair \udc00"),
+    (LONG, "Short."),
+    ("Short.", LONG),
+    (LONG, LONG),
+)
+MIXED: tuple[TextOrPair, ...] = ("Short.", *PAIRS[:5], SENTENCES[0], *PAIRS[5:], LONG)
+
+
+def own_tokens(model: LoadedModel, text: TextOrPair) -> dict[str, torch.Tensor]:
+    """What transformers' own tokenizer makes of it; a lone surrogate it does not take.
+
+    Given lists it makes a pair of whatever it is given; given two strings, it drops a second one that is empty.
+    """
+    tokenizer = AutoTokenizer.from_pretrained(model.source)
+    parts = (text,) if isinstance(text, str) else text
+    clean = [[part.replace("\ud800", "?").replace("\udc00", "?")] for part in parts]
+    return dict(tokenizer(*clean, truncation=True, return_tensors="pt"))
+
+
+def own_logits(model: LoadedModel, texts: tuple[TextOrPair, ...], layer: int | None = None) -> torch.Tensor:
+    """Transformers' own forward of each text by itself; the band of `ZeroBand` becomes 0 after block `layer`."""
+    own = AutoModelForSequenceClassification.from_pretrained(model.source).eval()
+    own.config.pad_token_id = model.tokens.pad_id
+    band = ZeroBand([])
+
+    def zero(module: Any, args: Any, hidden: torch.Tensor) -> torch.Tensor:
+        return torch.where((hidden >= band.low) & (hidden <= band.high), torch.zeros_like(hidden), hidden)
+
+    if layer is not None:
+        own.get_submodule(f"{FAMILIES[model.identity.family].blocks}.{layer}").register_forward_hook(zero)
+    with torch.inference_mode():
+        return torch.cat([own(**own_tokens(model, text)).logits for text in texts])
+
+
+@families
+def test_a_pairs_tokens_are_the_tokenizers_own(tiny: Tiny, family: str) -> None:
+    model = tiny(family)
+    for text, encoded in zip(MIXED, model.tokens.encode(MIXED), strict=True):
+        expected = own_tokens(model, text)
+        assert list(encoded.ids) == expected["input_ids"][0].tolist()
+        typed = not isinstance(text, str) and family in ("bert", "electra")
+        assert encoded.type_ids == (tuple(expected["token_type_ids"][0].tolist()) if typed else None)
+        assert encoded.truncated == (characters(text) >= len(LONG))
+        assert len(encoded.ids) <= model.tokens.max_tokens
+    with pytest.raises(TextTooLong, match="input 2"):
+        model.tokens.encode(["a", ("a", "b"), ("a", LONG), LONG], truncate=False)
+
+
+@families
+def test_pairs_among_texts_answer_as_transformers_does(tiny: Tiny, family: str) -> None:
+    model = tiny(family)
+    packed = model.tokens.batch(model.tokens.encode(MIXED))
+    padded = replace(packed, packing=None)
+    expected = own_logits(model, MIXED)
+    for batch in (packed, padded):
+        torch.testing.assert_close(model.steered.logits(batch), expected, atol=2e-5, rtol=0)
+    rows = torch.arange(len(MIXED))
+    for layer in range(model.identity.n_layers):
+        erased, masking = own_logits(model, MIXED, layer), ZeroBand([layer])
+        assert (erased - expected).abs().max() > 1e-3, "the masking must matter, or this shows nothing"
+        torch.testing.assert_close(model.steered.hooked(padded, masking), erased, atol=2e-5, rtol=0)
+        for batch in (packed, padded):
+            for whole in (True, False):
+                trunk = model.steered.trunk(batch, layer, whole=whole)
+                actual = model.steered.steer(batch, trunk, rows, masking)
+                torch.testing.assert_close(actual, erased, atol=2e-5, rtol=0)
+
+
+@pytest.mark.parametrize("family", ["bert", "electra"])
+def test_which_text_a_token_is_of_matters(tiny: Tiny, family: str) -> None:
+    model = tiny(family)
+    batch = model.tokens.batch(model.tokens.encode([PAIRS[1]]))
+    assert batch.type_ids is not None
+    untyped = model.tokens.pad(batch.ids.tolist())
+    assert (model.steered.logits(batch) - model.steered.logits(untyped)).abs().max() > 1e-3
+
+
+def test_masks_inside_blocks_see_pairs_too(tiny: Tiny) -> None:
+    """There every variant is a full pass of its rows."""
+    model = tiny("bert")
+    batch = model.tokens.batch(model.tokens.encode(MIXED))
+    masking = ZeroBand([1])
+    masking.site = "mlp_output"
+    rows = torch.tensor([3, 3, 0, 7, 1])
+    trunk = model.steered.trunk(batch, 1, whole=False)
+    expected = [model.steered.hooked(model.tokens.batch(model.tokens.encode([MIXED[row]])), masking) for row in rows]
+    torch.testing.assert_close(model.steered.steer(batch, trunk, rows, masking), torch.cat(expected), atol=2e-5, rtol=0)
+
+
+@families
+def test_without_a_pair_nothing_is_said_of_types(tiny: Tiny, family: str) -> None:
+    """Then a pass is bit for bit what it was before there were pairs."""
+    model = tiny(family)
+    called: list[Any] = []
+    handle = model.steered._sited.register_forward_pre_hook(
+        lambda module, args, given: called.append(given), with_kwargs=True
+    )
+    for texts in (MIXED[:1], (SENTENCES[0], "Short.")):
+        batch = model.tokens.batch(model.tokens.encode(texts))
+        assert batch.type_ids is None
+        model.steered.logits(batch)
+    handle.remove()
+    assert called
+    assert not any("token_type_ids" in given for given in called)
+
+
+def test_a_model_with_one_type_is_told_of_none(tmp_path: Path) -> None:
+    """RoBERTa's tokenizers may give type ids that its model has no embedding for."""
+    path = save_tiny("roberta", tmp_path, type_vocab_size=1)
+    tokenizer = AutoTokenizer.from_pretrained(path)
+    tokenizer.model_input_names = ["input_ids", "token_type_ids", "attention_mask"]
+    tokenizer.save_pretrained(path)
+    model = load_model(str(path), device="cpu")
+    batch = model.tokens.batch(model.tokens.encode(PAIRS))
+    assert batch.type_ids is None
+    assert model.steered.logits(batch).isfinite().all()
+
+
+def test_a_pair_without_any_token_is_empty(tiny: Tiny) -> None:
+    assert len(tiny("bert").tokens.encode([("", "")])[0].ids) == 3
+    with pytest.raises(EmptyText, match="input 1"):
+        tiny("llama").tokens.encode([("", "a"), ("", "")])
+
+
+def test_where_a_token_closes_one_text_a_pair_has_no_place(tmp_path: Path) -> None:
+    model = load_model(str(save_label_token("gpt2", tmp_path)), device="cpu")
+    with pytest.raises(PairUnsupported, match="input 1 is a pair of texts, and a label-token or few-shot classifier"):
+        model.tokens.encode(["one", ("two", "three")])
