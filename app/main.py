@@ -34,6 +34,7 @@ from app.routes.dropin.dialect import Dialects
 from app.routes.dropin.v2_binary import BinaryTensors
 from app.settings import LOOPBACK, Settings
 from app.store_calls import StoreCalls
+from app.templates import Templates
 from app.tracing import Traces
 from app.wiring import Service
 
@@ -93,6 +94,7 @@ def create_app(settings: Settings, running: Service | None = None) -> FastAPI:
         registry = running.registry
         ServiceMetrics(running)
     app.state.service = running
+    app.state.templates = Templates(app.routes)
     app.state.store_calls = StoreCalls()
     _document(app)
     # the last added is the outermost
@@ -100,7 +102,7 @@ def create_app(settings: Settings, running: Service | None = None) -> FastAPI:
     app.add_middleware(Faults)
     app.add_middleware(BodyLimit, limit=settings.max_body_bytes, seconds=settings.body_timeout)
     if running is not None:
-        app.add_middleware(FullQueue, template_of=_answering, refusal=running.engine.refusal)
+        app.add_middleware(FullQueue, classifying=CLASSIFYING, refusal=running.engine.refusal)
         app.add_middleware(Authentication, keyring=running.keyring, rate_limit=settings.rate_limit, registry=registry)
     if settings.cors_origins:
         app.add_middleware(
@@ -140,10 +142,6 @@ def create_app(settings: Settings, running: Service | None = None) -> FastAPI:
     app.add_middleware(Traces)
     app.add_middleware(RequestId)
     return app
-
-
-def _answering(path: str) -> str | None:
-    return path if path == "/v1/classify" else dropin.answering(path)
 
 
 def _generation(running: Service | None) -> str | None:

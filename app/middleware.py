@@ -4,8 +4,7 @@ import asyncio
 import logging
 import re
 import time
-from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from collections.abc import Callable, Collection, Iterable
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
 from starlette.datastructures import Headers, MutableHeaders
@@ -106,33 +105,22 @@ class HostCheck:
         await self.app(scope, receive, send)
 
 
-@dataclass(frozen=True)
-class _Gated:
-    """Stands for the route that a request would have reached."""
-
-    path_format: str
-
-
 class FullQueue:
-    """Refuses what is posted to paths that take the model's time while `refusal` says why, before its body is read.
+    """Refuses what is posted to routes that take the model's time while `refusal` says why, before its body is read.
 
     Args:
-        template_of: the template of the route at such a path; None for any other path.
+        classifying: the templates of these routes.
     """
 
-    def __init__(
-        self, app: ASGIApp, template_of: Callable[[str], str | None], refusal: Callable[[], QueueFull | None]
-    ) -> None:
+    def __init__(self, app: ASGIApp, classifying: Collection[str], refusal: Callable[[], QueueFull | None]) -> None:
         self.app = app
-        self.template_of = template_of
+        self.classifying = classifying
         self.refusal = refusal
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        template = self.template_of(scope["path"]) if scope["type"] == "http" and scope["method"] == "POST" else None
-        if template is not None:
-            full = self.refusal()
+        if scope["type"] == "http" and scope["method"] == "POST":
+            full = self.refusal() if route_of(scope) in self.classifying else None  # asking counts
             if full is not None:
-                scope["route"] = _Gated(template)
                 await domain_problem(full, scope.get("state", {}).get("request_id"))(scope, receive, send)
                 return
         await self.app(scope, receive, send)
@@ -244,8 +232,11 @@ SECONDS = (0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1, 2, 5, 10, 20
 
 
 def route_of(scope: Scope) -> str:
-    """The template of the route that a request has reached; `unmatched` if none."""
-    return getattr(scope.get("route"), "path_format", None) or "unmatched"
+    """The template of the route that a request has reached, or was meant for; `unmatched` if there is none."""
+    reached = getattr(scope.get("route"), "path_format", None)
+    if reached is None and "app" in scope:  # refused on the way, for want of a key or of room
+        reached = scope["app"].state.templates.of(scope["method"], scope["path"])
+    return reached or "unmatched"
 
 
 def method_of(scope: Scope) -> str:

@@ -179,6 +179,36 @@ def test_refusals_are_counted_and_no_key_is_a_label(keyed: tuple[Running, dict[s
     assert not any(word in exposed for word in (*tokens.values(), *(f"the-{scope}" for scope in tokens)))
 
 
+def test_what_is_refused_on_the_way_is_counted_under_its_route(keyed: tuple[Running, dict[str, str], KeyStore]) -> None:
+    running, tokens, _ = keyed
+    refused = {
+        ("POST", "/v1/classify", "/v1/classify", None, 401),
+        ("POST", "/", "/", None, 401),
+        ("POST", f"/v2/models/{running.service.name}/infer", "/v2/models/{model}/infer", None, 401),
+        ("GET", "/v1/jobs/a-private-name", "/v1/jobs/{job}", None, 401),
+        ("PUT", "/v1/erasures/a-private-name", "/v1/erasures/{concept}", "read", 403),
+        ("DELETE", "/v1/concepts", "/v1/concepts", "read", 403),
+        ("GET", "/v1/a-private-name", "unmatched", None, 401),
+    }
+    for method, path, _, scope, status in refused:
+        headers = bearer(tokens[scope]) if scope else {}
+        assert running.http.request(method, path, headers=headers).status_code == status
+    body = {"inputs": "a" * 2**20 * 9}
+    assert running.http.post("/v1/classify", json=body, headers=bearer(tokens["infer"])).status_code == 413
+    value = running.service.registry.get_sample_value
+
+    def counted(method: str, template: str, status: int) -> bool:
+        labels = {"method": method, "route": template}
+        return (
+            value("neuronlens_http_requests_total", labels | {"status": str(status)}) == 1
+            and value("neuronlens_http_request_seconds_count", labels | {"status_class": "4xx"}) is not None
+        )
+
+    for method, _, template, _, status in [*refused, ("POST", "", "/v1/classify", None, 413)]:
+        until(lambda asked=(method, template, status): counted(*asked))  # type: ignore[misc]
+    assert "a-private-name" not in running.http.get("/metrics").text
+
+
 def test_the_checkpoint_path_is_told_to_admin_alone(keyed: tuple[Running, dict[str, str], KeyStore]) -> None:
     running, tokens, _ = keyed
     paths = {

@@ -24,7 +24,7 @@ CLASSIFYING = (
     "/v2/models/{model}/versions/{model_version}/infer",
 )
 """Templates of the routes whose POST takes the model's time."""
-_INFER = re.compile(r"/v2/models/.+?(?P<version>/versions/[^/]+)?/infer", re.DOTALL)
+_INFER = re.compile(r"/v2/models/.+?/infer", re.DOTALL)
 
 
 def dialect_of(scope: Scope) -> Dialect | None:
@@ -38,16 +38,6 @@ def _dialect(method: str, path: str) -> Dialect | None:
     if path == "/":  # anything but a POST is not meant for this protocol
         return hf.DIALECT if method == "POST" else None
     return v2.DIALECT if path == "/v2" or path.startswith("/v2/") else _DIALECTS.get(path)
-
-
-def answering(path: str) -> str | None:
-    """The template of the route at a path whose POST takes the model's time; None if there is none."""
-    if path in CLASSIFYING:
-        return path
-    infer = _INFER.fullmatch(path)
-    if infer is None:
-        return None
-    return "/v2/models/{model}" + ("/versions/{model_version}" if infer["version"] else "") + "/infer"
 
 
 def infers(path: str) -> bool:
