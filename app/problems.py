@@ -20,6 +20,7 @@ from starlette.routing import Match
 from app.shapes import without_tags
 from app.wiring import DeadlineExceeded, Draining, EmptyText, EngineFailed, QueueFull, RequestTooLarge, TextTooLong
 from range_store.errors import (
+    Behind,
     ForeignRangeSet,
     InvalidErasure,
     InvalidRangeSet,
@@ -61,7 +62,7 @@ class Problem(BaseModel):
     errors: list[FieldError] | None = Field(None, description=f"invalid: the first {MOST_ERRORS} invalid fields")
     fitted: list[Any] | None = Field(None, description="not_fitted: what the range set has")
     known: list[str] | None = Field(None, description="unknown_concept: the concepts of the range set")
-    generation: str | None = Field(None, description="stale_generation: the current one")
+    generation: str | None = Field(None, description="stale_generation: the current one; behind: what is held")
     checks: dict[str, bool] | None = Field(None, description="not_ready: each condition")
 
 
@@ -86,6 +87,7 @@ CODES: Mapping[type[Exception], tuple[int, str]] = {
     RangeSetInUse: (409, "range_set_in_use"),
     StaleGeneration: (412, "stale_generation"),
     InvalidRangeSet: (500, "invalid_range_set"),
+    Behind: (503, "behind"),
     NoRangeSet: (503, "no_range_set"),
     StoreUnavailable: (503, "store_unavailable"),
     TextTooLong: (422, "text_too_long"),
@@ -220,6 +222,8 @@ def domain_problem(error: Exception, request_id: str | None) -> JSONResponse:
         case StaleGeneration():
             members["generation"] = error.current
             headers["ETag"] = f'"{error.current}"'
+        case Behind():
+            members["generation"] = error.held
         case Draining():
             headers["Connection"] = "close"  # a new connection may lead to another replica
         case QueueFull():

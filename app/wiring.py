@@ -26,6 +26,7 @@ from range_store.embedded import connect
 from range_store.errors import RangeStoreError
 from range_store.mirror import Mirror, Snapshot
 from range_store.range_set import check_model
+from range_store.replicas import new_name
 from range_store.store import RangeStore
 from workers.demo.demo import NAME as DEMO_NAME
 from workers.demo.demo import Demo, prepare
@@ -102,6 +103,11 @@ class Service:
     jobs: FitJobs
     fits: FitRunner
 
+    def drain(self) -> None:
+        """Take no new requests, and have nobody wait until this replica follows a change; from a signal handler too."""
+        self.engine.drain()
+        self.mirror.withdraw()
+
 
 @contextmanager
 def open_service(settings: Settings, model: LoadedModel | None = None) -> Iterator[Service]:
@@ -141,7 +147,14 @@ def _serving(settings: Settings, model: LoadedModel, client: redis.Redis) -> Ite
             with suppress(RangeStoreError):
                 news.see_range_sets(store.ids())
 
-    mirror = Mirror(store, model.identity.fingerprint, poll=settings.poll_seconds, on_change=changed, also=also)
+    mirror = Mirror(
+        store,
+        model.identity.fingerprint,
+        poll=settings.poll_seconds,
+        on_change=changed,
+        also=also,
+        replica=new_name(),
+    )
     limits = EngineSettings(
         max_batch_tokens=settings.max_batch_tokens or batch_tokens_for(model.device),
         max_queue_tokens=settings.max_queue_tokens,
@@ -161,6 +174,8 @@ def _serving(settings: Settings, model: LoadedModel, client: redis.Redis) -> Ite
             fits.start()
         yield Service(settings, model, store, mirror, keyring, engine, registry, name, news, jobs, fits)
     finally:
+        engine.drain()
+        mirror.withdraw()
         fits.close()
         engine.close()
         mirror.close()

@@ -13,5 +13,6 @@
 | `live` | the live state: which erasures apply to requests that name none |
 | `api_keys` | who may call a server: keys with scopes, of which only a hash is stored |
 | `mirror` | what a worker holds of all this, kept current, and answering when Redis is away |
+| `replicas`, `reporter` | which generation each process answers under, as they tell each other |
 | `errors` | everything that can go wrong, as a tree |
 """

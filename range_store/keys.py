@@ -32,6 +32,11 @@ class ModelKeys:
         """Capped stream of changes to the live state."""
         return f"{PREFIX}audit:{self.model}"
 
+    @property
+    def replicas(self) -> str:
+        """Hash: what each live replica reports, as JSON by its name; field `since`: when the hash was begun."""
+        return f"{PREFIX}replicas:{self.model}"
+
 
 def part_key(range_set: str, part: str) -> str:
     """Key of one part of a range set: `part` is a name of `range_store.codec` ("layer:3:serve")."""

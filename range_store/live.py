@@ -12,6 +12,13 @@ from range_store.errors import InvalidErasure
 Generation = Annotated[str, Field(pattern=r"^[0-9a-f]{8}-(0|[1-9][0-9]*)$")]
 """`epoch-counter`: the epoch is random where the state is created, so an emptied Redis never repeats a generation."""
 
+
+def reaches(generation: str, wanted: str) -> bool:
+    """Whether `generation` is `wanted` or a later one of the same epoch; of two epochs neither is the later one."""
+    (epoch, counter), (wanted_epoch, wanted_counter) = generation.split("-"), wanted.split("-")
+    return epoch == wanted_epoch and int(counter) >= int(wanted_counter)
+
+
 Action = Literal["create", "set", "remove", "replace", "activate", "expire", "restore"]
 """`restore`: a server put back what Redis had forgotten."""
 
@@ -61,6 +68,10 @@ class LiveState(Frozen):
     @property
     def counter(self) -> int:
         return int(self.generation.split("-")[1])
+
+    def reaches(self, generation: str) -> bool:
+        """Whether this is that generation or a later one of the same epoch."""
+        return reaches(self.generation, generation)
 
     def at(self, now: float) -> tuple[LiveErasure, ...]:
         """The erasures that apply at Unix time `now`: expiry is obeyed even while Redis is away."""

@@ -23,6 +23,8 @@ from range_store.failures import explain
 from range_store.keys import CHANGES
 from range_store.live import LiveState
 from range_store.range_set import RangeSet, check_model
+from range_store.replicas import Replicas
+from range_store.reporter import Reporter
 from range_store.store import RangeStore
 
 log = logging.getLogger(__name__)
@@ -63,6 +65,7 @@ class Mirror:
         poll: seconds between reads where no message comes.
         on_change: told of every snapshot whose generation differs from the one before, in order. It must be quick.
         also: called whenever the store is to be read, to read something else of it then. It must not raise.
+        replica: name under which to report what is held (`range_store.replicas.new_name`); None for a mere reader.
     """
 
     def __init__(
@@ -72,6 +75,7 @@ class Mirror:
         poll: float = 2.0,
         on_change: Callable[[Snapshot], None] | None = None,
         also: Callable[[], None] | None = None,
+        replica: str | None = None,
     ) -> None:
         self._store = store
         self._fingerprint = fingerprint
@@ -91,6 +95,10 @@ class Mirror:
         self.trouble: Trouble | None = None
         """The kind of `problem`."""
         self._logged = 0.0
+        self.reporter: Reporter | None = None
+        """What tells others which generation this process answers under; None for a mere reader."""
+        if replica is not None:
+            self.reporter = Reporter(Replicas(store.client, store.model), replica, self._held)
 
     def start(self) -> None:
         """Read once, and then keep reading in a thread. Does not fail while Redis is away: see `problem`."""
@@ -99,10 +107,19 @@ class Mirror:
                 self.refresh()
             self._thread = threading.Thread(target=self._run, name="neuronlens-mirror", daemon=True)
             self._thread.start()
+            if self.reporter is not None:
+                self.reporter.start()
+
+    def withdraw(self) -> None:
+        """Nobody is to wait any more until this replica follows, since it takes no requests. Goes on reading."""
+        if self.reporter is not None:
+            self.reporter.withdraw()
 
     def close(self) -> None:
-        """Stop reading. The snapshot stays."""
+        """Stop reading and reporting. The snapshot stays."""
         self._stopping.set()
+        if self.reporter is not None:
+            self.reporter.close()
         if self._thread is not None:
             self._thread.join()
 
@@ -131,14 +148,34 @@ class Mirror:
             before, self.snapshot = self.snapshot, fresh
             self._note(None)
             if before is None or before.live != fresh.live:
+                if self.reporter is not None:
+                    self.reporter.wake()
                 self._tell(before, fresh)
             return fresh
+
+    def catch_up(self) -> Snapshot:
+        """Read now, and report at once what was found; raises as `refresh` does."""
+        fresh = self.refresh()
+        if self.reporter is not None:
+            self.reporter.report()
+        return fresh
+
+    @property
+    def lapsed(self) -> bool:
+        """Whether others may have given up this replica, as after a pause: `catch_up` before the next admission."""
+        return self.reporter is not None and self.reporter.lapsed
+
+    def _held(self) -> LiveState | None:
+        snapshot = self.snapshot
+        return snapshot.live if snapshot else None
 
     def _read(self) -> Snapshot:
         for attempt in range(ATTEMPTS):
             held = self.snapshot
             read_at = time.monotonic()
             if held is None:
+                if self.reporter is not None:
+                    self.reporter.report()  # before the read: who changes something after it knows of this replica
                 live = self._store.live()
             else:
                 # what is gone is not created anew by one who knew it, but put back

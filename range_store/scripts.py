@@ -104,3 +104,31 @@ redis.call('SET', KEYS[1], ARGV[2])
 redis.call('PUBLISH', ARGV[3], ARGV[4])
 return 'done'
 """
+
+REPORT = """
+-- KEYS: replicas. ARGV: name, generation ('' before the first), range set ('' if none), seconds that the report holds.
+-- Who reports sweeps out what nobody renewed. Gives how many replicas report now.
+local time = redis.call('TIME')
+local now = tonumber(time[1]) + tonumber(time[2]) / 1e6
+redis.call('HSETNX', KEYS[1], 'since', string.format('%.6f', now))
+local generation, range_set = ARGV[2], ARGV[3]
+redis.call('HSET', KEYS[1], ARGV[1], cjson.encode({
+  generation = generation ~= '' and generation or cjson.null,
+  range_set = range_set ~= '' and range_set or cjson.null,
+  at = now,
+  expires = now + tonumber(ARGV[4]),
+}))
+local live = 0
+local held = redis.call('HGETALL', KEYS[1])
+for i = 1, #held, 2 do
+  if held[i] ~= 'since' then
+    local readable, report = pcall(cjson.decode, held[i + 1])
+    if readable and type(report) == 'table' and type(report['expires']) == 'number' and report['expires'] > now then
+      live = live + 1
+    else
+      redis.call('HDEL', KEYS[1], held[i])
+    end
+  end
+end
+return live
+"""

@@ -200,7 +200,7 @@ def serve_until_told(
             settings,
             bound,
             ready=ready,
-            draining=engine.drain,
+            draining=service.drain,
             failure=lambda: engine.failure,
         )
     hint("stopped; what was accepted is answered")

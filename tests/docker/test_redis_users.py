@@ -13,6 +13,7 @@ from range_store.erasure import Erasure
 from range_store.errors import StoreUnavailable
 from range_store.live import LiveErasure
 from range_store.mirror import Mirror
+from range_store.replicas import Replicas, new_name
 from range_store.store import RangeStore
 from tests.docker.conftest import DOCKER, PASSWORDS, Store
 from tests.range_store.builders import random_range_set
@@ -69,10 +70,15 @@ def test_the_service_serves_toggles_and_follows_but_publishes_nothing(client: Cl
     store = RangeStore(client("service"), "news")
     store.activate(published)
     assert [each.id for each in store.list()] == [published]
-    mirror = Mirror(store, range_set.provenance.model.fingerprint, poll=300.0)
+    replica = new_name()
+    mirror = Mirror(store, range_set.provenance.model.fingerprint, poll=300.0, replica=replica)
     mirror.start()
     try:
         until(lambda: mirror.snapshot is not None)
+        for reader in (operator, store):
+            replicas = Replicas(reader.client, "news")
+            until(lambda replicas=replicas: not replicas.read().missing(store.live().generation))
+            assert [each.name for each in replicas.read().replicas] == [replica]
 
         def hinted() -> bool:  # the first hints may come before it has subscribed
             soon = time.time() + 3600
@@ -88,6 +94,7 @@ def test_the_service_serves_toggles_and_follows_but_publishes_nothing(client: Cl
         until(lambda: mirror.snapshot is not None and mirror.snapshot.live == store.live())
     finally:
         mirror.close()
+    assert Replicas(operator.client, "news").read().replicas == ()
     with pytest.raises(StoreUnavailable, match="ACL"):
         store.publish(*random_range_set(2))
     with pytest.raises(StoreUnavailable, match="ACL"):

@@ -1,0 +1,119 @@
+"""What the replicas of a model report to Redis: which generation each of them answers under.
+
+A replica announces itself before its first read of the live state, reports whenever its generation changes, and renews
+its report every second; by Redis's own clock a report holds for ten. So who changes the live state and then reads the
+roster can tell who does not follow yet: whoever is not in it reads the live state before it answers anything.
+"""
+
+import json
+import os
+import re
+import secrets
+import socket
+from dataclasses import dataclass
+from typing import Annotated, cast
+
+import redis
+from pydantic import BaseModel, ConfigDict, Field
+
+from range_store.failures import reaching_redis
+from range_store.keys import ModelKeys
+from range_store.live import Generation, reaches
+from range_store.scripts import REPORT
+
+HEARTBEAT_SECONDS = 1.0
+"""Time between two reports of a replica whose generation stays."""
+SILENT_SECONDS = 3.0
+"""A replica that could not report for so long reads the live state before it admits a request; so long a new roster may
+lack somebody."""
+LEASE_SECONDS = 10.0
+"""How long a report holds that is not renewed: a replica that was killed is forgotten after that."""
+SINCE = b"since"
+"""Field of the hash that is no replica's: when the hash was begun, in Unix seconds by Redis's clock."""
+
+Name = Annotated[str, Field(pattern=r"^\S{1,300}$")]
+
+
+class Replica(BaseModel):
+    """What one replica reported; a newer version may say more. Times are Unix seconds by Redis's clock.
+
+    `name`: `host:process:random`, unique. `generation`: what it answers under; None while it has not read any.
+    `expires`: when it is forgotten.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="ignore", allow_inf_nan=False)
+
+    name: Name
+    generation: Generation | None
+    range_set: str | None
+    at: float
+    expires: float
+
+
+@dataclass(frozen=True)
+class Roster:
+    """The live replicas by name, as Redis had them at Unix time `now`; `since`: when the first of them reported.
+
+    `since` is None where nobody ever reported, or Redis was emptied.
+    """
+
+    now: float
+    since: float | None
+    replicas: tuple[Replica, ...]
+
+    @property
+    def settles_in(self) -> float:
+        """Seconds until everyone who lives must be in it: when Redis was emptied, each has to report anew."""
+        return SILENT_SECONDS if self.since is None else max(0.0, self.since + SILENT_SECONDS - self.now)
+
+    def missing(self, generation: str) -> tuple[str, ...]:
+        """Names of those that do not report that generation or a later one of its epoch."""
+        return tuple(
+            each.name for each in self.replicas if each.generation is None or not reaches(each.generation, generation)
+        )
+
+
+class Replicas:
+    """The reports of one model's replicas. Each method costs one round trip, and may be called from any thread.
+
+    Raises StoreUnavailable if Redis cannot be reached or refuses.
+    """
+
+    def __init__(self, client: redis.Redis, model: str) -> None:
+        self._client = client
+        self._key = ModelKeys(model).replicas
+        self._report = client.register_script(REPORT)
+
+    def report(self, name: str, generation: str | None, range_set: str | None, seconds: float = LEASE_SECONDS) -> int:
+        """A replica answers under that generation; holds for `seconds`. Gives how many report now."""
+        with reaching_redis():
+            return cast(int, self._report([self._key], [name, generation or "", range_set or "", seconds]))
+
+    def remove(self, name: str) -> None:
+        """A replica takes no requests any more."""
+        with reaching_redis():
+            self._client.hdel(self._key, name)
+
+    def read(self) -> Roster:
+        """Who reports now. What was written by something else is left out."""
+        with reaching_redis(), self._client.pipeline(transaction=False) as both:
+            both.time()
+            both.hgetall(self._key)
+            (seconds, microseconds), held = both.execute()
+        now = seconds + microseconds / 1e6
+        found = []
+        for name, report in held.items():
+            try:
+                replica = Replica.model_validate({**json.loads(report), "name": name.decode()})
+            except (ValueError, TypeError, RecursionError):
+                continue
+            if replica.expires > now:
+                found.append(replica)
+        since = float(held[SINCE]) if re.fullmatch(rb"[0-9]+(\.[0-9]+)?", held.get(SINCE, b"")) else None
+        return Roster(now, since, tuple(sorted(found, key=lambda each: each.name)))
+
+
+def new_name() -> str:
+    """A name for a replica in this process."""
+    host = re.sub(r"[\s:]", "-", socket.gethostname()) or "localhost"
+    return f"{host}:{os.getpid()}:{secrets.token_hex(4)}"

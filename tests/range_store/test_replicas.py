@@ -1,0 +1,236 @@
+"""What replicas report: who changes the live state can tell who does not follow yet, and nobody is named for ever."""
+
+import json
+import time
+from collections.abc import Callable, Iterator
+
+import pytest
+import redis
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from range_store import reporter
+from range_store.erasure import Erasure
+from range_store.errors import ForeignRangeSet, StoreUnavailable
+from range_store.live import LiveErasure, LiveState, reaches
+from range_store.mirror import Mirror
+from range_store.replicas import HEARTBEAT_SECONDS, LEASE_SECONDS, SILENT_SECONDS, Replicas, Roster, new_name
+from range_store.store import RangeStore
+from tests.range_store.builders import FINGERPRINT, random_range_set
+from tests.range_store.waiting import until
+
+NEVER = 3600.0
+NAMES = ("a:1:x", "a:2:x", "b:1:Zoë", "since:1:x")
+EPOCHS = ("00000000", "0000000a")
+Mirrors = Callable[..., Mirror]
+
+generations = st.builds(lambda epoch, counter: f"{epoch}-{counter}", st.sampled_from(EPOCHS), st.integers(0, 12))
+
+
+@pytest.fixture
+def replicas(store: RangeStore) -> Replicas:
+    return Replicas(store.client, store.model)
+
+
+@pytest.fixture
+def mirrors(store: RangeStore) -> Iterator[Mirrors]:
+    """`mirrors()`: a replica that hears of changes by message alone."""
+    made: list[Mirror] = []
+
+    def make(fingerprint: str = FINGERPRINT, **options: object) -> Mirror:
+        named = {"poll": NEVER, "replica": new_name()} | options
+        made.append(Mirror(store, fingerprint, **named))  # type: ignore[arg-type]
+        return made[-1]
+
+    yield make
+    for mirror in made:
+        mirror.close()
+
+
+@pytest.fixture
+def active(store: RangeStore) -> RangeStore:
+    store.activate(store.publish(*random_range_set(600)))
+    return store
+
+
+def toggle(store: RangeStore) -> LiveState:
+    return store.set_erasure(LiveErasure(erasure=Erasure(concept="World")))
+
+
+def names(roster: Roster) -> list[str]:
+    return [each.name for each in roster.replicas]
+
+
+def name_of(mirror: Mirror) -> str:
+    assert mirror.reporter is not None
+    return mirror.reporter.name
+
+
+@given(generations, generations)
+def test_of_one_epoch_the_later_generation_reaches_the_earlier(one: str, other: str) -> None:
+    (epoch, counter), (other_epoch, other_counter) = one.split("-"), other.split("-")
+    assert reaches(one, other) == (epoch == other_epoch and int(counter) >= int(other_counter))
+    if epoch != other_epoch:
+        assert not reaches(other, one)
+
+
+@settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(
+    st.lists(st.tuples(st.sampled_from(NAMES), st.none() | generations, st.booleans()), max_size=20),
+    st.none() | generations,
+)
+def test_the_roster_is_everyones_last_word(
+    replicas: Replicas, store: RangeStore, told: list[tuple[str, str | None, bool]], wanted: str | None
+) -> None:
+    store.client.delete(store.keys.replicas)
+    expected: dict[str, str | None] = {}
+    for name, generation, goes in told:
+        if goes:
+            replicas.remove(name)
+            expected.pop(name, None)
+        else:
+            expected[name] = generation
+            assert replicas.report(name, generation, "some-set") == len(expected)
+    roster = replicas.read()
+    assert {each.name: each.generation for each in roster.replicas} == expected
+    assert names(roster) == sorted(expected)
+    assert all(each.at <= roster.now < each.expires for each in roster.replicas)
+    if wanted is not None:
+        behind = {name for name, at in expected.items() if at is None or not reaches(at, wanted)}
+        assert set(roster.missing(wanted)) == behind
+    reported = any(not goes for *_, goes in told)
+    assert (roster.since is not None) == reported, "that the last one went is not that there never was one"
+    assert roster.settles_in == pytest.approx(SILENT_SECONDS, abs=1.0)
+
+
+def test_who_stops_reporting_is_forgotten_and_swept_out_by_the_next(replicas: Replicas, store: RangeStore) -> None:
+    replicas.report("killed:1:x", "00000000-1", None, seconds=0.05)
+    assert names(replicas.read()) == ["killed:1:x"]
+    until(lambda: not replicas.read().replicas)
+    store.client.hset(store.keys.replicas, "garbage", "{]")
+    assert replicas.read().replicas == ()
+    assert replicas.report("lives:1:x", "00000000-1", None) == 1
+    assert set(store.client.hkeys(store.keys.replicas)) == {b"since", b"lives:1:x"}
+
+
+def test_every_replica_reports_a_change_at_once(active: RangeStore, replicas: Replicas, mirrors: Mirrors) -> None:
+    some, reader = [mirrors() for _ in range(3)], mirrors(replica=None)
+    for mirror in (*some, reader):
+        mirror.start()
+    for _ in range(3):
+        state = toggle(active)
+        until(lambda state=state: not replicas.read().missing(state.generation))
+        assert names(replicas.read()) == sorted(map(name_of, some))
+        assert all(mirror.snapshot and mirror.snapshot.live == state for mirror in some), "reported is in force"
+    (report, *_) = replicas.read().replicas
+    assert report.range_set == state.range_set
+    assert report.expires - report.at == pytest.approx(LEASE_SECONDS, abs=0.01)
+    until(lambda: all(mirror.reporter and mirror.reporter.live == 3 for mirror in some))
+
+
+def test_a_replica_that_has_not_read_a_change_is_missing(
+    active: RangeStore, replicas: Replicas, mirrors: Mirrors
+) -> None:
+    deaf = mirrors()
+    deaf.refresh()  # and never again by itself: it was not started
+    before = toggle(active)
+    assert replicas.read().missing(before.generation) == (name_of(deaf),)
+    deaf.catch_up()
+    assert replicas.read().missing(before.generation) == ()
+    later = before.advanced(before.range_set, ())
+    assert replicas.read().missing(later.generation) == (name_of(deaf),)
+
+
+def test_a_replica_is_known_before_it_has_read_anything(
+    active: RangeStore, replicas: Replicas, mirrors: Mirrors
+) -> None:
+    mirror = mirrors(fingerprint="cd" * 32)
+    with pytest.raises(ForeignRangeSet):
+        mirror.refresh()
+    (report,) = replicas.read().replicas
+    assert (report.name, report.generation) == (name_of(mirror), None)
+    assert replicas.read().missing(active.live().generation) == (name_of(mirror),)
+
+
+@pytest.mark.parametrize("started", [True, False])
+def test_who_closes_is_out_at_once(active: RangeStore, replicas: Replicas, mirrors: Mirrors, started: bool) -> None:
+    mirror = mirrors()
+    if started:
+        mirror.start()
+    else:
+        mirror.refresh()
+    assert names(replicas.read()) == [name_of(mirror)]
+    mirror.close()
+    assert replicas.read().replicas == ()
+    assert replicas.read().since is not None
+
+
+def test_who_withdraws_holds_nobody_up_and_goes_on_reading(
+    active: RangeStore, replicas: Replicas, mirrors: Mirrors
+) -> None:
+    mirror = mirrors()
+    mirror.start()
+    mirror.withdraw()
+    until(lambda: not replicas.read().replicas)
+    state = toggle(active)
+    until(lambda: mirror.snapshot.live == state)
+    mirror.catch_up()
+    assert replicas.read().replicas == ()
+
+
+def test_a_report_is_renewed_and_made_anew_after_it_was_lost(
+    active: RangeStore, replicas: Replicas, mirrors: Mirrors
+) -> None:
+    mirror = mirrors()
+    mirror.start()
+    (first,) = replicas.read().replicas
+    until(lambda: replicas.read().replicas[0].at > first.at + HEARTBEAT_SECONDS / 2)
+    active.client.delete(active.keys.replicas)
+    emptied = replicas.read()
+    assert (emptied.since, emptied.settles_in) == (None, SILENT_SECONDS)
+    until(lambda: names(replicas.read()) == [name_of(mirror)])
+    assert 0 < replicas.read().settles_in <= SILENT_SECONDS
+
+
+def test_a_report_that_fails_does_not_harm_the_mirror(
+    active: RangeStore, replicas: Replicas, mirrors: Mirrors, caplog: pytest.LogCaptureFixture
+) -> None:
+    active.client.set(active.keys.replicas, "another application's")
+    mirror = mirrors()
+    mirror.start()
+    state = toggle(active)
+    until(lambda: mirror.snapshot.live == state)
+    assert (mirror.problem, mirror.store_up, mirror.lapsed) == (None, True, False)
+    until(lambda: "cannot report" in caplog.text)
+    with pytest.raises(StoreUnavailable, match="another application"):
+        replicas.read()
+    active.client.delete(active.keys.replicas)
+    until(lambda: names(replicas.read()) == [name_of(mirror)])
+    assert caplog.text.count("cannot report") == 1
+
+
+def test_who_was_silent_must_read_before_it_admits(
+    active: RangeStore, mirrors: Mirrors, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A replica that others may have given up, for it was stopped, knows that of itself."""
+    mirror, reader = mirrors(), mirrors(replica=None)
+    for each in (mirror, reader):
+        each.refresh()
+    assert not mirror.lapsed
+    monkeypatch.setattr(reporter, "SILENT_SECONDS", 0.02)
+    until(lambda: mirror.lapsed)
+    assert not reader.lapsed
+    state = toggle(active)
+    monkeypatch.setattr(reporter, "SILENT_SECONDS", SILENT_SECONDS)
+    assert mirror.catch_up().live == state
+    assert not mirror.lapsed
+
+
+def test_what_is_stored_is_documented_json(active: RangeStore, mirrors: Mirrors, redis_client: redis.Redis) -> None:
+    mirror = mirrors()
+    mirror.catch_up()
+    stored = redis_client.hgetall(active.keys.replicas)
+    report = json.loads(stored[name_of(mirror).encode()])
+    assert report.keys() == {"generation", "range_set", "at", "expires"}
+    assert report["generation"] == active.live().generation
+    assert float(stored[b"since"]) <= report["at"] <= time.time() + 1
