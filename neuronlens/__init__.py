@@ -25,7 +25,7 @@ from neuronlens.errors import (
 )
 from neuronlens.events import Event, JobChanged, LiveChanged, OtherEvent, RangeSetsChanged
 from neuronlens.fitting import FitSettings
-from neuronlens.replies import Answer, Answers, Job, LiveState, Plan, Result, Score
+from neuronlens.replies import Answer, Answers, Job, LiveState, Plan, Report, Result, Score
 
 __all__ = [
     "CONTEXT",
@@ -57,6 +57,7 @@ __all__ = [
     "Plan",
     "RangeSetsChanged",
     "Refused",
+    "Report",
     "Result",
     "Score",
     "Stale",

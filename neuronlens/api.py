@@ -28,12 +28,15 @@ from neuronlens.replies import (
     RangeSets,
     Ready,
     Reply,
+    Report,
+    Reports,
     Tokenized,
     Usage,
 )
 
 Activation = Literal["auto", "softmax", "sigmoid", "none"]
 Ranking = Literal["max", "probe", "probeless", "probeless_global", "selectivity"]
+ReportFile = Literal["report.html", "results.csv", "run.json"]
 
 BATCH = 256
 """Texts of one request, where the server does not tell how many it takes."""
@@ -199,6 +202,18 @@ class Api:
                 raise DeadlineExceeded(f"job {job} is still {found.state}")
             yield Pause(pause)
             pause = min(pause * 2, poll)
+
+    # reports
+
+    def reports(self) -> Steps[Reports]:
+        return self.caller.call("GET", "/v1/reports", Reports)
+
+    def report(self, report: str) -> Steps[Report]:
+        return self.caller.call("GET", f"/v1/reports/{in_path(report)}", Report)
+
+    def report_file(self, report: str, file: ReportFile) -> Steps[bytes]:
+        found = yield from self.caller.fetch("GET", f"/v1/reports/{in_path(report)}/{in_path(file)}")
+        return found.content
 
     # a text
 

@@ -7,7 +7,7 @@ from typing import Self, Unpack, overload
 
 import httpx
 
-from neuronlens.api import Activation, Ranking, answer, answers
+from neuronlens.api import Activation, Ranking, ReportFile, answer, answers
 from neuronlens.base import BaseClient, Texts
 from neuronlens.calls import Outcome, Pause, Send, Steps, T
 from neuronlens.erasing import CONTEXT, Erase, ErasureSettings, FromContext, LiveSpec
@@ -32,6 +32,8 @@ from neuronlens.replies import (
     RangeSet,
     RangeSets,
     Ready,
+    Report,
+    Reports,
     Tokenized,
 )
 
@@ -229,6 +231,15 @@ class AsyncClient(BaseClient):
 
     async def wait(self, job: str, *, timeout: float | None = None, poll: float = 2.0) -> Job:
         return await self._run(self._api.wait(job, timeout, poll))
+
+    async def reports(self) -> Reports:
+        return await self._run(self._api.reports())
+
+    async def report(self, report: str) -> Report:
+        return await self._run(self._api.report(report))
+
+    async def report_file(self, report: str, file: ReportFile) -> bytes:
+        return await self._run(self._api.report_file(report, file))
 
     async def tokenize(self, inputs: str | Texts, *, add_special_tokens: bool = True) -> Tokenized:
         return await self._run(self._api.tokenize(inputs, add_special_tokens))

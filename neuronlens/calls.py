@@ -101,6 +101,37 @@ class Caller:
         timeout: float | None = None,
         retries: int | None = None,
     ) -> Steps[R]:
+        """As `fetch`, and the answer is understood.
+
+        Raises:
+            NotUnderstood: it is no such reply.
+        """
+        response = yield from self.fetch(
+            method,
+            path,
+            params=params,
+            body=body,
+            headers=headers,
+            if_match=if_match,
+            repeatable=repeatable,
+            timeout=timeout,
+            retries=retries,
+        )
+        return _understood(response, reply)
+
+    def fetch(
+        self,
+        method: str,
+        path: str,
+        *,
+        params: Mapping[str, Any] | None = None,
+        body: Mapping[str, Any] | None = None,
+        headers: Mapping[str, str] | None = None,
+        if_match: str | None = None,
+        repeatable: bool | None = None,
+        timeout: float | None = None,
+        retries: int | None = None,
+    ) -> Steps[httpx.Response]:
         """One call with its retries, which all carry one request id.
 
         Args:
@@ -136,7 +167,7 @@ class Caller:
             )
             if isinstance(outcome, httpx.Response):
                 if outcome.status_code < 300:
-                    return _understood(outcome, reply)
+                    return outcome
                 error = error_of(outcome.status_code, outcome.headers, outcome.content)
                 again = _again(error, repeatable)
             else:

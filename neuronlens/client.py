@@ -7,7 +7,7 @@ from typing import Self, Unpack, overload
 
 import httpx
 
-from neuronlens.api import Activation, Ranking, answer, answers
+from neuronlens.api import Activation, Ranking, ReportFile, answer, answers
 from neuronlens.base import BaseClient, Texts
 from neuronlens.calls import Outcome, Pause, Send, Steps, T
 from neuronlens.erasing import CONTEXT, Erase, ErasureSettings, FromContext, LiveSpec
@@ -32,6 +32,8 @@ from neuronlens.replies import (
     RangeSet,
     RangeSets,
     Ready,
+    Report,
+    Reports,
     Tokenized,
 )
 
@@ -267,6 +269,18 @@ class Client(BaseClient):
             DeadlineExceeded: it is not over yet; it goes on.
         """
         return self._run(self._api.wait(job, timeout, poll))
+
+    def reports(self) -> Reports:
+        """What `neuronlens evaluate` left where the server looks for reports: the newest 200, newest first."""
+        return self._run(self._api.reports())
+
+    def report(self, report: str) -> Report:
+        """One report: what it is of, whether it is whole, and its files."""
+        return self._run(self._api.report(report))
+
+    def report_file(self, report: str, file: ReportFile) -> bytes:
+        """A file of a report: the page, its numbers, or every choice that they were made with."""
+        return self._run(self._api.report_file(report, file))
 
     def tokenize(self, inputs: str | Texts, *, add_special_tokens: bool = True) -> Tokenized:
         """The tokens of up to 64 texts, as the model gets them."""

@@ -408,6 +408,29 @@ class Job(Reply):
         return self.state in ("done", "failed", "cancelled")
 
 
+class Report(Reply):
+    """An evaluation's report. `created_at`: Unix seconds; `state`: complete, incomplete or broken.
+
+    What its run.json says is None where that cannot be read: the model, the corpus (`data`) and its `texts`.
+    """
+
+    id: str
+    state: str
+    created_at: float
+    files: tuple[str, ...]
+    model: str | None
+    data: str | None
+    texts: int | None
+    targets: tuple[str, ...]
+    methods: tuple[str, ...]
+
+
+class Reports(Reply):
+    """The newest 200, newest first."""
+
+    reports: tuple[Report, ...]
+
+
 class Jobs(Reply):
     """Those that wait or run, and the last that are over; newest first."""
 

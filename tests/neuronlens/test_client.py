@@ -8,6 +8,7 @@ import pickle
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any, get_args, get_type_hints
 
 import httpx
@@ -38,6 +39,7 @@ from neuronlens import (
 from neuronlens.erasing import ErasuresSpec
 from range_store.erasure import RANKINGS
 from tests.e2e.conftest import Running, ready
+from tests.e2e.reports import write_report
 from tests.workers.texts import labelled_texts, write_jsonl
 from workers.fitting.corpus import load_corpus
 from workers.fitting.fit import Fitted, fit
@@ -96,6 +98,25 @@ def test_an_answer_holds_what_the_server_says(client_of: ClientOf, news: Running
     assert one.erasure == found.erasure
     assert client.classify(TEXTS[0]).erasure.source == "none"
     assert client.classify([]).results == ()
+
+
+def test_reports_are_listed_and_read(client_of: ClientOf, serve: Callable[..., Running], tmp_path: Path) -> None:
+    client = client_of(serve().url)
+    assert client.reports().reports == ()
+    name = "50 % of “what?”, a.b"
+    directory = write_report(tmp_path / "reports", name)
+    (found,) = client.reports().reports
+    assert not list(unknown(found))
+    assert (found.id, found.state, found.model, found.texts) == (name, "complete", "tiny-news", 7)
+    assert client.report(name) == found
+    for file in found.files:
+        assert client.report_file(name, file) == (directory / file).read_bytes()
+    (directory / "report.html").unlink()
+    assert client.report(name).state == "incomplete"
+    for ask in (lambda: client.report(".."), lambda: client.report_file(name, "report.html")):
+        with pytest.raises(NotFound) as missing:
+            ask()
+        assert missing.value.code == "unknown_report"
 
 
 def test_a_block_erases_and_leaves_what_is_live_alone(client_of: ClientOf, news: Running) -> None:

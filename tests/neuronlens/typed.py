@@ -2,7 +2,19 @@
 
 from typing import assert_type
 
-from neuronlens import Answer, Answers, AsyncClient, Client, Erase, Erasing, ErasureSpec, LiveState, Plan, Score
+from neuronlens import (
+    Answer,
+    Answers,
+    AsyncClient,
+    Client,
+    Erase,
+    Erasing,
+    ErasureSpec,
+    LiveState,
+    Plan,
+    Report,
+    Score,
+)
 
 
 def blocking(client: Client, either: str | list[str], erase: Erase) -> None:
@@ -16,6 +28,9 @@ def blocking(client: Client, either: str | list[str], erase: Erase) -> None:
     spec: ErasureSpec = {"concept": "Sports", "tau": 2}
     with client.erase("Sports", spec, tau=2) as block:
         assert_type(block, Erasing)
+    assert_type(client.reports().reports, tuple[Report, ...])
+    assert_type(client.report_file("x", "run.json"), bytes)
+    client.report_file("x", "../keys")  # type: ignore[arg-type]
     client.switch_on("Sports", tua=2)  # type: ignore[call-arg]
     client.erase("Sports", ranking="best")  # type: ignore[arg-type]
     client.classify("a", erase=[{"tau": 2}])  # type: ignore[list-item]
