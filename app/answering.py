@@ -16,9 +16,9 @@ from app.problems import ApiError
 from app.replies import Score
 from app.routes import snapshot_of
 from app.scores import Activation, scores_of
+from app.service import Answer, Service
 from app.settings import Settings
 from app.tracing import step, step_done
-from app.wiring import Answer, Service
 from range_store.erasure import Erasure
 
 Timeout = Annotated[float | None, Header(gt=0, description="Seconds; no more than the server's own.")]

@@ -32,11 +32,11 @@ from app.routes import (
 )
 from app.routes.dropin.dialect import Dialects
 from app.routes.dropin.v2_binary import BinaryTensors
+from app.service import Service
 from app.settings import LOOPBACK, Settings
 from app.store_calls import StoreCalls
 from app.templates import Templates
 from app.tracing import Traces
-from app.wiring import Service
 
 DESCRIPTION = """Classify text with a transformer while erasing chosen concepts from its activations, live.
 

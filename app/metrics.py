@@ -14,7 +14,7 @@ from prometheus_client.registry import Collector
 from app.fit_jobs import STATES
 from app.fit_process import progress_of
 from app.readiness import conditions
-from app.wiring import MOST_CONCEPTS, OTHER_CONCEPTS, Service
+from app.service import MOST_CONCEPTS, OTHER_CONCEPTS, Service
 from range_store.live import LiveErasure
 from range_store.mirror import Trouble
 
@@ -114,7 +114,7 @@ class ServiceMetrics(Collector):
                 "family": identity.family,
                 "fingerprint": identity.fingerprint,
                 "dtype": model.dtype,
-                "device": str(model.device),
+                "device": model.device,
             },
         )
 

@@ -13,7 +13,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from app.logs import described
 from app.problems import domain_problem, new_request_id, problem_response
-from app.wiring import QueueFull
+from app.service import QueueFull
 
 logger = logging.getLogger(__name__)
 

@@ -17,8 +17,8 @@ from pydantic import BaseModel, Field
 from starlette.exceptions import HTTPException
 from starlette.routing import Match
 
+from app.service import DeadlineExceeded, Draining, EmptyText, EngineFailed, QueueFull, RequestTooLarge, TextTooLong
 from app.shapes import without_tags
-from app.wiring import DeadlineExceeded, Draining, EmptyText, EngineFailed, QueueFull, RequestTooLarge, TextTooLong
 from range_store.errors import (
     Behind,
     ForeignRangeSet,

@@ -1,6 +1,6 @@
 """What makes a service ready: one list for `/readyz` and for the metrics."""
 
-from app.wiring import Service
+from app.service import Service
 
 
 def conditions(service: Service) -> dict[str, bool]:

@@ -1,12 +1,11 @@
-"""The one module of `app` that knows `workers`: it puts a service together, and starts jobs for the command line.
+"""The one module of `app` that loads models: it puts a service together, and starts jobs for the command line.
 
-Importing it loads torch; commands that only talk to the store or to a server do without it.
+Importing it loads torch; the routes, and commands that only talk to the store or to a server, do without it.
 """
 
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +19,7 @@ from app.jobs import CorpusChoice, ModelChoice, NewModelChoice
 from app.keyring import Keyring, memory_of
 from app.live_changes import LiveChanges
 from app.news import News
+from app.service import MOST_CONCEPTS, OTHER_CONCEPTS, Service
 from app.settings import Settings
 from range_store.api_keys import KeyStore
 from range_store.embedded import connect
@@ -31,16 +31,6 @@ from range_store.store import RangeStore
 from workers.demo.demo import NAME as DEMO_NAME
 from workers.demo.demo import Demo, prepare
 from workers.engine.engine import Engine
-from workers.engine.errors import (
-    DeadlineExceeded,
-    Draining,
-    EngineError,
-    EngineFailed,
-    QueueFull,
-    RequestTooLarge,
-)
-from workers.engine.metrics import MOST_CONCEPTS, OTHER_CONCEPTS
-from workers.engine.requests import Answer, Logits, TextAnswer
 from workers.engine.settings import EngineSettings, batch_tokens_for
 from workers.evaluation.evaluate import Evaluation, check_targets
 from workers.evaluation.evaluate import evaluate as _evaluate
@@ -50,63 +40,18 @@ from workers.evaluation.settings import EvaluationSettings
 from workers.fitting.corpus import Corpus, check_source, load_corpus, load_label_map, match_labels
 from workers.fitting.fit import CHECKPOINT_SECONDS, Fitted
 from workers.fitting.fit import fit as _fit
-from workers.fitting.known import KNOWN
-from workers.models.errors import EmptyText, TextTooLong
 from workers.models.loading import LoadedModel, load_model, use_threads
 from workers.training.scratch import NewModel
 from workers.training.train import TrainReport, TrainSettings
 from workers.training.train import train as _train
 
-__all__ = [
-    "CHECKPOINT_SECONDS",
-    "KNOWN_DATA_SETS",
-    "MOST_CONCEPTS",
-    "OTHER_CONCEPTS",
-    "Answer",
-    "DeadlineExceeded",
-    "Demo",
-    "Draining",
-    "EmptyText",
-    "EngineError",
-    "EngineFailed",
-    "Evaluation",
-    "Logits",
-    "QueueFull",
-    "RequestTooLarge",
-    "Service",
-    "TextAnswer",
-    "TextTooLong",
-]
+__all__ = ["CHECKPOINT_SECONDS", "Demo", "Evaluation"]
 
-KNOWN_DATA_SETS = tuple(KNOWN)
-"""Names that a job's `dataset` may be."""
 KEPT_FOR_CHOOSING = 0.1
 """Share of the fitting texts that is kept out of the fit, to choose settings on."""
 
 Report = Callable[[str, int, int], None]
 """Told of progress: (what is being done, how much of it, out of how much)."""
-
-
-@dataclass(frozen=True, eq=False)
-class Service:
-    """One process's parts: store, mirror of the live state, keys, engine, fits beside it. Made by `open_service`."""
-
-    settings: Settings
-    model: LoadedModel
-    store: RangeStore
-    mirror: Mirror
-    keyring: Keyring
-    engine: Engine
-    registry: CollectorRegistry
-    name: str
-    news: News
-    jobs: FitJobs
-    fits: FitRunner
-
-    def drain(self) -> None:
-        """Take no new requests, and have nobody wait until this replica follows a change; from a signal handler too."""
-        self.engine.drain()
-        self.mirror.withdraw()
 
 
 @contextmanager
@@ -156,7 +101,7 @@ def _serving(settings: Settings, model: LoadedModel, client: redis.Redis) -> Ite
         replica=new_name(),
     )
     limits = EngineSettings(
-        max_batch_tokens=settings.max_batch_tokens or batch_tokens_for(model.device),
+        max_batch_tokens=settings.max_batch_tokens or batch_tokens_for(model.device.type),
         max_queue_tokens=settings.max_queue_tokens,
         max_queue_texts=settings.max_queue_texts,
         max_queue_seconds=settings.max_queue_seconds,
@@ -172,7 +117,7 @@ def _serving(settings: Settings, model: LoadedModel, client: redis.Redis) -> Ite
         engine.start()
         if settings.fits or not all(job.over for job in jobs.list()):
             fits.start()
-        yield Service(settings, model, store, mirror, keyring, engine, registry, name, news, jobs, fits)
+        yield Service(settings, model.facts, store, mirror, keyring, engine, registry, name, news, jobs, fits)
     finally:
         engine.drain()
         mirror.withdraw()

@@ -164,7 +164,7 @@ def listen(
     Raises:
         CommandError: the port was taken meanwhile, there was a failure, or accepted requests were cut off.
     """
-    from app.protocol import bounded_head  # here, because it loads torch
+    from app.protocol import bounded_head
 
     config = uvicorn.Config(
         app,

@@ -14,8 +14,8 @@ from app.cli.listening import address_of, bind, guarded, keys_create, listen, me
 from app.cli.stores import settings_with
 
 if TYPE_CHECKING:
+    from app.service import Service
     from app.settings import Settings
-    from app.wiring import Service
 
 Host = Annotated[
     str | None, typer.Option("--host", help="Address to listen at. Default: NEURONLENS_HOST, else 127.0.0.1.")

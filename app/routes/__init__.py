@@ -7,7 +7,7 @@ from fastapi.dependencies.models import Dependant
 from starlette.convertors import Convertor, register_url_convertor
 
 from app.problems import MOST_ERRORS, ApiError, FieldError
-from app.wiring import Service
+from app.service import Service
 from range_store.errors import NoRangeSet, StoreUnavailable
 from range_store.mirror import Snapshot
 from range_store.range_set import RangeSet

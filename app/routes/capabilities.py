@@ -57,7 +57,7 @@ async def show_capabilities(service: Serving, caller: Calling, request: Request)
         layers_fitted=list(fitted.layers) if fitted else [],
         replacements=["zero", "mean", "damp"],
         activations=list(get_args(Activation)),
-        max_tokens=model.tokens.max_tokens,
+        max_tokens=model.max_tokens,
         max_texts=settings.max_texts,
         max_characters=settings.max_characters,
         max_body_bytes=settings.max_body_bytes,

@@ -9,7 +9,7 @@ from app.replies import Baseline, ClassifyOut, ErasureOut, ErasurePlan, Result, 
 from app.requests import ClassifyIn
 from app.routes import QueryChecked, Serving, check_model_name
 from app.scores import Activation
-from app.wiring import Answer
+from app.service import Answer
 
 router = APIRouter(tags=["classify"])
 

@@ -12,8 +12,8 @@ from app.problems import BODY, QUERY, documented, header
 from app.replies import ErasureOut, LiveListOut, LiveOut
 from app.requests import LiveListIn, Reason, SwitchOnIn
 from app.routes import QueryChecked, Serving, check_model_name, snapshot_of
+from app.service import Service
 from app.store_calls import StoreCalling, StoreCalls
-from app.wiring import Service
 from range_store.errors import StaleGeneration, StoreUnavailable
 from range_store.live import LiveState
 from range_store.store import RangeStore

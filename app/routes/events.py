@@ -12,7 +12,7 @@ from app.events import HEARTBEAT, PAUSE, RECONNECT, TICK, EventStream, event
 from app.problems import QUERY, documented
 from app.routes import QueryChecked, Serving
 from app.routes.erasures import live_list
-from app.wiring import Draining, Service
+from app.service import Draining, Service
 from range_store.live import LiveState
 
 router = APIRouter(tags=["service"])

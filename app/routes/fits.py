@@ -14,7 +14,7 @@ from app.fit_replies import JobOut, JobsOut, job_out
 from app.fit_requests import DataRefused, DataUnusable, FitIn, source_of
 from app.problems import BODY, QUERY, ApiError, documented, header
 from app.routes import QueryChecked, Serving, check_model_name
-from app.wiring import KNOWN_DATA_SETS
+from app.service import KNOWN_DATA_SETS
 from range_store.erasure import resolve_layers
 
 logger = logging.getLogger(__name__)

@@ -13,7 +13,7 @@ from app.replies import ActivationsOut, TextTokens, TextValues, Token, TokenizeO
 from app.requests import ActivationsIn, TokenizeIn
 from app.routes import QueryChecked, Serving, check_model_name, snapshot_of
 from app.routes.inspection import finite
-from app.wiring import Service
+from app.service import Service
 from range_store.erasure import Site, resolve_layers
 from range_store.errors import InvalidErasure, UnknownNeuron
 
@@ -57,7 +57,7 @@ async def tokenize(
             for text in shown
         ],
         prefix_tokens=service.model.prefix_tokens,
-        max_tokens=service.model.tokens.max_tokens,
+        max_tokens=service.model.max_tokens,
     )
 
 

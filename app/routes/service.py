@@ -66,12 +66,12 @@ async def list_models(service: Serving, caller: Calling, request: Request) -> Mo
                 labels=list(identity.labels),
                 layers=identity.n_layers,
                 hidden_size=identity.hidden_size,
-                max_tokens=model.tokens.max_tokens,
+                max_tokens=model.max_tokens,
                 dtype=model.dtype,
-                device=str(model.device),
+                device=model.device,
                 problem_type=model.problem_type,
                 template=model.template,
-                split=model.steered.splits,
+                split=model.splits,
                 path=model.source if trusted else None,
             )
         ]

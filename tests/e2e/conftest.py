@@ -17,8 +17,9 @@ import uvicorn
 from app.main import create_app
 from app.protocol import bounded_head
 from app.routes.dropin import dialect_of
+from app.service import Service
 from app.settings import Settings
-from app.wiring import Service, open_service
+from app.wiring import open_service
 from range_store.api_keys import KeyStore
 from range_store.embedded import EmbeddedRedis, connect
 from range_store.store import RangeStore
@@ -39,6 +40,7 @@ class Running:
     http: httpx.Client
     service: Service
     url: str
+    model: LoadedModel
 
     def classify(self, inputs: Any, **fields: Any) -> httpx.Response:
         return self.http.post("/v1/classify", json={"inputs": inputs, **fields})
@@ -90,7 +92,7 @@ def serve(redis_client: redis.Redis, model: LoadedModel, tmp_path: Path) -> Iter
             until(lambda: server.started)
             port = server.servers[0].sockets[0].getsockname()[1]
             url = f"http://127.0.0.1:{port}"
-            return Running(stack.enter_context(httpx.Client(base_url=url, timeout=30)), service, url)
+            return Running(stack.enter_context(httpx.Client(base_url=url, timeout=30)), service, url, loaded or model)
 
         yield start
 

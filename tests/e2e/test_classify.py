@@ -33,7 +33,7 @@ def test_an_answer_has_the_designed_form(news: Running) -> None:
     assert (result["masked_neurons"], result["truncated"], result["baseline"]) == (0, False, None)
     assert body["erasure"]["source"] == "none"
     assert body["erasure"]["range_set"] == news.service.store.live().range_set
-    assert body["usage"]["tokens"] == len(news.service.model.tokens.encode([TEXT])[0].ids)
+    assert body["usage"]["tokens"] == len(news.model.tokens.encode([TEXT])[0].ids)
 
 
 def test_every_form_of_erase_means_what_it_says(news: Running) -> None:
@@ -236,7 +236,7 @@ def test_bodies_that_are_no_json(news: Running, problem: Problem) -> None:
 
 
 def test_a_deadline_is_kept(news: Running, problem: Problem) -> None:
-    with news.service.model.steered._lock:
+    with news.model.steered._lock:
         late = news.http.post("/v1/classify", json={"inputs": "a"}, headers={"X-Request-Timeout": "0.05"})
     problem(late, 504, "deadline_exceeded")
     refused = news.http.post("/v1/classify", json={"inputs": "a"}, headers={"X-Request-Timeout": "0"})
@@ -275,7 +275,7 @@ def test_a_client_that_hangs_up_is_not_computed_for(news: Running) -> None:
     def counted(name: str, **labels: str) -> float | None:
         return news.service.registry.get_sample_value(name, labels)
 
-    with news.service.model.steered._lock:
+    with news.model.steered._lock:
         with pytest.raises(httpx.ReadTimeout):
             httpx.post(f"{news.url}/v1/classify", json={"inputs": [TEXT] * 3}, timeout=0.3)
         until(lambda: counted("neuronlens_rejections_total", reason="cancelled") == 1)

@@ -199,7 +199,7 @@ def test_a_model_that_fails_on_texts_fails_them_alone(
         raise RuntimeError("what the text was")
 
     with monkeypatch.context() as patched:
-        patched.setattr(news.service.model.steered, "record", broken)
+        patched.setattr(news.model.steered, "record", broken)
         refused = news.http.post("/v1/activations", json={"inputs": "x", "neurons": [0]})
         assert "what the text was" not in problem(refused, 500, "engine_failed")["detail"]
     assert news.http.post("/v1/activations", json={"inputs": "x", "neurons": [0]}).status_code == 200

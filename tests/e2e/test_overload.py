@@ -70,7 +70,7 @@ def test_a_request_larger_than_the_whole_queue_is_413(
     serve: Callable[..., Running], fitted: Fitted, problem: Problem
 ) -> None:
     running = ready(serve(max_queue_tokens=100), fitted)
-    tokens = len(running.service.model.tokens.encode([TEXTS[0]])[0].ids)
+    tokens = len(running.model.tokens.encode([TEXTS[0]])[0].ids)
     few, many = 100 // tokens, 100 // tokens + 1
     assert running.classify([TEXTS[0]] * few, erase=[]).status_code == 200
     problem(running.classify([TEXTS[0]] * many, erase=[]), 413, "request_too_large")

@@ -51,7 +51,7 @@ def test_readiness_follows_what_is_needed_to_answer(
 def test_a_slow_forward_pass_delays_no_probe_and_no_toggle(news: Running) -> None:
     """Promise 9: the model is held for as long as the test likes, and everything else answers meanwhile."""
     answers: list[httpx.Response] = []
-    with news.service.model.steered._lock:
+    with news.model.steered._lock:
         waiting = threading.Thread(target=lambda: answers.append(news.classify("the keeper saved a penalty")))
         waiting.start()
         with httpx.Client(base_url=news.url, timeout=5) as other:

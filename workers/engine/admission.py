@@ -5,7 +5,6 @@ import time
 from collections import OrderedDict
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal
 
 import torch
 
@@ -14,9 +13,8 @@ from range_store.errors import NoRangeSet, StoreUnavailable
 from range_store.mirror import Mirror
 from range_store.plan import NO_ERASURE, resolve
 from range_store.range_set import RangeSet
+from workers.engine.answers import Source
 from workers.engine.masks import DevicePlan
-
-Source = Literal["live", "request", "none"]
 
 
 @dataclass(frozen=True, eq=False)

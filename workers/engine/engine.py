@@ -22,13 +22,14 @@ from prometheus_client import CollectorRegistry
 from range_store.erasure import Erasure
 from range_store.mirror import Mirror
 from workers.engine.admission import Planner
+from workers.engine.answers import Answer, Logits, TextAnswer
 from workers.engine.errands import Errand
 from workers.engine.errors import DeadlineExceeded, Draining, EngineError, EngineFailed, QueueFull, RequestTooLarge
 from workers.engine.forward import WHOLE_PASS, Variant, open_trunk, steer_variants
 from workers.engine.looking import Looking
 from workers.engine.metrics import EngineMetrics
 from workers.engine.queue import BatchQueue
-from workers.engine.requests import Answer, Logits, Request, Text, TextAnswer, fail, reply
+from workers.engine.requests import Request, Text, fail, reply
 from workers.engine.settings import EngineSettings
 from workers.engine.trunk_cache import TrunkCache
 from workers.models.loading import LoadedModel

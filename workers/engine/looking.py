@@ -16,7 +16,8 @@ from range_store.erasure import Site
 from workers.engine.errands import Errand, Result
 from workers.engine.errors import DeadlineExceeded, EngineError, EngineFailed, QueueFull, RequestTooLarge
 from workers.models.loading import LoadedModel
-from workers.models.tokens import ShownText, length_sorted
+from workers.models.shown import ShownText
+from workers.models.tokens import length_sorted
 
 MOST_SHOWN = 16384
 """Tokens that one reply may list."""

@@ -1,4 +1,4 @@
-"""Requests on their way through the engine, and their answers: one future a request, one wake-up a batch."""
+"""Requests on their way through the engine: one future a request, one wake-up a batch."""
 
 import asyncio
 import contextvars
@@ -9,48 +9,15 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-import numpy as np
-import numpy.typing as npt
-
-from range_store.erasure import Erasure
-from workers.engine.admission import Admission, Source
+from workers.engine.admission import Admission
+from workers.engine.answers import TextAnswer
 from workers.engine.masks import DevicePlan
 from workers.models.texts import TextOrPair
 from workers.models.tokens import Encoded
 
 logger = logging.getLogger(__name__)
 
-Logits = npt.NDArray[np.float32]
 Stage = Literal["tokenizing", "queued", "running"]
-
-
-@dataclass(frozen=True, eq=False)
-class TextAnswer:
-    """One text's logits [K], those of the bare model if `compare` was asked for, and what was done to it."""
-
-    logits: Logits
-    baseline: Logits | None
-    masked_neurons: int
-    truncated: bool
-    tokens: int
-
-
-@dataclass(frozen=True, eq=False)
-class Answer:
-    """A request's answers in its order, and the plan that it was admitted with.
-
-    `erasures` have their layers resolved to block indices; `enforced` names the concepts that an operator enforces.
-    It was queued until its first text's batch began, and running from then on.
-    """
-
-    texts: tuple[TextAnswer, ...]
-    source: Source
-    erasures: tuple[Erasure, ...]
-    enforced: frozenset[str]
-    range_set: str | None
-    generation: str | None
-    queued_seconds: float = 0.0
-    running_seconds: float = 0.0
 
 
 @dataclass(eq=False)

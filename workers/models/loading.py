@@ -20,6 +20,7 @@ from transformers.utils.hub import cached_file
 
 from range_store.range_set import Kind, ModelIdentity
 from workers.models.errors import CheckpointError
+from workers.models.facts import ModelFacts
 from workers.models.families import Family, family_of
 from workers.models.few_shot import FewShotModel, Scoring
 from workers.models.label_token import LabelTokenClassifier, LabelTokens
@@ -57,9 +58,19 @@ class LoadedModel:
     template: str | None = None
 
     @property
-    def prefix_tokens(self) -> int:
-        """Tokens that stand before every text: instruction and exemplars of a few-shot classifier."""
-        return len(self.steered.prefix) if isinstance(self.steered, FewShotModel) else 0
+    def facts(self) -> ModelFacts:
+        """What others need to know of it."""
+        return ModelFacts(
+            self.identity,
+            self.problem_type,
+            self.dtype,
+            str(self.device),
+            self.source,
+            self.tokens.max_tokens,
+            self.steered.splits,
+            self.template,
+            len(self.steered.prefix) if isinstance(self.steered, FewShotModel) else 0,
+        )
 
 
 def use_threads(threads: int | None) -> None:

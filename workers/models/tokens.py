@@ -11,6 +11,7 @@ from torch import Tensor
 
 from workers.models.errors import EmptyText, PairUnsupported, TextTooLong
 from workers.models.packing import Packing
+from workers.models.shown import ShownText, ShownToken
 from workers.models.texts import TextOrPair
 
 
@@ -24,31 +25,6 @@ class Encoded:
     ids: tuple[int, ...]
     truncated: bool = field(default=False, compare=False)
     type_ids: tuple[int, ...] | None = None
-
-
-@dataclass(frozen=True)
-class ShownToken:
-    """One token for people to look at.
-
-    text: as it stands in the vocabulary. start, stop: of its characters in the text; None for one that is not of the
-    text (`special`), or where the tokenizer cannot tell. read: whether the head reads the state at it.
-    """
-
-    id: int
-    text: str
-    start: int | None
-    stop: int | None
-    special: bool
-    read: bool
-
-
-@dataclass(frozen=True)
-class ShownText:
-    """A text's tokens as the model gets them. `total`: how many they would be if none were cut off."""
-
-    tokens: tuple[ShownToken, ...]
-    total: int
-    truncated: bool
 
 
 @dataclass(frozen=True, eq=False)

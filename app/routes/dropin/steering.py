@@ -7,7 +7,7 @@ from fastapi import Response
 from pydantic import BaseModel, ConfigDict, Field
 
 from app.requests import Erase
-from app.wiring import Answer
+from app.service import Answer
 
 LONGEST_HEADER = 2000
 """Most characters of `X-NeuronLens-Erased`; many clients take 8,000 for all headers together."""

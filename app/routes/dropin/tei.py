@@ -18,8 +18,8 @@ from app.requests import erasures_of
 from app.routes import Serving
 from app.routes.dropin.dialect import Dialect
 from app.routes.dropin.steering import TOLD, Steered, tell
+from app.service import Answer
 from app.shapes import LIST, TEXT, by_shape
-from app.wiring import Answer
 
 ErrorType = Literal["Unhealthy", "Backend", "Overloaded", "Validation", "Tokenizer"]
 
@@ -157,7 +157,7 @@ async def tei_info(service: Serving) -> InfoOut:
             )
         ),
         max_concurrent_requests=limits.max_queue_texts,
-        max_input_length=model.tokens.max_tokens,
+        max_input_length=model.max_tokens,
         max_batch_tokens=limits.max_batch_tokens,
         max_batch_requests=None,
         max_client_batch_size=service.settings.max_texts,

@@ -74,7 +74,7 @@ async def dropin_tokenize(
         (tokens,) = listed
         return VllmTokens(
             count=len(tokens),
-            max_model_len=service.model.tokens.max_tokens,
+            max_model_len=service.model.max_tokens,
             tokens=[each.id for each in tokens],
             token_strs=[each.text for each in tokens] if body.return_token_strs else None,
         )

@@ -35,7 +35,7 @@ from app.routes.dropin.v2_shapes import (
     TensorOut,
 )
 from app.scores import Activation
-from app.wiring import Answer, Logits, Service
+from app.service import Answer, Logits, Service
 
 
 class V2Problem(Problem):

@@ -18,7 +18,7 @@ from app.routes import Serving, check_model_name
 from app.routes.dropin.dialect import Dialect
 from app.routes.dropin.steering import TOLD, Steered, tell
 from app.scores import Activation
-from app.wiring import Answer
+from app.service import Answer
 
 
 class VllmErrorInfo(BaseModel):
@@ -117,7 +117,7 @@ async def vllm_classify(
     check_model_name(service, body.model)
     if not body.input:
         raise ApiError(422, "invalid", "input: there is nothing in it")
-    most, cut_to = service.model.tokens.max_tokens, body.truncate_prompt_tokens
+    most, cut_to = service.model.max_tokens, body.truncate_prompt_tokens
     if cut_to is not None and cut_to > most:
         raise ApiError(422, "invalid", f"truncate_prompt_tokens: {cut_to} is more than the {most} that the model takes")
     answer = await answer_to(

@@ -115,7 +115,7 @@ def serve():
     with bind(settings) as bound, open_service(settings) as service:
         def lost(*args, **kwargs):
             raise RuntimeError("CUDA error: an illegal memory access was encountered")
-        service.model.steered._call = lost
+        service.engine.model.steered._call = lost
         serve_until_told(service, settings, bound)
 cli.app.command("lost")(serve)
 sys.exit(cli.run(["lost"]))

@@ -37,7 +37,7 @@ def test_a_prompt_is_answered_as_vllm_does(news: Running) -> None:
         [each["id"] for each in tokens],
         [each["text"] for each in tokens],
     )
-    assert (found["count"], found["max_model_len"]) == (len(tokens), news.service.model.tokens.max_tokens)
+    assert (found["count"], found["max_model_len"]) == (len(tokens), news.model.tokens.max_tokens)
     assert post(news, prompt="a goal").json()["token_strs"] is None
 
 

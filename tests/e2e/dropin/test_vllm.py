@@ -61,7 +61,7 @@ def test_the_newest_name_of_the_activation_wins(news: Running) -> None:
 
 
 def test_a_long_text_is_refused_or_cut_to_what_the_model_takes(news: Running) -> None:
-    most = news.service.model.tokens.max_tokens
+    most = news.model.tokens.max_tokens
     assert refusal(news, 400, "text_too_long", input=LONG)["type"] == "BadRequestError"
     for cut in (-1, most):
         assert classify(news, input=LONG, truncate_prompt_tokens=cut)["usage"]["prompt_tokens"] == most

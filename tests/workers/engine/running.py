@@ -19,8 +19,8 @@ from range_store.store import RangeStore
 from tests.workers.checkpoints import LABELS
 from tests.workers.masking import Alike
 from tests.workers.texts import labelled_texts
+from workers.engine.answers import Answer
 from workers.engine.engine import Engine
-from workers.engine.requests import Answer
 from workers.models.loading import LoadedModel
 from workers.models.texts import TextOrPair
 

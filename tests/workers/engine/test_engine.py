@@ -23,9 +23,9 @@ from range_store.store import RangeStore
 from tests.workers.checkpoints import LABELS, save_tiny
 from tests.workers.engine.running import NEAR, TEXTS, TOLERANCE, Running, alone, random_erasures
 from tests.workers.texts import labelled_texts, write_jsonl
+from workers.engine.answers import Answer
 from workers.engine.engine import Engine
 from workers.engine.errors import DeadlineExceeded, Draining, EngineFailed, QueueFull, RequestTooLarge
-from workers.engine.requests import Answer
 from workers.engine.settings import EngineSettings
 from workers.fitting.corpus import load_corpus
 from workers.fitting.fit import fit

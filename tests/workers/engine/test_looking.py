@@ -8,7 +8,7 @@ import pytest
 
 from tests.workers.engine.running import Running
 from workers.engine.errors import Draining, EngineFailed
-from workers.models.tokens import ShownText
+from workers.models.shown import ShownText
 
 Start = Callable[..., Running]
 TEXTS = ["a goal in the last minute of the final", "shares fell", "a probe sent back pictures"] * 20

@@ -15,8 +15,9 @@ from range_store.live import LiveErasure
 from tests.workers.checkpoints import LABELS
 from tests.workers.engine.running import NEAR, TEXTS, TOLERANCE, Running, alone
 from tests.workers.texts import labelled_texts
+from workers.engine.answers import Answer
 from workers.engine.errors import DeadlineExceeded, QueueFull, RequestTooLarge
-from workers.engine.requests import Answer, Request, Text
+from workers.engine.requests import Request, Text
 from workers.models.errors import TextTooLong
 
 

@@ -1,0 +1,72 @@
+"""A service as the routes see it, and what of `workers` they need: answers, errors, facts. Without torch.
+
+`app.wiring` makes one around an engine of this process.
+"""
+
+from dataclasses import dataclass
+
+from prometheus_client import CollectorRegistry
+
+from app.fit_jobs import FitJobs
+from app.fit_runner import FitRunner
+from app.keyring import Keyring
+from app.news import News
+from app.settings import Settings
+from range_store.mirror import Mirror
+from range_store.store import RangeStore
+from workers.engine.answers import Answer, Answerer, Logits, TextAnswer
+from workers.engine.errors import (
+    DeadlineExceeded,
+    Draining,
+    EngineError,
+    EngineFailed,
+    QueueFull,
+    RequestTooLarge,
+)
+from workers.engine.metrics import MOST_CONCEPTS, OTHER_CONCEPTS
+from workers.fitting.known import KNOWN
+from workers.models.errors import EmptyText, TextTooLong
+from workers.models.facts import ModelFacts
+
+__all__ = [
+    "KNOWN_DATA_SETS",
+    "MOST_CONCEPTS",
+    "OTHER_CONCEPTS",
+    "Answer",
+    "DeadlineExceeded",
+    "Draining",
+    "EmptyText",
+    "EngineError",
+    "EngineFailed",
+    "Logits",
+    "QueueFull",
+    "RequestTooLarge",
+    "Service",
+    "TextAnswer",
+    "TextTooLong",
+]
+
+KNOWN_DATA_SETS = tuple(KNOWN)
+"""Names that a job's `dataset` may be."""
+
+
+@dataclass(frozen=True, eq=False)
+class Service:
+    """One process's parts: store, mirror of the live state, keys, what answers, fits beside it."""
+
+    settings: Settings
+    model: ModelFacts
+    store: RangeStore
+    mirror: Mirror
+    keyring: Keyring
+    engine: Answerer
+    registry: CollectorRegistry
+    name: str
+    news: News
+    jobs: FitJobs
+    fits: FitRunner
+
+    def drain(self) -> None:
+        """Take no new requests, and have nobody wait until this replica follows a change; from a signal handler too."""
+        self.engine.drain()
+        self.mirror.withdraw()

@@ -1,0 +1,102 @@
+"""Answers, and what gives them: the engine of this process, or a fleet of engines elsewhere.
+
+Without torch: whoever replies over HTTP needs no more than this.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal, Protocol
+
+import numpy as np
+import numpy.typing as npt
+
+from range_store.erasure import Erasure, Site
+from workers.engine.errors import QueueFull
+from workers.engine.settings import EngineSettings
+from workers.models.shown import ShownText
+
+Logits = npt.NDArray[np.float32]
+Source = Literal["live", "request", "none"]
+"""Where the erasures of an answer come from."""
+
+
+@dataclass(frozen=True, eq=False)
+class TextAnswer:
+    """One text's logits [K], those of the bare model if `compare` was asked for, and what was done to it."""
+
+    logits: Logits
+    baseline: Logits | None
+    masked_neurons: int
+    truncated: bool
+    tokens: int
+
+
+@dataclass(frozen=True, eq=False)
+class Answer:
+    """A request's answers in its order, and the plan that it was admitted with.
+
+    `erasures` have their layers resolved to block indices; `enforced` names the concepts that an operator enforces.
+    It was queued until its first text's batch began, and running from then on.
+    """
+
+    texts: tuple[TextAnswer, ...]
+    source: Source
+    erasures: tuple[Erasure, ...]
+    enforced: frozenset[str]
+    range_set: str | None
+    generation: str | None
+    queued_seconds: float = 0.0
+    running_seconds: float = 0.0
+
+
+class Looker(Protocol):
+    """Looks at what a model makes of texts; see `workers.engine.looking.Looking`."""
+
+    async def tokens(self, texts: Sequence[str], *, timeout: float | None = None) -> list[ShownText]:
+        """The tokens of each text."""
+        ...
+
+    async def states(
+        self,
+        texts: Sequence[str],
+        layer: int,
+        *,
+        site: Site = "block_output",
+        position: Literal["read", "mean"] = "read",
+        timeout: float | None = None,
+    ) -> npt.NDArray[np.float32]:
+        """Each text's state at one block, [N, D]."""
+        ...
+
+
+class Answerer(Protocol):
+    """What answers texts under erasures; see `workers.engine.engine.Engine`, whose words these are."""
+
+    @property
+    def settings(self) -> EngineSettings: ...
+
+    @property
+    def looking(self) -> Looker: ...
+
+    @property
+    def failure(self) -> str | None: ...
+
+    @property
+    def ready(self) -> bool: ...
+
+    @property
+    def draining(self) -> bool: ...
+
+    def drain(self) -> None: ...
+
+    def refusal(self) -> QueueFull | None: ...
+
+    async def classify(
+        self,
+        texts: Sequence[str],
+        erase: Sequence[Erasure] | None,
+        *,
+        compare: bool = False,
+        truncate: bool = True,
+        timeout: float | None = None,
+    ) -> Answer: ...

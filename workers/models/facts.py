@@ -1,0 +1,29 @@
+"""What is known of a loaded model without having it. Without torch: an HTTP process before a fleet holds only this."""
+
+from dataclasses import dataclass
+
+from range_store.range_set import ModelIdentity
+
+
+@dataclass(frozen=True)
+class ModelFacts:
+    """A classifier as others see it.
+
+    Attributes:
+        dtype: name of its parameters' type, e.g. "float32". device: where they lie, e.g. "cuda:0".
+        source: the checkpoint: a directory, or a name on the hub.
+        max_tokens: most tokens that it takes, special tokens included.
+        splits: whether it runs as trunk and tail; else a hook masks over a full pass.
+        template: prompt template of a few-shot classifier, with its version.
+        prefix_tokens: tokens before every text: instruction and exemplars of a few-shot classifier.
+    """
+
+    identity: ModelIdentity
+    problem_type: str | None
+    dtype: str
+    device: str
+    source: str
+    max_tokens: int
+    splits: bool
+    template: str | None = None
+    prefix_tokens: int = 0
