@@ -156,7 +156,7 @@ def test_wrong_toggles(news: Running, problem: Problem) -> None:
 
 
 def test_activate_and_roll_back(news: Running, problem: Problem, tmp_path: Path) -> None:
-    store, model = news.service.store, news.service.model
+    store, model = news.service.store, news.model
     first = store.live().range_set
     rows = [pair for pair in labelled_texts(40, seed=8) if pair[1] != "SciTech"]
     path = write_jsonl(tmp_path / "other.jsonl", rows)

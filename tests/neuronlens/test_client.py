@@ -264,7 +264,7 @@ def test_range_sets_are_switched(client_of: ClientOf, news: Running, tmp_path: A
 def refit(running: Running, tmp_path: Any) -> str:
     """The id of a range set of the last block alone, published and not active."""
     rows = [(text, label) for text, label in labelled_texts(40, seed=4) if label != "SciTech"]
-    model = running.service.model
+    model = running.model
     corpus = load_corpus(str(write_jsonl(tmp_path / "again.jsonl", rows)), labels=model.identity.labels)
     made = fit(model, corpus, layers=(-1,), bins=8)
     return running.service.store.publish(made.range_set, made.inspect)
