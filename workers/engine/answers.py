@@ -14,6 +14,7 @@ from range_store.erasure import Erasure, Site
 from workers.engine.errors import QueueFull
 from workers.engine.settings import EngineSettings
 from workers.models.shown import ShownText
+from workers.models.texts import TextOrPair
 
 Logits = npt.NDArray[np.float32]
 Source = Literal["live", "request", "none"]
@@ -93,7 +94,7 @@ class Answerer(Protocol):
 
     async def classify(
         self,
-        texts: Sequence[str],
+        texts: Sequence[TextOrPair],
         erase: Sequence[Erasure] | None,
         *,
         compare: bool = False,
