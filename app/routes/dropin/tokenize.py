@@ -1,8 +1,11 @@
-"""`POST /tokenize`: two servers have it; `inputs` is text-embeddings-inference's (1.7.1), `prompt` is vLLM's (0.16)."""
+"""`POST /tokenize`: two servers have it; `inputs` is text-embeddings-inference's (1.7.1), `prompt` is vLLM's (0.33)."""
 
+from collections.abc import Callable, Coroutine
 from typing import Any
 
-from fastapi import APIRouter, Request
+from fastapi import APIRouter, Request, Response
+from fastapi.exceptions import RequestValidationError
+from fastapi.routing import APIRoute
 from pydantic import BaseModel, ConfigDict, Field
 
 from app.answering import Timeout, check_size, unless_gone
@@ -13,9 +16,28 @@ from app.routes import Serving, check_model_name
 from app.routes.dropin.steering import Loose
 from app.routes.looking import MOST_TEXTS
 
-router = APIRouter(tags=["text-embeddings-inference", "vLLM"])
 OF_VLLM = "tokenize_of_vllm"
 """Set in a request's state where its body is vLLM's."""
+
+
+class _ToldApart(APIRoute):
+    """Notes whose body it is even where the body is of no form that is taken here."""
+
+    def get_route_handler(self) -> Callable[[Request], Coroutine[Any, Any, Response]]:
+        answer = super().get_route_handler()
+
+        async def noting(request: Request) -> Response:
+            try:
+                return await answer(request)
+            except RequestValidationError as error:
+                request.scope["state"][OF_VLLM] = isinstance(error.body, dict) and not _VLLM.isdisjoint(error.body)
+                raise
+
+        return noting
+
+
+_VLLM = frozenset({"prompt", "messages"})
+router = APIRouter(tags=["text-embeddings-inference", "vLLM"], route_class=_ToldApart)
 
 
 class DropinTokenizeIn(Loose):
@@ -25,6 +47,7 @@ class DropinTokenizeIn(Loose):
 
     inputs: Inputs | None = None
     prompt: str | None = None
+    messages: list[Any] | None = Field(None, description="Refused: chats are not tokenized.")
     model: str | None = None
     add_special_tokens: bool = Field(True, description="List the tokens that are not of the text, too.")
     return_token_strs: bool | None = Field(None, description="With `prompt`: the tokens as words of the vocabulary.")
@@ -51,7 +74,9 @@ async def dropin_tokenize(
 ) -> list[list[SimpleToken]] | VllmTokens:
     """The tokens of texts: as text-embeddings-inference lists them, or for a `prompt` as vLLM does."""
     asked: dict[str, Any] = request.scope["state"]
-    asked[OF_VLLM] = body.prompt is not None
+    asked[OF_VLLM] = body.prompt is not None or body.messages is not None
+    if body.messages is not None:
+        raise ApiError(422, "unsupported", "messages: this server tokenizes texts, not chats: send a prompt")
     if (body.inputs is None) == (body.prompt is None):
         raise ApiError(422, "invalid", "say either inputs (text-embeddings-inference) or prompt (vLLM)")
     given = body.inputs if body.inputs is not None else body.prompt or ""

@@ -1,7 +1,7 @@
 """`POST /classify`: vLLM with a classifier.
 
-Shapes: `vllm/entrypoints/pooling/classify/protocol.py`, `pooling/base/protocol.py` and `serve/engine/protocol.py` of
-vllm-project/vllm, as of early 2026 (0.16).
+Shapes: `entrypoints/pooling/classify/protocol.py`, `pooling/base/protocol.py` and `serve/engine/protocol.py` of the
+package vllm, 0.33; what earlier releases called the activation is taken, too.
 """
 
 import time
@@ -68,6 +68,7 @@ class VllmClassifyIn(Steered):
         description="-1: cut a text to what the model takes. A number of tokens: refused if a text has more, unless it "
         "is what the model takes. Absent: a text that is too long is an error.",
     )
+    truncation_side: Literal["left", "right"] | None = Field(None, description="left is refused where it would matter.")
     use_activation: bool | None = Field(None, description="false: logits.")
     activation: bool | None = Field(None, description="An older name of `use_activation`.")
     softmax: bool | None = Field(None, description="An older name still.")
@@ -93,6 +94,7 @@ class VllmUsage(BaseModel):
     total_tokens: int
     completion_tokens: int = 0
     prompt_tokens_details: None = None
+    completion_tokens_details: None = None
 
 
 class VllmClassifyOut(BaseModel):
@@ -131,6 +133,8 @@ async def vllm_classify(
     )
     if cut_to is not None and cut_to >= 0:
         _check_lengths(answer, cut_to, most)
+    if body.truncation_side == "left":
+        _check_uncut(answer)
     tell(response, answer)
     labels = service.model.identity.labels
     scores = all_scores([text.logits for text in answer.texts], body.function(service.model.problem_type))
@@ -152,4 +156,11 @@ def _check_lengths(answer: Answer, cut_to: int, most: int) -> None:
     for index, text in enumerate(answer.texts):
         if text.tokens > cut_to:
             detail = f"truncate_prompt_tokens: input {index} is longer, and this server cuts to {most} tokens only"
+            raise ApiError(422, "unsupported", detail)
+
+
+def _check_uncut(answer: Answer) -> None:
+    for index, text in enumerate(answer.texts):
+        if text.truncated:
+            detail = f"truncation_side: input {index} is too long, and this server cuts at the right only"
             raise ApiError(422, "unsupported", detail)

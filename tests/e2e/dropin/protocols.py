@@ -1,8 +1,8 @@
 """What the tests of all protocols go through: how each asks, and how its clients read an error.
 
-The schemas say, in JSON Schema, what the protocols' own documents ask of a reply: text-embeddings-inference's OpenAPI
-1.7.1, vLLM's pydantic models, the Open Inference Protocol's `open_inference_rest.yaml`. They are written for these
-tests; none is copied.
+The schemas are ours: they say, in JSON Schema, what the protocols' own documents ask of a reply, and docs/dropin.md
+says which documents these are. None is copied. `test_vllm_published.py` holds vLLM's to what vLLM publishes; the
+others' own clients are driven beside them.
 """
 
 import json
@@ -130,7 +130,14 @@ VLLM_CLASSIFIED = _object(
         "created": COUNT,
         "model": TEXT,
         "data": _array(_object({"index": COUNT, "label": MAYBE_TEXT, "probs": _array(NUMBER), "num_classes": COUNT})),
-        "usage": _object({"prompt_tokens": COUNT, "total_tokens": COUNT}),
+        "usage": _object(
+            {"prompt_tokens": COUNT, "total_tokens": COUNT},
+            {
+                "completion_tokens": {"type": ["integer", "null"]},
+                "prompt_tokens_details": {"type": ["object", "null"]},
+                "completion_tokens_details": {"type": ["object", "null"]},
+            },
+        ),
     }
 )
 VLLM_ERROR = _object({"error": _object({"message": TEXT, "type": TEXT, "param": MAYBE_TEXT, "code": COUNT})})

@@ -1,9 +1,15 @@
-"""`POST /` with the client that people have: huggingface_hub's own."""
+"""`POST /` with the client that people have, huggingface_hub's own, and the types it makes of the task's schema."""
 
+from dataclasses import asdict, fields
 from typing import Any
 
 import pytest
-from huggingface_hub import InferenceClient
+from huggingface_hub import (
+    InferenceClient,
+    TextClassificationInput,
+    TextClassificationOutputElement,
+    TextClassificationParameters,
+)
 from huggingface_hub.errors import HfHubHTTPError
 
 from range_store.api_keys import KeyStore
@@ -38,6 +44,31 @@ def test_the_client_gets_every_label_best_first(news: Running, end: str) -> None
 def test_the_client_chooses_the_function(news: Running, function: Any) -> None:
     client = InferenceClient(model=news.url)
     assert asked(client, function_to_apply=function) == pytest.approx(scores(news, activation=function))
+
+
+@pytest.mark.parametrize("function", [None, "sigmoid", "softmax", "none"])
+def test_what_the_tasks_schema_allows_is_answered_as_it_says(news: Running, function: Any) -> None:
+    names = {each.name for each in fields(TextClassificationOutputElement)}
+    asked = [TextClassificationInput(inputs=TEXT)] + [
+        TextClassificationInput(
+            inputs=TEXT, parameters=TextClassificationParameters(function_to_apply=function, top_k=top_k)
+        )
+        for top_k in (None, 1, 2, 99)
+    ]
+    for each in asked:
+        for body in (asdict(each), without_nulls(asdict(each))):
+            (found,) = news.http.post("/", json=body).raise_for_status().json()
+            most = each.parameters.top_k if each.parameters and each.parameters.top_k else len(LABELS)
+            assert len(found) == min(most, len(LABELS))
+            for element in found:
+                assert element.keys() == names
+                assert (type(element["label"]), type(element["score"])) == (str, float)
+
+
+def without_nulls(body: Any) -> Any:
+    if not isinstance(body, dict):
+        return body
+    return {name: without_nulls(value) for name, value in body.items() if value is not None}
 
 
 def test_the_client_sees_what_is_erased_live(news: Running) -> None:

@@ -5,6 +5,7 @@ from typing import Any
 import jsonschema
 import pytest
 import torch
+from tei_client import HttpClient, ModelType
 
 from range_store.api_keys import KeyStore
 from tests.e2e.conftest import LABELS, Running
@@ -33,6 +34,35 @@ def test_a_list_is_a_batch_of_any_length(news: Running, wrap: Any, many: int) ->
     assert [each[0]["label"] for each in found] == [
         each["label"] for each in news.classify(TEXTS[:many]).json()["results"]
     ]
+
+
+def test_its_client_classifies(news: Running) -> None:
+    client = HttpClient(news.url)
+    for asked in (TEXTS[0], TEXTS):
+        expected = news.classify(asked).json()["results"]
+        found = client.classify(asked, truncate=True)
+        assert [[score.model_dump() for score in each.scores] for each in found] == [
+            [{"score": score["score"], "label": score["label"]} for score in each["scores"]] for each in expected
+        ]
+    logits = news.classify(TEXTS[0], activation="none").json()["results"][0]["scores"]
+    assert [score.score for score in client.classify(TEXTS[0], raw_scores=True)[0].scores] == [
+        each["score"] for each in logits
+    ]
+
+
+def test_its_client_reads_what_is_served_and_what_tokens_there_are(news: Running) -> None:
+    client = HttpClient(news.url)
+    assert client.health()
+    info = client.info()
+    assert (info.server_model_id, info.server_model_type) == (news.service.name, ModelType.Classifier)
+    assert info.server_model_metadata.id2label == {str(n): label for n, label in enumerate(LABELS)}
+    assert client.prompt_names() == []
+    for special in (True, False):
+        listed = client.tokenize(TEXTS, add_special_tokens=special)
+        expected = news.http.post("/v1/tokenize", json={"inputs": TEXTS, "add_special_tokens": special}).json()
+        assert [each.get_ids() for each in listed] == [
+            [token["id"] for token in each["tokens"]] for each in expected["results"]
+        ]
 
 
 def test_pairs_are_refused_and_not_misread(news: Running) -> None:

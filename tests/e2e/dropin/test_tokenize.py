@@ -46,8 +46,13 @@ def test_each_is_refused_in_its_own_words(news: Running) -> None:
     jsonschema.validate(refused(post(news, inputs=long), 422, "unsupported"), TEI_ERROR)
     jsonschema.validate(refused(post(news, prompt=long), 400, "unsupported"), VLLM_ERROR)
     jsonschema.validate(refused(post(news, prompt="a", model="another"), 404, "unknown_model"), VLLM_ERROR)
-    for neither in ({}, {"inputs": 5}, {"prompt": 5}, {"inputs": None, "prompt": None}):
+    for neither in ({}, {"inputs": 5}, {"inputs": None, "prompt": None}, {"text": "a"}):
         jsonschema.validate(refused(post(news, **neither), 422, "invalid"), TEI_ERROR)
+    for wrong in ({"prompt": 5}, {"prompt": ["a"]}, {"prompt": "a", "return_token_strs": "x"}, {"messages": "a"}):
+        jsonschema.validate(refused(post(news, **wrong), 400, "invalid"), VLLM_ERROR)
+    chat = post(news, messages=[{"role": "user", "content": "a"}], add_generation_prompt=True)
+    jsonschema.validate(refused(chat, 400, "unsupported"), VLLM_ERROR)
+    jsonschema.validate(refused(news.http.post("/tokenize", json=["a"]), 422, "invalid"), TEI_ERROR)
     refused(post(news, inputs="a", prompt="b"), 400, "invalid")
     refused(post(news, inputs=["a"] * 65), 413, "too_many_texts")
 

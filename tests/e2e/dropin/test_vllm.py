@@ -68,6 +68,15 @@ def test_a_long_text_is_refused_or_cut_to_what_the_model_takes(news: Running) ->
     assert "more than" in refusal(news, 400, "invalid", input=SHORT, truncate_prompt_tokens=most + 1)["message"]
 
 
+def test_a_text_is_cut_at_the_right_only(news: Running) -> None:
+    for side in ("left", "right", None):
+        assert classify(news, input=SHORT, truncation_side=side)["data"] == classify(news, input=SHORT)["data"]
+    cut = {"input": [SHORT, LONG], "truncate_prompt_tokens": -1}
+    assert "input 1 is too long" in refusal(news, 400, "unsupported", **cut, truncation_side="left")["message"]
+    assert classify(news, **cut, truncation_side="right")["data"] == classify(news, **cut)["data"]
+    refusal(news, 400, "invalid", input=SHORT, truncation_side="middle")
+
+
 def test_a_text_is_never_answered_as_if_it_were_another(news: Running) -> None:
     short = classify(news, input=SHORT)["usage"]["prompt_tokens"]
     assert classify(news, input=SHORT, truncate_prompt_tokens=short)["data"] == classify(news, input=SHORT)["data"]

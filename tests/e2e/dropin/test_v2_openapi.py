@@ -1,0 +1,75 @@
+"""`/v2` with the client that is generated from the Open Inference Protocol's own OpenAPI document."""
+
+from collections.abc import Iterator
+
+import httpx
+import pytest
+from open_inference.openapi import BadRequestError, InferenceRequest, InferenceResponse, RequestInput, RequestOutput
+from open_inference.openapi.client import OpenInferenceClient
+from open_inference.openapi.core import ApiError
+from open_inference.openapi.errors import NotFoundError, ServiceUnavailableError
+
+from tests.e2e.conftest import LABELS, Running
+from tests.workers.texts import labelled_texts
+
+TEXTS = [text for text, _ in labelled_texts(3, seed=3)]
+
+
+@pytest.fixture
+def client(news: Running) -> Iterator[OpenInferenceClient]:
+    with httpx.Client() as http:
+        yield OpenInferenceClient(base_url=news.url, httpx_client=http)
+
+
+def asked(name: str = "text", **more: object) -> InferenceRequest:
+    return InferenceRequest(inputs=[RequestInput(name=name, shape=[len(TEXTS)], datatype="BYTES", data=TEXTS)], **more)
+
+
+def test_metadata_has_the_documents_form(news: Running, client: OpenInferenceClient) -> None:
+    name = news.service.name
+    client.check_server_liveness()
+    client.check_server_readiness()
+    client.check_model_readiness(name)
+    client.check_model_version_readiness(name, "1")
+    assert client.read_server_metadata().name == "neuronlens"
+    model = client.read_model_metadata(name)
+    assert client.read_model_version_metadata(name, "1") == model
+    assert [(each.name, each.datatype, each.shape) for each in model.inputs] == [("text", "BYTES", [-1])]
+    assert [(each.name, each.datatype, each.shape) for each in model.outputs] == [
+        ("label", "BYTES", [-1]),
+        ("score", "FP32", [-1]),
+        ("probs", "FP32", [-1, len(LABELS)]),
+    ]
+
+
+def test_an_answer_has_the_documents_form(news: Running, client: OpenInferenceClient) -> None:
+    name = news.service.name
+    reply = client.model_infer(name, request=asked(id="42", parameters={"top_k": 1}))
+    assert isinstance(reply, InferenceResponse)
+    assert (reply.id, reply.model_name, reply.model_version) == ("42", name, "1")
+    assert [each.name for each in reply.outputs] == ["label", "score", "probs"]
+    expected = news.classify(TEXTS).json()["results"]
+    assert reply.outputs[0].data.__root__ == [each["label"] for each in expected]
+    assert client.model_version_infer(name, "1", request=asked(id="42", parameters={"top_k": 1})) == reply
+    (only,) = client.model_infer(name, request=asked(outputs=[RequestOutput(name="score")])).outputs
+    assert (only.name, only.shape) == ("score", [len(TEXTS)])
+    bare = client.model_infer(name, request=asked())
+    assert bare.id is None
+
+
+def test_refusals_are_the_documents_errors(news: Running, client: OpenInferenceClient) -> None:
+    name = news.service.name
+    with pytest.raises(BadRequestError) as wrong:
+        client.model_infer(name, request=asked("other"))
+    assert isinstance(wrong.value.body["error"], str)
+    with pytest.raises(ApiError) as unknown:  # the document has no 404 here
+        client.model_infer("another", request=asked())
+    assert (unknown.value.status_code, type(unknown.value.body["error"])) == (404, str)
+    for missing in (("another", "1"), (name, "2")):
+        with pytest.raises(NotFoundError) as gone:
+            client.check_model_version_readiness(*missing)
+        assert isinstance(gone.value.body["error"], str)
+    news.service.engine.drain()
+    with pytest.raises(ServiceUnavailableError) as draining:
+        client.check_server_readiness()
+    assert isinstance(draining.value.body["error"], str)

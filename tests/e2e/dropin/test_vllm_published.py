@@ -1,0 +1,131 @@
+"""`/classify` and `/tokenize` against vLLM's own models, which this downloads: some hundred MB."""
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import httpx
+import pytest
+from pydantic import BaseModel, TypeAdapter, ValidationError
+
+from tests.e2e.conftest import Running
+from tests.e2e.dropin import protocols, vllm_published
+from tests.e2e.dropin.vllm_published import Published
+
+pytestmark = [pytest.mark.long, pytest.mark.timeout(900)]
+TEXTS = ["a goal", "shares fell", "rain"]
+LONG = "word " * 5000
+PAGE = Path(__file__).parents[3] / "docs/dropin.md"
+
+
+@pytest.fixture(scope="module")
+def published(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Published]:
+    folder = tmp_path_factory.mktemp("vllm")
+    wheel = vllm_published.download(folder)
+    with vllm_published.models(wheel, folder) as found:
+        wheel.unlink()  # pytest keeps the folders of several runs
+        yield found
+
+
+def complete(reply: httpx.Response, model: Any) -> Any:
+    """A reply as vLLM's model reads it, having all that vLLM's replies have, and none of it of another type."""
+    found = model.model_validate_json(reply.raise_for_status().content, strict=True)
+    assert reply.json() == found.model_dump()
+    return found
+
+
+def test_replies_are_what_vllm_would_send(news: Running, published: Published) -> None:
+    for body in ({"input": TEXTS[0]}, {"input": TEXTS}, {"input": TEXTS, "use_activation": False}):
+        found = complete(news.http.post("/classify", json=body), published.classify.ClassificationResponse)
+        assert len(found.data) == (1 if isinstance(body["input"], str) else len(TEXTS))
+    for strings in (None, False, True):
+        body = {"prompt": TEXTS[0], "return_token_strs": strings}
+        found = complete(news.http.post("/tokenize", json=body), published.tokenize.TokenizeResponse)
+        assert (found.token_strs is not None) == bool(strings)
+
+
+@pytest.mark.parametrize(
+    ("path", "body", "status"),
+    [
+        ("/classify", {"input": LONG}, 400),
+        ("/classify", {"input": 5}, 400),
+        ("/classify", {"input": []}, 400),
+        ("/classify", {"input": "a", "model": "another"}, 404),
+        ("/classify", {"input": "a", "erase": ["Weather"]}, 404),
+        ("/classify", {"messages": [{"role": "user", "content": "a"}]}, 400),
+        ("/tokenize", {"prompt": LONG}, 400),
+        ("/tokenize", {"prompt": 5}, 400),
+        ("/tokenize", {"prompt": "a", "model": "another"}, 404),
+        ("/tokenize", {"messages": [{"role": "user", "content": "a"}]}, 400),
+    ],
+)
+def test_refusals_are_its_errors(news: Running, published: Published, path: str, body: Any, status: int) -> None:
+    reply = news.http.post(path, json=body)
+    error = published.engine.ErrorResponse.model_validate_json(reply.content, strict=True).error
+    assert (reply.status_code, error.code) == (status, status)
+    assert reply.json()["error"] == error.model_dump()
+
+
+def test_requests_as_its_models_write_them_are_answered(news: Running, published: Published) -> None:
+    asked = published.classify.ClassificationCompletionRequest
+    usual = news.http.post("/classify", json={"input": TEXTS}).json()["data"]
+    for more in (
+        {},
+        {"use_activation": True},
+        {"truncate_prompt_tokens": -1, "truncation_side": "right"},
+        {"user": "me", "padding": "do_not_pad", "cache_salt": "x", "request_id": "1", "mm_processor_kwargs": {"a": 1}},
+    ):
+        request = asked(input=TEXTS, **more)
+        for body in (
+            request.model_dump(),
+            request.model_dump(exclude_none=True),
+            request.model_dump(exclude_unset=True),
+        ):
+            assert news.http.post("/classify", json=body).raise_for_status().json()["data"] == usual
+    prompt = published.tokenize.TokenizeCompletionRequest(prompt=TEXTS[0], add_special_tokens=False)
+    plain = news.http.post("/tokenize", json=prompt.model_dump()).raise_for_status().json()
+    assert plain["count"] == len(plain["tokens"]) > 0
+
+
+@pytest.mark.parametrize(
+    "body",
+    [
+        {},
+        {"input": 5},
+        {"input": [["a"]]},
+        {"input": "a", "truncate_prompt_tokens": -2},
+        {"input": "a", "truncation_side": "middle"},
+        {"input": "a", "use_activation": "perhaps"},
+        {"input": "a", "add_special_tokens": "perhaps"},
+    ],
+)
+def test_what_its_models_refuse_is_refused(news: Running, published: Published, body: Any) -> None:
+    with pytest.raises(ValidationError):
+        TypeAdapter(published.classify.ClassificationRequest).validate_python(body)
+    assert news.http.post("/classify", json=body).status_code == 400
+
+
+def test_the_page_names_every_field_of_its_requests(published: Published) -> None:
+    page = PAGE.read_text()
+    section = page[page.index("## vLLM") : page.index("## Open Inference Protocol")]
+    asked = [published.classify.ClassificationCompletionRequest, published.tokenize.TokenizeCompletionRequest]
+    assert {name for model in asked for name in model.model_fields if f"`{name}`" not in section} == set()
+
+
+def test_the_schemas_of_the_other_tests_are_of_its_models(published: Published) -> None:
+    restated = {
+        published.classify.ClassificationResponse: protocols.VLLM_CLASSIFIED,
+        published.tokenize.TokenizeResponse: protocols.VLLM_TOKENS,
+        published.engine.ErrorResponse: protocols.VLLM_ERROR,
+    }
+    for model, schema in restated.items():
+        same_fields(schema, model)
+    same_fields(protocols.VLLM_CLASSIFIED["properties"]["data"]["items"], published.classify.ClassificationData)
+    same_fields(protocols.VLLM_CLASSIFIED["properties"]["usage"], published.engine.UsageInfo)
+    same_fields(protocols.VLLM_ERROR["properties"]["error"], published.engine.ErrorInfo)
+
+
+def same_fields(schema: Any, model: type[BaseModel]) -> None:
+    assert schema["properties"].keys() == model.model_fields.keys()
+    needed = {name for name, field in model.model_fields.items() if field.is_required()}
+    assert needed <= set(schema["required"])
