@@ -16,7 +16,7 @@ from app.problems import ApiError
 from app.replies import Score
 from app.routes import snapshot_of
 from app.scores import Activation, scores_of
-from app.service import Answer, Service
+from app.service import Answer, Service, TextOrPair, characters
 from app.settings import Settings
 from app.tracing import step, step_done
 from range_store.erasure import Erasure
@@ -43,7 +43,7 @@ async def answer_to(
     request: Request,
     service: Service,
     caller: Caller,
-    texts: Sequence[str],
+    texts: Sequence[TextOrPair],
     erase: Sequence[Erasure] | None,
     *,
     compare: bool = False,
@@ -61,7 +61,7 @@ async def answer_to(
     Raises:
         ApiError: too many texts, or too long ones (413); an erasure is enforced and `caller` may not compare (403).
         ClientGone: the client hung up before, and the work is cancelled.
-        EngineError, RangeStoreError, TextTooLong, EmptyText: see `workers.engine.engine.Engine.classify`.
+        EngineError, RangeStoreError, TextTooLong, EmptyText, PairUnsupported: see the engine's `classify`.
     """
     check_size(texts, service.settings)
     if compare:
@@ -128,13 +128,13 @@ def _trace(span: Span, answer: Answer) -> None:
     step_done("model", answer.running_seconds, answer.running_seconds)
 
 
-def check_size(texts: Sequence[str], settings: Settings) -> None:
-    """Raises ApiError (413) if a request holds too many texts, or too long ones."""
+def check_size(texts: Sequence[TextOrPair], settings: Settings) -> None:
+    """Raises ApiError (413) if a request holds too many texts or pairs, or too long ones: a pair counts as one text."""
     if len(texts) > settings.max_texts:
         raise ApiError(413, "too_many_texts", f"{len(texts)} texts, the limit is {settings.max_texts}: send fewer")
     for index, text in enumerate(texts):
-        if len(text) > settings.max_characters:
-            detail = f"input {index} has {len(text)} characters, the limit is {settings.max_characters}"
+        if (length := characters(text)) > settings.max_characters:
+            detail = f"input {index} has {length} characters, the limit is {settings.max_characters}"
             raise ApiError(413, "text_too_large", detail)
 
 

@@ -17,7 +17,16 @@ from pydantic import BaseModel, Field
 from starlette.exceptions import HTTPException
 from starlette.routing import Match
 
-from app.service import DeadlineExceeded, Draining, EmptyText, EngineFailed, QueueFull, RequestTooLarge, TextTooLong
+from app.service import (
+    DeadlineExceeded,
+    Draining,
+    EmptyText,
+    EngineFailed,
+    PairUnsupported,
+    QueueFull,
+    RequestTooLarge,
+    TextTooLong,
+)
 from app.shapes import without_tags
 from range_store.errors import (
     Behind,
@@ -92,6 +101,7 @@ CODES: Mapping[type[Exception], tuple[int, str]] = {
     StoreUnavailable: (503, "store_unavailable"),
     TextTooLong: (422, "text_too_long"),
     EmptyText: (422, "empty_text"),
+    PairUnsupported: (422, "unsupported"),
     QueueFull: (429, "queue_full"),
     RequestTooLarge: (413, "request_too_large"),
     Draining: (503, "draining"),

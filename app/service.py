@@ -25,8 +25,9 @@ from workers.engine.errors import (
 )
 from workers.engine.metrics import MOST_CONCEPTS, OTHER_CONCEPTS
 from workers.fitting.known import KNOWN
-from workers.models.errors import EmptyText, TextTooLong
+from workers.models.errors import EmptyText, PairUnsupported, TextTooLong
 from workers.models.facts import ModelFacts
+from workers.models.texts import TextOrPair, characters
 
 __all__ = [
     "KNOWN_DATA_SETS",
@@ -39,11 +40,14 @@ __all__ = [
     "EngineError",
     "EngineFailed",
     "Logits",
+    "PairUnsupported",
     "QueueFull",
     "RequestTooLarge",
     "Service",
     "TextAnswer",
+    "TextOrPair",
     "TextTooLong",
+    "characters",
 ]
 
 KNOWN_DATA_SETS = tuple(KNOWN)

@@ -13,6 +13,7 @@ import pytest
 from range_store.erasure import Erasure
 from range_store.plan import resolve
 from tests.e2e.conftest import Running, ready
+from tests.e2e.dropin.protocols import refused
 from tests.workers.checkpoints import LABELS, TEMPLATE, save_label_token, save_language_model
 from tests.workers.texts import labelled_texts, write_jsonl
 from workers.engine.masks import DevicePlan, MaskTable
@@ -72,6 +73,10 @@ def test_it_is_served_steered_and_inspected(kind: tuple[LoadedModel, Fitted], se
     for path in ("/v1/concepts", "/v1/concepts/Sports/ranges", "/v1/neurons/-1/3", "/v1/overlap", "/v1/range-sets"):
         response: httpx.Response = running.http.get(path)
         assert response.status_code == 200, response.text
+
+    for path, inputs in (("/predict", ["a", ["b", "c"]]), ("/", ["a", {"text": "b", "text_pair": "c"}])):
+        body = refused(running.http.post(path, json={"inputs": inputs}), 422, "unsupported")
+        assert body["error"].startswith("input 1 is a pair of texts, and a label-token or few-shot classifier")
 
 
 def in_order(results: list[dict[str, Any]]) -> np.ndarray:

@@ -13,10 +13,12 @@ from app.answering import Timeout, activation_of, answer_to, ranked
 from app.auth import Calling
 from app.problems import BODY, Problem, documented
 from app.replies import Score
-from app.requests import Inputs, erasures_of
+from app.requests import erasures_of
 from app.routes import Serving
 from app.routes.dropin.dialect import Dialect
-from app.routes.dropin.steering import TOLD, Steered, tell
+from app.routes.dropin.steering import TOLD, Loose, Steered, tell
+from app.service import TextOrPair
+from app.shapes import LIST, OBJECT, TEXT, by_shape
 
 
 class HfProblem(Problem):
@@ -43,11 +45,39 @@ class HfParameters(Steered):
     truncation: bool | None = Field(None, description="false: a text that is too long is an error.")
 
 
-class HfIn(Steered):
-    """Texts to classify."""
+class HfText(Loose):
+    """A text, or a pair of texts."""
 
-    inputs: Inputs = Field(description="One text, or several.")
+    text: str
+    text_pair: str | None = Field(None, description="The second text of a pair; null or empty: there is none.")
+
+
+OneInput = Annotated[
+    Annotated[str, TEXT] | Annotated[HfText, OBJECT], by_shape("a text or an object with text and text_pair")
+]
+HfInputs = Annotated[
+    Annotated[str, TEXT] | Annotated[HfText, OBJECT] | Annotated[list[OneInput], Field(fail_fast=True), LIST],
+    by_shape("a text, an object with text and text_pair, or a list of those"),
+]
+
+
+class HfIn(Steered):
+    """Texts, or pairs of texts, to classify."""
+
+    inputs: HfInputs = Field(description="One text or pair, or several.")
     parameters: HfParameters | None = None
+
+    def texts(self) -> list[TextOrPair]:
+        """The texts and pairs, one or many."""
+        given = self.inputs if isinstance(self.inputs, list) else [self.inputs]
+        return [_text_or_pair(each) for each in given]
+
+
+def _text_or_pair(each: str | HfText) -> TextOrPair:
+    """A second text that is empty is none, as in transformers' pipeline."""
+    if isinstance(each, str):
+        return each
+    return (each.text, each.text_pair) if each.text_pair else each.text
 
 
 @router.post("/", responses=documented(*BODY, 404, 422, 429, 503, 504) | TOLD)
@@ -59,13 +89,13 @@ async def huggingface_classify(
     caller: Calling,
     x_request_timeout: Timeout = None,
 ) -> list[list[Score]]:
-    """Classify as a Hugging Face Inference Endpoint does: each text's labels, best first."""
+    """Classify as a Hugging Face Inference Endpoint does: the labels of each text or pair, best first."""
     chosen = body.parameters or HfParameters()
     answer = await answer_to(
         request,
         service,
         caller,
-        [body.inputs] if isinstance(body.inputs, str) else body.inputs,
+        body.texts(),
         erasures_of(body.erase if body.erase is not None else chosen.erase),
         truncate=chosen.truncation is not False,
         timeout=x_request_timeout,

@@ -1,7 +1,7 @@
 """`POST /predict`, `GET /info`: text-embeddings-inference with a classifier.
 
 Shapes: its OpenAPI document and router of version 1.7.1 (huggingface/text-embeddings-inference, `docs/openapi.json`,
-`router/src/http`). Where we differ, `docs/dropin.md` says so: there, two strings in a list are one pair.
+`router/src/http`). Where we differ, `docs/dropin.md` says so: there, two strings in the outer list are one pair.
 """
 
 from importlib.metadata import version
@@ -18,7 +18,7 @@ from app.requests import erasures_of
 from app.routes import Serving
 from app.routes.dropin.dialect import Dialect
 from app.routes.dropin.steering import TOLD, Steered, tell
-from app.service import Answer
+from app.service import Answer, TextOrPair
 from app.shapes import LIST, TEXT, by_shape
 
 ErrorType = Literal["Unhealthy", "Backend", "Overloaded", "Validation", "Tokenizer"]
@@ -50,34 +50,31 @@ OneInput = Annotated[
 ]
 PredictInput = Annotated[
     Annotated[str, TEXT] | Annotated[list[OneInput], Field(min_length=1, fail_fast=True), LIST],
-    by_shape("a text or a list of texts"),
+    by_shape("a text or a list of texts and pairs"),
 ]
 
 
 class PredictIn(Steered):
-    """Texts to classify."""
+    """Texts, or pairs of texts, to classify."""
 
-    inputs: PredictInput = Field(description="One text, or a batch.")
+    inputs: PredictInput = Field(description="One text, or a batch of texts, of lists of one text, and of pairs.")
     raw_scores: bool = Field(False, description="Logits instead of scores.")
     truncate: bool | None = Field(None, description="false: a text that is too long is an error.")
     truncation_direction: Literal["Right", "right", "Left", "left"] = Field(
         "Right", description="Left is refused where it would matter."
     )
 
-    def texts(self) -> list[str]:
-        """The texts, one or many.
-
-        Raises:
-            ApiError: one of them is a pair (422).
-        """
+    def texts(self) -> list[TextOrPair]:
+        """The texts and pairs, one or many."""
         if isinstance(self.inputs, str):
             return [self.inputs]
-        texts = []
-        for index, each in enumerate(self.inputs):
-            if isinstance(each, list) and len(each) > 1:
-                raise ApiError(422, "unsupported", f"inputs.{index}: this server classifies single texts, not pairs")
-            texts.append(each if isinstance(each, str) else each[0])
-        return texts
+        return [_text_or_pair(each) for each in self.inputs]
+
+
+def _text_or_pair(each: str | list[str]) -> TextOrPair:
+    if isinstance(each, str):
+        return each
+    return each[0] if len(each) == 1 else (each[0], each[1])
 
 
 class ClassifierInfo(BaseModel):

@@ -111,6 +111,32 @@ def test_a_list_of_texts_and_parameters(news: Running) -> None:
     assert [each["label"] for each in erased[0]] == list(scores(news, erase=["Sports"]))
 
 
+def test_pairs_of_texts(news: Running) -> None:
+    def post(inputs: Any) -> Any:
+        reply = news.http.post("/", json={"inputs": inputs})
+        assert reply.status_code == 200, reply.text
+        return reply.json()
+
+    pair, other = {"text": TEXT, "text_pair": "a goal"}, {"text": "a goal", "text_pair": TEXT, "unknown": 1}
+    together = post([pair, TEXT, other])
+    ((alone,), (theirs,)) = post(pair), news.http.post("/predict", json={"inputs": [[TEXT, "a goal"]]}).json()
+    assert alone == theirs
+    for found, expected in zip(together, [alone, *post(TEXT), *post(other)], strict=True):
+        assert as_scores(found) == pytest.approx(as_scores(expected), abs=1e-5)
+    assert as_scores(alone) != pytest.approx(as_scores(post(other)[0]))
+    for empty in ({"text": TEXT}, {"text": TEXT, "text_pair": None}, {"text": TEXT, "text_pair": ""}):
+        assert post(empty) == post([empty]) == post(TEXT), "a second text that is empty is none, as in transformers"
+
+
+def as_scores(labels: list[dict[str, Any]]) -> dict[str, float]:
+    return {each["label"]: each["score"] for each in labels}
+
+
+@pytest.mark.parametrize("inputs", [{}, {"text_pair": "a"}, {"text": 5}, {"text": "a", "text_pair": ["b"]}, [["a"]], 5])
+def test_what_is_no_input(news: Running, inputs: Any) -> None:
+    assert refused(news.http.post("/", json={"inputs": inputs}), 422, "invalid")["error"].startswith("body.inputs")
+
+
 def test_a_text_that_is_too_long_is_cut_unless_told_otherwise(news: Running) -> None:
     body = {"inputs": "word " * 5000}
     assert news.http.post("/", json=body).status_code == 200

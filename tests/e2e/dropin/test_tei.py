@@ -1,11 +1,13 @@
 """`/predict`, `/info`: what a client of text-embeddings-inference sends and reads."""
 
+import json
 from typing import Any
 
 import jsonschema
 import pytest
 import torch
 from tei_client import HttpClient, ModelType
+from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
 from range_store.api_keys import KeyStore
 from tests.e2e.conftest import LABELS, Running
@@ -65,11 +67,55 @@ def test_its_client_reads_what_is_served_and_what_tokens_there_are(news: Running
         ]
 
 
-def test_pairs_are_refused_and_not_misread(news: Running) -> None:
-    reply = news.http.post("/predict", json={"inputs": [["a"], ["b", "c"]]})
-    body = refused(reply, 422, "unsupported")
-    assert body["error"] == "inputs.1: this server classifies single texts, not pairs"
-    jsonschema.validate(body, TEI_ERROR)
+def test_pairs_are_answered_as_transformers_does(news: Running, model: LoadedModel) -> None:
+    first, second, third = TEXTS
+    inputs: list[Any] = [[first, second], [third], second, [second, first], ["", first], [first, ""]]
+    found = predict(news, inputs=inputs, raw_scores=True)
+    for each, scores in zip(inputs, found, strict=True):
+        parts = [each] if isinstance(each, str) else each
+        assert {score["label"]: score["score"] for score in scores} == pytest.approx(
+            own_logits(model, *parts), abs=1e-5
+        )
+    assert found[0] != found[3], "which text is the first one matters"
+
+
+def own_logits(model: LoadedModel, *parts: str) -> dict[str, float]:
+    """What transformers itself says of a text or a pair."""
+    own = AutoModelForSequenceClassification.from_pretrained(model.source).eval()
+    tokenizer = AutoTokenizer.from_pretrained(model.source)
+    tokens = tokenizer(*([part] for part in parts), truncation=True, return_tensors="pt")
+    with torch.inference_mode():
+        return dict(zip(LABELS, own(**tokens).logits[0].tolist(), strict=True))
+
+
+def test_two_strings_are_a_batch_and_in_a_list_of_their_own_a_pair(news: Running) -> None:
+    assert len(predict(news, inputs=TEXTS[:2])) == 2
+    assert len(predict(news, inputs=[TEXTS[:2]])) == 1
+
+
+def test_a_pair_is_erased_as_a_text_is(news: Running) -> None:
+    """Without any neuron of the last block, nothing is left of what the texts say."""
+    nothing = [{"concept": "Sports", "method": "neuron", "top_fraction": 1.0}]
+    pair, text = predict(news, inputs=[TEXTS[:2], TEXTS[2]], erase=nothing)
+    assert pair == text
+    assert pair != predict(news, inputs=[TEXTS[:2]])[0]
+
+
+def test_limits_of_pairs_are_those_of_texts(news: Running) -> None:
+    half, long = "a" * 60_000, "word " * 5000
+    for inputs, status, code in (
+        ([["a", "b"]] * (news.service.settings.max_texts + 1), 413, "too_many_texts"),
+        ([["a", "b"], [half, half]], 413, "text_too_large"),
+        (["a", ["b", long]], 413, "text_too_long"),
+    ):
+        body = refused(news.http.post("/predict", json={"inputs": inputs, "truncate": False}), status, code)
+        jsonschema.validate(body, TEI_ERROR)
+        assert "input 1 " in body["error"] or code == "too_many_texts"
+    assert len(predict(news, inputs=[[half[:1000], long], ["a", long]])) == 2
+    surrogates = json.dumps({"inputs": [["half of one character: \ud800", "\udc00"]]})
+    assert news.http.post("/predict", content=surrogates, headers={"Content-Type": "application/json"}).is_success
+    left = news.http.post("/predict", json={"inputs": ["a", ["b", long]], "truncation_direction": "Left"})
+    assert refused(left, 422, "unsupported")["error"].startswith("inputs.1 is too long")
 
 
 @pytest.mark.parametrize("inputs", [[], [[]], [["a", "b", "c"]], 5, [5], [["a", 5]], None, {"text": "a"}])
