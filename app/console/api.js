@@ -38,6 +38,9 @@ export function headers(more = {}) {
 /** The path of something with a name of a user's making. */
 export const path = (...parts) => `/${parts.map(encodeURIComponent).join("/")}`;
 
+/** A concept in a path, and what goes into the query with it: browsers resolve "." and "..", however they are written. */
+export const ofConcept = (concept) => (concept === "." || concept === ".." ? { at: "-", named: { name: concept } } : { at: concept, named: {} });
+
 /**
  * Call the API and give { data, etag, text }.
  * Asks for a key once if the server wants one. Throws Problem, Lost, or AbortError by `signal`.

@@ -1,6 +1,6 @@
 // Live: what is erased now, by whom, since when, until when; switching it on, changing it, switching it off.
 
-import { call, path } from "./api.js";
+import { call, ofConcept, path } from "./api.js";
 import { confirm, reasonField } from "./dialogs.js";
 import { announce, button, choice, el, field, freshId, quoted } from "./elements.js";
 import { facts } from "./facts.js";
@@ -126,7 +126,8 @@ function switchOn(erasure = null) {
     action: erasure ? "Change it for everybody" : "Switch it on for everybody",
     run: async () => {
       const body = { ...asRequest(settings, layers), enforced: enforced.checked, reason: reason.value(), ...(chosen.seconds ? { expires_in: Number(chosen.seconds) } : {}) };
-      take((await call("PUT", path("v1", "erasures", chosen.concept), { body, ifMatch: guard.generation })).data);
+      const { at, named } = ofConcept(chosen.concept);
+      take((await call("PUT", path("v1", "erasures", at), { body, query: named, ifMatch: guard.generation })).data);
     },
     refused: whenStale(guard),
   });
@@ -141,7 +142,8 @@ function switchOff(concept) {
     action: "Switch it off for everybody",
     danger: true,
     run: async () => {
-      take((await call("DELETE", path("v1", "erasures", concept), { query: { reason: reason.value() }, ifMatch: guard.generation })).data);
+      const { at, named } = ofConcept(concept);
+      take((await call("DELETE", path("v1", "erasures", at), { query: { ...named, reason: reason.value() }, ifMatch: guard.generation })).data);
     },
     refused: whenStale(guard),
   });

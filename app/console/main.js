@@ -70,7 +70,7 @@ const dark = () => (document.documentElement.dataset.theme ? document.documentEl
 
 function showTheme() {
   const button = document.getElementById("theme");
-  button.setAttribute("aria-pressed", String(dark()));
+  button.textContent = dark() ? "Switch to light" : "Switch to dark"; // what it does, not what is
   document.dispatchEvent(new Event("themechange"));
 }
 

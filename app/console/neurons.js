@@ -1,6 +1,6 @@
 // Neurons: a concept's neurons by rank, one neuron's densities and ranges, and how far concepts share their neurons.
 
-import { call, isAbort, path } from "./api.js";
+import { call, isAbort, ofConcept, path } from "./api.js";
 import { chart, densities, heatMap } from "./charts.js";
 import { button, choice, el, field, fill, quoted, table } from "./elements.js";
 import { facts, may } from "./facts.js";
@@ -52,14 +52,15 @@ export async function showNeurons(part, params, signal) {
 
   const readTable = (wait = 0) => latest.table.soon(guarded(ranked, () => readTable(), async (stop) => {
     const { concept, layer, ranking, tau } = chosen;
-    const query = { layer, ranking, tau, limit: PAGE, cursor: cursors.at(-1) };
+    const { at, named } = ofConcept(concept);
+    const query = { ...named, layer, ranking, tau, limit: PAGE, cursor: cursors.at(-1) };
     let page;
     try {
-      page = (await call("GET", path("v1", "concepts", concept, "ranges"), { query, signal: stop })).data;
+      page = (await call("GET", path("v1", "concepts", at, "ranges"), { query, signal: stop })).data;
     } catch (error) {
       if (error.code !== "stale_cursor") throw error;
       cursors = [null];
-      page = (await call("GET", path("v1", "concepts", concept, "ranges"), { query: { ...query, cursor: null }, signal: stop })).data;
+      page = (await call("GET", path("v1", "concepts", at, "ranges"), { query: { ...query, cursor: null }, signal: stop })).data;
     }
     drawTable(page);
     if (chosen.neuron === null && page.neurons.length) select(page.neurons[0].neuron);

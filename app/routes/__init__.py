@@ -28,6 +28,27 @@ class Whole(Convertor[str]):
 register_url_convertor("whole", Whole())
 
 
+async def named_concept(
+    concept: str,
+    name: Annotated[
+        str | None,
+        Query(
+            min_length=1, description="The concept, where the path says `-`: for `.` and `..`, which browsers resolve."
+        ),
+    ] = None,
+) -> str:
+    """The concept that a path names; raises ApiError (422) if the query names another one."""
+    if name is not None and concept != "-":
+        detail = "query.name: the path names a concept already; it must be `-`"
+        errors = [FieldError(loc=["query", "name"], msg="the path must be `-`", type="repeated")]
+        raise ApiError(422, "invalid", detail, errors=errors)
+    return name or concept
+
+
+NamedConcept = Annotated[str, Depends(named_concept)]
+"""Of every path with a concept in it."""
+
+
 async def get_service(request: Request) -> Service:
     """The process's service. Like every dependency it is asynchronous: others run on a thread, for each request."""
     service: Service = request.app.state.service

@@ -11,7 +11,7 @@ from app.logs import note
 from app.problems import BODY, QUERY, documented, header
 from app.replies import ErasureOut, LiveListOut, LiveOut
 from app.requests import LiveListIn, Reason, SwitchOnIn
-from app.routes import QueryChecked, Serving, check_model_name, snapshot_of
+from app.routes import NamedConcept, QueryChecked, Serving, check_model_name, snapshot_of
 from app.service import Service
 from app.store_calls import StoreCalling, StoreCalls
 from range_store.errors import StaleGeneration, StoreUnavailable
@@ -74,7 +74,7 @@ async def switch_on(
     service: Serving,
     calls: StoreCalling,
     caller: Calling,
-    concept: str,
+    concept: NamedConcept,
     required: Required,
     response: Response,
     body: SwitchOnIn | None = None,
@@ -91,7 +91,7 @@ async def switch_off(
     service: Serving,
     calls: StoreCalling,
     caller: Calling,
-    concept: str,
+    concept: NamedConcept,
     required: Required,
     response: Response,
     reason: Annotated[Reason | None, Query()] = None,

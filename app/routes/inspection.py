@@ -20,7 +20,7 @@ from app.replies import (
     OverlapOut,
     RangesOut,
 )
-from app.routes import QueryChecked, Serving, active_range_set, snapshot_of
+from app.routes import NamedConcept, QueryChecked, Serving, active_range_set, snapshot_of
 from app.store_calls import StoreCalling
 from range_store.erasure import Ranking
 from range_store.inspection import NeuronStatistics, block_index, neuron_statistics, overlap_of_tops, ranked_ranges
@@ -57,7 +57,7 @@ def list_concepts(service: Serving) -> ConceptsOut:
 @router.get("/v1/concepts/{concept:whole}/ranges", responses=documented(*QUERY, 503))
 def list_ranges(
     service: Serving,
-    concept: str,
+    concept: NamedConcept,
     layer: Layer = -1,
     ranking: Ranking = "max",
     tau: Tau = 2.5,

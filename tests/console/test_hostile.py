@@ -23,6 +23,8 @@ NAMES = (
     "x" * 400,
     "javascript:window.pwned=1//\"'`${1}",
     "<b>&amp;</b>\n\u0007 %s",
+    ".",
+    "..",
 )
 
 
@@ -81,6 +83,30 @@ def test_names_and_reasons(odd: Running, window: Open, no_sideways: Callable[[Pa
         summary.click()
     harmless(page)
     no_sideways(page)
+
+
+@pytest.mark.parametrize("name", [".", ".."])
+def test_a_name_that_browsers_resolve_in_a_path(odd: Running, window: Open, name: str) -> None:
+    odd.http.put("/v1/erasures", json={"erasures": [{"concept": "x" * 400, "reason": "another"}]}).raise_for_status()
+    (other,) = odd.http.get("/v1/erasures").json()["erasures"]
+    page = window(odd).open("#/live")
+    page.get_by_role("button", name="Switch on…").click()
+    page.get_by_role("dialog").get_by_label("Concept").select_option(name)
+    page.get_by_role("button", name="Switch it on for everybody").click()
+    expect(page.get_by_role("heading", name=name, exact=True)).to_be_visible()
+    page.get_by_role("button", name=f"Change {name}", exact=True).click()
+    page.get_by_role("dialog").get_by_label("Reason").fill("why not")
+    page.get_by_role("button", name="Change it for everybody").click()
+    expect(page.get_by_text("why not")).to_be_visible()
+    now = odd.http.get("/v1/erasures").json()["erasures"]
+    assert {each["concept"]: each["reason"] for each in now} == {"x" * 400: "another", name: "why not"}
+    page.get_by_role("button", name=f"Switch off {name}", exact=True).click()
+    page.get_by_role("button", name="Switch it off for everybody").click()
+    expect(page.get_by_role("heading", name=name, exact=True)).to_be_hidden()
+    assert odd.http.get("/v1/erasures").json()["erasures"] == [other]
+    page.get_by_role("link", name="Neurons").click()
+    page.get_by_label("Concept", exact=True).select_option(name)
+    expect(page.locator(".ranked caption")).to_contain_text(f"Neurons of {name} by rank")
 
 
 @pytest.mark.parametrize(

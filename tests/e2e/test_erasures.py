@@ -90,6 +90,24 @@ def test_paths_take_a_concept_whole_whatever_it_holds(news: Running) -> None:
         ranges = news.http.get(f"/v1/concepts/{in_path(concept)}/ranges", params={"limit": 1}).json()
         assert (ranges["concept"], set(ranges["neurons"][0]["overlap"])) == (concept, set(NAMES) - {concept})
         assert news.http.delete(f"/v1/erasures/{in_path(concept)}").json()["erasures"] == []
+        if concept.isprintable():  # a query is another way
+            named = {"name": concept}
+            on = news.http.put("/v1/erasures/-", params=named)
+            assert [each["concept"] for each in on.json()["erasures"]] == [concept]
+            assert news.http.get("/v1/concepts/-/ranges", params=named | {"limit": "1"}).json() == ranges
+            assert news.http.delete("/v1/erasures/-", params=named).json()["erasures"] == []
+
+
+def test_a_path_and_a_query_name_no_two_concepts(news: Running, problem: Problem) -> None:
+    for method, path in (
+        ("PUT", "/v1/erasures/Sports"),
+        ("DELETE", "/v1/erasures/-x"),
+        ("GET", "/v1/concepts/x/ranges"),
+    ):
+        said = problem(news.http.request(method, path, params={"name": "World"}), 422, "invalid")
+        assert said["detail"].startswith("query.name: ")
+    problem(news.http.put("/v1/erasures/-", params={"name": ""}), 422, "invalid")
+    assert news.http.put("/v1/erasures/-", json={}).json()["known"]
 
 
 def test_a_path_without_a_concept_is_no_path(news: Running, problem: Problem) -> None:
