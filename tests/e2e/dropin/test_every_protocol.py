@@ -1,6 +1,7 @@
 """What holds on every route that speaks as another server does: steering, limits, keys, errors."""
 
 import asyncio
+import json
 from collections.abc import Callable
 from typing import Any
 from urllib.parse import unquote
@@ -115,6 +116,17 @@ def test_what_is_no_json_is_refused_in_its_words(news: Running, protocol: Protoc
 
 
 JSON = {"Content-Type": "application/json"}
+
+
+def test_half_a_surrogate_pair_is_read_as_a_question_mark(news: Running, protocol: Protocol) -> None:
+    """Legal in JSON, and no Unicode text: tokenizers take none, so each half is replaced, and nothing else breaks."""
+    halves = ["half \ud800 of one", "\udc00", "the wrong way \udc00\ud800 round"]
+    marks = ["half ? of one", "?", "the wrong way ?? round"]
+    path = protocol.path(news.service.name)
+    reply = news.http.post(path, content=json.dumps(protocol.ask(halves)), headers={"Content-Type": "application/json"})
+    assert reply.status_code == 200, reply.text
+    assert protocol.labels(reply.json()) == protocol.labels(post(news, protocol, protocol.ask(marks)).json())
+    assert "surrogate" not in reply.text
 
 
 def test_a_deadline_holds(news: Running, protocol: Protocol) -> None:
