@@ -218,7 +218,7 @@ def test_what_is_refused_on_the_way_is_counted_under_its_route(keyed: tuple[Runn
         assert running.http.request(method, path, headers=headers).status_code == status
     body = {"inputs": "a" * 2**20 * 9}
     assert running.http.post("/v1/classify", json=body, headers=bearer(tokens["infer"])).status_code == 413
-    value = running.service.registry.get_sample_value
+    value = running.value
 
     def counted(method: str, template: str, status: int) -> bool:
         labels = {"method": method, "route": template}

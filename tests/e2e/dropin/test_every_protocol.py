@@ -45,7 +45,7 @@ def test_it_answers_as_v1_does(news: Running, protocol: Protocol) -> None:
     assert reply.headers["x-neuronlens-source"] == "none"
     assert "x-neuronlens-erased" not in reply.headers
     counted = {"method": "POST", "route": protocol.path("{model}"), "status": "200"}
-    value = news.service.registry.get_sample_value
+    value = news.value
     until(lambda: value("neuronlens_http_requests_total", counted) == 1)
 
 
@@ -149,7 +149,7 @@ def test_overload_is_refused_in_its_words(serve: Serve, fitted: Fitted, protocol
     for answer in full:
         assert protocol.error(refused(answer, 429, "queue_full"))
         assert int(answer.headers["retry-after"]) >= 1
-    value = running.service.registry.get_sample_value
+    value = running.value
     assert value("neuronlens_rejections_total", {"reason": "queue_full"}) == len(full)
     labels = {"method": "POST", "route": protocol.path("{model}"), "status": "429"}
     assert value("neuronlens_http_requests_total", labels) == len(full)
