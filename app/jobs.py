@@ -50,6 +50,14 @@ class ModelChoice:
 
 
 @dataclass(frozen=True)
+class RayChoice:
+    """Which cluster to work on, and how many actors there; None: one per GPU, or without GPUs one per node."""
+
+    address: str
+    actors: int | None = None
+
+
+@dataclass(frozen=True)
 class CorpusChoice:
     """Which labelled texts to read.
 

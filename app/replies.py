@@ -257,12 +257,11 @@ class Alive(BaseModel):
 
 
 class Ready(BaseModel):
-    """Ready to answer. `snapshot_age`: seconds since the live state was last known to be the newest; of several models,
-    of the one where that is longest."""
+    """Ready to answer. `snapshot_age`: seconds since the live state was last known to be the newest."""
 
     status: Literal["ready"] = "ready"
     checks: dict[str, bool]
-    generation: str | None = Field(description="Null where several models are served, each with its own.")
+    generation: str
     snapshot_age: float
     problem: str | None = Field(description="Why the live state cannot be kept current; null while it is.")
 

@@ -56,10 +56,7 @@ KNOWN_DATA_SETS = tuple(KNOWN)
 
 @dataclass(frozen=True, eq=False)
 class Service:
-    """What one model is served by: store, mirror of the live state, keys, what answers, fits beside it.
-
-    A process may have several, each with a registry of its own; the keyring may be shared.
-    """
+    """One process's parts: store, mirror of the live state, keys, what answers, fits beside it."""
 
     settings: Settings
     model: ModelFacts

@@ -3,11 +3,12 @@
 Importing it loads torch; the routes, and commands that only talk to the store or to a server, do without it.
 """
 
+import io
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager, redirect_stdout, suppress
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import redis
 from prometheus_client import CollectorRegistry
@@ -15,7 +16,7 @@ from prometheus_client import CollectorRegistry
 from app.fit_jobs import FitJobs
 from app.fit_replies import job_out
 from app.fit_runner import FitRunner
-from app.jobs import CorpusChoice, ModelChoice, NewModelChoice
+from app.jobs import CorpusChoice, ModelChoice, NewModelChoice, RayChoice
 from app.keyring import Keyring, memory_of
 from app.live_changes import LiveChanges
 from app.news import News
@@ -38,12 +39,16 @@ from workers.evaluation.files import write as write_evaluation
 from workers.evaluation.perplexity import check_perplexity, with_perplexity
 from workers.evaluation.settings import EvaluationSettings
 from workers.fitting.corpus import Corpus, check_source, load_corpus, load_label_map, match_labels
-from workers.fitting.fit import CHECKPOINT_SECONDS, Fitted
+from workers.fitting.fit import CHECKPOINT_SECONDS, FitProgress, Fitted
 from workers.fitting.fit import fit as _fit
+from workers.fitting.rows import Table
 from workers.models.loading import LoadedModel, load_model, use_threads
 from workers.training.scratch import NewModel
 from workers.training.train import TrainReport, TrainSettings
 from workers.training.train import train as _train
+
+if TYPE_CHECKING:
+    from workers.cluster.nodes import ModelPool
 
 __all__ = ["CHECKPOINT_SECONDS", "Demo", "Evaluation"]
 
@@ -147,13 +152,60 @@ def open_demo(settings: Settings, report: Report, *, rebuild: bool = False) -> I
             yield service, demo
 
 
-def fit_corpus(model: ModelChoice, data: CorpusChoice, *, report: Report, **settings: Any) -> Fitted:
-    """Load model and corpus, and fit; `settings` are those of `workers.fitting.fit.fit`."""
+def fit_corpus(
+    model: ModelChoice, data: CorpusChoice, *, report: Report, cluster: RayChoice | None = None, **settings: Any
+) -> Fitted:
+    """Load model and corpus, and fit, here or on a cluster; `settings` are those of `workers.fitting.fit.begin`."""
+
+    def fitting(now: FitProgress) -> None:
+        report("fitting", now.rows_done, now.rows_total)
+
+    if cluster is not None:
+        with _pool(model, cluster, report, data) as pool:
+            from workers.cluster.fitting import fit_on
+
+            labels = pool.about.identity.labels
+            report("reading the texts", 0, 0)
+            return fit_on(pool, _corpus_on_cluster(data, labels), progress=fitting, **settings)
     check_source(data.source)
     loaded = _load(model)
     report("reading the texts", 0, 0)
     corpus = _corpus(data, loaded.identity.labels)
-    return _fit(loaded, corpus, progress=lambda now: report("fitting", now.rows_done, now.rows_total), **settings)
+    return _fit(loaded, corpus, progress=fitting, **settings)
+
+
+@contextmanager
+def _pool(model: ModelChoice, cluster: RayChoice, report: Report, *data: CorpusChoice | None) -> Iterator["ModelPool"]:
+    """Models on a cluster, as soon as one is loaded; only now is Ray imported.
+
+    Raises:
+        ClusterError, ModelError: see `workers.cluster.nodes`.
+        CorpusError: data that are not there.
+    """
+    from workers.cluster.nodes import PRIVATE, Layout, ModelPool, connected
+    from workers.cluster.reading import files_of, names_files
+
+    for each in data:
+        if each is not None and each.source is not None and names_files(each.source):
+            files_of(each.source)  # known before a cluster is started for it
+    report("starting a cluster" if cluster.address == PRIVATE else "joining the cluster", 0, 0)
+    # Ray prints on stdout what its nodes say of processes that died; a command's result stands there
+    with redirect_stdout(io.StringIO()), connected(cluster.address, (cluster.actors or 1) * (model.threads or 1)):
+        layout = Layout.of(cluster.actors, model.threads, model.device)
+        source, choices = _how_to_load(model)
+        choices["device"] = "cuda" if layout.gpu else "cpu" if model.device == "auto" else model.device
+        local = Path(source).expanduser()
+        with ModelPool(str(local.absolute()) if local.is_dir() else source, choices, layout) as pool:
+            report(f"loading the model ({layout})", 0, 0)
+            yield pool
+
+
+def _corpus_on_cluster(choice: CorpusChoice, labels: tuple[str, ...]) -> Corpus:
+    """The corpus, of files on the nodes through Ray Data; a data set of the hub is read here."""
+    from workers.cluster.reading import Files, names_files
+
+    files = choice.source is not None and names_files(choice.source)
+    return _corpus(choice, labels, Files.open(choice.source or "") if files else None)
 
 
 def train_model(
@@ -280,23 +332,29 @@ def _load_aside(model: ModelChoice) -> LoadedModel:
 
 def _load(model: ModelChoice) -> LoadedModel:
     use_threads(model.threads)
-    return load_model(
-        model.source,
-        revision=model.revision,
-        device=model.device,
-        dtype=model.dtype,
-        allow_pickle=model.allow_pickle,
-        name=model.served_name,
-        template=model.template,
-        scoring=model.scoring,
-        plain=model.plain,
-        compiled=model.compile,
-    )
+    source, choices = _how_to_load(model)
+    return load_model(source, **choices)
 
 
-def _corpus(choice: CorpusChoice, labels: tuple[str, ...]) -> Corpus:
+def _how_to_load(model: ModelChoice) -> tuple[str, dict[str, Any]]:
+    """Arguments of `load_model`."""
+    return model.source, {
+        "revision": model.revision,
+        "device": model.device,
+        "dtype": model.dtype,
+        "allow_pickle": model.allow_pickle,
+        "name": model.served_name,
+        "template": model.template,
+        "scoring": model.scoring,
+        "plain": model.plain,
+        "compiled": model.compile,
+    }
+
+
+def _corpus(choice: CorpusChoice, labels: tuple[str, ...], table: Table | None = None) -> Corpus:
     return load_corpus(
         choice.source,
+        table=table,
         dataset=choice.dataset,
         labels=labels,
         split=choice.split,

@@ -285,14 +285,11 @@ class Models(Reply):
 
 
 class Ready(Reply):
-    """`snapshot_age`: seconds since the live state was last known to be the newest; `problem`: why it cannot be.
-
-    Of several models, the `checks` name each, the age is the longest, and `generation` is None.
-    """
+    """`snapshot_age`: seconds since the live state was last known to be the newest; `problem`: why it cannot be."""
 
     status: str
     checks: Mapping[str, bool]
-    generation: str | None
+    generation: str
     snapshot_age: float
     problem: str | None
 

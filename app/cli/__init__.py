@@ -22,6 +22,7 @@ from app.cli.demo import demo
 from app.cli.evaluate import evaluate
 from app.cli.exits import EPILOG, exit_code_of
 from app.cli.fit import fit
+from app.cli.options import RayCommand
 from app.cli.serve import serve
 from app.cli.train import train
 
@@ -34,7 +35,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
 )
 for command in (demo, serve, fit, evaluate, train, audit):
-    app.command(epilog=EPILOG)(command)
+    app.command(epilog=EPILOG, cls=RayCommand)(command)
 app.add_typer(ranges.app, name="ranges")
 app.add_typer(erase.app, name="erase")
 app.add_typer(keys.app, name="keys")

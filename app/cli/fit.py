@@ -58,6 +58,8 @@ def fit(
     template: options.Template = None,
     scoring: options.Scoring = None,
     batch_tokens: options.BatchTokens = 4096,
+    ray: options.Ray = None,
+    actors: options.Actors = None,
     redis_url: options.RedisUrl = None,
     data_dir: options.DataDir = None,
     as_json: options.AsJson = False,
@@ -68,6 +70,7 @@ def fit(
     The range set is published whole or not at all. A fit that was stopped resumes when it is started again.
     """
     options.some_data(data, dataset)
+    cluster = options.ray_choice(ray, actors)
     report_to: AbstractContextManager[Report] = nullcontext(fit_child.begin(job)) if job else progress("rows")
     of_class = None if correct_only else rows_per_class
     corpus = CorpusChoice(data, dataset, split, text_field, label_field, label_map, max_rows, of_class, seed)
@@ -108,6 +111,7 @@ def fit(
                     batch_tokens=batch_tokens,
                     checkpoint_dir=job / fit_child.CHECKPOINTS if job else settings.data_dir / "fits",
                     checkpoint_seconds=fit_child.CHECKPOINT_SECONDS if job else CHECKPOINT_SECONDS,
+                    cluster=cluster,
                     report=report,
                 )
                 report("publishing", 0, 0)

@@ -10,6 +10,7 @@ from typing import Annotated, Any, Literal, TypeVar
 import typer
 from typer.core import TyperCommand
 
+from app.jobs import RayChoice
 from range_store.erasure import RANKINGS, Damp, Ranking, Replacement
 
 MODEL_PANEL, DATA_PANEL, STORE_PANEL, CLUSTER_PANEL = "Model", "Data", "Store", "Cluster"
@@ -208,9 +209,30 @@ Ray = Annotated[
     ),
 ]
 """Commands that take it are `RayCommand`s."""
+Actors = Annotated[
+    int | None,
+    typer.Option(
+        "--actors",
+        min=1,
+        help="With --ray: models at work at once, each with --threads. Default: one per GPU, or without GPUs one per "
+        "node.",
+        rich_help_panel=CLUSTER_PANEL,
+    ),
+]
 AsJson = Annotated[bool, typer.Option("--json", help="Print the result as JSON on stdout.")]
 
 Choice = TypeVar("Choice", bound=str)
+
+
+def ray_choice(address: str | None, actors: int | None) -> RayChoice | None:
+    """Which cluster; None: this process alone.
+
+    Raises:
+        typer.BadParameter: actors without a cluster.
+    """
+    if address is None and actors is not None:
+        raise typer.BadParameter("actors are of a cluster: add --ray", param_hint="--actors")
+    return None if address is None else RayChoice(address, actors)
 
 
 class RayCommand(TyperCommand):

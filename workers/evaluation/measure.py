@@ -21,7 +21,8 @@ from workers.engine.forward import WHOLE_PASS, PlanSweep, open_trunk
 from workers.engine.masks import DevicePlan
 from workers.evaluation.measures import Labels, Outcomes
 from workers.evaluation.settings import EvaluationSettings, Layers, Setting
-from workers.fitting.corpus import BLOCK_ROWS, Corpus
+from workers.fitting.corpus import Corpus
+from workers.fitting.rows import BLOCK_ROWS
 from workers.models.loading import LoadedModel
 from workers.models.steered import Trunk
 from workers.models.tokens import TokenBatch, length_sorted

@@ -13,11 +13,10 @@ import numpy.typing as npt
 from safetensors import SafetensorError
 from safetensors.numpy import load_file, save_file
 
-from range_store.range_set import FitSettings
+from range_store.range_set import FitSettings, ModelIdentity
 from range_store.whole_files import remove_leftovers, written_whole
 from workers.fitting.corpus import Corpus
 from workers.fitting.fitter import RangeFitter
-from workers.models.loading import LoadedModel
 
 logger = logging.getLogger(__name__)
 
@@ -68,11 +67,11 @@ class Checkpoint:
 
     @classmethod
     def of(
-        cls, directory: Path, model: LoadedModel, corpus: Corpus, settings: FitSettings, seconds: float
+        cls, directory: Path, model: ModelIdentity, corpus: Corpus, settings: FitSettings, seconds: float
     ) -> "Checkpoint":
         directory.mkdir(parents=True, exist_ok=True)
         remove_leftovers(directory, "fit-*")
-        what = json.dumps([model.identity.fingerprint, corpus.sha256, settings.model_dump(mode="json")])
+        what = json.dumps([model.fingerprint, corpus.sha256, settings.model_dump(mode="json")])
         return cls(directory / f"fit-{hashlib.sha256(what.encode()).hexdigest()[:20]}.safetensors", seconds)
 
     def load(self, fitter: RangeFitter) -> tuple[Counters, BlockStates | None]:

@@ -1,4 +1,4 @@
-"""Labelled texts, read through the `datasets` library: local files or hub names, memory-mapped, in blocks."""
+"""Labelled texts in blocks: of a local file or a hub name, memory-mapped; or of whatever else gives `Table`s."""
 
 import hashlib
 import json
@@ -14,12 +14,10 @@ import numpy as np
 import numpy.typing as npt
 
 from workers.fitting.known import KNOWN, KnownDataset
-
-BLOCK_ROWS = 1024
-"""Rows of a block: the unit of work, checkpoint and retry."""
+from workers.fitting.rows import BLOCK_ROWS, Loaded, Rows, Table
 
 _ODD = re.compile("[\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f\ufffd\ud800-\udfff]")
-_READERS = {".jsonl": "json", ".json": "json", ".csv": "csv", ".parquet": "parquet"}
+READERS = {".jsonl": "json", ".json": "json", ".csv": "csv", ".parquet": "parquet"}
 
 
 class CorpusError(Exception):
@@ -47,9 +45,7 @@ class Corpus:
         sha256: over every text and concept in order.
     """
 
-    def __init__(
-        self, name: str, split: str | None, selection: str, rows: datasets.Dataset, concepts: "_Concepts"
-    ) -> None:
+    def __init__(self, name: str, split: str | None, selection: str, rows: Rows, concepts: "_Concepts") -> None:
         self.name = name
         self.split = split
         self.selection = selection
@@ -97,20 +93,28 @@ class Corpus:
         Raises:
             CorpusError: a row without a text, or with a label that is no name or number; says which.
         """
-        for index in range(start, -(-len(self) // BLOCK_ROWS)):
-            first = index * BLOCK_ROWS
+        first = start * BLOCK_ROWS
+        pieces = self._rows.read(first)
+        while True:
             try:
-                rows = self._rows[first : first + BLOCK_ROWS]
+                texts, labels = next(pieces)
+            except StopIteration:
+                return
             except UnicodeDecodeError:
                 last = min(first + BLOCK_ROWS, len(self))
                 raise CorpusError(f"{self.name}: a row between {first + 1} and {last} is not UTF-8") from None
-            for offset, text in enumerate(rows["text"]):
+            for offset, text in enumerate(texts):
                 if not isinstance(text, str):
-                    raise CorpusError(f"{self.name}: row {first + offset + 1} has no text")
-            concepts = tuple(
-                self._concepts.of(label, first + n + 1, self.name) for n, label in enumerate(rows["label"])
-            )
-            yield Block(index, tuple(rows["text"]), concepts)
+                    raise CorpusError(f"{self._rows.where(first + offset)} has no text")
+            concepts = tuple(self._concept(label, first + offset) for offset, label in enumerate(labels))
+            yield Block(first // BLOCK_ROWS, tuple(texts), concepts)
+            first += BLOCK_ROWS
+
+    def _concept(self, label: Any, row: int) -> str:
+        try:
+            return self._concepts.of(label)
+        except CorpusError as error:
+            raise CorpusError(f"{self._rows.where(row)} {error}") from None
 
 
 @dataclass(frozen=True)
@@ -122,13 +126,14 @@ class _Concepts:
     label_map: Mapping[str, str]
     known: KnownDataset | None = None
 
-    def of(self, value: Any, row: int, name: str) -> str:
+    def of(self, value: Any) -> str:
+        """Raises CorpusError, for a sentence that begins with the row."""
         if isinstance(value, bool) or value is None or not isinstance(value, (str, int)):
-            raise CorpusError(f"{name}: row {row} has no label (a name or a class number)")
+            raise CorpusError("has no label (a name or a class number)")
         if isinstance(value, int):
             names = self.names if self.names is not None else self.labels
             if names and not 0 <= value < len(names):
-                raise CorpusError(f"{name}: row {row} has label {value}, there are names for 0 to {len(names) - 1}")
+                raise CorpusError(f"has label {value}, there are names for 0 to {len(names) - 1}")
             value = names[value] if names else str(value)
         if value in self.label_map:
             return self.label_map[value]
@@ -141,6 +146,7 @@ class _Concepts:
 def load_corpus(
     source: str | None = None,
     *,
+    table: Table | None = None,
     dataset: str | None = None,
     labels: Sequence[str] = (),
     split: str | None = None,
@@ -155,6 +161,7 @@ def load_corpus(
 
     Args:
         source: a JSONL, CSV or Parquet file, or the name of a data set on the hub. None: `dataset` from the hub.
+        table: the data that `source` names, where they are opened already.
         dataset: one of the paper's, by name (`known.KNOWN`): it names columns and classes, also for a file of it.
         labels: the model's labels: they order the concepts, and name class numbers that the data leave unnamed.
         split: of a hub data set; "train" by default.
@@ -166,39 +173,38 @@ def load_corpus(
     Raises:
         CorpusError: missing, unreadable, empty, or without the named columns.
     """
-    if dataset is None and source is not None and source in KNOWN and _is_hub(source):
+    if dataset is None and source is not None and source in KNOWN and is_hub(source):
         source, dataset = None, source
     known = _known(dataset)
-    place = source or f"{dataset}"
-    rows = _open(source, split) if source is not None else _from_hub(known, place, split)
-    text_field = text_field or _column(rows, known.text_field if known else None, "text")
-    label_field = label_field or _column(rows, known.label_field if known else None, "label")
+    place = without_password(source or f"{dataset}")
+    of_hub = table is None and (source is None or is_hub(source))
+    if table is None:
+        table = Loaded(_open(source, split) if source is not None else _from_hub(known, place, split))
+    text_field = text_field or _column(table, known.text_field if known else None, "text")
+    label_field = label_field or _column(table, known.label_field if known else None, "label")
     for field in (text_field, label_field):
-        if field not in rows.column_names:
-            raise CorpusError(f"{place} has no column {field!r}; it has: {', '.join(map(repr, rows.column_names))}")
-    feature = rows.features[label_field]
-    names = feature.names if isinstance(feature, datasets.ClassLabel) else known.labels if known else None
-    others = [column for column in rows.column_names if column not in (text_field, label_field)]
-    rows = rows.remove_columns(others)
-    if text_field != "text":
-        rows = rows.rename_column(text_field, "text")
-    if label_field != "label":
-        rows = rows.rename_column(label_field, "label")
+        if field not in table.column_names:
+            raise CorpusError(f"{place} has no column {field!r}; it has: {', '.join(map(repr, table.column_names))}")
+    names = table.class_names(label_field) or (known.labels if known else None)
     concepts = _Concepts(names, labels or (known.labels if known else ()), label_map or {}, known)
-    name = place if source is None or _is_hub(source) else Path(source).name
+    name = place if of_hub else Path(place).name
+    rows = table.rows(text_field, label_field, name)
     said = []
-    chosen = np.arange(len(rows))
+    chosen: npt.NDArray[np.int64] | None = None
     if max_rows is not None and max_rows < len(rows):
         chosen = np.sort(np.random.default_rng(seed).choice(len(rows), size=max_rows, replace=False))
         said.append(f"{max_rows} of {len(rows)} rows")
     if rows_per_class is not None:
-        chosen = _per_class(rows, chosen, concepts, name, rows_per_class, seed)
+        chosen = _per_class(rows, np.arange(len(rows)) if chosen is None else chosen, concepts, rows_per_class, seed)
         said.append(f"at most {rows_per_class} per class")
-    if not len(chosen):
-        raise CorpusError(f"{place} holds no rows")
     selection = f"{', '.join(said)}, drawn with seed {seed}" if said else "all rows"
-    of_hub = source is None or _is_hub(source)  # a file has no splits
-    return Corpus(name, split if of_hub else None, selection, rows.select(chosen) if said else rows, concepts)
+    # a file has no splits
+    corpus = Corpus(
+        name, split if of_hub else None, selection, rows if chosen is None else rows.select(chosen), concepts
+    )
+    if not len(corpus):
+        raise CorpusError(f"{place} holds no rows")
+    return corpus
 
 
 def load_label_map(path: Path) -> dict[str, str]:
@@ -218,8 +224,17 @@ def load_label_map(path: Path) -> dict[str, str]:
 
 def check_source(source: str | None) -> None:
     """Raises CorpusError if `source` names a file that is not there: known before a model is loaded for it."""
-    if source is not None and not _is_hub(source) and not Path(source).is_file():
+    if source is not None and "://" in source:
+        raise CorpusError(
+            f"{without_password(source)}: only files of this machine are read here; with --ray, addresses too"
+        )
+    if source is not None and not is_hub(source) and not Path(source).is_file():
         raise CorpusError(f"no such file: {source}")
+
+
+def without_password(source: str) -> str:
+    """An address, less what may stand before its host."""
+    return re.sub(r"://[^/@]*@", "://", source)
 
 
 def match_labels(concepts: Sequence[str], labels: Sequence[str]) -> None:
@@ -240,27 +255,35 @@ def _known(dataset: str | None) -> KnownDataset | None:
     return KNOWN[dataset]
 
 
-def _column(rows: datasets.Dataset, of_dataset: str | None, usual: str) -> str:
+def _column(table: Table, of_dataset: str | None, usual: str) -> str:
     """The data set's own column where it is there; a file of it may have the usual one."""
-    return of_dataset if of_dataset in rows.column_names and of_dataset is not None else usual
+    return of_dataset if of_dataset in table.column_names and of_dataset is not None else usual
 
 
 def _per_class(
-    rows: datasets.Dataset, chosen: npt.NDArray[np.int64], concepts: _Concepts, name: str, most: int, seed: int
+    rows: Rows, chosen: npt.NDArray[np.int64], concepts: _Concepts, most: int, seed: int
 ) -> npt.NDArray[np.int64]:
     """At most `most` of the chosen rows of each class, drawn by `seed`, in their order."""
-    values = rows["label"]
-    of_row = [concepts.of(values[int(row)], int(row) + 1, name) for row in chosen]
+    values = rows.labels()
+
+    def concept_of(row: int) -> str:
+        try:
+            return concepts.of(values[row])
+        except CorpusError as error:
+            raise CorpusError(f"{rows.where(row)} {error}") from None
+
+    of_row = [concept_of(int(row)) for row in chosen]
     rng = np.random.default_rng(seed)
     kept = []
     for concept in sorted(set(of_row)):
         own = chosen[[each == concept for each in of_row]]
         kept.append(own if len(own) <= most else rng.choice(own, size=most, replace=False))
-    return np.sort(np.concatenate(kept))
+    return np.sort(np.concatenate(kept)) if kept else chosen
 
 
-def _is_hub(source: str) -> bool:
-    return Path(source).suffix.lower() not in _READERS and not Path(source).exists()
+def is_hub(source: str) -> bool:
+    """Whether it is no file, so the name of a data set."""
+    return Path(source).suffix.lower() not in READERS and not Path(source).exists()
 
 
 def _from_hub(known: KnownDataset | None, name: str, split: str | None) -> datasets.Dataset:
@@ -271,12 +294,12 @@ def _from_hub(known: KnownDataset | None, name: str, split: str | None) -> datas
         return datasets.load_dataset(known.path, known.config, split=known.split(split or "train"))
     except Exception as error:
         raise CorpusError(
-            f"cannot read the data set {name} from the hub ({known.path}): {_reason(error)}; "
+            f"cannot read the data set {name} from the hub ({known.path}): {reason_of(error)}; "
             "a file of it can be named instead"
         ) from error
 
 
-def _reason(error: BaseException) -> str:
+def reason_of(error: BaseException) -> str:
     """The first line of what began it: the library raises whatever its parsers do."""
     while error.__cause__ is not None:
         error = error.__cause__
@@ -287,10 +310,10 @@ def _open(source: str, split: str | None) -> datasets.Dataset:
     path = Path(source)
     datasets.disable_progress_bars()  # the command line has its own
     try:
-        if _is_hub(source):
+        if is_hub(source):
             return datasets.load_dataset(source, split=split or "train")
         check_source(source)
-        reader = _READERS.get(path.suffix.lower())
+        reader = READERS.get(path.suffix.lower())
         if reader is None:
             raise CorpusError(f"{source}: unknown kind of file; use .jsonl, .csv or .parquet")
         if not path.stat().st_size:
@@ -299,7 +322,7 @@ def _open(source: str, split: str | None) -> datasets.Dataset:
     except CorpusError:
         raise
     except Exception as error:
-        reason = _reason(error)
+        reason = reason_of(error)
         if "corresponds to no data" in reason:  # a header and nothing below it
             raise CorpusError(f"{source} holds no rows") from error
         raise CorpusError(f"cannot read {source}: {reason}") from error

@@ -6,22 +6,32 @@ result is bit for bit the same whether the fit ran through or was killed and res
 
 import logging
 import time
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 from importlib.metadata import version
 from pathlib import Path
-from typing import Literal
+from typing import Literal, TypedDict, Unpack
 
 import numpy as np
 import torch
 
 from range_store.codec import assemble
 from range_store.erasure import STATISTICAL, Ranking, Site, resolve_layers
-from range_store.range_set import CorpusIdentity, FitSettings, InspectLayer, ProbeSettings, Provenance, RangeSet
+from range_store.range_set import (
+    CorpusIdentity,
+    FitSettings,
+    InspectLayer,
+    ModelIdentity,
+    ProbeSettings,
+    Provenance,
+    RangeSet,
+)
 from workers.fitting.checkpoint import BlockStates, Checkpoint, Counters
-from workers.fitting.corpus import BLOCK_ROWS, Block, Corpus, CorpusError, match_labels
+from workers.fitting.corpus import Block, Corpus, CorpusError, match_labels
 from workers.fitting.fitter import RangeFitter
+from workers.fitting.moments import Moments
 from workers.fitting.probe import ProbeSample
+from workers.fitting.rows import BLOCK_ROWS
 from workers.models.loading import LoadedModel
 from workers.models.tokens import length_sorted
 
@@ -58,8 +68,108 @@ class Fitted:
             self.checkpoint.unlink(missing_ok=True)
 
 
+class FitChoices(TypedDict, total=False):
+    """What `begin` is told, which says what each means."""
+
+    layers: tuple[int, ...] | Literal["all"]
+    rankings: tuple[Ranking, ...]
+    site: Site
+    position: Literal["read", "mean"]
+    correct_only: bool
+    rows_per_class: int | None
+    probe: ProbeSettings | None
+    bins: int
+    batch_tokens: int
+    checkpoint_dir: Path | None
+    checkpoint_seconds: float
+
+
 def fit(
     model: LoadedModel,
+    corpus: Corpus,
+    *,
+    progress: Callable[[FitProgress], None] | None = None,
+    cancelled: Callable[[], bool] | None = None,
+    **choices: Unpack[FitChoices],
+) -> Fitted:
+    """Fit ranges of every concept of `corpus` in this process.
+
+    Args:
+        choices: those of `begin`.
+        cancelled: asked after every batch.
+
+    Raises:
+        InvalidErasure: a layer that the model does not have.
+        CorpusError: a row that cannot be used, or no text that counts.
+        FitCancelled: `cancelled` said so.
+    """
+    under_way = begin(model.identity, model.dtype, torch.get_num_threads(), corpus, **choices)
+    counters, fitter, checkpoint = under_way.counters, under_way.fitter, under_way.checkpoint
+    before = under_way.rows_done
+    resumed = before + (int(under_way.block.done.sum()) if under_way.block else 0)
+    started_block = under_way.block
+    for block in corpus.blocks(counters.next_block):
+
+        def after_batch(now: BlockStates, before: int = before) -> None:
+            if cancelled is not None and cancelled():
+                raise FitCancelled
+            if checkpoint and checkpoint.due:
+                checkpoint.save(fitter, counters, now)
+            if progress is not None:
+                progress(under_way.progress(before + int(now.done.sum()), resumed))
+
+        states, cut, empty = states_of(model, block, under_way.settings, started_block, after_batch)
+        started_block = None
+        count_in(fitter, block, states, under_way.room())
+        counters.next_block, counters.truncated, counters.empty = (
+            block.index + 1,
+            counters.truncated + cut,
+            counters.empty + empty,
+        )
+        before += len(block.texts)
+        if checkpoint and checkpoint.due:
+            checkpoint.save(fitter, counters, None)
+    return under_way.end()
+
+
+@dataclass(eq=False)
+class Pass:
+    """A pass over a corpus that is under way: what it is to find, and how far it is."""
+
+    model: ModelIdentity
+    corpus: Corpus
+    settings: FitSettings
+    fitter: RangeFitter
+    counters: Counters
+    checkpoint: Checkpoint | None
+    block: BlockStates | None
+    """States of the next block, as far as an earlier run recorded them."""
+    started: float = field(default_factory=time.monotonic)
+
+    @property
+    def rows_done(self) -> int:
+        """Rows of the blocks that are counted in."""
+        return min(self.counters.next_block * BLOCK_ROWS, len(self.corpus))
+
+    def room(self) -> dict[str, int] | None:
+        """How many more texts of each concept may count; None: any number."""
+        most = self.settings.rows_per_class
+        return None if most is None else {name: most - count for name, count in self.fitter.counts.items()}
+
+    def progress(self, rows: int, resumed: int) -> FitProgress:
+        """How far it is when so many rows are done."""
+        return FitProgress(rows, len(self.corpus), time.monotonic() - self.started, resumed)
+
+    def end(self) -> Fitted:
+        """The range set. Raises CorpusError if no text counted."""
+        path = self.checkpoint.path if self.checkpoint else None
+        return _assemble(self.model, self.corpus, self.settings, self.fitter, self.counters, path)
+
+
+def begin(
+    model: ModelIdentity,
+    dtype: str,
+    threads: int,
     corpus: Corpus,
     *,
     layers: tuple[int, ...] | Literal["all"] = (-1,),
@@ -73,12 +183,12 @@ def fit(
     batch_tokens: int = 4096,
     checkpoint_dir: Path | None = None,
     checkpoint_seconds: float = CHECKPOINT_SECONDS,
-    progress: Callable[[FitProgress], None] | None = None,
-    cancelled: Callable[[], bool] | None = None,
-) -> Fitted:
-    """Fit ranges of every concept of `corpus` at `layers`.
+) -> Pass:
+    """A pass over `corpus`, at its start or where a checkpoint left it.
 
     Args:
+        dtype: of the model's parameters. threads: that its forward passes run on.
+        layers: blocks whose states are recorded.
         site: record what blocks give, or what their MLPs add.
         position: record the state at the read position, or the mean over real tokens.
         correct_only: use only texts that the unmasked model gets right (the paper's curation for Llama); concepts
@@ -87,60 +197,37 @@ def fit(
         bins: of the histograms.
         batch_tokens: padded tokens of a batch; part of what makes the result repeatable.
         checkpoint_dir: where to keep what is done so far; a fit with the same arguments goes on from it.
-        cancelled: asked after every batch.
 
     Raises:
         InvalidErasure: a layer that the model does not have.
-        CorpusError: a row that cannot be used, or no text that counts.
-        FitCancelled: `cancelled` said so.
+        CorpusError: only correct texts are wanted, and a concept is no label of the model.
     """
-    started = time.monotonic()
-    chosen = resolve_layers(layers, model.identity.n_layers)
+    chosen = resolve_layers(layers, model.n_layers)
     if correct_only:
-        match_labels(corpus.concepts, model.identity.labels)
+        match_labels(corpus.concepts, model.labels)
     settings = FitSettings(
         layers=chosen,
         rankings=rankings,
         site=site,
         position=position,
-        dtype=model.dtype,
+        dtype=dtype,
         bins=bins,
         batch_tokens=batch_tokens,
         block_rows=BLOCK_ROWS,
-        threads=torch.get_num_threads(),
+        threads=threads,
         texts="correct" if correct_only else "all",
         rows_per_class=rows_per_class,
         probe=(probe or ProbeSettings()) if "probe" in rankings else None,
     )
-    hidden = model.identity.hidden_size
-    sample = ProbeSample(len(corpus), len(chosen), hidden, settings.probe) if settings.probe else None
+    hidden = model.hidden_size
+    sample = ProbeSample.drawn(len(corpus), len(chosen), hidden, settings.probe) if settings.probe else None
     fitter = RangeFitter(corpus.concepts, len(chosen), hidden, bins, sample)
     checkpoint = Checkpoint.of(checkpoint_dir, model, corpus, settings, checkpoint_seconds) if checkpoint_dir else None
-    counters, under_way = checkpoint.load(fitter) if checkpoint else (Counters(), None)
-    before = min(counters.next_block * BLOCK_ROWS, len(corpus))
-    resumed = before + (int(under_way.done.sum()) if under_way else 0)
-    for block in corpus.blocks(counters.next_block):
-
-        def after_batch(now: BlockStates, before: int = before, counters: Counters = counters) -> None:
-            if cancelled is not None and cancelled():
-                raise FitCancelled
-            if checkpoint and checkpoint.due:
-                checkpoint.save(fitter, counters, now)
-            if progress is not None:
-                rows = before + int(now.done.sum())
-                progress(FitProgress(rows, len(corpus), time.monotonic() - started, resumed))
-
-        states, cut, empty = _states(model, block, settings, under_way, after_batch)
-        under_way = None
-        _count_in(fitter, block, states, rows_per_class)
-        counters = Counters(block.index + 1, counters.truncated + cut, counters.empty + empty)
-        before += len(block.texts)
-        if checkpoint and checkpoint.due:
-            checkpoint.save(fitter, counters, None)
-    return _assemble(model, corpus, settings, fitter, counters, checkpoint.path if checkpoint else None)
+    counters, block = checkpoint.load(fitter) if checkpoint else (Counters(), None)
+    return Pass(model, corpus, settings, fitter, counters, checkpoint, block)
 
 
-def _states(
+def states_of(
     model: LoadedModel,
     block: Block,
     settings: FitSettings,
@@ -168,22 +255,24 @@ def _states(
     return now, sum(text.truncated for text in encoded), len(encoded) - len(some)
 
 
-def _count_in(fitter: RangeFitter, block: Block, now: BlockStates, rows_per_class: int | None) -> None:
-    """Count the kept texts of a block in, each class up to its cap."""
+def count_in(
+    fitter: RangeFitter, block: Block, now: BlockStates, room: Mapping[str, int] | None = None
+) -> dict[str, Moments]:
+    """Count the kept texts of a block in, and give their moments. room: of each concept, only the first so many."""
     kept = now.kept.copy()
     index = {concept: number for number, concept in enumerate(fitter.concepts)}
     concept = np.array([index[name] for name in block.concepts], dtype=np.int64)
-    if rows_per_class is not None:
+    if room is not None:
         for number, name in enumerate(fitter.concepts):
             own = np.flatnonzero(kept & (concept == number))
-            kept[own[max(0, rows_per_class - fitter.counts[name]) :]] = False
+            kept[own[max(0, room[name]) :]] = False
     if fitter.sample is not None:
         fitter.sample.update(block.index * BLOCK_ROWS, now.states, np.where(kept, concept, -1))
-    fitter.update(now.states[kept], [name for name, keep in zip(block.concepts, kept, strict=True) if keep])
+    return fitter.update(now.states[kept], [name for name, keep in zip(block.concepts, kept, strict=True) if keep])
 
 
 def _assemble(
-    model: LoadedModel,
+    model: ModelIdentity,
     corpus: Corpus,
     settings: FitSettings,
     fitter: RangeFitter,
@@ -197,7 +286,7 @@ def _assemble(
     if dropped := sorted(set(corpus.concepts) - set(counts)):
         logger.warning("left out, since no text of theirs counts: %s", ", ".join(dropped))
     provenance = Provenance(
-        model=model.identity,
+        model=model,
         corpus=CorpusIdentity(
             name=corpus.name,
             split=corpus.split,

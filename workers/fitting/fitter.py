@@ -1,7 +1,7 @@
 """Running statistics of every layer, concept and neuron: a mutable fitter, and the arrays of a range set at its end."""
 
 from collections.abc import Sequence
-from dataclasses import fields
+from dataclasses import dataclass, fields
 from typing import Any
 
 import numpy as np
@@ -15,6 +15,17 @@ from workers.fitting.moments import Moments
 from workers.fitting.probe import ProbeSample, probe_saliency
 
 _MOMENTS = tuple(field.name for field in fields(Moments) if field.name != "count")
+
+
+@dataclass(frozen=True, eq=False)
+class Part:
+    """Statistics of some blocks in a row, made elsewhere: moments stay apart by block, since the order that they merge
+    in decides the last bits; the counts of a histogram are one sum [L, C, D, B + 2], of any unsigned type."""
+
+    moments: tuple[dict[str, Moments], ...]
+    histogram: npt.NDArray[np.unsignedinteger]
+    edges: npt.NDArray[np.float64] | None
+    sample: ProbeSample | None
 
 
 class RangeFitter:
@@ -40,20 +51,37 @@ class RangeFitter:
         """Texts counted in, per concept."""
         return {concept: moments.count for concept, moments in self.moments.items()}
 
-    def update(self, states: npt.NDArray[np.floating], concepts: Sequence[str]) -> None:
-        """Count a block in. states: [n, L, D]; concepts: of each row. The first block sets the histograms' edges."""
+    def update(self, states: npt.NDArray[np.floating], concepts: Sequence[str]) -> dict[str, Moments]:
+        """Count a block in, and give its own moments. The first block sets the histograms' edges.
+
+        states: [n, L, D]; concepts: of each row.
+        """
         n, layers, hidden = states.shape
+        of_block: dict[str, Moments] = {}
         if not n:
-            return
+            return of_block
         if self.edges is None:
             self.edges = edges_from(states.reshape(n, layers * hidden), self.bins).reshape(layers, hidden, -1)
         of_row = np.array(concepts)
         for c, concept in enumerate(self.concepts):
             own = states[of_row == concept]
             if len(own):
-                self.moments[concept] = self.moments[concept].merge(Moments.of(own))
+                of_block[concept] = Moments.of(own)
+                self.moments[concept] = self.moments[concept].merge(of_block[concept])
                 for layer in range(layers):
                     self.histogram[layer, c] += count(own[:, layer], self.edges[layer]).astype(np.uint32)
+
+        return of_block
+
+    def merge(self, part: "Part") -> None:
+        """Count the blocks of a part in, which come right after those that were counted in before."""
+        self.edges = part.edges if self.edges is None else self.edges
+        for of_block in part.moments:
+            for concept, moments in of_block.items():
+                self.moments[concept] = self.moments[concept].merge(moments)
+        self.histogram += part.histogram
+        if self.sample is not None and part.sample is not None:
+            self.sample.merge(part.sample)
 
     def arrays(self) -> dict[str, npt.NDArray[Any]]:
         """Everything as arrays, for a checkpoint."""

@@ -20,18 +20,34 @@ Floats = npt.NDArray[np.float64]
 
 
 class ProbeSample:
-    """States [S, L, D] of S rows that a seed draws from the corpus by their index, whatever the order they come in.
+    """States [S, L, D] of S rows of the corpus, whatever the order they come in.
 
     Args:
-        rows: of the corpus; n_layers: L; hidden: D.
+        rows: indices of the S rows, ascending; n_layers: L; hidden: D.
     """
 
-    def __init__(self, rows: int, n_layers: int, hidden: int, settings: ProbeSettings) -> None:
-        size = min(rows, settings.rows)
-        self.rows = np.sort(np.random.default_rng(settings.seed).choice(rows, size=size, replace=False))
-        self.states = np.zeros((size, n_layers, hidden), dtype=np.float32)
-        self.concept = np.full(size, -1, dtype=np.int64)
+    def __init__(self, rows: npt.NDArray[np.int64], n_layers: int, hidden: int) -> None:
+        self.rows = rows
+        self.states = np.zeros((len(rows), n_layers, hidden), dtype=np.float32)
+        self.concept = np.full(len(rows), -1, dtype=np.int64)
         """Index of each row's concept; -1 for a row that was not seen, or was left out of the fit."""
+
+    @classmethod
+    def drawn(cls, rows: int, n_layers: int, hidden: int, settings: ProbeSettings) -> "ProbeSample":
+        """A sample that the settings' seed draws from a corpus of so many rows."""
+        size = min(rows, settings.rows)
+        drawn = np.random.default_rng(settings.seed).choice(rows, size=size, replace=False)
+        return cls(np.sort(drawn), n_layers, hidden)
+
+    def between(self, first: int, end: int) -> "ProbeSample":
+        """An empty sample of those of its rows that are `first` or later, and before `end`."""
+        start, stop = np.searchsorted(self.rows, (first, end))
+        return ProbeSample(self.rows[start:stop], *self.states.shape[1:])
+
+    def merge(self, part: "ProbeSample") -> None:
+        """Take in a part that was made by `between` and has been filled."""
+        at = np.searchsorted(self.rows, part.rows)
+        self.states[at], self.concept[at] = part.states, part.concept
 
     def update(self, first: int, states: npt.NDArray[np.float32], concept: npt.NDArray[np.int64]) -> None:
         """Take what belongs to the sample out of rows `first`, `first` + 1, … states: [n, L, D]; concept: [n]."""

@@ -13,6 +13,7 @@ import app.cli
 from app.cli.exits import MEANINGS
 from tests.app.cli.conftest import Cli, Prepared
 
+ROOT = Path(__file__).parents[3]
 COMMANDS = [
     [],
     ["demo"],
@@ -108,8 +109,24 @@ def test_the_installed_command_prints_pure_json_in_any_encoding(prepared: Prepar
     assert json.loads(ended.stdout)[1]["id"] == prepared.whole
 
 
-def test_several_models_in_one_process_are_refused_with_what_would_serve_them(cli: Cli) -> None:
-    ended = cli("serve", "--model", "models/news", "--also", "sport=models/sport")
-    assert (ended.exit_code, "needs --ray" in ended.stderr) == (2, True)
-    ended = cli("serve", "--model", "models/news", "--also", "sport=a", "--also", "sport=b")
-    assert (ended.exit_code, "two models have the name 'sport'" in ended.stderr) == (2, True)
+WITHOUT_RAY = """
+import sys
+sys.modules["ray"] = None  # importing it fails
+import app.wiring
+from app.cli import run
+sys.exit(run(["fit", "--model", "m", "--data", "d.jsonl", "--data-dir", sys.argv[1], *sys.argv[2:]]))
+"""
+
+
+def test_only_a_command_on_a_cluster_needs_ray(tmp_path: Path) -> None:
+    ended = subprocess.run(
+        [sys.executable, "-c", WITHOUT_RAY, str(tmp_path), "--ray"], capture_output=True, text=True, cwd=ROOT
+    )
+    assert ended.returncode == 2
+    assert ended.stderr.splitlines()[-1] == "error: Ray is not installed: pip install 'neuronlens[ray]'"
+
+
+def test_actors_are_of_a_cluster(cli: Cli) -> None:
+    ended = cli("fit", "--model", "m", "--data", "d.jsonl", "--actors", 2)
+    assert ended.exit_code == 2
+    assert "add --ray" in ended.stderr

@@ -1,0 +1,80 @@
+"""Work on a Ray cluster of this machine beside one process, each on cores of its own.
+
+    python benchmarks/cluster.py fit --cache-dir DEMO --data train.jsonl --rows 16384 --repeat 3
+
+`fit`: texts per second of a fit of the last block in one process, with one actor and with two, each on one thread,
+in turn; printed are the medians and the ratios of each turn. Starting and loading are left out, reading is not. Two
+actors need two cores that are free, and this process a little of a third.
+"""
+
+import argparse
+import json
+import statistics
+import time
+from collections.abc import Callable
+from contextlib import ExitStack
+from itertools import cycle, islice
+from pathlib import Path
+
+import torch
+
+from workers.cluster.fitting import fit_on
+from workers.cluster.nodes import PRIVATE, Layout, ModelPool, connected
+from workers.cluster.reading import Files
+from workers.demo.demo import CORPUS, make_classifier
+from workers.fitting.corpus import load_corpus
+from workers.fitting.fit import Fitted, fit
+from workers.models.loading import load_model
+
+
+def bench_fit(cache_dir: Path, data: Path, rows: int, repeat: int) -> None:
+    classifier = make_classifier(cache_dir, lambda *now: None)
+    large = cache_dir / "cluster.jsonl"
+    lines = data.read_text("utf-8").splitlines()
+    large.write_text("\n".join(islice(cycle(lines), rows)) + "\n", "utf-8")
+    torch.set_num_threads(1)
+    model = load_model(str(classifier), device="cpu")
+    labels = model.identity.labels
+    with connected(PRIVATE, 3), ExitStack() as stack:
+        one, two = (
+            stack.enter_context(ModelPool(str(classifier), {"device": "cpu"}, Layout(actors, 1, gpu=False)))
+            for actors in (1, 2)
+        )
+        corpus = load_corpus(str(large), labels=labels)
+        on_cluster = load_corpus(str(large), table=Files.open(str(large)), labels=labels)
+        ways: dict[str, Callable[[], Fitted]] = {
+            "one process": lambda: fit(model, corpus),
+            "one actor": lambda: fit_on(one, on_cluster),
+            "two actors": lambda: fit_on(two, on_cluster),
+        }
+        rates: dict[str, list[float]] = {name: [] for name in ways}
+        found = set()
+        for turn in range(repeat + 1):
+            for name, way in ways.items():
+                started = time.perf_counter()
+                found.add(way().range_set.id)
+                if turn:  # the first warms everything up, and waits for all actors
+                    rates[name].append(rows / (time.perf_counter() - started))
+    assert len(found) == 1, "range sets differ"
+    for name, values in rates.items():
+        print(f"{name}: {statistics.median(values):.0f} texts/s")
+    for name, other in (("one actor", "one process"), ("two actors", "one actor"), ("two actors", "one process")):
+        ratios = [first / second for first, second in zip(rates[name], rates[other], strict=True)]
+        print(f"{name} ÷ {other}: {statistics.median(ratios):.2f} ({', '.join(f'{each:.2f}' for each in ratios)})")
+    print(json.dumps({name: [round(value, 1) for value in values] for name, values in rates.items()}))
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    commands = parser.add_subparsers(dest="command", required=True)
+    fitting = commands.add_parser("fit", help="texts per second of a fit")
+    fitting.add_argument("--cache-dir", type=Path, required=True, help="where the demo is, or is to be")
+    fitting.add_argument("--data", type=Path, default=CORPUS / "train.jsonl", help="texts, used again and again")
+    fitting.add_argument("--rows", type=int, default=16_384)
+    fitting.add_argument("--repeat", type=int, default=3)
+    arguments = parser.parse_args()
+    bench_fit(arguments.cache_dir, arguments.data, arguments.rows, arguments.repeat)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,366 @@
+"""On a cluster: every number is that of one process, whatever the actors, the files, and whoever died meanwhile.
+
+One cluster of two simulated nodes, and one pool of three actors, for all tests of this file; the last test takes a
+node away.
+"""
+
+import csv
+import functools
+import http.server
+import json
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import psutil
+import pyarrow as pa
+import pyarrow.parquet
+import pytest
+import ray
+import torch
+from ray.cluster_utils import Cluster
+
+from app.cli import run
+from tests.range_store.waiting import until
+from tests.workers.checkpoints import LABELS, save_tiny
+from tests.workers.texts import labelled_texts, write_jsonl
+from workers.cluster import nodes
+from workers.cluster.errors import ClusterError
+from workers.cluster.fitting import fit_on
+from workers.cluster.nodes import KEEP_WORKERS, Job, Layout, ModelPool, connected
+from workers.cluster.reading import Files
+from workers.fitting.corpus import Corpus, CorpusError, load_corpus
+from workers.fitting.fit import FitCancelled, FitChoices, FitProgress, Fitted, fit
+from workers.models.errors import CheckpointError
+from workers.models.loading import LoadedModel, load_model
+
+ROOT = Path(__file__).parents[3]
+ROWS = labelled_texts(7 * 1024 + 300, seed=8)
+
+
+@pytest.fixture(scope="module")
+def cluster() -> Iterator[Cluster]:
+    """Two nodes on this machine: the head with one CPU, another with two."""
+    place = tempfile.mkdtemp(prefix="nlr-", dir="/tmp")
+    patched = pytest.MonkeyPatch()
+    patched.setenv("PYTHONPATH", str(ROOT))  # what actors import
+    patched.setenv("RAY_TMPDIR", place)  # where a cluster on this machine is looked for
+    Path(place, "ray").mkdir()
+    sizes: dict[str, Any] = {"object_store_memory": 150 << 20, "include_dashboard": False}
+    started = Cluster(True, head_node_args={"num_cpus": 1, "_system_config": KEEP_WORKERS, **sizes})
+    started.add_node(num_cpus=2, **sizes)
+    try:
+        with connected(started.address):
+            yield started
+    finally:
+        started.shutdown()
+        shutil.rmtree(place, ignore_errors=True)
+        patched.undo()
+
+
+@pytest.fixture(scope="module")
+def source(tmp_path_factory: pytest.TempPathFactory) -> str:
+    return str(save_tiny("bert", tmp_path_factory.mktemp("model") / "tiny"))
+
+
+@pytest.fixture(scope="module")
+def pool(cluster: Cluster, source: str) -> Iterator[ModelPool]:
+    with ModelPool(source, {"device": "cpu"}, Layout(3, 1, gpu=False)) as models:
+        yield models
+
+
+@pytest.fixture(scope="module")
+def model(source: str) -> LoadedModel:
+    torch.set_num_threads(1)
+    return load_model(source, device="cpu")
+
+
+@pytest.fixture(scope="module")
+def path(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_jsonl(tmp_path_factory.mktemp("data") / "train.jsonl", ROWS)
+
+
+@pytest.fixture(scope="module")
+def corpus(path: Path) -> Corpus:
+    return load_corpus(str(path), labels=LABELS)
+
+
+CHOICES: FitChoices = {"layers": "all", "bins": 32, "batch_tokens": 2048}
+
+
+@pytest.fixture(scope="module")
+def alone(model: LoadedModel, corpus: Corpus) -> Fitted:
+    """What one process finds."""
+    return fit(model, corpus, **CHOICES)
+
+
+def numbers(fitted: Fitted) -> dict[str, bytes]:
+    """Every array of a fit, bit for bit, by name."""
+    found = {}
+    for layer, serve in fitted.range_set.layers.items():
+        found |= {f"{layer}.saliency.{name}": values.tobytes() for name, values in serve.saliency.items()}
+        found |= {f"{layer}.mean": serve.mean.tobytes(), f"{layer}.std": serve.std.tobytes()}
+        found |= {f"{layer}.{name}": array.tobytes() for name, array in vars(fitted.inspect[layer]).items()}
+    assert len(found) > 9
+    return found
+
+
+def on_cluster(source: object, **choices: Any) -> Corpus:
+    return load_corpus(str(source), table=Files.open(str(source)), labels=LABELS, **choices)
+
+
+def five_files(directory: Path, rows: Sequence[tuple[str, str]]) -> Path:
+    directory.mkdir()
+    for number, part in enumerate(np.array_split(np.arange(len(rows)), [10, 1500, 1501, 5000])):
+        write_jsonl(directory / f"part-{number}.jsonl", [rows[int(row)] for row in part])
+    return directory
+
+
+def parquet_file(path: Path, rows: Sequence[tuple[str, str]]) -> Path:
+    table = pa.table({"id": range(len(rows)), "text": [row[0] for row in rows], "label": [row[1] for row in rows]})
+    pa.parquet.write_table(table, path, row_group_size=700)
+    return path
+
+
+def csv_file(path: Path, rows: Sequence[tuple[str, str]]) -> Path:
+    with path.open("w", newline="", encoding="utf-8") as stream:
+        csv.writer(stream).writerows([("text", "label"), *rows])
+    return path
+
+
+WRITERS: dict[str, Callable[[Path, Sequence[tuple[str, str]]], Path]] = {
+    "five": five_files,
+    "train.parquet": parquet_file,
+    "train.csv": csv_file,
+}
+
+
+def test_a_model_that_does_not_load_ends_the_work(cluster: Cluster, tmp_path: Path) -> None:
+    missing = str(tmp_path / "missing")
+    with (
+        ModelPool(missing, {"device": "cpu"}, Layout(1, 1, gpu=False)) as pool,
+        pytest.raises(CheckpointError, match=f"^no such directory: {missing}$"),
+    ):
+        assert pool.about
+
+
+def test_the_command_stops_within_seconds_and_goes_on(
+    cluster: Cluster, source: str, alone: Fitted, path: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """On a private cluster, interrupted; then on the one of this file. Nothing but the result is on stdout."""
+    command = ["fit", "--model", source, "--data", str(path), "--layer", "all", "--bins", "32", "--threads", "1"]
+    command += ["--batch-tokens", "2048", "--data-dir", str(tmp_path), "--json"]
+    process = subprocess.Popen(
+        [sys.executable, "-m", "app.cli", *command, "--ray"],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        cwd=ROOT,
+    )
+    assert process.stderr is not None
+    lines = []
+    for line in process.stderr:
+        lines.append(line)
+        if line.startswith("fitting"):
+            break
+    own = psutil.Process(process.pid).children(recursive=True)
+    places = set(re.findall(r"/tmp/neuronlens-\w{8}", " ".join(word for each in own for word in each.cmdline())))
+    process.send_signal(signal.SIGINT)
+    out, rest = process.communicate(timeout=120)  # seconds, where the machine is not busy
+    assert process.returncode == 130, "".join(lines) + rest
+    assert out == ""
+    assert "interrupted: the same command resumes" in rest
+    assert "Traceback" not in rest
+    assert own, "the cluster's processes"
+    until(lambda: not any(each.is_running() and each.status() != psutil.STATUS_ZOMBIE for each in own))
+    assert [Path(place).exists() for place in places] == [False]
+    assert list((tmp_path / "fits").iterdir()), "a checkpoint"
+    capsys.readouterr()
+    assert run([*command, "--ray", "auto", "--actors", "1"]) == 0
+    said = capsys.readouterr()
+    assert json.loads(said.out)["id"] == alone.range_set.id
+
+
+@pytest.mark.parametrize("written", WRITERS)
+def test_any_files_give_what_one_file_gives_in_one_process(
+    pool: ModelPool, alone: Fitted, corpus: Corpus, written: str, tmp_path: Path
+) -> None:
+    found = on_cluster(WRITERS[written](tmp_path / written, ROWS))
+    assert (found.sha256, found.counts, found.odd, len(found)) == (corpus.sha256, corpus.counts, 0, len(ROWS))
+    told: list[FitProgress] = []
+    fitted = fit_on(pool, found, progress=told.append, **CHOICES)
+    assert numbers(fitted) == numbers(alone)
+    assert told[-1].rows_done == told[-1].rows_total == len(ROWS)
+    own, other = fitted.range_set.provenance, alone.range_set.provenance
+    assert own.corpus.model_copy(update={"name": other.corpus.name}) == other.corpus
+    assert (own.model, own.settings, own.versions) == (other.model, other.settings, other.versions)
+
+
+def test_caps_probe_and_correct_texts_are_those_of_one_process(
+    pool: ModelPool, model: LoadedModel, corpus: Corpus, path: Path
+) -> None:
+    choices: FitChoices = {**CHOICES, "rankings": ("max", "probe"), "correct_only": True, "rows_per_class": 1200}
+    fitted = fit_on(pool, on_cluster(path), **choices)
+    assert 1200 in fitted.range_set.counts, "a cap must be met, or this shows nothing"
+    assert fitted.range_set.id == fit(model, corpus, **choices).range_set.id
+
+
+def test_the_same_rows_are_drawn(cluster: Cluster, path: Path, tmp_path: Path) -> None:
+    several = five_files(tmp_path / "several", ROWS)
+    for choices in ({"max_rows": 1500, "seed": 3}, {"rows_per_class": 300}, {"max_rows": 2000, "rows_per_class": 200}):
+        own, other = on_cluster(several, **choices), load_corpus(str(path), labels=LABELS, **choices)
+        assert (own.sha256, own.selection, len(own)) == (other.sha256, other.selection, len(other))
+        parts, others = own.split_off(0.1, 5), other.split_off(0.1, 5)
+        assert [part.sha256 for part in parts] == [part.sha256 for part in others]
+
+
+def test_an_address_is_read_wherever_a_node_has_a_cpu(cluster: Cluster, corpus: Corpus, path: Path) -> None:
+    handler = functools.partial(_Quiet, directory=str(path.parent))
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        found = on_cluster(f"http://127.0.0.1:{server.server_address[1]}/{path.name}")
+        server.shutdown()
+    assert (found.name, found.sha256) == (corpus.name, corpus.sha256)
+
+
+class _Quiet(http.server.SimpleHTTPRequestHandler):
+    def log_message(self, *said: Any) -> None:
+        pass
+
+
+def test_bad_rows_are_named_by_their_file(cluster: Cluster, tmp_path: Path) -> None:
+    for number in range(3):
+        write_jsonl(tmp_path / f"part-{number}.jsonl", ROWS[:50])
+    with pytest.raises(CorpusError, match=r"no such files: .*other"):
+        on_cluster(tmp_path / "other")
+    bad = tmp_path / "part-1.jsonl"
+    for line, said in (
+        ({"label": "World"}, "part-1.jsonl: row 51 has no text"),
+        ({"text": None, "label": "World"}, "part-1.jsonl: row 51 has no text"),
+        ({"text": "a goal", "label": 7}, "part-1.jsonl: row 51 has label 7, there are names for 0 to 3"),
+        ({"text": "a goal", "label": None}, "part-1.jsonl: row 51 has no label"),
+        ("{nothing", "cannot read part-1.jsonl: "),
+    ):
+        rows = ROWS[:50] if not isinstance(line, dict) or not isinstance(line["label"], int) else []
+        write_jsonl(bad, rows)
+        with bad.open("a") as stream:
+            stream.write(line if isinstance(line, str) else json.dumps(line) + "\n")
+        with pytest.raises(CorpusError, match=said.replace("51", str(len(rows) + 1))):
+            on_cluster(tmp_path)
+
+
+def test_a_stopped_fit_goes_on_here_and_in_one_process(
+    pool: ModelPool, model: LoadedModel, alone: Fitted, corpus: Corpus, path: Path, tmp_path: Path
+) -> None:
+    seen: list[FitProgress] = []
+    own = on_cluster(path)
+    with pytest.raises(FitCancelled):
+        fit_on(
+            pool,
+            own,
+            checkpoint_dir=tmp_path,
+            progress=seen.append,
+            cancelled=lambda: bool(seen) and seen[-1].rows_done >= 2048,
+            **CHOICES,
+        )
+    (checkpoint,) = tmp_path.iterdir()
+    kept = checkpoint.read_bytes()
+    told: list[FitProgress] = []
+    resumed = fit_on(pool, own, checkpoint_dir=tmp_path, progress=told.append, **CHOICES)
+    assert 2048 <= told[0].resumed_rows < len(ROWS)
+    assert resumed.range_set.id == alone.range_set.id
+    assert numbers(resumed) == numbers(alone)
+    checkpoint.write_bytes(kept)
+    told.clear()
+    resumed = fit(model, corpus, checkpoint_dir=tmp_path, progress=told.append, **CHOICES)
+    assert told[0].resumed_rows >= 2048
+    assert numbers(resumed) == numbers(alone)
+
+
+def test_a_killed_actor_costs_only_its_part(
+    pool: ModelPool, alone: Fitted, path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    killed: list[int] = []
+
+    def kill_all_but_one(now: FitProgress) -> None:
+        if not killed:
+            own = psutil.Process().children(recursive=True)
+            actors = [each.pid for each in own if "ModelActor" in " ".join(each.cmdline())]
+            killed.extend(actors[1:])
+            for pid in killed:
+                os.kill(pid, signal.SIGKILL)
+
+    fitted = fit_on(pool, on_cluster(path), progress=kill_all_but_one, **CHOICES)
+    assert len(killed) >= 1
+    assert "an actor was lost" in caplog.text
+    assert fitted.range_set.id == alone.range_set.id
+    assert numbers(fitted) == numbers(alone)
+
+
+def test_work_is_given_in_order_and_taken_no_further_ahead_than_a_bound(pool: ModelPool) -> None:
+    taken: list[int] = []
+
+    def numbers_to_square() -> Iterator[int]:
+        for number in range(200):
+            taken.append(number)
+            yield number
+
+    ahead = []
+    given = []
+    for number, square, _ in pool.in_order(Job[int, int].of(_Squares, 3), numbers_to_square()):
+        assert square == 3 + number**2
+        given.append(number)
+        ahead.append(len(taken) - len(given))
+    assert given == list(range(200))
+    assert max(ahead) <= (nodes.PER_ACTOR + 1) * 3
+
+
+class _Squares:
+    """Work that fails at -1, and dies at -2."""
+
+    def __init__(self, model: LoadedModel, plus: int) -> None:
+        self._plus = plus
+
+    def __call__(self, number: int) -> int:
+        if number == -1:
+            raise RuntimeError("not this one\nand more")
+        if number == -2:
+            os._exit(1)
+        return number**2 + self._plus
+
+
+def test_what_goes_wrong_on_an_actor_is_one_line(pool: ModelPool, monkeypatch: pytest.MonkeyPatch) -> None:
+    job = Job[int, int].of(_Squares, 0)
+    with pytest.raises(ClusterError, match=r"^an actor failed: RuntimeError: not this one$"):
+        pool.call(job, -1)
+    assert pool.call(job, 4) == 16
+    with monkeypatch.context() as patched:
+        patched.setattr(nodes, "ATTEMPTS", 1)
+        with pytest.raises(ClusterError, match=r"^-2: whoever was given it died"):
+            pool.call(job, -2)
+
+
+def test_a_node_that_is_taken_away_costs_only_its_part(
+    pool: ModelPool, cluster: Cluster, alone: Fitted, path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    gone: list[Any] = []
+
+    def take_away(now: FitProgress) -> None:
+        if not gone:
+            gone.append(next(node for node in cluster.list_all_nodes() if not node.head))
+            cluster.remove_node(gone[0], allow_graceful=False)
+
+    fitted = fit_on(pool, on_cluster(path), progress=take_away, **CHOICES)
+    assert caplog.text.count("an actor was lost") == 2
+    until(lambda: len([node for node in ray.nodes() if node["Alive"]]) == 1)
+    assert fitted.range_set.id == alone.range_set.id
+    assert numbers(fitted) == numbers(alone)

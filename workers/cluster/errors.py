@@ -1,0 +1,18 @@
+"""What can go wrong on a cluster.
+
+ClusterError              the work cannot be done there; one line that says why
+├── RayMissing            Ray is not installed
+└── ClusterUnavailable    no cluster at the address
+"""
+
+
+class ClusterError(Exception):
+    """The work cannot be done on the cluster; one line that says why."""
+
+
+class RayMissing(ClusterError):
+    """Ray is not installed."""
+
+
+class ClusterUnavailable(ClusterError):
+    """There is no cluster at the address, or this machine is no part of it."""

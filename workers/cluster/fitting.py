@@ -1,0 +1,188 @@
+"""A fit on a pool of models: the very result of one process, whatever the number of actors and whoever of them died.
+
+An actor gets a *span*, some blocks in a row, and gives each block's moments and one histogram of all of them. Here they
+are counted in by the order of the blocks, into the same fitter and checkpoint as in one process.
+"""
+
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, replace
+from itertools import islice
+from typing import Unpack
+
+import numpy as np
+import numpy.typing as npt
+
+from range_store.range_set import FitSettings
+from workers.cluster.nodes import Job, ModelPool
+from workers.fitting.checkpoint import BlockStates
+from workers.fitting.corpus import Block, Corpus
+from workers.fitting.fit import FitCancelled, FitChoices, FitProgress, Fitted, Pass, begin, count_in, states_of
+from workers.fitting.fitter import Part, RangeFitter
+from workers.fitting.probe import ProbeSample
+from workers.fitting.rows import BLOCK_ROWS
+from workers.models.loading import LoadedModel
+
+SPAN_SECONDS = 5.0
+"""A span takes about so long: it is what a death costs, and what stands behind one histogram that is sent."""
+MOST_BLOCKS = 16
+
+
+@dataclass(frozen=True)
+class Span:
+    """Blocks in a row.
+
+    sampled: indices of those of their rows that the probe is trained on. room: of each concept, only the first so many.
+    """
+
+    blocks: tuple[Block, ...]
+    sampled: npt.NDArray[np.int64] | None
+    room: Mapping[str, int] | None
+
+    def __str__(self) -> str:
+        first, last = self.blocks[0], self.blocks[-1]
+        return f"rows {first.index * BLOCK_ROWS + 1:,} to {last.index * BLOCK_ROWS + len(last.texts):,}"
+
+
+@dataclass(frozen=True, eq=False)
+class Counted:
+    """What came of a span. taken: texts of each concept that count; truncated, empty: texts that were so."""
+
+    part: Part
+    taken: Mapping[str, int]
+    truncated: int
+    empty: int
+
+
+@dataclass(frozen=True, eq=False)
+class _Known:
+    """What every actor needs to know of a fit. edges: of the histograms; None: the span sets them."""
+
+    concepts: tuple[str, ...]
+    settings: FitSettings
+    edges: npt.NDArray[np.float64] | None
+
+
+class Counting:
+    """On an actor: counts spans."""
+
+    def __init__(self, model: LoadedModel, known: _Known) -> None:
+        self._model, self._known = model, known
+
+    def __call__(self, span: Span) -> Counted:
+        known, settings = self._known, self._known.settings
+        hidden, layers = self._model.identity.hidden_size, len(settings.layers)
+        sample = None if span.sampled is None else ProbeSample(span.sampled, layers, hidden)
+        fitter = RangeFitter(known.concepts, layers, hidden, settings.bins, sample)
+        fitter.edges = known.edges
+        moments = []
+        truncated = empty = 0
+        for block in span.blocks:
+            states, cut, without = states_of(self._model, block, settings, None, _go_on)
+            room = span.room and {name: most - fitter.counts[name] for name, most in span.room.items()}
+            moments.append(count_in(fitter, block, states, room))
+            truncated, empty = truncated + cut, empty + without
+        counts = fitter.histogram if len(span.blocks) * BLOCK_ROWS >= 1 << 16 else fitter.histogram.astype(np.uint16)
+        part = Part(tuple(moments), counts, fitter.edges, fitter.sample)
+        return Counted(part, fitter.counts, truncated, empty)
+
+
+def _go_on(now: BlockStates) -> None:
+    """Nothing is to be done between the batches of a block."""
+
+
+def fit_on(
+    pool: ModelPool,
+    corpus: Corpus,
+    *,
+    progress: Callable[[FitProgress], None] | None = None,
+    cancelled: Callable[[], bool] | None = None,
+    **choices: Unpack[FitChoices],
+) -> Fitted:
+    """Fit ranges of every concept of `corpus` on the pool. Stopped, it goes on with the span that is due, here or in
+    one process with as many threads as an actor.
+
+    Args:
+        choices: those of `workers.fitting.fit.begin`.
+
+    Raises:
+        InvalidErasure, CorpusError, FitCancelled: as `workers.fitting.fit.fit`.
+        ModelError, ClusterError: see `ModelPool`.
+    """
+    about = pool.about
+    under_way = begin(about.identity, about.dtype, about.threads, corpus, **choices)
+    spans = _Spans(under_way, pool.layout.actors)
+
+    def tick() -> None:
+        if cancelled is not None and cancelled():
+            raise FitCancelled
+
+    pool.tick = tick
+    whole = True
+    try:
+        for result, seconds in _counted(pool, under_way, spans):
+            whole = False
+            under_way.fitter.merge(result.part)
+            counters = under_way.counters
+            counters.next_block += len(result.part.moments)
+            counters.truncated += result.truncated
+            counters.empty += result.empty
+            whole = True
+            spans.learn(seconds / len(result.part.moments))
+            if progress is not None:
+                progress(under_way.progress(under_way.rows_done, spans.resumed))
+            if under_way.checkpoint and under_way.checkpoint.due:
+                under_way.checkpoint.save(under_way.fitter, counters, None)
+    except BaseException:
+        if under_way.checkpoint and whole and under_way.rows_done > spans.resumed:
+            under_way.checkpoint.save(under_way.fitter, under_way.counters, None)
+        raise
+    return under_way.end()
+
+
+class _Spans:
+    """Cuts the blocks that are left into spans, longer ones where blocks are quick."""
+
+    def __init__(self, under_way: Pass, actors: int) -> None:
+        self._pass, self._actors = under_way, actors
+        self._blocks = under_way.corpus.blocks(under_way.counters.next_block)
+        self._left = -(-len(under_way.corpus) // BLOCK_ROWS) - under_way.counters.next_block
+        self._length = 1
+        self.resumed = under_way.rows_done
+
+    def learn(self, seconds: float) -> None:
+        """A block took so long."""
+        self._length = max(1, min(MOST_BLOCKS, int(SPAN_SECONDS / max(seconds, 1e-3))))
+
+    def next(self, most: int | None = None) -> Span | None:
+        """The next span; None when all blocks are taken. Towards the end they are short, so that all end together."""
+        length = most or min(self._length, -(-self._left // (2 * self._actors)))
+        blocks = tuple(islice(self._blocks, max(1, length)))
+        if not blocks:
+            return None
+        self._left -= len(blocks)
+        sample = self._pass.fitter.sample
+        first, end = blocks[0].index * BLOCK_ROWS, (blocks[-1].index + 1) * BLOCK_ROWS
+        return Span(blocks, None if sample is None else sample.between(first, end).rows, self._pass.room())
+
+    def __iter__(self) -> Iterator[Span]:
+        while (span := self.next()) is not None:
+            yield span
+
+
+def _counted(pool: ModelPool, under_way: Pass, spans: _Spans) -> Iterator[tuple[Counted, float]]:
+    """What came of every span, in order, and in how many seconds."""
+    known = _Known(under_way.corpus.concepts, under_way.settings, under_way.fitter.edges)
+    while under_way.fitter.edges is None:  # the first block with a text that counts sets them, and all others wait
+        first = spans.next(1)
+        if first is None:
+            return
+        for _, result, seconds in pool.in_order(Job[Span, Counted].of(Counting, known), iter((first,))):
+            yield result, seconds
+        known = replace(known, edges=under_way.fitter.edges)
+    job = Job[Span, Counted].of(Counting, known)
+    for span, result, seconds in pool.in_order(job, iter(spans)):
+        room = under_way.room()
+        if room is not None and any(count > room[name] for name, count in result.taken.items()):
+            # spans before it took more than was known when it was handed out: with what is left now, it takes less
+            result = pool.call(job, replace(span, room=room))
+        yield result, seconds

@@ -1,0 +1,399 @@
+"""A Ray cluster, and a pool of models on its nodes that work is handed to.
+
+Where a model runs, and on which node another one starts in the place of one that died, is Ray's work. Ours is that
+each piece of work counts once: a result is taken in the order of the pieces, and a piece whose model died is handed
+out again.
+"""
+
+import logging
+import math
+import os
+import shutil
+import signal
+import tempfile
+import threading
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass, field
+from importlib.metadata import version
+from typing import Any, Generic, TypeVar
+
+import ray
+import torch
+from ray.exceptions import RayError, RayTaskError
+
+from range_store.errors import RangeStoreError
+from range_store.range_set import ModelIdentity
+from workers.cluster.errors import ClusterError, ClusterUnavailable
+from workers.fitting.corpus import CorpusError
+from workers.models.errors import ModelError
+from workers.models.loading import LoadedModel, load_model, use_threads
+
+logger = logging.getLogger(__name__)
+
+PRIVATE = "local"
+"""The address of a cluster that is started on this machine, and ends with the work."""
+OBJECT_STORE_BYTES = 1 << 30
+"""Memory that a private cluster keeps results in that are on their way; more is written to disk."""
+KEEP_WORKERS = {"idle_worker_killing_time_threshold_ms": 600_000}
+"""Of a private cluster: each pass over the texts would else start the processes anew that read them."""
+PER_ACTOR = 2
+"""Pieces of work that an actor is given at once: the next one is there when it is done with one."""
+ATTEMPTS = 4
+"""So many times a piece of work is handed out when whoever has it dies."""
+WAIT_SECONDS = 0.5
+
+Task = TypeVar("Task")
+Result = TypeVar("Result")
+
+
+@contextmanager
+def connected(address: str, cpus: int = 0) -> Iterator[None]:
+    """A connection to a cluster; one that this process has already is used, and left as it is.
+
+    Args:
+        address: `PRIVATE`, "auto" or "host:port".
+        cpus: that a private cluster offers at least.
+
+    Raises:
+        ClusterUnavailable: there is none at the address.
+    """
+    if ray.is_initialized():
+        yield
+        return
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
+    place = tempfile.mkdtemp(prefix="neuronlens-", dir="/tmp") if address == PRIVATE else None  # sockets: a short path
+    options: dict[str, Any] = {"address": address}
+    if place is not None:
+        options |= {"num_cpus": max(cpus, os.cpu_count() or 1), "include_dashboard": False, "_temp_dir": place}
+        options |= {"object_store_memory": OBJECT_STORE_BYTES}
+        options |= {"_system_config": KEEP_WORKERS}
+    try:
+        try:
+            ray.init(**options, log_to_driver=False, logging_level=logging.ERROR)
+        except (ConnectionError, RuntimeError, ValueError, OSError, RayError) as error:
+            reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+            raise ClusterUnavailable(f"no Ray cluster at {address!r} that this machine is part of: {reason}") from error
+        if threading.current_thread() is threading.main_thread():
+            for number, handler in handlers.items():  # Ray puts its own in their place
+                signal.signal(number, handler)
+        yield
+    finally:
+        ray.shutdown()
+        if place is not None:
+            shutil.rmtree(place, ignore_errors=True)
+
+
+@dataclass(frozen=True)
+class Layout:
+    """How models are spread: so many actors, each with so many CPU threads, on a GPU of its own or on none."""
+
+    actors: int
+    threads: int
+    gpu: bool
+
+    @classmethod
+    def of(cls, actors: int | None, threads: int | None, device: str) -> "Layout":
+        """What the cluster has room for, where it is not said.
+
+        Args:
+            actors: None: one per GPU, or without GPUs one per node.
+            threads: of each; None: an equal share of the CPUs of its node.
+            device: "auto" takes GPUs where the cluster has some.
+
+        Raises:
+            ClusterError: a GPU is wanted and there is none, or one by its number.
+        """
+        if device.startswith("cuda:"):
+            raise ClusterError(f"with --ray the cluster chooses the GPU: --device cuda instead of {device}")
+        nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
+        with_gpu = [node for node in nodes if node.get("GPU", 0) >= 1]
+        gpu = device == "cuda" or (device == "auto" and bool(with_gpu))
+        if gpu and not with_gpu:
+            raise ClusterError("no node of the cluster has a GPU: --device cpu")
+        hosts = with_gpu if gpu else [node for node in nodes if node.get("CPU", 0) >= 1]
+        if not hosts:
+            raise ClusterError("no node of the cluster offers a CPU")
+        wanted = actors or (sum(int(node["GPU"]) for node in hosts) if gpu else len(hosts))
+        share = int(min(node.get("CPU", 1) for node in hosts)) // math.ceil(wanted / len(hosts))
+        return cls(wanted, threads or max(1, share), gpu)
+
+    def __str__(self) -> str:
+        return f"{self.actors} × {self.threads} CPUs" + (" and a GPU" if self.gpu else "")
+
+
+@dataclass(frozen=True)
+class About:
+    """What an actor loaded, and where."""
+
+    identity: ModelIdentity
+    dtype: str
+    template: str | None
+    greedy: bool
+    threads: int
+    node: str
+    hardware: str
+    versions: Mapping[str, str]
+
+
+class ModelActor:
+    """A model on some node. Not a class of Ray's: `ModelPool` makes actors of it."""
+
+    def __init__(self, source: str, choices: Mapping[str, Any], threads: int) -> None:
+        self._source, self._choices, self._threads = source, choices, threads
+        self._model: LoadedModel | None = None
+        self._made: dict[str, Callable[[Any], Any]] = {}
+
+    def load(self) -> About:
+        """Load the model. Not done by `__init__`, whose errors Ray would wrap. Raises ModelError."""
+        use_threads(self._threads)
+        model = self._model = load_model(self._source, **self._choices)
+        gpu = model.device.type == "cuda"
+        return About(
+            model.identity,
+            model.dtype,
+            model.template,
+            getattr(model.steered, "scoring", None) == "greedy",
+            torch.get_num_threads(),
+            ray.util.get_node_ip_address(),
+            torch.cuda.get_device_name(model.device) if gpu else torch.backends.cpu.get_cpu_capability(),
+            {name: version(name) for name in ("neuronlens", "torch", "transformers", "numpy")},
+        )
+
+    def work(self, key: str, make: Callable[[LoadedModel, Any], Callable[[Any], Any]], shared: Any, task: Any) -> Any:
+        """Seconds that it took, and what `make(model, shared)`, made once per key, gives for the task."""
+        started = time.monotonic()
+        assert self._model is not None
+        if key not in self._made:
+            self._made = {key: make(self._model, shared)}
+        result = self._made[key](task)
+        return time.monotonic() - started, result
+
+
+@dataclass(frozen=True, eq=False)
+class Job(Generic[Task, Result]):
+    """Work of one kind: `make(model, shared)` gives what is called with every task; `shared` is sent to a node once."""
+
+    make: Callable[[LoadedModel, Any], Callable[[Task], Result]]
+    shared: Any  # a reference to it
+    key: str
+
+    @classmethod
+    def of(cls, make: Callable[[LoadedModel, Any], Callable[[Task], Result]], shared: Any) -> "Job[Task, Result]":
+        kept = ray.put(shared)
+        return cls(make, kept, kept.hex())
+
+
+@dataclass(eq=False)
+class _Member:
+    handle: Any
+    loading: Any
+    in_hand: int = 0
+
+    @property
+    def ready(self) -> bool:
+        return self.loading is None
+
+
+@dataclass(eq=False)
+class _Piece(Generic[Task]):
+    """A piece of work; `said` and `result` refer to what its actor gives, the first of it small."""
+
+    place: int
+    task: Task
+    attempts: int = 0
+    member: _Member | None = None
+    said: Any = None
+    result: Any = None
+    seconds: float = 0.0
+
+
+@dataclass(eq=False)
+class ModelPool:
+    """Models on the nodes of the cluster that this process is connected to.
+
+    Args:
+        source, choices: arguments of `load_model`.
+        tick: called about twice a second while work is waited for; what it raises ends the wait.
+    """
+
+    source: str
+    choices: Mapping[str, Any]
+    layout: Layout
+    tick: Callable[[], None] = lambda: None
+    _members: list[_Member] = field(default_factory=list)
+    _deaths: int = 0
+    _about: About | None = None
+
+    def __enter__(self) -> "ModelPool":
+        self._members = [self._start() for _ in range(self.layout.actors)]
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        for member in self._members:
+            with suppress(RayError):
+                ray.kill(member.handle)
+
+    @property
+    def about(self) -> About:
+        """What all actors loaded; waits for the first of them. Raises ModelError, ClusterError."""
+        while self._about is None:
+            self._wait({}, {})
+        return self._about
+
+    def in_order(self, job: Job[Task, Result], tasks: Iterator[Task]) -> Iterator[tuple[Task, Result, float]]:
+        """Each task, in their order, with its result and the seconds that it took.
+
+        Tasks are taken as actors come free, and only so many ahead of the first that is not done that memory does not
+        grow with their number.
+
+        Raises:
+            ModelError, CorpusError, RangeStoreError: an actor said so.
+            ClusterError: anything else went wrong there, or actors died again and again.
+        """
+        yield from self._in_order(job, tasks, PER_ACTOR)
+
+    def call(self, job: Job[Task, Result], task: Task) -> Result:
+        """One task, done now, whatever else is in hand."""
+        (done,) = self._in_order(job, iter((task,)), math.inf)
+        return done[1]
+
+    def _in_order(
+        self, job: Job[Task, Result], tasks: Iterator[Task], at_once: float
+    ) -> Iterator[tuple[Task, Result, float]]:
+        window = (PER_ACTOR + 1) * len(self._members)
+        again: list[_Piece[Task]] = []
+        in_hand: dict[Any, _Piece[Task]] = {}
+        done: dict[int, _Piece[Task]] = {}
+        taken = given = 0
+        more = True
+        while more or again or in_hand or done:
+            while (again or (more and taken - given < window)) and (member := self._free(at_once)) is not None:
+                if again:
+                    piece = min(again, key=lambda each: each.place)
+                    again.remove(piece)
+                elif (task := next(tasks, None)) is not None:
+                    piece = _Piece(taken, task)
+                    taken += 1
+                else:
+                    more = False
+                    break
+                self._hand(job, piece, member)
+                in_hand[piece.said] = piece
+            while given in done:
+                piece = done.pop(given)
+                try:
+                    result = ray.get(piece.result)
+                except RayError as error:
+                    again.append(self._failed(piece, error))
+                    break
+                piece.result = None
+                given += 1
+                yield piece.task, result, piece.seconds
+            if in_hand or self._free(at_once) is None:
+                again += self._wait(in_hand, done)
+
+    def _start(self) -> _Member:
+        resources = {"num_cpus": self.layout.threads, "num_gpus": int(self.layout.gpu)}
+        actor = ray.remote(ModelActor).options(**resources, max_restarts=0)  # `_failed` starts another
+        handle = actor.remote(self.source, dict(self.choices), self.layout.threads)
+        return _Member(handle, handle.load.remote())
+
+    def _free(self, at_once: float) -> _Member | None:
+        """The idlest model, if it has less than so much work in hand."""
+        ready = [member for member in self._members if member.ready and member.in_hand < at_once]
+        return min(ready, key=lambda member: member.in_hand, default=None)
+
+    def _hand(self, job: Job[Task, Result], piece: _Piece[Task], member: _Member) -> None:
+        work = member.handle.work.options(num_returns=2)
+        piece.said, piece.result = work.remote(job.key, job.make, job.shared, piece.task)
+        piece.member = member
+        member.in_hand += 1
+
+    def _wait(self, in_hand: dict[Any, _Piece[Task]], done: dict[int, _Piece[Task]]) -> list[_Piece[Task]]:
+        """Wait a while for what comes first, and put it into `done`; gives the pieces that must be handed out again."""
+        self.tick()
+        loading = {member.loading: member for member in self._members if member.loading is not None}
+        refs = [*in_hand, *loading]
+        ready, _ = ray.wait(refs, num_returns=len(refs), timeout=0, fetch_local=False)
+        if not ready:
+            ready, _ = ray.wait(refs, num_returns=1, timeout=WAIT_SECONDS, fetch_local=False)
+        again = []
+        for ref in ready:
+            if ref in loading:
+                self._loaded(loading[ref])
+                continue
+            piece = in_hand.pop(ref)
+            assert piece.member is not None
+            piece.member.in_hand -= 1
+            try:
+                piece.seconds = ray.get(ref)
+            except RayError as error:
+                again.append(self._failed(piece, error))
+            else:
+                self._deaths = 0
+                done[piece.place] = piece
+        return again
+
+    def _loaded(self, member: _Member) -> None:
+        """An actor that loads its model is done with it, one way or another."""
+        try:
+            about: About = ray.get(member.loading)
+        except RayTaskError as error:
+            raise _reason(error) from None
+        except RayError as error:
+            self._replace(member, error)
+            return
+        member.loading = None
+        self._about = self._about or about
+        for what, own, other in (
+            ("another model", about.identity.fingerprint, self._about.identity.fingerprint),
+            ("other versions", about.versions, self._about.versions),
+        ):
+            if own != other:
+                raise ClusterError(f"node {about.node} has {what} than node {self._about.node}: {own}, not {other}")
+        if about.hardware != self._about.hardware:
+            logger.warning(
+                "node %s computes on %s, node %s on %s: results can differ in the last bits from run to run",
+                about.node,
+                about.hardware,
+                self._about.node,
+                self._about.hardware,
+            )
+
+    def _failed(self, piece: _Piece[Task], error: RayError) -> _Piece[Task]:
+        """The piece, to be handed out again, and its actor replaced; or what the error says, raised."""
+        if isinstance(error, RayTaskError):
+            raise _reason(error) from None
+        piece.attempts += 1
+        if piece.attempts >= ATTEMPTS:
+            raise ClusterError(f"{piece.task}: whoever was given it died, {ATTEMPTS} times: {_line(error)}")
+        assert piece.member is not None
+        self._replace(piece.member, error)
+        return piece
+
+    def _replace(self, member: _Member, error: RayError) -> None:
+        """Start an actor in the place of one that died, on whatever node Ray finds for it."""
+        if member not in self._members:
+            return  # several pieces were in its hands
+        logger.warning("an actor was lost (%s): its work is done again elsewhere", _line(error))
+        self._deaths += 1
+        if self._deaths > ATTEMPTS * len(self._members):
+            raise ClusterError(f"actors die before any work is done: {_line(error)}")
+        with suppress(RayError):
+            ray.kill(member.handle)
+        self._members[self._members.index(member)] = self._start()
+
+
+def _reason(error: RayTaskError) -> Exception:
+    """What an actor raised: as it is where it says what to do, else in one line."""
+    cause = error.cause
+    if isinstance(cause, (ModelError, CorpusError, RangeStoreError)):
+        return cause
+    return ClusterError(f"an actor failed: {type(cause).__name__}: {_line(cause)}")
+
+
+def _line(error: BaseException) -> str:
+    lines = str(error).strip().splitlines()
+    return lines[0] if lines else type(error).__name__

@@ -1,0 +1,307 @@
+"""Texts of any number of files, near or far, read by Ray Data in their order; the parsers are those of one process."""
+
+import json
+import logging
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field, replace
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+import datasets
+import fsspec
+import numpy as np
+import numpy.typing as npt
+import pyarrow as pa
+import ray
+import ray.data
+from ray.data.context import DataContext
+from ray.exceptions import RayTaskError
+
+from workers.fitting.corpus import READERS, CorpusError, is_hub, reason_of, without_password
+from workers.fitting.rows import BLOCK_ROWS, Rows
+
+AT_ONCE = 4
+"""Files at addresses that are read at once, since each takes its time to answer; their texts are taken in order."""
+BLOCK_BYTES = 4 << 20
+"""Of texts that travel together."""
+
+
+def is_remote(source: str) -> bool:
+    """Whether it is an address, and not a path of this machine."""
+    return "://" in source and not source.startswith("file://")
+
+
+def names_files(source: str) -> bool:
+    """Whether a corpus's source is of files, and no data set of the hub."""
+    return "://" in source or not is_hub(source)
+
+
+def files_of(source: str) -> tuple[str, ...]:
+    """The files of a path, directory, pattern or address, by name.
+
+    Raises:
+        CorpusError: there are none, or of a kind that cannot be read.
+    """
+    place = without_password(source)
+    try:
+        system, path = fsspec.core.url_to_fs(source)
+        if any(character in path for character in "*?["):
+            found = [name for name in system.glob(path) if system.isfile(name)]
+        elif system.isdir(path):
+            found = [name for name in system.find(path) if Path(name).suffix.lower() in READERS]
+        elif system.exists(path):
+            found = [path]
+        else:
+            found = []
+        alone = found == [path]
+    except Exception as error:  # of whatever serves such addresses
+        raise CorpusError(f"cannot look up {place}: {reason_of(error)}") from error
+    if not found:
+        raise CorpusError(f"no such files: {place}")
+    if unknown := [name for name in found if Path(name).suffix.lower() not in READERS]:
+        raise CorpusError(f"{Path(unknown[0]).name}: unknown kind of file; use .jsonl, .csv or .parquet")
+    if not is_remote(source):
+        return tuple(sorted(found))
+    return (source,) if alone else tuple(sorted(system.unstrip_protocol(name) for name in found))
+
+
+def _stream(path: str) -> Any:
+    """A data set of one file that is parsed as it is read."""
+    reader = READERS[Path(path).suffix.lower()]
+    return datasets.load_dataset(reader, data_files=[path], split="train", streaming=True)
+
+
+def _tables(path: str, rows: int) -> Iterator[pa.Table]:
+    """Tables of so many rows. Raises CorpusError naming the file."""
+    name = Path(path).name
+    try:
+        system, inside = fsspec.core.url_to_fs(path)
+        if not system.size(inside):
+            return
+        yield from _stream(path).with_format("arrow").iter(batch_size=rows)
+    except Exception as error:
+        reason = reason_of(error)
+        if "corresponds to no data" in reason:  # a header and nothing below it
+            return
+        raise CorpusError(f"cannot read {name}: {reason}") from None
+
+
+@dataclass(frozen=True)
+class Files:
+    """A table of many files, as `workers.fitting.rows.Table`; its columns are those of the first with any rows."""
+
+    paths: tuple[str, ...]
+    remote: bool
+    _columns: tuple[str, ...]
+    _names: dict[str, list[str]]
+
+    @classmethod
+    def open(cls, source: str) -> "Files":
+        """Raises CorpusError: there are no files, or the first cannot be read, or none holds any rows."""
+        paths = files_of(source)
+        for path in paths:
+            for table in _tables(path, 1):
+                features = datasets.Features.from_arrow_schema(table.schema)
+                features = _stream(path).features or features  # these know of names that stand in a Parquet file
+                names = {key: kind.names for key, kind in features.items() if isinstance(kind, datasets.ClassLabel)}
+                return cls(paths, is_remote(source), tuple(table.column_names), names)
+        raise CorpusError(f"{without_password(source)} holds no rows")
+
+    @property
+    def column_names(self) -> Sequence[str]:
+        return self._columns
+
+    def class_names(self, label_field: str) -> Sequence[str] | None:
+        return self._names.get(label_field)
+
+    def rows(self, text_field: str, label_field: str, name: str) -> Rows:
+        return FileRows(self.paths, self.remote, text_field, label_field)
+
+
+@dataclass(frozen=True)
+class FileRows:
+    """A text and a label per row of many files: those at the places `chosen`, or all.
+
+    Files on this machine are read on this machine, whatever nodes there are; addresses are read on any node.
+    """
+
+    paths: tuple[str, ...]
+    remote: bool
+    text_field: str
+    label_field: str
+    chosen: npt.NDArray[np.int64] | None = None
+    counts: dict[int, int] = field(default_factory=dict)
+    """Rows of each file, as far as they were counted; shared by all selections."""
+
+    def __len__(self) -> int:
+        return sum(self._counted()) if self.chosen is None else len(self.chosen)
+
+    def select(self, chosen: npt.NDArray[np.int64]) -> Rows:
+        return replace(self, chosen=chosen if self.chosen is None else self.chosen[chosen])
+
+    def labels(self) -> Sequence[Any]:
+        return [label for _, labels in self.read() for label in labels]
+
+    def where(self, row: int) -> str:
+        row = row if self.chosen is None else int(self.chosen[row])
+        for file, path in enumerate(self.paths):
+            if file not in self.counts or row < self.counts[file]:
+                return f"{Path(path).name}: row {row + 1}"
+            row -= self.counts[file]
+        raise IndexError(row)
+
+    def read(self, first: int = 0) -> Iterator[tuple[list[Any], list[Any]]]:
+        texts: list[Any] = []
+        labels: list[Any] = []
+        for table in self._selected(first):
+            texts += _texts(table, self)
+            labels += [_label(value) for value in table.column("label").to_pylist()]
+            while len(texts) >= BLOCK_ROWS:
+                yield texts[:BLOCK_ROWS], labels[:BLOCK_ROWS]
+                texts, labels = texts[BLOCK_ROWS:], labels[BLOCK_ROWS:]
+        if texts:
+            yield texts, labels
+
+    def _selected(self, first: int) -> Iterator[pa.Table]:
+        """Tables of the rows from `first` on."""
+        if self.chosen is None:
+            yield from self._all(first)
+            return
+        chosen = self.chosen[first:]
+        if not len(chosen):
+            return
+        at = start = int(chosen[0])
+        for table in self._all(start):
+            low, high = np.searchsorted(chosen, (at, at + table.num_rows))
+            if high > low:
+                yield table.take(pa.array(chosen[low:high] - at))
+            at += table.num_rows
+            if at > chosen[-1]:
+                return
+
+    def _all(self, first: int) -> Iterator[pa.Table]:
+        """Tables of all rows from `first` on, in order; files that lie before it are not opened."""
+        file = skip = 0
+        if first:
+            counts = self._counted()
+            skip = first
+            while file < len(counts) and skip >= counts[file]:
+                skip -= counts[file]
+                file += 1
+            if file == len(counts):
+                return
+        seen = dict.fromkeys(range(len(self.paths)), 0)
+        for table in self._read(file, _Texts(self.text_field, self.label_field)):
+            if not first:
+                files, numbers = np.unique(table.column("file").to_numpy(), return_counts=True)
+                for each, number in zip(files, numbers, strict=True):
+                    seen[int(each)] += int(number)
+                    self.counts.update({before: seen[before] for before in range(int(each))})
+            if skip >= table.num_rows:
+                skip -= table.num_rows
+                continue
+            yield table.slice(skip)
+            skip = 0
+        if not first:
+            self.counts.update(seen)
+
+    def _counted(self) -> list[int]:
+        """Rows of every file, counted now if they were not before."""
+        if len(self.counts) < len(self.paths):
+            totals = dict.fromkeys(range(len(self.paths)), 0)
+            for table in self._read(0, _Count()):
+                for file, rows in zip(*(table.column(name).to_pylist() for name in ("file", "rows")), strict=True):
+                    totals[file] += rows
+            self.counts.update(totals)
+        return [self.counts[file] for file in range(len(self.paths))]
+
+    def _read(self, first: int, parse: Any) -> Iterator[pa.Table]:
+        """What `parse` makes of the files from number `first` on, in their order."""
+        context = DataContext.get_current()
+        context.enable_progress_bars = False
+        context.print_on_execution_start = False
+        context.execution_options.preserve_order = True
+        context.execution_options.verbose_progress = False
+        context.target_max_block_size = BLOCK_BYTES
+        _quiet()
+        files = [{"file": number, "path": self.paths[number]} for number in range(first, len(self.paths))]
+        options: dict[str, Any] = {"num_cpus": 0}  # else models that take every CPU would leave none to read for them
+        if not self.remote:
+            options["resources"] = {_this_node(): 0.001}
+        listed = ray.data.from_items(files, override_num_blocks=len(files))
+        at_once = min(AT_ONCE, len(files)) if self.remote else 1
+        tables = listed.map_batches(parse, batch_size=1, batch_format="pyarrow", concurrency=at_once, **options)
+        try:
+            yield from tables.iter_batches(batch_size=BLOCK_ROWS, batch_format="pyarrow", prefetch_batches=4)
+        except RayTaskError as error:
+            cause: BaseException | None = error
+            while cause is not None and not isinstance(cause, CorpusError):
+                cause = getattr(cause, "cause", None) or cause.__cause__
+            if cause is None:
+                raise
+            raise CorpusError(str(cause)) from None
+
+
+@dataclass(frozen=True)
+class _Texts:
+    """Parses a file: tables of `file`, `text` (null where it is none) and `label` (as JSON)."""
+
+    text_field: str
+    label_field: str
+
+    def __call__(self, files: pa.Table) -> Iterator[pa.Table]:
+        number, path = files.column("file")[0].as_py(), files.column("path")[0].as_py()
+        for table in _tables(path, 4 * BLOCK_ROWS):
+            n = table.num_rows
+            nulls = pa.nulls(n, pa.large_string())
+            text = table.column(self.text_field) if self.text_field in table.column_names else nulls
+            label = table.column(self.label_field) if self.label_field in table.column_names else nulls
+            is_text = pa.types.is_string(text.type) or pa.types.is_large_string(text.type)
+            yield pa.table(
+                {
+                    "file": pa.array(np.full(n, number, np.int64)),
+                    "text": text.cast(pa.large_string()) if is_text else nulls,
+                    "label": pa.array([_written(value) for value in label.to_pylist()], pa.large_string()),
+                }
+            )
+
+
+class _Count:
+    """Parses a file for its number of rows only."""
+
+    def __call__(self, files: pa.Table) -> Iterator[pa.Table]:
+        number, path = files.column("file")[0].as_py(), files.column("path")[0].as_py()
+        for table in _tables(path, 4 * BLOCK_ROWS):
+            yield pa.table({"file": [number], "rows": [table.num_rows]})
+
+
+def _texts(table: pa.Table, rows: FileRows) -> list[Any]:
+    try:
+        texts: list[Any] = table.column("text").to_pylist()
+    except UnicodeDecodeError:
+        name = Path(rows.paths[table.column("file")[0].as_py()]).name
+        raise CorpusError(f"{name}: a text is not UTF-8") from None
+    return texts
+
+
+def _written(label: Any) -> str:
+    return json.dumps(label if isinstance(label, (str, int)) else None)
+
+
+@lru_cache(maxsize=4096)
+def _label(written: str) -> Any:
+    return json.loads(written)
+
+
+def _this_node() -> str:
+    """The resource that every node of this machine has."""
+    here = ray.get_runtime_context().get_node_id()
+    (address,) = (node["NodeManagerAddress"] for node in ray.nodes() if node["NodeID"] == here)
+    return f"node:{address}"
+
+
+def _quiet() -> None:
+    """Ray Data tells of its own progress through loggers; ours is the one bar."""
+    for name in ("ray.data", "ray"):
+        logging.getLogger(name).setLevel(logging.ERROR)
