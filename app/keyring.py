@@ -6,6 +6,7 @@ import threading
 import time
 from pathlib import Path
 
+from app.rates import rate
 from range_store.api_keys import ApiKey, Keys, KeyStore, Scope
 from range_store.errors import RangeStoreError
 
@@ -43,6 +44,7 @@ class Keyring:
         self._required = required or (memory is not None and memory.exists())
         self._known: Keys | None = None
         self._problem: str | None = None
+        self._told: set[str] = set()
         self._refreshing = threading.Lock()
 
     @property
@@ -86,6 +88,8 @@ class Keyring:
         key = known.of_token(token)
         if key is None or not key.good(time.time()):
             raise Refused("bad_key", "this API key is wrong, revoked or expired")
+        if not _readable(key):
+            raise Refused("bad_key", "this API key is damaged: whoever made it must revoke it and make another")
         return key
 
     def still_opens(self, key: ApiKey | None, scope: Scope) -> bool:
@@ -97,6 +101,15 @@ class Keyring:
         return found is not None and found.good(time.time()) and found.may(scope)
 
     def _take(self, found: Keys) -> None:
+        for key in found.good(time.time()):
+            if not _readable(key) and key.id not in self._told:
+                self._told.add(key.id)
+                logger.error(
+                    "the rate of the API key %s is unreadable (did another version write it?), and so the key opens "
+                    "nothing: `neuronlens keys revoke %s`, and make another",
+                    key.name,
+                    key.id,
+                )
         self._known = found
         self._required = True
         if self._memory is not None and not self._memory.exists():
@@ -118,6 +131,14 @@ class Keyring:
         elif problem is None and self._problem is not None:
             logger.info("the API keys are current again")
         self._problem = problem
+
+
+def _readable(key: ApiKey) -> bool:
+    """Whether its rate can be kept: a key without its bound would be more than was given."""
+    try:
+        return key.rate_limit is None or rate(key.rate_limit) is not None
+    except ValueError:
+        return False
 
 
 def memory_of(data_dir: Path, store: str) -> Path:

@@ -61,6 +61,7 @@ class RequestFacts:
 
     request_id: str
     generation: str | None = None
+    model: str | None = None
     texts: int | None = None
     key: str | None = None
 
@@ -108,6 +109,7 @@ def fields_of(record: logging.LogRecord) -> dict[str, Any]:
         "trace_id": trace.format_trace_id(span.trace_id) if span.is_valid else None,
         "span_id": trace.format_span_id(span.span_id) if span.is_valid else None,
         "generation": serving and serving.generation,
+        "model": serving and serving.model,
     }
     if record.exc_info and record.exc_info[1] is not None:
         own["exception"] = described(record.exc_info[1])

@@ -1,5 +1,6 @@
 """The FastAPI application around a service."""
 
+from collections.abc import Sequence
 from importlib.metadata import version
 from typing import Any
 
@@ -12,7 +13,7 @@ from app import auth, problems
 from app.access_log import AccessLog
 from app.answering import ClientGone, client_gone
 from app.auth import Authentication
-from app.metrics import ServiceMetrics
+from app.metrics import ModelMetrics, register_process
 from app.middleware import BodyLimit, Faults, FullQueue, HostCheck, HttpMetrics, RequestId
 from app.problems import Problem
 from app.routes import (
@@ -32,6 +33,7 @@ from app.routes import (
 )
 from app.routes.dropin.dialect import Dialects
 from app.routes.dropin.v2_binary import BinaryTensors
+from app.served import Served
 from app.service import Service
 from app.settings import LOOPBACK, Settings
 from app.store_calls import StoreCalls
@@ -45,10 +47,22 @@ lies in the range fitted for the concept. Errors are `application/problem+json`.
 
 CLASSIFYING = ("/v1/classify", *dropin.CLASSIFYING)
 """Templates of the routes whose POST takes the model's time: what a full queue refuses, and alerts watch."""
+NAMED_IN_BODY = ("/v1/classify", "/classify")
+"""Those of them whose body may say which model is meant."""
 
 
-def create_app(settings: Settings, running: Service | None = None) -> FastAPI:
-    """The application. Without a service only its OpenAPI is of use."""
+def create_app(settings: Settings, running: Service | Sequence[Service] = ()) -> FastAPI:
+    """The application around one service or several, each of another model; the first is meant where none is named.
+
+    They share `settings`, and the keyring of the first. Its `state.registry` has everything that `/metrics` shows: each
+    service's own registry, under a label `model`, and what is about the process. Without a service only its OpenAPI is
+    of use.
+
+    Raises:
+        ValueError: two services have the same name.
+    """
+    services = (running,) if isinstance(running, Service) else tuple(running)
+    served = Served(services) if services else None
     app: FastAPI = FastAPIOffline(  # its /docs asks no other host for scripts
         title="NeuronLens",
         version=version("neuronlens"),
@@ -90,10 +104,11 @@ def create_app(settings: Settings, running: Service | None = None) -> FastAPI:
     for router in dropin.ROUTERS:
         app.include_router(router)
     registry = CollectorRegistry()
-    if running is not None:
-        registry = running.registry
-        ServiceMetrics(running)
-    app.state.service = running
+    if served is not None:
+        registry.register(ModelMetrics(served))
+        register_process(registry)
+    app.state.served = served
+    app.state.registry = registry
     app.state.templates = Templates(app.routes)
     app.state.store_calls = StoreCalls()
     _document(app)
@@ -101,9 +116,10 @@ def create_app(settings: Settings, running: Service | None = None) -> FastAPI:
     app.add_middleware(BinaryTensors, infers=dropin.infers)
     app.add_middleware(Faults)
     app.add_middleware(BodyLimit, limit=settings.max_body_bytes, seconds=settings.body_timeout)
-    if running is not None:
-        app.add_middleware(FullQueue, classifying=CLASSIFYING, refusal=running.engine.refusal)
-        app.add_middleware(Authentication, keyring=running.keyring, rate_limit=settings.rate_limit, registry=registry)
+    if served is not None:
+        keyring = served.default.keyring
+        app.add_middleware(FullQueue, classifying=CLASSIFYING, named_in_body=NAMED_IN_BODY, served=served)
+        app.add_middleware(Authentication, keyring=keyring, rate_limit=settings.rate_limit, registry=registry)
     if settings.cors_origins:
         app.add_middleware(
             CORSMiddleware,
@@ -133,19 +149,21 @@ def create_app(settings: Settings, running: Service | None = None) -> FastAPI:
                 "traceresponse",
             ],
         )
-    if settings.loopback and running is not None:
-        app.add_middleware(HostCheck, hosts=LOOPBACK, off=lambda: running.keyring.in_force)
+    if settings.loopback and served is not None:
+        app.add_middleware(HostCheck, hosts=LOOPBACK, off=lambda: keyring.in_force)
     app.add_middleware(Faults)  # of the layers above; the first one's replies go through them, and so get their headers
     app.add_middleware(Dialects, dialect_of=dropin.dialect_of)
     app.add_middleware(HttpMetrics, registry=registry, alerted=CLASSIFYING)
-    app.add_middleware(AccessLog, every=settings.access_log, generation=lambda: _generation(running))
+    app.add_middleware(AccessLog, every=settings.access_log, generation=lambda: _generation(served))
     app.add_middleware(Traces)
     app.add_middleware(RequestId)
     return app
 
 
-def _generation(running: Service | None) -> str | None:
-    snapshot = running.mirror.snapshot if running is not None else None
+def _generation(served: Served | None) -> str | None:
+    """The one in force, where there is only one model; of several, the request tells which."""
+    only = served.only if served is not None else None
+    snapshot = only.mirror.snapshot if only is not None else None
     return snapshot.live.generation if snapshot is not None else None
 
 

@@ -1,12 +1,13 @@
-"""What a process tells Prometheus of itself when asked: readiness, live state, model; and the process's own figures."""
+"""What a process tells Prometheus when asked: of each model readiness, live state and work; and its own figures."""
 
 import time
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from importlib.metadata import version
+from itertools import chain
 from typing import get_args
 
-from prometheus_client import PlatformCollector, ProcessCollector, disable_created_metrics
+from prometheus_client import CollectorRegistry, Info, PlatformCollector, ProcessCollector, disable_created_metrics
 from prometheus_client.core import GaugeMetricFamily, InfoMetricFamily
 from prometheus_client.metrics_core import Metric
 from prometheus_client.registry import Collector
@@ -19,27 +20,54 @@ from range_store.live import LiveErasure
 from range_store.mirror import Trouble
 
 
-class ServiceMetrics(Collector):
-    """Readiness, what the mirror knows, what is erased now, and what is loaded: read afresh for every scrape."""
+class ModelMetrics(Collector):
+    """Everything that is told of each model, under a label `model`: its service's own registry, and its state.
+
+    A process of one model has the label too, so that a series is the same one whoever else is served beside it.
+    """
+
+    def __init__(self, services: Iterable[Service]) -> None:
+        self._services = tuple(services)
+        # else a second series beside each counter says when that was made
+        disable_created_metrics()  # type: ignore[no-untyped-call]
+
+    def collect(self) -> Iterator[Metric]:
+        families: dict[str, Metric] = {}
+        for service in self._services:
+            for found in chain(service.registry.collect(), _State(service).collect()):
+                family = families.setdefault(found.name, Metric(found.name, found.documentation, found.type))
+                family.samples += [
+                    each._replace(labels={"model": service.name, **each.labels}) for each in found.samples
+                ]
+        yield from families.values()
+
+
+def register_process(registry: CollectorRegistry) -> None:
+    """Register what is told of the process itself."""
+    ProcessCollector(registry=registry)
+    PlatformCollector(registry=registry)
+    build = Info("neuronlens_build", "Version of this software.", registry=registry)
+    build.info({"version": version("neuronlens")})
+
+
+class _State:
+    """A model's readiness, what its mirror knows, what is erased now, and what is loaded: read for every scrape."""
 
     def __init__(self, service: Service) -> None:
         self._service = service
-        # else a second series beside each counter says when that was made
-        disable_created_metrics()  # type: ignore[no-untyped-call]
-        service.registry.register(self)
-        ProcessCollector(registry=service.registry)
-        PlatformCollector(registry=service.registry)
 
     def collect(self) -> Iterator[Metric]:
         yield from self._readiness()
         yield from self._live_state()
         yield from self._fits()
-        yield from self._loaded()
+        yield self._loaded()
 
     def _readiness(self) -> Iterator[Metric]:
         checks = conditions(self._service)
         yield GaugeMetricFamily(
-            "neuronlens_ready", "1 while the process takes requests, as /readyz says.", float(all(checks.values()))
+            "neuronlens_ready",
+            "1 while the model takes requests; /readyz answers 200 while all do.",
+            float(all(checks.values())),
         )
         by_condition = GaugeMetricFamily(
             "neuronlens_ready_condition", "1 for each condition of readiness that holds.", labels=["condition"]
@@ -102,14 +130,12 @@ class ServiceMetrics(Collector):
             done,
         )
 
-    def _loaded(self) -> Iterator[Metric]:
+    def _loaded(self) -> Metric:
         model, identity = self._service.model, self._service.model.identity
-        yield InfoMetricFamily("neuronlens_build", "Version of this software.", {"version": version("neuronlens")})
-        yield InfoMetricFamily(
+        return InfoMetricFamily(
             "neuronlens_model",
             "What is served.",
             {
-                "model": self._service.name,
                 "kind": identity.kind,
                 "family": identity.family,
                 "fingerprint": identity.fingerprint,

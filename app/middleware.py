@@ -7,17 +7,19 @@ import time
 from collections.abc import Callable, Collection, Iterable
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
-from starlette.datastructures import Headers, MutableHeaders
+from starlette.datastructures import Headers, MutableHeaders, QueryParams
 from starlette.exceptions import HTTPException
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from app.logs import described
 from app.problems import domain_problem, new_request_id, problem_response
-from app.service import QueueFull
+from app.served import Served
 
 logger = logging.getLogger(__name__)
 
 _SANE_ID = re.compile(r"[A-Za-z0-9._:-]{1,128}")
+_INFERRED = re.compile(r"/v2/models/(.+?)(?:/versions/[^/]+)?/infer", re.DOTALL)
+"""A path of the Open Inference Protocol, and the model in it."""
 
 
 class RequestId:
@@ -106,24 +108,35 @@ class HostCheck:
 
 
 class FullQueue:
-    """Refuses what is posted to routes that take the model's time while `refusal` says why, before its body is read.
+    """Refuses what is posted to routes that take a model's time while that model is full, before the body is read.
 
     Args:
         classifying: the templates of these routes.
+        named_in_body: those of them whose body may name the model.
     """
 
-    def __init__(self, app: ASGIApp, classifying: Collection[str], refusal: Callable[[], QueueFull | None]) -> None:
+    def __init__(
+        self, app: ASGIApp, classifying: Collection[str], named_in_body: Collection[str], served: Served
+    ) -> None:
         self.app = app
         self.classifying = classifying
-        self.refusal = refusal
+        self.named_in_body = named_in_body
+        self.served = served
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if scope["type"] == "http" and scope["method"] == "POST":
-            full = self.refusal() if route_of(scope) in self.classifying else None  # asking counts
+        if scope["type"] == "http" and scope["method"] == "POST" and (route := route_of(scope)) in self.classifying:
+            full = self.served.refusal(self._model(scope, route))  # asking counts
             if full is not None:
                 await domain_problem(full, scope.get("state", {}).get("request_id"))(scope, receive, send)
                 return
         await self.app(scope, receive, send)
+
+    def _model(self, scope: Scope, route: str) -> str | None:
+        """Which model is meant, as far as can be told without the body; None: that says it."""
+        if in_path := _INFERRED.fullmatch(scope["path"]):
+            return in_path[1]
+        in_query = QueryParams(scope["query_string"]).get("model")
+        return in_query or (None if route in self.named_in_body else self.served.default.name)
 
 
 class BodyLimit:

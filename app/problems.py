@@ -70,7 +70,9 @@ class Problem(BaseModel):
     request_id: str | None = None
     errors: list[FieldError] | None = Field(None, description=f"invalid: the first {MOST_ERRORS} invalid fields")
     fitted: list[Any] | None = Field(None, description="not_fitted: what the range set has")
-    known: list[str] | None = Field(None, description="unknown_concept: the concepts of the range set")
+    known: list[str] | None = Field(
+        None, description="unknown_concept: the concepts of the range set; unknown_model: the models of the server"
+    )
     generation: str | None = Field(None, description="stale_generation: the current one; behind: what is held")
     checks: dict[str, bool] | None = Field(None, description="not_ready: each condition")
 

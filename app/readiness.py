@@ -1,6 +1,17 @@
 """What makes a service ready: one list for `/readyz` and for the metrics."""
 
+from collections.abc import Iterable
+
 from app.service import Service
+
+
+def checks_of(services: Iterable[Service]) -> dict[str, bool]:
+    """The conditions of all models of a process; of several, each is named `model: condition`."""
+    found = {service.name: conditions(service) for service in services}
+    if len(found) == 1:
+        (only,) = found.values()
+        return only
+    return {f"{model}: {name}": good for model, checks in found.items() for name, good in checks.items()}
 
 
 def conditions(service: Service) -> dict[str, bool]:

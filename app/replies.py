@@ -257,11 +257,12 @@ class Alive(BaseModel):
 
 
 class Ready(BaseModel):
-    """Ready to answer. `snapshot_age`: seconds since the live state was last known to be the newest."""
+    """Ready to answer. `snapshot_age`: seconds since the live state was last known to be the newest; of several models,
+    of the one where that is longest."""
 
     status: Literal["ready"] = "ready"
     checks: dict[str, bool]
-    generation: str
+    generation: str | None = Field(description="Null where several models are served, each with its own.")
     snapshot_age: float
     problem: str | None = Field(description="Why the live state cannot be kept current; null while it is.")
 

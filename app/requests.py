@@ -11,8 +11,8 @@ from range_store.errors import InvalidErasure
 from range_store.live import LiveErasure
 
 
-def _storable(value: str) -> str:
-    """JSON may hold half of a surrogate pair; nothing that is stored may."""
+def storable(value: str) -> str:
+    """JSON may hold half of a surrogate pair; nothing that is stored, or said again, may."""
     try:
         value.encode()
     except UnicodeEncodeError:
@@ -20,8 +20,8 @@ def _storable(value: str) -> str:
     return value
 
 
-Concept = Annotated[str, Field(min_length=1, max_length=500), AfterValidator(_storable)]
-Reason = Annotated[str, Field(max_length=500), AfterValidator(_storable)]
+Concept = Annotated[str, Field(min_length=1, max_length=500), AfterValidator(storable)]
+Reason = Annotated[str, Field(max_length=500), AfterValidator(storable)]
 MOST = 1000
 """Most erasures, or layers, of a request: more than any model or corpus has, and few enough to be checked at once."""
 MOST_FIELDS = 50

@@ -56,7 +56,10 @@ KNOWN_DATA_SETS = tuple(KNOWN)
 
 @dataclass(frozen=True, eq=False)
 class Service:
-    """One process's parts: store, mirror of the live state, keys, what answers, fits beside it."""
+    """What one model is served by: store, mirror of the live state, keys, what answers, fits beside it.
+
+    A process may have several, each with a registry of its own; the keyring may be shared.
+    """
 
     settings: Settings
     model: ModelFacts

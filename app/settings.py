@@ -7,6 +7,7 @@ from platformdirs import user_data_path
 from pydantic import Field, SecretStr, field_validator, model_validator
 from pydantic_settings import BaseSettings, SettingsConfigDict
 
+from app.jobs import ModelChoice
 from app.rates import rate
 
 LOOPBACK = ("127.0.0.1", "localhost", "::1")
@@ -64,6 +65,11 @@ class Settings(BaseSettings):
     model: str | None = Field(None, description="checkpoint to serve: a directory, or a name on the hub")
     revision: str | None = Field(None, description="revision of a checkpoint on the hub")
     name: str | None = Field(None, description="what to call the model; unset: the checkpoint's own name")
+    also: tuple[str, ...] = Field(
+        (),
+        description="further models to serve beside it, as a JSON list of `NAME=CHECKPOINT`; only with `--ray`. "
+        "They have its settings but for `revision` and `template`, which are of the first",
+    )
     device: str = Field("auto", description="where to run the model: `auto`, `cpu`, `cuda`, …")
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field(
         "auto", description="type to run the model in; `auto`: float32 on a CPU, the checkpoint's own elsewhere"
@@ -165,6 +171,26 @@ class Settings(BaseSettings):
             rate(value)
         return value
 
+    @field_validator("also")
+    @classmethod
+    def _named_checkpoints(cls, value: tuple[str, ...]) -> tuple[str, ...]:
+        for each in value:
+            name, equals, checkpoint = each.partition("=")
+            if not equals or not name.strip() or not checkpoint.strip():
+                raise ValueError(f"{each!r} is no NAME=CHECKPOINT, like news=models/news")
+            if name != name.strip() or not name.isprintable():
+                raise ValueError(f"{name!r} is no name of a model: it holds spaces around it, or what is not printable")
+        return value
+
+    @model_validator(mode="after")
+    def _each_model_has_a_name_of_its_own(self) -> Self:
+        names = [each.partition("=")[0] for each in self.also]
+        if self.model is not None:
+            names.append(ModelChoice.of(self).served_name)
+        if twice := [name for name in names if names.count(name) > 1]:
+            raise ValueError(f"two models have the name {twice[0]!r}: give each one of its own")
+        return self
+
     @model_validator(mode="after")
     def _polled_before_it_is_old(self) -> Self:
         if self.max_snapshot_age is not None and self.max_snapshot_age <= self.poll_seconds:
@@ -172,6 +198,16 @@ class Settings(BaseSettings):
                 f"max_snapshot_age ({self.max_snapshot_age:g}) must be more than poll_seconds ({self.poll_seconds:g})"
             )
         return self
+
+    def per_model(self) -> tuple[Self, ...]:
+        """These settings for each model that is to be served, the first one first, as if it was the only one."""
+        first = self.model_copy(update={"also": ()})
+        others = [each.partition("=") for each in self.also]
+        own = {"revision": None, "template": None}
+        return (
+            first,
+            *(first.model_copy(update={**own, "name": name, "model": checkpoint}) for name, _, checkpoint in others),
+        )
 
     @property
     def reports(self) -> Path:

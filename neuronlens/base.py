@@ -23,7 +23,7 @@ class BaseClient:
         timeout: seconds for each request, its retries included. The server is told, and gives up then too.
         retries: how often a request is tried again: after 429 and 503, and after a lost connection if it changes
             nothing or is guarded by `if_match`. Pauses grow from ¼ s to 8 s at random, on top of `Retry-After`.
-        model: the served name that is meant; None: the server's only one.
+        model: the served name that is meant; None: the server's first, or only, one.
         headers: for every request; `traceparent` is passed on by the server.
         batch_size: texts of one request; None: as many as the server takes.
 

@@ -64,7 +64,7 @@ class Refused(NeuronLensError):
 
 
 class NotFound(NeuronLensError):
-    """No such concept, neuron, range set, model, job or path. `known`: the concepts there are, if one was named."""
+    """No such concept, neuron, range set, model, job or path. `known`: those there are, of concepts and models."""
 
     @property
     def known(self) -> tuple[str, ...]:

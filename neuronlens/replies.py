@@ -285,11 +285,14 @@ class Models(Reply):
 
 
 class Ready(Reply):
-    """`snapshot_age`: seconds since the live state was last known to be the newest; `problem`: why it cannot be."""
+    """`snapshot_age`: seconds since the live state was last known to be the newest; `problem`: why it cannot be.
+
+    Of several models, the `checks` name each, the age is the longest, and `generation` is None.
+    """
 
     status: str
     checks: Mapping[str, bool]
-    generation: str
+    generation: str | None
     snapshot_age: float
     problem: str | None
 

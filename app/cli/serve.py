@@ -73,6 +73,16 @@ def serve(
         ),
     ] = None,
     name: options.Name = None,
+    also: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--also",
+            metavar="NAME=CHECKPOINT",
+            help="A further model to serve beside it, with live erasures of its own; may be given again. Only with "
+            "--ray. Default: NEURONLENS_ALSO, else none.",
+            rich_help_panel=options.MODEL_PANEL,
+        ),
+    ] = None,
     revision: options.Revision = None,
     device: options.Device = None,
     dtype: options.DType = None,
@@ -133,6 +143,7 @@ def serve(
     settings = settings_with(
         model=model,
         name=name,
+        also=also or None,
         revision=revision,
         device=device,
         dtype=dtype,
@@ -159,6 +170,8 @@ def serve(
     )
     if settings.model is None:
         raise CommandError("which model? pass --model, or set NEURONLENS_MODEL", USAGE)
+    if settings.also:
+        raise CommandError("--also (NEURONLENS_ALSO) needs --ray: one process alone serves one model", USAGE)
     with ExitStack() as stack:
         stack.enter_context(observed(settings))
         settings = guarded(settings)
@@ -194,9 +207,10 @@ def serve_until_told(
         say(f"serving {service.name} at {address}")
 
     engine = service.engine
-    with metrics_apart(settings, service.registry) as metrics_at:
+    app = create_app(settings, service)
+    with metrics_apart(settings, app.state.registry) as metrics_at:
         listen(
-            create_app(settings, service),
+            app,
             settings,
             bound,
             ready=ready,

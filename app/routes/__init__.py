@@ -1,12 +1,15 @@
 """Routes of the HTTP API, one module per noun, and what they share: the service and the model that is meant."""
 
+from dataclasses import dataclass
 from typing import Annotated
 
 from fastapi import Depends, Query, Request
 from fastapi.dependencies.models import Dependant
 from starlette.convertors import Convertor, register_url_convertor
 
+from app.logs import note
 from app.problems import MOST_ERRORS, ApiError, FieldError
+from app.served import Served
 from app.service import Service
 from range_store.errors import NoRangeSet, StoreUnavailable
 from range_store.mirror import Snapshot
@@ -49,25 +52,64 @@ NamedConcept = Annotated[str, Depends(named_concept)]
 """Of every path with a concept in it."""
 
 
-async def get_service(request: Request) -> Service:
-    """The process's service. Like every dependency it is asynchronous: others run on a thread, for each request."""
-    service: Service = request.app.state.service
+async def get_served(request: Request) -> Served:
+    """The process's models. Like every dependency it is asynchronous: others run on a thread, for each request."""
+    served: Served = request.app.state.served
+    return served
+
+
+Models = Annotated[Served, Depends(get_served)]
+"""All of them, for what is about the process, or names a model in its path."""
+
+
+@dataclass(frozen=True)
+class Asked:
+    """Which model a request means: `in_query`, or what its body says."""
+
+    served: Served
+    in_query: str | None
+
+    def service(self, in_body: str | None = None) -> Service:
+        """The service that is meant, which the log line of the request then names.
+
+        Raises:
+            ApiError: no such model is served (404), or query and body name two (422).
+        """
+        service = self.served.named(self.in_query if in_body is None else in_body)
+        if in_body is not None and self.in_query not in (None, in_body):
+            raise ApiError(422, "invalid", "model: the query names one model and the body another")
+        return meant(service)
+
+
+def meant(service: Service) -> Service:
+    """Have the log line of a request say that it is about this service."""
+    snapshot = service.mirror.snapshot
+    note(model=service.name, generation=snapshot.live.generation if snapshot else None)
     return service
 
 
+async def _asked(
+    models: Models,
+    model: Annotated[str | None, Query(description="Which model. Default: the first, or only, one.")] = None,
+) -> Asked:
+    models.named(model)  # an unknown one is refused, whatever the body says
+    return Asked(models, model)
+
+
+Asking = Annotated[Asked, Depends(_asked)]
+"""For routes whose body may name the model: `service = asking.service(body.model)`."""
+
+
+async def get_service(asking: Asking) -> Service:
+    """The service that the query names, or the default one."""
+    return asking.service()
+
+
 Serving = Annotated[Service, Depends(get_service)]
+"""For routes whose query alone may name the model."""
 
 
-def check_model_name(service: Service, model: str | None) -> None:
-    """Raises ApiError (404) if a request means another model than the one that is served."""
-    if model is not None and model != service.name:
-        raise ApiError(404, "unknown_model", f"no such model; this server has {service.name!r}")
-
-
-async def _check_query(
-    request: Request, service: Serving, model: Annotated[str | None, Query(description="Default: the only one.")] = None
-) -> None:
-    check_model_name(service, model)
+async def _check_query(request: Request, asking: Asking) -> None:
     if not request.query_params:
         return
     known = _query_names(request.scope["route"].dependant)
@@ -87,7 +129,7 @@ def _query_names(dependant: Dependant) -> set[str]:
 
 
 QueryChecked = Depends(_check_query)
-"""Of every path below `/v1`: `?model=` names the one served, and nothing stands in the query unknown or twice."""
+"""Of every path below `/v1`: `?model=` names one that is served, and nothing stands in the query unknown or twice."""
 
 
 def snapshot_of(service: Service) -> Snapshot:

@@ -7,7 +7,7 @@ from app.auth import Calling
 from app.problems import BODY, QUERY, documented
 from app.replies import Baseline, ClassifyOut, ErasureOut, ErasurePlan, Result, Usage
 from app.requests import ClassifyIn
-from app.routes import QueryChecked, Serving, check_model_name
+from app.routes import Asking, QueryChecked
 from app.scores import Activation
 from app.service import Answer
 
@@ -20,10 +20,10 @@ router = APIRouter(tags=["classify"])
     responses=documented(*QUERY, *BODY, 429, 503, 504),
 )
 async def classify(
-    request: Request, body: ClassifyIn, service: Serving, caller: Calling, x_request_timeout: Timeout = None
+    request: Request, body: ClassifyIn, asking: Asking, caller: Calling, x_request_timeout: Timeout = None
 ) -> ClassifyOut:
     """Classify one text or several while concepts are erased from the model's activations."""
-    check_model_name(service, body.model)
+    service = asking.service(body.model)
     answer = await answer_to(
         request,
         service,

@@ -11,7 +11,7 @@ from app.logs import note
 from app.problems import BODY, QUERY, documented, header
 from app.replies import ErasureOut, LiveListOut, LiveOut
 from app.requests import LiveListIn, Reason, SwitchOnIn
-from app.routes import NamedConcept, QueryChecked, Serving, check_model_name, snapshot_of
+from app.routes import Asking, NamedConcept, QueryChecked, Serving, snapshot_of
 from app.service import Service
 from app.store_calls import StoreCalling, StoreCalls
 from range_store.errors import StaleGeneration, StoreUnavailable
@@ -56,10 +56,10 @@ async def list_erasures(service: Serving, response: Response) -> LiveListOut:
 
 @router.put("/v1/erasures", dependencies=[QueryChecked], responses=CHANGES | documented(*BODY))
 async def replace_erasures(
-    service: Serving, calls: StoreCalling, caller: Calling, body: LiveListIn, required: Required, response: Response
+    asking: Asking, calls: StoreCalling, caller: Calling, body: LiveListIn, required: Required, response: Response
 ) -> LiveListOut:
     """Replace all live erasures in one generation."""
-    check_model_name(service, body.model)
+    service = asking.service(body.model)
     now = time.time()
     wanted = [each.live(each.concept, now, caller.by) for each in body.erasures]
 
@@ -71,7 +71,7 @@ async def replace_erasures(
 
 @router.put("/v1/erasures/{concept:whole}", dependencies=[QueryChecked], responses=CHANGES | documented(*BODY))
 async def switch_on(
-    service: Serving,
+    asking: Asking,
     calls: StoreCalling,
     caller: Calling,
     concept: NamedConcept,
@@ -81,7 +81,7 @@ async def switch_on(
 ) -> LiveListOut:
     """Erase a concept from every request that names nothing, or change how."""
     body = body or SwitchOnIn()
-    check_model_name(service, body.model)
+    service = asking.service(body.model)
     wanted = body.live(concept, time.time(), caller.by)
     return await applied(service, calls, lambda store: store.set_erasure(wanted, one_of(store, required)), response)
 

@@ -13,7 +13,7 @@ from app.fit_jobs import KeyReused, QueueOfFitsFull
 from app.fit_replies import JobOut, JobsOut, job_out
 from app.fit_requests import DataRefused, DataUnusable, FitIn, source_of
 from app.problems import BODY, QUERY, ApiError, documented, header
-from app.routes import QueryChecked, Serving, check_model_name
+from app.routes import Asking, QueryChecked, Serving
 from app.service import KNOWN_DATA_SETS
 from range_store.erasure import resolve_layers
 
@@ -50,10 +50,10 @@ async def _of_files(work: Callable[[], Result]) -> Result:
     responses=documented(*BODY, *QUERY, 403, 409, 429, 503) | ACCEPTED,
 )
 async def start_fit(
-    service: Serving, caller: Calling, body: FitIn, response: Response, idempotency_key: IdempotencyKey = None
+    asking: Asking, caller: Calling, body: FitIn, response: Response, idempotency_key: IdempotencyKey = None
 ) -> JobOut:
     """Fit ranges on texts that the server can read, in a process beside it, as `neuronlens fit` would."""
-    check_model_name(service, body.model)
+    service = asking.service(body.model)
     if not service.settings.fits:
         raise ApiError(403, "fits_disabled", "this server takes no fits: NEURONLENS_FIT_DIRS would allow them")
     resolve_layers(body.layers if isinstance(body.layers, str) else tuple(body.layers), service.model.identity.n_layers)

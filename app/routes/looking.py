@@ -11,7 +11,7 @@ from app.logs import note
 from app.problems import BODY, QUERY, ApiError, documented
 from app.replies import ActivationsOut, TextTokens, TextValues, Token, TokenizeOut
 from app.requests import ActivationsIn, TokenizeIn
-from app.routes import QueryChecked, Serving, check_model_name, snapshot_of
+from app.routes import Asking, QueryChecked, snapshot_of
 from app.routes.inspection import finite
 from app.service import Service
 from range_store.erasure import Site, resolve_layers
@@ -25,13 +25,14 @@ MOST_TEXTS = 64
 
 @router.post("/v1/tokenize", responses=documented(*QUERY, *BODY, 429, 503, 504))
 async def tokenize(
-    request: Request, body: TokenizeIn, service: Serving, x_request_timeout: Timeout = None
+    request: Request, body: TokenizeIn, asking: Asking, x_request_timeout: Timeout = None
 ) -> TokenizeOut:
     """The tokens of texts, as the model gets them: cut where it takes no more, with the tokens that it needs around.
 
     `prefix_tokens` of a few-shot prompt stand before every text and are not listed.
     """
-    texts = _texts(service, body.inputs, body.model)
+    service = asking.service(body.model)
+    texts = _texts(service, body.inputs)
     shown = await unless_gone(
         request, service.engine.looking.tokens(texts, timeout=_seconds(service, x_request_timeout))
     )
@@ -63,14 +64,15 @@ async def tokenize(
 
 @router.post("/v1/activations", responses=documented(*QUERY, *BODY, 429, 503, 504))
 async def show_activations(
-    request: Request, body: ActivationsIn, service: Serving, caller: Calling, x_request_timeout: Timeout = None
+    request: Request, body: ActivationsIn, asking: Asking, caller: Calling, x_request_timeout: Timeout = None
 ) -> ActivationsOut:
     """Values of neurons for texts, before anything is erased: where they fall among a neuron's ranges.
 
     Taken where the active range set was fitted (`site`, `position`), so that they compare with its ranges and
     histograms. While an erasure is enforced they would show what it hides, and need scope admin.
     """
-    texts = _texts(service, body.inputs, body.model)
+    service = asking.service(body.model)
+    texts = _texts(service, body.inputs)
     _check(service, caller)
     identity = service.model.identity
     try:
@@ -102,8 +104,7 @@ def _check(service: Service, caller: Caller) -> None:
     check_shown(caller, any(each.enforced for each in snapshot_of(service).live.at(time.time())), "activations")
 
 
-def _texts(service: Service, inputs: str | list[str], model: str | None) -> Sequence[str]:
-    check_model_name(service, model)
+def _texts(service: Service, inputs: str | list[str]) -> Sequence[str]:
     texts = [inputs] if isinstance(inputs, str) else inputs
     check_size(texts, service.settings)
     if len(texts) > MOST_TEXTS:

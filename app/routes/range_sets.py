@@ -7,7 +7,7 @@ from app.auth import Calling
 from app.problems import BODY, QUERY, documented
 from app.replies import LiveListOut, RangeSetOut, RangeSetsOut
 from app.requests import ActivateIn
-from app.routes import QueryChecked, Serving, check_model_name
+from app.routes import Asking, QueryChecked, Serving
 from app.routes.erasures import CHANGES, Required, applied, one_of
 from app.store_calls import StoreCalling
 from range_store.errors import UnknownRangeSet
@@ -47,10 +47,10 @@ async def show_range_set(service: Serving, calls: StoreCalling, range_set: str) 
 
 @router.put("/v1/range-sets/active", dependencies=[QueryChecked], responses=CHANGES | documented(*BODY))
 async def activate(
-    service: Serving, calls: StoreCalling, caller: Calling, body: ActivateIn, required: Required, response: Response
+    asking: Asking, calls: StoreCalling, caller: Calling, body: ActivateIn, required: Required, response: Response
 ) -> LiveListOut:
     """Make a range set the one that erasures are resolved on, or go back to an older one."""
-    check_model_name(service, body.model)
+    service = asking.service(body.model)
 
     def change(store: RangeStore) -> LiveState:
         check_model(store.provenance(body.id), service.model.identity.fingerprint)

@@ -24,7 +24,7 @@ def row(family: Metric) -> str:
 def test_every_metric_is_documented_and_every_documented_one_exists(news: Running) -> None:  # noqa: F811
     news.http.put("/v1/erasures/Sports", json={})
     news.classify(["one text", "another"], compare=True).raise_for_status()
-    rows = [row(family) for family in news.service.registry.collect()]
+    rows = [row(family) for family in news.registry.collect()]
     names = ("| `neuronlens_", "| `process_", "| `python_")
     written = [line for line in PAGE.read_text("utf-8").splitlines() if line.startswith(names)]
     missing, outdated = sorted(set(rows) - set(written)), sorted(set(written) - set(rows))

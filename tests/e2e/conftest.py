@@ -2,7 +2,7 @@
 
 import threading
 import uuid
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,6 +13,7 @@ import pytest
 import redis
 import torch
 import uvicorn
+from prometheus_client import CollectorRegistry
 
 from app.main import create_app
 from app.protocol import bounded_head
@@ -35,15 +36,22 @@ LABELS = ("World", "Sports", "Business", "Sci/Tech")
 
 @dataclass
 class Running:
-    """A server to talk to, and what is behind it."""
+    """A server to talk to, and what is behind it: `service` and `model` are the first of several."""
 
     http: httpx.Client
     service: Service
     url: str
     model: LoadedModel
+    services: tuple[Service, ...]
+    registry: CollectorRegistry
 
     def classify(self, inputs: Any, **fields: Any) -> httpx.Response:
         return self.http.post("/v1/classify", json={"inputs": inputs, **fields})
+
+    def value(self, name: str, labels: Mapping[str, str] | None = None) -> float | None:
+        """A sample of /metrics: of the first model, or of the process where it has no label for one."""
+        of_model = self.registry.get_sample_value(name, {"model": self.service.name, **(labels or {})})
+        return of_model if of_model is not None else self.registry.get_sample_value(name, dict(labels or {}))
 
 
 @pytest.fixture(scope="session")
@@ -64,11 +72,14 @@ def fitted(model: LoadedModel, tmp_path_factory: pytest.TempPathFactory) -> Fitt
 
 @pytest.fixture
 def serve(redis_client: redis.Redis, model: LoadedModel, tmp_path: Path) -> Iterator[Callable[..., Running]]:
-    """`serve(loaded, **settings)`: start a server (default: of `model`); everything is stopped after the test."""
+    """`serve(*loaded, **settings)`: start a server (default: of `model`); everything is stopped after the test.
+
+    Of several models the first has the name that the settings say, the others that and a number.
+    """
     assert isinstance(redis_client, EmbeddedRedis)
     with ExitStack() as stack:
 
-        def start(loaded: LoadedModel | None = None, **settings: Any) -> Running:
+        def start(*loaded: LoadedModel, **settings: Any) -> Running:
             named: dict[str, Any] = {
                 "name": f"tiny-{uuid.uuid4().hex[:8]}",
                 "redis_url": redis_client.url,
@@ -76,9 +87,12 @@ def serve(redis_client: redis.Redis, model: LoadedModel, tmp_path: Path) -> Iter
             }
             named["data_dir"] = tmp_path
             chosen = Settings(**{**named, **settings})
-            service = stack.enter_context(open_service(chosen, loaded or model))
+            services = []
+            for n, each in enumerate(loaded or (model,)):
+                own = chosen if n == 0 else chosen.model_copy(update={"name": f"{chosen.name}-{n}"})
+                services.append(stack.enter_context(open_service(own, each)))
             protocol = bounded_head(chosen.max_header_bytes, chosen.header_timeout)
-            app = create_app(chosen, service)
+            app = create_app(chosen, services)
             config = uvicorn.Config(app, host="127.0.0.1", port=0, log_level="warning", http=protocol)
             server = uvicorn.Server(config)
             thread = threading.Thread(target=server.run)
@@ -92,7 +106,9 @@ def serve(redis_client: redis.Redis, model: LoadedModel, tmp_path: Path) -> Iter
             until(lambda: server.started)
             port = server.servers[0].sockets[0].getsockname()[1]
             url = f"http://127.0.0.1:{port}"
-            return Running(stack.enter_context(httpx.Client(base_url=url, timeout=30)), service, url, loaded or model)
+            http = stack.enter_context(httpx.Client(base_url=url, timeout=30))
+            first = (loaded or (model,))[0]
+            return Running(http, services[0], url, first, tuple(services), app.state.registry)
 
         yield start
 

@@ -273,7 +273,7 @@ def test_a_multi_label_model_answers_with_sigmoids(
 
 def test_a_client_that_hangs_up_is_not_computed_for(news: Running) -> None:
     def counted(name: str, **labels: str) -> float | None:
-        return news.service.registry.get_sample_value(name, labels)
+        return news.value(name, labels)
 
     with news.model.steered._lock:
         with pytest.raises(httpx.ReadTimeout):
@@ -288,7 +288,7 @@ def test_a_full_queue_says_when_to_come_back(
 ) -> None:
     tokens = len(model.tokens.encode([TEXT])[0].ids)
     running = serve(max_queue_tokens=tokens)
-    value = running.service.registry.get_sample_value
+    value = running.value
     held, queued = (threading.Thread(target=running.classify, args=(TEXT,)) for _ in range(2))
     with model.steered._lock:
         held.start()

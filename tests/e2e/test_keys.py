@@ -54,14 +54,37 @@ def test_every_call_of_the_document_takes_the_keys_of_its_scope_and_no_others(
 
 
 def test_a_fault_before_the_routes_is_a_problem_too(
-    keyed: tuple[Running, dict[str, str], KeyStore], problem: Problem, caplog: pytest.LogCaptureFixture
+    keyed: tuple[Running, dict[str, str], KeyStore],
+    problem: Problem,
+    caplog: pytest.LogCaptureFixture,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """As a key whose rate another version wrote in its own way."""
-    running, _, keys = keyed
-    _, token = keys.create("of-tomorrow", ["read"], rate_limit="now and then")
+    running, tokens, _ = keyed
+
+    def fails(token: str | None) -> None:
+        raise ValueError(token)
+
+    monkeypatch.setattr(running.service.keyring, "identify", fails)
+    problem(running.http.get("/v1/models", headers=bearer(tokens["read"])), 500, "internal")
+    assert tokens["read"] not in caplog.text
+
+
+@pytest.mark.parametrize("rate", ["now and then", "", "0/minute", "-1/second", "9" * 5000 + "/day"])
+def test_a_key_with_an_unreadable_rate_opens_nothing_and_the_log_says_what_to_do(
+    keyed: tuple[Running, dict[str, str], KeyStore], problem: Problem, caplog: pytest.LogCaptureFixture, rate: str
+) -> None:
+    """As another version may write it."""
+    running, tokens, keys = keyed
+    key, token = keys.create("of-tomorrow", ["read"], rate_limit=rate)
+    for _ in range(3):
+        running.service.keyring.refresh()
+    assert "damaged" in problem(running.http.get("/v1/models", headers=bearer(token)), 401, "bad_key")["detail"]
+    assert running.http.get("/v1/models", headers=bearer(tokens["read"])).status_code == 200
+    assert caplog.text.count(f"neuronlens keys revoke {key.id}") == 1
+    assert token not in caplog.text
+    keys.revoke(key.id)
     running.service.keyring.refresh()
-    problem(running.http.get("/v1/models", headers=bearer(token)), 500, "internal")
-    assert "now and then" not in caplog.text
+    assert "revoked" in problem(running.http.get("/v1/models", headers=bearer(token)), 401, "bad_key")["detail"]
 
 
 def test_a_key_is_asked_for_before_a_body_is_read(
@@ -195,7 +218,7 @@ def test_what_is_refused_on_the_way_is_counted_under_its_route(keyed: tuple[Runn
         assert running.http.request(method, path, headers=headers).status_code == status
     body = {"inputs": "a" * 2**20 * 9}
     assert running.http.post("/v1/classify", json=body, headers=bearer(tokens["infer"])).status_code == 413
-    value = running.service.registry.get_sample_value
+    value = running.value
 
     def counted(method: str, template: str, status: int) -> bool:
         labels = {"method": method, "route": template}

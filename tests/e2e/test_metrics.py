@@ -15,9 +15,9 @@ from workers.fitting.fit import Fitted
 
 
 def series(running: Running, name: str) -> dict[tuple[str, ...], float]:
-    """Samples of one name, by the values of their labels in the labels' alphabetical order."""
+    """Samples of one name, by the values of their labels but `model`, in the labels' alphabetical order."""
     return {
-        tuple(value for _, value in sorted(sample.labels.items())): sample.value
+        tuple(value for label, value in sorted(sample.labels.items()) if label != "model"): sample.value
         for family in text_string_to_metric_families(running.http.get("/metrics").text)
         for sample in family.samples
         if sample.name == name
@@ -100,7 +100,6 @@ def test_what_is_loaded_and_its_limits(serve: Callable[..., Running]) -> None:
         "bert",
         model.identity.fingerprint,
         "sequence-classification",
-        running.service.name,
     )
     for name, limit in (("queue_tokens", 1000), ("queue_texts", 10), ("batch_tokens", 64)):
         assert series(running, f"neuronlens_{name}_limit") == {(): limit}

@@ -59,7 +59,7 @@ def test_overload_is_refused_at_once_and_what_was_accepted_is_answered(
             assert int(response.headers["retry-after"]) >= 1
         else:
             assert [each["label"] for each in response.json()["results"]] == [known[text] for text in texts]
-    value = running.service.registry.get_sample_value
+    value = running.value
     assert value("neuronlens_rejections_total", {"reason": "queue_full"}) == statuses[429]
     labels = {"method": "POST", "route": "/v1/classify", "status": "429"}
     assert value("neuronlens_http_requests_total", labels) == statuses[429]
@@ -111,7 +111,7 @@ def test_clients_that_hang_up_in_a_storm_cost_nobody_an_answer(news: Running) ->
         for one, other in zip(answer.json()["results"], expected, strict=True):
             assert one["label"] == other["label"]
             assert math.isclose(one["score"], other["score"], abs_tol=1e-4)
-    value = news.service.registry.get_sample_value
+    value = news.value
     until(lambda: value("neuronlens_queue_texts") == 0)
     engine = news.service.engine
     until(lambda: (len(engine._queue), engine._untokenized) == (0, 0))

@@ -373,7 +373,7 @@ def test_more_than_the_server_takes_at_once_comes_through_all_the_same(
         return [each.labels for each in found]
 
     assert len(asyncio.run(main())) == 20
-    refused = running.service.registry.get_sample_value("neuronlens_rejections_total", {"reason": "queue_full"})
+    refused = running.value("neuronlens_rejections_total", {"reason": "queue_full"})
     assert refused, "the server was never overloaded: this test shows nothing"
 
 

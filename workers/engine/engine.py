@@ -307,8 +307,8 @@ class Engine:
             self._gauge()
             self._changed.notify()
 
-    def refusal(self) -> QueueFull | None:
-        """Why not even one text would be taken now, and then a refused request is counted; None if it would.
+    def refusal(self, *, counted: bool = True) -> QueueFull | None:
+        """Why not even one text would be taken now, and then a refused request is `counted`; None if it would.
 
         Under overload most requests end here, before anybody has read them: what they cost, the accepted ones lack.
         While draining none does: whose connection is to be closed must have been heard, or its reply may be lost.
@@ -318,7 +318,8 @@ class Engine:
         try:
             self._check_room(1, 0)
         except QueueFull as full:
-            self.metrics.rejections.labels(REASONS[QueueFull]).inc()
+            if counted:
+                self.metrics.rejections.labels(REASONS[QueueFull]).inc()
             return full
         return None
 

@@ -1,7 +1,7 @@
 """Texts to token ids, and token ids to right-padded batches that know their read positions."""
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from itertools import chain, repeat
 from typing import Any, Literal
 
@@ -23,7 +23,7 @@ class Encoded:
     """
 
     ids: tuple[int, ...]
-    truncated: bool = field(default=False, compare=False)
+    truncated: bool = False
     type_ids: tuple[int, ...] | None = None
 
 

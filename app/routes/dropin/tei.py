@@ -138,7 +138,7 @@ def _check_uncut(answer: Answer) -> None:
             raise ApiError(422, "unsupported", f"inputs.{index} is too long, and this server cuts at the right only")
 
 
-@router.get("/info")
+@router.get("/info", responses=documented(404, 422))
 async def tei_info(service: Serving) -> InfoOut:
     """What is loaded, as text-embeddings-inference tells it."""
     model, limits = service.model, service.engine.settings

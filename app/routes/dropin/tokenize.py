@@ -12,7 +12,7 @@ from app.answering import Timeout, check_size, unless_gone
 from app.logs import note
 from app.problems import BODY, ApiError, documented
 from app.requests import Inputs
-from app.routes import Serving, check_model_name
+from app.routes import Asking
 from app.routes.dropin.steering import Loose
 from app.routes.looking import MOST_TEXTS
 
@@ -70,7 +70,7 @@ class VllmTokens(BaseModel):
 
 @router.post("/tokenize", responses=documented(*BODY, 404, 422, 429, 503, 504))
 async def dropin_tokenize(
-    request: Request, body: DropinTokenizeIn, service: Serving, x_request_timeout: Timeout = None
+    request: Request, body: DropinTokenizeIn, asking: Asking, x_request_timeout: Timeout = None
 ) -> list[list[SimpleToken]] | VllmTokens:
     """The tokens of texts: as text-embeddings-inference lists them, or for a `prompt` as vLLM does."""
     asked: dict[str, Any] = request.scope["state"]
@@ -81,8 +81,7 @@ async def dropin_tokenize(
         raise ApiError(422, "invalid", "say either inputs (text-embeddings-inference) or prompt (vLLM)")
     given = body.inputs if body.inputs is not None else body.prompt or ""
     texts = [given] if isinstance(given, str) else given
-    if body.prompt is not None:
-        check_model_name(service, body.model)
+    service = asking.service(body.model if body.prompt is not None else None)
     check_size(texts, service.settings)
     if len(texts) > MOST_TEXTS:
         raise ApiError(413, "too_many_texts", f"{len(texts)} texts, the limit of this call is {MOST_TEXTS}: send fewer")

@@ -19,7 +19,7 @@ from app.auth import Calling
 from app.problems import ApiError, Problem, documented
 from app.readiness import conditions
 from app.requests import erasures_of
-from app.routes import Serving, Whole, check_model_name
+from app.routes import Models, Whole, meant
 from app.routes.dropin.dialect import Dialect
 from app.routes.dropin.steering import TOLD, erased_header, tell
 from app.routes.dropin.v2_shapes import (
@@ -81,9 +81,10 @@ async def v2_live() -> ServerLive:
 
 
 @router.get("/v2/health/ready", responses=documented(503))
-async def v2_ready(service: Serving) -> ServerReady:
+async def v2_ready(models: Models) -> ServerReady:
     """Requests are answered, as `/readyz` means it."""
-    _check_ready(service)
+    for service in models:
+        _check_ready(service)
     return ServerReady(ready=True)
 
 
@@ -96,9 +97,9 @@ async def v2_server() -> ServerMetadata:
 
 @router.get(_MODEL + "/ready", responses=_READY)
 @router.get(_VERSION + "/ready", name="v2_version_ready", responses=_READY, dependencies=_KNOWN)
-async def v2_model_ready(service: Serving, model: str) -> ModelReady:
+async def v2_model_ready(models: Models, model: str) -> ModelReady:
     """The model answers."""
-    check_model_name(service, model)
+    service = meant(models.named(model))
     _check_ready(service)
     return ModelReady(name=service.name, ready=True)
 
@@ -115,13 +116,13 @@ async def v2_infer(
     request: Request,
     response: Response,
     body: InferIn,
-    service: Serving,
+    models: Models,
     caller: Calling,
     model: str,
     x_request_timeout: Timeout = None,
 ) -> InferOut:
     """Classify as servers of the Open Inference Protocol do."""
-    check_model_name(service, model)
+    service = meant(models.named(model))
     chosen = body.parameters or InferParameters()
     wanted = _wanted(body, chosen)
     answer = await answer_to(
@@ -154,9 +155,9 @@ async def v2_infer(
 
 @router.get(_MODEL, responses=documented(404))
 @router.get(_VERSION, name="v2_version", responses=documented(404), dependencies=_KNOWN)
-async def v2_model(service: Serving, model: str) -> ModelMetadata:
+async def v2_model(models: Models, model: str) -> ModelMetadata:
     """What goes into the model, and what comes out."""
-    check_model_name(service, model)
+    service = meant(models.named(model))
     labels = service.model.identity.labels
     return ModelMetadata(
         name=service.name,

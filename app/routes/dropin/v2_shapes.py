@@ -4,10 +4,10 @@ import json
 import math
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, BeforeValidator, Field
+from pydantic import AfterValidator, BaseModel, BeforeValidator, Field
 
 from app.problems import ApiError
-from app.requests import Erase
+from app.requests import Erase, storable
 from app.routes.dropin.steering import Loose
 from app.shapes import LIST, TEXT, by_shape
 
@@ -67,7 +67,7 @@ class OutputWanted(Loose):
 class InferIn(Loose):
     """Texts to classify."""
 
-    id: str | None = None
+    id: Annotated[str, AfterValidator(storable)] | None = None  # the reply repeats it
     parameters: InferParameters | None = None
     inputs: Annotated[list[TensorIn], Field(min_length=1, max_length=1)]
     outputs: Annotated[list[OutputWanted], Field(max_length=20)] | None = Field(

@@ -14,7 +14,7 @@ from app.answering import Timeout, activation_of, all_scores, answer_to
 from app.auth import Calling
 from app.problems import ApiError, Problem, documented
 from app.requests import Inputs, erasures_of
-from app.routes import Serving, check_model_name
+from app.routes import Asking
 from app.routes.dropin.dialect import Dialect
 from app.routes.dropin.steering import TOLD, Steered, tell
 from app.scores import Activation
@@ -111,12 +111,12 @@ async def vllm_classify(
     request: Request,
     response: Response,
     body: VllmClassifyIn,
-    service: Serving,
+    asking: Asking,
     caller: Calling,
     x_request_timeout: Timeout = None,
 ) -> VllmClassifyOut:
     """Classify as vLLM does."""
-    check_model_name(service, body.model)
+    service = asking.service(body.model)
     if not body.input:
         raise ApiError(422, "invalid", "input: there is nothing in it")
     most, cut_to = service.model.max_tokens, body.truncate_prompt_tokens

@@ -109,6 +109,13 @@ def test_the_installed_command_prints_pure_json_in_any_encoding(prepared: Prepar
     assert json.loads(ended.stdout)[1]["id"] == prepared.whole
 
 
+def test_several_models_in_one_process_are_refused_with_what_would_serve_them(cli: Cli) -> None:
+    ended = cli("serve", "--model", "models/news", "--also", "sport=models/sport")
+    assert (ended.exit_code, "needs --ray" in ended.stderr) == (2, True)
+    ended = cli("serve", "--model", "models/news", "--also", "sport=a", "--also", "sport=b")
+    assert (ended.exit_code, "two models have the name 'sport'" in ended.stderr) == (2, True)
+
+
 WITHOUT_RAY = """
 import sys
 sys.modules["ray"] = None  # importing it fails

@@ -1,6 +1,7 @@
 """What holds on every route that speaks as another server does: steering, limits, keys, errors."""
 
 import asyncio
+import json
 from collections.abc import Callable
 from typing import Any
 from urllib.parse import unquote
@@ -44,7 +45,7 @@ def test_it_answers_as_v1_does(news: Running, protocol: Protocol) -> None:
     assert reply.headers["x-neuronlens-source"] == "none"
     assert "x-neuronlens-erased" not in reply.headers
     counted = {"method": "POST", "route": protocol.path("{model}"), "status": "200"}
-    value = news.service.registry.get_sample_value
+    value = news.value
     until(lambda: value("neuronlens_http_requests_total", counted) == 1)
 
 
@@ -117,6 +118,17 @@ def test_what_is_no_json_is_refused_in_its_words(news: Running, protocol: Protoc
 JSON = {"Content-Type": "application/json"}
 
 
+def test_half_a_surrogate_pair_is_read_as_a_question_mark(news: Running, protocol: Protocol) -> None:
+    """Legal in JSON, and no Unicode text: tokenizers take none, so each half is replaced, and nothing else breaks."""
+    halves = ["half \ud800 of one", "\udc00", "the wrong way \udc00\ud800 round"]
+    marks = ["half ? of one", "?", "the wrong way ?? round"]
+    path = protocol.path(news.service.name)
+    reply = news.http.post(path, content=json.dumps(protocol.ask(halves)), headers={"Content-Type": "application/json"})
+    assert reply.status_code == 200, reply.text
+    assert protocol.labels(reply.json()) == protocol.labels(post(news, protocol, protocol.ask(marks)).json())
+    assert "surrogate" not in reply.text
+
+
 def test_a_deadline_holds(news: Running, protocol: Protocol) -> None:
     late = post(news, protocol, protocol.ask(TEXTS), headers={"X-Request-Timeout": "1e-9"})
     assert protocol.error(refused(late, 504, "deadline_exceeded"))
@@ -137,7 +149,7 @@ def test_overload_is_refused_in_its_words(serve: Serve, fitted: Fitted, protocol
     for answer in full:
         assert protocol.error(refused(answer, 429, "queue_full"))
         assert int(answer.headers["retry-after"]) >= 1
-    value = running.service.registry.get_sample_value
+    value = running.value
     assert value("neuronlens_rejections_total", {"reason": "queue_full"}) == len(full)
     labels = {"method": "POST", "route": protocol.path("{model}"), "status": "429"}
     assert value("neuronlens_http_requests_total", labels) == len(full)

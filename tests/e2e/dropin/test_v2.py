@@ -111,6 +111,12 @@ def test_erasures_may_be_json_itself_or_in_a_string(news: Running) -> None:
     assert infer(news, parameters={"erase": "null"}) == infer(news) == infer(news, parameters={})
 
 
+def test_an_id_that_no_reply_could_repeat_is_invalid(news: Running) -> None:
+    asked = {"id": "\ud800", "inputs": [{"name": "text", "datatype": "BYTES", "shape": [1], "data": ["a"]}]}
+    path, headers = f"/v2/models/{news.service.name}/infer", {"Content-Type": "application/json"}
+    refused(news.http.post(path, content=json.dumps(asked), headers=headers), 400, "invalid")
+
+
 def test_what_is_compared_where_nothing_is_erased(news: Running) -> None:
     reply = infer(news, parameters={"compare": True})
     assert output(reply, "baseline_probs")["data"] == output(reply, "probs")["data"]

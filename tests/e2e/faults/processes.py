@@ -165,9 +165,11 @@ class Served:
         self.http = httpx.Client(base_url=self.url, timeout=30, trust_env=False)
 
     def metric(self, name: str) -> float:
-        """A sample, named as it stands on the page, with its labels."""
-        lines = self.http.get("/metrics").text.splitlines()
-        return next(float(line.split()[-1]) for line in lines if line.rsplit(" ", 1)[0] == name)
+        """A sample of the model, named as it stands on the page, with its labels but `model`."""
+        page = self.http.get("/metrics").text
+        for label in (f'{{model="{self.name}"}}', f',model="{self.name}"', f'model="{self.name}",'):
+            page = page.replace(label, "")
+        return next(float(line.split()[-1]) for line in page.splitlines() if line.rsplit(" ", 1)[0] == name)
 
     def ready(self) -> dict[str, Any]:
         answer = self.http.get("/readyz")

@@ -74,10 +74,8 @@ def test_one_that_is_cancelled_leaves_nothing(fitting: Running, problem: Problem
     assert now["progress"]["rows_done"] < now["progress"]["rows_total"] == 20_000
     assert now["progress"]["rows_per_second"] > 0
     assert now["progress"]["seconds_left"] > 0
-    page = fitting.http.get("/metrics").text
-    assert 'neuronlens_fit_jobs{state="running"} 1.0' in page
-    assert 'neuronlens_fit_jobs{state="queued"} 1.0' in page
-    assert "neuronlens_fit_progress_ratio 0.0\n" not in page
+    assert [fitting.value("neuronlens_fit_jobs", {"state": state}) for state in ("running", "queued")] == [1, 1]
+    assert fitting.value("neuronlens_fit_progress_ratio") != 0
     pid = process_of(tmp_path, job)
     assert os.getpriority(os.PRIO_PROCESS, pid) == fitting.service.settings.fit_niceness == 3
     asked = fitting.http.delete(f"/v1/jobs/{job}")

@@ -1,0 +1,38 @@
+"""Settings that need more than a type: the models that are served beside the first."""
+
+from pathlib import Path
+
+import pytest
+from pydantic import ValidationError
+
+from app.settings import Settings
+
+
+def test_each_model_has_the_settings_of_the_first_but_for_what_is_its_own() -> None:
+    also = ("sport=models/sport", "odd name=hub/model=1")
+    settings = Settings(model="models/news", revision="abc", template="ag_news", dtype="bfloat16", also=also)
+    first, sport, odd = settings.per_model()
+    assert first == settings.model_copy(update={"also": ()})
+    assert (sport.name, sport.model, odd.name, odd.model) == ("sport", "models/sport", "odd name", "hub/model=1")
+    for other in (sport, odd):
+        assert (other.revision, other.template, other.dtype, other.also) == (None, None, "bfloat16", ())
+
+
+def test_the_environment_names_further_models_as_a_json_list(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("NEURONLENS_ALSO", '["sport=/models/sport"]')
+    assert [each.model for each in Settings(model="news").per_model()] == ["news", "/models/sport"]
+    assert Settings().also, "commands that load nothing take such an environment, too"
+
+
+@pytest.mark.parametrize("also", ["models/sport", "=models/sport", "sport=", " =x", "sport =x", "a\nb=x"])
+def test_what_names_no_checkpoint_is_refused(also: str) -> None:
+    with pytest.raises(ValidationError, match=r"NAME=CHECKPOINT|no name of a model"):
+        Settings(model="news", also=(also,))
+
+
+@pytest.mark.parametrize(
+    ("name", "also"), [("one", ("two=a", "two=b")), ("one", ("one=b",)), (None, ("news=elsewhere/sport",))]
+)
+def test_no_two_models_have_one_name(name: str | None, also: tuple[str, ...], tmp_path: Path) -> None:
+    with pytest.raises(ValidationError, match="two models have the name"):
+        Settings(model=str(tmp_path / "news"), name=name, also=also)
