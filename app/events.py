@@ -44,6 +44,7 @@ class EventStream(Response):
     Args:
         messages: given an event that is set on news, what to send; empty for nothing yet.
         may_go_on: asked every `TICK` seconds.
+        key: the id of the caller's key, if there is one.
     """
 
     media_type = MEDIA_TYPE
@@ -53,18 +54,22 @@ class EventStream(Response):
         news: News,
         messages: Callable[[asyncio.Event], AsyncIterator[bytes]],
         may_go_on: Callable[[], bool],
+        key: str | None = None,
         status_code: int = 200,  # FastAPI looks for it here
     ) -> None:
         super().__init__(status_code=status_code, headers={"Cache-Control": "no-store", "X-Accel-Buffering": "no"})
         del self.headers["content-length"]
         self._news, self._messages, self._may_go_on = news, messages, may_go_on
+        self._key = key
         self._sending_since: float | None = None
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        with self._news.following() as woken:
+        with self._news.following(self._key) as woken:
             if woken is None:
                 request_id = scope.get("state", {}).get("request_id")
-                detail = f"{self._news.most} streams are open already: close one, or try again"
+                detail = (
+                    f"of {self._news.most} streams, or of the half for one key, none is left: close one, or try again"
+                )
                 refusal = problem_response(429, "too_many_streams", detail, request_id, {"Retry-After": "5"})
                 await refusal(scope, receive, send)
                 return

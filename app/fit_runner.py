@@ -46,7 +46,7 @@ class FitRunner:
 
     Attributes:
         listeners: told of a job when its state is another one, and every second while it runs; on the runner's thread,
-            so they must not wait. Where another process runs the jobs they hear nothing.
+            so they must not wait. What other servers of the data directory do with jobs they are told two seconds late.
     """
 
     def __init__(
@@ -65,7 +65,8 @@ class FitRunner:
         self._thread = threading.Thread(target=self._run, name="fits")
         self._under_way: tuple[FitJob, FitProcess] | None = None
         self._told_to_end: float | None = None
-        self._looked = self._told = 0.0
+        self._looked = self._told = self._heard = 0.0
+        self._known: dict[str, FitJob] = {}
         self._not_before: dict[str, float] = {}
         self._left_since: dict[str, float] = {}
 
@@ -95,6 +96,8 @@ class FitRunner:
                 try:
                     if self._mine():
                         self._look(woken)
+                    if time.monotonic() - self._heard > POLL_IDLE:
+                        self._hear()
                 except Exception as error:  # a full disk must not end it for good
                     logger.error("fits: %s: %s; trying again", type(error).__name__, error)
                 woken = self._wake.wait(POLL_RUNNING if self._under_way or self._left_since else POLL_IDLE)
@@ -237,8 +240,22 @@ class FitRunner:
 
     def _changed(self, job: FitJob) -> None:
         self._told = time.monotonic()
+        self._tell(job)
+
+    def _tell(self, job: FitJob) -> None:
+        self._known[job.id] = job
         for listener in tuple(self.listeners):
             listener(job)
+
+    def _hear(self) -> None:
+        """Tell of what other servers of this data directory did with jobs."""
+        self._heard = time.monotonic()
+        mine = self._under_way[0].id if self._under_way else None
+        jobs = self._jobs.list()
+        for job in reversed(jobs):
+            if job.id != mine and (job.state == "running" or self._known.get(job.id) != job):
+                self._tell(job)
+        self._known = {job.id: job for job in jobs}
 
     def _cancelled(self, job: FitJob) -> bool:
         return (self._jobs.place(job.id) / "cancel").exists()

@@ -18,7 +18,7 @@ class News:
     """What streams tell of besides the live state, and who waits for it. Told from any thread.
 
     Args:
-        most: streams at once.
+        most: streams at once; half of them of one key, so that no key shuts the others out.
     """
 
     def __init__(self, most: int, registry: CollectorRegistry) -> None:
@@ -26,7 +26,7 @@ class News:
         self.range_sets: tuple[str, ...] = ()
         """Ids of the published range sets, as last seen."""
         self._lock = threading.Lock()
-        self._waiting: dict[asyncio.Event, asyncio.AbstractEventLoop] = {}
+        self._waiting: dict[asyncio.Event, tuple[asyncio.AbstractEventLoop, str | None]] = {}
         self._jobs: OrderedDict[str, tuple[int, bytes]] = OrderedDict()
         self._jobs_told = 0
         gauge = Gauge("neuronlens_event_streams", "Streams of /v1/events that are open.", registry=registry)
@@ -36,7 +36,7 @@ class News:
         """Have every stream look again."""
         with self._lock:
             waiting = tuple(self._waiting.items())
-        for woken, loop in waiting:
+        for woken, (loop, _) in waiting:
             try:
                 loop.call_soon_threadsafe(woken.set)
             except RuntimeError:  # its loop is closed, and its stream with it
@@ -65,13 +65,16 @@ class News:
             return self._jobs_told, [data for number, data in self._jobs.values() if number > told]
 
     @contextmanager
-    def following(self) -> Iterator[asyncio.Event | None]:
-        """An event that is set on news; None if there are too many streams already."""
+    def following(self, key: str | None = None) -> Iterator[asyncio.Event | None]:
+        """An event that is set on news; None if there are too many streams already, in all or of this key."""
         woken = asyncio.Event()
         with self._lock:
             taken = len(self._waiting) < self.most
+            if key is not None:
+                held = sum(1 for _, other in self._waiting.values() if other == key)
+                taken = taken and held < max(1, self.most // 2)
             if taken:
-                self._waiting[woken] = asyncio.get_running_loop()
+                self._waiting[woken] = asyncio.get_running_loop(), key
         try:
             yield woken if taken else None
         finally:

@@ -104,7 +104,8 @@ class Settings(BaseSettings):
         None, description="tokens of a batch; unset: 1024 on a CPU, else 16384"
     )
     max_event_streams: Annotated[int, Field(ge=0)] = Field(
-        100, description="streams of `/v1/events` that may be open at once; more are refused (429)"
+        100,
+        description="streams of `/v1/events` that may be open at once, half of them of one key; more are refused (429)",
     )
     max_queue_tokens: Annotated[int, Field(ge=16)] = Field(262144, description="tokens that may wait; more is refused")
     max_queue_texts: Annotated[int, Field(ge=1)] = Field(16384, description="texts that may wait; more is refused")

@@ -46,7 +46,9 @@ async def stream_events(service: Serving, caller: Calling) -> EventStream:
     def may_go_on() -> bool:
         return not service.engine.draining and service.keyring.still_opens(caller.key, "read")
 
-    return EventStream(service.news, lambda woken: messages(service, woken), may_go_on)
+    return EventStream(
+        service.news, lambda woken: messages(service, woken), may_go_on, caller.key.id if caller.key else None
+    )
 
 
 async def messages(service: Service, woken: asyncio.Event) -> AsyncIterator[bytes]:

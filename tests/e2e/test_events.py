@@ -177,6 +177,24 @@ def test_streams_are_bounded_and_counted_apart_from_requests(
     until(lambda: listen(running).reply.status == 200)
 
 
+def test_one_key_takes_no_more_than_half_of_the_streams(
+    own_redis: Any,
+    serve: Callable[..., Running],
+    fitted: Fitted,
+    listen: Listen,
+    problem: Callable[..., dict[str, Any]],
+) -> None:
+    keys = KeyStore(own_redis)
+    one, other = (keys.create(name, ["read"])[1] for name in ("one", "other"))
+    running = ready(serve(redis_url=own_redis.url, max_event_streams=4), fitted)
+    windows = [listen(running, one), listen(running, one)]
+    problem(running.http.get("/v1/events", headers={"X-API-Key": one}), 429, "too_many_streams")
+    assert [listen(running, other).reply.status for _ in range(2)] == [200, 200]
+    problem(running.http.get("/v1/events", headers={"X-API-Key": other}), 429, "too_many_streams")
+    windows[0].close()
+    until(lambda: listen(running, one).reply.status == 200)
+
+
 def test_a_server_that_drains_ends_its_streams_and_opens_none(
     news: Running, listen: Listen, problem: Callable[..., dict[str, Any]]
 ) -> None:

@@ -1,5 +1,6 @@
 """A fit outlives its server: drained, killed, or with another one beside it on the same data directory."""
 
+import json
 import signal
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
@@ -72,6 +73,16 @@ def test_of_two_servers_one_runs_the_fit_and_the_other_takes_over(
     reading(two.http, job)
     pid = process_of(tmp_path, job)
     assert not two.service.fits.runs
+
+    def told() -> int:
+        """Rows that the streams of the server which does not run it tell of; -1: it does not run."""
+        (newest,) = (json.loads(data) for data in two.service.news.jobs_since(0)[1])
+        assert newest["id"] == job
+        return newest["progress"]["rows_done"] if newest["state"] == "running" and newest["progress"] else -1
+
+    until(lambda: told() > 0, SECONDS)
+    before = told()
+    until(lambda: told() > before, SECONDS)
     one.service.fits.close()
     assert not lives(pid)
     until(lambda: two.service.fits.runs, 30)
