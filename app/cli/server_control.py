@@ -1,17 +1,16 @@
-"""Control through a running server's `/v1`."""
+"""Control through a running server's `/v1`, by the Python client."""
 
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from types import MappingProxyType, TracebackType
+from types import TracebackType
 from typing import Any, Self
-from urllib.parse import quote
 
-import httpx
 from pydantic import ValidationError
 
 from app.cli.exits import CONFLICT, FAILED, UNREACHABLE, USAGE, CommandError
-from app.settings import LOOPBACK
+from neuronlens import Client, NeuronLensError, NoAnswer
+from neuronlens import LiveState as Listing
 from range_store.erasure import Erasure
 from range_store.live import AuditEntry, LiveErasure, LiveState
 from range_store.published import Published
@@ -43,22 +42,15 @@ class ServerControl:
         api_key: what it asks for, if it asks.
 
     Raises:
-        CommandError: no such URL; and, from every method, the server's problem in one line.
+        CommandError: no such URL or key; and, from every method, the server's problem in one line.
     """
 
     def __init__(self, url: str, model: str | None, api_key: str | None = None) -> None:
         self._url = url.rstrip("/")
-        try:
-            parts = httpx.URL(self._url)
-        except httpx.InvalidURL:
-            parts = httpx.URL("")
-        if parts.scheme not in ("http", "https") or not parts.host:
-            raise CommandError(f"{url!r} is no URL of a server: it must be like http://127.0.0.1:8000", USAGE)
-        # a proxy of the environment is for the world outside, not for this machine
-        self._client = httpx.Client(timeout=TIMEOUT, trust_env=parts.host not in LOOPBACK)
-        if api_key:
-            self._client.headers["X-API-Key"] = api_key
-        self._model = {"model": model} if model else {}
+        try:  # a person is waiting, who tries again if need be; the environment's key is in the settings already
+            self._client = Client(url, api_key or "", timeout=TIMEOUT, retries=0, model=model)
+        except ValueError as error:
+            raise CommandError(str(error), USAGE) from None
 
     def __enter__(self) -> Self:
         return self
@@ -69,99 +61,83 @@ class ServerControl:
         self._client.close()
 
     def range_sets(self) -> Sequence[Published]:
-        answer = self._call("GET", "range-sets")
-        with _understanding(self._url):
+        with self._asking():
             return [
-                Published(
-                    each["id"], each["published_at"], each["active"], Provenance.model_validate(each["provenance"])
-                )
-                for each in answer["range_sets"]
+                Published(each.id, each.published_at, each.active, Provenance.model_validate(each.provenance))
+                for each in self._client.range_sets().range_sets
             ]
 
     def activate(self, range_set: str, *, force: bool, if_match: str | None) -> LiveState:
-        return self._state(self._call("PUT", "range-sets/active", {"id": range_set, "force": force}, if_match))
+        with self._asking():
+            return _state(self._client.activate(range_set, force=force, if_match=if_match))
 
     def live(self) -> LiveState:
-        return self._state(self._call("GET", "erasures"))
+        with self._asking():
+            return _state(self._client.erasures())
 
     def switch_on(self, erasure: LiveErasure, *, if_match: str | None) -> LiveState:
-        body = erasure.erasure.model_dump(mode="json", exclude={"concept", "layers"})
-        body |= {"layer": erasure.erasure.layers, "enforced": erasure.enforced, "reason": erasure.reason}
-        if erasure.expires_at is not None:
-            body["expires_in"] = max(erasure.expires_at - time.time(), 0.001)
-        return self._state(self._call("PUT", f"erasures/{_path(erasure.concept)}", body, if_match))
+        settings: dict[str, Any] = erasure.erasure.model_dump(mode="json", exclude={"concept", "layers"})
+        with self._asking():
+            listing = self._client.switch_on(
+                erasure.concept,
+                enforced=erasure.enforced,
+                reason=erasure.reason,
+                expires_in=None if erasure.expires_at is None else max(erasure.expires_at - time.time(), 0.001),
+                if_match=if_match,
+                layer=erasure.erasure.layers,
+                **settings,
+            )
+            return _state(listing)
 
     def switch_off(self, concept: str, *, reason: str | None, if_match: str | None) -> LiveState:
-        named = {"reason": reason} if reason else {}
-        return self._state(self._call("DELETE", f"erasures/{_path(concept)}", None, if_match, named))
+        with self._asking():
+            return _state(self._client.switch_off(concept, reason=reason, if_match=if_match))
 
     def switch_all_off(self, *, reason: str | None, if_match: str | None) -> LiveState:
-        return self._state(self._call("PUT", "erasures", {"erasures": [], "reason": reason}, if_match))
+        with self._asking():
+            return _state(self._client.replace([], reason=reason, if_match=if_match))
 
     def audit(self, limit: int) -> Sequence[AuditEntry]:
-        answer = self._call("GET", "audit", parameters={"limit": str(limit)})
-        with _understanding(self._url):
-            return [AuditEntry.model_validate(each) for each in answer["entries"]]
+        with self._asking():
+            entries = self._client.audit(limit).entries
+            return [AuditEntry.model_validate(each.model_dump(mode="json")) for each in entries]
 
-    def _state(self, answer: Any) -> LiveState:
-        with _understanding(self._url):
-            erasures = tuple(
-                LiveErasure(
-                    erasure=Erasure.model_validate({name: each[name] for name in Erasure.model_fields}),
-                    **{name: each[name] for name in LiveErasure.model_fields if name != "erasure"},
-                )
-                for each in answer["erasures"]
-            )
-            return LiveState(generation=answer["generation"], range_set=answer["range_set"], erasures=erasures)
-
-    def _call(
-        self,
-        method: str,
-        path: str,
-        body: Any = None,
-        if_match: str | None = None,
-        parameters: Mapping[str, str] = MappingProxyType({}),
-    ) -> Any:
-        headers = {"If-Match": f'"{if_match}"'} if if_match else {}
-        parameters = {**self._model, **parameters}
+    @contextmanager
+    def _asking(self) -> Iterator[None]:
         try:
-            answer = self._client.request(
-                method, f"{self._url}/v1/{path}", params=parameters, json=body, headers=headers
-            )
-            decoded = answer.json() if answer.content else None
-        except httpx.TransportError as error:
-            reason = str(error) or type(error).__name__
-            raise CommandError(f"no answer from {self._url} ({reason}): is the server running?", UNREACHABLE) from None
-        except ValueError:
-            decoded = None
-        if answer.is_success and decoded is not None:
-            return decoded
-        raise _problem(answer, decoded, self._url)
+            yield
+        except NeuronLensError as error:
+            raise _said(error, self._url) from None
+        except (ValidationError, KeyError, TypeError):
+            raise _foreign(self._url) from None
 
 
-def _path(concept: str) -> str:
-    """A concept in a path, whatever it holds."""
-    return quote(concept, safe="").replace(".", "%2E")  # else clients resolve "." and ".." before they send them
-
-
-@contextmanager
-def _understanding(url: str) -> Iterator[None]:
-    try:
-        yield
-    except (ValidationError, KeyError, TypeError):
-        raise CommandError(f"{url} answered what this command does not understand: is it another version?") from None
-
-
-def _problem(answer: httpx.Response, decoded: Any, url: str) -> CommandError:
-    """A problem+json as one line; whatever else answered as what it is."""
-    if not isinstance(decoded, dict) or "code" not in decoded:
-        return CommandError(
-            f"{url} answered {answer.status_code} {answer.reason_phrase}, and not as NeuronLens does: is it one?",
-            FAILED,
+def _state(listing: Listing) -> LiveState:
+    answer = listing.model_dump(mode="json")
+    erasures = tuple(
+        LiveErasure(
+            erasure=Erasure.model_validate({name: each[name] for name in Erasure.model_fields}),
+            **{name: each[name] for name in LiveErasure.model_fields if name != "erasure"},
         )
-    code = CONFLICT if decoded["code"] == "no_range_set" else _EXIT_CODES.get(answer.status_code, FAILED)
-    message = str(decoded.get("detail") or decoded.get("title") or decoded["code"])
-    if answer.status_code == 401:
-        message = "this server wants an API key: set NEURONLENS_API_KEY to one that is good"
-    request = decoded.get("request_id")
-    return CommandError(f"{message} ({decoded['code']}{f', request {request}' if request else ''})", code)
+        for each in answer["erasures"]
+    )
+    return LiveState(generation=answer["generation"], range_set=answer["range_set"], erasures=erasures)
+
+
+def _foreign(url: str) -> CommandError:
+    return CommandError(f"{url} answered what this command does not understand: is it another version?", FAILED)
+
+
+def _said(error: NeuronLensError, url: str) -> CommandError:
+    """What went wrong as one line."""
+    if error.status is None:  # nothing was answered
+        return CommandError(
+            f"{error.detail}: is the server running?" if isinstance(error, NoAnswer) else error.detail, UNREACHABLE
+        )
+    if error.code is None:
+        return _foreign(url) if error.status < 300 else CommandError(f"{url} {error.detail}: is it one?", FAILED)
+    if error.status == 401:
+        said = "this server wants an API key: set NEURONLENS_API_KEY to one that is good"
+        return CommandError(str(error).replace(error.detail, said, 1), FAILED)
+    code = CONFLICT if error.code == "no_range_set" else _EXIT_CODES.get(error.status, FAILED)
+    return CommandError(str(error), code)
