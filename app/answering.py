@@ -20,9 +20,19 @@ from app.service import Answer, Service, TextOrPair, characters
 from app.settings import Settings
 from app.tracing import step, step_done
 from range_store.erasure import Erasure
+from range_store.live import Generation
 
 Timeout = Annotated[float | None, Header(gt=0, description="Seconds; no more than the server's own.")]
 """The header `X-Request-Timeout`."""
+
+MinGeneration = Annotated[
+    Generation | None,
+    Header(
+        alias="X-NeuronLens-Min-Generation",
+        description="Answer only under this generation of the live state, or a later one of its epoch; else 503.",
+    ),
+]
+"""The header `X-NeuronLens-Min-Generation`."""
 
 Result = TypeVar("Result")
 
@@ -49,6 +59,7 @@ async def answer_to(
     compare: bool = False,
     truncate: bool = True,
     timeout: float | None = None,
+    min_generation: str | None = None,
 ) -> Answer:
     """The answer to a request whose body has been read, traced and noted in its log line.
 
@@ -57,6 +68,7 @@ async def answer_to(
         compare: also give the bare model's logits.
         truncate: cut texts that are too long; else they are an error.
         timeout: seconds, no more than the server's own limit.
+        min_generation: of the live state, or a later one of its epoch, even if the request brings its own erasures.
 
     Raises:
         ApiError: too many texts, or too long ones (413); an erasure is enforced and `caller` may not compare (403).
@@ -73,7 +85,12 @@ async def answer_to(
         answer = await unless_gone(
             request,
             service.engine.classify(
-                texts, erase, compare=compare, truncate=truncate, timeout=min(timeout or longest, longest)
+                texts,
+                erase,
+                compare=compare,
+                truncate=truncate,
+                timeout=min(timeout or longest, longest),
+                min_generation=min_generation,
             ),
         )
         _trace(span, answer)

@@ -13,6 +13,7 @@ from app import auth, problems
 from app.access_log import AccessLog
 from app.answering import ClientGone, client_gone
 from app.auth import Authentication
+from app.everywhere import Everywhere
 from app.metrics import ModelMetrics, register_process
 from app.middleware import BodyLimit, Faults, FullQueue, HostCheck, HttpMetrics, RequestId
 from app.problems import Problem
@@ -28,6 +29,7 @@ from app.routes import (
     inspection,
     looking,
     range_sets,
+    replicas,
     reports,
     service,
 )
@@ -94,6 +96,7 @@ def create_app(settings: Settings, running: Service | Sequence[Service] = ()) ->
         events,
         audit,
         range_sets,
+        replicas,
         fits,
         inspection,
         looking,
@@ -111,6 +114,7 @@ def create_app(settings: Settings, running: Service | Sequence[Service] = ()) ->
     app.state.registry = registry
     app.state.templates = Templates(app.routes)
     app.state.store_calls = StoreCalls()
+    app.state.everywhere = Everywhere(app.state.store_calls)
     _document(app)
     # the last added is the outermost
     app.add_middleware(BinaryTensors, infers=dropin.infers)
@@ -134,6 +138,7 @@ def create_app(settings: Settings, running: Service | Sequence[Service] = ()) ->
                 "traceparent",
                 "tracestate",
                 "X-API-Key",
+                "X-NeuronLens-Min-Generation",
                 "X-Request-ID",
                 "X-Request-Timeout",
             ],

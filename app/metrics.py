@@ -87,6 +87,11 @@ class _State:
             "Time since the live state was last known to be the newest.",
             mirror.age(),
         )
+        yield GaugeMetricFamily(
+            "neuronlens_replicas",
+            "Live replicas of the model, this one too, at its last report; 0 while it makes none.",
+            float(mirror.reporter.live if mirror.reporter else 0),
+        )
         problem = GaugeMetricFamily(
             "neuronlens_live_state_problem",
             "1 for the reason why the live state is not known to be the newest, if there is one.",

@@ -73,7 +73,11 @@ class Problem(BaseModel):
     known: list[str] | None = Field(
         None, description="unknown_concept: the concepts of the range set; unknown_model: the models of the server"
     )
-    generation: str | None = Field(None, description="stale_generation: the current one; behind: what is held")
+    generation: str | None = Field(
+        None,
+        description="stale_generation: the current one; behind: what is held; not_everywhere: what the change made",
+    )
+    missing: list[str] | None = Field(None, description="not_everywhere: the replicas that do not follow yet")
     checks: dict[str, bool] | None = Field(None, description="not_ready: each condition")
 
 

@@ -93,6 +93,29 @@ class LiveListOut(BaseModel):
     erasures: list[LiveOut]
 
 
+class ReplicaOut(BaseModel):
+    """A live replica, as it reported `age` seconds ago.
+
+    `generation`: what it answers under; null while it has not read any. `current`: it has what the server that answers
+    here has, or later. `this`: it is that server.
+    """
+
+    name: str
+    generation: str | None
+    range_set: str | None
+    age: float
+    current: bool
+    this: bool
+
+
+class ReplicasOut(BaseModel):
+    """The live replicas of a model, by name. `generation`: of the server that answers here."""
+
+    model: str
+    generation: str
+    replicas: list[ReplicaOut]
+
+
 class ConceptOut(BaseModel):
     """A concept of the active range set. `texts`: of the fitting corpus; `label`: whether it is one of the model."""
 

@@ -8,7 +8,7 @@ from pydantic_core import PydanticCustomError
 from app.shapes import LIST, NUMBER, OBJECT, TEXT, by_shape
 from range_store.erasure import Damp, Erasure, Method, Ranking, Replacement, Rule, check_distinct
 from range_store.errors import InvalidErasure
-from range_store.live import LiveErasure
+from range_store.live import Generation, LiveErasure
 
 
 def storable(value: str) -> str:
@@ -151,6 +151,9 @@ class ClassifyIn(In):
     top_k: Annotated[int, Field(ge=1)] | None = Field(None, description="Best labels to give; null: all.")
     truncate: bool = Field(True, description="Cut texts that are too long; else they are an error.")
     activation: Literal["auto", "softmax", "sigmoid", "none"] = "auto"
+    min_generation: Generation | None = Field(
+        None, description="Answer only under this generation of the live state, or a later one of its epoch; else 503."
+    )
     model: str | None = None
 
     def erasures(self) -> list[Erasure] | None:

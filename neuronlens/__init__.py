@@ -15,6 +15,7 @@ from neuronlens.errors import (
     Invalid,
     NeuronLensError,
     NoAnswer,
+    NotEverywhere,
     NotFound,
     NotUnderstood,
     Overloaded,
@@ -25,7 +26,7 @@ from neuronlens.errors import (
 )
 from neuronlens.events import Event, JobChanged, LiveChanged, OtherEvent, RangeSetsChanged
 from neuronlens.fitting import FitSettings
-from neuronlens.replies import Answer, Answers, Job, LiveState, Plan, Report, Result, Score
+from neuronlens.replies import Answer, Answers, Job, LiveState, Plan, Replica, Replicas, Report, Result, Score
 
 __all__ = [
     "CONTEXT",
@@ -50,6 +51,7 @@ __all__ = [
     "LiveState",
     "NeuronLensError",
     "NoAnswer",
+    "NotEverywhere",
     "NotFound",
     "NotUnderstood",
     "OtherEvent",
@@ -57,6 +59,8 @@ __all__ = [
     "Plan",
     "RangeSetsChanged",
     "Refused",
+    "Replica",
+    "Replicas",
     "Report",
     "Result",
     "Score",

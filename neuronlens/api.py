@@ -27,6 +27,7 @@ from neuronlens.replies import (
     RangeSet,
     RangeSets,
     Ready,
+    Replicas,
     Reply,
     Report,
     Reports,
@@ -36,6 +37,9 @@ from neuronlens.replies import (
 
 Activation = Literal["auto", "softmax", "sigmoid", "none"]
 Ranking = Literal["max", "probe", "probeless", "probeless_global", "selectivity"]
+Wait = Literal["all"]
+Waiting = tuple[Wait | None, float | None]
+"""Whether a change is answered only when every replica follows it, and how many seconds that may take."""
 ReportFile = Literal["report.html", "results.csv", "run.json"]
 
 BATCH = 256
@@ -121,18 +125,22 @@ class Api:
         reason: str | None,
         expires_in: float | None,
         if_match: str | None,
+        waiting: Waiting,
     ) -> Steps[LiveState]:
         body = {**settings, "enforced": enforced, "reason": reason, "expires_in": expires_in}
-        return self.caller.call("PUT", f"/v1/erasures/{in_path(concept)}", LiveState, body=body, if_match=if_match)
-
-    def switch_off(self, concept: str, reason: str | None, if_match: str | None) -> Steps[LiveState]:
         path = f"/v1/erasures/{in_path(concept)}"
-        return self.caller.call("DELETE", path, LiveState, params={"reason": reason}, if_match=if_match)
+        return self.caller.call("PUT", path, LiveState, params=_waits(waiting), body=body, if_match=if_match)
 
-    def replace(self, erasures: Sequence[str | LiveSpec], reason: str | None, if_match: str | None) -> Steps[LiveState]:
+    def switch_off(self, concept: str, reason: str | None, if_match: str | None, waiting: Waiting) -> Steps[LiveState]:
+        path, params = f"/v1/erasures/{in_path(concept)}", {"reason": reason, **_waits(waiting)}
+        return self.caller.call("DELETE", path, LiveState, params=params, if_match=if_match)
+
+    def replace(
+        self, erasures: Sequence[str | LiveSpec], reason: str | None, if_match: str | None, waiting: Waiting
+    ) -> Steps[LiveState]:
         named = [{"concept": each} if isinstance(each, str) else each for each in erasures]
         body = {"erasures": named, "reason": reason}
-        return self.caller.call("PUT", "/v1/erasures", LiveState, body=body, if_match=if_match)
+        return self.caller.call("PUT", "/v1/erasures", LiveState, params=_waits(waiting), body=body, if_match=if_match)
 
     def audit(self, limit: int) -> Steps[Audit]:
         return self.caller.call("GET", "/v1/audit", Audit, params={"limit": limit})
@@ -145,9 +153,14 @@ class Api:
     def range_set(self, range_set: str) -> Steps[RangeSet]:
         return self.caller.call("GET", f"/v1/range-sets/{in_path(range_set)}", RangeSet)
 
-    def activate(self, range_set: str, force: bool, reason: str | None, if_match: str | None) -> Steps[LiveState]:
-        body = {"id": range_set, "force": force, "reason": reason}
-        return self.caller.call("PUT", "/v1/range-sets/active", LiveState, body=body, if_match=if_match)
+    def activate(
+        self, range_set: str, force: bool, reason: str | None, if_match: str | None, waiting: Waiting
+    ) -> Steps[LiveState]:
+        body, path = {"id": range_set, "force": force, "reason": reason}, "/v1/range-sets/active"
+        return self.caller.call("PUT", path, LiveState, params=_waits(waiting), body=body, if_match=if_match)
+
+    def replicas(self) -> Steps[Replicas]:
+        return self.caller.call("GET", "/v1/replicas", Replicas)
 
     def concepts(self) -> Steps[Concepts]:
         return self.caller.call("GET", "/v1/concepts", Concepts)
@@ -237,6 +250,10 @@ class Api:
 
     def ready(self) -> Steps[Ready]:
         return self.caller.call("GET", "/readyz", Ready, retries=0)  # not being ready is the answer
+
+
+def _waits(waiting: Waiting) -> dict[str, Any]:
+    return {"wait": waiting[0], "wait_seconds": waiting[1]}
 
 
 def answer(replies: Sequence[Classified]) -> Answer:

@@ -7,7 +7,7 @@ from typing import Self, Unpack, overload
 
 import httpx
 
-from neuronlens.api import Activation, Ranking, ReportFile, answer, answers
+from neuronlens.api import Activation, Ranking, ReportFile, Wait, answer, answers
 from neuronlens.base import BaseClient, Texts
 from neuronlens.calls import Outcome, Pause, Send, Steps, T
 from neuronlens.erasing import CONTEXT, Erase, ErasureSettings, FromContext, LiveSpec
@@ -32,6 +32,7 @@ from neuronlens.replies import (
     RangeSet,
     RangeSets,
     Ready,
+    Replicas,
     Report,
     Reports,
     Tokenized,
@@ -113,6 +114,7 @@ class AsyncClient(BaseClient):
         top_k: int | None = None,
         activation: Activation = "auto",
         truncate: bool = True,
+        min_generation: str | None = None,
         timeout: float | None = None,
         headers: Mapping[str, str] | None = None,
     ) -> Answer: ...
@@ -127,6 +129,7 @@ class AsyncClient(BaseClient):
         top_k: int | None = None,
         activation: Activation = "auto",
         truncate: bool = True,
+        min_generation: str | None = None,
         timeout: float | None = None,
         headers: Mapping[str, str] | None = None,
     ) -> Answers: ...
@@ -140,11 +143,18 @@ class AsyncClient(BaseClient):
         top_k: int | None = None,
         activation: Activation = "auto",
         truncate: bool = True,
+        min_generation: str | None = None,
         timeout: float | None = None,
         headers: Mapping[str, str] | None = None,
     ) -> Answer | Answers:
         """As `Client.classify`; the requests of a long list run `concurrency` at a time, and one failure ends all."""
-        fields = {"compare": compare, "top_k": top_k, "activation": activation, "truncate": truncate}
+        fields = {
+            "compare": compare,
+            "top_k": top_k,
+            "activation": activation,
+            "truncate": truncate,
+            "min_generation": min_generation,
+        }
         request = self._api.request(erase, fields)
         if isinstance(inputs, str):
             (of_call,) = self._api.with_ids(headers, 1)
@@ -175,20 +185,41 @@ class AsyncClient(BaseClient):
         reason: str | None = None,
         expires_in: float | None = None,
         if_match: str | None = None,
+        wait: Wait | None = None,
+        wait_seconds: float | None = None,
         **settings: Unpack[ErasureSettings],
     ) -> LiveState:
-        return await self._run(self._api.switch_on(concept, settings, enforced, reason, expires_in, if_match))
+        return await self._run(
+            self._api.switch_on(concept, settings, enforced, reason, expires_in, if_match, (wait, wait_seconds))
+        )
 
-    async def switch_off(self, concept: str, *, reason: str | None = None, if_match: str | None = None) -> LiveState:
-        return await self._run(self._api.switch_off(concept, reason, if_match))
+    async def switch_off(
+        self,
+        concept: str,
+        *,
+        reason: str | None = None,
+        if_match: str | None = None,
+        wait: Wait | None = None,
+        wait_seconds: float | None = None,
+    ) -> LiveState:
+        return await self._run(self._api.switch_off(concept, reason, if_match, (wait, wait_seconds)))
 
     async def replace(
-        self, erasures: Sequence[str | LiveSpec], *, reason: str | None = None, if_match: str | None = None
+        self,
+        erasures: Sequence[str | LiveSpec],
+        *,
+        reason: str | None = None,
+        if_match: str | None = None,
+        wait: Wait | None = None,
+        wait_seconds: float | None = None,
     ) -> LiveState:
-        return await self._run(self._api.replace(erasures, reason, if_match))
+        return await self._run(self._api.replace(erasures, reason, if_match, (wait, wait_seconds)))
 
     async def audit(self, limit: int = 100) -> Audit:
         return await self._run(self._api.audit(limit))
+
+    async def replicas(self) -> Replicas:
+        return await self._run(self._api.replicas())
 
     async def range_sets(self) -> RangeSets:
         return await self._run(self._api.range_sets())
@@ -197,9 +228,16 @@ class AsyncClient(BaseClient):
         return await self._run(self._api.range_set(range_set))
 
     async def activate(
-        self, range_set: str, *, force: bool = False, reason: str | None = None, if_match: str | None = None
+        self,
+        range_set: str,
+        *,
+        force: bool = False,
+        reason: str | None = None,
+        if_match: str | None = None,
+        wait: Wait | None = None,
+        wait_seconds: float | None = None,
     ) -> LiveState:
-        return await self._run(self._api.activate(range_set, force, reason, if_match))
+        return await self._run(self._api.activate(range_set, force, reason, if_match, (wait, wait_seconds)))
 
     async def concepts(self) -> Concepts:
         return await self._run(self._api.concepts())

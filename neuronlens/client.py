@@ -7,7 +7,7 @@ from typing import Self, Unpack, overload
 
 import httpx
 
-from neuronlens.api import Activation, Ranking, ReportFile, answer, answers
+from neuronlens.api import Activation, Ranking, ReportFile, Wait, answer, answers
 from neuronlens.base import BaseClient, Texts
 from neuronlens.calls import Outcome, Pause, Send, Steps, T
 from neuronlens.erasing import CONTEXT, Erase, ErasureSettings, FromContext, LiveSpec
@@ -32,6 +32,7 @@ from neuronlens.replies import (
     RangeSet,
     RangeSets,
     Ready,
+    Replicas,
     Report,
     Reports,
     Tokenized,
@@ -108,6 +109,7 @@ class Client(BaseClient):
         top_k: int | None = None,
         activation: Activation = "auto",
         truncate: bool = True,
+        min_generation: str | None = None,
         timeout: float | None = None,
         headers: Mapping[str, str] | None = None,
     ) -> Answer: ...
@@ -122,6 +124,7 @@ class Client(BaseClient):
         top_k: int | None = None,
         activation: Activation = "auto",
         truncate: bool = True,
+        min_generation: str | None = None,
         timeout: float | None = None,
         headers: Mapping[str, str] | None = None,
     ) -> Answers: ...
@@ -135,6 +138,7 @@ class Client(BaseClient):
         top_k: int | None = None,
         activation: Activation = "auto",
         truncate: bool = True,
+        min_generation: str | None = None,
         timeout: float | None = None,
         headers: Mapping[str, str] | None = None,
     ) -> Answer | Answers:
@@ -146,13 +150,21 @@ class Client(BaseClient):
             compare: answer without erasure beside it, as `baseline`.
             top_k: best labels to give; None: all.
             truncate: cut texts that are too long for the model; else they are an error.
+            min_generation: what the server must know of the live state: this generation, as a change gave it, or a
+                later one of its epoch.
             timeout: seconds for each request; None: the client's.
             headers: such as `traceparent` or `X-Request-ID`, which the server's log then shows.
 
         Raises:
             NeuronLensError: no part of a list is answered then.
         """
-        fields = {"compare": compare, "top_k": top_k, "activation": activation, "truncate": truncate}
+        fields = {
+            "compare": compare,
+            "top_k": top_k,
+            "activation": activation,
+            "truncate": truncate,
+            "min_generation": min_generation,
+        }
         request = self._api.request(erase, fields)
         one = isinstance(inputs, str)
         parts = [[inputs]] if isinstance(inputs, str) else self._run(self._api.batches(list(inputs)))
@@ -173,6 +185,8 @@ class Client(BaseClient):
         reason: str | None = None,
         expires_in: float | None = None,
         if_match: str | None = None,
+        wait: Wait | None = None,
+        wait_seconds: float | None = None,
         **settings: Unpack[ErasureSettings],
     ) -> LiveState:
         """Erase a concept from every request that names nothing, or change how.
@@ -182,25 +196,48 @@ class Client(BaseClient):
             expires_in: seconds until it ends by itself.
             if_match: only if the live state is at this generation. A change without it is not tried again when it is
                 unknown what came of it.
+            wait: "all": return when every replica follows the change.
+            wait_seconds: how long that may take; None: the server's default of 5.
 
         Raises:
+            NotEverywhere: the change is made, and some replicas do not follow it yet.
             Stale: it is at another one. NotFound: no such concept. Invalid: not fitted so. See NeuronLensError.
         """
-        return self._run(self._api.switch_on(concept, settings, enforced, reason, expires_in, if_match))
+        return self._run(
+            self._api.switch_on(concept, settings, enforced, reason, expires_in, if_match, (wait, wait_seconds))
+        )
 
-    def switch_off(self, concept: str, *, reason: str | None = None, if_match: str | None = None) -> LiveState:
+    def switch_off(
+        self,
+        concept: str,
+        *,
+        reason: str | None = None,
+        if_match: str | None = None,
+        wait: Wait | None = None,
+        wait_seconds: float | None = None,
+    ) -> LiveState:
         """Erase a concept no more. Where it is off already, nothing changes."""
-        return self._run(self._api.switch_off(concept, reason, if_match))
+        return self._run(self._api.switch_off(concept, reason, if_match, (wait, wait_seconds)))
 
     def replace(
-        self, erasures: Sequence[str | LiveSpec], *, reason: str | None = None, if_match: str | None = None
+        self,
+        erasures: Sequence[str | LiveSpec],
+        *,
+        reason: str | None = None,
+        if_match: str | None = None,
+        wait: Wait | None = None,
+        wait_seconds: float | None = None,
     ) -> LiveState:
         """Replace all that is erased live, in one generation."""
-        return self._run(self._api.replace(erasures, reason, if_match))
+        return self._run(self._api.replace(erasures, reason, if_match, (wait, wait_seconds)))
 
     def audit(self, limit: int = 100) -> Audit:
         """The last changes of what is live, newest first."""
         return self._run(self._api.audit(limit))
+
+    def replicas(self) -> Replicas:
+        """Every process that answers for the model, and the generation that it answers under."""
+        return self._run(self._api.replicas())
 
     def range_sets(self) -> RangeSets:
         """Every published range set, newest first."""
@@ -211,10 +248,17 @@ class Client(BaseClient):
         return self._run(self._api.range_set(range_set))
 
     def activate(
-        self, range_set: str, *, force: bool = False, reason: str | None = None, if_match: str | None = None
+        self,
+        range_set: str,
+        *,
+        force: bool = False,
+        reason: str | None = None,
+        if_match: str | None = None,
+        wait: Wait | None = None,
+        wait_seconds: float | None = None,
     ) -> LiveState:
         """Make a range set active, or go back to an older one. `force`: drop live erasures that it cannot serve."""
-        return self._run(self._api.activate(range_set, force, reason, if_match))
+        return self._run(self._api.activate(range_set, force, reason, if_match, (wait, wait_seconds)))
 
     def concepts(self) -> Concepts:
         """The concepts of the active range set, and whether each is erased now."""

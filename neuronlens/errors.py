@@ -13,6 +13,7 @@ class NeuronLensError(Exception):
     - NeuronLensError
       - NoAnswer: the server cannot be reached, or the connection broke
       - DeadlineExceeded (504): no answer within the timeout, by the server's clock or by the client's
+      - NotEverywhere (504): a change with `wait="all"` is made, but some replicas do not follow it yet
       - Refused (401, 403): no key, a wrong one, or one without the scope
       - NotFound (404): no such concept, neuron, range set, model, job or path
       - Conflict (409): a range set of another model, an erasure that cannot be resolved, …
@@ -57,6 +58,20 @@ class NoAnswer(NeuronLensError):
 
 class DeadlineExceeded(NeuronLensError):
     """No answer within the timeout, by the server's clock (504) or by the client's (`status` is None)."""
+
+
+class NotEverywhere(NeuronLensError):
+    """A change with `wait="all"` is made, but some replicas did not follow it in time; they may still."""
+
+    @property
+    def generation(self) -> str | None:
+        """What the change made."""
+        return self.problem.get("generation")
+
+    @property
+    def missing(self) -> tuple[str, ...]:
+        """Names of the replicas; `Client.replicas` tells more. None: it is not certain that all had reported."""
+        return tuple(self.problem.get("missing") or ())
 
 
 class Refused(NeuronLensError):
@@ -152,7 +167,8 @@ def error_of(status: int, headers: Mapping[str, str], body: bytes) -> NeuronLens
         detail = f"answered {status}, and not as NeuronLens does"
         return kind(detail, status=status, request_id=request_id, retry_after=retry_after)
     detail = str(problem.get("detail") or problem.get("title") or problem["code"])
-    return _KINDS.get(status, NeuronLensError)(
+    kind = NotEverywhere if problem["code"] == "not_everywhere" else _KINDS.get(status, NeuronLensError)
+    return kind(
         detail,
         status=status,
         code=problem["code"],

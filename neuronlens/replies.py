@@ -112,6 +112,29 @@ class LiveErasure(Erasure):
     by: str | None
 
 
+class Replica(Reply):
+    """A process that answers for the model, as it reported `age` seconds ago.
+
+    `generation`: what it answers under; None while it has read none. `current`: as new as that of the server asked.
+    `this`: it is the server that was asked.
+    """
+
+    name: str
+    generation: str | None
+    range_set: str | None
+    age: float
+    current: bool
+    this: bool
+
+
+class Replicas(Reply):
+    """The live replicas of a model, by name. `generation`: of the server asked."""
+
+    model: str
+    generation: str
+    replicas: tuple[Replica, ...]
+
+
 class LiveState(Reply):
     """What is erased when a request names nothing. `generation` is what `if_match` takes."""
 

@@ -23,7 +23,6 @@ from range_store.failures import explain
 from range_store.keys import CHANGES
 from range_store.live import LiveState
 from range_store.range_set import RangeSet, check_model
-from range_store.replicas import Replicas
 from range_store.reporter import Reporter
 from range_store.store import RangeStore
 
@@ -98,7 +97,7 @@ class Mirror:
         self.reporter: Reporter | None = None
         """What tells others which generation this process answers under; None for a mere reader."""
         if replica is not None:
-            self.reporter = Reporter(Replicas(store.client, store.model), replica, self._held)
+            self.reporter = Reporter(store.replicas, replica, self._held, self.refresh)
 
     def start(self) -> None:
         """Read once, and then keep reading in a thread. Does not fail while Redis is away: see `problem`."""
@@ -154,10 +153,11 @@ class Mirror:
             return fresh
 
     def catch_up(self) -> Snapshot:
-        """Read now, and report at once what was found; raises as `refresh` does."""
+        """Read now, and have others count on this replica again if they may have given it up; raises as `refresh`."""
+        lapsed = self.lapsed
         fresh = self.refresh()
-        if self.reporter is not None:
-            self.reporter.report()
+        if self.reporter is not None and lapsed:
+            self.reporter.tell()
         return fresh
 
     @property
@@ -175,7 +175,7 @@ class Mirror:
             read_at = time.monotonic()
             if held is None:
                 if self.reporter is not None:
-                    self.reporter.report()  # before the read: who changes something after it knows of this replica
+                    self.reporter.tell()  # before the read: who changes something after it knows of this replica
                 live = self._store.live()
             else:
                 # what is gone is not created anew by one who knew it, but put back

@@ -10,6 +10,7 @@ import os
 import re
 import secrets
 import socket
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Annotated, cast
 
@@ -23,11 +24,13 @@ from range_store.scripts import REPORT
 
 HEARTBEAT_SECONDS = 1.0
 """Time between two reports of a replica whose generation stays."""
-SILENT_SECONDS = 3.0
+SILENT_SECONDS = 3.5
 """A replica that could not report for so long reads the live state before it admits a request; so long a new roster may
-lack somebody."""
+lack somebody. More than a heartbeat and the time that a Redis which hangs is waited for."""
 LEASE_SECONDS = 10.0
 """How long a report holds that is not renewed: a replica that was killed is forgotten after that."""
+NAMED = 5
+"""Most replicas that a sentence names."""
 SINCE = b"since"
 """Field of the hash that is no replica's: when the hash was begun, in Unix seconds by Redis's clock."""
 
@@ -60,11 +63,6 @@ class Roster:
     now: float
     since: float | None
     replicas: tuple[Replica, ...]
-
-    @property
-    def settles_in(self) -> float:
-        """Seconds until everyone who lives must be in it: when Redis was emptied, each has to report anew."""
-        return SILENT_SECONDS if self.since is None else max(0.0, self.since + SILENT_SECONDS - self.now)
 
     def missing(self, generation: str) -> tuple[str, ...]:
         """Names of those that do not report that generation or a later one of its epoch."""
@@ -111,6 +109,46 @@ class Replicas:
                 found.append(replica)
         since = float(held[SINCE]) if re.fullmatch(rb"[0-9]+(\.[0-9]+)?", held.get(SINCE, b"")) else None
         return Roster(now, since, tuple(sorted(found, key=lambda each: each.name)))
+
+
+class Follow:
+    """Whether every replica follows a generation, told over several looks at the roster.
+
+    Args:
+        own: name of a replica that must be among them, though it may have failed to report; asked at every look.
+    """
+
+    def __init__(self, generation: str, own: Callable[[], str | None] = lambda: None) -> None:
+        self.generation = generation
+        self.missing: tuple[str, ...] = ()
+        """Who did not follow yet at the last look."""
+        self.replicas = 0
+        """How many there were."""
+        self.settled = False
+        """Whether all who live must have been in the roster: where Redis was emptied, each has to report anew."""
+        self._own = own
+        self._empty_since: float | None = None
+
+    def done(self, roster: Roster) -> bool:
+        """Whether all follow. None at all is all too, once it is certain that nobody lives."""
+        if roster.since is not None:
+            self._empty_since = None
+        elif self._empty_since is None:
+            self._empty_since = roster.now
+        since = roster.since if self._empty_since is None else self._empty_since
+        self.settled = since is not None and roster.now - since >= SILENT_SECONDS
+        own, names = self._own(), {each.name for each in roster.replicas}
+        silent = () if own is None or own in names else (own,)
+        self.missing = (*roster.missing(self.generation), *silent)
+        self.replicas = len(names) + len(silent)
+        return self.settled and not self.missing
+
+    def why(self) -> str:
+        """What was lacking at the last look, in words."""
+        if self.missing:
+            named = ", ".join(self.missing[:NAMED]) + (", …" if len(self.missing) > NAMED else "")
+            return f"{len(self.missing)} of {self.replicas} replicas do not report it yet ({named})"
+        return "the replicas began to report only now (was Redis emptied?), and some may be missing among them"
 
 
 def new_name() -> str:

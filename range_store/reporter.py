@@ -4,9 +4,10 @@ import logging
 import threading
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from queue import Empty, SimpleQueue
 
-from range_store.errors import StoreUnavailable
+from range_store.errors import RangeStoreError, StoreUnavailable
 from range_store.live import LiveState
 from range_store.replicas import HEARTBEAT_SECONDS, SILENT_SECONDS, Replicas
 
@@ -19,14 +20,22 @@ class Reporter:
     Args:
         name: of this replica; see `range_store.replicas.new_name`.
         current: the live state that requests are admitted under from now on; None before the first.
+        read: reads the live state; called before a report that comes so late that others may have given up this one.
     """
 
-    def __init__(self, replicas: Replicas, name: str, current: Callable[[], LiveState | None]) -> None:
+    def __init__(
+        self,
+        replicas: Replicas,
+        name: str,
+        current: Callable[[], LiveState | None],
+        read: Callable[[], object],
+    ) -> None:
         self.name = name
         self.live = 0
         """How many replicas of the model reported, at this one's last report; 0 while it cannot report."""
         self._replicas = replicas
         self._current = current
+        self._read = read
         self._reporting = threading.Lock()  # an older report never overwrites a newer one
         self._wakes: SimpleQueue[bool] = SimpleQueue()  # unlike other ways to wake, safe in a signal handler
         self._withdrawn = False
@@ -72,6 +81,13 @@ class Reporter:
 
     def report(self) -> None:
         """Report now. Never raises: who cannot report is forgotten by and by, and answers all the same."""
+        if self.lapsed:  # else this report would hide that what it tells of was given up
+            with suppress(RangeStoreError):
+                self._read()
+        self.tell()
+
+    def tell(self) -> None:
+        """Report what was just read."""
         with self._reporting:
             if self._withdrawn:
                 return

@@ -26,6 +26,7 @@ from range_store.live import AuditEntry, Change, LiveErasure, LiveState, new_sta
 from range_store.plan import resolve
 from range_store.published import Published, PublishedRangeSets
 from range_store.range_set import RangeSet
+from range_store.replicas import Replicas
 from range_store.scripts import CHANGE_LIVE
 
 __all__ = ["Published", "RangeStore", "assemble"]
@@ -53,6 +54,8 @@ class RangeStore(PublishedRangeSets):
         super().__init__(client, model)
         self._change_live = client.register_script(CHANGE_LIVE)
         self._resolver: RangeSet | None = None
+        self.replicas = Replicas(client, model)
+        """Which processes answer for the model, and under which generation."""
 
     def peek(self) -> LiveState | None:
         """The live state, or None where there is none: never written, or Redis was emptied.

@@ -1,16 +1,23 @@
 """What `ranges`, `erase` and `audit` act on: the store itself, or a running server that has it."""
 
+import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Protocol
 
-from app.cli.exits import CONFLICT, USAGE, CommandError
+from app.cli.exits import CONFLICT, UNREACHABLE, USAGE, CommandError
 from app.cli.server_control import ServerControl
 from app.cli.stores import operator, settings_with, store_of
 from range_store.live import AuditEntry, LiveErasure, LiveState
 from range_store.published import Published
+from range_store.replicas import Follow
 from range_store.store import RangeStore
+
+WAIT_SECONDS = 5.0
+"""How long `--wait all` waits unless told otherwise."""
+PAUSE = 0.02
+"""Seconds between two looks at who follows."""
 
 
 class Control(Protocol):
@@ -39,41 +46,67 @@ class Control(Protocol):
 
 
 class StoreControl:
-    """Control by the store itself; a running server follows through its change feed."""
+    """Control by the store itself; a running server follows through its change feed.
 
-    def __init__(self, store: RangeStore) -> None:
+    Args:
+        wait: seconds in which every running replica must follow a change; None: do not wait for them.
+    """
+
+    def __init__(self, store: RangeStore, wait: float | None = None) -> None:
         self.store = store
+        self._wait = wait
 
     def range_sets(self) -> Sequence[Published]:
         return self.store.list()
 
     def activate(self, range_set: str, *, force: bool, if_match: str | None) -> LiveState:
-        return self.store.activate(range_set, force, if_match, by=operator())
+        return self._followed(self.store.activate(range_set, force, if_match, by=operator()))
 
     def live(self) -> LiveState:
         return self.store.live()
 
     def switch_on(self, erasure: LiveErasure, *, if_match: str | None) -> LiveState:
-        return self.store.set_erasure(erasure.model_copy(update={"by": operator()}), if_match)
+        return self._followed(self.store.set_erasure(erasure.model_copy(update={"by": operator()}), if_match))
 
     def switch_off(self, concept: str, *, reason: str | None, if_match: str | None) -> LiveState:
-        return self.store.remove_erasure(concept, if_match, by=operator(), reason=reason)
+        return self._followed(self.store.remove_erasure(concept, if_match, by=operator(), reason=reason))
 
     def switch_all_off(self, *, reason: str | None, if_match: str | None) -> LiveState:
-        return self.store.set_erasures([], if_match, by=operator(), reason=reason)
+        return self._followed(self.store.set_erasures([], if_match, by=operator(), reason=reason))
 
     def audit(self, limit: int) -> Sequence[AuditEntry]:
         return self.store.audit(limit)
 
+    def _followed(self, state: LiveState) -> LiveState:
+        if self._wait is None:
+            return state
+        follow, ends = Follow(state.generation), time.monotonic() + self._wait
+        while not follow.done(self.store.replicas.read()):
+            if time.monotonic() >= ends:
+                raise CommandError(
+                    f"the change is made, as generation {state.generation}, but not in force everywhere after "
+                    f"{self._wait:g} s: {follow.why()}",
+                    UNREACHABLE,
+                )
+            time.sleep(PAUSE)
+        return state
+
 
 @contextmanager
 def control_of(
-    url: str | None, redis_url: str | None, data_dir: Path | None, name: str | None, *, publishes: bool = False
+    url: str | None,
+    redis_url: str | None,
+    data_dir: Path | None,
+    name: str | None,
+    *,
+    publishes: bool = False,
+    wait: float | None = None,
 ) -> Iterator[Control]:
     """The server at `url`, or, without one, the store. Options that name a store win over NEURONLENS_URL.
 
     Args:
         publishes: see `store_of`.
+        wait: seconds in which every running replica must follow a change; None: do not wait for them.
 
     Raises:
         CommandError: both are named, or there is no telling which model is meant.
@@ -84,11 +117,11 @@ def control_of(
     settings = settings_with(redis_url=redis_url, data_dir=data_dir, url=url)
     if settings.url and not (redis_url or data_dir):
         api_key = settings.api_key.get_secret_value() if settings.api_key else None
-        with ServerControl(settings.url, name, api_key) as server:
+        with ServerControl(settings.url, name, api_key, wait) as server:
             yield server
     else:
         with store_of(settings, name, publishes=publishes) as store:
-            yield StoreControl(store)
+            yield StoreControl(store, wait)
 
 
 def store_only(control: Control, command: str) -> RangeStore:

@@ -9,7 +9,7 @@ from pydantic import ValidationError
 from app.cli import options
 from app.cli.clock import duration, until
 from app.cli.console import print_json, say, table
-from app.cli.control import control_of
+from app.cli.control import WAIT_SECONDS, control_of
 from app.cli.exits import EPILOG, USAGE, CommandError
 from range_store.erasure import Damp, Erasure, Replacement
 from range_store.live import LiveErasure, LiveState
@@ -58,6 +58,8 @@ def on(
         str | None, typer.Option("--expires-in", help="Switch it off by itself: seconds, or 15m, 2h, 1d.")
     ] = None,
     if_match: options.IfMatch = None,
+    wait: options.Wait = None,
+    wait_seconds: options.WaitSeconds = WAIT_SECONDS,
     url: options.Url = None,
     name: options.ServedName = None,
     redis_url: options.RedisUrl = None,
@@ -84,7 +86,7 @@ def on(
         live = LiveErasure(erasure=erasure, enforced=enforced, reason=reason, expires_at=expires_at)
     except ValidationError as error:
         raise CommandError(error.errors()[0]["msg"].removeprefix("Value error, "), USAGE) from None
-    with control_of(url, redis_url, data_dir, name) as control:
+    with control_of(url, redis_url, data_dir, name, wait=wait_seconds if wait else None) as control:
         state = control.switch_on(live, if_match=if_match)
     _print(state, as_json, f"erasing {concept!r}")
 
@@ -95,6 +97,8 @@ def off(
     everything: Annotated[bool, typer.Option("--all", help="Switch all erasures off, in one step.")] = False,
     reason: options.Reason = None,
     if_match: options.IfMatch = None,
+    wait: options.Wait = None,
+    wait_seconds: options.WaitSeconds = WAIT_SECONDS,
     url: options.Url = None,
     name: options.ServedName = None,
     redis_url: options.RedisUrl = None,
@@ -104,7 +108,7 @@ def off(
     """Erase a concept no more."""
     if (concept is None) != everything:
         raise typer.BadParameter("name one concept, or pass --all", param_hint="CONCEPT")
-    with control_of(url, redis_url, data_dir, name) as control:
+    with control_of(url, redis_url, data_dir, name, wait=wait_seconds if wait else None) as control:
         if concept is None:
             state = control.switch_all_off(reason=reason, if_match=if_match)
         else:

@@ -194,6 +194,11 @@ ServedName = Annotated[
 IfMatch = Annotated[
     str | None, typer.Option("--if-match", help="Change nothing unless the live state is at this generation.")
 ]
+Wait = Annotated[
+    Literal["all"] | None,
+    typer.Option("--wait", help="all: return when every running replica follows; exit 3, naming those that do not."),
+]
+WaitSeconds = Annotated[float, typer.Option("--wait-seconds", min=0.001, help="How long to wait for them.")]
 Reason = Annotated[str | None, typer.Option("--reason", help="Why, for the audit.")]
 PRIVATE_CLUSTER = "local"
 """What `--ray` without an address stands for: a cluster of this machine alone, which ends with the command."""

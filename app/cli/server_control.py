@@ -11,6 +11,7 @@ from pydantic import ValidationError
 from app.cli.exits import CONFLICT, FAILED, UNREACHABLE, USAGE, CommandError
 from neuronlens import Client, NeuronLensError, NoAnswer
 from neuronlens import LiveState as Listing
+from neuronlens.api import Wait
 from range_store.erasure import Erasure
 from range_store.live import AuditEntry, LiveErasure, LiveState
 from range_store.published import Published
@@ -40,17 +41,20 @@ class ServerControl:
         url: where it listens, with or without a path before `/v1`.
         model: its served name; None: the server's only one.
         api_key: what it asks for, if it asks.
+        wait: seconds in which every replica must follow a change; None: do not wait for them.
 
     Raises:
         CommandError: no such URL or key; and, from every method, the server's problem in one line.
     """
 
-    def __init__(self, url: str, model: str | None, api_key: str | None = None) -> None:
+    def __init__(self, url: str, model: str | None, api_key: str | None = None, wait: float | None = None) -> None:
         self._url = url.rstrip("/")
         try:  # a person is waiting, who tries again if need be; the environment's key is in the settings already
-            self._client = Client(url, api_key or "", timeout=TIMEOUT, retries=0, model=model)
+            self._client = Client(url, api_key or "", timeout=TIMEOUT + (wait or 0.0), retries=0, model=model)
         except ValueError as error:
             raise CommandError(str(error), USAGE) from None
+        self._wait: Wait | None = None if wait is None else "all"
+        self._seconds = wait
 
     def __enter__(self) -> Self:
         return self
@@ -69,7 +73,10 @@ class ServerControl:
 
     def activate(self, range_set: str, *, force: bool, if_match: str | None) -> LiveState:
         with self._asking():
-            return _state(self._client.activate(range_set, force=force, if_match=if_match))
+            listing = self._client.activate(
+                range_set, force=force, if_match=if_match, wait=self._wait, wait_seconds=self._seconds
+            )
+            return _state(listing)
 
     def live(self) -> LiveState:
         with self._asking():
@@ -84,6 +91,8 @@ class ServerControl:
                 reason=erasure.reason,
                 expires_in=None if erasure.expires_at is None else max(erasure.expires_at - time.time(), 0.001),
                 if_match=if_match,
+                wait=self._wait,
+                wait_seconds=self._seconds,
                 layer=erasure.erasure.layers,
                 **settings,
             )
@@ -91,11 +100,17 @@ class ServerControl:
 
     def switch_off(self, concept: str, *, reason: str | None, if_match: str | None) -> LiveState:
         with self._asking():
-            return _state(self._client.switch_off(concept, reason=reason, if_match=if_match))
+            listing = self._client.switch_off(
+                concept, reason=reason, if_match=if_match, wait=self._wait, wait_seconds=self._seconds
+            )
+            return _state(listing)
 
     def switch_all_off(self, *, reason: str | None, if_match: str | None) -> LiveState:
         with self._asking():
-            return _state(self._client.replace([], reason=reason, if_match=if_match))
+            listing = self._client.replace(
+                [], reason=reason, if_match=if_match, wait=self._wait, wait_seconds=self._seconds
+            )
+            return _state(listing)
 
     def audit(self, limit: int) -> Sequence[AuditEntry]:
         with self._asking():

@@ -2,9 +2,9 @@
 
 from fastapi import APIRouter, Request
 
-from app.answering import Timeout, activation_of, answer_to, ranked
+from app.answering import MinGeneration, Timeout, activation_of, answer_to, ranked
 from app.auth import Calling
-from app.problems import BODY, QUERY, documented
+from app.problems import BODY, QUERY, ApiError, documented
 from app.replies import Baseline, ClassifyOut, ErasureOut, ErasurePlan, Result, Usage
 from app.requests import ClassifyIn
 from app.routes import Asking, QueryChecked
@@ -20,7 +20,12 @@ router = APIRouter(tags=["classify"])
     responses=documented(*QUERY, *BODY, 429, 503, 504),
 )
 async def classify(
-    request: Request, body: ClassifyIn, asking: Asking, caller: Calling, x_request_timeout: Timeout = None
+    request: Request,
+    body: ClassifyIn,
+    asking: Asking,
+    caller: Calling,
+    x_request_timeout: Timeout = None,
+    min_generation: MinGeneration = None,
 ) -> ClassifyOut:
     """Classify one text or several while concepts are erased from the model's activations."""
     service = asking.service(body.model)
@@ -33,6 +38,7 @@ async def classify(
         compare=body.compare,
         truncate=body.truncate,
         timeout=x_request_timeout,
+        min_generation=_one(body.min_generation, min_generation),
     )
     activation = body.activation if body.activation != "auto" else activation_of(service.model.problem_type)
     return ClassifyOut(
@@ -41,6 +47,12 @@ async def classify(
         erasure=_plan(answer, service.model.identity.n_layers),
         usage=Usage(tokens=sum(text.tokens for text in answer.texts)),
     )
+
+
+def _one(in_body: str | None, in_header: str | None) -> str | None:
+    if in_body and in_header and in_body != in_header:
+        raise ApiError(422, "invalid", "min_generation: the body and X-NeuronLens-Min-Generation name different ones")
+    return in_body or in_header
 
 
 def _results(answer: Answer, labels: tuple[str, ...], activation: Activation, top_k: int | None) -> list[Result]:

@@ -7,6 +7,7 @@ from typing import Annotated, Any
 from fastapi import APIRouter, Depends, Header, Query, Response
 
 from app.auth import Calling
+from app.everywhere import NOT_EVERYWHERE, Until, Waiting
 from app.logs import note
 from app.problems import BODY, QUERY, documented, header
 from app.replies import ErasureOut, LiveListOut, LiveOut
@@ -21,7 +22,7 @@ from range_store.store import RangeStore
 router = APIRouter(tags=["erasures"])
 IfMatch = Annotated[str | None, Header(description="Change only if the live state is at this generation.")]
 WITH_ETAG: dict[int | str, dict[str, Any]] = {200: {"headers": header("ETag", "The generation, quoted.")}}
-CHANGES = documented(*QUERY, 409, 412, 503) | WITH_ETAG
+CHANGES = documented(*QUERY, 409, 412, 503) | NOT_EVERYWHERE | WITH_ETAG
 
 
 async def named_generations(if_match: IfMatch = None) -> tuple[str, ...]:
@@ -56,7 +57,13 @@ async def list_erasures(service: Serving, response: Response) -> LiveListOut:
 
 @router.put("/v1/erasures", dependencies=[QueryChecked], responses=CHANGES | documented(*BODY))
 async def replace_erasures(
-    asking: Asking, calls: StoreCalling, caller: Calling, body: LiveListIn, required: Required, response: Response
+    asking: Asking,
+    calls: StoreCalling,
+    caller: Calling,
+    body: LiveListIn,
+    required: Required,
+    until: Waiting,
+    response: Response,
 ) -> LiveListOut:
     """Replace all live erasures in one generation."""
     service = asking.service(body.model)
@@ -66,7 +73,7 @@ async def replace_erasures(
     def change(store: RangeStore) -> LiveState:
         return store.set_erasures(wanted, one_of(store, required), caller.by, body.reason)
 
-    return await applied(service, calls, change, response)
+    return await applied(service, calls, change, until, response)
 
 
 @router.put("/v1/erasures/{concept:whole}", dependencies=[QueryChecked], responses=CHANGES | documented(*BODY))
@@ -76,6 +83,7 @@ async def switch_on(
     caller: Calling,
     concept: NamedConcept,
     required: Required,
+    until: Waiting,
     response: Response,
     body: SwitchOnIn | None = None,
 ) -> LiveListOut:
@@ -83,7 +91,11 @@ async def switch_on(
     body = body or SwitchOnIn()
     service = asking.service(body.model)
     wanted = body.live(concept, time.time(), caller.by)
-    return await applied(service, calls, lambda store: store.set_erasure(wanted, one_of(store, required)), response)
+
+    def change(store: RangeStore) -> LiveState:
+        return store.set_erasure(wanted, one_of(store, required))
+
+    return await applied(service, calls, change, until, response)
 
 
 @router.delete("/v1/erasures/{concept:whole}", dependencies=[QueryChecked], responses=CHANGES)
@@ -93,6 +105,7 @@ async def switch_off(
     caller: Calling,
     concept: NamedConcept,
     required: Required,
+    until: Waiting,
     response: Response,
     reason: Annotated[Reason | None, Query()] = None,
 ) -> LiveListOut:
@@ -101,15 +114,16 @@ async def switch_off(
     def change(store: RangeStore) -> LiveState:
         return store.remove_erasure(concept, one_of(store, required), caller.by, reason)
 
-    return await applied(service, calls, change, response)
+    return await applied(service, calls, change, until, response)
 
 
 async def applied(
-    service: Service, calls: StoreCalls, change: Callable[[RangeStore], LiveState], response: Response
+    service: Service, calls: StoreCalls, change: Callable[[RangeStore], LiveState], until: Until, response: Response
 ) -> LiveListOut:
-    """Make a change and reply to it: this process's next admitted request sees it.
+    """Make a change and reply to it: this process's next admitted request sees it; everybody's, if `until` waits.
 
     Raises:
+        ApiError: it was made, and is not in force everywhere in time (504).
         StoreUnavailable: it was not made, or it was, as the error then says, and cannot be read back yet.
     """
 
@@ -125,7 +139,9 @@ async def applied(
             ) from error
         return state
 
-    return listing(service, await calls(work), response)
+    state = await calls(work)
+    await until(service, state.generation)
+    return listing(service, state, response)
 
 
 def listing(service: Service, state: LiveState, response: Response) -> LiveListOut:

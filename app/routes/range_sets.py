@@ -4,6 +4,7 @@ from fastapi import APIRouter, Response
 from starlette.convertors import StringConvertor, register_url_convertor
 
 from app.auth import Calling
+from app.everywhere import Waiting
 from app.problems import BODY, QUERY, documented
 from app.replies import LiveListOut, RangeSetOut, RangeSetsOut
 from app.requests import ActivateIn
@@ -47,7 +48,13 @@ async def show_range_set(service: Serving, calls: StoreCalling, range_set: str) 
 
 @router.put("/v1/range-sets/active", dependencies=[QueryChecked], responses=CHANGES | documented(*BODY))
 async def activate(
-    asking: Asking, calls: StoreCalling, caller: Calling, body: ActivateIn, required: Required, response: Response
+    asking: Asking,
+    calls: StoreCalling,
+    caller: Calling,
+    body: ActivateIn,
+    required: Required,
+    until: Waiting,
+    response: Response,
 ) -> LiveListOut:
     """Make a range set the one that erasures are resolved on, or go back to an older one."""
     service = asking.service(body.model)
@@ -56,7 +63,7 @@ async def activate(
         check_model(store.provenance(body.id), service.model.identity.fingerprint)
         return store.activate(body.id, body.force, one_of(store, required), caller.by, body.reason)
 
-    return await applied(service, calls, change, response)
+    return await applied(service, calls, change, until, response)
 
 
 def _out(each: Published) -> RangeSetOut:

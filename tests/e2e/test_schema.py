@@ -57,11 +57,11 @@ expected-statuses = [200, 202, 401, 403, 404, 409, 412, 422]
 [[operations]]  # it does not end; `test_events.py` has its replies
 include-path = "/v1/events"
 enabled = false
-[[operations]]  # a request may ask for an answer within no time at all
+[[operations]]  # a request may ask for an answer within no time at all, or under another generation
 include-path = "/v1/classify"
 [operations.checks]
-not_a_server_error = {{ expected-statuses = ["2XX", "4XX", 504] }}
-positive_data_acceptance = {{ expected-statuses = [200, 401, 403, 404, 422, 504] }}
+not_a_server_error = {{ expected-statuses = ["2XX", "4XX", 503, 504] }}
+positive_data_acceptance = {{ expected-statuses = [200, 401, 403, 404, 422, 503, 504] }}
 {dropin}
 [[operations]]
 include-path = "/v1/tokenize"
@@ -73,6 +73,7 @@ include-path = "/v1/activations"
 [operations.checks]
 not_a_server_error = {{ expected-statuses = ["2XX", "4XX", 504] }}
 positive_data_acceptance = {{ expected-statuses = [200, 401, 403, 404, 422, 504] }}
+{waited}
 [[operations]]  # the queue of fits is full at some time
 include-path = "/v1/fits"
 [operations.checks]
@@ -85,6 +86,7 @@ concepts = {{ values = ["World", "Sports", "Business", "Sci/Tech", "Météo & co
 range_sets = {{ values = ["{range_set}"] }}
 models = {{ values = ["{model}"] }}
 blocks = {{ values = [-2, -1] }}
+generations = {{ values = ["{epoch}-0"] }}
 reports = {{ values = ["the-last"] }}
 [parameters]
 "query.model" = "{model}"
@@ -96,6 +98,9 @@ reports = {{ values = ["the-last"] }}
 "path.report" = {{ dictionary = "reports", probability = 0.7 }}
 "path.job" = {{ dictionary = "jobs", probability = 0.8 }}
 "path.layer" = {{ dictionary = "blocks", probability = 0.7 }}
+"header.X-NeuronLens-Min-Generation" = {{ dictionary = "generations", probability = 0.9 }}
+"query.wait_seconds" = 20
+"body.min_generation" = {{ dictionary = "generations", probability = 0.9 }}
 "body.model" = {{ dictionary = "models", probability = 0.9 }}
 "body.id" = {{ dictionary = "range_sets", probability = 0.5 }}
 "body.layer" = {{ dictionary = "blocks", probability = 0.5 }}
@@ -115,9 +120,18 @@ DROPIN = """
 [[operations]]
 include-path = "{path}"
 [operations.checks]
-not_a_server_error = {{ expected-statuses = ["2XX", "4XX", 504] }}
-positive_data_acceptance = {{ expected-statuses = [200, 400, 401, 403, 404, 413, 422, 504] }}
+not_a_server_error = {{ expected-statuses = ["2XX", "4XX", 503, 504] }}
+positive_data_acceptance = {{ expected-statuses = [200, 400, 401, 403, 404, 413, 422, 503, 504] }}
 """
+# so is a change that is waited for for no time at all
+WAITED = """
+[[operations]]
+include-path = "{path}"
+[operations.checks]
+not_a_server_error = {{ expected-statuses = ["2XX", "4XX", 504] }}
+positive_data_acceptance = {{ expected-statuses = [200, 401, 403, 404, 409, 412, 422, 504] }}
+"""
+WAITEDS = ("/v1/erasures", "/v1/erasures/{concept}", "/v1/range-sets/active")
 CONSOLE = (("UnsupportedMethodResponse", ["GET /"]), ("AllowHeaderMismatch", ["OPTIONS /"]))
 """Found because GET / is the console's page, which is no call of the document, beside POST /, which is one."""
 DROPINS = (
@@ -159,10 +173,20 @@ def explore(
     """
     write_report(running.service.settings.reports, "the-last")
     config, report = folder / "schemathesis.toml", folder / "report.json"
-    range_set = running.service.store.live().range_set
+    store = running.service.store
+    store.client.hset(store.keys.replicas, "since", "0")  # so that all who live have reported
+    live = store.live()
     job = running.service.jobs.take({"data": "news/train.jsonl"}, "test", None, 1000).id
     dropin = "".join(DROPIN.format(path=path) for path in DROPINS)
-    about = {"range_set": range_set, "model": running.service.name, "auth": str(auth).lower(), "dropin": dropin}
+    waited = "".join(WAITED.format(path=path) for path in WAITEDS)
+    about = {
+        "waited": waited,
+        "range_set": live.range_set,
+        "epoch": live.epoch,
+        "model": running.service.name,
+        "auth": str(auth).lower(),
+        "dropin": dropin,
+    }
     settled = CONFIG.format(job=job, **about)
     config.write_text(settled + (AUTH.format(token=token) if token else ""), "utf-8")
     checks = CHECKS if auth else tuple(check for check in CHECKS if check != "ignored_auth")

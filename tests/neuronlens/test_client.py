@@ -27,6 +27,7 @@ from neuronlens import (
     LiveSpec,
     NeuronLensError,
     NoAnswer,
+    NotEverywhere,
     NotFound,
     Overloaded,
     Refused,
@@ -183,6 +184,12 @@ def test_every_reply_is_what_the_server_says_and_every_field_is_known(client_of:
         (client.models(), "/v1/models"),
         (client.capabilities(), "/v1/capabilities"),
     ]
+    listed, there = client.replicas(), news.http.get("/v1/replicas").json()  # ages differ
+    assert not list(unknown(listed))
+    assert listed.model_dump(mode="json", exclude={"replicas": {0: {"age"}}}) == {
+        **there,
+        "replicas": [{name: value for name, value in there["replicas"][0].items() if name != "age"}],
+    }
     for reply, path in replies:
         assert reply.model_dump(mode="json") == news.http.get(path).json(), path
         assert not list(unknown(reply)), path
@@ -246,6 +253,27 @@ def test_what_is_live_is_switched(client_of: ClientOf, news: Running, concept: s
     both = client.replace(["World", {"concept": concept, "tau": 1, "enforced": True}], if_match=off.generation)
     assert set(both.concepts) == {"World", concept}
     assert [entry.reason for entry in client.audit(3).entries] == [None, "enough", "a try"]
+
+
+def test_a_change_is_waited_for_everywhere_and_then_insisted_on(client_of: ClientOf, news: Running) -> None:
+    client, store = client_of(news.url), news.service.store
+    with pytest.raises(NotEverywhere, match="is made") as raised:
+        client.switch_on("Sports", wait="all", wait_seconds=0.01)  # who else reports is not certain so soon
+    assert (raised.value.status, raised.value.missing) == (504, ())
+    assert raised.value.generation == client.erasures().generation
+    client.replace(["World"], wait="all")
+    store.replicas.report("elsewhere:1:ab", "00000000-1", None)
+    with pytest.raises(NotEverywhere) as raised:
+        client.switch_off("World", wait="all", wait_seconds=0.2)
+    assert raised.value.missing == ("elsewhere:1:ab",)
+    listed = client.replicas()
+    assert {each.name: each.current for each in listed.replicas if not each.this} == {"elsewhere:1:ab": False}
+    store.replicas.remove("elsewhere:1:ab")
+    state = client.activate(listed.replicas[0].range_set or client.erasures().range_set, wait="all")
+    assert client.classify("a goal", min_generation=state.generation).erasure.generation == state.generation
+    with pytest.raises(Unavailable) as behind:
+        client.classify("a goal", min_generation="00000000-1", timeout=0.5)
+    assert (behind.value.code, behind.value.problem["generation"]) == ("behind", state.generation)
 
 
 def test_range_sets_are_switched(client_of: ClientOf, news: Running, tmp_path: Any) -> None:

@@ -12,6 +12,7 @@ from neuronlens import (
     ErasureSpec,
     LiveState,
     Plan,
+    Replica,
     Report,
     Score,
 )
@@ -31,6 +32,9 @@ def blocking(client: Client, either: str | list[str], erase: Erase) -> None:
     assert_type(client.reports().reports, tuple[Report, ...])
     assert_type(client.report_file("x", "run.json"), bytes)
     client.report_file("x", "../keys")  # type: ignore[arg-type]
+    assert_type(client.switch_off("Sports", wait="all", wait_seconds=2), LiveState)
+    assert_type(client.replicas().replicas, tuple[Replica, ...])
+    client.switch_off("Sports", wait="some")  # type: ignore[arg-type]
     client.switch_on("Sports", tua=2)  # type: ignore[call-arg]
     client.erase("Sports", ranking="best")  # type: ignore[arg-type]
     client.classify("a", erase=[{"tau": 2}])  # type: ignore[list-item]

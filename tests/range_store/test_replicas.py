@@ -14,7 +14,16 @@ from range_store.erasure import Erasure
 from range_store.errors import ForeignRangeSet, StoreUnavailable
 from range_store.live import LiveErasure, LiveState, reaches
 from range_store.mirror import Mirror
-from range_store.replicas import HEARTBEAT_SECONDS, LEASE_SECONDS, SILENT_SECONDS, Replicas, Roster, new_name
+from range_store.replicas import (
+    HEARTBEAT_SECONDS,
+    LEASE_SECONDS,
+    SILENT_SECONDS,
+    Follow,
+    Replica,
+    Replicas,
+    Roster,
+    new_name,
+)
 from range_store.store import RangeStore
 from tests.range_store.builders import FINGERPRINT, random_range_set
 from tests.range_store.waiting import until
@@ -66,6 +75,11 @@ def name_of(mirror: Mirror) -> str:
     return mirror.reporter.name
 
 
+def told(mirror: Mirror) -> None:
+    assert mirror.reporter is not None
+    mirror.reporter.report()
+
+
 @given(generations, generations)
 def test_of_one_epoch_the_later_generation_reaches_the_earlier(one: str, other: str) -> None:
     (epoch, counter), (other_epoch, other_counter) = one.split("-"), other.split("-")
@@ -100,7 +114,6 @@ def test_the_roster_is_everyones_last_word(
         assert set(roster.missing(wanted)) == behind
     reported = any(not goes for *_, goes in told)
     assert (roster.since is not None) == reported, "that the last one went is not that there never was one"
-    assert roster.settles_in == pytest.approx(SILENT_SECONDS, abs=1.0)
 
 
 def test_who_stops_reporting_is_forgotten_and_swept_out_by_the_next(replicas: Replicas, store: RangeStore) -> None:
@@ -133,9 +146,11 @@ def test_a_replica_that_has_not_read_a_change_is_missing(
 ) -> None:
     deaf = mirrors()
     deaf.refresh()  # and never again by itself: it was not started
+    told(deaf)
     before = toggle(active)
     assert replicas.read().missing(before.generation) == (name_of(deaf),)
-    deaf.catch_up()
+    deaf.refresh()
+    told(deaf)
     assert replicas.read().missing(before.generation) == ()
     later = before.advanced(before.range_set, ())
     assert replicas.read().missing(later.generation) == (name_of(deaf),)
@@ -174,7 +189,7 @@ def test_who_withdraws_holds_nobody_up_and_goes_on_reading(
     until(lambda: not replicas.read().replicas)
     state = toggle(active)
     until(lambda: mirror.snapshot.live == state)
-    mirror.catch_up()
+    told(mirror)
     assert replicas.read().replicas == ()
 
 
@@ -186,10 +201,11 @@ def test_a_report_is_renewed_and_made_anew_after_it_was_lost(
     (first,) = replicas.read().replicas
     until(lambda: replicas.read().replicas[0].at > first.at + HEARTBEAT_SECONDS / 2)
     active.client.delete(active.keys.replicas)
-    emptied = replicas.read()
-    assert (emptied.since, emptied.settles_in) == (None, SILENT_SECONDS)
+    assert replicas.read().since is None
     until(lambda: names(replicas.read()) == [name_of(mirror)])
-    assert 0 < replicas.read().settles_in <= SILENT_SECONDS
+    since = replicas.read().since
+    assert since is not None
+    assert since > first.at
 
 
 def test_a_report_that_fails_does_not_harm_the_mirror(
@@ -226,9 +242,69 @@ def test_who_was_silent_must_read_before_it_admits(
     assert not mirror.lapsed
 
 
+def test_who_was_silent_reads_before_it_reports(
+    active: RangeStore, replicas: Replicas, mirrors: Mirrors, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Else a report of what it held before would make it one that nobody had given up."""
+    mirror = mirrors()
+    mirror.refresh()
+    monkeypatch.setattr(reporter, "SILENT_SECONDS", 0.02)
+    until(lambda: mirror.lapsed)
+    state = toggle(active)
+    told(mirror)
+    assert mirror.snapshot is not None
+    assert mirror.snapshot.live == state
+    assert replicas.read().missing(state.generation) == ()
+
+
+def roster(now: float, since: float | None, **generations: str | None) -> Roster:
+    reports = [
+        Replica(name=name, generation=generation, range_set=None, at=now, expires=now + 1)
+        for name, generation in sorted(generations.items())
+    ]
+    return Roster(now, since, tuple(reports))
+
+
+SETTLED = 100 + SILENT_SECONDS
+WANTED = "0000000a-5"
+
+
+@pytest.mark.parametrize(
+    ("looks", "done", "missing"),
+    [
+        pytest.param([roster(SETTLED, 100, a=WANTED, b="0000000a-6")], True, (), id="all follow"),
+        pytest.param([roster(SETTLED, 100, a=WANTED, b="0000000a-4")], False, ("b",), id="one is behind"),
+        pytest.param([roster(SETTLED, 100, a=WANTED, b="0000000b-9")], False, ("b",), id="one is of another epoch"),
+        pytest.param([roster(SETTLED, 100, a=WANTED, b=None)], False, ("b",), id="one has read nothing"),
+        pytest.param([roster(SETTLED, 100, b=WANTED)], False, ("a",), id="this one does not report"),
+        pytest.param([roster(101, 100, a=WANTED)], False, (), id="others may not have come back to a new roster"),
+        pytest.param([roster(100, None, a=WANTED)], False, (), id="there is no roster"),
+        pytest.param(
+            [roster(100, None, a=WANTED), roster(SETTLED, None, a=WANTED)], True, (), id="nobody begins one in time"
+        ),
+        pytest.param(
+            [roster(90, None, a=WANTED), roster(SETTLED, 101, a=WANTED)], False, (), id="somebody begins one late"
+        ),
+    ],
+)
+def test_all_is_everybody_who_can_be_alive(looks: list[Roster], done: bool, missing: tuple[str, ...]) -> None:
+    follow = Follow(WANTED, lambda: "a")
+    assert [follow.done(look) for look in looks][-1] == done
+    assert follow.missing == missing
+    if not done:
+        assert all(name in follow.why() for name in missing)
+
+
+def test_nobody_is_all_once_it_is_certain() -> None:
+    assert Follow(WANTED).done(roster(SETTLED, 100))
+    assert not Follow(WANTED).done(roster(101, 100))
+    assert not Follow(WANTED, lambda: "a").done(roster(SETTLED, 100)), "who asks is alive"
+
+
 def test_what_is_stored_is_documented_json(active: RangeStore, mirrors: Mirrors, redis_client: redis.Redis) -> None:
     mirror = mirrors()
-    mirror.catch_up()
+    mirror.refresh()
+    told(mirror)
     stored = redis_client.hgetall(active.keys.replicas)
     report = json.loads(stored[name_of(mirror).encode()])
     assert report.keys() == {"generation", "range_set", "at", "expires"}

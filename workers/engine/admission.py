@@ -14,6 +14,7 @@ from range_store.mirror import Mirror
 from range_store.plan import NO_ERASURE, resolve
 from range_store.range_set import RangeSet
 from workers.engine.answers import Source
+from workers.engine.following import Following
 from workers.engine.masks import DevicePlan
 
 
@@ -38,21 +39,30 @@ class Planner:
 
     def __init__(self, mirror: Mirror, device: torch.device, capacity: int) -> None:
         self._mirror = mirror
+        self._following = Following(mirror)
         self._device = device
         self._capacity = capacity
         self._plans: OrderedDict[tuple[str, tuple[Erasure, ...]], DevicePlan] = OrderedDict()
         self._no_erasure = DevicePlan.of(NO_ERASURE, device)
 
-    async def admit(self, erase: Sequence[Erasure] | None) -> Admission:
+    async def admit(
+        self, erase: Sequence[Erasure] | None, min_generation: str | None = None, timeout: float | None = None
+    ) -> Admission:
         """The plan of a request that asks for `erase`, or for the live erasures where that is None.
 
         Enforced live erasures join every plan, and stand first in it, so that their replacement counts.
 
+        Args:
+            min_generation: of the live state: this one or a later one of its epoch, even if `erase` names the erasures.
+            timeout: seconds that the request has, of which it may wait for that generation.
+
         Raises:
+            Behind: the live state is not at `min_generation`, and did not come there in time.
             StoreUnavailable: the live erasures were never read, so it cannot be known what must be erased.
             NoRangeSet: something is to be erased, and no range set is active.
             InvalidErasure, UnknownConcept, NotFitted: see `range_store.plan.resolve`.
         """
+        await self._following.reach(min_generation, timeout)
         snapshot = self._mirror.snapshot
         if snapshot is None:
             raise StoreUnavailable("the live erasures were never read: the store cannot be reached")

@@ -100,4 +100,5 @@ class Answerer(Protocol):
         compare: bool = False,
         truncate: bool = True,
         timeout: float | None = None,
+        min_generation: str | None = None,
     ) -> Answer: ...

@@ -142,6 +142,7 @@ class Engine:
         compare: bool = False,
         truncate: bool = True,
         timeout: float | None = None,
+        min_generation: str | None = None,
     ) -> Answer:
         """Classify texts or pairs under the erasures of the request, or under the live ones where `erase` is None.
 
@@ -149,8 +150,10 @@ class Engine:
             compare: also give the bare model's logits.
             truncate: cut texts that are too long; else they are an error.
             timeout: seconds until the request is given up.
+            min_generation: of the live state, or a later one of its epoch; it is waited for a little.
 
         Raises:
+            Behind: it is not.
             QueueFull, RequestTooLarge, Draining, DeadlineExceeded, EngineFailed: see `workers.engine.errors`.
             TextTooLong, EmptyText, PairUnsupported: see `workers.models.errors`.
             RangeStoreError: the erasures cannot be resolved, or no range set or snapshot is at hand.
@@ -158,7 +161,7 @@ class Engine:
         request: Request | None = None
         try:
             async with asyncio.timeout(timeout):
-                request = await self._admit(texts, erase, compare, truncate)
+                request = await self._admit(texts, erase, compare, truncate, min_generation, timeout)
                 if texts:
                     self._inbox.put(request)
                     if self._failure is not None:  # nobody may read it any more
@@ -208,13 +211,19 @@ class Engine:
             self._changed.notify()
 
     async def _admit(
-        self, texts: Sequence[TextOrPair], erase: Sequence[Erasure] | None, compare: bool, truncate: bool
+        self,
+        texts: Sequence[TextOrPair],
+        erase: Sequence[Erasure] | None,
+        compare: bool,
+        truncate: bool,
+        min_generation: str | None,
+        timeout: float | None,
     ) -> Request:
         """Freeze the plan, or refuse the request before any work is done for it."""
         if self._draining:
             raise Draining
         self._check_room(len(texts), 0)
-        admission = await self._planner.admit(erase)
+        admission = await self._planner.admit(erase, min_generation, timeout)
         loop = asyncio.get_running_loop()
         nothing: list[TextAnswer | None] = [None] * len(texts)
         with self._changed:

@@ -9,7 +9,7 @@ from typing import Annotated, Any, Literal
 from fastapi import APIRouter, Request, Response
 from pydantic import Field
 
-from app.answering import Timeout, activation_of, answer_to, ranked
+from app.answering import MinGeneration, Timeout, activation_of, answer_to, ranked
 from app.auth import Calling
 from app.problems import BODY, Problem, documented
 from app.replies import Score
@@ -88,6 +88,7 @@ async def huggingface_classify(
     service: Serving,
     caller: Calling,
     x_request_timeout: Timeout = None,
+    min_generation: MinGeneration = None,
 ) -> list[list[Score]]:
     """Classify as a Hugging Face Inference Endpoint does: the labels of each text or pair, best first."""
     chosen = body.parameters or HfParameters()
@@ -99,6 +100,7 @@ async def huggingface_classify(
         erasures_of(body.erase if body.erase is not None else chosen.erase),
         truncate=chosen.truncation is not False,
         timeout=x_request_timeout,
+        min_generation=min_generation,
     )
     tell(response, answer)
     activation = chosen.function_to_apply or activation_of(service.model.problem_type)

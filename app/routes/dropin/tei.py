@@ -10,7 +10,7 @@ from typing import Annotated, Any, Literal
 from fastapi import APIRouter, Request, Response
 from pydantic import BaseModel, Field
 
-from app.answering import Timeout, activation_of, answer_to, ranked
+from app.answering import MinGeneration, Timeout, activation_of, answer_to, ranked
 from app.auth import Calling
 from app.problems import BODY, ApiError, Problem, documented
 from app.replies import Score
@@ -113,6 +113,7 @@ async def tei_predict(
     service: Serving,
     caller: Calling,
     x_request_timeout: Timeout = None,
+    min_generation: MinGeneration = None,
 ) -> list[Score] | list[list[Score]]:
     """Classify as text-embeddings-inference does: a list of labels for a text, a list of such lists for a batch."""
     answer = await answer_to(
@@ -123,6 +124,7 @@ async def tei_predict(
         erasures_of(body.erase),
         truncate=body.truncate is not False,
         timeout=x_request_timeout,
+        min_generation=min_generation,
     )
     if body.truncation_direction.lower() == "left":
         _check_uncut(answer)

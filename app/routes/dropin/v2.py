@@ -14,7 +14,7 @@ from fastapi import APIRouter, Depends, Request, Response
 from pydantic import Field
 from starlette.convertors import register_url_convertor
 
-from app.answering import Timeout, activation_of, all_scores, answer_to
+from app.answering import MinGeneration, Timeout, activation_of, all_scores, answer_to
 from app.auth import Calling
 from app.problems import ApiError, Problem, documented
 from app.readiness import conditions
@@ -120,6 +120,7 @@ async def v2_infer(
     caller: Calling,
     model: str,
     x_request_timeout: Timeout = None,
+    min_generation: MinGeneration = None,
 ) -> InferOut:
     """Classify as servers of the Open Inference Protocol do."""
     service = meant(models.named(model))
@@ -134,6 +135,7 @@ async def v2_infer(
         compare=chosen.compare,
         truncate=chosen.truncate,
         timeout=x_request_timeout,
+        min_generation=min_generation,
     )
     tell(response, answer)
     activation = chosen.activation if chosen.activation != "auto" else activation_of(service.model.problem_type)

@@ -10,7 +10,7 @@ from typing import Annotated, Any, Literal
 from fastapi import APIRouter, Request, Response
 from pydantic import BaseModel, Field
 
-from app.answering import Timeout, activation_of, all_scores, answer_to
+from app.answering import MinGeneration, Timeout, activation_of, all_scores, answer_to
 from app.auth import Calling
 from app.problems import ApiError, Problem, documented
 from app.requests import Inputs, erasures_of
@@ -114,6 +114,7 @@ async def vllm_classify(
     asking: Asking,
     caller: Calling,
     x_request_timeout: Timeout = None,
+    min_generation: MinGeneration = None,
 ) -> VllmClassifyOut:
     """Classify as vLLM does."""
     service = asking.service(body.model)
@@ -130,6 +131,7 @@ async def vllm_classify(
         erasures_of(body.erase),
         truncate=cut_to is not None,
         timeout=x_request_timeout,
+        min_generation=min_generation,
     )
     if cut_to is not None and cut_to >= 0:
         _check_lengths(answer, cut_to, most)

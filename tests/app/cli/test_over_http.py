@@ -97,6 +97,24 @@ def test_an_erasure_goes_on_and_off_as_on_the_store(cli: Cli, server: Server) ->
     assert server.store.audit(1)[0].reason == "over"
 
 
+def test_a_change_is_waited_for_on_the_server_and_on_the_store(cli: Cli, server: Server) -> None:
+    redis_url = server.store.client.url  # type: ignore[attr-defined]
+    stranger = "elsewhere:1:ab"
+    server.store.client.hset(server.store.keys.replicas, "since", "0")  # so everybody who lives has reported
+    for options in (["--url", server.url], ["--redis-url", redis_url, "--name", server.store.model]):
+        server.store.replicas.report(stranger, "00000000-1", None)
+        late = cli("erase", "on", "World", "--wait", "all", "--wait-seconds", "0.2", *options)
+        assert late.exit_code == 3
+        assert live(server).generation in late.stderr, "it is made"
+        assert stranger in late.stderr
+        assert [each.concept for each in live(server).erasures] == ["World"]
+        server.store.replicas.remove(stranger)
+        off = cli("erase", "off", "World", "--wait", "all", "--wait-seconds", "20", "--json", *options)
+        assert off.exit_code == 0, off.stderr
+        assert not server.store.replicas.read().missing(off.json["generation"])
+    assert cli("erase", "on", "World", "--wait", "some", "--url", server.url).exit_code == 2
+
+
 def test_all_off_is_one_generation(cli: Cli, server: Server) -> None:
     for concept in ("World", "Sports"):
         cli("erase", "on", concept, "--url", server.url)

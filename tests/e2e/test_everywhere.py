@@ -1,0 +1,237 @@
+"""`?wait=all`, `min_generation`, `/v1/replicas` on servers of one process; `faults/test_replicas.py` has real ones."""
+
+import time
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+import httpx
+import pytest
+
+from range_store import reporter
+from range_store.erasure import Erasure
+from range_store.live import LiveErasure, LiveState
+from range_store.replicas import SILENT_SECONDS
+from tests.e2e.conftest import Running, ready
+from tests.range_store.waiting import until
+from workers.engine import following
+from workers.fitting.fit import Fitted
+
+Problem = Callable[[httpx.Response, int, str], dict[str, Any]]
+TEXT = "the keeper saved a penalty"
+HEADER = "X-NeuronLens-Min-Generation"
+STRANGER = "elsewhere:1:ab"
+
+
+def long_since(running: Running) -> Running:
+    """As if its replicas had reported for long: who is not among them is no more."""
+    store = running.service.store
+    until(lambda: store.replicas.read().replicas)
+    store.client.hset(store.keys.replicas, "since", str(time.time() - 10 * SILENT_SECONDS))
+    return running
+
+
+def name_of(running: Running) -> str:
+    assert running.service.mirror.reporter is not None
+    return running.service.mirror.reporter.name
+
+
+def generation(running: Running) -> str:
+    told: str = running.http.get("/v1/erasures").json()["generation"]
+    return told
+
+
+def after(state: str, steps: int) -> str:
+    epoch, counter = state.split("-")
+    return f"{epoch}-{int(counter) + steps}"
+
+
+@pytest.fixture
+def deaf(serve: Callable[..., Running], fitted: Fitted) -> Running:
+    """A server that does not look for itself, and is told nothing by `unannounced`."""
+    return ready(serve(poll_seconds=300.0), fitted)
+
+
+def unannounced(running: Running) -> LiveState:
+    store = running.service.store
+    before = store.live()
+    state = before.advanced(before.range_set, (LiveErasure(erasure=Erasure(concept="World")),))
+    store.client.set(store.keys.live, state.model_dump_json())
+    return state
+
+
+def test_a_change_that_is_waited_for_is_in_force_on_every_server(serve: Callable[..., Running], fitted: Fitted) -> None:
+    one = long_since(ready(serve(), fitted))
+    other = serve(name=one.service.name)
+    listed = one.http.get("/v1/replicas").json()
+    assert {(each["name"], each["this"]) for each in listed["replicas"]} == {
+        (name_of(one), True),
+        (name_of(other), False),
+    }
+    calls: list[tuple[str, str, dict[str, Any]]] = [
+        ("PUT", "/v1/erasures/Sports", {}),
+        ("PUT", "/v1/erasures", {"erasures": [{"concept": "World"}]}),
+        ("PUT", "/v1/range-sets/active", {"id": fitted.range_set.id}),
+        ("DELETE", "/v1/erasures/World", {}),
+        ("DELETE", "/v1/erasures/World", {}),  # changes nothing, and waits all the same
+    ]
+    for method, path, body in calls:
+        reply = one.http.request(method, path, json=body or None, params={"wait": "all"})
+        assert reply.status_code == 200, reply.text
+        assert generation(other) == reply.json()["generation"]
+        assert other.classify(TEXT).json()["erasure"]["generation"] == reply.json()["generation"]
+        listed = other.http.get("/v1/replicas").json()
+        assert all(each["current"] and each["generation"] == listed["generation"] for each in listed["replicas"])
+        assert all(0 <= each["age"] < 10 for each in listed["replicas"])
+
+
+def test_who_does_not_follow_is_named_and_the_change_is_made(news: Running, problem: Problem) -> None:
+    long_since(news).service.store.replicas.report(STRANGER, "00000000-1", None)
+    began = time.monotonic()
+    reply = news.http.put("/v1/erasures/Sports", params={"wait": "all", "wait_seconds": "0.3"})
+    told = problem(reply, 504, "not_everywhere")
+    assert time.monotonic() - began >= 0.3
+    assert told["missing"] == [STRANGER]
+    assert (told["generation"], reply.headers["etag"]) == (generation(news), f'"{generation(news)}"')
+    assert STRANGER in told["detail"]
+    assert news.classify(TEXT).json()["erasure"]["concepts"] == ["Sports"]
+    news.service.store.replicas.remove(STRANGER)
+    assert news.http.delete("/v1/erasures/Sports", params={"wait": "all"}).status_code == 200
+
+
+def test_many_who_wait_hold_up_nobody_else(news: Running) -> None:
+    """More of them than there are threads for the store."""
+    long_since(news).service.store.replicas.report(STRANGER, "00000000-1", None)
+    waits = {"wait": "all", "wait_seconds": "20"}
+    with ThreadPoolExecutor(40) as pool:
+        waiting = [pool.submit(news.http.delete, "/v1/erasures/Sports", params=waits) for _ in range(40)]
+        for _ in range(20):
+            assert news.http.get("/v1/range-sets").status_code == 200
+        state = news.http.put("/v1/erasures/World", json={}).json()["generation"]
+        assert not any(each.done() for each in waiting)
+        news.service.store.replicas.report(STRANGER, state, None)
+        assert {each.result().status_code for each in waiting} == {200}
+
+
+def test_a_roster_that_was_emptied_is_not_taken_for_everybody(news: Running, problem: Problem) -> None:
+    store = long_since(news).service.store
+    store.client.delete(store.keys.replicas)
+    reply = news.http.delete("/v1/erasures/Sports", params={"wait": "all", "wait_seconds": "0.05"})
+    problem(reply, 504, "not_everywhere")
+    until(lambda: news.http.get("/v1/replicas").json()["replicas"])
+    reply = news.http.delete("/v1/erasures/Sports", params={"wait": "all", "wait_seconds": "0.2"})
+    assert problem(reply, 504, "not_everywhere")["missing"] == []
+    assert news.http.delete("/v1/erasures/Sports", params={"wait": "all"}).status_code == 200
+
+
+def test_a_server_that_cannot_report_says_so(news: Running, problem: Problem) -> None:
+    store = news.service.store
+    store.client.delete(store.keys.replicas)
+    store.client.set(store.keys.replicas, "another application's")
+    reply = news.http.put("/v1/erasures/Sports", params={"wait": "all", "wait_seconds": "0.2"})
+    assert generation(news) in problem(reply, 503, "store_unavailable")["detail"], "it is made"
+    assert news.classify(TEXT).json()["erasure"]["concepts"] == ["Sports"]
+    problem(news.http.get("/v1/replicas"), 503, "store_unavailable")
+
+
+def test_a_server_that_drains_is_not_waited_for(serve: Callable[..., Running], fitted: Fitted) -> None:
+    one = long_since(ready(serve(), fitted))
+    other = serve(name=one.service.name, poll_seconds=300.0)
+    other.service.drain()
+    until(lambda: len(one.http.get("/v1/replicas").json()["replicas"]) == 1)
+    assert one.http.put("/v1/erasures/Sports", params={"wait": "all"}).status_code == 200
+    assert other.http.delete("/v1/erasures/Sports", params={"wait": "all"}).status_code == 200
+
+
+@pytest.mark.parametrize(
+    "params", [{"wait": "some"}, {"wait": ""}, {"wait": "all", "wait_seconds": "0"}, {"wait_seconds": "nan"}]
+)
+def test_what_is_no_way_to_wait_changes_nothing(news: Running, problem: Problem, params: dict[str, str]) -> None:
+    before = generation(news)
+    problem(news.http.put("/v1/erasures/Sports", params=params), 422, "invalid")
+    assert generation(news) == before
+
+
+def test_a_generation_is_read_at_once_where_a_request_wants_it(deaf: Running) -> None:
+    for ask in (
+        lambda state: deaf.classify(TEXT, min_generation=state),
+        lambda state: deaf.http.post("/v1/classify", json={"inputs": TEXT}, headers={HEADER: state}),
+    ):
+        state = unannounced(deaf)
+        assert deaf.classify(TEXT).json()["erasure"]["generation"] != state.generation
+        answer = ask(state.generation)
+        assert answer.status_code == 200, answer.text
+        assert answer.json()["erasure"]["generation"] == state.generation
+        assert answer.json()["erasure"]["concepts"] == ["World"]
+        assert deaf.classify(TEXT, min_generation=after(state.generation, -1)).status_code == 200
+
+
+def test_a_generation_that_comes_while_a_request_waits_is_taken(deaf: Running) -> None:
+    wanted = after(generation(deaf), 1)
+    with ThreadPoolExecutor(20) as pool:
+        asked = [pool.submit(deaf.classify, TEXT, min_generation=wanted, erase=[]) for _ in range(20)]
+        assert unannounced(deaf).generation == wanted
+        assert {each.result().json()["erasure"]["generation"] for each in asked} == {wanted}
+
+
+def test_who_is_behind_says_what_it_has(news: Running, problem: Problem, monkeypatch: pytest.MonkeyPatch) -> None:
+    held = generation(news)
+    epoch = held.split("-")[0]
+    anew = f"{(int(epoch, 16) + 1) % 2**32:08x}-0"
+    began = time.monotonic()
+    told = problem(news.classify(TEXT, min_generation=anew), 503, "behind")
+    assert time.monotonic() - began < 2.5, "another epoch's generation never comes"
+    assert (told["generation"], "epoch" in told["detail"]) == (held, True)
+    never = after(held, 7)
+    headers = {HEADER: never}
+    monkeypatch.setattr(following, "PATIENCE", 0.1)
+    dropin: list[tuple[str, dict[str, Any]]] = [
+        ("/v1/classify", {"inputs": TEXT}),
+        ("/v1/classify", {"inputs": TEXT, "erase": []}),
+        ("/", {"inputs": TEXT}),
+        ("/predict", {"inputs": TEXT}),
+        ("/classify", {"input": TEXT}),
+        (
+            f"/v2/models/{news.service.name}/infer",
+            {"inputs": [{"name": "text", "datatype": "BYTES", "shape": [1], "data": [TEXT]}]},
+        ),
+    ]
+    for path, body in dropin:
+        reply = news.http.post(path, json=body, headers=headers)
+        assert problem(reply, 503, "behind")["generation"] == held
+        assert int(reply.headers["retry-after"]) >= 1
+        good = news.http.post(path, json=body, headers={HEADER: held})
+        assert good.status_code == 200, good.text
+
+
+@pytest.mark.parametrize("wrong", ["", "7", "00000000-", "0000000g-1", "00000000-01", "00000000-1 ", "00000000-٣"])
+def test_what_is_no_generation_is_refused(news: Running, problem: Problem, wrong: str) -> None:
+    problem(news.classify(TEXT, min_generation=wrong), 422, "invalid")
+    if wrong.strip() == wrong:  # else it is no header
+        reply = news.http.post("/predict", json={"inputs": TEXT}, headers={HEADER: wrong.encode()})
+        problem(reply, 422, "invalid")
+
+
+def test_two_generations_at_once_are_refused(news: Running, problem: Problem) -> None:
+    held = generation(news)
+    body = {"inputs": TEXT, "min_generation": held}
+    assert news.http.post("/v1/classify", json=body, headers={HEADER: held}).status_code == 200
+    problem(news.http.post("/v1/classify", json=body, headers={HEADER: after(held, 1)}), 422, "invalid")
+
+
+def test_an_enforced_erasure_holds_for_requests_with_erasures_of_their_own(deaf: Running) -> None:
+    store = deaf.service.store
+    before = store.live()
+    enforced = LiveErasure(erasure=Erasure(concept="World"), enforced=True)
+    state = before.advanced(before.range_set, (enforced,))
+    store.client.set(store.keys.live, state.model_dump_json())
+    answer = deaf.classify(TEXT, erase=["Sports"], min_generation=state.generation).json()
+    assert answer["erasure"]["concepts"] == ["World", "Sports"]
+
+
+def test_a_server_that_was_silent_reads_before_it_answers(deaf: Running, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Others may have given it up, and been told that a change is everywhere."""
+    monkeypatch.setattr(following, "LAPSED_PATIENCE", 20.0)
+    monkeypatch.setattr(reporter, "SILENT_SECONDS", -1.0)
+    state = unannounced(deaf)
+    assert deaf.classify(TEXT).json()["erasure"]["generation"] == state.generation
