@@ -7,6 +7,8 @@ import io
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, redirect_stdout, suppress
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -26,16 +28,16 @@ from range_store.api_keys import KeyStore
 from range_store.embedded import connect
 from range_store.errors import RangeStoreError
 from range_store.mirror import Mirror, Snapshot
-from range_store.range_set import check_model
+from range_store.range_set import ModelIdentity, check_model
 from range_store.replicas import new_name
 from range_store.store import RangeStore
 from workers.demo.demo import NAME as DEMO_NAME
 from workers.demo.demo import Demo, prepare
 from workers.engine.engine import Engine
 from workers.engine.settings import EngineSettings, batch_tokens_for
-from workers.evaluation.evaluate import Evaluation, check_targets
-from workers.evaluation.evaluate import evaluate as _evaluate
+from workers.evaluation.evaluate import Evaluation, Measure, check_targets, evaluate_by
 from workers.evaluation.files import write as write_evaluation
+from workers.evaluation.measure import measure
 from workers.evaluation.perplexity import check_perplexity, with_perplexity
 from workers.evaluation.settings import EvaluationSettings
 from workers.fitting.corpus import Corpus, check_source, load_corpus, load_label_map, match_labels
@@ -251,6 +253,7 @@ def evaluate_model(
     fit_settings: dict[str, Any],
     perplexity: bool,
     report: Report,
+    cluster: RayChoice | None = None,
     **settings: Any,
 ) -> Evaluation:
     """Load model and corpora, fit or read the ranges, measure, and write the results into `out`.
@@ -259,48 +262,88 @@ def evaluate_model(
         data: texts to fit on; a tenth is kept to choose settings on, unless `selection` names texts for that.
         published: a store, and the id of a range set in it to use instead of a fit.
         fit_settings: those of `workers.fitting.fit.fit`, but for layers and rankings.
+        perplexity: measure it too; not on a cluster.
         settings: those of `workers.evaluation.settings.EvaluationSettings`.
 
     Raises:
         CorpusError, ModelError, EvaluationError, RangeStoreError: see there.
     """
-    for each in (data, test_data, selection):
+    chosen = EvaluationSettings(**settings)
+    choices = (data, test_data, selection)
+    if cluster is not None:
+        with _pool(model, cluster, report, *choices) as pool:
+            from workers.cluster.evaluation import measure_on
+            from workers.cluster.fitting import fit_on
+
+            about = pool.about
+            hands = _Hands(
+                about.identity, about.template, _corpus_on_cluster, partial(fit_on, pool), partial(measure_on, pool)
+            )
+            return _evaluated(hands, *choices, out, chosen, published, fit_settings, model.scoring, None, report)
+    for each in choices:
         if each is not None:
             check_source(each.source)
-    chosen = EvaluationSettings(**settings)
     loaded = _load(model)
-    labels = loaded.identity.labels
     if perplexity:
         check_perplexity(loaded)
-    test = _corpus(test_data, labels)
+    hands = _Hands(loaded.identity, loaded.template, _corpus, partial(_fit, loaded), partial(measure, loaded))
+    asked = loaded if perplexity else None
+    return _evaluated(hands, *choices, out, chosen, published, fit_settings, model.scoring, asked, report)
+
+
+@dataclass(frozen=True)
+class _Hands:
+    """Who does the work of an evaluation: a model in this process, or many on a cluster."""
+
+    model: ModelIdentity
+    template: str | None
+    corpus: Callable[[CorpusChoice, tuple[str, ...]], Corpus]
+    fit: Callable[..., Fitted]
+    measure: Measure
+
+
+def _evaluated(
+    hands: _Hands,
+    data: CorpusChoice | None,
+    test_data: CorpusChoice,
+    selection: CorpusChoice | None,
+    out: Path,
+    chosen: EvaluationSettings,
+    published: tuple[RangeStore, str] | None,
+    fit_settings: dict[str, Any],
+    scoring: str,
+    perplexity_of: LoadedModel | None,
+    report: Report,
+) -> Evaluation:
+    labels = hands.model.labels
+    test = hands.corpus(test_data, labels)
     match_labels(test.concepts, labels)  # before the fit, which takes a while
-    choosing = _corpus(selection, labels) if selection else None
+    choosing = hands.corpus(selection, labels) if selection else None
     checkpoint: Path | None = None
     if published is not None:
         store, range_set_id = published
         range_set = store.read(range_set_id)
-        check_model(range_set.provenance, loaded.identity.fingerprint)
+        check_model(range_set.provenance, hands.model.fingerprint)
         inspect = {layer: store.read_inspect(range_set_id, layer) for layer in range_set.layers}
     else:
         assert data is not None
-        learned = _corpus(data, labels)
+        learned = hands.corpus(data, labels)
         if choosing is None:
             learned, choosing = learned.split_off(KEPT_FOR_CHOOSING, chosen.seed)
         check_targets(chosen, learned.concepts)
-        fitted = _fit(
-            loaded,
+        groups = chosen.resolved_layers(hands.model.n_layers)
+        fitted = hands.fit(
             learned,
-            layers=tuple(
-                sorted({layer for group in chosen.resolved_layers(loaded.identity.n_layers) for layer in group})
-            ),
+            layers=tuple(sorted({layer for group in groups for layer in group})),
             rankings=chosen.rankings,
             checkpoint_dir=out,
             progress=lambda now: report("fitting", now.rows_done, now.rows_total),
             **fit_settings,
         )
         range_set, inspect, checkpoint = fitted.range_set, fitted.inspect, fitted.checkpoint
-    evaluation = _evaluate(
-        loaded,
+    evaluation = evaluate_by(
+        hands.measure,
+        hands.model,
         range_set,
         test,
         chosen,
@@ -308,11 +351,11 @@ def evaluate_model(
         checkpoint_dir=out,
         progress=lambda what, now: report(what, now.rows_done, now.rows_total),
     )
-    if perplexity:
+    if perplexity_of is not None:
         evaluation = with_perplexity(
-            evaluation, loaded, range_set, test, chosen, lambda done, total: report("perplexity", done, total)
+            evaluation, perplexity_of, range_set, test, chosen, lambda done, total: report("perplexity", done, total)
         )
-    evaluation.run["prompt"] = {"template": loaded.template, "scoring": model.scoring} if loaded.template else {}
+    evaluation.run["prompt"] = {"template": hands.template, "scoring": scoring} if hands.template else {}
     write_evaluation(out, evaluation, range_set, inspect)
     evaluation.discard_checkpoints()
     if checkpoint is not None:

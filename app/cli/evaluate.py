@@ -100,6 +100,8 @@ def evaluate(
     max_test_rows: Annotated[int | None, typer.Option("--max-test-rows", min=1, help="Rows of --test-data.")] = None,
     rows_per_class: options.RowsPerClass = None,
     batch_tokens: options.BatchTokens = 4096,
+    ray: options.Ray = None,
+    actors: options.Actors = None,
     revision: options.Revision = None,
     device: options.Device = None,
     dtype: options.DType = None,
@@ -127,6 +129,9 @@ def evaluate(
             param_hint="--range-set",
         )
     options.some_data(test_data, dataset, "--test-data")
+    cluster = options.ray_choice(ray, actors)
+    if cluster is not None and perplexity:
+        raise typer.BadParameter("it is measured in one process: leave out --ray", param_hint="--perplexity")
     settings_of_grid = {
         "methods": options.choices(method, "--method", METHODS),
         "rankings": options.rankings(ranking),
@@ -194,6 +199,7 @@ def evaluate(
                 fit_settings=settings_of_fit,
                 perplexity=perplexity,
                 report=report,
+                cluster=cluster,
                 **settings_of_grid,
             )
     except KeyboardInterrupt:

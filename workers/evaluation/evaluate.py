@@ -3,13 +3,14 @@
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol, TypedDict, Unpack
 
-from range_store.range_set import RangeSet
+from range_store.range_set import ModelIdentity, RangeSet
 from workers.evaluation.bootstrap import Bootstrap
 from workers.evaluation.measure import CHECKPOINT_SECONDS, MeasureCancelled, MeasureProgress, measure, truth_of
-from workers.evaluation.measures import Row, Summary
+from workers.evaluation.measures import Outcomes, Row, Summary
 from workers.evaluation.selection import Choice, choose
 from workers.evaluation.settings import EvaluationSettings, Setting, grid
 from workers.fitting.corpus import Corpus, match_labels
@@ -40,8 +41,47 @@ class Evaluation:
             path.unlink(missing_ok=True)
 
 
+class Measure(Protocol):
+    """`workers.evaluation.measure.measure` of some model."""
+
+    def __call__(
+        self,
+        range_set: RangeSet,
+        corpus: Corpus,
+        grid: Sequence[Setting],
+        settings: EvaluationSettings,
+        *,
+        checkpoint_dir: Path | None,
+        checkpoint_seconds: float,
+        progress: Callable[[MeasureProgress], None] | None,
+        cancelled: Callable[[], bool] | None,
+    ) -> tuple[Outcomes, Path | None]: ...
+
+
+class EvaluationChoices(TypedDict, total=False):
+    """What `evaluate_by` is told, which says what each means."""
+
+    selection: Corpus | None
+    checkpoint_dir: Path | None
+    checkpoint_seconds: float
+    progress: Progress | None
+    cancelled: Callable[[], bool] | None
+
+
 def evaluate(
     model: LoadedModel,
+    range_set: RangeSet,
+    test: Corpus,
+    settings: EvaluationSettings,
+    **choices: Unpack[EvaluationChoices],
+) -> Evaluation:
+    """`evaluate_by` of a model in this process."""
+    return evaluate_by(partial(measure, model), model.identity, range_set, test, settings, **choices)
+
+
+def evaluate_by(
+    measure: Measure,
+    model: ModelIdentity,
     range_set: RangeSet,
     test: Corpus,
     settings: EvaluationSettings,
@@ -55,6 +95,7 @@ def evaluate(
     """Erase each target in each setting, and measure its texts and all others.
 
     Args:
+        measure: says what the model answers, masked and unmasked.
         range_set: fitted on other texts than `test` and `selection`, with the layers and rankings of `settings`.
         test: its concepts are the model's labels (after the label map).
         selection: texts to choose the best setting of each method on, where there is more than one; None: none is.
@@ -67,14 +108,15 @@ def evaluate(
         EvaluationCancelled: `cancelled` said so.
     """
     started = time.monotonic()
-    match_labels(test.concepts, model.identity.labels)
-    groups = settings.resolved_layers(model.identity.n_layers)
+    match_labels(test.concepts, model.labels)
+    groups = settings.resolved_layers(model.n_layers)
     targets = settings.targets or range_set.concepts
     check_targets(settings, range_set.concepts)
     settings_of_grid = list(grid(settings, groups, targets))
 
     def rows_on(corpus: Corpus, what: str) -> tuple[list[Row], Path | None]:
         return _rows(
+            measure,
             model,
             range_set,
             corpus,
@@ -89,7 +131,7 @@ def evaluate(
     choices: tuple[Choice, ...] = ()
     chosen_path = None
     if selection is not None and _offers_a_choice(settings_of_grid):
-        match_labels(selection.concepts, model.identity.labels)
+        match_labels(selection.concepts, model.labels)
         chosen_rows, chosen_path = rows_on(selection, "choosing settings")
         choices = choose(chosen_rows)
     rows, path = rows_on(test, "measuring")
@@ -109,7 +151,8 @@ def check_targets(settings: EvaluationSettings, concepts: Sequence[str]) -> None
 
 
 def _rows(
-    model: LoadedModel,
+    measure: Measure,
+    model: ModelIdentity,
     range_set: RangeSet,
     corpus: Corpus,
     settings_of_grid: Sequence[Setting],
@@ -120,7 +163,6 @@ def _rows(
     cancelled: Callable[[], bool] | None,
 ) -> tuple[list[Row], Path | None]:
     outcomes, path = measure(
-        model,
         range_set,
         corpus,
         settings_of_grid,
@@ -132,7 +174,7 @@ def _rows(
     )
     if not outcomes.used.any():
         raise EvaluationError(f"{corpus.name}: no text is left to measure")
-    labels = model.identity.labels
+    labels = model.labels
     truth = truth_of(corpus, labels)
     bootstrap = Bootstrap(truth[outcomes.used], settings.resamples, settings.seed)
     summary = Summary(outcomes, truth, labels, bootstrap, settings.others)
@@ -150,7 +192,7 @@ def _offers_a_choice(settings_of_grid: Sequence[Setting]) -> bool:
 
 
 def _run(
-    model: LoadedModel,
+    model: ModelIdentity,
     range_set: RangeSet,
     test: Corpus,
     selection: Corpus | None,
@@ -162,7 +204,7 @@ def _run(
     fitted = range_set.provenance
     return {
         "range_set": {"id": range_set.id, **fitted.model_dump(mode="json")},
-        "model": model.identity.model_dump(mode="json"),
+        "model": model.model_dump(mode="json"),
         "test": _about(test),
         "selection": {} if selection is None else _about(selection),
         "settings": {**settings.as_json(), "layers": [list(group) for group in groups], "targets": list(targets)},

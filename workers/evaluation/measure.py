@@ -5,7 +5,7 @@ import json
 import logging
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 
 import numpy as np
@@ -15,13 +15,13 @@ from safetensors.numpy import load_file, save_file
 
 from range_store.erasure import Positions
 from range_store.plan import resolve
-from range_store.range_set import RangeSet
+from range_store.range_set import ModelIdentity, RangeSet
 from range_store.whole_files import written_whole
 from workers.engine.forward import WHOLE_PASS, PlanSweep, open_trunk
 from workers.engine.masks import DevicePlan
 from workers.evaluation.measures import Labels, Outcomes
 from workers.evaluation.settings import EvaluationSettings, Layers, Setting
-from workers.fitting.corpus import Corpus
+from workers.fitting.corpus import Block, Corpus
 from workers.fitting.rows import BLOCK_ROWS
 from workers.models.loading import LoadedModel
 from workers.models.steered import Trunk
@@ -84,46 +84,141 @@ def measure(
         NotFitted, UnknownConcept, InvalidErasure: the range set cannot serve a setting.
         MeasureCancelled: `cancelled` said so.
     """
-    started = time.monotonic()
-    labels = model.identity.labels
-    truth = truth_of(corpus, labels)
-    sweeps = _sweeps(model, range_set, grid)
-    n_erasures = sum(len(setting.erasures) for setting in grid)
-    outcomes = Outcomes.empty(n_erasures, len(corpus), getattr(model.steered, "scoring", None) == "greedy")
-    checkpoint = _checkpoint_path(checkpoint_dir, model, range_set, corpus, grid, settings) if checkpoint_dir else None
-    if checkpoint is not None:
-        outcomes = _load(checkpoint, outcomes)
-    resumed = int(outcomes.done.sum())
-    saver = _Saver(checkpoint, outcomes, checkpoint_seconds)
-    splits = sorted({sweep.split for sweep in sweeps})
+    under_way = begin(
+        model.identity,
+        model.dtype,
+        getattr(model.steered, "scoring", None) == "greedy",
+        range_set,
+        corpus,
+        grid,
+        settings,
+        checkpoint_dir=checkpoint_dir,
+        checkpoint_seconds=checkpoint_seconds,
+    )
+    outcomes = under_way.outcomes
+    measurer = Measurer(model, range_set, grid, settings)
+
+    def before_turn() -> None:
+        if cancelled is not None and cancelled():
+            raise MeasureCancelled
+
     for at, batch in batches(model, corpus, settings.batch_tokens):
         if outcomes.done[at].all():
             continue
-        base, trunks = _trunks(model, batch, splits)
-        log = outcomes.add_base(at, base, truth[at])
-        outcomes.used[at] = (outcomes.base_predicted[at] == truth[at]) if settings.correct_only else True
+        measurer.add(outcomes, at, batch, under_way.truth[at], before_turn, under_way.save_if_due)
+        if progress is not None:
+            progress(under_way.progress())
+        under_way.save_if_due()
+    return under_way.end()
+
+
+class Measurer:
+    """A model, and all erasures of a grid, ready to be measured."""
+
+    def __init__(
+        self, model: LoadedModel, range_set: RangeSet, grid: Sequence[Setting], settings: EvaluationSettings
+    ) -> None:
+        self._model, self._settings = model, settings
+        self._sweeps = _sweeps(model, range_set, grid)
+        self._splits = sorted({sweep.split for sweep in self._sweeps})
+
+    def add(
+        self,
+        outcomes: Outcomes,
+        at: npt.NDArray[np.int64],
+        batch: TokenBatch,
+        truth: Labels,
+        before_turn: Callable[[], None] = lambda: None,
+        after_turn: Callable[[], None] = lambda: None,
+    ) -> None:
+        """Put what the model says of a batch, texts `at`, into `outcomes`. truth: index of each one's true label."""
+        model, settings = self._model, self._settings
+        base, trunks = _trunks(model, batch, self._splits)
+        log = outcomes.add_base(at, base, truth)
+        outcomes.used[at] = (outcomes.base_predicted[at] == truth) if settings.correct_only else True
         before = int(outcomes.turns[0])
         turns = [
             (sweep, turn)
-            for sweep in sweeps
+            for sweep in self._sweeps
             for turn in sweep.plans.turns(model.steered, batch, trunks[sweep.split], settings.batch_tokens)
         ]
         for number, (sweep, turn) in enumerate(turns):
-            if cancelled is not None and cancelled():
-                raise MeasureCancelled
+            before_turn()
             if number >= before and outcomes.used[at].any():  # a batch that was under way goes on where it was
                 logits = sweep.plans.logits(model.steered, batch, trunks[sweep.split], turn)
-                outcomes.add(sweep.places[turn], at, logits.float().cpu().numpy(), log, truth[at])
+                outcomes.add(sweep.places[turn], at, logits.float().cpu().numpy(), log, truth)
                 outcomes.turns[0] = number + 1
-                saver.save_if_due()
+                after_turn()
         outcomes.done[at], outcomes.turns[0] = True, 0
-        if progress is not None:
-            done = int(outcomes.done.sum())
-            progress(MeasureProgress(done, len(corpus), time.monotonic() - started, resumed))
-        saver.save_if_due()
-    if settings.rows_per_class is not None:
-        _cap(outcomes.used, truth, settings.rows_per_class)
-    return outcomes, checkpoint
+
+
+@dataclass(eq=False)
+class Measuring:
+    """A measuring that is under way."""
+
+    corpus: Corpus
+    settings: EvaluationSettings
+    truth: Labels
+    outcomes: Outcomes
+    checkpoint: Path | None
+    seconds: float
+    resumed: int
+    started: float = field(default_factory=time.monotonic)
+    _saved: float = field(default_factory=time.monotonic)
+    _cost: float = 0.0
+
+    def progress(self) -> MeasureProgress:
+        done = int(self.outcomes.done.sum())
+        return MeasureProgress(done, len(self.corpus), time.monotonic() - self.started, self.resumed)
+
+    def save_if_due(self) -> None:
+        """Write the checkpoint now and then: one that is slow to write less often, down to `LONGEST`; 0: always."""
+        every = min(max(self.seconds, 20 * self._cost), LONGEST) if self.seconds else 0.0
+        if time.monotonic() - self._saved >= every:
+            self.save()
+
+    def save(self) -> None:
+        """Write the checkpoint, if there is to be one."""
+        if self.checkpoint is None:
+            return
+        started = time.monotonic()
+        with written_whole(self.checkpoint) as partial:
+            save_file({name: np.ascontiguousarray(getattr(self.outcomes, name)) for name in _ARRAYS}, partial)
+        self._saved = time.monotonic()
+        self._cost = self._saved - started
+
+    def end(self) -> tuple[Outcomes, Path | None]:
+        """Outcomes of a measuring that is done, and its checkpoint."""
+        if self.settings.rows_per_class is not None:
+            _cap(self.outcomes.used, self.truth, self.settings.rows_per_class)
+        return self.outcomes, self.checkpoint
+
+
+def begin(
+    model: ModelIdentity,
+    dtype: str,
+    greedy: bool,
+    range_set: RangeSet,
+    corpus: Corpus,
+    grid: Sequence[Setting],
+    settings: EvaluationSettings,
+    *,
+    checkpoint_dir: Path | None,
+    checkpoint_seconds: float,
+) -> Measuring:
+    """A measuring at its start, or where a checkpoint left it.
+
+    Args:
+        dtype: of the model's parameters. greedy: it is a few-shot model that decodes its answers.
+    """
+    n_erasures = sum(len(setting.erasures) for setting in grid)
+    outcomes = Outcomes.empty(n_erasures, len(corpus), greedy)
+    checkpoint = None
+    if checkpoint_dir:
+        checkpoint = _checkpoint_path(checkpoint_dir, model, dtype, range_set, corpus, grid, settings)
+        outcomes = _load(checkpoint, outcomes)
+    truth = truth_of(corpus, model.labels)
+    return Measuring(corpus, settings, truth, outcomes, checkpoint, checkpoint_seconds, int(outcomes.done.sum()))
 
 
 def batches(
@@ -131,12 +226,19 @@ def batches(
 ) -> Iterator[tuple[npt.NDArray[np.int64], TokenBatch]]:
     """Length-sorted batches, block by block, with the rows of their texts. Texts without a token are left out."""
     for block in corpus.blocks():
-        encoded = model.tokens.encode(block.texts, keep_empty=True)
-        some = [row for row, text in enumerate(encoded) if text.ids]
-        for places in length_sorted([len(encoded[row].ids) for row in some], batch_tokens):
-            rows = [some[place] for place in places]
-            batch = model.tokens.pad([encoded[row].ids for row in rows], model.device)
-            yield np.array(rows, dtype=np.int64) + block.index * BLOCK_ROWS, batch
+        for rows, batch in batches_of(model, block, batch_tokens):
+            yield rows + block.index * BLOCK_ROWS, batch
+
+
+def batches_of(
+    model: LoadedModel, block: Block, batch_tokens: int
+) -> Iterator[tuple[npt.NDArray[np.int64], TokenBatch]]:
+    """Length-sorted batches of a block, with the places of their texts in it."""
+    encoded = model.tokens.encode(block.texts, keep_empty=True)
+    some = [row for row, text in enumerate(encoded) if text.ids]
+    for places in length_sorted([len(encoded[row].ids) for row in some], batch_tokens):
+        rows = [some[place] for place in places]
+        yield np.array(rows, dtype=np.int64), model.tokens.pad([encoded[row].ids for row in rows], model.device)
 
 
 def _sweeps(model: LoadedModel, range_set: RangeSet, grid: Sequence[Setting]) -> list[_Sweep]:
@@ -179,7 +281,8 @@ def _cap(used: npt.NDArray[np.bool_], truth: Labels, most: int) -> None:
 
 def _checkpoint_path(
     directory: Path,
-    model: LoadedModel,
+    model: ModelIdentity,
+    dtype: str,
     range_set: RangeSet,
     corpus: Corpus,
     grid: Sequence[Setting],
@@ -188,7 +291,7 @@ def _checkpoint_path(
     """Named by everything that the outcomes depend on."""
     directory.mkdir(parents=True, exist_ok=True)
     digest = hashlib.sha256()
-    for part in (model.identity.fingerprint, model.dtype, range_set.id, corpus.sha256):
+    for part in (model.fingerprint, dtype, range_set.id, corpus.sha256):
         digest.update(part.encode())
     digest.update(json.dumps(settings.as_json(), sort_keys=True).encode())
     for setting in grid:
@@ -208,21 +311,3 @@ def _load(path: Path, fresh: Outcomes) -> Outcomes:
         logger.warning("the checkpoint %s cannot be read (%s): starting over", path, error)
         return fresh
     return loaded
-
-
-class _Saver:
-    """Writes the checkpoint now and then: one that is slow to write less often, down to `LONGEST`; 0: at each turn."""
-
-    def __init__(self, path: Path | None, outcomes: Outcomes, seconds: float) -> None:
-        self._path, self._outcomes, self._seconds = path, outcomes, seconds
-        self._saved, self._cost = time.monotonic(), 0.0
-
-    def save_if_due(self) -> None:
-        started = time.monotonic()
-        every = min(max(self._seconds, 20 * self._cost), LONGEST) if self._seconds else 0.0
-        if self._path is None or started - self._saved < every:
-            return
-        with written_whole(self._path) as partial:
-            save_file({name: np.ascontiguousarray(getattr(self._outcomes, name)) for name in _ARRAYS}, partial)
-        self._saved = time.monotonic()
-        self._cost = self._saved - started

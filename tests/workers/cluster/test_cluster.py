@@ -18,7 +18,7 @@ import tempfile
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Unpack
 
 import numpy as np
 import psutil
@@ -35,9 +35,13 @@ from tests.workers.checkpoints import LABELS, save_tiny
 from tests.workers.texts import labelled_texts, write_jsonl
 from workers.cluster import nodes
 from workers.cluster.errors import ClusterError
+from workers.cluster.evaluation import measure_on
 from workers.cluster.fitting import fit_on
 from workers.cluster.nodes import KEEP_WORKERS, Job, Layout, ModelPool, connected
 from workers.cluster.reading import Files
+from workers.evaluation.evaluate import EvaluationChoices, evaluate, evaluate_by
+from workers.evaluation.measure import MeasureCancelled, MeasureProgress
+from workers.evaluation.settings import EvaluationSettings
 from workers.fitting.corpus import Corpus, CorpusError, load_corpus
 from workers.fitting.fit import FitCancelled, FitChoices, FitProgress, Fitted, fit
 from workers.models.errors import CheckpointError
@@ -190,6 +194,23 @@ def test_the_command_stops_within_seconds_and_goes_on(
     assert json.loads(said.out)["id"] == alone.range_set.id
 
 
+def test_evaluate_writes_the_same_results(
+    cluster: Cluster, source: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    write_jsonl(tmp_path / "learned.jsonl", ROWS[:600])
+    write_jsonl(tmp_path / "test.jsonl", ROWS[600:900])
+    command = ["evaluate", "--model", source, "--data", str(tmp_path / "learned.jsonl"), "--top-fraction", "0.3,1.0"]
+    command += ["--test-data", str(tmp_path / "test.jsonl"), "--bins", "32", "--threads", "1", "--resamples", "50"]
+    results = []
+    for place, more in (("here", []), ("there", ["--ray", "auto", "--actors", "1"])):
+        assert run([*command, "--out", str(tmp_path / place), "--json", *more]) == 0
+        assert json.loads(capsys.readouterr().out)
+        results.append([(tmp_path / place / name).read_text() for name in ("results.json", "results.csv")])
+        assert not list((tmp_path / place).glob(".measuring-*"))
+    assert results[0] == results[1]
+    assert run([*command, "--ray", "auto", "--perplexity"]) == 2
+
+
 @pytest.mark.parametrize("written", WRITERS)
 def test_any_files_give_what_one_file_gives_in_one_process(
     pool: ModelPool, alone: Fitted, corpus: Corpus, written: str, tmp_path: Path
@@ -291,19 +312,56 @@ def test_a_killed_actor_costs_only_its_part(
 ) -> None:
     killed: list[int] = []
 
-    def kill_all_but_one(now: FitProgress) -> None:
+    def kill_one(now: FitProgress) -> None:
         if not killed:
             own = psutil.Process().children(recursive=True)
             actors = [each.pid for each in own if "ModelActor" in " ".join(each.cmdline())]
-            killed.extend(actors[1:])
-            for pid in killed:
-                os.kill(pid, signal.SIGKILL)
+            killed.append(actors[0])
+            os.kill(killed[0], signal.SIGKILL)
 
-    fitted = fit_on(pool, on_cluster(path), progress=kill_all_but_one, **CHOICES)
+    fitted = fit_on(pool, on_cluster(path), progress=kill_one, **CHOICES)
     assert len(killed) >= 1
     assert "an actor was lost" in caplog.text
     assert fitted.range_set.id == alone.range_set.id
     assert numbers(fitted) == numbers(alone)
+
+
+def test_an_evaluation_is_that_of_one_process_whoever_dies_and_whoever_goes_on(
+    pool: ModelPool, model: LoadedModel, alone: Fitted, path: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    settings = EvaluationSettings(top_fractions=(0.3, 1.0), positions=("all", "read"), resamples=20, batch_tokens=2048)
+    corpus = load_corpus(str(path), labels=LABELS, max_rows=5000)
+    expected = repr(evaluate(model, alone.range_set, corpus, settings).rows)
+    seen: list[MeasureProgress] = []
+
+    def on_pool(**choices: Unpack[EvaluationChoices]) -> str:
+        by = functools.partial(measure_on, pool)
+        drawn = on_cluster(path, max_rows=5000)
+        return repr(evaluate_by(by, pool.about.identity, alone.range_set, drawn, settings, **choices).rows)
+
+    def kill_one(what: str, now: MeasureProgress) -> None:
+        if not seen:
+            own = psutil.Process().children(recursive=True)
+            os.kill(next(each.pid for each in own if "ModelActor" in " ".join(each.cmdline())), signal.SIGKILL)
+        seen.append(now)
+
+    assert on_pool(progress=kill_one) == expected
+    assert "an actor was lost" in caplog.text
+    assert seen[-1].rows_done == 5000
+    seen.clear()
+    with pytest.raises(MeasureCancelled):
+        on_pool(
+            checkpoint_dir=tmp_path,
+            progress=lambda what, now: seen.append(now),
+            cancelled=lambda: bool(seen) and seen[-1].rows_done >= 2048,
+        )
+    (checkpoint,) = tmp_path.iterdir()
+    kept = checkpoint.read_bytes()
+    seen.clear()
+    assert on_pool(checkpoint_dir=tmp_path, progress=lambda what, now: seen.append(now)) == expected
+    assert 2048 <= seen[0].resumed_rows < 5000
+    checkpoint.write_bytes(kept)
+    assert repr(evaluate(model, alone.range_set, corpus, settings, checkpoint_dir=tmp_path).rows) == expected
 
 
 def test_work_is_given_in_order_and_taken_no_further_ahead_than_a_bound(pool: ModelPool) -> None:

@@ -1,0 +1,123 @@
+"""Measuring on a pool of models: block by block, so in the very batches of one process, and with its outcomes."""
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from range_store.plan import resolve
+from range_store.range_set import RangeSet
+from workers.cluster.nodes import Job, ModelPool
+from workers.evaluation.measure import (
+    MeasureCancelled,
+    MeasureProgress,
+    Measurer,
+    Measuring,
+    batches_of,
+    begin,
+)
+from workers.evaluation.measures import Labels, Outcomes
+from workers.evaluation.settings import EvaluationSettings, Setting
+from workers.fitting.corpus import Block, Corpus
+from workers.fitting.rows import BLOCK_ROWS
+from workers.models.loading import LoadedModel
+
+
+@dataclass(frozen=True, eq=False)
+class Asked:
+    """A block to measure, and the index of each text's true label."""
+
+    block: Block
+    truth: Labels
+
+    def __str__(self) -> str:
+        first = self.block.index * BLOCK_ROWS
+        return f"rows {first + 1:,} to {first + len(self.truth):,}"
+
+
+@dataclass(frozen=True, eq=False)
+class _Known:
+    """What every actor needs to know."""
+
+    range_set: RangeSet
+    grid: Sequence[Setting]
+    settings: EvaluationSettings
+    greedy: bool
+
+
+class Answering:
+    """On an actor: outcomes of blocks under every erasure."""
+
+    def __init__(self, model: LoadedModel, known: _Known) -> None:
+        self._model, self._known = model, known
+        self._measurer = Measurer(model, known.range_set, known.grid, known.settings)
+        self._erasures = sum(len(setting.erasures) for setting in known.grid)
+
+    def __call__(self, asked: Asked) -> Outcomes:
+        outcomes = Outcomes.empty(self._erasures, len(asked.truth), self._known.greedy)
+        for at, batch in batches_of(self._model, asked.block, self._known.settings.batch_tokens):
+            self._measurer.add(outcomes, at, batch, asked.truth[at])
+        return outcomes
+
+
+def measure_on(
+    pool: ModelPool,
+    range_set: RangeSet,
+    corpus: Corpus,
+    grid: Sequence[Setting],
+    settings: EvaluationSettings,
+    *,
+    checkpoint_dir: Path | None,
+    checkpoint_seconds: float,
+    progress: Callable[[MeasureProgress], None] | None,
+    cancelled: Callable[[], bool] | None,
+) -> tuple[Outcomes, Path | None]:
+    """As `workers.evaluation.measure.measure`, on the pool; it goes on from the other's checkpoint, and so back.
+
+    Raises:
+        NotFitted, UnknownConcept, InvalidErasure, MeasureCancelled: as there.
+        ModelError, ClusterError: see `ModelPool`.
+    """
+    for setting in grid:  # what cannot be resolved should be known here
+        for erasure in setting.erasures:
+            resolve(range_set, [erasure])
+    about = pool.about
+    under_way = begin(
+        about.identity,
+        about.dtype,
+        about.greedy,
+        range_set,
+        corpus,
+        grid,
+        settings,
+        checkpoint_dir=checkpoint_dir,
+        checkpoint_seconds=checkpoint_seconds,
+    )
+    outcomes = under_way.outcomes
+    outcomes.turns[0] = 0  # a batch that one process was at is measured anew
+
+    def tick() -> None:
+        if cancelled is not None and cancelled():
+            raise MeasureCancelled
+
+    pool.tick = tick
+    job = Job[Asked, Outcomes].of(Answering, _Known(range_set, tuple(grid), settings, about.greedy))
+    try:
+        for asked, part, _ in pool.in_order(job, _left(under_way)):
+            rows = slice(asked.block.index * BLOCK_ROWS, asked.block.index * BLOCK_ROWS + len(asked.truth))
+            for name in ("base_predicted", "base_confidence", "predicted", "confidence", "kl", "used", "done"):
+                getattr(outcomes, name)[..., rows] = getattr(part, name)
+            if progress is not None:
+                progress(under_way.progress())
+            under_way.save_if_due()
+    except BaseException:
+        under_way.save()
+        raise
+    return under_way.end()
+
+
+def _left(under_way: Measuring) -> Iterator[Asked]:
+    """Blocks that are not done."""
+    for block in under_way.corpus.blocks():
+        rows = slice(block.index * BLOCK_ROWS, block.index * BLOCK_ROWS + len(block.texts))
+        if not under_way.outcomes.done[rows].all():
+            yield Asked(block, under_way.truth[rows])
