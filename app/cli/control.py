@@ -117,7 +117,7 @@ def control_of(
     settings = settings_with(redis_url=redis_url, data_dir=data_dir, url=url)
     if settings.url and not (redis_url or data_dir):
         api_key = settings.api_key.get_secret_value() if settings.api_key else None
-        with ServerControl(settings.url, name, api_key, wait) as server:
+        with ServerControl(settings.url, name or settings.name, api_key, wait) as server:
             yield server
     else:
         with store_of(settings, name, publishes=publishes) as store:

@@ -187,7 +187,7 @@ ServedName = Annotated[
     str | None,
     typer.Option(
         "--name",
-        help="The model's served name. Default: NEURONLENS_NAME, else the only one.",
+        help="The model's served name. Default: NEURONLENS_NAME, else the only one; of a server, the first.",
         rich_help_panel=STORE_PANEL,
     ),
 ]

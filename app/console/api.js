@@ -1,6 +1,7 @@
 // Calls of the public /v1 API.
 
 import { askForKey, key } from "./key.js";
+import { named } from "./model.js";
 import { Watched } from "./watched.js";
 
 /** What the server answered instead of what was asked for (application/problem+json). */
@@ -41,13 +42,18 @@ export const path = (...parts) => `/${parts.map(encodeURIComponent).join("/")}`;
 /** A concept in a path, and what goes into the query with it: browsers resolve "." and "..", however they are written. */
 export const ofConcept = (concept) => (concept === "." || concept === ".." ? { at: "-", named: { name: concept } } : { at: concept, named: {} });
 
+/** An address of the API with a query, which names the page's model. */
+export function asked(where, query = {}) {
+  const known = Object.entries({ ...named, ...query }).filter(([, value]) => value !== null && value !== undefined);
+  return known.length ? `${where}?${new URLSearchParams(known)}` : where;
+}
+
 /**
  * Call the API and give { data, etag, text }.
  * Asks for a key once if the server wants one. Throws Problem, Lost, or AbortError by `signal`.
  */
 export async function call(method, where, { body, query, ifMatch, signal, text = false } = {}) {
-  const known = Object.entries(query ?? {}).filter(([, value]) => value !== null && value !== undefined);
-  const address = known.length ? `${where}?${new URLSearchParams(known)}` : where;
+  const address = asked(where, query);
   for (let asked = false; ; asked = true) {
     const used = key.value;
     const response = await send(address, {

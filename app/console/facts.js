@@ -1,23 +1,25 @@
 // What the page knows about the server: its model, the concepts of the active range set, what was fitted.
 
 import { call, path } from "./api.js";
+import { model as chosen } from "./model.js";
 import { Watched } from "./watched.js";
 
 /**
- * { model, concepts, rangeSet, layers, rankings, features, problem }; null until they are known.
+ * { model, models, concepts, rangeSet, layers, rankings, features, problem }; null until they are known.
+ * `models`: the names of all that the server has.
  * `features`: what the server can do, by name; null if it does not say. `problem`: why concepts are not known.
  */
 export const facts = new Watched(null);
 
 const UNTOLD = { id: "", kind: "", family: "", labels: [], layers: 1, hidden_size: null, max_tokens: null, dtype: "", device: "" };
 
-/** The model; a key that may classify but not look is told nothing. */
-async function loadModel(signal) {
+/** The models; a key that may classify but not look is told nothing. */
+async function loadModels(signal) {
   try {
-    return (await call("GET", "/v1/models", { signal })).data.models[0];
+    return (await call("GET", "/v1/models", { query: { model: null }, signal })).data.models;
   } catch (error) {
     if (error.status !== 403) throw error;
-    return UNTOLD;
+    return [UNTOLD];
   }
 }
 
@@ -35,8 +37,9 @@ async function loadFeatures(signal) {
 
 /** Read them. Throws what calls throw; that no range set is active, or that the key may not look, is no error. */
 export async function loadFacts(signal) {
-  const model = await loadModel(signal);
-  const found = { model, concepts: [], rangeSet: null, layers: [...Array(model.layers).keys()], rankings: ["max"], features: await loadFeatures(signal), problem: null };
+  const models = await loadModels(signal);
+  const model = models.find(({ id }) => id === chosen) ?? models[0];
+  const found = { model, models: models.map(({ id }) => id), concepts: [], rangeSet: null, layers: [...Array(model.layers).keys()], rankings: ["max"], features: await loadFeatures(signal), problem: null };
   try {
     const { data } = await call("GET", "/v1/concepts", { signal });
     found.concepts = data.concepts;

@@ -1,6 +1,6 @@
 // The live state as it changes: by /v1/events, read as a stream (EventSource sends no key), else by asking.
 
-import { Lost, call, connected, headers, isAbort, lost, problemOf } from "./api.js";
+import { Lost, asked, call, connected, headers, isAbort, lost, problemOf } from "./api.js";
 import { askForKey, key } from "./key.js";
 import { Watched } from "./watched.js";
 
@@ -80,7 +80,7 @@ async function readStream() {
   key.watch(() => aborting.abort(), changed.signal);
   try {
     heard();
-    const response = await fetch("/v1/events", { headers: headers({ Accept: "text/event-stream" }), signal: aborting.signal, cache: "no-store" });
+    const response = await fetch(asked("/v1/events"), { headers: headers({ Accept: "text/event-stream" }), signal: aborting.signal, cache: "no-store" });
     if (!response.ok) throw await problemOf(response);
     following.value = "stream";
     connected.value ||= true;

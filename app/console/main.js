@@ -1,11 +1,13 @@
 // The frame of the page: which part is shown, whether the server answers, the key, light and dark.
 
 import { connected, isAbort } from "./api.js";
+import { choice, el } from "./elements.js";
 import { showEvaluation } from "./evaluation.js";
 import { facts, loadFacts } from "./facts.js";
 import { follow, following, live } from "./follow.js";
 import { askForKey, key } from "./key.js";
 import { showLive } from "./live.js";
+import { choose, model as chosen } from "./model.js";
 import { showNeurons } from "./neurons.js";
 import { failed, loading } from "./notices.js";
 import { read } from "./state.js";
@@ -56,13 +58,14 @@ function showConnection() {
 }
 
 function showModel() {
-  const model = facts.value?.model;
+  const { model, models } = facts.value ?? {};
   const place = document.getElementById("model");
-  place.replaceChildren();
-  if (!model) return;
-  const name = document.createElement("bdi");
-  name.textContent = model.id;
-  place.append(name);
+  if (!model) return place.replaceChildren();
+  if (models.length > 1) {
+    const known = models.includes(chosen || model.id); // else the address names one that the server has not
+    const options = [...(known ? [] : [["", "choose a model"]]), ...models.map((id) => [id, id])];
+    place.replaceChildren(choice(options, known ? model.id : "", choose, { "aria-label": "Model" }));
+  } else place.replaceChildren(el("bdi", {}, model.id));
   if (model.kind) place.title = `${model.family}, ${model.kind}, ${model.layers} blocks of ${model.hidden_size} neurons, ${model.dtype} on ${model.device}`;
 }
 

@@ -1,11 +1,12 @@
 // The request that stands under Try, and the same as a command or a program.
 
 import { key } from "./key.js";
+import { named } from "./model.js";
 import { asRequest } from "./settings.js";
 
 /** The body of POST /v1/classify. */
 export function bodyOf({ text, source, concepts, settings }, layers, compare = true) {
-  const body = { inputs: text };
+  const body = { inputs: text, ...named };
   if (source === "chosen") body.erase = concepts.length ? { concepts, ...asRequest(settings, layers) } : [];
   if (compare) body.compare = true;
   return body;

@@ -9,19 +9,20 @@ from pathlib import Path
 
 from operators import OPERATORS
 from panels import BLUE, RED, Json, annotation, dashboard, link_to, variable
-from queries import ME
+from queries import ME, OF
 from steering import STEERING
 
 VARIABLES = [
     variable("job", "Job", "label_values(neuronlens_ready, job)", all_of_them=False),
     variable("instance", "Replica", 'label_values(neuronlens_ready{job="$job"}, instance)', all_of_them=True),
+    variable("model", "Model", f"label_values(neuronlens_ready{{{ME}}}, model)", all_of_them=True),
 ]
 MARKS = [
     annotation(
         "Toggles",
-        f"1000 * max by (change, concept) (neuronlens_live_changed_timestamp_seconds{{{ME}}})",
+        f"1000 * max by (change, model, concept) (neuronlens_live_changed_timestamp_seconds{{{OF}}})",
         BLUE,
-        "{{change}} {{concept}}",
+        "{{change}} {{model}} {{concept}}",
         value_is_time=True,
     ),
     annotation(

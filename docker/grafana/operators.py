@@ -1,14 +1,14 @@
 """Readiness, traffic, latency, saturation, errors and store: what operators look at."""
 
 from panels import GREEN, RED, YELLOW, Query, figure, lines, row, steps, table, timeline, values
-from queries import CLASSIFY, ME, READY, REPLICA, UP, quantile, quantiles, rate
+from queries import CLASSIFY, ME, MODEL, OF, READY, REPLICA, UP, quantile, quantiles, rate
 
 OPERATORS = [
     row("Is it well?"),
     figure(
         "Replicas ready",
-        "Replicas that take requests, as their /readyz says.",
-        Query(f"sum(neuronlens_ready{{{ME}}}) or vector(0)", instant=True),
+        "Replicas that take requests for every model chosen; their /readyz answers 200 while all of theirs do.",
+        Query(f"sum(min by (instance) (neuronlens_ready{{{OF}}})) or vector(0)", instant=True),
         unit="none",
         thresholds=steps(RED, (1, GREEN)),
     ),
@@ -22,7 +22,7 @@ OPERATORS = [
     figure(
         "Store",
         "Down as soon as one replica cannot reach Redis. Answers go on; toggles do not.",
-        Query(f"min(neuronlens_store_up{{{ME}}})", instant=True),
+        Query(f"min(neuronlens_store_up{{{OF}}})", instant=True),
         unit="none",
         thresholds=steps(RED, (1, GREEN)),
         mapped=UP,
@@ -30,7 +30,7 @@ OPERATORS = [
     figure(
         "Oldest snapshot",
         "How long ago the most outdated replica knew its live state to be the newest. A few seconds is normal.",
-        Query(f"max(neuronlens_snapshot_age_seconds{{{ME}}})", instant=True),
+        Query(f"max(neuronlens_snapshot_age_seconds{{{OF}}})", instant=True),
         unit="s",
         thresholds=steps(GREEN, (10, YELLOW), (60, RED)),
     ),
@@ -60,14 +60,14 @@ OPERATORS = [
     timeline(
         "Readiness by replica",
         "Ready as /readyz says. A gap: the replica was not scraped.",
-        Query(f"neuronlens_ready{{{ME}}}", REPLICA),
+        Query(f"neuronlens_ready{{{OF}}}", MODEL),
         mapped=READY,
         width=8,
     ),
     timeline(
         "Conditions of readiness",
         "The worst replica for each condition that /readyz names.",
-        Query(f"min by (condition) (neuronlens_ready_condition{{{ME}}})", "{{condition}}"),
+        Query(f"min by (condition) (neuronlens_ready_condition{{{OF}}})", "{{condition}}"),
         mapped=values((1, "holds", GREEN), (0, "fails", RED)),
         width=8,
     ),
@@ -75,14 +75,14 @@ OPERATORS = [
     lines(
         "Requests by route",
         "Requests per second that were answered, refused ones among them.",
-        [Query(f"sum by (route) ({rate('neuronlens_http_requests_total')})", "{{route}}")],
+        [Query(f"sum by (route) ({rate('neuronlens_http_requests_total', ME)})", "{{route}}")],
         unit="reqps",
         stacked=True,
     ),
     lines(
         "Texts answered",
-        "Texts per second by replica; a request may hold many.",
-        [Query(f"sum by (instance) ({rate('neuronlens_texts_total')})", REPLICA)],
+        "Texts per second by replica and model; a request may hold many.",
+        [Query(f"sum by (instance, model) ({rate('neuronlens_texts_total')})", MODEL)],
         unit="cps",
         axis="texts per second",
         stacked=True,
@@ -126,8 +126,8 @@ OPERATORS = [
         "Tokens and texts that wait, as a share of what may wait. At 100 % requests are refused with 429; they may be "
         "before, when what waits would take longer than NEURONLENS_MAX_QUEUE_SECONDS.",
         [
-            Query(f"neuronlens_queue_tokens{{{ME}}} / neuronlens_queue_tokens_limit{{{ME}}}", f"{REPLICA} tokens"),
-            Query(f"neuronlens_queue_texts{{{ME}}} / neuronlens_queue_texts_limit{{{ME}}}", f"{REPLICA} texts"),
+            Query(f"neuronlens_queue_tokens{{{OF}}} / neuronlens_queue_tokens_limit{{{OF}}}", f"{MODEL} tokens"),
+            Query(f"neuronlens_queue_texts{{{OF}}} / neuronlens_queue_texts_limit{{{OF}}}", f"{MODEL} texts"),
         ],
         unit="percentunit",
         limit=steps(GREEN, (0.8, RED)),
@@ -142,7 +142,7 @@ OPERATORS = [
     lines(
         "Time in the model",
         "Share of the time that a replica's model is busy: near 100 % it can do no more.",
-        [Query(rate("neuronlens_forward_seconds_sum"), REPLICA)],
+        [Query(rate("neuronlens_forward_seconds_sum"), MODEL)],
         unit="percentunit",
         limit=steps(GREEN, (0.9, RED)),
     ),
@@ -153,8 +153,8 @@ OPERATORS = [
         [
             Query(
                 f"{rate('neuronlens_batch_tokens_sum')} / {rate('neuronlens_batch_tokens_count')}"
-                f" / neuronlens_batch_tokens_limit{{{ME}}}",
-                REPLICA,
+                f" / neuronlens_batch_tokens_limit{{{OF}}}",
+                MODEL,
             )
         ],
         unit="percentunit",
@@ -162,7 +162,7 @@ OPERATORS = [
     lines(
         "Texts per batch",
         "Mean number of texts that went through the model together.",
-        [Query(f"{rate('neuronlens_batch_texts_sum')} / {rate('neuronlens_batch_texts_count')}", REPLICA)],
+        [Query(f"{rate('neuronlens_batch_texts_sum')} / {rate('neuronlens_batch_texts_count')}", MODEL)],
         unit="none",
         axis="texts",
         decimals=1,
@@ -170,7 +170,7 @@ OPERATORS = [
     lines(
         "Padding",
         "Tokens that the model ran on, over real ones: 1 is no waste.",
-        [Query(f"{rate('neuronlens_padded_tokens_total')} / {rate('neuronlens_tokens_total')}", REPLICA)],
+        [Query(f"{rate('neuronlens_padded_tokens_total')} / {rate('neuronlens_tokens_total')}", MODEL)],
         unit="none",
         axis="ratio",
         decimals=2,
@@ -178,7 +178,7 @@ OPERATORS = [
     lines(
         "CPU",
         "Cores that a replica's process keeps busy.",
-        [Query(rate("process_cpu_seconds_total"), REPLICA)],
+        [Query(rate("process_cpu_seconds_total", ME), REPLICA)],
         unit="none",
         axis="cores",
         decimals=1,
@@ -205,7 +205,7 @@ OPERATORS = [
             Query(
                 f"{rate('neuronlens_trunk_cache_hits_total')} / ({rate('neuronlens_trunk_cache_hits_total')}"
                 f" + {rate('neuronlens_trunk_cache_misses_total')})",
-                REPLICA,
+                MODEL,
             )
         ],
         unit="percentunit",
@@ -250,7 +250,7 @@ OPERATORS = [
         "Callers refused, by reason",
         "Calls per second that were refused before they were read: no_key and bad_key 401, wrong_scope 403, "
         "rate_limited 429, keys_unavailable 503. Many bad keys: somebody tries, or a key was revoked that is in use.",
-        [Query(f"sum by (reason) ({rate('neuronlens_auth_rejections_total')})", "{{reason}}")],
+        [Query(f"sum by (reason) ({rate('neuronlens_auth_rejections_total', ME)})", "{{reason}}")],
         unit="reqps",
         stacked=True,
         width=6,
@@ -259,7 +259,7 @@ OPERATORS = [
     lines(
         "Age of the snapshot",
         "How long ago a replica knew its live state to be the newest. It grows while Redis is away.",
-        [Query(f"neuronlens_snapshot_age_seconds{{{ME}}}", REPLICA)],
+        [Query(f"neuronlens_snapshot_age_seconds{{{OF}}}", MODEL)],
         unit="s",
         width=8,
         limit=steps(GREEN, (60, RED)),
@@ -267,7 +267,7 @@ OPERATORS = [
     timeline(
         "Store by replica",
         "Whether Redis answered a replica last time.",
-        Query(f"neuronlens_store_up{{{ME}}}", REPLICA),
+        Query(f"neuronlens_store_up{{{OF}}}", MODEL),
         mapped=UP,
         width=8,
     ),
@@ -275,7 +275,7 @@ OPERATORS = [
         "Trouble with the live state",
         "store_down: Redis does not answer. lost: it came back empty, range sets and all. range_set: what is active "
         "cannot be used.",
-        Query(f"max by (problem) (neuronlens_live_state_problem{{{ME}}})", "{{problem}}"),
+        Query(f"max by (problem) (neuronlens_live_state_problem{{{OF}}})", "{{problem}}"),
         mapped=values((0, "no", GREEN), (1, "yes", RED)),
         width=8,
     ),

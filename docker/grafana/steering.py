@@ -1,7 +1,7 @@
 """What is erased, how it changes, and what it does to answers."""
 
 from panels import BLUE, Query, figure, lines, row, steps, table, timeline, values
-from queries import ERASED, EVERY, ME, REPLICA, rate
+from queries import ERASED, EVERY, ME, MODEL, OF, rate
 
 STEERING = [
     row("What is erased"),
@@ -9,17 +9,17 @@ STEERING = [
         "Erased now",
         "Live erasures, which apply to every request that names none; enforced ones apply to those too. Replicas: how "
         "many erase it; fewer than there are means that some stay behind.",
-        Query(f"count by (concept, method, enforced) (neuronlens_live_erasure{{{ME}}})", instant=True),
-        columns=[("concept", "Concept"), ("method", "Method"), ("enforced", "Enforced")],
+        Query(f"count by (model, concept, method, enforced) (neuronlens_live_erasure{{{OF}}})", instant=True),
+        columns=[("model", "Model"), ("concept", "Concept"), ("method", "Method"), ("enforced", "Enforced")],
         value="Replicas",
         width=10,
     ),
     table(
         "Replicas",
-        "What each replica serves and obeys. Epoch and range set must be the same in all rows.",
+        "What each replica serves and obeys. Epoch and range set must be the same in all rows of a model.",
         Query(
-            f"neuronlens_live_info{{{ME}}} * on (job, instance) group_left (model, dtype, device, fingerprint)"
-            f" neuronlens_model_info{{{ME}}} * on (job, instance) group_left (version) neuronlens_build_info{{{ME}}}",
+            f"neuronlens_live_info{{{OF}}} * on (job, instance, model) group_left (dtype, device, fingerprint)"
+            f" neuronlens_model_info{{{OF}}} * on (job, instance) group_left (version) neuronlens_build_info{{{ME}}}",
             instant=True,
         ),
         columns=[
@@ -37,29 +37,29 @@ STEERING = [
     timeline(
         "Erased, by concept",
         "When each concept was erased live, by at least one replica.",
-        Query(f"max by (concept) (neuronlens_live_erasure{{{ME}}})", "{{concept}}"),
+        Query(f"max by (model, concept) (neuronlens_live_erasure{{{OF}}})", "{{model}} {{concept}}"),
         mapped=values((1, "erased", BLUE)),
         width=16,
     ),
     figure(
         "Concepts erased",
-        "Live erasures, in the replica that has most.",
-        Query(f"max(neuronlens_live_erasures{{{ME}}})", instant=True),
+        "Live erasures, in the replica and model that has most.",
+        Query(f"max(neuronlens_live_erasures{{{OF}}})", instant=True),
         unit="none",
         thresholds=steps(BLUE),
     ),
     figure(
         "Age of the range set",
         "Time since the active range set was fitted.",
-        Query(f"time() - min(neuronlens_range_set_created_timestamp_seconds{{{ME}}})", instant=True),
+        Query(f"time() - min(neuronlens_range_set_created_timestamp_seconds{{{OF}}})", instant=True),
         unit="s",
         thresholds=steps(BLUE),
     ),
     row("Changes"),
     lines(
         "Generation by replica",
-        "Each change of the live state adds 1. Lines that stay apart: replicas disagree.",
-        [Query(f"neuronlens_generation{{{ME}}}", REPLICA)],
+        "Each change of the live state adds 1. Lines of one model that stay apart: replicas disagree.",
+        [Query(f"neuronlens_generation{{{OF}}}", MODEL)],
         unit="none",
         axis="generation",
         stepped=True,
@@ -69,7 +69,7 @@ STEERING = [
         "Changes applied",
         "Erasures switched on, off or set differently, range sets activated, and a live state that began anew after "
         "Redis had lost it, in the replica that saw most.",
-        [Query(f"max by (change) (increase(neuronlens_live_changes_total{{{ME}}}{EVERY}))", "{{change}}")],
+        [Query(f"max by (change) (increase(neuronlens_live_changes_total{{{OF}}}{EVERY}))", "{{change}}")],
         unit="none",
         axis="changes",
         bars=True,
@@ -89,9 +89,9 @@ STEERING = [
         "from which it was erased.",
         [
             Query(
-                f"sum by (concept) ({rate('neuronlens_concept_masked_neurons_total')})"
-                f" / sum by (concept) ({rate('neuronlens_concept_neurons_total')})",
-                "{{concept}}",
+                f"sum by (model, concept) ({rate('neuronlens_concept_masked_neurons_total')})"
+                f" / sum by (model, concept) ({rate('neuronlens_concept_neurons_total')})",
+                "{{model}} {{concept}}",
             )
         ],
         unit="percentunit",
@@ -103,9 +103,9 @@ STEERING = [
         "erased counts for each. Watched: requests that compare, and NEURONLENS_WATCHED_BATCHES of all batches.",
         [
             Query(
-                f"sum by (concept) ({rate('neuronlens_concept_changed_labels_total')})"
-                f" / sum by (concept) ({rate('neuronlens_concept_watched_texts_total')})",
-                "{{concept}}",
+                f"sum by (model, concept) ({rate('neuronlens_concept_changed_labels_total')})"
+                f" / sum by (model, concept) ({rate('neuronlens_concept_watched_texts_total')})",
+                "{{model}} {{concept}}",
             )
         ],
         unit="percentunit",
@@ -114,7 +114,7 @@ STEERING = [
     lines(
         "Watched texts by concept",
         "Texts per second behind the shares of changed labels: few texts, uncertain shares.",
-        [Query(f"sum by (concept) ({rate('neuronlens_concept_watched_texts_total')})", "{{concept}}")],
+        [Query(f"sum by (model, concept) ({rate('neuronlens_concept_watched_texts_total')})", "{{model}} {{concept}}")],
         unit="cps",
         axis="texts per second",
     ),
@@ -134,7 +134,7 @@ STEERING = [
     lines(
         "Plans per batch",
         "Mean number of different erasures that one batch applied side by side.",
-        [Query(f"{rate('neuronlens_batch_plans_sum')} / {rate('neuronlens_batch_plans_count')}", REPLICA)],
+        [Query(f"{rate('neuronlens_batch_plans_sum')} / {rate('neuronlens_batch_plans_count')}", MODEL)],
         unit="none",
         axis="plans",
         decimals=1,

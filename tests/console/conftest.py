@@ -15,9 +15,11 @@ from tests.e2e.conftest import (  # noqa: F401  the server's fixtures
     keyed,
     model,
     news,
+    other,
     own_redis,
     ready,
     serve,
+    two,
 )
 
 FLAGS = (

@@ -23,7 +23,9 @@ from app.settings import Settings
 from app.wiring import open_service
 from range_store.api_keys import KeyStore
 from range_store.embedded import EmbeddedRedis, connect
+from range_store.range_set import RangeSet
 from range_store.store import RangeStore
+from tests.range_store.builders import random_range_set
 from tests.range_store.waiting import until
 from tests.workers.checkpoints import save_tiny
 from tests.workers.texts import labelled_texts, write_jsonl
@@ -32,6 +34,7 @@ from workers.fitting.fit import Fitted, fit
 from workers.models.loading import LoadedModel, load_model
 
 LABELS = ("World", "Sports", "Business", "Sci/Tech")
+OTHER_LABELS = ("Cats", "Dogs", "Sports")
 
 
 @dataclass
@@ -124,6 +127,33 @@ def ready(running: Running, fitted: Fitted) -> Running:
     store: RangeStore = running.service.store
     store.activate(store.publish(fitted.range_set, fitted.inspect))
     running.service.mirror.refresh()
+    return running
+
+
+@pytest.fixture(scope="session")
+def other(tmp_path_factory: pytest.TempPathFactory) -> LoadedModel:
+    """Another family, other labels; one concept has the name of one of the first model's."""
+    path = save_tiny("distilbert", tmp_path_factory.mktemp("several") / "pets", labels=OTHER_LABELS)
+    return load_model(str(path), device="cpu")
+
+
+def ranges_of(service: Service, seed: int) -> RangeSet:
+    """Made-up ranges of a model's own labels, published and active."""
+    identity = service.model.identity
+    made = random_range_set(
+        seed, identity.labels, hidden=identity.hidden_size, n_layers=identity.n_layers, fingerprint=identity.fingerprint
+    )
+    service.store.activate(service.store.publish(*made))
+    service.mirror.refresh()
+    return made[0]
+
+
+@pytest.fixture
+def two(serve: Callable[..., Running], model: LoadedModel, other: LoadedModel) -> Running:
+    """A server of two models, both with active ranges."""
+    running = serve(model, other)
+    for seed, service in enumerate(running.services):
+        ranges_of(service, seed)
     return running
 
 

@@ -16,43 +16,12 @@ from app.service import Service
 from app.settings import Settings
 from range_store.api_keys import KeyStore
 from range_store.embedded import EmbeddedRedis
-from range_store.range_set import RangeSet
-from tests.e2e.conftest import Running
-from tests.range_store.builders import random_range_set
+from tests.e2e.conftest import Running, ranges_of
 from tests.range_store.waiting import until
-from tests.workers.checkpoints import save_tiny
-from workers.models.loading import LoadedModel, load_model
+from workers.models.loading import LoadedModel
 
 Problem = Callable[[httpx.Response, int, str], dict[str, Any]]
-LABELS = ("Cats", "Dogs", "Sports")
 TEXTS = ["the keeper saved a penalty", "a cat sat there", "rain in Oslo"]
-
-
-@pytest.fixture(scope="module")
-def other(tmp_path_factory: pytest.TempPathFactory) -> LoadedModel:
-    """Another family, other labels; one concept has the name of one of the first model's."""
-    path = save_tiny("distilbert", tmp_path_factory.mktemp("several") / "pets", labels=LABELS)
-    return load_model(str(path), device="cpu")
-
-
-def ranges_of(service: Service, seed: int) -> RangeSet:
-    """Made-up ranges of a model's own labels, published and active."""
-    identity = service.model.identity
-    made = random_range_set(
-        seed, identity.labels, hidden=identity.hidden_size, n_layers=identity.n_layers, fingerprint=identity.fingerprint
-    )
-    service.store.activate(service.store.publish(*made))
-    service.mirror.refresh()
-    return made[0]
-
-
-@pytest.fixture
-def two(serve: Callable[..., Running], model: LoadedModel, other: LoadedModel) -> Running:
-    """A server of two models, both with active ranges."""
-    running = serve(model, other)
-    for seed, service in enumerate(running.services):
-        ranges_of(service, seed)
-    return running
 
 
 def answers(running: Running, model: str, **fields: Any) -> dict[str, Any]:

@@ -8,7 +8,7 @@ from typing import Any
 
 from tests.watch.prometheus import DASHBOARDS, quick, rules
 
-SUBSTITUTES = {"$__rate_interval": "4s", "$__interval": "1s", "$job": "neuronlens", "$instance": ".+"}
+SUBSTITUTES = {"$__rate_interval": "4s", "$__interval": "1s", "$job": "neuronlens", "$instance": ".+", "$model": ".+"}
 """What Grafana puts in at a scrape interval of 1 s, with "All" chosen: four scrapes; the variable's `allValue`."""
 
 

@@ -141,6 +141,8 @@ def test_range_sets_are_listed_shown_and_activated(cli: Cli, server: Server) -> 
 def test_the_environment_may_name_the_server(cli: Cli, server: Server, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("NEURONLENS_URL", server.url + "/")
     assert len(cli("ranges", "list", "--json").json) == 2
+    monkeypatch.setenv("NEURONLENS_NAME", "other")
+    assert "unknown_model" in cli("ranges", "list").stderr, "the model too"
 
 
 @pytest.mark.parametrize(
