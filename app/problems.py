@@ -24,6 +24,7 @@ from app.service import (
     EngineFailed,
     PairUnsupported,
     QueueFull,
+    ReplicaLost,
     RequestTooLarge,
     TextTooLong,
 )
@@ -111,6 +112,7 @@ CODES: Mapping[type[Exception], tuple[int, str]] = {
     QueueFull: (429, "queue_full"),
     RequestTooLarge: (413, "request_too_large"),
     Draining: (503, "draining"),
+    ReplicaLost: (503, "replica_lost"),
     DeadlineExceeded: (504, "deadline_exceeded"),
     EngineFailed: (500, "engine_failed"),
 }

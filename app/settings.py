@@ -89,6 +89,18 @@ class Settings(BaseSettings):
     compile: bool = Field(
         False, description="compile the model's blocks with `torch.compile`; takes half a minute or more at the start"
     )
+    ray: str | None = Field(
+        None,
+        description="Ray cluster on which `serve` has its engines: `host:6379`, `auto` (the one that this machine is "
+        "part of) or `local` (a private one); unset: an engine in the server's own process",
+    )
+    replicas: Annotated[int, Field(ge=1)] | Literal["auto"] | None = Field(
+        None,
+        description="engines on that cluster, or `auto`: by the tokens that wait; unset: 1, or as many as run already",
+    )
+    max_replicas: Annotated[int, Field(ge=1)] | None = Field(
+        None, description="most engines where their number is `auto`; unset: as many as the cluster has room for"
+    )
     max_header_bytes: Annotated[int, Field(ge=1024)] = Field(
         32768, description="largest head of a request: its first line and all headers"
     )

@@ -6,7 +6,7 @@ Importing it loads torch; the routes, and commands that only talk to the store o
 import io
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager, redirect_stdout, suppress
+from contextlib import contextmanager, redirect_stdout
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -15,21 +15,13 @@ from typing import TYPE_CHECKING, Any
 import redis
 from prometheus_client import CollectorRegistry
 
-from app.fit_jobs import FitJobs
-from app.fit_replies import job_out
-from app.fit_runner import FitRunner
 from app.jobs import CorpusChoice, ModelChoice, NewModelChoice, RayChoice
-from app.keyring import Keyring, memory_of
-from app.live_changes import LiveChanges
-from app.news import News
-from app.service import MOST_CONCEPTS, OTHER_CONCEPTS, Service
+from app.parts import engine_limits, service_around
+from app.service import Service
 from app.settings import Settings
-from range_store.api_keys import KeyStore
 from range_store.embedded import connect
-from range_store.errors import RangeStoreError
-from range_store.mirror import Mirror, Snapshot
+from range_store.mirror import Mirror
 from range_store.range_set import ModelIdentity, check_model
-from range_store.replicas import new_name
 from range_store.store import RangeStore
 from workers.demo.demo import NAME as DEMO_NAME
 from workers.demo.demo import Demo, prepare
@@ -81,62 +73,21 @@ def open_service(settings: Settings, model: LoadedModel | None = None) -> Iterat
 
 @contextmanager
 def _serving(settings: Settings, model: LoadedModel, client: redis.Redis) -> Iterator[Service]:
-    name = settings.name or model.identity.id
-    store = RangeStore(client, name)
-    keyring = Keyring(KeyStore(client), required=settings.require_keys, memory=_key_memory(settings, client))
-    keyring.refresh()
-    registry = CollectorRegistry()
-    changes = LiveChanges(registry, MOST_CONCEPTS, OTHER_CONCEPTS)
-    news = News(settings.max_event_streams, registry)
-
-    def changed(snapshot: Snapshot) -> None:
-        changes(snapshot)
-        news.wake()
-
-    def also() -> None:
-        keyring.refresh()
-        if mirror.store_up:  # else who waits for a store that hangs would wait once more
-            with suppress(RangeStoreError):
-                news.see_range_sets(store.ids())
-
-    mirror = Mirror(
-        store,
-        model.identity.fingerprint,
-        poll=settings.poll_seconds,
-        on_change=changed,
-        also=also,
-        replica=new_name(),
-    )
     limits = EngineSettings(
-        max_batch_tokens=settings.max_batch_tokens or batch_tokens_for(model.device.type),
-        max_queue_tokens=settings.max_queue_tokens,
-        max_queue_texts=settings.max_queue_texts,
-        max_queue_seconds=settings.max_queue_seconds,
-        trunk_cache_bytes=settings.trunk_cache_mb * 1_000_000,
-        watched_batches=settings.watched_batches,
+        max_batch_tokens=settings.max_batch_tokens or batch_tokens_for(model.device.type), **engine_limits(settings)
     )
-    engine = Engine(model, mirror, limits, registry)
-    jobs = FitJobs(settings.data_dir, name, model.identity.fingerprint)
-    fits = FitRunner(jobs, settings, model.source, store, mirror)
-    fits.listeners.append(lambda job: news.tell_job(job.id, job_out(jobs, job).model_dump(mode="json")))
-    mirror.start()
-    try:
-        engine.start()
-        if settings.fits or not all(job.over for job in jobs.list()):
-            fits.start()
-        yield Service(settings, model.facts, store, mirror, keyring, engine, registry, name, news, jobs, fits)
-    finally:
-        engine.drain()
-        mirror.withdraw()
-        fits.close()
-        engine.close()
-        mirror.close()
 
+    @contextmanager
+    def engine(mirror: Mirror, registry: CollectorRegistry) -> Iterator[Engine]:
+        made = Engine(model, mirror, limits, registry)
+        made.start()
+        try:
+            yield made
+        finally:
+            made.close()
 
-def _key_memory(settings: Settings, client: redis.Redis) -> Path:
-    where = client.connection_pool.connection_kwargs
-    store = f"{where.get('host')}:{where.get('port')}/{where.get('db')}" if settings.redis_url else "private"
-    return memory_of(settings.data_dir, str(where["path"]) if settings.redis_url and "path" in where else store)
+    with service_around(settings, model.facts, client, engine) as service:
+        yield service
 
 
 @contextmanager
@@ -184,7 +135,8 @@ def _pool(model: ModelChoice, cluster: RayChoice, report: Report, *data: CorpusC
         ClusterError, ModelError: see `workers.cluster.nodes`.
         CorpusError: data that are not there.
     """
-    from workers.cluster.nodes import PRIVATE, Layout, ModelPool, connected
+    from workers.cluster.connection import PRIVATE, connected
+    from workers.cluster.nodes import Layout, ModelPool
     from workers.cluster.reading import files_of, names_files
 
     for each in data:

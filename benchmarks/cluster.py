@@ -18,8 +18,9 @@ from pathlib import Path
 
 import torch
 
+from workers.cluster.connection import PRIVATE, connected
 from workers.cluster.fitting import fit_on
-from workers.cluster.nodes import PRIVATE, Layout, ModelPool, connected
+from workers.cluster.nodes import Layout, ModelPool
 from workers.cluster.reading import Files
 from workers.demo.demo import CORPUS, make_classifier
 from workers.fitting.corpus import load_corpus

@@ -15,7 +15,7 @@ from typing import Annotated
 
 import typer
 
-from app.cli import erase, keys, ranges
+from app.cli import erase, fleet, keys, ranges
 from app.cli.audit import audit
 from app.cli.console import error_line, say
 from app.cli.demo import demo
@@ -39,6 +39,7 @@ for command in (demo, serve, fit, evaluate, train, audit):
 app.add_typer(ranges.app, name="ranges")
 app.add_typer(erase.app, name="erase")
 app.add_typer(keys.app, name="keys")
+app.add_typer(fleet.app, name="fleet")
 
 
 def _version(wanted: bool) -> None:

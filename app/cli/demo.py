@@ -70,7 +70,7 @@ def demo(
         else:
             _show(made)
         if bound is not None:
-            serve_until_told(service, settings, bound, TO_TRY)
+            serve_until_told([service], settings, bound, TO_TRY)
 
 
 def _show(made: "Demo") -> None:

@@ -37,6 +37,7 @@ EXIT_CODES: Final = {
     "workers.evaluation.measure.MeasureCancelled": INTERRUPTED,
     "workers.cluster.errors.RayMissing": USAGE,
     "workers.cluster.errors.ClusterUnavailable": UNREACHABLE,
+    "workers.cluster.errors.OtherFleet": CONFLICT,
     "workers.cluster.errors.ClusterError": FAILED,
     "workers.demo.minilm.DemoError": FAILED,
     "workers.engine.errors.EngineError": FAILED,

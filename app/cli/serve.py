@@ -128,6 +128,35 @@ def serve(
         int | None,
         typer.Option("--metrics-port", min=0, max=65535, help="Serve /metrics on a port of its own instead."),
     ] = None,
+    ray: options.Ray = None,
+    replicas: Annotated[
+        str | None,
+        typer.Option(
+            "--replicas",
+            metavar="N|auto",
+            help="Engines on the Ray cluster, or auto: by the tokens that wait. Default: NEURONLENS_REPLICAS, else 1, "
+            "or as many as run already.",
+            rich_help_panel=options.CLUSTER_PANEL,
+        ),
+    ] = None,
+    max_replicas: Annotated[
+        int | None,
+        typer.Option(
+            "--max-replicas",
+            min=1,
+            help="Most engines with --replicas auto. Default: NEURONLENS_MAX_REPLICAS, else what the cluster has room "
+            "for.",
+            rich_help_panel=options.CLUSTER_PANEL,
+        ),
+    ] = None,
+    redeploy: Annotated[
+        bool,
+        typer.Option(
+            "--redeploy",
+            help="Replace the engines of a fleet that runs with other settings, one by one.",
+            rich_help_panel=options.CLUSTER_PANEL,
+        ),
+    ] = False,
     redis_url: options.RedisUrl = None,
     data_dir: options.DataDir = None,
     max_snapshot_age: MaxSnapshotAge = None,
@@ -160,6 +189,9 @@ def serve(
         insecure=insecure,
         require_keys=require_keys,
         metrics_port=metrics_port,
+        ray=ray,
+        replicas=int(replicas) if replicas and replicas.isdigit() else replicas,
+        max_replicas=max_replicas,
         redis_url=redis_url,
         data_dir=data_dir,
         max_snapshot_age=max_snapshot_age,
@@ -170,51 +202,63 @@ def serve(
     )
     if settings.model is None:
         raise CommandError("which model? pass --model, or set NEURONLENS_MODEL", USAGE)
-    if settings.also:
+    if settings.also and settings.ray is None:
         raise CommandError("--also (NEURONLENS_ALSO) needs --ray: one process alone serves one model", USAGE)
+    if settings.ray is None and (settings.replicas is not None or redeploy):
+        raise CommandError("--replicas and --redeploy need --ray: one process has one engine", USAGE)
     with ExitStack() as stack:
         stack.enter_context(observed(settings))
         settings = guarded(settings)
         bound = stack.enter_context(bind(settings))
         with progress("rows") as report:
-            report("loading the model", 0, 0)
-            from app.wiring import open_service  # here, because it loads torch
+            if settings.ray is not None:
+                report("starting engines on Ray", 0, 0)
+                from app.fleet import open_fleet  # here, because it needs Ray
 
-            service = stack.enter_context(open_service(settings))
-        serve_until_told(service, settings, bound)
+                services = stack.enter_context(open_fleet(settings, redeploy=redeploy))
+            else:
+                report("loading the model", 0, 0)
+                from app.wiring import open_service  # here, because it loads torch
+
+                services = [stack.enter_context(open_service(settings))]
+        serve_until_told(services, settings, bound)
 
 
 def serve_until_told(
-    service: "Service", settings: "Settings", bound: socket.socket, to_try: Sequence[str] = ()
+    services: "Sequence[Service]", settings: "Settings", bound: socket.socket, to_try: Sequence[str] = ()
 ) -> None:
-    """Serve until SIGINT or SIGTERM, then answer what was accepted. Says where, and what to try there."""
+    """Serve one model or several until SIGINT or SIGTERM, then answer what was accepted. Says where, and what to try there."""
     from app.main import create_app
 
     def ready() -> None:
         address = address_of(bound)
-        snapshot = service.mirror.snapshot
-        if snapshot is not None and snapshot.range_set is None:
-            hint(f"nothing can be erased yet: neuronlens fit --model {service.model.source} --data FILE --activate")
+        for service in services:
+            snapshot = service.mirror.snapshot
+            if snapshot is not None and snapshot.range_set is None:
+                hint(f"nothing can be erased yet: neuronlens fit --model {service.model.source} --data FILE --activate")
         for line in to_try:
             hint(line.replace("{address}", address))
         if metrics_at is not None:
             hint(f"metrics: {metrics_at}")
-        if not service.keyring.in_force and settings.loopback:
+        if not services[0].keyring.in_force and settings.loopback:
             hint(
                 f"only this machine can reach it; for others: `{keys_create(settings)}`, then serve with --host 0.0.0.0"
             )
         hint(f"API: {address}/docs · stop: Ctrl-C")
-        say(f"serving {service.name} at {address}")
+        say(f"serving {', '.join(service.name for service in services)} at {address}")
 
-    engine = service.engine
-    app = create_app(settings, service)
+    def draining() -> None:
+        for service in services:
+            service.drain()
+
+    app = create_app(settings, services)
     with metrics_apart(settings, app.state.registry) as metrics_at:
         listen(
             app,
             settings,
             bound,
             ready=ready,
-            draining=service.drain,
-            failure=lambda: engine.failure,
+            draining=draining,
+            failure=lambda: next((each.engine.failure for each in services if each.engine.failure), None),
         )
     hint("stopped; what was accepted is answered")

@@ -1,7 +1,9 @@
-"""The work of this package's siblings on a Ray cluster: `neuronlens fit --ray`, `evaluate --ray`.
+"""The work of this package's siblings on a Ray cluster: `neuronlens serve --ray`, `fit --ray`, `evaluate --ray`.
 
-`nodes.py` the cluster, and a pool of models on its nodes · `reading.py` texts through Ray Data · `fitting.py`,
-`evaluation.py` what the pool is asked. Importing anything of it needs Ray.
+`connection.py` the cluster · for fits: `nodes.py` a pool of models on its nodes, `reading.py` texts through Ray Data,
+`fitting.py`, `evaluation.py` what the pool is asked · for serving: `replica.py` one engine of a fleet, `launching.py`
+puts a fleet on the cluster, `fleet.py` answers with it, `messages.py` what they tell each other, `scaling.py` how many
+there are. Importing anything of it needs Ray.
 """
 
 import os

@@ -2,7 +2,8 @@
 
 ClusterError              the work cannot be done there; one line that says why
 ├── RayMissing            Ray is not installed
-└── ClusterUnavailable    no cluster at the address
+├── ClusterUnavailable    no cluster at the address
+└── OtherFleet            a fleet of that name runs with other settings
 """
 
 
@@ -16,3 +17,7 @@ class RayMissing(ClusterError):
 
 class ClusterUnavailable(ClusterError):
     """There is no cluster at the address, or this machine is no part of it."""
+
+
+class OtherFleet(ClusterError):
+    """A fleet of that name runs with other settings."""

@@ -1,4 +1,4 @@
-"""A Ray cluster, and a pool of models on its nodes that work is handed to.
+"""A pool of models on the nodes of a Ray cluster that work is handed to.
 
 Where a model runs, and on which node another one starts in the place of one that died, is Ray's work. Ours is that
 each piece of work counts once: a result is taken in the order of the pieces, and a piece whose model died is handed
@@ -7,14 +7,9 @@ out again.
 
 import logging
 import math
-import os
-import shutil
-import signal
-import tempfile
-import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager, suppress
+from contextlib import suppress
 from dataclasses import dataclass, field
 from importlib.metadata import version
 from typing import Any, Generic, TypeVar
@@ -25,19 +20,13 @@ from ray.exceptions import RayError, RayTaskError
 
 from range_store.errors import RangeStoreError
 from range_store.range_set import ModelIdentity
-from workers.cluster.errors import ClusterError, ClusterUnavailable
+from workers.cluster.errors import ClusterError
 from workers.fitting.corpus import CorpusError
 from workers.models.errors import ModelError
 from workers.models.loading import LoadedModel, load_model, use_threads
 
 logger = logging.getLogger(__name__)
 
-PRIVATE = "local"
-"""The address of a cluster that is started on this machine, and ends with the work."""
-OBJECT_STORE_BYTES = 1 << 30
-"""Memory that a private cluster keeps results in that are on their way; more is written to disk."""
-KEEP_WORKERS = {"idle_worker_killing_time_threshold_ms": 600_000}
-"""Of a private cluster: each pass over the texts would else start the processes anew that read them."""
 PER_ACTOR = 2
 """Pieces of work that an actor is given at once: the next one is there when it is done with one."""
 ATTEMPTS = 4
@@ -46,43 +35,6 @@ WAIT_SECONDS = 0.5
 
 Task = TypeVar("Task")
 Result = TypeVar("Result")
-
-
-@contextmanager
-def connected(address: str, cpus: int = 0) -> Iterator[None]:
-    """A connection to a cluster; one that this process has already is used, and left as it is.
-
-    Args:
-        address: `PRIVATE`, "auto" or "host:port".
-        cpus: that a private cluster offers at least.
-
-    Raises:
-        ClusterUnavailable: there is none at the address.
-    """
-    if ray.is_initialized():
-        yield
-        return
-    handlers = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
-    place = tempfile.mkdtemp(prefix="neuronlens-", dir="/tmp") if address == PRIVATE else None  # sockets: a short path
-    options: dict[str, Any] = {"address": address}
-    if place is not None:
-        options |= {"num_cpus": max(cpus, os.cpu_count() or 1), "include_dashboard": False, "_temp_dir": place}
-        options |= {"object_store_memory": OBJECT_STORE_BYTES}
-        options |= {"_system_config": KEEP_WORKERS}
-    try:
-        try:
-            ray.init(**options, log_to_driver=False, logging_level=logging.ERROR)
-        except (ConnectionError, RuntimeError, ValueError, OSError, RayError) as error:
-            reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-            raise ClusterUnavailable(f"no Ray cluster at {address!r} that this machine is part of: {reason}") from error
-        if threading.current_thread() is threading.main_thread():
-            for number, handler in handlers.items():  # Ray puts its own in their place
-                signal.signal(number, handler)
-        yield
-    finally:
-        ray.shutdown()
-        if place is not None:
-            shutil.rmtree(place, ignore_errors=True)
 
 
 @dataclass(frozen=True)

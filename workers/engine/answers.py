@@ -50,6 +50,18 @@ class Answer:
     running_seconds: float = 0.0
 
 
+@dataclass(frozen=True)
+class Load:
+    """How much an engine has before it. `tokens` wait or run; `retry_after`: seconds, if it takes no request now.
+
+    `busy_seconds`: for how long its model has run since it started.
+    """
+
+    tokens: int
+    retry_after: float | None
+    busy_seconds: float
+
+
 class Looker(Protocol):
     """Looks at what a model makes of texts; see `workers.engine.looking.Looking`."""
 

@@ -22,7 +22,7 @@ from prometheus_client import CollectorRegistry
 from range_store.erasure import Erasure
 from range_store.mirror import Mirror
 from workers.engine.admission import Planner
-from workers.engine.answers import Answer, Logits, TextAnswer
+from workers.engine.answers import Answer, Load, Logits, TextAnswer
 from workers.engine.errands import Errand
 from workers.engine.errors import DeadlineExceeded, Draining, EngineError, EngineFailed, QueueFull, RequestTooLarge
 from workers.engine.forward import WHOLE_PASS, Variant, open_trunk, steer_variants
@@ -84,6 +84,8 @@ class Engine:
         self._tokens_per_second = 0.0
         self._untokenized = 0
         self._stale = False
+        self._running = 0
+        self._busy_seconds = 0.0
         self._watch = random.Random(0)
         self._cache: TrunkCache | None = None
         steered = model.steered
@@ -332,6 +334,13 @@ class Engine:
             return full
         return None
 
+    @property
+    def load(self) -> Load:
+        """What is before it now."""
+        full = self.refusal(counted=False)
+        retry_after = full.retry_after if full is not None else None
+        return Load(self._queue.tokens + self._running, retry_after, self._busy_seconds)
+
     def _check_room(self, texts: int, tokens: int) -> None:
         """Raises what a request of so many texts and tokens is to be refused with."""
         if texts > self.settings.max_queue_texts:
@@ -379,7 +388,10 @@ class Engine:
                     self._warm_up()  # a device that fails on any text ends the engine
                 if batch:
                     started = time.monotonic()
+                    self._running = sum(text.tokens * text.variants for text in batch)
                     self._answer(batch)
+                    self._running = 0
+                    self._busy_seconds += time.monotonic() - started
                     if backlog:
                         self._measure_rate(batch, time.monotonic() - started)
         except BaseException as error:

@@ -5,6 +5,7 @@ EngineError
 ├── RequestTooLarge    the request alone is more than the whole queue may hold            413
 ├── Draining           shutting down: accepted requests are answered, no new ones         503
 ├── DeadlineExceeded   not answered in the time that the request allowed                  504
+├── ReplicaLost        two replicas of a fleet were lost with the request, one after the other        503
 └── EngineFailed       the forward pass raised; the message is for the log                500
 """
 
@@ -44,3 +45,7 @@ class DeadlineExceeded(EngineError):
 
 class EngineFailed(EngineError):
     """The forward pass raised."""
+
+
+class ReplicaLost(EngineError):
+    """No replica of a fleet could answer: it was lost with the request, and so was another, or there is none."""

@@ -23,6 +23,8 @@ COMMANDS = [
     ["train"],
     ["ranges"],
     *(["ranges", command] for command in ("list", "show", "activate", "export", "import", "remove")),
+    ["fleet"],
+    *(["fleet", command] for command in ("list", "down")),
     ["erase"],
     *(["erase", command] for command in ("on", "off", "list")),
 ]

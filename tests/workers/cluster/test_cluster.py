@@ -34,10 +34,11 @@ from tests.range_store.waiting import until
 from tests.workers.checkpoints import LABELS, save_tiny
 from tests.workers.texts import labelled_texts, write_jsonl
 from workers.cluster import nodes
+from workers.cluster.connection import KEEP_WORKERS, connected
 from workers.cluster.errors import ClusterError
 from workers.cluster.evaluation import measure_on
 from workers.cluster.fitting import fit_on
-from workers.cluster.nodes import KEEP_WORKERS, Job, Layout, ModelPool, connected
+from workers.cluster.nodes import Job, Layout, ModelPool
 from workers.cluster.reading import Files
 from workers.evaluation.evaluate import EvaluationChoices, evaluate, evaluate_by
 from workers.evaluation.measure import MeasureCancelled, MeasureProgress

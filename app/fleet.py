@@ -1,0 +1,147 @@
+"""Services whose engines run on a Ray cluster. Without torch: this process is only their ingress."""
+
+import os
+from collections.abc import Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+from typing import Any
+
+import redis
+from prometheus_client import CollectorRegistry
+
+from app.jobs import ModelChoice
+from app.parts import engine_limits, service_around
+from app.service import Answerer, Service
+from app.settings import Settings
+from range_store.embedded import EmbeddedRedis, connect
+from range_store.mirror import Mirror
+from workers.cluster.connection import PRIVATE, connected
+from workers.cluster.errors import ClusterError
+from workers.cluster.fleet import Fleet
+from workers.cluster.launching import FleetPlan, names, room, running, take_down
+from workers.cluster.replica import ReplicaSettings
+from workers.engine.settings import EngineSettings
+
+
+@contextmanager
+def open_fleet(
+    settings: Settings, *, redeploy: bool = False, scaling: Mapping[str, float] | None = None
+) -> Iterator[list[Service]]:
+    """Services in front of fleets, one for each model of the settings, the default first.
+
+    A fleet is started, or found where it runs; on a private cluster it ends with them.
+
+    Args:
+        redeploy: replace the replicas of a fleet that runs with other settings.
+        scaling: what differs from `workers.cluster.scaling.DEFAULTS`.
+
+    Raises:
+        ClusterError: there is no such cluster, or a fleet does not come up.
+        ModelError: a checkpoint cannot be served.
+        StoreUnavailable: Redis cannot be reached.
+    """
+    assert settings.ray is not None
+    if settings.fits:
+        raise ClusterError(
+            "a server on Ray takes no fits: unset NEURONLENS_FIT_DIRS and NEURONLENS_FIT_HUB, and use `neuronlens fit`"
+        )
+    private = settings.ray == PRIVATE
+    if settings.redis_url is None and not private:
+        raise ClusterError("every node needs the store: pass --redis-url, at an address that all of them reach")
+    models = settings.per_model()
+    with ExitStack() as stack:
+        client = stack.enter_context(connect(**settings.redis))
+        url = client.url if isinstance(client, EmbeddedRedis) else str(settings.redis_url)
+        stack.enter_context(connected(settings.ray, len(models) * _private_cpus(settings)))
+        plans = [_plan(each, url, len(models), scaling or {}) for each in models]
+        yield [
+            stack.enter_context(_service(each, plan, client, redeploy=redeploy, keep=not private))
+            for each, plan in zip(models, plans, strict=True)
+        ]
+
+
+@contextmanager
+def _service(
+    settings: Settings, plan: FleetPlan, client: redis.Redis, *, redeploy: bool, keep: bool
+) -> Iterator[Service]:
+    with running(plan, redeploy=redeploy, keep=keep) as fleet:
+        limits = EngineSettings(max_batch_tokens=fleet.max_batch_tokens, **engine_limits(settings))
+
+        @contextmanager
+        def answering(mirror: Mirror, registry: CollectorRegistry) -> Iterator[Answerer]:
+            yield Fleet(fleet.handle, limits, fleet.replicas, registry)
+
+        with service_around(settings, fleet.facts, client, answering) as service:
+            yield service
+
+
+def fleets(address: str) -> list[str]:
+    """The models that have a fleet on a cluster. Raises ClusterError."""
+    with connected(address):
+        return names()
+
+
+def end_fleet(address: str, name: str) -> None:
+    """Take the fleet of a model down. Raises ClusterError: there is none of that name, or no cluster."""
+    with connected(address):
+        take_down(name)
+
+
+def _private_cpus(settings: Settings) -> int:
+    """What a private cluster must offer, however many cores there are."""
+    replicas = settings.max_replicas if settings.replicas == "auto" else settings.replicas
+    return (replicas or 1) * (settings.threads or 1)
+
+
+def _plan(settings: Settings, redis_url: str, models: int, scaling: Mapping[str, float]) -> FleetPlan:
+    choice = ModelChoice.of(settings)
+    if choice.device.startswith("cuda:"):
+        raise ClusterError(f"on Ray the cluster chooses the GPU: --device cuda instead of {choice.device}")
+    auto = settings.replicas == "auto"
+    wanted = None if settings.replicas == "auto" else settings.replicas
+    most = room(choice.device, settings.threads, None if auto else models * (wanted or 1))
+    return FleetPlan(
+        ReplicaSettings(
+            choice.served_name,
+            _model(choice),
+            most.threads,
+            _redis(settings, redis_url),
+            _engine(settings),
+            settings.poll_seconds,
+        ),
+        replicas=wanted,
+        max_replicas=(settings.max_replicas or max(1, most.replicas // models)) if auto else None,
+        cpus=most.threads,
+        gpus=most.gpus,
+        drain_seconds=settings.drain_seconds,
+        scaling=scaling,
+    )
+
+
+def _model(choice: ModelChoice) -> dict[str, Any]:
+    """Arguments of `load_model`. Replicas work in other directories."""
+    return {
+        "source": _absolute(choice.source),
+        "revision": choice.revision,
+        "device": choice.device,
+        "dtype": choice.dtype,
+        "allow_pickle": choice.allow_pickle,
+        "name": choice.served_name,
+        "template": None if choice.template is None else _absolute(choice.template),
+        "scoring": choice.scoring,
+        "plain": choice.plain,
+        "compiled": choice.compile,
+    }
+
+
+def _absolute(path: str) -> str:
+    """The path of what is here; a name of something else, as on the hub, stays as it is."""
+    return os.path.abspath(Path(path).expanduser()) if Path(path).expanduser().exists() else path
+
+
+def _redis(settings: Settings, url: str) -> dict[str, Any]:
+    return {**{key: value for key, value in settings.redis.items() if key != "directory"}, "url": url}
+
+
+def _engine(settings: Settings) -> dict[str, Any]:
+    return {"max_batch_tokens": settings.max_batch_tokens, **engine_limits(settings)}

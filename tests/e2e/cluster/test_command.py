@@ -1,0 +1,49 @@
+"""`neuronlens serve --ray`: a private cluster that ends with the command."""
+
+import os
+import re
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import httpx
+import psutil
+
+from tests.app.cli.conftest import Cli, cli  # noqa: F401 (a fixture)
+from tests.range_store.waiting import until
+from workers.models.loading import LoadedModel
+
+
+def test_it_serves_without_torch_and_leaves_nothing_behind(model: LoadedModel, tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "app.cli", "serve", "--model", model.source, "--ray", "--threads", "1"]
+    where = ["--port", "0", "--data-dir", str(tmp_path)]
+    env = os.environ | {"PYTHONPATH": str(Path(__file__).parents[3])}
+    server = subprocess.Popen(
+        [*command, *where], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True, env=env
+    )
+    try:
+        assert server.stdout is not None
+        said = re.match(r"serving tiny-news at (http://\S+)", server.stdout.readline())
+        assert said is not None, server.stderr and server.stderr.read()
+        answer = httpx.post(f"{said[1]}/v1/classify", json={"inputs": ["one", "two"]}, timeout=30)
+        assert answer.status_code == 200, answer.text
+        assert len(answer.json()["results"]) == 2
+        assert "libtorch" not in Path(f"/proc/{server.pid}/maps").read_text()
+        of_ray = psutil.Process(server.pid).children(recursive=True)
+        assert of_ray
+        os.killpg(server.pid, signal.SIGINT)  # as a terminal does
+        assert server.wait(60) == 0, server.stderr and server.stderr.read()
+        until(lambda: not any(each.is_running() for each in of_ray))
+    finally:
+        server.kill()
+        server.communicate()
+
+
+def test_what_needs_a_cluster_says_so(cli: Cli, model: LoadedModel) -> None:  # noqa: F811
+    alone = cli("serve", "--model", model.source, "--replicas", "2")
+    assert (alone.exit_code, "--ray" in alone.stderr) == (2, True)
+    nowhere = cli("serve", "--model", model.source, "--ray", "127.0.0.1:1", "--redis-url", "redis://127.0.0.1:1")
+    assert (nowhere.exit_code, "no Ray cluster" in nowhere.stderr) == (3, True)
+    assert cli("serve", "--model", model.source, "--ray", "127.0.0.1:1").exit_code == 1  # no store that all reach
+    assert cli("fleet", "list").exit_code == 2

@@ -1,0 +1,215 @@
+"""Engines on a Ray cluster answer as the engine of one process does, whichever of them is killed meanwhile."""
+
+import asyncio
+import os
+import random
+import signal
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import numpy as np
+import psutil
+import pytest
+from prometheus_client import CollectorRegistry
+
+from app.service import Service
+from range_store.erasure import Erasure
+from range_store.errors import NotFitted, UnknownConcept
+from range_store.live import LiveErasure
+from range_store.mirror import Mirror
+from range_store.replicas import Replicas, Roster
+from tests.e2e.cluster.conftest import activated
+from tests.range_store.waiting import until
+from tests.workers.texts import labelled_texts
+from workers.cluster.errors import OtherFleet
+from workers.engine.answers import Answer
+from workers.engine.engine import Engine
+from workers.engine.errors import DeadlineExceeded, RequestTooLarge
+from workers.engine.settings import EngineSettings
+from workers.fitting.fit import Fitted
+from workers.models.errors import TextTooLong
+from workers.models.loading import LoadedModel
+
+TOLERANCE = 2e-4
+"""Largest difference of a logit between two batches that a text is in (promise 2)."""
+TEXTS = [text for text, _ in labelled_texts(60, seed=12)]
+CONCEPTS = ("World", "Sports", "Business", "Sci/Tech", "Météo & co")
+
+
+@pytest.fixture(scope="module")
+def fleet(open_service: Callable[..., Service], fitted: Fitted) -> Service:
+    """Two replicas, one on each node."""
+    return activated(open_service("two", replicas=2), fitted)
+
+
+@pytest.fixture
+def engine(fleet: Service, model: LoadedModel) -> Iterator[Engine]:
+    """The engine of one process, on the same store."""
+    mirror = Mirror(fleet.store, model.identity.fingerprint, poll=0.2)
+    mirror.start()
+    made = Engine(model, mirror, EngineSettings(), CollectorRegistry())
+    made.start()
+    yield made
+    made.close()
+    mirror.close()
+
+
+def random_request(rng: random.Random) -> tuple[list[Any], list[Erasure] | None, bool]:
+    texts: list[Any] = rng.sample(TEXTS, rng.choice((1, 1, 2, 8)))
+    if rng.random() < 0.2:
+        texts = [(text, rng.choice(TEXTS)) for text in texts]
+    erasures = [
+        Erasure(
+            concept=concept,
+            method=rng.choice(["range", "neuron"]),
+            tau=rng.choice([0.5, 2.5]),
+            top_fraction=rng.choice([0.3, 1.0]),
+            layers=rng.choice([(-1,), (-2, -1)]),
+            replacement=rng.choice(["zero", "mean"]),
+        )
+        for concept in rng.sample(CONCEPTS, rng.randrange(0, 3))
+    ]
+    return texts, rng.choice((None, erasures, erasures)), rng.random() < 0.5
+
+
+def same(one: Answer, other: Answer) -> bool:
+    """Whether both did the same to the same texts, within what two batches may differ by."""
+    assert (one.source, one.erasures, one.enforced, one.range_set) == (
+        other.source,
+        other.erasures,
+        other.enforced,
+        other.range_set,
+    )
+    assert len(one.texts) == len(other.texts)
+    near = True
+    for a, b in zip(one.texts, other.texts, strict=True):
+        assert (a.tokens, a.truncated, a.baseline is None) == (b.tokens, b.truncated, b.baseline is None)
+        near &= a.masked_neurons == b.masked_neurons and bool(np.abs(a.logits - b.logits).max() <= TOLERANCE)
+        if a.baseline is not None and b.baseline is not None:
+            near &= bool(np.abs(a.baseline - b.baseline).max() <= TOLERANCE)
+    return near
+
+
+async def all_of(answerer: Any, requests: list[Any]) -> list[Answer]:
+    return list(
+        await asyncio.gather(*(answerer.classify(texts, erase, compare=compare) for texts, erase, compare in requests))
+    )
+
+
+def test_a_fleet_answers_as_one_engine_does(fleet: Service, engine: Engine) -> None:
+    requests = [random_request(random.Random(seed)) for seed in range(120)]
+    expected = asyncio.run(all_of(engine, requests))
+    # a state within rounding of a bound may fall on either side of it, and hardly ever does
+    differ = [not same(*pair) for pair in zip(asyncio.run(all_of(fleet.engine, requests)), expected, strict=True)]
+    assert sum(differ) <= 2
+    calls = fleet.registry.get_sample_value("neuronlens_fleet_call_requests_count")
+    assert calls is not None
+    assert calls < 120 / 2, "what arrives together travels together"
+
+
+def test_errors_come_back_as_they_were_and_fail_their_own_request_alone(fleet: Service) -> None:
+    async def ask() -> list[Any]:
+        answering = fleet.engine.classify
+        wanted = (
+            answering(["fine"], []),
+            answering(["x"], [Erasure(concept="Weather")]),
+            answering(["x"], [Erasure(concept="Sports", layers=(0,))]),
+            answering(["a " * 100], [], truncate=False),
+            answering(["x"] * 16385, []),
+            answering(["fine too"], []),
+            answering(["late"], [], timeout=1e-9),
+        )
+        return list(await asyncio.gather(*wanted, return_exceptions=True))
+
+    fine, unknown, missing, too_long, too_large, too, late = asyncio.run(ask())
+    assert isinstance(fine, Answer)
+    assert isinstance(too, Answer)
+    assert isinstance(unknown, UnknownConcept)
+    assert (unknown.concept, unknown.known) == ("Weather", list(fleet_concepts(fleet)))
+    assert isinstance(missing, NotFitted)
+    assert missing.fitted == [1, 2]
+    assert isinstance(too_long, TextTooLong)
+    assert (too_long.index, too_long.limit) == (0, fleet.model.max_tokens)
+    assert isinstance(too_large, RequestTooLarge)
+    assert isinstance(late, DeadlineExceeded)
+
+
+def fleet_concepts(fleet: Service) -> tuple[str, ...]:
+    assert fleet.mirror.snapshot is not None
+    assert fleet.mirror.snapshot.range_set is not None
+    return tuple(fleet.mirror.snapshot.range_set.concepts)
+
+
+def test_who_gives_up_takes_nobody_with_him(fleet: Service) -> None:
+    async def ask() -> list[Any]:
+        tasks = [asyncio.ensure_future(fleet.engine.classify([text], [])) for text in TEXTS]
+        await asyncio.sleep(0)
+        for task in tasks[::2]:
+            task.cancel()
+        return list(await asyncio.gather(*tasks, return_exceptions=True))
+
+    answers = asyncio.run(ask())
+    assert all(isinstance(answer, asyncio.CancelledError) for answer in answers[::2])
+    assert all(isinstance(answer, Answer) for answer in answers[1::2])
+
+
+def test_tokens_and_states_are_those_of_one_engine(fleet: Service, engine: Engine) -> None:
+    async def look(looker: Any) -> Any:
+        return await looker.tokens(TEXTS[:3]), await looker.states(TEXTS[:3], 1)
+
+    (tokens, states), (own, own_states) = asyncio.run(look(fleet.engine.looking)), asyncio.run(look(engine.looking))
+    assert tokens == own
+    np.testing.assert_allclose(states, own_states, atol=1e-5)
+
+
+def roster(service: Service) -> Roster:
+    return Replicas(service.store.client, service.store.model).read()
+
+
+def pids(service: Service) -> dict[int, str]:
+    """Process and name of each replica that reports; this process's own services left out."""
+    return {pid: each.name for each in roster(service).replicas if (pid := int(each.name.split(":")[1])) != os.getpid()}
+
+
+def test_a_killed_replica_costs_no_request(fleet: Service, engine: Engine) -> None:
+    requests = [random_request(random.Random(seed)) for seed in range(40)]
+    requests.insert(0, (TEXTS * 8, None, True))  # long enough to be at work on when the end comes
+    expected = asyncio.run(all_of(engine, requests))
+    victim = sorted(pids(fleet))[0]
+    worked = psutil.Process(victim).cpu_times().user
+    retried = fleet.registry.get_sample_value("neuronlens_fleet_retried_total") or 0.0
+
+    async def storm() -> list[list[Answer]]:
+        async def client() -> list[Answer]:
+            return [await fleet.engine.classify(texts, erase, compare=compare) for texts, erase, compare in requests]
+
+        clients = [asyncio.ensure_future(client()) for _ in range(16)]
+        while psutil.Process(victim).cpu_times().user < worked + 0.2:
+            await asyncio.sleep(0.01)
+        os.kill(victim, signal.SIGKILL)
+        return list(await asyncio.gather(*clients))
+
+    answered = asyncio.run(storm())
+    differ = [not same(*pair) for answers in answered for pair in zip(answers, expected, strict=True)]
+    assert len(differ) == 16 * 41
+    assert sum(differ) <= 3 * 16
+    assert (fleet.registry.get_sample_value("neuronlens_fleet_retried_total") or 0.0) > retried
+    assert fleet.registry.get_sample_value("neuronlens_fleet_lost_total") == 0.0
+    # another takes its place, and follows before it takes requests
+    until(lambda: len(set(pids(fleet)) - {victim}) == 2, 120)
+
+
+def test_a_second_ingress_finds_the_fleet_and_other_settings_do_not(
+    fleet: Service, open_service: Callable[..., Service], fitted: Fitted
+) -> None:
+    second = open_service("two")
+    with pytest.raises(OtherFleet, match="engine"):
+        open_service("two", max_queue_texts=5)
+    live = LiveErasure(erasure=Erasure(concept="Sports", top_fraction=1.0), since=0.0)
+    generation = fleet.store.set_erasure(live).generation
+    until(lambda: not roster(fleet).missing(generation))
+    for ingress in (fleet, second):
+        answers = asyncio.run(all_of(ingress.engine, [([text], None, False) for text in TEXTS]))
+        assert {answer.generation for answer in answers} == {generation}
+        assert all(answer.source == "live" for answer in answers)
+    fleet.store.set_erasures([])

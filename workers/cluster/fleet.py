@@ -1,0 +1,389 @@
+"""Answers with a fleet: what arrives together travels in one call, and comes back one by one. Without torch.
+
+Which replica gets a call is Serve's choice, by how many calls each has. Ours is that each request gets its own answer
+or its own error, that one whose replica was lost is tried once more elsewhere, and that what is held is bounded.
+"""
+
+import asyncio
+import math
+import time
+from collections.abc import Callable, Sequence
+from contextlib import suppress
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+import numpy as np
+import numpy.typing as npt
+from prometheus_client import CollectorRegistry
+from ray.exceptions import RayError, RayTaskError, TaskCancelledError
+from ray.serve.exceptions import BackPressureError, RayServeException
+
+from range_store.erasure import Erasure, Site
+from workers.cluster.messages import Answered, Refused, Reply, Wanted
+from workers.cluster.metrics import FleetMetrics
+from workers.engine.answers import Answer, Load
+from workers.engine.errors import DeadlineExceeded, Draining, EngineError, EngineFailed, QueueFull, ReplicaLost
+from workers.engine.settings import EngineSettings
+from workers.models.shown import ShownText
+from workers.models.texts import TextOrPair, characters
+
+PAUSE_SECONDS = 0.003
+"""Least time between two sendings while calls are under way: a call costs both sides about a millisecond of CPU."""
+CALL_TEXTS = 64
+"""Texts of one call at most, unless one request alone has more: a call is over when its slowest request is."""
+CALL_CHARACTERS = 16_384
+"""Characters of one call, in the same way."""
+ATTEMPTS = 2
+"""So often a request is sent if the replicas that have it are lost."""
+FRESH_SECONDS = 1.0
+"""How long what a replica said of its load counts."""
+HELD = 2
+"""An ingress holds requests of so many times the characters and texts that its fleet's queues do: all of a queue, and
+as much on its way."""
+CHARACTERS_PER_TOKEN = 4
+
+
+@dataclass(eq=False)
+class _Held:
+    """A request that is to be sent, or was. `done`: its answer, an error of ours, or `ReplicaLost`."""
+
+    wanted: Wanted
+    ends: float
+    texts: int
+    characters: int
+    done: asyncio.Future[Answered] = field(default_factory=lambda: asyncio.get_running_loop().create_future())
+
+    def fail(self, error: Exception) -> None:
+        if not self.done.done():
+            self.done.set_exception(error)
+
+
+class Fleet:
+    """Answers texts with the replicas behind a handle; see `workers.engine.answers.Answerer`.
+
+    Args:
+        handle: of the deployment.
+        settings: of each replica's engine.
+        replicas: tells how many take requests now.
+    """
+
+    def __init__(
+        self, handle: Any, settings: EngineSettings, replicas: Callable[[], int], registry: CollectorRegistry
+    ) -> None:
+        self.settings = settings
+        self.looking = RemoteLooking(self)
+        self.failure: str | None = None
+        self.metrics = FleetMetrics(registry, replicas)
+        self._handle = handle
+        self._replicas = replicas
+        self._draining = False
+        self._waiting: list[_Held] = []
+        self._sending: asyncio.Handle | None = None
+        self._calls: set[asyncio.Task[None]] = set()
+        self._next_at = 0.0
+        self._texts = self._characters = 0
+        self._loads: dict[str, tuple[float, Load]] = {}
+
+    @property
+    def ready(self) -> bool:
+        """A replica takes requests, and so does this process."""
+        return not self._draining and self._replicas() > 0
+
+    @property
+    def draining(self) -> bool:
+        return self._draining
+
+    def drain(self) -> None:
+        """Take no new requests; those accepted are still answered."""
+        self._draining = True
+
+    def refusal(self, *, counted: bool = True) -> QueueFull | None:
+        """Why not even one text would be taken now, as far as is known; a request that is refused so is `counted`.
+
+        Each reply tells how full its replica is. When all of the fleet have just said that they take nothing, or this
+        process holds all that it may, that is known before a body is read.
+        """
+        if self._draining:
+            return None
+        full = self._full(1, 0)
+        if full is None and (fresh := self._fresh()) and len(fresh) >= self._replicas():
+            waits = [load.retry_after for load in fresh]
+            if None not in waits:
+                full = QueueFull(min(wait for wait in waits if wait is not None))
+        if full is not None and counted:
+            self.metrics.rejections.labels("queue_full").inc()
+        return full
+
+    async def classify(
+        self,
+        texts: Sequence[TextOrPair],
+        erase: Sequence[Erasure] | None,
+        *,
+        compare: bool = False,
+        truncate: bool = True,
+        timeout: float | None = None,
+        min_generation: str | None = None,
+    ) -> Answer:
+        """As `workers.engine.engine.Engine.classify`, on some replica.
+
+        Raises:
+            ReplicaLost: the replica that had the request was lost, and so was the next one; or there is none.
+        """
+        wanted = Wanted(texts, erase, compare, truncate, timeout, min_generation)
+        length = sum(map(characters, texts))
+        try:
+            self._check(len(texts), length)
+            self._texts += len(texts)
+            self._characters += length
+            try:
+                async with asyncio.timeout(timeout):
+                    return await self._answer(wanted, len(texts), length)
+            finally:
+                self._texts -= len(texts)
+                self._characters -= length
+        except TimeoutError:
+            self.metrics.rejections.labels("deadline").inc()
+            raise DeadlineExceeded(timeout or 0.0) from None
+        except asyncio.CancelledError:
+            self.metrics.rejections.labels("cancelled").inc()
+            raise
+        except DeadlineExceeded:  # a replica counts what was left of the time
+            self.metrics.rejections.labels("deadline").inc()
+            raise DeadlineExceeded(timeout or 0.0) from None
+        except EngineError as error:
+            self.metrics.count(error)
+            raise
+
+    async def call(self, method: str, *arguments: Any) -> Any:
+        """One call of a replica's method by itself, twice if the replica is lost.
+
+        Raises:
+            QueueFull, ReplicaLost, EngineFailed: see `workers.engine.errors`.
+        """
+        for attempt in range(ATTEMPTS):
+            try:
+                return await self._remote(method, *arguments)
+            except ReplicaLost:
+                if self._was_last(attempt):
+                    raise
+        raise AssertionError("unreachable")
+
+    async def _answer(self, wanted: Wanted, texts: int, length: int) -> Answer:
+        ends = math.inf if wanted.timeout is None else time.monotonic() + wanted.timeout
+        for attempt in range(ATTEMPTS):
+            held = _Held(wanted, ends, texts, length)
+            self._waiting.append(held)
+            self._plan_sending()
+            try:
+                return (await held.done).answer()
+            except ReplicaLost:
+                if self._was_last(attempt):
+                    raise
+        raise AssertionError("unreachable")
+
+    def _was_last(self, attempt: int) -> bool:
+        """Whether a request that was lost is not sent again; counts it."""
+        last = attempt + 1 == ATTEMPTS
+        (self.metrics.lost if last else self.metrics.retried).inc()
+        return last
+
+    def _check(self, texts: int, length: int) -> None:
+        if self._draining:
+            raise Draining
+        if (full := self._full(texts, length)) is not None:
+            raise full
+
+    def _full(self, texts: int, length: int) -> QueueFull | None:
+        """Why no more may be held here. Who sends the first request is not refused, however large it is."""
+        room = HELD * max(1, self._replicas())
+        too_many = self._texts + texts > room * self.settings.max_queue_texts
+        too_long = self._characters + length > room * self.settings.max_queue_tokens * CHARACTERS_PER_TOKEN
+        if not self._texts or not (too_many or too_long):
+            return None
+        waits = [load.retry_after for load in self._fresh() if load.retry_after is not None]
+        return QueueFull(min(waits, default=1.0))
+
+    def _fresh(self) -> list[Load]:
+        now = time.monotonic()
+        self._loads = {name: (at, load) for name, (at, load) in self._loads.items() if now - at < FRESH_SECONDS}
+        return [load for _, load in self._loads.values()]
+
+    def _plan_sending(self) -> None:
+        """At the end of this turn of the event loop if nothing is under way, else a little later: more may come."""
+        if self._sending is not None:
+            return
+        loop = asyncio.get_running_loop()
+        wait = self._next_at - time.monotonic() if self._calls else 0.0
+        self._sending = loop.call_later(wait, self._send) if wait > 0 else loop.call_soon(self._send)
+
+    def _send(self) -> None:
+        """Send all that waits, in as many calls as its size asks for."""
+        self._sending = None
+        self._next_at = time.monotonic() + PAUSE_SECONDS
+        waiting = [held for held in self._waiting if not held.done.done()]
+        self._waiting.clear()
+        for some in _calls_of(waiting):
+            call = asyncio.get_running_loop().create_task(self._call(some))
+            self._calls.add(call)
+            call.add_done_callback(self._calls.discard)
+
+    async def _call(self, held: list[_Held]) -> None:
+        """One call: everyone in it gets an answer, an error or `ReplicaLost`."""
+        left = _Countdown(held)
+        now = time.monotonic()
+        wanted = [_with_time(each, now) for each in held]
+        self.metrics.calls.observe(len(held))
+        try:
+            reply: Reply = await self._remote("classify", wanted, unless=left.nobody)
+        except Exception as error:
+            for each in held:
+                each.fail(error)
+            return
+        self._loads[reply.replica] = (time.monotonic(), reply.load)
+        if reply.gone:
+            self._loads.pop(reply.replica, None)
+        for each, outcome in zip(held, reply.outcomes, strict=True):
+            if each.done.done():
+                continue
+            if isinstance(outcome, Answered):
+                each.done.set_result(outcome)
+                continue
+            refusal = outcome.error()
+            elsewhere = isinstance(refusal, Draining) or (reply.gone and isinstance(refusal, EngineFailed))
+            each.fail(ReplicaLost(str(refusal)) if elsewhere else refusal)
+
+    async def _remote(self, method: str, *arguments: Any, unless: asyncio.Event | None = None) -> Any:
+        """What a replica's method gives. If nobody waits for it any more, it is cancelled there.
+
+        Raises:
+            ReplicaLost: the replica was lost, or there is none.
+            QueueFull: the calls that wait for a replica are too many.
+            EngineFailed: a fault of the program.
+        """
+        response = getattr(self._handle, method).remote(*arguments)
+        answering = asyncio.ensure_future(_result(response))
+        waits: list[asyncio.Future[Any]] = [answering]
+        nobody = None if unless is None else asyncio.ensure_future(unless.wait())
+        if nobody is not None:
+            waits.append(nobody)
+        try:
+            await asyncio.wait(waits, return_when=asyncio.FIRST_COMPLETED)
+            if not answering.done():
+                raise ReplicaLost("nobody waits for it")
+            return await answering
+        except BackPressureError:
+            raise QueueFull(1.0) from None
+        except TaskCancelledError:
+            raise ReplicaLost("the replica gave the request up") from None
+        except RayError as error:
+            if _is_fault(error):
+                raise EngineFailed(f"a fault in a replica: {_line(error)}") from None
+            raise ReplicaLost(_line(error)) from None
+        except RayServeException as error:
+            raise ReplicaLost(_line(error)) from None
+        finally:
+            if nobody is not None:
+                nobody.cancel()
+            if not answering.done():
+                with suppress(Exception):
+                    response.cancel()
+                answering.cancel()
+
+
+class RemoteLooking:
+    """Looks at what some replica makes of texts; see `workers.engine.answers.Looker`."""
+
+    def __init__(self, fleet: Fleet) -> None:
+        self._fleet = fleet
+
+    async def tokens(self, texts: Sequence[str], *, timeout: float | None = None) -> list[ShownText]:
+        """As `workers.engine.looking.Looking.tokens`."""
+        found: list[ShownText] = await self._look("tokens", timeout, texts=list(texts))
+        return found
+
+    async def states(
+        self,
+        texts: Sequence[str],
+        layer: int,
+        *,
+        site: Site = "block_output",
+        position: Literal["read", "mean"] = "read",
+        timeout: float | None = None,
+    ) -> npt.NDArray[np.float32]:
+        """As `workers.engine.looking.Looking.states`."""
+        found: npt.NDArray[np.float32] = await self._look(
+            "states", timeout, texts=list(texts), layer=layer, site=site, position=position
+        )
+        return found
+
+    async def _look(self, what: str, timeout: float | None, **arguments: Any) -> Any:
+        if self._fleet.draining:
+            raise Draining
+        try:
+            async with asyncio.timeout(timeout):
+                found = await self._fleet.call("look", what, {**arguments, "timeout": timeout})
+        except TimeoutError:
+            raise DeadlineExceeded(timeout or 0.0) from None
+        if not isinstance(found, Refused):
+            return found
+        error = found.error()
+        raise DeadlineExceeded(timeout or 0.0) if isinstance(error, DeadlineExceeded) else error
+
+
+class _Countdown:
+    """`nobody` is set when every request of a call is done with, answered or not."""
+
+    def __init__(self, held: Sequence[_Held]) -> None:
+        self.nobody = asyncio.Event()
+        self._left = len(held)
+        for each in held:
+            each.done.add_done_callback(self._one)
+
+    def _one(self, done: asyncio.Future[Answered]) -> None:
+        self._left -= 1
+        if not self._left:
+            self.nobody.set()
+
+
+def _calls_of(waiting: Sequence[_Held]) -> list[list[_Held]]:
+    """The requests in order, those of a call together."""
+    calls: list[list[_Held]] = []
+    texts = length = 0
+    for held in waiting:
+        texts, length = texts + held.texts, length + held.characters
+        if not calls or texts > CALL_TEXTS or length > CALL_CHARACTERS:
+            calls.append([])
+            texts, length = held.texts, held.characters
+        calls[-1].append(held)
+    return calls
+
+
+def _with_time(held: _Held, now: float) -> Wanted:
+    """What is sent: with the time that is left."""
+    wanted = held.wanted
+    if wanted.timeout is None:
+        return wanted
+    left = max(0.0, held.ends - now)
+    return Wanted(
+        wanted.texts,
+        wanted.erase,
+        wanted.compare,
+        wanted.truncate,
+        left,
+        wanted.min_generation,
+        wanted.request_id,
+    )
+
+
+async def _result(response: Any) -> Any:
+    return await response
+
+
+def _is_fault(error: RayError) -> bool:
+    """Whether the replica lives, and raised what none of ours should."""
+    return isinstance(error, RayTaskError) and not isinstance(getattr(error, "cause", None), RayError)
+
+
+def _line(error: BaseException) -> str:
+    lines = str(error).strip().splitlines()
+    return lines[0] if lines else type(error).__name__

@@ -1,0 +1,320 @@
+"""Puts a fleet on a Ray cluster with Ray Serve, or finds the one that is there. Without torch.
+
+Started in two steps: replicas are made and tell which model they loaded; then the fleet is told its fingerprint, and
+who has it joins. From then on Serve holds every new replica, however late, against that fingerprint.
+"""
+
+import logging
+import threading
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass, field, fields
+from typing import Any
+
+import ray
+from ray import serve
+from ray.exceptions import RayError
+from ray.serve.exceptions import RayServeException
+from ray.serve.schema import ApplicationStatus, LoggingConfig, ReplicaState
+
+from workers.cluster.errors import ClusterError, OtherFleet
+from workers.cluster.replica import About, Replica, ReplicaSettings
+from workers.cluster.scaling import autoscaling
+from workers.engine.settings import batch_tokens_for
+from workers.models.facts import ModelFacts
+
+logger = logging.getLogger(__name__)
+logging.getLogger("ray.serve").setLevel(logging.WARNING)  # a command's stderr is its own
+
+DEPLOYMENT = "engine"
+PREFIX = "neuronlens:"
+"""Before a model's name, the name of its application in Serve."""
+MAX_ONGOING = 1024
+"""Calls that a replica takes at once. Its engine bounds what it holds, by tokens, and refuses with a time to wait; a
+bound here would hold calls back in the ingress, where nobody counts them. Kept so that a fault cannot pile up more."""
+MAX_QUEUED = 4096
+"""Calls of one ingress that may wait until a replica is found for them, as while all are being replaced."""
+HEALTH_SECONDS = 2.0
+POLL_SECONDS = 0.25
+ENOUGH_SECONDS = 60.0
+"""When one replica is up, the others are waited for so long at most: those that come later join then."""
+FIRST_SECONDS = 900.0
+"""How long the first replica may take: a large model is loaded, and nodes may have to be started."""
+
+
+@dataclass(frozen=True)
+class FleetPlan:
+    """What is to run. `replicas` None: of a new fleet one, of one that runs as many as it has.
+
+    Attributes:
+        max_replicas: where it is given, Serve chooses a number up to it, by `workers.cluster.scaling`.
+        scaling: how, where it differs from `workers.cluster.scaling.DEFAULTS`.
+        cpus, gpus: of each replica.
+        drain_seconds: that a replica which is to go has for what it holds.
+    """
+
+    settings: ReplicaSettings
+    replicas: int | None
+    max_replicas: int | None
+    cpus: float
+    gpus: float
+    drain_seconds: float
+    scaling: Mapping[str, float] = field(default_factory=dict)
+
+    @property
+    def name(self) -> str:
+        return PREFIX + self.settings.name
+
+
+@dataclass(frozen=True, eq=False)
+class RunningFleet:
+    """A fleet that answers: a handle to it, its model, the tokens of a replica's batch, how many replicas run now."""
+
+    handle: Any
+    facts: ModelFacts
+    max_batch_tokens: int
+    replicas: Callable[[], int]
+
+
+@dataclass(frozen=True)
+class Room:
+    """What a replica takes, and how many of them the cluster has room for now."""
+
+    threads: int
+    gpus: float
+    replicas: int
+
+
+def room(device: str, threads: int | None, replicas: int | None) -> Room:
+    """Room for replicas on the cluster that this process is connected to: a GPU each where there are any, else CPUs.
+
+    Args:
+        device: "auto" takes GPUs where the cluster has some.
+        threads: of each; None: an equal share of the CPUs, or 1 where `replicas` is None.
+
+    Raises:
+        ClusterError: a GPU is wanted, and there is none.
+    """
+    nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
+    gpus = int(sum(node.get("GPU", 0) for node in nodes))
+    cpus = [int(node.get("CPU", 0)) for node in nodes if node.get("CPU", 0) >= 1]
+    if device.startswith("cuda") and not gpus:
+        raise ClusterError("no node of the cluster has a GPU: --device cpu")
+    with_gpu = gpus > 0 and device in ("auto", "cuda")
+    share = min(max(cpus, default=1), max(1, sum(cpus) // replicas)) if replicas else 1
+    each = threads or share
+    fit = gpus if with_gpu else sum(node // each for node in cpus)
+    return Room(each, 1.0 if with_gpu else 0.0, max(1, fit))
+
+
+@contextmanager
+def running(plan: FleetPlan, *, redeploy: bool = False, keep: bool = True) -> Iterator[RunningFleet]:
+    """The fleet of a plan: started, or the one that runs. This process is connected to the cluster.
+
+    Args:
+        redeploy: replace the replicas of a fleet that runs with other settings, one by one.
+        keep: leave it running afterwards.
+
+    Raises:
+        ClusterError: it does not come up; says why.
+        OtherFleet: one of that name runs with other settings.
+        ModelError, RangeStoreError: what replicas say of their checkpoint or store.
+    """
+    serve.start(http_options={"location": "NoServer"}, logging_config=_quiet())
+    try:
+        about = _attach(plan, redeploy) if _status(plan.name) is not None else _start(plan)
+        assert about.facts is not None
+        watch = _Watch(plan.name)
+        watch.start()
+        try:
+            yield RunningFleet(serve.get_app_handle(plan.name), about.facts, about.max_batch_tokens, watch.replicas)
+        finally:
+            watch.stop()
+    finally:
+        if not keep:
+            with suppress(RayError, RayServeException):
+                serve.delete(plan.name)
+
+
+def names() -> list[str]:
+    """The models that have a fleet on the cluster that this process is connected to."""
+    with _said():
+        return sorted(name.removeprefix(PREFIX) for name in serve.status().applications if name.startswith(PREFIX))
+
+
+def take_down(name: str) -> None:
+    """End a fleet; what its replicas hold is answered first. Raises ClusterError if there is none of that name."""
+    if name not in names():
+        raise ClusterError(f"no fleet serves {name!r} here; there are: {', '.join(names()) or 'none'}")
+    with _said():
+        serve.delete(PREFIX + name)
+
+
+def _start(plan: FleetPlan) -> About:
+    """A new fleet. Nothing of it is left if it does not come up."""
+    try:
+        _deploy(plan, plan.replicas or 1, None)
+        _wait_running(plan, plan.replicas or 1)
+        about = _about(plan)
+        if about.failure is not None:
+            raise about.failure.error()
+        assert about.facts is not None
+        _deploy(plan, plan.replicas or 1, about.facts.identity.fingerprint)
+        _wait_running(plan, plan.replicas or 1)
+    except BaseException:
+        with suppress(RayError, RayServeException):
+            serve.delete(plan.name, _blocking=False)
+        raise
+    return about
+
+
+def _attach(plan: FleetPlan, redeploy: bool) -> About:
+    """The fleet that runs; with the plan's number of replicas, if it has one, and its settings, if that is wanted."""
+    _wait_running(plan, 1, all_of_it=False)
+    about = _about(plan)
+    if about.facts is None:
+        raise ClusterError(f"the fleet of {plan.settings.name!r} does not come up: `neuronlens fleet down` ends it")
+    differs = [
+        each.name
+        for each in fields(ReplicaSettings)
+        if getattr(about.settings, each.name) != getattr(plan.settings, each.name)
+    ]
+    if differs and not redeploy:
+        raise OtherFleet(
+            f"a fleet serves {plan.settings.name!r} already, with other settings ({', '.join(differs)}): leave them as "
+            "they are, pass --redeploy to replace its replicas one by one, or choose another --name"
+        )
+    if differs or plan.replicas is not None or plan.max_replicas is not None:
+        _deploy(plan, plan.replicas or max(1, _running_replicas(plan.name)), about.facts.identity.fingerprint)
+        _wait_running(plan, plan.replicas or 1)
+    return about
+
+
+def _deploy(plan: FleetPlan, replicas: int, fingerprint: str | None) -> None:
+    number: dict[str, Any] = {"num_replicas": replicas}
+    if plan.max_replicas is not None:
+        batch = plan.settings.engine["max_batch_tokens"] or batch_tokens_for("cuda" if plan.gpus else "cpu")
+        number = {"autoscaling_config": autoscaling(replicas, plan.max_replicas, batch, dict(plan.scaling))}
+    deployment = serve.deployment(
+        name=DEPLOYMENT,
+        max_ongoing_requests=MAX_ONGOING,
+        max_queued_requests=MAX_QUEUED,
+        user_config={"fingerprint": fingerprint},
+        ray_actor_options={"num_cpus": plan.cpus, "num_gpus": plan.gpus},
+        health_check_period_s=HEALTH_SECONDS,
+        health_check_timeout_s=5 * HEALTH_SECONDS,
+        graceful_shutdown_wait_loop_s=0.2,
+        graceful_shutdown_timeout_s=plan.drain_seconds,
+        logging_config=_quiet(),
+        **number,
+    )(Replica)
+    with _said():
+        serve.run_many(
+            [serve.RunTarget(deployment.bind(plan.settings), name=plan.name, route_prefix=None)],
+            wait_for_applications_running=False,
+        )
+
+
+def _wait_running(plan: FleetPlan, replicas: int, all_of_it: bool = True) -> None:
+    """Return when that many replicas run, or one does and the others take long.
+
+    Args:
+        all_of_it: Serve must have done what it was last told, too.
+
+    Raises:
+        ClusterError: Serve gave up, or none runs in time.
+    """
+    began = time.monotonic()
+    while True:
+        status = _status(plan.name)
+        waited = time.monotonic() - began
+        if status is not None:
+            running = _count(status)
+            # unhealthy is a fleet that lost a replica, until another has taken its place
+            settled = status.status in (ApplicationStatus.RUNNING, ApplicationStatus.UNHEALTHY)
+            if (running >= replicas and (settled or not all_of_it)) or (running and waited > ENOUGH_SECONDS):
+                return
+            if status.status == ApplicationStatus.DEPLOY_FAILED and not running:
+                raise ClusterError(f"the fleet of {plan.settings.name!r} does not come up: {_reason(status)}")
+        if waited > FIRST_SECONDS:
+            why = _reason(status) if status is not None else "Serve knows nothing of it"
+            raise ClusterError(f"no replica of {plan.settings.name!r} came up in {FIRST_SECONDS:.0f} s: {why}")
+        time.sleep(POLL_SECONDS)
+
+
+def _about(plan: FleetPlan) -> About:
+    with _said():
+        about: About = serve.get_app_handle(plan.name).about.remote().result(timeout_s=60)
+    return about
+
+
+def _status(name: str) -> Any:
+    with _said():
+        return serve.status().applications.get(name)
+
+
+def _count(status: Any) -> int:
+    deployment = status.deployments.get(DEPLOYMENT)
+    return deployment.replica_states.get(ReplicaState.RUNNING, 0) if deployment else 0
+
+
+def _running_replicas(name: str) -> int:
+    status = _status(name)
+    return _count(status) if status is not None else 0
+
+
+def _reason(status: Any) -> str:
+    """The last line of what Serve says, which is the error's own where a replica raised one."""
+    deployment = status.deployments.get(DEPLOYMENT)
+    said = (deployment.message if deployment else "") or status.message or status.status
+    lines = [line.strip() for line in str(said).splitlines() if line.strip()]
+    return lines[-1] if lines else str(status.status)
+
+
+@contextmanager
+def _said() -> Iterator[None]:
+    """What Ray raises, in one line."""
+    try:
+        yield
+    except (RayError, RayServeException, TimeoutError) as error:
+        lines = str(error).strip().splitlines()
+        raise ClusterError(f"the cluster does not do it: {lines[0] if lines else type(error).__name__}") from None
+
+
+def _quiet() -> LoggingConfig:
+    """Serve's own logs: what goes wrong. Calls are counted by our metrics."""
+    return LoggingConfig(log_level="WARNING", enable_access_log=False)
+
+
+class _Watch:
+    """Knows how many replicas run, as Serve's controller says twice a second."""
+
+    SECONDS = 0.5
+
+    def __init__(self, name: str) -> None:
+        self._name = name
+        self._running = _running_replicas(name)
+        self._stopping = threading.Event()
+        self._thread = threading.Thread(target=self._run, name="fleet-watch", daemon=True)
+
+    def replicas(self) -> int:
+        return self._running
+
+    def start(self) -> None:
+        self._thread.start()
+
+    def stop(self) -> None:
+        self._stopping.set()
+        self._thread.join()
+
+    def _run(self) -> None:
+        while not self._stopping.wait(self.SECONDS):
+            try:
+                now = _running_replicas(self._name)
+            except ClusterError as error:  # the controller is being replaced, as when its node is lost
+                logger.warning("how many replicas run is not known: %s", error)
+                continue
+            if now != self._running:
+                logger.info("replicas that run: %d, before: %d", now, self._running)
+                self._running = now
