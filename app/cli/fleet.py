@@ -6,11 +6,13 @@ import typer
 
 from app.cli import options
 from app.cli.console import print_json, say, table
-from app.cli.exits import USAGE, CommandError
+from app.cli.exits import EPILOG, USAGE, CommandError
 from app.cli.stores import settings_with
 
 app = typer.Typer(
-    help="Engines on a Ray cluster, which stay when a server in front of them stops.", no_args_is_help=True
+    help="Engines on a Ray cluster, which stay when a server in front of them stops.",
+    epilog=EPILOG,
+    no_args_is_help=True,
 )
 
 Address = Annotated[
@@ -24,7 +26,7 @@ Address = Annotated[
 ]
 
 
-@app.command("list")
+@app.command("list", epilog=EPILOG)
 def list_(ray: Address = None, as_json: options.AsJson = False) -> None:
     """List the models that have a fleet on the cluster."""
     address = _address(ray)
@@ -37,7 +39,7 @@ def list_(ray: Address = None, as_json: options.AsJson = False) -> None:
         table(("model",), [(name,) for name in found])
 
 
-@app.command()
+@app.command(epilog=EPILOG)
 def down(name: Annotated[str, typer.Argument(help="What the model is called.")], ray: Address = None) -> None:
     """End a fleet, when what its engines hold is answered. Servers in front of it then answer 503."""
     address = _address(ray)

@@ -227,7 +227,7 @@ def serve(
 def serve_until_told(
     services: "Sequence[Service]", settings: "Settings", bound: socket.socket, to_try: Sequence[str] = ()
 ) -> None:
-    """Serve one model or several until SIGINT or SIGTERM, then answer what was accepted. Says where, and what to try there."""
+    """Serve until SIGINT or SIGTERM, then answer what was accepted. Says where, and what to try there."""
     from app.main import create_app
 
     def ready() -> None:
@@ -235,7 +235,8 @@ def serve_until_told(
         for service in services:
             snapshot = service.mirror.snapshot
             if snapshot is not None and snapshot.range_set is None:
-                hint(f"nothing can be erased yet: neuronlens fit --model {service.model.source} --data FILE --activate")
+                fit = f"neuronlens fit --model {service.model.source} --data FILE --activate"
+                hint(f"{service.name}: nothing can be erased yet: {fit}")
         for line in to_try:
             hint(line.replace("{address}", address))
         if metrics_at is not None:

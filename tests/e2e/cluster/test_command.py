@@ -9,10 +9,13 @@ from pathlib import Path
 
 import httpx
 import psutil
+import pytest
 
 from tests.app.cli.conftest import Cli, cli  # noqa: F401 (a fixture)
 from tests.range_store.waiting import until
 from workers.models.loading import LoadedModel
+
+pytestmark = pytest.mark.timeout(600)  # processes that load torch, on a busy machine
 
 
 def test_it_serves_without_torch_and_leaves_nothing_behind(model: LoadedModel, tmp_path: Path) -> None:

@@ -30,6 +30,7 @@ from workers.fitting.fit import Fitted
 from workers.models.errors import TextTooLong
 from workers.models.loading import LoadedModel
 
+pytestmark = pytest.mark.timeout(600)  # processes that load torch, on a busy machine
 TOLERANCE = 2e-4
 """Largest difference of a logit between two batches that a text is in (promise 2)."""
 TEXTS = [text for text, _ in labelled_texts(60, seed=12)]
