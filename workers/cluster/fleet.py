@@ -351,10 +351,13 @@ def _calls_of(waiting: Sequence[_Held]) -> list[list[_Held]]:
     texts = length = 0
     for held in waiting:
         texts, length = texts + held.texts, length + held.characters
-        if not calls or texts > CALL_TEXTS or length > CALL_CHARACTERS:
+        waits = held.wanted.min_generation is not None  # it may, and then holds up nobody
+        if not calls or waits or texts > CALL_TEXTS or length > CALL_CHARACTERS:
             calls.append([])
             texts, length = held.texts, held.characters
         calls[-1].append(held)
+        if waits:
+            texts = CALL_TEXTS
     return calls
 
 

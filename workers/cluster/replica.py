@@ -177,17 +177,18 @@ class Replica:
 
     async def _answered(self, wanted: Wanted) -> Answered | Refused:
         engine = self._engine
-        options: dict[str, Any] = {
-            "compare": wanted.compare,
-            "truncate": wanted.truncate,
-            "timeout": wanted.timeout,
-        }
-        if wanted.min_generation is not None:
-            options["min_generation"] = wanted.min_generation
         try:
             if engine is None or not self._joined:
                 raise Draining
-            return Answered.of(await engine.classify(wanted.texts, wanted.erase, **options))
+            answer = await engine.classify(
+                wanted.texts,
+                wanted.erase,
+                compare=wanted.compare,
+                truncate=wanted.truncate,
+                timeout=wanted.timeout,
+                min_generation=wanted.min_generation,
+            )
+            return Answered.of(answer)
         except TOLD as error:
             if isinstance(error, EngineFailed):
                 logger.error("request %s failed: %s", wanted.request_id, error)

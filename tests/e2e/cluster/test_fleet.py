@@ -17,7 +17,7 @@ from range_store.erasure import Erasure
 from range_store.errors import NotFitted, UnknownConcept
 from range_store.live import LiveErasure
 from range_store.mirror import Mirror
-from range_store.replicas import Replicas, Roster
+from range_store.replicas import Roster
 from tests.e2e.cluster.conftest import activated
 from tests.range_store.waiting import until
 from tests.workers.texts import labelled_texts
@@ -164,7 +164,7 @@ def test_tokens_and_states_are_those_of_one_engine(fleet: Service, engine: Engin
 
 
 def roster(service: Service) -> Roster:
-    return Replicas(service.store.client, service.store.model).read()
+    return service.store.replicas.read()
 
 
 def pids(service: Service) -> dict[int, str]:
