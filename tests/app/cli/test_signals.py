@@ -116,7 +116,7 @@ def serve():
         def lost(*args, **kwargs):
             raise RuntimeError("CUDA error: an illegal memory access was encountered")
         service.engine.model.steered._call = lost
-        serve_until_told(service, settings, bound)
+        serve_until_told([service], settings, bound)
 cli.app.command("lost")(serve)
 sys.exit(cli.run(["lost"]))
 """
