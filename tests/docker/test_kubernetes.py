@@ -13,9 +13,9 @@ from tests.docker.conftest import ROOT, check_settings, system_program
 
 KUBERNETES = ROOT / "docker" / "kubernetes"
 VERSIONS = ("1.30", "1.34", "1.37")
-OVERLAYS = ("base", "cli", "fit", "gpu", "trial")
-CUSTOM = ("Kustomization", "ServiceMonitor")
-"""Kinds that Kubernetes itself does not know; they have no schema here."""
+OVERLAYS = ("base", "cli", "fit", "gpu", "ray", "ray-fit", "trial")
+CUSTOM = ("Kustomization", "RayCluster", "ServiceMonitor")
+"""Kinds that Kubernetes itself does not know; they have no schema there (RayCluster's: test_ray_cluster.py)."""
 WORKLOADS = ("Deployment", "StatefulSet", "Job", "Pod")
 
 Manifest = dict[str, Any]
@@ -30,6 +30,12 @@ def committed() -> list[tuple[str, Manifest]]:
     for file in sorted([*KUBERNETES.rglob("*.yaml"), *(ROOT / "docker" / "redis").glob("*.yaml")]):
         found += [(f"{file.name}:{each['kind']}", each) for each in documents(file.read_text()) if "kind" in each]
     return found
+
+
+def patches() -> list[str]:
+    """Files that hold a patch each, which is no whole object."""
+    asked = [yaml.safe_load(file.read_text()) for file in KUBERNETES.rglob("kustomization.yaml")]
+    return [patch["path"] for each in asked for patch in each.get("patches", [])]
 
 
 def check(manifest: Manifest) -> None:
@@ -68,8 +74,7 @@ def _in_older_words(text: str) -> str:
 
 @pytest.mark.parametrize(("name", "manifest"), committed())
 def test_each_manifest_keeps_its_schema(name: str, manifest: Manifest) -> None:
-    patch = (KUBERNETES / "gpu" / "gpu.yaml").read_text()
-    if manifest["kind"] in CUSTOM or manifest in documents(patch):  # a patch is no whole object
+    if manifest["kind"] in CUSTOM or name.split(":")[0] in patches():
         return
     check(manifest)
 
@@ -84,9 +89,13 @@ def test_a_wrong_manifest_is_noticed() -> None:
 @pytest.mark.system
 @pytest.mark.parametrize("overlay", OVERLAYS)
 def test_what_is_rendered_keeps_its_schema(rendered: dict[str, list[Manifest]], overlay: str) -> None:
-    assert len(rendered[overlay]) == {"base": 7, "cli": 1, "fit": 1, "gpu": 7, "trial": 11}[overlay]
+    assert (
+        len(rendered[overlay])
+        == {"base": 7, "cli": 1, "fit": 1, "gpu": 7, "ray": 11, "ray-fit": 1, "trial": 11}[overlay]
+    )
     for manifest in rendered[overlay]:
-        check(manifest)
+        if manifest["kind"] not in CUSTOM:
+            check(manifest)
         assert manifest["metadata"]["namespace"] == "neuronlens"
 
 
@@ -118,7 +127,7 @@ def test_what_is_rendered_fits_together(rendered: dict[str, list[Manifest]]) -> 
     url = trial["ConfigMap", "neuronlens"]["data"]["NEURONLENS_REDIS_URL"]
     assert re.fullmatch(r"redis://(.+):6379/0", url)[1] == "neuronlens-redis"  # type: ignore[index]
     (rule,) = trial["NetworkPolicy", "neuronlens-redis"]["spec"]["ingress"]
-    (let_in,) = rule["from"][0]["podSelector"]["matchExpressions"]
+    (let_in,) = rule["from"][0]["podSelector"]["matchExpressions"]  # the second: test_ray_cluster.py
     clients = [each for each in (*rendered["trial"], *rendered["fit"], *rendered["cli"]) if each["kind"] in WORKLOADS]
     using = {each["metadata"]["name"] for each in clients} - {"neuronlens-redis"}
     assert using == set(let_in["values"])
@@ -128,9 +137,37 @@ def test_what_is_rendered_fits_together(rendered: dict[str, list[Manifest]]) -> 
     assert {each["name"] for each in _container(gpu)["env"]} > {"NEURONLENS_REDIS_PASSWORD"}
 
 
+@pytest.mark.system
+def test_the_ingress_of_a_fleet_is_the_base_with_other_words(rendered: dict[str, list[Manifest]]) -> None:
+    ray, base = (
+        {(each["kind"], each["metadata"]["name"]): each for each in rendered[name]} for name in ("ray", "base")
+    )
+    assert base.keys() - ray.keys() == {("HorizontalPodAutoscaler", "neuronlens")}, "Ray scales the engines"
+    cluster = ray["RayCluster", "neuronlens-ray"]["spec"]
+    nodes = [cluster["headGroupSpec"], *cluster["workerGroupSpecs"]]
+    images = {each["template"]["spec"]["containers"][0]["image"] for each in nodes}
+    assert images == {_container(ray["Deployment", "neuronlens"])["image"]}, "all nodes need the same versions"
+    assert "/" in images.pop(), "where it was pushed"
+    pod = _pod(ray["Deployment", "neuronlens"])
+    assert {each["mountPath"] for each in _container(ray["Deployment", "neuronlens"])["volumeMounts"]} >= {
+        "/dev/shm",
+        "/files",
+        "/tmp",
+    }
+    assert pod["securityContext"]["runAsNonRoot"] is True
+    names = {each["name"] for each in _container(ray["Deployment", "neuronlens"])["env"]}
+    assert names == {"NEURONLENS_REDIS_USERNAME", "NEURONLENS_REDIS_PASSWORD", "NEURONLENS_THREADS", "RAY_AUTH_TOKEN"}
+    (fit,) = rendered["ray-fit"]
+    assert "RAY_AUTH_TOKEN" in {each["name"] for each in _container(fit)["env"]}
+    labels = fit["spec"]["template"]["metadata"]["labels"]
+    assert labels == {"app.kubernetes.io/name": "neuronlens-fit", "neuronlens.example/ray": "fit"}
+    budget = ray["PodDisruptionBudget", "neuronlens-ray-worker"]["spec"]["selector"]["matchLabels"]
+    assert budget.items() <= cluster["workerGroupSpecs"][0]["template"]["metadata"]["labels"].items()
+
+
 def test_pods_are_locked_down_and_told_of_their_end() -> None:
     for name, manifest in committed():
-        if manifest["kind"] not in WORKLOADS or name.startswith("gpu.yaml"):
+        if manifest["kind"] not in WORKLOADS or name.split(":")[0] in patches():
             continue
         pod = _pod(manifest)
         assert pod["automountServiceAccountToken"] is False, name

@@ -1,0 +1,156 @@
+"""The RayCluster that KubeRay is given: its own schema, the pods in it, and what must be the same in several places."""
+
+import copy
+import re
+from pathlib import Path
+from typing import Any
+
+import jsonschema
+import pytest
+import yaml
+
+from tests.docker.conftest import ROOT
+from tests.docker.test_kubernetes import KUBERNETES, Manifest, check, documents
+
+RAY = KUBERNETES / "ray"
+SCHEMA = yaml.safe_load((Path(__file__).parent / "raycluster.schema.yaml").read_text())
+NODE = "neuronlens.example/ray"
+
+
+@pytest.fixture
+def cluster() -> Manifest:
+    (found,) = documents((RAY / "raycluster.yaml").read_text())
+    return found
+
+
+def groups(cluster: Manifest) -> dict[str, Manifest]:
+    spec = cluster["spec"]
+    return {"head": spec["headGroupSpec"], "worker": spec["workerGroupSpecs"][0]}
+
+
+def container(group: Manifest) -> Manifest:
+    (only,) = group["template"]["spec"]["containers"]
+    return dict(only)
+
+
+def argument(command: list[str], name: str) -> str:
+    return command[command.index(name) + 1]
+
+
+def ingress() -> Manifest:
+    return _patched(RAY / "ingress.yaml", "ingress")
+
+
+def fit() -> Manifest:
+    return _patched(KUBERNETES / "ray-fit" / "fit.yaml", "fit")
+
+
+def _patched(file: Path, label: str) -> Manifest:
+    (workload,) = documents(file.read_text())
+    assert workload["spec"]["template"]["metadata"]["labels"] == {NODE: label}
+    (only,) = workload["spec"]["template"]["spec"]["containers"]
+    return dict(only)
+
+
+def test_the_schema_is_one_and_the_cluster_keeps_it(cluster: Manifest) -> None:
+    jsonschema.Draft202012Validator.check_schema(SCHEMA)
+    jsonschema.validate(cluster, SCHEMA)
+
+
+@pytest.mark.parametrize(
+    ("path", "value"),
+    [
+        (["authOptions", "mode"], "password"),
+        (["headGroupSpec", "rayStartParams", "num-cpus"], 0),
+        (["workerGroupSpecs", 0, "maxreplicas"], 8),
+        (["autoscalerOptions", "version"], "v3"),
+        (["rayVersion"], 2.6),
+    ],
+)
+def test_a_wrong_cluster_is_noticed(cluster: Manifest, path: list[str | int], value: Any) -> None:
+    wrong = copy.deepcopy(cluster)
+    place: Any = wrong["spec"]
+    for step in path[:-1]:
+        place = place[step]
+    place[path[-1]] = value
+    with pytest.raises(jsonschema.ValidationError):
+        jsonschema.validate(wrong, SCHEMA)
+
+
+@pytest.mark.parametrize("name", ["head", "worker"])
+def test_its_pods_keep_kubernetes_schema_and_are_locked_down(cluster: Manifest, name: str) -> None:
+    template = groups(cluster)[name]["template"]
+    metadata = {"name": name, "labels": template["metadata"]["labels"]}
+    # the autoscaler is KubeRay's container beside the head, with what is said of it here
+    options = cluster["spec"]["autoscalerOptions"]
+    beside = {key: options[key] for key in ("resources", "securityContext", "volumeMounts")}
+    containers = [container(groups(cluster)[name])]
+    containers += [{"name": "autoscaler", "image": "neuronlens", **beside}] if name == "head" else []
+    pod = {**template["spec"], "containers": containers}
+    check({"apiVersion": "v1", "kind": "Pod", "metadata": metadata, "spec": pod})
+    assert pod["enableServiceLinks"] is False
+    assert pod["securityContext"]["runAsNonRoot"] is True
+    assert pod["securityContext"]["runAsUser"] == 10001
+    assert pod.get("automountServiceAccountToken", True) is (name == "head"), "only the autoscaler asks the API"
+    volumes = {volume["name"] for volume in pod["volumes"]}
+    for each in containers:
+        assert each["securityContext"]["readOnlyRootFilesystem"] is True
+        assert each["securityContext"]["capabilities"] == {"drop": ["ALL"]}
+        assert each["securityContext"]["allowPrivilegeEscalation"] is False
+        assert each["resources"].keys() == {"requests", "limits"}
+        mounted = {mount["mountPath"]: mount["name"] for mount in each["volumeMounts"]}
+        assert "/tmp" in mounted
+        assert set(mounted.values()) <= volumes
+    # KubeRay's own probes call wget, which the image has not
+    assert {"readinessProbe", "livenessProbe"} <= containers[0].keys()
+    assert pod["terminationGracePeriodSeconds"] >= 30 + 15, "a node drains for up to 30 s"
+
+
+def test_nobody_gets_in_without_the_token(cluster: Manifest) -> None:
+    assert cluster["spec"]["authOptions"] == {"mode": "token"}
+    for each in (ingress(), fit()):
+        (token,) = [variable for variable in each["env"] if variable["name"] == "RAY_AUTH_TOKEN"]
+        assert token["valueFrom"]["secretKeyRef"] == {"name": cluster["metadata"]["name"], "key": "auth_token"}
+
+
+def test_what_stands_in_several_places_is_the_same(cluster: Manifest) -> None:
+    pinned = re.search(r"^ray==(.+)$", (ROOT / "constraints.txt").read_text(), re.MULTILINE)
+    assert pinned is not None
+    assert cluster["spec"]["rayVersion"] == pinned[1]
+    head = f"{cluster['metadata']['name']}-head-svc:6379"
+    for each in (ingress(), fit()):
+        assert each["command"] == ["ray-node", "join", head, "neuronlens"]
+        assert argument(each["args"], "--ray") == head
+    worker = groups(cluster)["worker"]
+    cpus = worker["rayStartParams"]["num-cpus"]
+    assert cpus == container(worker)["resources"]["limits"]["cpu"]
+    assert cpus == argument(ingress()["args"], "--threads") == argument(fit()["args"], "--threads")
+    assert int(argument(ingress()["args"], "--max-replicas")) == worker["maxReplicas"]
+    assert groups(cluster)["head"]["rayStartParams"]["num-cpus"] == "0", "an engine there would end with the head"
+    for name, group in groups(cluster).items():
+        assert group["template"]["metadata"]["labels"] == {NODE: name}
+        shm = next(each for each in group["template"]["spec"]["volumes"] if each["name"] == "shm")
+        assert shm["emptyDir"] == {"medium": "Memory", "sizeLimit": "512Mi"}
+        assert int(group["rayStartParams"]["object-store-memory"]) < 512 << 20
+    images = [
+        yaml.safe_load((KUBERNETES / name / "kustomization.yaml").read_text())["images"] for name in ("base", "ray")
+    ]
+    assert images[0] == images[1]
+
+
+def test_ray_s_ports_are_for_ray_s_nodes_only() -> None:
+    policies = {each["metadata"]["name"]: each["spec"] for each in documents((RAY / "networkpolicy.yaml").read_text())}
+    nodes = {"podSelector": {"matchExpressions": [{"key": NODE, "operator": "Exists"}]}}
+    assert {"podSelector": policies["neuronlens-ray"]["podSelector"]} == nodes
+    assert policies["neuronlens-ray"]["ingress"] == [{"from": [nodes]}]
+    for name, spec in policies.items():
+        assert name == "neuronlens-ray" or "ingress" not in spec, name
+    redis = next(
+        each
+        for each in documents((ROOT / "docker" / "redis" / "statefulset.yaml").read_text())
+        if each["kind"] == "NetworkPolicy"
+    )
+    (_, workers) = redis["spec"]["ingress"][0]["from"]
+    assert workers == {"podSelector": {"matchLabels": {NODE: "worker"}}}
+    (reaching,) = policies["neuronlens-ray-store"]["podSelector"]["matchExpressions"]
+    assert reaching["values"] == ["worker", "fit"], "a fit is let in by its name"
