@@ -1,11 +1,12 @@
 #!/bin/sh
 # Installs NeuronLens into a virtual environment: the steps of the image's build stage, which a test runs too.
 #
-#   install.sh dependencies VENV   makes VENV, and installs what pyproject.toml asks for (with the extra otel), at the
-#                                  versions of constraints.txt
+#   install.sh dependencies VENV   makes VENV, and installs what pyproject.toml asks for, with the extras of EXTRAS, at
+#                                  the versions of constraints.txt
 #   install.sh package VENV        adds NeuronLens itself
 #
-# It runs in the directory that holds pyproject.toml. TORCH_INDEX is the package index that torch alone is taken from;
+# It runs in the directory that holds pyproject.toml. EXTRAS are extras of the package, with spaces between them.
+# TORCH_INDEX is the package index that torch alone is taken from;
 # empty: the usual one, whose torch for Linux on x86-64 brings CUDA.
 set -eu
 
@@ -22,10 +23,11 @@ dependencies)
   fi
   wanted=$(mktemp)
   "$venv/bin/python" -c '
-import tomllib
+import os, tomllib
 with open("pyproject.toml", "rb") as file:
     project = tomllib.load(file)["project"]
-print(*project["dependencies"], *project["optional-dependencies"]["otel"], sep="\n")
+extras = [project["optional-dependencies"][name] for name in os.environ.get("EXTRAS", "").split()]
+print(*project["dependencies"], *sum(extras, []), sep="\n")
 ' >"$wanted"
   pip install --constraint constraints.txt --requirement "$wanted"
   rm "$wanted"

@@ -4,6 +4,8 @@ import json
 import os
 import re
 import shlex
+import signal
+import subprocess
 from pathlib import Path
 
 from tests.docker.conftest import DOCKER, ROOT, system_program
@@ -54,10 +56,20 @@ def sandboxed(command: list[str], venv: Path, data: Path, files: Path, environme
         for parent in reversed(each.parents[:-1]):  # else only root could pass through them
             options += ["--perms", "0755", "--dir", str(parent)]
         options += ["--ro-bind", str(each), str(each)]
-    options += ["--proc", "/proc", "--dev", "/dev"]
+    options += ["--proc", "/proc", "--dev", "/dev", "--perms", "1777", "--tmpfs", "/dev/shm"]
     options += ["--bind", str(data), "/data", "--ro-bind", str(files), "/files", "--remount-ro", "/", "--chdir", "/tmp"]
     options += [word for name, value in within.items() for word in ("--setenv", name, value)]
     if os.geteuid() != 0:  # then the user is 10001 only to itself
         return [system_program("bwrap"), *options, "--unshare-user", "--uid", "10001", "--gid", "10001", *command]
     become = ["--reuid=10001", "--regid=10001", "--clear-groups", "--bounding-set=-all", "--no-new-privs"]
     return [system_program("bwrap"), *options, system_program("setpriv"), *become, *command]
+
+
+def signalled(container: subprocess.Popen[bytes], number: signal.Signals) -> None:
+    """Send a signal to process 1 of what `sandboxed` started; SIGKILL ends all that runs in it.
+
+    Ending bwrap itself would not: who becomes another user loses the wish to die with its parent.
+    """
+    if container.poll() is None:
+        children = Path(f"/proc/{container.pid}/task/{container.pid}/children").read_text().split()
+        os.kill(int(children[0]) if children else container.pid, number)

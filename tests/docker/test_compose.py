@@ -111,7 +111,7 @@ def test_containers_may_do_little() -> None:
 
 def test_only_this_machine_reaches_what_is_published_and_redis_is_not() -> None:
     published = {name: each["ports"] for name, each in services().items() if "ports" in each}
-    assert published.keys() == {"service", "prometheus", "grafana"}
+    assert published.keys() == {"service", "ingress", "prometheus", "grafana"}
     for ports in published.values():
         for port in ports:
             assert port.startswith(("127.0.0.1:", "${PUBLISH_ADDRESS:-127.0.0.1}:")), port
@@ -119,13 +119,13 @@ def test_only_this_machine_reaches_what_is_published_and_redis_is_not() -> None:
     assert networks["store"]["internal"] is True
     assert services()["redis"]["networks"] == ["store"]
     reach_redis = {name for name, each in services().items() if "store" in each["networks"]} - {"redis"}
-    assert reach_redis == {"service", "fit", "cli"}
+    assert reach_redis == {"service", "fit", "cli", "ingress", "ray-worker", "ray-fit"}
 
 
 def test_only_the_operator_s_commands_hold_the_operator_s_password() -> None:
     for name, service in services().items():
         environment = str(service.get("environment", {}))
-        assert ("REDIS_OPERATOR_PASSWORD" in environment) == (name in ("fit", "cli", "redis")), name
+        assert ("REDIS_OPERATOR_PASSWORD" in environment) == (name in ("fit", "ray-fit", "cli", "redis")), name
         assert ("GRAFANA_ADMIN_PASSWORD" in environment) == (name == "grafana")
 
 
@@ -134,6 +134,7 @@ def test_prometheus_scrapes_the_service_where_its_metrics_are() -> None:
     (found,) = job["dns_sd_configs"]
     (name,) = found["names"]
     scraped = services()[name]
+    assert name in services()["ingress"]["networks"]["watch"]["aliases"], "both are found under one name"
     assert str(found["port"]) == scraped["environment"]["NEURONLENS_METRICS_PORT"]
     assert not any(str(found["port"]) in port for port in scraped["ports"]), "metrics are not for those outside"
     assert set(scraped["networks"]) & set(services()["prometheus"]["networks"])
@@ -159,17 +160,62 @@ def test_the_service_waits_for_a_healthy_store_and_needs_keys() -> None:
     assert "healthcheck" not in service, "the image's own"
 
 
+def test_the_cluster_starts_when_asked_and_its_nodes_are_for_each_other() -> None:
+    networks = yaml.safe_load(MAIN.read_text())["networks"]
+    assert networks["ray"]["internal"] is True
+    nodes = {name for name, each in services().items() if "ray" in each["networks"]}
+    assert nodes == {"ray-head", "ray-worker", "ingress", "ray-fit"}
+    for name, each in services().items():
+        in_profile = {"ray-fit": ["fit"], "fit": ["fit"], "cli": ["cli"]}.get(name, ["cluster"] * (name in nodes))
+        assert each.get("profiles", []) == in_profile, name
+    reached = {name for name in nodes if {"front", "watch"} & set(services()[name]["networks"])}
+    assert reached == {"ingress"}, "whoever reaches a port of Ray needs only the token to run code there"
+    for name in nodes:
+        node = services()[name]
+        assert node["environment"]["RAY_AUTH_TOKEN"] == "${RAY_AUTH_TOKEN:-}"
+        assert int(node["environment"]["RAY_OBJECT_STORE_BYTES"]) < 512 << 20
+        assert node["shm_size"] == "512m"
+        assert node["entrypoint"][0] == "ray-node"
+        assert "ray-head:6379" in node["entrypoint"]
+        assert seconds(node["stop_grace_period"]) >= 30 + 15, "a node drains for up to 30 s"
+    assert "ports" not in services()["ray-head"] | services()["ray-worker"]
+
+
+def test_each_node_of_the_cluster_has_the_checkpoints_and_room_for_an_engine() -> None:
+    worker, ingress = services()["ray-worker"], services()["ingress"]
+    assert [each for each in worker["volumes"] if "/files" in str(each)] == [
+        each for each in ingress["volumes"] if "/files" in str(each)
+    ]
+    engine = ingress["environment"]["NEURONLENS_THREADS"]
+    assert worker["environment"]["RAY_CPUS"] == worker["deploy"]["resources"]["limits"]["cpus"]
+    assert int(engine.split(":-")[1][:-1]) <= int(worker["environment"]["RAY_CPUS"].split(":-")[1][:-1])
+    told = services()["service"]["environment"]
+    assert told | {"NEURONLENS_THREADS": engine} == {
+        name: value for name, value in ingress["environment"].items() if name.startswith("NEURONLENS_")
+    }
+
+
+def test_a_node_does_not_start_without_the_token() -> None:
+    script = DOCKER / "ray" / "node.sh"
+    assert os.access(script, os.X_OK), "the image takes it as it is"
+    for token in ({}, {"RAY_AUTH_TOKEN": ""}):
+        run = subprocess.run([script, "head", "127.0.0.1:6379"], env=token, capture_output=True, text=True)
+        assert run.returncode != 0
+        assert "set it in .env to the output of openssl rand -hex 32" in run.stderr
+
+
 def test_files_that_are_no_part_of_an_image_stay_out_of_git_too() -> None:
     ignored = (ROOT / ".gitignore").read_text().splitlines()
     assert {".env", "files/"} <= set(ignored)
 
 
 @pytest.mark.system
-@pytest.mark.parametrize("profile", [[], ["--profile", "fit"], ["--profile", "cli"]])
+@pytest.mark.parametrize("profile", [[], ["--profile", "fit"], ["--profile", "cluster"]])
 @pytest.mark.parametrize("files", [[MAIN], [MAIN, GPU]])
 def test_docker_compose_takes_the_files(files: list[Path], profile: list[str], tmp_path: Path) -> None:
     made = configured(files, tmp_path, profile)
-    assert made["services"].keys() == {"redis", "service", "fit", "cli", "prometheus", "grafana"}
+    ray = {"ray-head", "ray-worker", "ray-fit", "ingress"}
+    assert made["services"].keys() == {"redis", "service", "fit", "cli", "prometheus", "grafana"} | ray
     service = made["services"]["service"]
     assert service["environment"]["NEURONLENS_REDIS_PASSWORD"] == PASSWORDS["service"]
     assert service["ports"] == ["127.0.0.1:8000:8000/tcp"]
@@ -180,6 +226,11 @@ def test_docker_compose_takes_the_files(files: list[Path], profile: list[str], t
         limits, reserved = (service["deploy"]["resources"][each] for each in ("limits", "reservations"))
         assert limits["memory"] == "4g"
         assert reserved["devices"][0]["capabilities"] == ["gpu"]
+        worker = made["services"]["ray-worker"]
+        assert worker["image"] == "neuronlens:cuda"
+        assert worker["deploy"]["resources"]["reservations"]["devices"][0]["count"] == "all"
+        assert worker["deploy"]["resources"]["limits"]["memory"] == "6g"
+        assert made["services"]["ingress"]["environment"]["NEURONLENS_DEVICE"] == "cuda"
 
 
 @pytest.mark.system
@@ -192,11 +243,11 @@ def test_a_password_that_is_missing_is_one_clear_line(tmp_path: Path) -> None:
     assert "set it in .env, for example to the output of openssl rand" in run.stderr
 
 
-def configured(files: list[Path], directory: Path, options: list[str]) -> dict[str, Any]:
-    """The files as docker-compose puts them together, with `.env` filled in."""
+def configured(files: list[Path], directory: Path, options: list[str], **more: str) -> dict[str, Any]:
+    """The files as docker-compose puts them together, with `.env` filled in, and `more` added to it."""
     env_file = directory / "filled.env"
     lines = [line for line in EXAMPLE.read_text().splitlines() if not line.endswith("=")]
-    env_file.write_text("\n".join([*lines, *(f"{name}={value}" for name, value in FILLED_IN.items())]) + "\n")
+    env_file.write_text("\n".join([*lines, *(f"{name}={value}" for name, value in (FILLED_IN | more).items())]) + "\n")
     named = [word for file in files for word in ("-f", str(file))]
     command = [system_program("docker-compose"), "--env-file", str(env_file), *options, *named, "config"]
     run = subprocess.run(command, capture_output=True, text=True, cwd=directory, env={"PATH": os.defpath})

@@ -5,6 +5,7 @@ import re
 import shutil
 import subprocess
 import sys
+import tomllib
 from pathlib import Path
 
 from tests.docker.conftest import DOCKER, ROOT, check_settings
@@ -74,6 +75,12 @@ def test_what_is_copied_is_in_the_context_and_nothing_else_is() -> None:
         assert (ROOT / each).exists(), each
     for secret in (".env", ".git", "files", "docker-compose.yml", ".venv", "tests"):
         assert not any(fnmatch.fnmatch(secret, each) for each in allowed)
+
+
+def test_what_is_added_to_the_package_is_one_of_its_extras() -> None:
+    (extras,) = [argument for word, argument in instructions() if word == "ARG" and argument.startswith("EXTRAS=")]
+    known = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"]
+    assert set(extras.removeprefix("EXTRAS=").strip('"').split()) == {"otel", "ray"} <= known.keys()
 
 
 def test_torch_comes_from_one_place_for_a_cpu_and_from_another_for_cuda() -> None:

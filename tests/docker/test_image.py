@@ -13,7 +13,7 @@ import httpx
 import pytest
 
 from tests.docker.conftest import ROOT, free_port
-from tests.docker.image import health_check, instructions, sandboxed
+from tests.docker.image import health_check, instructions, sandboxed, signalled
 from tests.range_store.waiting import until
 from tests.workers.checkpoints import save_tiny
 from tests.workers.texts import labelled_texts, write_jsonl
@@ -95,14 +95,12 @@ class Running:
 
     def stop(self) -> int:
         """As Docker does: SIGTERM to process 1 of the container. Gives its exit status."""
-        (inside,) = Path(f"/proc/{self.process.pid}/task/{self.process.pid}/children").read_text().split()
-        os.kill(int(inside), signal.SIGTERM)
+        signalled(self.process, signal.SIGTERM)
         return self.process.wait(SOON)
 
     def end(self) -> None:
-        if self.process.poll() is None:
-            self.process.kill()
-            self.process.wait()
+        signalled(self.process, signal.SIGKILL)
+        self.process.wait()
 
 
 def _serves(running: Running) -> None:
