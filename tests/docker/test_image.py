@@ -143,6 +143,8 @@ def test_the_steps_of_the_build_stage_make_an_environment_that_serves(
     """In an empty directory, from just the build context."""
     source, venv = tmp_path / "src", tmp_path / "neuronlens"
     source.mkdir()
+    (extras,) = [argument for word, argument in instructions() if word == "ARG" and argument.startswith("EXTRAS=")]
+    environment = {**_bare(), "EXTRAS": extras.removeprefix("EXTRAS=").strip('"')}
     steps = []
     for word, argument in instructions():
         if word == "COPY" and not argument.startswith("--from"):
@@ -154,7 +156,7 @@ def test_the_steps_of_the_build_stage_make_an_environment_that_serves(
                     shutil.copy2(path, source)
         if word == "RUN" and argument.startswith("./install.sh"):
             steps.append(argument.replace("/opt/neuronlens", str(venv)).split())
-            run = subprocess.run(steps[-1], cwd=source, env=_bare(), capture_output=True, text=True)
+            run = subprocess.run(steps[-1], cwd=source, env=environment, capture_output=True, text=True)
             assert run.returncode == 0, run.stdout[-2000:] + run.stderr[-2000:]
     assert [step[1] for step in steps] == ["dependencies", "package"]
     _serves(running(venv))
