@@ -107,7 +107,8 @@ return 'done'
 
 REPORT = """
 -- KEYS: replicas. ARGV: name, generation ('' before the first), range set ('' if none), seconds that the report holds.
--- Who reports sweeps out what nobody renewed. Gives how many replicas report now.
+-- Who reports sweeps out what nobody renewed: each one where they are few, one in so many where they are more, so that
+-- a report costs no more in a large fleet. Gives how many replicas report now; those to be swept out may be among them.
 local time = redis.call('TIME')
 local now = tonumber(time[1]) + tonumber(time[2]) / 1e6
 redis.call('HSETNX', KEYS[1], 'since', string.format('%.6f', now))
@@ -118,6 +119,10 @@ redis.call('HSET', KEYS[1], ARGV[1], cjson.encode({
   at = now,
   expires = now + tonumber(ARGV[4]),
 }))
+local size = redis.call('HLEN', KEYS[1])
+if tonumber(time[2]) % size >= 64 then
+  return size - 1
+end
 local live = 0
 local held = redis.call('HGETALL', KEYS[1])
 for i = 1, #held, 2 do

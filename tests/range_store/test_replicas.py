@@ -116,6 +116,27 @@ def test_the_roster_is_everyones_last_word(
     assert (roster.since is not None) == reported, "that the last one went is not that there never was one"
 
 
+def test_in_a_large_fleet_a_report_costs_no_more_and_what_expired_goes_all_the_same(
+    replicas: Replicas, store: RangeStore, redis_client: redis.Redis
+) -> None:
+    for n in range(640):
+        replicas.report(f"gone-{n}", None, None, 0.001)
+    time.sleep(0.01)
+
+    def looks() -> int:
+        told: dict[str, dict[str, int]] = redis_client.info("commandstats")  # type: ignore[assignment]
+        return told["cmdstat_hgetall"]["calls"]
+
+    for n in range(640):
+        replicas.report(f"here-{n}", None, None, 60.0)
+    before = looks()
+    for n in range(640):
+        replicas.report(f"here-{n}", None, None, 60.0)
+    assert looks() - before < 200, "one in ten looks at all of them"
+    until(lambda: replicas.report("here-0", None, None, 60.0) == 640)
+    assert len(replicas.read().replicas) == 640
+
+
 def test_who_stops_reporting_is_forgotten_and_swept_out_by_the_next(replicas: Replicas, store: RangeStore) -> None:
     replicas.report("killed:1:x", "00000000-1", None, seconds=0.05)
     assert names(replicas.read()) == ["killed:1:x"]
