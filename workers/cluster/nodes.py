@@ -32,6 +32,8 @@ PER_ACTOR = 2
 ATTEMPTS = 4
 """So many times a piece of work is handed out when whoever has it dies."""
 WAIT_SECONDS = 0.5
+PATIENCE = 60.0
+"""Seconds after which it is told that the cluster may have no room."""
 
 Task = TypeVar("Task")
 Result = TypeVar("Result")
@@ -190,8 +192,15 @@ class ModelPool:
     @property
     def about(self) -> About:
         """What all actors loaded; waits for the first of them. Raises ModelError, ClusterError."""
+        started = time.monotonic()
+        told = False
         while self._about is None:
             self._wait({}, {})
+            if not told and time.monotonic() - started > PATIENCE:
+                told = True
+                free = ray.available_resources()
+                room = f"{free.get('CPU', 0):g} CPUs and {free.get('GPU', 0):g} GPUs are free"
+                logger.warning("no model is loaded yet: %s were asked for, %s on all nodes together", self.layout, room)
         return self._about
 
     def in_order(self, job: Job[Task, Result], tasks: Iterator[Task]) -> Iterator[tuple[Task, Result, float]]:

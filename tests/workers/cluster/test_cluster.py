@@ -35,7 +35,7 @@ from tests.workers.checkpoints import LABELS, save_tiny
 from tests.workers.texts import labelled_texts, write_jsonl
 from workers.cluster import nodes
 from workers.cluster.connection import KEEP_WORKERS, connected
-from workers.cluster.errors import ClusterError
+from workers.cluster.errors import ClusterError, ClusterUnavailable
 from workers.cluster.evaluation import measure_on
 from workers.cluster.fitting import fit_on
 from workers.cluster.nodes import Job, Layout, ModelPool
@@ -70,6 +70,12 @@ def cluster() -> Iterator[Cluster]:
         started.shutdown()
         shutil.rmtree(place, ignore_errors=True)
         patched.undo()
+
+
+@pytest.mark.parametrize("address", ["127.0.0.1:1", "ray://127.0.0.1:1"])
+def test_an_address_without_a_cluster_is_refused_at_once(address: str) -> None:
+    with pytest.raises(ClusterUnavailable, match=f"^no Ray cluster at {address}: "), connected(address):
+        pass
 
 
 @pytest.fixture(scope="module")
