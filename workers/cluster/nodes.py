@@ -87,6 +87,7 @@ class About:
     greedy: bool
     threads: int
     node: str
+    pid: int
     hardware: str
     versions: Mapping[str, str]
 
@@ -111,6 +112,7 @@ class ModelActor:
             getattr(model.steered, "scoring", None) == "greedy",
             torch.get_num_threads(),
             ray.util.get_node_ip_address(),
+            os.getpid(),
             torch.cuda.get_device_name(model.device) if gpu else torch.backends.cpu.get_cpu_capability(),
             {name: version(name) for name in ("neuronlens", "torch", "transformers", "numpy")},
         )
@@ -143,6 +145,7 @@ class Job(Generic[Task, Result]):
 class _Member:
     handle: Any
     loading: Any
+    about: About | None = None
     in_hand: int = 0
 
     @property
@@ -306,7 +309,7 @@ class ModelPool:
         except RayError as error:
             self._replace(member, error)
             return
-        member.loading = None
+        member.loading, member.about = None, about
         self._about = self._about or about
         for what, own, other in (
             ("another model", about.identity.fingerprint, self._about.identity.fingerprint),
@@ -338,7 +341,8 @@ class ModelPool:
         """Start an actor in the place of one that died, on whatever node Ray finds for it."""
         if member not in self._members:
             return  # several pieces were in its hands
-        logger.warning("an actor was lost (%s): its work is done again elsewhere", _line(error))
+        where = f"process {member.about.pid} of node {member.about.node}" if member.about else "before it had loaded"
+        logger.warning("an actor was lost, %s: its work is done again (%s)", where, _line(error))
         self._deaths += 1
         if self._deaths > ATTEMPTS * len(self._members):
             raise ClusterError(f"actors die before any work is done: {_line(error)}")
