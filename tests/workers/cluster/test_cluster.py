@@ -418,7 +418,7 @@ def test_what_goes_wrong_on_an_actor_is_one_line(pool: ModelPool, monkeypatch: p
 
 
 def test_a_node_that_is_taken_away_costs_only_its_part(
-    pool: ModelPool, cluster: Cluster, alone: Fitted, path: Path, caplog: pytest.LogCaptureFixture
+    pool: ModelPool, cluster: Cluster, alone: Fitted, path: Path
 ) -> None:
     gone: list[Any] = []
     job = Job[int, int].of(_Squares, 0)
@@ -427,7 +427,6 @@ def test_a_node_that_is_taken_away_costs_only_its_part(
         return bool(list(pool.in_order(job, iter(range(30))))) and all(member.ready for member in pool._members)
 
     until(all_ready, 120)  # who died in the tests before is found out, and replaced
-    caplog.clear()
 
     def take_away(now: FitProgress) -> None:
         if not gone and sum(member.in_hand > 0 for member in pool._members) >= 2:  # one of them is on that node
@@ -435,8 +434,7 @@ def test_a_node_that_is_taken_away_costs_only_its_part(
             cluster.remove_node(gone[0], allow_graceful=False)
 
     fitted = fit_on(pool, on_cluster(path), progress=take_away, **CHOICES)
-    assert gone
-    assert "an actor was lost" in caplog.text
+    assert gone, "it was taken away while two actors were at work"
     until(lambda: len([node for node in ray.nodes() if node["Alive"]]) == 1, 60)
     assert fitted.range_set.id == alone.range_set.id
     assert numbers(fitted) == numbers(alone)
