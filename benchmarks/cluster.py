@@ -1,10 +1,16 @@
 """Work on a Ray cluster of this machine beside one process, each on cores of its own.
 
     python benchmarks/cluster.py fit --cache-dir DEMO --data train.jsonl --rows 16384 --repeat 3
+    python benchmarks/cluster.py serve --cache-dir DEMO --repeat 5
+    python benchmarks/cluster.py simulate --replicas 16 64 --rate TEXTS_PER_SECOND
 
 `fit`: texts per second of a fit of the last block in one process, with one actor and with two, each on one thread,
 in turn; printed are the medians and the ratios of each turn. Starting and loading are left out, reading is not. Two
 actors need two cores that are free, and this process a little of a third.
+
+`serve`: texts per second of requests of 32 texts, and the latency of one short text, with one process and with replicas
+on Ray, in turn. `simulate`: what one ingress and the store carry in front of replicas that sleep for as long as a text
+takes; that is an extrapolation, and every line says so. Both: `benchmarks/fleet.py`.
 """
 
 import argparse
@@ -17,6 +23,7 @@ from itertools import cycle, islice
 from pathlib import Path
 
 import torch
+from fleet import bench_serving, bench_simulated
 
 from workers.cluster.connection import PRIVATE, connected
 from workers.cluster.fitting import fit_on
@@ -73,8 +80,20 @@ def main() -> None:
     fitting.add_argument("--data", type=Path, default=CORPUS / "train.jsonl", help="texts, used again and again")
     fitting.add_argument("--rows", type=int, default=16_384)
     fitting.add_argument("--repeat", type=int, default=3)
+    served = commands.add_parser("serve", help="texts per second and latency of serving")
+    served.add_argument("--cache-dir", type=Path, required=True, help="where the demo is, or is to be")
+    served.add_argument("--repeat", type=int, default=5)
+    served.add_argument("--shorts", type=int, default=500, help="short texts whose latency is measured")
+    simulated = commands.add_parser("simulate", help="what one ingress and the store carry, with replicas that sleep")
+    simulated.add_argument("--replicas", type=int, nargs="+", default=[16, 64])
+    simulated.add_argument("--rate", type=float, required=True, help="texts per second of one replica, as of `serve`")
     arguments = parser.parse_args()
-    bench_fit(arguments.cache_dir, arguments.data, arguments.rows, arguments.repeat)
+    if arguments.command == "fit":
+        bench_fit(arguments.cache_dir, arguments.data, arguments.rows, arguments.repeat)
+    elif arguments.command == "serve":
+        bench_serving(arguments.cache_dir, arguments.repeat, arguments.shorts)
+    else:
+        bench_simulated(arguments.replicas, arguments.rate)
 
 
 if __name__ == "__main__":

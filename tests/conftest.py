@@ -15,7 +15,25 @@ settings.load_profile("unhurried")
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--fail-on-skip", action="store_true", help="a skipped test is a failure (CI)")
+    parser.addoption("--fleet", action="store_true", help="servers of tests/e2e have their engines on Ray")
     parser.addoption("--seed", type=int, default=5, help="of what is tried at random: another one tries other things")
+
+
+OF_THIS_PROCESS = {"own_redis", "keyed"}
+"""Fixtures whose tests are about what an ingress shares with a single process; each would need a fleet of its own."""
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """With --fleet: without the tests that look into an engine of their own process."""
+    if not config.getoption("--fleet"):
+        return
+    local = {
+        item
+        for item in items
+        if item.get_closest_marker("local") or OF_THIS_PROCESS & set(getattr(item, "fixturenames", ()))
+    }
+    config.hook.pytest_deselected(items=list(local))
+    items[:] = [item for item in items if item not in local]
 
 
 def pytest_sessionfinish(session: pytest.Session, exitstatus: int) -> None:

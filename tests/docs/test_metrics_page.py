@@ -3,18 +3,27 @@
 from pathlib import Path
 
 import pytest
+from prometheus_client import CollectorRegistry
 from prometheus_client.metrics_core import Metric
 
 from tests.e2e.conftest import Running, fitted, model, news, serve  # noqa: F401 (fixtures)
+from workers.cluster.metrics import FleetMetrics
 
 PAGE = Path(__file__).parents[2] / "docs" / "metrics.md"
 SUFFIX = {"counter": "_total", "info": "_info"}
 
 
-def row(family: Metric) -> str:
+OF_A_FLEET = "`neuronlens_fleet_"
+
+
+def lines() -> list[str]:
+    return PAGE.read_text("utf-8").splitlines()
+
+
+def row(family: Metric, *more: str) -> str:
     """A metric as a row of the page's table."""
     assert family.samples, f"{family.name} has no sample: have the test make one"
-    labels = [name for name in family.samples[0].labels if name != "le"]
+    labels = [*more, *(name for name in family.samples[0].labels if name != "le")]
     kind = "gauge, always 1" if family.type == "info" else family.type
     name = family.name + SUFFIX.get(family.type, "")
     return f"| `{name}` | {kind} | {', '.join(f'`{label}`' for label in labels)} | {family.documentation} |"
@@ -26,7 +35,14 @@ def test_every_metric_is_documented_and_every_documented_one_exists(news: Runnin
     news.classify(["one text", "another"], compare=True).raise_for_status()
     rows = [row(family) for family in news.registry.collect()]
     names = ("| `neuronlens_", "| `process_", "| `python_")
-    written = [line for line in PAGE.read_text("utf-8").splitlines() if line.startswith(names)]
+    written = [line for line in lines() if line.startswith(names) and OF_A_FLEET not in line]
     missing, outdated = sorted(set(rows) - set(written)), sorted(set(written) - set(rows))
     assert (missing, outdated) == ([], []), "\n".join(["add:", *missing, "take out:", *outdated])
     assert len(written) == len(rows), "a metric has two rows"
+
+
+def test_so_are_those_of_a_fleet() -> None:
+    registry = CollectorRegistry()
+    FleetMetrics(registry, lambda: 1)
+    found = [row(family, "model") for family in registry.collect() if family.name.startswith("neuronlens_fleet")]
+    assert found == [line for line in lines() if OF_A_FLEET in line], "\n".join(found)

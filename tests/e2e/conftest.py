@@ -25,6 +25,7 @@ from range_store.api_keys import KeyStore
 from range_store.embedded import EmbeddedRedis, connect
 from range_store.range_set import RangeSet
 from range_store.store import RangeStore
+from tests.e2e.on_ray import Opened, cluster, on_fleet  # noqa: F401 (fixtures)
 from tests.range_store.builders import random_range_set
 from tests.range_store.waiting import until
 from tests.workers.checkpoints import save_tiny
@@ -74,12 +75,15 @@ def fitted(model: LoadedModel, tmp_path_factory: pytest.TempPathFactory) -> Fitt
 
 
 @pytest.fixture
-def serve(redis_client: redis.Redis, model: LoadedModel, tmp_path: Path) -> Iterator[Callable[..., Running]]:
+def serve(
+    request: pytest.FixtureRequest, redis_client: redis.Redis, model: LoadedModel, tmp_path: Path
+) -> Iterator[Callable[..., Running]]:
     """`serve(*loaded, **settings)`: start a server (default: of `model`); everything is stopped after the test.
 
     Of several models the first has the name that the settings say, the others that and a number.
     """
     assert isinstance(redis_client, EmbeddedRedis)
+    opened: Opened = request.getfixturevalue("on_fleet") if request.config.getoption("--fleet") else open_service
     with ExitStack() as stack:
 
         def start(*loaded: LoadedModel, **settings: Any) -> Running:
@@ -93,7 +97,7 @@ def serve(redis_client: redis.Redis, model: LoadedModel, tmp_path: Path) -> Iter
             services = []
             for n, each in enumerate(loaded or (model,)):
                 own = chosen if n == 0 else chosen.model_copy(update={"name": f"{chosen.name}-{n}"})
-                services.append(stack.enter_context(open_service(own, each)))
+                services.append(stack.enter_context(opened(own, each)))
             protocol = bounded_head(chosen.max_header_bytes, chosen.header_timeout)
             app = create_app(chosen, services)
             config = uvicorn.Config(app, host="127.0.0.1", port=0, log_level="warning", http=protocol)

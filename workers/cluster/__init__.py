@@ -11,6 +11,7 @@ import os
 from workers.cluster.errors import RayMissing
 
 os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")  # nothing is reported to anybody
+os.environ.setdefault("RAY_ENABLE_AUTO_CONNECT", "0")  # else a thread of Serve that outlives a connection makes another
 os.environ.setdefault("RAY_IGNORE_UNHANDLED_ERRORS", "1")  # what is not asked for any more is of no interest
 os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")  # else it warns of a default that will change
 

@@ -61,6 +61,7 @@ class FleetPlan:
     gpus: float
     drain_seconds: float
     scaling: Mapping[str, float] = field(default_factory=dict)
+    replica: type[Any] = Replica
 
     @property
     def name(self) -> str:
@@ -126,11 +127,13 @@ def running(plan: FleetPlan, *, redeploy: bool = False, keep: bool = True) -> It
         about = _attach(plan, redeploy) if _status(plan.name) is not None else _start(plan)
         assert about.facts is not None
         watch = _Watch(plan.name)
+        handle = serve.get_app_handle(plan.name)
         watch.start()
         try:
-            yield RunningFleet(serve.get_app_handle(plan.name), about.facts, about.max_batch_tokens, watch.replicas)
+            yield RunningFleet(handle, about.facts, about.max_batch_tokens, watch.replicas)
         finally:
             watch.stop()
+            handle.shutdown()
     finally:
         if not keep:
             with suppress(RayError, RayServeException):
@@ -208,7 +211,7 @@ def _deploy(plan: FleetPlan, replicas: int, fingerprint: str | None) -> None:
         graceful_shutdown_timeout_s=plan.drain_seconds,
         logging_config=_quiet(),
         **number,
-    )(Replica)
+    )(plan.replica)
     with _said():
         serve.run_many(
             [serve.RunTarget(deployment.bind(plan.settings), name=plan.name, route_prefix=None)],

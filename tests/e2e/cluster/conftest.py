@@ -1,18 +1,12 @@
-"""A Ray cluster of two nodes on this machine, and services whose engines run on it."""
+"""Services whose engines run on a Ray cluster."""
 
-import logging
 import os
-import shutil
-import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
-from pathlib import Path
 from typing import Any
 
 import pytest
-import ray
 import redis
-from ray.cluster_utils import Cluster
 
 from app.fleet import end_fleet, fleets, open_fleet
 from app.service import Service
@@ -22,34 +16,11 @@ from workers.fitting.fit import Fitted
 from workers.models.loading import LoadedModel
 
 
-@pytest.fixture(scope="session")
-def cluster() -> Iterator[str]:
-    """Its address. Two nodes of three CPUs that count, not run: the machine has fewer."""
-    place = tempfile.mkdtemp(prefix="nl-ray-", dir="/tmp")  # paths of sockets must be short
-    patch = pytest.MonkeyPatch()
-    patch.setenv("RAY_TMPDIR", place)  # else "auto" would find this cluster, from other processes too
-    os.mkdir(f"{place}/ray")
-    node = {"num_cpus": 3, "object_store_memory": 100 << 20}
-    made = Cluster(
-        initialize_head=True,
-        head_node_args={**node, "include_dashboard": False},
-    )
-    made.add_node(**node)
-    ray.init(address=made.address, log_to_driver=False, logging_level=logging.ERROR)
-    try:
-        yield made.address
-    finally:
-        ray.shutdown()
-        made.shutdown()
-        patch.undo()
-        shutil.rmtree(place, ignore_errors=True)
-
-
 @pytest.fixture(scope="module")
-def open_service(
+def open_services(
     cluster: str, redis_client: redis.Redis, model: LoadedModel, tmp_path_factory: pytest.TempPathFactory
-) -> Iterator[Callable[..., Service]]:
-    """`open_service(name, …settings)`: in front of a fleet of that name, of one replica; fleets end with the module."""
+) -> Iterator[Callable[..., list[Service]]]:
+    """`open_services(name, …settings)`: in front of fleets, of one replica each; fleets end with the module."""
     assert isinstance(redis_client, EmbeddedRedis)
     with ExitStack() as stack:
 
@@ -59,7 +30,7 @@ def open_service(
 
         stack.callback(end_all)
 
-        def start(name: str, scaling: Any = None, redeploy: bool = False, **settings: Any) -> Service:
+        def start(name: str, scaling: Any = None, redeploy: bool = False, **settings: Any) -> list[Service]:
             chosen: dict[str, Any] = {
                 "name": name,
                 "ray": cluster,
@@ -71,7 +42,7 @@ def open_service(
                 "device": "cpu",
             }
             opened = open_fleet(Settings(**{**chosen, **settings}), scaling=scaling, redeploy=redeploy)
-            return stack.enter_context(opened)[0]
+            return stack.enter_context(opened)
 
         yield start
 
@@ -83,6 +54,7 @@ def activated(service: Service, fitted: Fitted) -> Service:
     return service
 
 
-def copied(model: LoadedModel, where: Path) -> Path:
-    """The checkpoint at another place, to be changed there."""
-    return Path(shutil.copytree(model.source, where))
+def pids(service: Service) -> dict[int, str]:
+    """Process and name of each replica that reports; ingresses of this process left out."""
+    names = [each.name for each in service.store.replicas.read().replicas]
+    return {pid: name for name in names if (pid := int(name.split(":")[1])) != os.getpid()}

@@ -18,7 +18,7 @@ from range_store.errors import NotFitted, UnknownConcept
 from range_store.live import LiveErasure
 from range_store.mirror import Mirror
 from range_store.replicas import Roster
-from tests.e2e.cluster.conftest import activated
+from tests.e2e.cluster.conftest import activated, pids
 from tests.range_store.waiting import until
 from tests.workers.texts import labelled_texts
 from workers.cluster.errors import OtherFleet
@@ -38,9 +38,9 @@ CONCEPTS = ("World", "Sports", "Business", "Sci/Tech", "Météo & co")
 
 
 @pytest.fixture(scope="module")
-def fleet(open_service: Callable[..., Service], fitted: Fitted) -> Service:
+def fleet(open_services: Callable[..., list[Service]], fitted: Fitted) -> Service:
     """Two replicas, one on each node."""
-    return activated(open_service("two", replicas=2), fitted)
+    return activated(open_services("two", replicas=2)[0], fitted)
 
 
 @pytest.fixture
@@ -167,11 +167,6 @@ def roster(service: Service) -> Roster:
     return service.store.replicas.read()
 
 
-def pids(service: Service) -> dict[int, str]:
-    """Process and name of each replica that reports; this process's own services left out."""
-    return {pid: each.name for each in roster(service).replicas if (pid := int(each.name.split(":")[1])) != os.getpid()}
-
-
 def test_a_killed_replica_costs_no_request(fleet: Service, engine: Engine) -> None:
     requests = [random_request(random.Random(seed)) for seed in range(40)]
     requests.insert(0, (TEXTS * 8, None, True))  # long enough to be at work on when the end comes
@@ -201,11 +196,11 @@ def test_a_killed_replica_costs_no_request(fleet: Service, engine: Engine) -> No
 
 
 def test_a_second_ingress_finds_the_fleet_and_other_settings_do_not(
-    fleet: Service, open_service: Callable[..., Service], fitted: Fitted
+    fleet: Service, open_services: Callable[..., list[Service]], fitted: Fitted
 ) -> None:
-    second = open_service("two")
+    (second,) = open_services("two")
     with pytest.raises(OtherFleet, match="engine"):
-        open_service("two", max_queue_texts=5)
+        open_services("two", max_queue_texts=5)
     live = LiveErasure(erasure=Erasure(concept="Sports", top_fraction=1.0), since=0.0)
     generation = fleet.store.set_erasure(live).generation
     until(lambda: not roster(fleet).missing(generation))

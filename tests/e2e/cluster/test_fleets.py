@@ -1,0 +1,179 @@
+"""Several fleets on one cluster: each model under its own name, replicas by the load, never one of a wrong model."""
+
+import asyncio
+import os
+import shutil
+import signal
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import httpx
+import pytest
+import uvicorn
+from ray import serve
+
+from app.main import create_app
+from app.service import Service
+from tests.e2e.cluster.conftest import activated, pids
+from tests.range_store.waiting import until
+from tests.workers.checkpoints import save_tiny
+from tests.workers.texts import labelled_texts
+from workers.cluster.launching import DEPLOYMENT
+from workers.engine.answers import Answer
+from workers.engine.errors import QueueFull, ReplicaLost
+from workers.fitting.fit import Fitted
+from workers.models.loading import LoadedModel
+
+pytestmark = pytest.mark.timeout(600)  # processes that load torch, on a busy machine
+QUICK = {
+    "upscale_delay_s": 0.2,
+    "downscale_delay_s": 0.5,
+    "look_back_period_s": 1.0,
+    "metrics_interval_s": 0.2,
+    "target_tokens": 500.0,
+}
+TEXTS = [text for text, _ in labelled_texts(64, seed=3)]
+
+
+@pytest.fixture(scope="module")
+def checkpoint(model: LoadedModel, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A copy of the model's, to be changed."""
+    return Path(shutil.copytree(model.source, tmp_path_factory.mktemp("changing") / "tiny"))
+
+
+Opening = Callable[[], list[Service]]
+
+
+@pytest.fixture(scope="module")
+def ingress(
+    open_services: Callable[..., list[Service]], checkpoint: Path, tmp_path_factory: pytest.TempPathFactory
+) -> Opening:
+    """Opens an ingress to two models; each has one or two replicas, which hold few texts."""
+    other = save_tiny("distilbert", tmp_path_factory.mktemp("other") / "other", labels=("Cats", "Dogs"))
+    return lambda: open_services(
+        "first",
+        scaling=QUICK,
+        model=str(checkpoint),
+        also=(f"second={other}",),
+        replicas="auto",
+        max_replicas=2,
+        max_queue_texts=512,
+    )
+
+
+@pytest.fixture(scope="module")
+def both(ingress: Opening, fitted: Fitted) -> list[Service]:
+    """The first ingress."""
+    services = ingress()
+    activated(services[0], fitted)
+    return services
+
+
+@contextmanager
+def over_http(services: list[Service]) -> Iterator[httpx.Client]:
+    app = create_app(services[0].settings, services)
+    server = uvicorn.Server(uvicorn.Config(app, host="127.0.0.1", port=0, log_level="warning"))
+    thread = threading.Thread(target=server.run)
+    thread.start()
+    until(lambda: server.started)
+    port = server.servers[0].sockets[0].getsockname()[1]
+    with httpx.Client(base_url=f"http://127.0.0.1:{port}", timeout=60) as client:
+        yield client
+    server.should_exit = True
+    thread.join()
+
+
+def test_each_model_has_its_name_and_its_own_live_erasures(both: list[Service], ingress: Opening) -> None:
+    with over_http(both) as http, over_http(ingress()) as other_ingress:
+        switched = http.put("/v1/erasures/Sports?wait=all", json={"top_fraction": 1.0})
+        assert switched.status_code == 200, switched.text
+        generation = switched.json()["generation"]
+        for asking in (http, other_ingress):
+            asked = {"inputs": TEXTS[:2], "min_generation": generation}
+            first = asking.post("/v1/classify", json={**asked, "model": "first"}).json()
+            assert (first["model"], first["erasure"]["concepts"], first["erasure"]["generation"]) == (
+                "first",
+                ["Sports"],
+                generation,
+            )
+            second = asking.post("/v1/classify", json={"inputs": TEXTS[:2], "model": "second"}).json()
+            assert (second["model"], second["erasure"]["concepts"]) == ("second", [])
+            assert {each["label"] for each in second["results"]} <= {"Cats", "Dogs"}
+        later = generation.rsplit("-", 1)[0] + "-999"
+        behind = http.post(
+            "/v1/classify",
+            json={"inputs": "x", "model": "first", "min_generation": later},
+            headers={"X-Request-Timeout": "3"},
+        )
+        assert (behind.status_code, behind.json()["code"]) == (503, "behind")
+        roster = http.get("/v1/replicas?model=first").json()
+        assert all(each["current"] for each in roster["replicas"])
+        assert http.delete("/v1/erasures/Sports?wait=all").status_code == 200
+
+
+def test_more_than_the_fleet_holds_is_refused_with_a_time_to_wait(both: list[Service]) -> None:
+    engine = both[1].engine
+
+    async def flood() -> list[Any]:
+        wanted = (engine.classify(TEXTS, []) for _ in range(80))
+        return list(await asyncio.gather(*wanted, return_exceptions=True))
+
+    answers = asyncio.run(flood())
+    refused = [each for each in answers if isinstance(each, QueueFull)]
+    answered = [each for each in answers if isinstance(each, Answer)]
+    assert len(refused) + len(answered) == 80
+    assert refused
+    assert answered
+    assert all(each.retry_after >= 1.0 for each in refused)
+    assert all(len(each.texts) == len(TEXTS) for each in answered)
+    assert isinstance(asyncio.run(engine.classify(["again"], [])), Answer)
+
+
+def test_there_are_more_replicas_while_tokens_wait_and_fewer_afterwards(both: list[Service]) -> None:
+    engine = both[0].engine
+
+    async def load() -> None:
+        async def client() -> None:
+            while len(pids(both[0])) < 2:
+                try:
+                    await engine.classify(TEXTS, [])
+                except QueueFull:
+                    await asyncio.sleep(0.05)
+
+        await asyncio.wait_for(asyncio.gather(*(client() for _ in range(12))), 120)
+
+    asyncio.run(load())
+    until(lambda: running("first") == 2, 60)
+    until(lambda: running("first") == 1, 60)
+    until(lambda: len(pids(both[0])) == 1, 60)
+
+
+def test_a_replica_of_another_fingerprint_never_joins(both: list[Service], checkpoint: Path, tmp_path: Path) -> None:
+    before = asyncio.run(both[0].engine.classify(TEXTS[:4], []))
+    kept = Path(shutil.copytree(checkpoint, tmp_path / "kept"))
+    others = save_tiny("bert", tmp_path / "others", labels=both[0].model.identity.labels, seed=7)
+    shutil.copy(others / "model.safetensors", checkpoint)
+    (victim,) = pids(both[0])
+    os.kill(victim, signal.SIGKILL)
+    until(lambda: "fingerprint" in message("first"), 120)
+    assert not both[0].engine.ready
+    with pytest.raises((ReplicaLost, TimeoutError)):
+        asyncio.run(asyncio.wait_for(both[0].engine.classify(TEXTS[:4], []), 2))
+    shutil.copy(kept / "model.safetensors", checkpoint)
+    until(lambda: both[0].engine.ready, 180)
+    after = asyncio.run(both[0].engine.classify(TEXTS[:4], []))
+    assert [text.logits.tolist() for text in after.texts] == [text.logits.tolist() for text in before.texts]
+
+
+def running(name: str) -> int:
+    """Replicas that take requests."""
+    states = serve.status().applications[f"neuronlens:{name}"].deployments[DEPLOYMENT].replica_states
+    return sum(number for state, number in states.items() if state == "RUNNING")
+
+
+def message(name: str) -> str:
+    """What Serve says of a fleet."""
+    return serve.status().applications[f"neuronlens:{name}"].deployments[DEPLOYMENT].message
