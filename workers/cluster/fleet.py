@@ -287,6 +287,7 @@ class Fleet:
             if not answering.done():
                 with suppress(Exception):
                     response.cancel()
+                answering.add_done_callback(lambda done: done.cancelled() or done.exception())  # nobody asks for it
                 answering.cancel()
 
 
