@@ -5,12 +5,13 @@ BIN := $(VENV)/bin
 ARGS ?=
 WORKERS ?= 3
 
-.PHONY: help setup demo test test-system test-long check audit bench bench-rivals soak openapi picture screenshots clean
+.PHONY: help setup demo test test-system test-fleet test-long check audit bench bench-rivals soak openapi picture screenshots clean
 
 help:
 	@echo "make demo         train, fit, measure and serve the demo (ARGS=\"--port 8123\" passes arguments on)"
 	@echo "make test         the tests that need no system package"
 	@echo "make test-system  the tests that need packages of the system (.ci/run names them)"
+	@echo "make test-fleet   tests of the HTTP side once more, with the engines on a Ray cluster of two simulated nodes"
 	@echo "make test-long    the tests that take minutes (ARGS=\"--seed 7\" tries other things)"
 	@echo "make check        ruff, strict types, import contracts"
 	@echo "make audit        secrets in the tree; known vulnerabilities of what is pinned, where a service can be asked"
@@ -40,6 +41,10 @@ test: setup
 
 test-system: setup
 	$(BIN)/python -m pytest -n 2 --dist loadfile -m "system and not long" $(ARGS)
+
+FLEET := tests/e2e/test_classify.py tests/e2e/test_erasures.py tests/e2e/dropin/test_hf.py tests/e2e/dropin/test_tei.py tests/e2e/dropin/test_vllm.py
+test-fleet: setup
+	$(BIN)/python -m pytest --fleet -m "not system and not long" $(FLEET) $(ARGS)
 
 test-long: setup
 	$(BIN)/python -m pytest -m long $(ARGS)

@@ -69,7 +69,10 @@ def _service(
 
         @contextmanager
         def answering(mirror: Mirror, registry: CollectorRegistry) -> Iterator[Answerer]:
-            yield Fleet(fleet.handle, limits, fleet.replicas, registry)
+            def generation() -> str | None:
+                return mirror.snapshot.live.generation if mirror.snapshot is not None else None
+
+            yield Fleet(fleet.handle, limits, fleet.replicas, generation, registry)
 
         with service_around(settings, fleet.facts, client, answering) as service:
             yield service

@@ -235,6 +235,7 @@ def test_bodies_that_are_no_json(news: Running, problem: Problem) -> None:
     assert post(b'{"inputs": "nul \\u0000 byte"}').status_code == 200
 
 
+@pytest.mark.local
 def test_a_deadline_is_kept(news: Running, problem: Problem) -> None:
     with news.model.steered._lock:
         late = news.http.post("/v1/classify", json={"inputs": "a"}, headers={"X-Request-Timeout": "0.05"})
@@ -243,12 +244,14 @@ def test_a_deadline_is_kept(news: Running, problem: Problem) -> None:
     problem(refused, 422, "invalid")
 
 
+@pytest.mark.local
 def test_erasing_without_ranges_is_503_and_never_ignored(serve: Callable[..., Running], problem: Problem) -> None:
     bare = serve()
     assert bare.classify(TEXT).status_code == 200
     problem(bare.classify(TEXT, erase=["Sports"]), 503, "no_range_set")
 
 
+@pytest.mark.local
 def test_logits_that_are_no_numbers_are_a_fault_and_no_json(
     serve: Callable[..., Running], model: LoadedModel, problem: Problem
 ) -> None:
@@ -271,6 +274,7 @@ def test_a_multi_label_model_answers_with_sigmoids(
     assert math.isclose(sum(score["score"] for score in soft), 1.0)
 
 
+@pytest.mark.local
 def test_a_client_that_hangs_up_is_not_computed_for(news: Running) -> None:
     def counted(name: str, **labels: str) -> float | None:
         return news.value(name, labels)
@@ -283,6 +287,7 @@ def test_a_client_that_hangs_up_is_not_computed_for(news: Running) -> None:
     assert news.classify(TEXT).status_code == 200
 
 
+@pytest.mark.local
 def test_a_full_queue_says_when_to_come_back(
     serve: Callable[..., Running], model: LoadedModel, problem: Problem
 ) -> None:

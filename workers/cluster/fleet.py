@@ -9,7 +9,7 @@ import math
 import time
 from collections.abc import Callable, Sequence
 from contextlib import suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
 import numpy as np
@@ -19,6 +19,7 @@ from ray.exceptions import RayError, RayTaskError, TaskCancelledError
 from ray.serve.exceptions import BackPressureError, RayServeException
 
 from range_store.erasure import Erasure, Site
+from range_store.errors import Behind
 from workers.cluster.messages import Answered, Refused, Reply, Wanted
 from workers.cluster.metrics import FleetMetrics
 from workers.engine.answers import Answer, Load
@@ -45,12 +46,16 @@ CHARACTERS_PER_TOKEN = 4
 
 @dataclass(eq=False)
 class _Held:
-    """A request that is to be sent, or was. `done`: its answer, an error of ours, or `ReplicaLost`."""
+    """A request that is to be sent, or was.
+
+    `waits`: it asks for a generation by itself. `done`: its answer, an error of ours, or `ReplicaLost`.
+    """
 
     wanted: Wanted
     ends: float
     texts: int
     characters: int
+    waits: bool
     done: asyncio.Future[Answered] = field(default_factory=lambda: asyncio.get_running_loop().create_future())
 
     def fail(self, error: Exception) -> None:
@@ -65,10 +70,16 @@ class Fleet:
         handle: of the deployment.
         settings: of each replica's engine.
         replicas: tells how many take requests now.
+        generation: which one of the live state this ingress knows; no request is answered under an earlier one.
     """
 
     def __init__(
-        self, handle: Any, settings: EngineSettings, replicas: Callable[[], int], registry: CollectorRegistry
+        self,
+        handle: Any,
+        settings: EngineSettings,
+        replicas: Callable[[], int],
+        generation: Callable[[], str | None],
+        registry: CollectorRegistry,
     ) -> None:
         self.settings = settings
         self.looking = RemoteLooking(self)
@@ -76,6 +87,7 @@ class Fleet:
         self.metrics = FleetMetrics(registry, replicas)
         self._handle = handle
         self._replicas = replicas
+        self._generation = generation
         self._draining = False
         self._waiting: list[_Held] = []
         self._sending: asyncio.Handle | None = None
@@ -170,8 +182,11 @@ class Fleet:
 
     async def _answer(self, wanted: Wanted, texts: int, length: int) -> Answer:
         ends = math.inf if wanted.timeout is None else time.monotonic() + wanted.timeout
+        waits = wanted.min_generation is not None
+        if not waits:  # who changes something here, and then asks here, is answered under the change
+            wanted = replace(wanted, min_generation=self._generation())
         for attempt in range(ATTEMPTS):
-            held = _Held(wanted, ends, texts, length)
+            held = _Held(wanted, ends, texts, length, waits)
             self._waiting.append(held)
             self._plan_sending()
             try:
@@ -179,6 +194,11 @@ class Fleet:
             except ReplicaLost:
                 if self._was_last(attempt):
                     raise
+            except Behind as behind:
+                if waits or attempt + 1 == ATTEMPTS:
+                    raise
+                if behind.held is not None and _epoch(behind.held) != _epoch(behind.wanted):
+                    wanted = replace(wanted, min_generation=None)  # begun anew: the replica may know more than we do
         raise AssertionError("unreachable")
 
     def _was_last(self, attempt: int) -> bool:
@@ -352,12 +372,11 @@ def _calls_of(waiting: Sequence[_Held]) -> list[list[_Held]]:
     texts = length = 0
     for held in waiting:
         texts, length = texts + held.texts, length + held.characters
-        waits = held.wanted.min_generation is not None  # it may, and then holds up nobody
-        if not calls or waits or texts > CALL_TEXTS or length > CALL_CHARACTERS:
+        if not calls or held.waits or texts > CALL_TEXTS or length > CALL_CHARACTERS:
             calls.append([])
             texts, length = held.texts, held.characters
         calls[-1].append(held)
-        if waits:
+        if held.waits:  # by itself, so that it holds up nobody
             texts = CALL_TEXTS
     return calls
 
@@ -367,16 +386,11 @@ def _with_time(held: _Held, now: float) -> Wanted:
     wanted = held.wanted
     if wanted.timeout is None:
         return wanted
-    left = max(0.0, held.ends - now)
-    return Wanted(
-        wanted.texts,
-        wanted.erase,
-        wanted.compare,
-        wanted.truncate,
-        left,
-        wanted.min_generation,
-        wanted.request_id,
-    )
+    return replace(wanted, timeout=max(0.0, held.ends - now))
+
+
+def _epoch(generation: str) -> str:
+    return generation.split("-")[0]
 
 
 async def _result(response: Any) -> Any:

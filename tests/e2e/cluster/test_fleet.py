@@ -165,6 +165,19 @@ def test_tokens_and_states_are_those_of_one_engine(fleet: Service, engine: Engin
     np.testing.assert_allclose(states, own_states, atol=1e-5)
 
 
+def test_who_changes_something_is_answered_under_the_change(fleet: Service) -> None:
+    async def ask() -> list[Answer]:
+        return list(await asyncio.gather(*(fleet.engine.classify([text], None) for text in TEXTS[:8])))
+
+    for top_fraction in (0.1, 0.2, 0.3, 0.4, 0.5):
+        live = LiveErasure(erasure=Erasure(concept="Sports", top_fraction=top_fraction))
+        generation = fleet.store.set_erasure(live).generation
+        fleet.mirror.refresh()  # as a route does after its change; nobody waits for the replicas
+        assert {answer.generation for answer in asyncio.run(ask())} == {generation}
+    fleet.store.set_erasures([])
+    fleet.mirror.refresh()
+
+
 def roster(service: Service) -> Roster:
     return service.store.replicas.read()
 

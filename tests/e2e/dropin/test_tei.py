@@ -145,6 +145,7 @@ def test_a_long_text_is_cut_at_the_right_or_refused(news: Running, direction: st
         assert cut.status_code == 200
 
 
+@pytest.mark.local
 def test_a_model_that_fails_is_424(news: Running, model: LoadedModel, monkeypatch: pytest.MonkeyPatch) -> None:
     whole = model.steered._call_packed
     failed: list[int] = []
