@@ -36,12 +36,18 @@ CALL_CHARACTERS = 16_384
 """Characters of one call, in the same way."""
 ATTEMPTS = 2
 """So often a request is sent if the replicas that have it are lost."""
+LEAVING_SECONDS = 2.0
+"""How long a request is sent anew while replicas that leave send it back unread; Serve soon knows that they do."""
 FRESH_SECONDS = 1.0
 """How long what a replica said of its load counts."""
 HELD = 2
 """An ingress holds requests of so many times the characters and texts that its fleet's queues do: all of a queue, and
 as much on its way."""
 CHARACTERS_PER_TOKEN = 4
+
+
+class _SentBack(ReplicaLost):
+    """A replica that is leaving did not take the request."""
 
 
 @dataclass(eq=False)
@@ -172,40 +178,36 @@ class Fleet:
         Raises:
             QueueFull, ReplicaLost, EngineFailed: see `workers.engine.errors`.
         """
-        for attempt in range(ATTEMPTS):
+        trials = _Trials(self.metrics)
+        while True:
             try:
-                return await self._remote(method, *arguments)
-            except ReplicaLost:
-                if self._was_last(attempt):
-                    raise
-        raise AssertionError("unreachable")
+                found = await self._remote(method, *arguments)
+                if isinstance(found, Refused) and isinstance(error := found.error(), Draining):
+                    raise _SentBack(str(error))
+                return found
+            except ReplicaLost as lost:
+                await trials.again(lost)
 
     async def _answer(self, wanted: Wanted, texts: int, length: int) -> Answer:
         ends = math.inf if wanted.timeout is None else time.monotonic() + wanted.timeout
         waits = wanted.min_generation is not None
         if not waits:  # who changes something here, and then asks here, is answered under the change
             wanted = replace(wanted, min_generation=self._generation())
-        for attempt in range(ATTEMPTS):
+        trials, behinds = _Trials(self.metrics), 0
+        while True:
             held = _Held(wanted, ends, texts, length, waits)
             self._waiting.append(held)
             self._plan_sending()
             try:
                 return (await held.done).answer()
-            except ReplicaLost:
-                if self._was_last(attempt):
-                    raise
+            except ReplicaLost as lost:
+                await trials.again(lost)
             except Behind as behind:
-                if waits or attempt + 1 == ATTEMPTS:
+                behinds += 1
+                if waits or behinds == ATTEMPTS:
                     raise
                 if behind.held is not None and _epoch(behind.held) != _epoch(behind.wanted):
                     wanted = replace(wanted, min_generation=None)  # begun anew: the replica may know more than we do
-        raise AssertionError("unreachable")
-
-    def _was_last(self, attempt: int) -> bool:
-        """Whether a request that was lost is not sent again; counts it."""
-        last = attempt + 1 == ATTEMPTS
-        (self.metrics.lost if last else self.metrics.retried).inc()
-        return last
 
     def _check(self, texts: int, length: int) -> None:
         if self._draining:
@@ -269,8 +271,10 @@ class Fleet:
                 each.done.set_result(outcome)
                 continue
             refusal = outcome.error()
-            elsewhere = isinstance(refusal, Draining) or (reply.gone and isinstance(refusal, EngineFailed))
-            each.fail(ReplicaLost(str(refusal)) if elsewhere else refusal)
+            if isinstance(refusal, Draining):
+                each.fail(_SentBack(str(refusal)))
+            else:
+                each.fail(ReplicaLost(str(refusal)) if reply.gone and isinstance(refusal, EngineFailed) else refusal)
 
     async def _remote(self, method: str, *arguments: Any, unless: asyncio.Event | None = None) -> Any:
         """What a replica's method gives. If nobody waits for it any more, it is cancelled there.
@@ -349,6 +353,29 @@ class RemoteLooking:
             return found
         error = found.error()
         raise DeadlineExceeded(timeout or 0.0) if isinstance(error, DeadlineExceeded) else error
+
+
+class _Trials:
+    """How often one request was sent in vain."""
+
+    def __init__(self, metrics: FleetMetrics) -> None:
+        self._metrics = metrics
+        self._lost = self._sent_back = 0
+        self._until = time.monotonic() + LEAVING_SECONDS
+
+    async def again(self, lost: ReplicaLost) -> None:
+        """Returns when it may be sent once more; raises `lost` if it may not. What was sent back cost nothing."""
+        if isinstance(lost, _SentBack):
+            self._sent_back += 1
+            last = time.monotonic() > self._until
+        else:
+            self._lost += 1
+            last = self._lost == ATTEMPTS
+        (self._metrics.lost if last else self._metrics.retried).inc()
+        if last:
+            raise lost
+        if isinstance(lost, _SentBack):
+            await asyncio.sleep(min(0.2, 0.01 * 2**self._sent_back))
 
 
 class _Countdown:
