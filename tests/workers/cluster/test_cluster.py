@@ -164,6 +164,7 @@ def test_a_model_that_does_not_load_ends_the_work(cluster: Cluster, tmp_path: Pa
         assert pool.about
 
 
+@pytest.mark.long
 def test_the_command_stops_within_seconds_and_goes_on(
     cluster: Cluster, source: str, alone: Fitted, path: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
