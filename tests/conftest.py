@@ -24,13 +24,7 @@ OF_THIS_PROCESS = {"own_redis", "keyed"}
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """A file's tests stay together, those on Ray all of them: three clusters at once would starve each other.
-
-    With --fleet: without the tests that look into an engine of their own process.
-    """
-    for item in items:
-        place = item.path.relative_to(config.rootpath).as_posix()
-        item.add_marker(pytest.mark.xdist_group("ray" if "/cluster/" in place else place))
+    """With --fleet: without the tests that look into an engine of their own process."""
     if not config.getoption("--fleet"):
         return
     local = {
