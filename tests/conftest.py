@@ -24,7 +24,11 @@ OF_THIS_PROCESS = {"own_redis", "keyed"}
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """With --fleet: without the tests that look into an engine of their own process."""
+    """Tests that end their own Ray cluster come before those that stay connected to one until the end.
+
+    With --fleet: without the tests that look into an engine of their own process.
+    """
+    items.sort(key=lambda item: "tests/workers/cluster/" not in item.nodeid)
     if not config.getoption("--fleet"):
         return
     local = {
