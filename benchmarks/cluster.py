@@ -1,13 +1,16 @@
 """Work on a Ray cluster of this machine beside one process, each on cores of its own.
 
+    python benchmarks/cluster.py read --data train.jsonl --rows 1000000
     python benchmarks/cluster.py fit --cache-dir DEMO --data train.jsonl --rows 16384 --repeat 3
     python benchmarks/cluster.py serve --cache-dir DEMO --repeat 5
     python benchmarks/cluster.py simulate --replicas 16 64 --rate TEXTS_PER_SECOND
 
+`read`: texts per second of the process that reads a corpus for a fit on a cluster: hashed first, then cut into blocks;
+no model works, and starting is left out.
+
 `fit`: texts per second of a fit of the last block in one process, with one actor and with two, each on one thread,
-in turn; printed are the medians and the ratios of each turn. Starting and loading are left out, reading is not; the
-pass that hashes the corpus first is timed by itself. Two actors need two cores that are free, and this process a little
-of a third.
+in turn; printed are the medians and the ratios of each turn. Starting and loading are left out, reading is not, but for
+the pass that hashes the corpus first. Two actors need two cores that are free, and this process a little of a third.
 
 `serve`: texts per second of requests of 32 texts, and the latency of one short text, with one process and with replicas
 on Ray, in turn. `simulate`: what one ingress and the store carry in front of replicas that sleep for as long as a text
@@ -22,6 +25,7 @@ from collections.abc import Callable
 from contextlib import ExitStack
 from itertools import cycle, islice
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 import torch
 from fleet import bench_serving, bench_simulated
@@ -36,11 +40,35 @@ from workers.fitting.fit import Fitted, fit
 from workers.models.loading import load_model
 
 
+def repeated(data: Path, rows: int, where: Path) -> Path:
+    """A file of so many rows: those of `data`, again and again."""
+    lines = data.read_text("utf-8").splitlines()
+    where.write_text("\n".join(islice(cycle(lines), rows)) + "\n", "utf-8")
+    return where
+
+
+def bench_read(data: Path, rows: int) -> None:
+    with TemporaryDirectory() as place, connected(PRIVATE, 2):
+        small, large = (repeated(data, count, Path(place, f"{count}.jsonl")) for count in (rows // 10, rows))
+        size = large.stat().st_size / rows
+
+        def seconds(path: Path) -> tuple[float, float]:
+            """To hash, and to cut."""
+            started = time.perf_counter()
+            corpus = load_corpus(str(path), table=Files.open(str(path)))
+            hashed = time.perf_counter()
+            for _ in corpus.blocks(0):
+                pass
+            return hashed - started, time.perf_counter() - hashed
+
+        seconds(small)  # starts the processes
+        for name, few, all_of in zip(("hashed", "cut into blocks"), seconds(small), seconds(large), strict=True):
+            print(f"{name}: {(rows - rows // 10) / (all_of - few):.0f} texts/s, of {size:.0f} bytes each")
+
+
 def bench_fit(cache_dir: Path, data: Path, rows: int, repeat: int) -> None:
     classifier = make_classifier(cache_dir, lambda *now: None)
-    large = cache_dir / "cluster.jsonl"
-    lines = data.read_text("utf-8").splitlines()
-    large.write_text("\n".join(islice(cycle(lines), rows)) + "\n", "utf-8")
+    large = repeated(data, rows, cache_dir / "cluster.jsonl")
     torch.set_num_threads(1)
     model = load_model(str(classifier), device="cpu")
     labels = model.identity.labels
@@ -50,9 +78,7 @@ def bench_fit(cache_dir: Path, data: Path, rows: int, repeat: int) -> None:
             for actors in (1, 2)
         )
         corpus = load_corpus(str(large), labels=labels)
-        started = time.perf_counter()
         on_cluster = load_corpus(str(large), table=Files.open(str(large)), labels=labels)
-        print(f"read and hashed, before any model works: {rows / (time.perf_counter() - started):.0f} texts/s")
         ways: dict[str, Callable[[], Fitted]] = {
             "one process": lambda: fit(model, corpus),
             "one actor": lambda: fit_on(one, on_cluster),
@@ -83,6 +109,9 @@ def main() -> None:
     fitting.add_argument("--data", type=Path, default=CORPUS / "train.jsonl", help="texts, used again and again")
     fitting.add_argument("--rows", type=int, default=16_384)
     fitting.add_argument("--repeat", type=int, default=3)
+    reading = commands.add_parser("read", help="texts per second of reading")
+    reading.add_argument("--data", type=Path, default=CORPUS / "train.jsonl", help="texts, used again and again")
+    reading.add_argument("--rows", type=int, default=1_000_000)
     served = commands.add_parser("serve", help="texts per second and latency of serving")
     served.add_argument("--cache-dir", type=Path, required=True, help="where the demo is, or is to be")
     served.add_argument("--repeat", type=int, default=5)
@@ -91,7 +120,9 @@ def main() -> None:
     simulated.add_argument("--replicas", type=int, nargs="+", default=[16, 64])
     simulated.add_argument("--rate", type=float, required=True, help="texts per second of one replica, as of `serve`")
     arguments = parser.parse_args()
-    if arguments.command == "fit":
+    if arguments.command == "read":
+        bench_read(arguments.data, arguments.rows)
+    elif arguments.command == "fit":
         bench_fit(arguments.cache_dir, arguments.data, arguments.rows, arguments.repeat)
     elif arguments.command == "serve":
         bench_serving(arguments.cache_dir, arguments.repeat, arguments.shorts)
