@@ -17,6 +17,7 @@ from range_store.embedded import EmbeddedRedis, connect
 from range_store.mirror import Mirror
 from workers.cluster.connection import PRIVATE, connected
 from workers.cluster.errors import ClusterError
+from workers.cluster.exposing import MetricsAt
 from workers.cluster.fleet import Fleet
 from workers.cluster.launching import FleetPlan, names, room, running, take_down
 from workers.cluster.replica import ReplicaSettings
@@ -111,6 +112,7 @@ def _plan(settings: Settings, redis_url: str, models: int, scaling: Mapping[str,
             _redis(settings, redis_url),
             _engine(settings),
             settings.poll_seconds,
+            _metrics(settings),
         ),
         replicas=wanted,
         max_replicas=(settings.max_replicas or max(1, most.replicas // models)) if auto else None,
@@ -135,6 +137,14 @@ def _model(choice: ModelChoice) -> dict[str, Any]:
         "plain": choice.plain,
         "compiled": choice.compile,
     }
+
+
+def _metrics(settings: Settings) -> MetricsAt | None:
+    """Replicas of a private cluster are as far from others as the server itself is."""
+    if settings.replica_metrics_port == "off":
+        return None
+    here_only = settings.ray == PRIVATE and settings.loopback
+    return MetricsAt("127.0.0.1" if here_only else None, settings.replica_metrics_port)
 
 
 def _absolute(path: str) -> str:

@@ -14,7 +14,7 @@ from app.access_log import AccessLog
 from app.answering import ClientGone, client_gone
 from app.auth import Authentication
 from app.everywhere import Everywhere
-from app.metrics import ModelMetrics, register_process
+from app.metrics import ModelMetrics
 from app.middleware import BodyLimit, Faults, FullQueue, HostCheck, HttpMetrics, RequestId
 from app.problems import Problem
 from app.routes import (
@@ -36,7 +36,7 @@ from app.routes import (
 from app.routes.dropin.dialect import Dialects
 from app.routes.dropin.v2_binary import BinaryTensors
 from app.served import Served
-from app.service import Service
+from app.service import Service, register_process
 from app.settings import LOOPBACK, Settings
 from app.store_calls import StoreCalls
 from app.templates import Templates

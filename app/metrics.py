@@ -1,23 +1,29 @@
 """What a process tells Prometheus when asked: of each model readiness, live state and work; and its own figures."""
 
-import time
+import json
+import socket
+import threading
 from collections import Counter
-from collections.abc import Iterable, Iterator
-from importlib.metadata import version
+from collections.abc import Callable, Iterable, Iterator
 from itertools import chain
-from typing import get_args
+from typing import Any
+from wsgiref.simple_server import WSGIRequestHandler, WSGIServer, make_server
 
-from prometheus_client import CollectorRegistry, Info, PlatformCollector, ProcessCollector, disable_created_metrics
-from prometheus_client.core import GaugeMetricFamily, InfoMetricFamily
+from prometheus_client import CollectorRegistry, disable_created_metrics, make_wsgi_app
+from prometheus_client.core import GaugeMetricFamily
+from prometheus_client.exposition import ThreadingWSGIServer
 from prometheus_client.metrics_core import Metric
 from prometheus_client.registry import Collector
 
 from app.fit_jobs import STATES
 from app.fit_process import progress_of
 from app.readiness import conditions
-from app.service import MOST_CONCEPTS, OTHER_CONCEPTS, Service
-from range_store.live import LiveErasure
-from range_store.mirror import Trouble
+from app.replies import TargetsOut
+from app.service import Service, add_under, live_state, loaded
+from range_store.errors import StoreUnavailable
+
+TARGETS = "/v1/replicas/targets"
+"""Path of what Prometheus finds the replicas of a fleet by, on the API's port and on that of the metrics."""
 
 
 class ModelMetrics(Collector):
@@ -34,20 +40,50 @@ class ModelMetrics(Collector):
     def collect(self) -> Iterator[Metric]:
         families: dict[str, Metric] = {}
         for service in self._services:
-            for found in chain(service.registry.collect(), _State(service).collect()):
-                family = families.setdefault(found.name, Metric(found.name, found.documentation, found.type))
-                family.samples += [
-                    each._replace(labels={"model": service.name, **each.labels}) for each in found.samples
-                ]
+            add_under(service.name, chain(service.registry.collect(), _State(service).collect()), families)
         yield from families.values()
 
 
-def register_process(registry: CollectorRegistry) -> None:
-    """Register what is told of the process itself."""
-    ProcessCollector(registry=registry)
-    PlatformCollector(registry=registry)
-    build = Info("neuronlens_build", "Version of this software.", registry=registry)
-    build.info({"version": version("neuronlens")})
+def targets_of(services: Iterable[Service]) -> list[TargetsOut]:
+    """Where replicas of the models serve metrics of their own. Raises StoreUnavailable."""
+    return [
+        TargetsOut(targets=[each.metrics], labels={"model": service.name, "replica": each.name, "node": each.host})
+        for service in services
+        for each in service.store.replicas.read().replicas
+        if each.metrics is not None
+    ]
+
+
+def start_metrics_server(
+    port: int, host: str, registry: CollectorRegistry, services: Iterable[Service]
+) -> tuple[WSGIServer, threading.Thread]:
+    """Serve the registry, and `TARGETS`, without keys. Raises OSError: there is no such address, or it is taken."""
+    metrics = make_wsgi_app(registry)
+
+    def answer(environ: dict[str, Any], start_response: Callable[..., Any]) -> Any:
+        if environ["PATH_INFO"] != TARGETS:
+            return metrics(environ, start_response)
+        try:
+            found = targets_of(services)
+        except StoreUnavailable:  # Prometheus then keeps those that it knows
+            start_response("503 Service Unavailable", [("Content-Type", "text/plain")])
+            return [b"the store does not say which replicas there are"]
+        start_response("200 OK", [("Content-Type", "application/json")])
+        return [json.dumps([each.model_dump() for each in found]).encode()]
+
+    family = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)[0][0]
+    kind = type("MetricsServer", (ThreadingWSGIServer,), {"address_family": family})
+    server: WSGIServer = make_server(host, port, answer, kind, _Silent)
+    thread = threading.Thread(target=server.serve_forever, name="metrics", daemon=True)
+    thread.start()
+    return server, thread
+
+
+class _Silent(WSGIRequestHandler):
+    """Logs no request: it would be with its path."""
+
+    def log_message(self, format: str, *args: Any) -> None:
+        """Nothing."""
 
 
 class _State:
@@ -58,9 +94,9 @@ class _State:
 
     def collect(self) -> Iterator[Metric]:
         yield from self._readiness()
-        yield from self._live_state()
+        yield from live_state(self._service.mirror)
         yield from self._fits()
-        yield self._loaded()
+        yield loaded(self._service.model)
 
     def _readiness(self) -> Iterator[Metric]:
         checks = conditions(self._service)
@@ -75,46 +111,6 @@ class _State:
         for condition, holds in checks.items():
             by_condition.add_metric([condition], float(holds))
         yield by_condition
-
-    def _live_state(self) -> Iterator[Metric]:
-        mirror = self._service.mirror
-        snapshot, trouble = mirror.snapshot, mirror.trouble
-        live = snapshot.live if snapshot else None
-        erased = live.at(time.time()) if live else ()
-        yield GaugeMetricFamily("neuronlens_store_up", "1 if the store answered last time.", float(mirror.store_up))
-        yield GaugeMetricFamily(
-            "neuronlens_snapshot_age_seconds",
-            "Time since the live state was last known to be the newest.",
-            mirror.age(),
-        )
-        yield GaugeMetricFamily(
-            "neuronlens_replicas",
-            "Live replicas of the model, this one too, at its last report; 0 while it makes none.",
-            float(mirror.reporter.live if mirror.reporter else 0),
-        )
-        problem = GaugeMetricFamily(
-            "neuronlens_live_state_problem",
-            "1 for the reason why the live state is not known to be the newest, if there is one.",
-            labels=["problem"],
-        )
-        for kind in get_args(Trouble):
-            problem.add_metric([kind], float(kind == trouble))
-        yield problem
-        yield GaugeMetricFamily("neuronlens_live_erasures", "Concepts that are erased live.", float(len(erased)))
-        yield _by_concept(erased)
-        yield GaugeMetricFamily(
-            "neuronlens_generation", "Counter of the live state's generation.", float(live.counter if live else 0)
-        )
-        info = GaugeMetricFamily("neuronlens_live_info", "Epoch and active range set.", labels=["epoch", "range_set"])
-        if live:
-            info.add_metric([live.epoch, live.range_set or ""], 1.0)
-        yield info
-        created = GaugeMetricFamily(
-            "neuronlens_range_set_created_timestamp_seconds", "When the active range set was fitted, if there is one."
-        )
-        if snapshot and snapshot.range_set:
-            created.add_metric([], snapshot.range_set.provenance.created_at)
-        yield created
 
     def _fits(self) -> Iterator[Metric]:
         jobs = self._service.jobs
@@ -134,33 +130,3 @@ class _State:
             "Share of its texts that the fit under way has done; 0 where none is.",
             done,
         )
-
-    def _loaded(self) -> Metric:
-        model, identity = self._service.model, self._service.model.identity
-        return InfoMetricFamily(
-            "neuronlens_model",
-            "What is served.",
-            {
-                "kind": identity.kind,
-                "family": identity.family,
-                "fingerprint": identity.fingerprint,
-                "dtype": model.dtype,
-                "device": model.device,
-            },
-        )
-
-
-def _by_concept(erased: tuple[LiveErasure, ...]) -> Metric:
-    """The first concepts by name have series of their own, all others are counted together."""
-    family = GaugeMetricFamily(
-        "neuronlens_live_erasure",
-        f"1 for each concept that is erased live; beyond {MOST_CONCEPTS} concepts, how many more.",
-        labels=["concept", "method", "enforced"],
-    )
-    series = Counter[tuple[str, str, str]]()
-    for n, each in enumerate(erased):
-        concept = each.concept if n < MOST_CONCEPTS else OTHER_CONCEPTS
-        series[concept, each.erasure.method, str(each.enforced).lower()] += 1
-    for labels, number in series.items():
-        family.add_metric(labels, float(number))
-    return family

@@ -116,6 +116,13 @@ class ReplicasOut(BaseModel):
     replicas: list[ReplicaOut]
 
 
+class TargetsOut(BaseModel):
+    """Where one replica serves its metrics (`host:port`), and labels that tell it: `model`, `replica`, `node`."""
+
+    targets: list[str]
+    labels: dict[str, str]
+
+
 class ConceptOut(BaseModel):
     """A concept of the active range set. `texts`: of the fitting corpus; `label`: whether it is one of the model."""
 

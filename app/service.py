@@ -24,6 +24,7 @@ from workers.engine.errors import (
     ReplicaLost,
     RequestTooLarge,
 )
+from workers.engine.live_metrics import add_under, live_state, loaded, register_process
 from workers.engine.metrics import MOST_CONCEPTS, OTHER_CONCEPTS
 from workers.fitting.known import KNOWN
 from workers.models.errors import EmptyText, PairUnsupported, TextTooLong
@@ -51,7 +52,11 @@ __all__ = [
     "TextAnswer",
     "TextOrPair",
     "TextTooLong",
+    "add_under",
     "characters",
+    "live_state",
+    "loaded",
+    "register_process",
 ]
 
 KNOWN_DATA_SETS = tuple(KNOWN)

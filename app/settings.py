@@ -101,6 +101,11 @@ class Settings(BaseSettings):
     max_replicas: Annotated[int, Field(ge=1)] | None = Field(
         None, description="most engines where their number is `auto`; unset: as many as the cluster has room for"
     )
+    replica_metrics_port: Annotated[int, Field(ge=0, le=65535)] | Literal["off"] = Field(
+        0,
+        description="port of an engine's own `/metrics` on that cluster, at its node's address: this, or the next that "
+        "is free; 0 takes any, `off`: none",
+    )
     max_header_bytes: Annotated[int, Field(ge=1024)] = Field(
         32768, description="largest head of a request: its first line and all headers"
     )

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from typing import Annotated, cast
 
 import redis
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, field_validator
 
 from range_store.failures import reaching_redis
 from range_store.keys import ModelKeys
@@ -35,13 +35,14 @@ SINCE = b"since"
 """Field of the hash that is no replica's: when the hash was begun, in Unix seconds by Redis's clock."""
 
 Name = Annotated[str, Field(pattern=r"^\S{1,300}$")]
+ADDRESS = re.compile(r"([A-Za-z0-9_.-]{1,253}|\[[0-9A-Fa-f:.]{2,45}\]):[0-9]{1,5}")
 
 
 class Replica(BaseModel):
     """What one replica reported; a newer version may say more. Times are Unix seconds by Redis's clock.
 
     `name`: `host:process:random`, unique. `generation`: what it answers under; None while it has not read any.
-    `expires`: when it is forgotten.
+    `expires`: when it is forgotten. `metrics`: `host:port` where it serves its own; None if it does not.
     """
 
     model_config = ConfigDict(frozen=True, extra="ignore", allow_inf_nan=False)
@@ -51,6 +52,18 @@ class Replica(BaseModel):
     range_set: str | None
     at: float
     expires: float
+    metrics: str | None = None
+
+    @field_validator("metrics", mode="before")
+    @classmethod
+    def _address_or_none(cls, value: object) -> str | None:
+        """What is no address is left out, and the replica is not: others wait for it."""
+        return value if isinstance(value, str) and ADDRESS.fullmatch(value) else None
+
+    @property
+    def host(self) -> str:
+        """The machine or container that it runs on."""
+        return self.name.split(":")[0]
 
 
 @dataclass(frozen=True)
@@ -82,10 +95,18 @@ class Replicas:
         self._key = ModelKeys(model).replicas
         self._report = client.register_script(REPORT)
 
-    def report(self, name: str, generation: str | None, range_set: str | None, seconds: float = LEASE_SECONDS) -> int:
+    def report(
+        self,
+        name: str,
+        generation: str | None,
+        range_set: str | None,
+        seconds: float = LEASE_SECONDS,
+        metrics: str | None = None,
+    ) -> int:
         """A replica answers under that generation; holds for `seconds`. Gives how many report now."""
         with reaching_redis():
-            return cast(int, self._report([self._key], [name, generation or "", range_set or "", seconds]))
+            told: list[str | float] = [name, generation or "", range_set or "", seconds, metrics or ""]
+            return cast(int, self._report([self._key], told))
 
     def remove(self, name: str) -> None:
         """A replica takes no requests any more."""

@@ -33,6 +33,8 @@ class Reporter:
         self.name = name
         self.live = 0
         """How many replicas of the model reported, at this one's last report; 0 while it cannot report."""
+        self.metrics: str | None = None
+        """`host:port` where this replica serves its own metrics, if it does; set before the first report."""
         self._replicas = replicas
         self._current = current
         self._read = read
@@ -95,7 +97,10 @@ class Reporter:
             state = self._current()
             try:
                 self.live = self._replicas.report(
-                    self.name, state.generation if state else None, state.range_set if state else None
+                    self.name,
+                    state.generation if state else None,
+                    state.range_set if state else None,
+                    metrics=self.metrics,
                 )
             except StoreUnavailable as error:
                 self.live = 0

@@ -17,7 +17,6 @@ from app.cli.exits import FAILED, INTERRUPTED, USAGE, CommandError, exit_code_of
 
 if TYPE_CHECKING:
     from fastapi import FastAPI
-    from prometheus_client import CollectorRegistry
 
     from app.settings import Settings
 
@@ -67,8 +66,8 @@ def keys_create(settings: "Settings") -> str:
 
 
 @contextmanager
-def metrics_apart(settings: "Settings", registry: "CollectorRegistry") -> Iterator[str | None]:
-    """Serves /metrics on their own port, if the settings name one; gives where.
+def metrics_apart(settings: "Settings", app: "FastAPI") -> Iterator[str | None]:
+    """Serves /metrics, and where replicas have theirs, on their own port if the settings name one; gives where.
 
     Raises:
         CommandError: the port is taken or not allowed.
@@ -76,12 +75,12 @@ def metrics_apart(settings: "Settings", registry: "CollectorRegistry") -> Iterat
     if settings.metrics_port is None:
         yield None
         return
-    from prometheus_client import start_http_server
+    from app.metrics import start_metrics_server
 
     host = settings.metrics_host or settings.host
     where = f"{host}:{settings.metrics_port}"
     try:
-        server, thread = start_http_server(settings.metrics_port, host, registry)
+        server, thread = start_metrics_server(settings.metrics_port, host, app.state.registry, app.state.served)
     except OSError as error:
         raise CommandError(f"cannot serve metrics at {where}: {error.strerror}", FAILED) from None
     try:

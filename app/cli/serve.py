@@ -253,7 +253,7 @@ def serve_until_told(
             service.drain()
 
     app = create_app(settings, services)
-    with metrics_apart(settings, app.state.registry) as metrics_at:
+    with metrics_apart(settings, app) as metrics_at:
         listen(
             app,
             settings,

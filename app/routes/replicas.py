@@ -1,10 +1,11 @@
-"""`/v1/replicas`: which processes answer for the model, and under which generation."""
+"""`/v1/replicas`: which processes answer for the model, under which generation, and where their metrics are."""
 
 from fastapi import APIRouter
 
+from app.metrics import TARGETS, targets_of
 from app.problems import QUERY, documented
-from app.replies import ReplicaOut, ReplicasOut
-from app.routes import QueryChecked, Serving, snapshot_of
+from app.replies import ReplicaOut, ReplicasOut, TargetsOut
+from app.routes import Asking, QueryChecked, Serving, snapshot_of
 from app.store_calls import StoreCalling
 from range_store.live import reaches
 
@@ -32,3 +33,13 @@ async def list_replicas(service: Serving, calls: StoreCalling) -> ReplicasOut:
             for each in roster.replicas
         ],
     )
+
+
+@router.get(TARGETS, dependencies=[QueryChecked], responses=documented(*QUERY, 503))
+async def list_targets(asking: Asking, calls: StoreCalling) -> list[TargetsOut]:
+    """For Prometheus' `http_sd_configs`: the replicas of a fleet that serve metrics of their own.
+
+    Of every model that is served here, unless `model` names one. Empty where the engine is in the server's own process.
+    """
+    services = list(asking.served) if asking.in_query is None else [asking.service()]
+    return await calls(lambda: targets_of(services))

@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import yaml
 
+from app.metrics import TARGETS
 from tests.docker.conftest import DOCKER, PASSWORDS, ROOT, check_settings, system_program
 
 MAIN = ROOT / "docker-compose.yml"
@@ -137,6 +138,9 @@ def test_prometheus_scrapes_the_service_where_its_metrics_are() -> None:
     assert name in services()["ingress"]["networks"]["watch"]["aliases"], "both are found under one name"
     assert str(found["port"]) == scraped["environment"]["NEURONLENS_METRICS_PORT"]
     assert not any(str(found["port"]) in port for port in scraped["ports"]), "metrics are not for those outside"
+    (engines,) = job["http_sd_configs"]
+    assert engines["url"] == f"http://{name}:{found['port']}{TARGETS}"
+    assert set(services()["ray-worker"]["networks"]) & set(services()["prometheus"]["networks"])
     assert set(scraped["networks"]) & set(services()["prometheus"]["networks"])
     sources = yaml.safe_load(next((DOCKER / "grafana").glob("provisioning/datasources/*.yml")).read_text())
     assert sources["datasources"][0]["url"] == "http://prometheus:9090"
@@ -164,7 +168,8 @@ def test_the_cluster_starts_when_asked_and_its_nodes_are_for_each_other() -> Non
     networks = yaml.safe_load(MAIN.read_text())["networks"]
     assert networks["ray"]["internal"] is True
     nodes = {name for name, each in services().items() if "ray" in each["networks"]}
-    assert nodes == {"ray-head", "ray-worker", "ingress", "ray-fit"}
+    assert nodes == {"ray-head", "ray-worker", "ingress", "ray-fit", "prometheus"}
+    nodes -= {"prometheus"}  # which is no node: it reaches the engines' metrics there
     for name, each in services().items():
         in_profile = {"ray-fit": ["fit"], "fit": ["fit"], "cli": ["cli"]}.get(name, ["cluster"] * (name in nodes))
         assert each.get("profiles", []) == in_profile, name

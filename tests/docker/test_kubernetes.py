@@ -14,7 +14,7 @@ from tests.docker.conftest import ROOT, check_settings, system_program
 KUBERNETES = ROOT / "docker" / "kubernetes"
 VERSIONS = ("1.30", "1.34", "1.37")
 OVERLAYS = ("base", "cli", "fit", "gpu", "ray", "ray-fit", "trial")
-CUSTOM = ("Kustomization", "RayCluster", "ServiceMonitor")
+CUSTOM = ("Kustomization", "RayCluster", "ScrapeConfig", "ServiceMonitor")
 """Kinds that Kubernetes itself does not know; they have no schema there (RayCluster's: test_ray_cluster.py)."""
 WORKLOADS = ("Deployment", "StatefulSet", "Job", "Pod")
 
@@ -91,7 +91,7 @@ def test_a_wrong_manifest_is_noticed() -> None:
 def test_what_is_rendered_keeps_its_schema(rendered: dict[str, list[Manifest]], overlay: str) -> None:
     assert (
         len(rendered[overlay])
-        == {"base": 7, "cli": 1, "fit": 1, "gpu": 7, "ray": 11, "ray-fit": 1, "trial": 11}[overlay]
+        == {"base": 7, "cli": 1, "fit": 1, "gpu": 7, "ray": 12, "ray-fit": 1, "trial": 11}[overlay]
     )
     for manifest in rendered[overlay]:
         if manifest["kind"] not in CUSTOM:
@@ -156,7 +156,8 @@ def test_the_ingress_of_a_fleet_is_the_base_with_other_words(rendered: dict[str,
     }
     assert pod["securityContext"]["runAsNonRoot"] is True
     names = {each["name"] for each in _container(ray["Deployment", "neuronlens"])["env"]}
-    assert names == {"NEURONLENS_REDIS_USERNAME", "NEURONLENS_REDIS_PASSWORD", "NEURONLENS_THREADS", "RAY_AUTH_TOKEN"}
+    own = {"RAY_AUTH_TOKEN", "NEURONLENS_REPLICA_METRICS_PORT"}
+    assert names == {"NEURONLENS_REDIS_USERNAME", "NEURONLENS_REDIS_PASSWORD", "NEURONLENS_THREADS", *own}
     (fit,) = rendered["ray-fit"]
     assert "RAY_AUTH_TOKEN" in {each["name"] for each in _container(fit)["env"]}
     labels = fit["spec"]["template"]["metadata"]["labels"]

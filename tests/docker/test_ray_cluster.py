@@ -9,6 +9,7 @@ import jsonschema
 import pytest
 import yaml
 
+from app.metrics import TARGETS
 from tests.docker.conftest import ROOT
 from tests.docker.test_kubernetes import KUBERNETES, Manifest, check, documents
 
@@ -144,7 +145,7 @@ def test_ray_s_ports_are_for_ray_s_nodes_only() -> None:
     assert {"podSelector": policies["neuronlens-ray"]["podSelector"]} == nodes
     assert policies["neuronlens-ray"]["ingress"] == [{"from": [nodes]}]
     for name, spec in policies.items():
-        assert name == "neuronlens-ray" or "ingress" not in spec, name
+        assert name in ("neuronlens-ray", "neuronlens-ray-metrics") or "ingress" not in spec, name
     redis = next(
         each
         for each in documents((ROOT / "docker" / "redis" / "statefulset.yaml").read_text())
@@ -154,3 +155,22 @@ def test_ray_s_ports_are_for_ray_s_nodes_only() -> None:
     assert workers == {"podSelector": {"matchLabels": {NODE: "worker"}}}
     (reaching,) = policies["neuronlens-ray-store"]["podSelector"]["matchExpressions"]
     assert reaching["values"] == ["worker", "fit"], "a fit is let in by its name"
+
+
+def test_the_monitoring_reaches_the_engines_metrics_and_nothing_else_of_ray(cluster: Manifest) -> None:
+    policies = {each["metadata"]["name"]: each["spec"] for each in documents((RAY / "networkpolicy.yaml").read_text())}
+    (told,) = [each["value"] for each in ingress()["env"] if each["name"] == "NEURONLENS_REPLICA_METRICS_PORT"]
+    (port,) = [each for each in container(groups(cluster)["worker"])["ports"] if each["name"] == "engine-metrics"]
+    let_in = policies["neuronlens-ray-metrics"]
+    (rule,) = let_in["ingress"]
+    (ports,) = rule["ports"]
+    assert let_in["podSelector"] == {"matchLabels": {NODE: "worker"}}
+    assert int(told) == port["containerPort"] == ports["port"]
+    assert ports["endPort"] < 8080, "Ray's own begin there"
+    (base,) = documents((KUBERNETES / "base" / "networkpolicy.yaml").read_text())
+    assert rule["from"] in [each["from"] for each in base["spec"]["ingress"]], "as for the service's metrics"
+    (scraped,) = documents((KUBERNETES / "monitoring" / "scrapeconfig.yaml").read_text())
+    (service,) = documents((KUBERNETES / "base" / "service.yaml").read_text())
+    (found,) = scraped["spec"]["httpSDConfigs"]
+    at = {each["name"]: each["port"] for each in service["spec"]["ports"]}
+    assert found["url"] == f"http://{service['metadata']['name']}.neuronlens.svc:{at['metrics']}{TARGETS}"

@@ -8,6 +8,8 @@ from typing import Any
 import httpx
 import pytest
 
+from app.metrics import start_metrics_server
+from app.service import Service
 from range_store import reporter
 from range_store.erasure import Erasure
 from range_store.live import LiveErasure, LiveState
@@ -132,6 +134,40 @@ def test_a_server_that_cannot_report_says_so(news: Running, problem: Problem) ->
     assert generation(news) in problem(reply, 503, "store_unavailable")["detail"], "it is made"
     assert news.classify(TEXT).json()["erasure"]["concepts"] == ["Sports"]
     problem(news.http.get("/v1/replicas"), 503, "store_unavailable")
+
+
+def test_prometheus_is_told_where_the_replicas_of_a_fleet_have_their_metrics(two: Running, problem: Problem) -> None:
+    path = "/v1/replicas/targets"
+    assert two.http.get(path).json() == [], "these have none of their own"
+    first, second = two.services
+    first.store.replicas.report("node-1:7:ab", "00000000-1", None, metrics="10.0.0.1:8002")
+    first.store.replicas.report(STRANGER, "00000000-1", None)
+    second.store.replicas.report("node-2:7:ab", None, None, seconds=1.0, metrics="[fe80::2]:9")
+
+    def target(service: Service, address: str, node: str) -> dict[str, Any]:
+        labels = {"model": service.name, "replica": f"{node}:7:ab", "node": node}
+        return {"targets": [address], "labels": labels}
+
+    both = [target(first, "10.0.0.1:8002", "node-1"), target(second, "[fe80::2]:9", "node-2")]
+    reply = two.http.get(path)
+    assert reply.headers["content-type"] == "application/json", "Prometheus takes no other"
+    assert reply.json() in (both, both[:1])
+    assert two.http.get(path, params={"model": first.name}).json() == both[:1]
+    server, thread = start_metrics_server(0, "127.0.0.1", two.registry, two.services)
+    try:
+        apart = f"http://127.0.0.1:{server.server_port}"
+        assert httpx.get(f"{apart}/metrics").text.count("neuronlens_ready{") == 2
+        until(lambda: httpx.get(f"{apart}{path}").json() == both[:1])  # who is killed is forgotten
+        first.store.replicas.remove("node-1:7:ab")
+        assert httpx.get(f"{apart}{path}").json() == two.http.get(path).json() == []
+        first.store.client.delete(first.store.keys.replicas)
+        first.store.client.set(first.store.keys.replicas, "another application's")
+        assert httpx.get(f"{apart}{path}").status_code == 503, "then Prometheus keeps those that it knows"
+        problem(two.http.get(path), 503, "store_unavailable")
+    finally:
+        server.shutdown()
+        server.server_close()
+        thread.join()
 
 
 def test_a_server_that_drains_is_not_waited_for(serve: Callable[..., Running], fitted: Fitted) -> None:

@@ -147,6 +147,23 @@ def test_who_stops_reporting_is_forgotten_and_swept_out_by_the_next(replicas: Re
     assert set(store.client.hkeys(store.keys.replicas)) == {b"since", b"lives:1:x"}
 
 
+@pytest.mark.parametrize(
+    "wrong",
+    ["", "10.0.0.1", ":8002", "10.0.0.1:8002/x", "http://10.0.0.1:8002", "a b:1", "10.0.0.1:8002\n", "[::1:1", 7],
+)
+def test_where_metrics_are_is_told_and_what_is_no_address_costs_no_replica(
+    replicas: Replicas, store: RangeStore, wrong: object
+) -> None:
+    for address in ("10.0.0.1:8002", "[fe80::1]:8002", "node-3.example:1"):
+        replicas.report("there:1:x", "00000000-1", None, metrics=address)
+        assert [(each.host, each.metrics) for each in replicas.read().replicas] == [("there", address)]
+    replicas.report("there:1:x", "00000000-1", None)
+    assert [each.metrics for each in replicas.read().replicas] == [None]
+    report = {"generation": None, "range_set": None, "at": 0, "expires": 1e12, "metrics": wrong}
+    store.client.hset(store.keys.replicas, "there:1:x", json.dumps(report))
+    assert [(each.name, each.metrics) for each in replicas.read().replicas] == [("there:1:x", None)]
+
+
 def test_every_replica_reports_a_change_at_once(active: RangeStore, replicas: Replicas, mirrors: Mirrors) -> None:
     some, reader = [mirrors() for _ in range(3)], mirrors(replica=None)
     for mirror in (*some, reader):

@@ -68,15 +68,23 @@ def free_port() -> int:
 
 
 class Prometheus:
-    """A Prometheus process with the committed configuration: only its targets and intervals are others."""
+    """A Prometheus process with the committed configuration: only its targets and intervals are others.
 
-    def __init__(self, directory: Path, targets: Sequence[str]) -> None:
+    Args:
+        ingress: `host:port` of a server that is asked for the engines of its fleet, if there is one.
+    """
+
+    def __init__(self, directory: Path, targets: Sequence[str], ingress: str | None = None) -> None:
         self._targets = directory / "targets.json"
         self.watch(targets)
         config = yaml.safe_load((CONFIG / "prometheus.yml").read_text("utf-8"))
         config["global"] = {"scrape_interval": "1s", "scrape_timeout": "1s", "evaluation_interval": "1s"}
         (job,) = config["scrape_configs"]
         assert job.pop("dns_sd_configs")
+        (engines,) = job.pop("http_sd_configs")
+        if ingress is not None:
+            url = engines["url"].replace("service:8001", ingress)
+            job["http_sd_configs"] = [{"url": url, "refresh_interval": "1s"}]
         job["file_sd_configs"] = [{"files": [str(self._targets)], "refresh_interval": "1s"}]
         (directory / "prometheus.yml").write_text(yaml.safe_dump(config), "utf-8")
         document = yaml.safe_load(RULES.read_text("utf-8"))

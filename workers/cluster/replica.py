@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from workers.cluster.errors import ClusterError
+from workers.cluster.exposing import MetricsAt, MetricsServer, ReplicaMetrics, served
 from workers.cluster.messages import TOLD, Answered, Refused, Reply, Wanted
 from workers.engine.answers import Load
 from workers.engine.errors import Draining, EngineFailed
@@ -39,6 +40,7 @@ class ReplicaSettings:
         redis: arguments of `range_store.embedded.connect`, but for `directory`.
         engine: fields of `workers.engine.settings.EngineSettings`; `max_batch_tokens` may be None: by the device.
         poll_seconds: how often the live state is read again.
+        metrics: where each serves its own; None: nowhere.
     """
 
     name: str
@@ -47,6 +49,7 @@ class ReplicaSettings:
     redis: dict[str, Any]
     engine: dict[str, Any]
     poll_seconds: float
+    metrics: MetricsAt | None = None
 
 
 @dataclass(frozen=True)
@@ -83,6 +86,8 @@ class Replica:
         self._engine: Engine | None = None
         self._mirror: Mirror | None = None
         self._facts: ModelFacts | None = None
+        self._registry = CollectorRegistry()
+        self._exposed: MetricsServer | None = None
         self._max_batch_tokens = 0
         self._measured = (time.monotonic(), 0.0)
         try:
@@ -94,7 +99,6 @@ class Replica:
             engine = dict(settings.engine)
             engine["max_batch_tokens"] = engine["max_batch_tokens"] or batch_tokens_for(model.device.type)
             self._max_batch_tokens = engine["max_batch_tokens"]
-            self._registry = CollectorRegistry()
             self._engine = Engine(model, self._mirror, EngineSettings(**engine), self._registry)
             self._engine.start()
             self._facts = model.facts
@@ -122,12 +126,20 @@ class Replica:
 
     def _join(self) -> None:
         """Report to the store and read it, now, so that no request ever waits for that."""
+        from ray.util import get_node_ip_address
+
         assert self._mirror is not None
+        assert self._mirror.reporter is not None
+        assert self._facts is not None
+        metrics = ReplicaMetrics(self._settings.name, self._registry, self._mirror, self._facts)
+        self._exposed = served(metrics, self._settings.metrics, get_node_ip_address())
+        self._mirror.reporter.metrics = self._exposed.address if self._exposed is not None else None
         self._mirror.start()
         if self._mirror.snapshot is None:
             why = self._mirror.problem or "it gave nothing"
             self._mirror.withdraw()
             self._mirror.close()
+            self._end_exposing()
             raise ClusterError(f"the live state of {self._settings.name} cannot be read: {why}")
         self._joined = True
 
@@ -173,7 +185,13 @@ class Replica:
             self._engine.close()
         if self._joined and self._mirror is not None:
             self._mirror.close()
+        self._end_exposing()
         self._joined = False
+
+    def _end_exposing(self) -> None:
+        if self._exposed is not None:
+            self._exposed.close()
+        self._exposed = None
 
     async def _answered(self, wanted: Wanted) -> Answered | Refused:
         engine = self._engine

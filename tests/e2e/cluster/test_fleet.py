@@ -3,15 +3,20 @@
 import asyncio
 import os
 import random
+import re
 import signal
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
+import httpx
 import numpy as np
 import psutil
 import pytest
 from prometheus_client import CollectorRegistry
+from prometheus_client.parser import text_string_to_metric_families
 
+from app.metrics import targets_of
 from app.service import Service
 from range_store.erasure import Erasure
 from range_store.errors import NotFitted, UnknownConcept
@@ -36,6 +41,7 @@ TOLERANCE = 2e-4
 PATIENT = {"max_queue_seconds": 600.0}
 """A slow machine is no reason to refuse anything here."""
 TEXTS = [text for text, _ in labelled_texts(60, seed=12)]
+METRICS_PAGE = Path(__file__).parents[3] / "docs" / "metrics.md"
 CONCEPTS = ("World", "Sports", "Business", "Sci/Tech", "Météo & co")
 
 
@@ -108,6 +114,29 @@ def test_a_fleet_answers_as_one_engine_does(fleet: Service, engine: Engine) -> N
     calls = fleet.registry.get_sample_value("neuronlens_fleet_call_requests_count")
     assert calls is not None
     assert calls < 120 / 2, "what arrives together travels together"
+
+
+def test_each_replica_tells_of_its_engine_what_one_process_does(fleet: Service) -> None:
+    """After the requests above. Together with the ingress' own these are all metrics, none of them twice."""
+    found = targets_of([fleet])
+    assert {each.labels["replica"] for each in found} == set(pids(fleet).values())
+    texts, names = 0.0, set()
+    for target in found:
+        told = list(text_string_to_metric_families(httpx.get(f"http://{target.targets[0]}/metrics").text))
+        names |= {family.name for family in told}
+        of_model = [each for family in told for each in family.samples if each.name.startswith("neuronlens")]
+        assert {each.labels["model"] for each in of_model if "build_info" not in each.name} == {"two"}
+        texts += sum(each.value for each in of_model if each.name == "neuronlens_texts_total")
+        (generation,) = [each.value for each in of_model if each.name == "neuronlens_generation"]
+        assert fleet.mirror.snapshot is not None
+        assert generation == fleet.mirror.snapshot.live.counter
+        assert any(family.name == "process_resident_memory_bytes" for family in told)
+    assert texts >= 120
+    rows = re.findall(r"^\| `(neuronlens_\w+)`", METRICS_PAGE.read_text("utf-8"), re.MULTILINE)
+    documented = {name.removesuffix("_total") for name in rows}
+    assert {name for name in names if name.startswith("neuronlens")} <= documented
+    assert {"neuronlens_forward_seconds", "neuronlens_queue_tokens", "neuronlens_live_erasures"} <= names
+    assert not {"neuronlens_rejections", "neuronlens_ready"} & names, "who answers over HTTP counts and tells these"
 
 
 def test_errors_come_back_as_they_were_and_fail_their_own_request_alone(fleet: Service) -> None:

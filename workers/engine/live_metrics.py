@@ -1,0 +1,104 @@
+"""What is told Prometheus of a model by whoever follows its live state: a server, or a replica of a fleet."""
+
+import time
+from collections import Counter
+from collections.abc import Iterable, Iterator
+from importlib.metadata import version
+from typing import get_args
+
+from prometheus_client import CollectorRegistry, Info, PlatformCollector, ProcessCollector
+from prometheus_client.core import GaugeMetricFamily, InfoMetricFamily
+from prometheus_client.metrics_core import Metric
+
+from range_store.live import LiveErasure
+from range_store.mirror import Mirror, Trouble
+from workers.engine.metrics import MOST_CONCEPTS, OTHER_CONCEPTS
+from workers.models.facts import ModelFacts
+
+
+def add_under(model: str, found: Iterable[Metric], families: dict[str, Metric]) -> None:
+    """Add samples to the families by name, under a label `model`."""
+    for each in found:
+        family = families.setdefault(each.name, Metric(each.name, each.documentation, each.type))
+        family.samples += [sample._replace(labels={"model": model, **sample.labels}) for sample in each.samples]
+
+
+def register_process(registry: CollectorRegistry) -> None:
+    """Register what is told of the process itself."""
+    ProcessCollector(registry=registry)
+    PlatformCollector(registry=registry)
+    build = Info("neuronlens_build", "Version of this software.", registry=registry)
+    build.info({"version": version("neuronlens")})
+
+
+def loaded(model: ModelFacts) -> Metric:
+    """What is served."""
+    identity = model.identity
+    return InfoMetricFamily(
+        "neuronlens_model",
+        "What is served.",
+        {
+            "kind": identity.kind,
+            "family": identity.family,
+            "fingerprint": identity.fingerprint,
+            "dtype": model.dtype,
+            "device": model.device,
+        },
+    )
+
+
+def live_state(mirror: Mirror) -> Iterator[Metric]:
+    """What a mirror knows, and what is erased now."""
+    snapshot, trouble = mirror.snapshot, mirror.trouble
+    live = snapshot.live if snapshot else None
+    erased = live.at(time.time()) if live else ()
+    yield GaugeMetricFamily("neuronlens_store_up", "1 if the store answered last time.", float(mirror.store_up))
+    yield GaugeMetricFamily(
+        "neuronlens_snapshot_age_seconds",
+        "Time since the live state was last known to be the newest.",
+        mirror.age(),
+    )
+    yield GaugeMetricFamily(
+        "neuronlens_replicas",
+        "Live replicas of the model, this one too, at its last report; 0 while it makes none.",
+        float(mirror.reporter.live if mirror.reporter else 0),
+    )
+    problem = GaugeMetricFamily(
+        "neuronlens_live_state_problem",
+        "1 for the reason why the live state is not known to be the newest, if there is one.",
+        labels=["problem"],
+    )
+    for kind in get_args(Trouble):
+        problem.add_metric([kind], float(kind == trouble))
+    yield problem
+    yield GaugeMetricFamily("neuronlens_live_erasures", "Concepts that are erased live.", float(len(erased)))
+    yield _by_concept(erased)
+    yield GaugeMetricFamily(
+        "neuronlens_generation", "Counter of the live state's generation.", float(live.counter if live else 0)
+    )
+    info = GaugeMetricFamily("neuronlens_live_info", "Epoch and active range set.", labels=["epoch", "range_set"])
+    if live:
+        info.add_metric([live.epoch, live.range_set or ""], 1.0)
+    yield info
+    created = GaugeMetricFamily(
+        "neuronlens_range_set_created_timestamp_seconds", "When the active range set was fitted, if there is one."
+    )
+    if snapshot and snapshot.range_set:
+        created.add_metric([], snapshot.range_set.provenance.created_at)
+    yield created
+
+
+def _by_concept(erased: tuple[LiveErasure, ...]) -> Metric:
+    """The first concepts by name have series of their own, all others are counted together."""
+    family = GaugeMetricFamily(
+        "neuronlens_live_erasure",
+        f"1 for each concept that is erased live; beyond {MOST_CONCEPTS} concepts, how many more.",
+        labels=["concept", "method", "enforced"],
+    )
+    series = Counter[tuple[str, str, str]]()
+    for n, each in enumerate(erased):
+        concept = each.concept if n < MOST_CONCEPTS else OTHER_CONCEPTS
+        series[concept, each.erasure.method, str(each.enforced).lower()] += 1
+    for labels, number in series.items():
+        family.add_metric(labels, float(number))
+    return family
