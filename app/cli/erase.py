@@ -11,7 +11,7 @@ from app.cli.clock import duration, until
 from app.cli.console import print_json, say, table
 from app.cli.control import WAIT_SECONDS, control_of
 from app.cli.exits import EPILOG, USAGE, CommandError
-from range_store.erasure import Damp, Erasure, Replacement
+from range_store.erasure import Damp, Erasure, Ranking, Replacement
 from range_store.live import LiveErasure, LiveState
 
 app = typer.Typer(
@@ -43,9 +43,7 @@ def on(
         float, typer.Option("--tau", min=0.0, help="Half-width of the ranges, in standard deviations.")
     ] = 2.5,
     top_fraction: Annotated[str, typer.Option("--top-fraction", help="Share of the neurons, in (0, 1].")] = "0.3",
-    ranking: Annotated[
-        Literal["max", "probeless", "selectivity"], typer.Option("--ranking", help="How neurons are ranked.")
-    ] = "max",
+    ranking: Annotated[Ranking, typer.Option("--ranking", help="How neurons are ranked.")] = "max",
     layer: options.Layer = "-1",
     replacement: Annotated[
         str, typer.Option("--replacement", help="What masked neurons become: zero, mean or damp:FACTOR.")

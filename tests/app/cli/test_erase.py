@@ -8,7 +8,7 @@ import pytest
 import redis
 
 from range_store.embedded import EmbeddedRedis
-from range_store.erasure import Damp, Erasure
+from range_store.erasure import RANKINGS, STATISTICAL, Damp, Erasure
 from tests.app.cli.conftest import Cli, Prepared
 
 
@@ -35,6 +35,15 @@ def test_on_sets_exactly_what_was_asked_for(cli: Cli, prepared: Prepared) -> Non
     assert live.by.startswith("cli")
     assert "Sci/Tech" in ended.stdout
     assert "damp:0.25" in ended.stdout
+
+
+def test_on_takes_every_ranking_that_there_is(cli: Cli, prepared: Prepared) -> None:
+    for ranking in STATISTICAL:  # a range set of builders has these
+        assert cli("erase", "on", "World", "--ranking", ranking, *prepared.options).exit_code == 0
+        assert [live.erasure.ranking for live in prepared.store.live().erasures] == [ranking]
+    for ranking in set(RANKINGS) - set(STATISTICAL):
+        ended = cli("erase", "on", "World", "--ranking", ranking, *prepared.options)
+        assert f"ranking {ranking} not fitted" in ended.stderr  # known, and not there
 
 
 def test_list_on_and_off_agree_with_the_store(cli: Cli, prepared: Prepared) -> None:
