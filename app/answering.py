@@ -81,6 +81,7 @@ async def answer_to(
     longest = service.settings.request_timeout
     note(texts=len(texts))
     with step("classify") as span:
+        span.set_attribute("neuronlens.model", service.name)
         span.set_attributes({"neuronlens.texts": len(texts), "neuronlens.compare": compare})
         answer = await unless_gone(
             request,
@@ -94,7 +95,7 @@ async def answer_to(
             ),
         )
         _trace(span, answer)
-    note(generation=answer.generation)
+    note(generation=answer.generation, replica=answer.replica)
     if compare:  # the plan was frozen later than the look above
         check_compare(caller, bool(answer.enforced))
     return answer
@@ -139,6 +140,7 @@ def _trace(span: Span, answer: Answer) -> None:
         "neuronlens.source": answer.source,
         "neuronlens.generation": answer.generation,
         "neuronlens.range_set": answer.range_set,
+        "neuronlens.replica": answer.replica,
     }
     span.set_attributes({name: value for name, value in told.items() if value is not None})
     step_done("queue", answer.queued_seconds + answer.running_seconds, answer.queued_seconds)

@@ -10,9 +10,12 @@ import redis
 from prometheus_client import CollectorRegistry
 
 from app.jobs import ModelChoice
+from app.logs import serving
 from app.parts import engine_limits, service_around
+from app.replica import LoggedReplica, Logs
 from app.service import Answerer, Service
 from app.settings import Settings
+from app.tracing import traceparent
 from range_store.embedded import EmbeddedRedis, connect
 from range_store.mirror import Mirror
 from workers.cluster.connection import PRIVATE, connected
@@ -20,6 +23,7 @@ from workers.cluster.errors import ClusterError
 from workers.cluster.exposing import MetricsAt
 from workers.cluster.fleet import Fleet
 from workers.cluster.launching import FleetPlan, names, room, running, take_down
+from workers.cluster.messages import Origin
 from workers.cluster.replica import ReplicaSettings
 from workers.engine.settings import EngineSettings
 
@@ -73,7 +77,11 @@ def _service(
             def generation() -> str | None:
                 return mirror.snapshot.live.generation if mirror.snapshot is not None else None
 
-            yield Fleet(fleet.handle, limits, fleet.replicas, generation, registry)
+            def origin() -> Origin:
+                request = serving()
+                return Origin(request.request_id if request is not None else None, traceparent())
+
+            yield Fleet(fleet.handle, limits, fleet.replicas, generation, registry, origin)
 
         with service_around(settings, fleet.facts, client, answering) as service:
             yield service
@@ -120,6 +128,8 @@ def _plan(settings: Settings, redis_url: str, models: int, scaling: Mapping[str,
         gpus=most.gpus,
         drain_seconds=settings.drain_seconds,
         scaling=scaling,
+        replica=LoggedReplica,
+        more=(Logs(settings.log_level, settings.log_format),),
     )
 
 

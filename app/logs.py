@@ -43,6 +43,7 @@ FIELDS: Mapping[str, str] = {
     "span_id": "the span within the trace; without exported traces: the caller's",
     "generation": "generation of the live state: the one that the answer used, or that was in force",
     "model": "name of the served model",
+    "replica": "of a fleet: the replica that speaks or, in a line of its ingress, the one that answered",
     "method": "HTTP method, or `other`",
     "route": "template of the path, never the path; `unmatched` if there is none",
     "status": "HTTP status; 499: the client hung up",
@@ -59,14 +60,24 @@ FIELDS: Mapping[str, str] = {
 class RequestFacts:
     """What is known of the request that is being served; filled in as it goes."""
 
-    request_id: str
+    request_id: str | None
     generation: str | None = None
     model: str | None = None
     texts: int | None = None
     key: str | None = None
+    replica: str | None = None
 
 
 _serving: contextvars.ContextVar[RequestFacts | None] = contextvars.ContextVar("neuronlens_request", default=None)
+
+
+_always: dict[str, str] = {}
+"""Fields of every line of this process."""
+
+
+def serving() -> RequestFacts | None:
+    """Facts of the request that is being served, if one is."""
+    return _serving.get()
 
 
 def begin(facts: RequestFacts) -> None:
@@ -110,7 +121,9 @@ def fields_of(record: logging.LogRecord) -> dict[str, Any]:
         "span_id": trace.format_span_id(span.span_id) if span.is_valid else None,
         "generation": serving and serving.generation,
         "model": serving and serving.model,
+        "replica": serving and serving.replica,
     }
+    own |= {name: value for name, value in _always.items() if own.get(name) is None}
     if record.exc_info and record.exc_info[1] is not None:
         own["exception"] = described(record.exc_info[1])
     ours = record.name.partition(".")[0] in OURS  # what others attach could be anything
@@ -217,8 +230,10 @@ class _Stray(io.TextIOBase):
 
 
 @contextmanager
-def configured(settings: Settings) -> Iterator[None]:
+def configured(settings: Settings, **always: str) -> Iterator[None]:
     """Everything that this process has to say goes to stderr in the settings' format, until it is left.
+
+    Every line has the fields `always`, unless it has them itself.
 
     As JSON that includes what anything writes to `sys.stderr`; what a C library writes to the descriptor does not pass
     through here.
@@ -228,6 +243,9 @@ def configured(settings: Settings) -> Iterator[None]:
     handler = _Lines(real)
     handler.setFormatter(JsonLines() if as_json else TextLines(colour=real.isatty() and not os.environ.get("NO_COLOR")))
     with ExitStack() as undo:
+        undo.callback(_always.update, dict(_always))
+        undo.callback(_always.clear)
+        _always.update(always)
         root = logging.getLogger()
         undo.callback(setattr, root, "handlers", root.handlers)
         root.handlers = [handler]

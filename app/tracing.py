@@ -98,6 +98,18 @@ def _name(span: Span) -> str | None:
     return f"00-{trace.format_trace_id(known.trace_id)}-{trace.format_span_id(known.span_id)}-{known.trace_flags:02x}"
 
 
+def traceparent() -> str | None:
+    """The current place in a trace, for others who work for this request; None outside of any."""
+    carrier: dict[str, str] = {}
+    _propagator.inject(carrier)
+    return carrier.get("traceparent")
+
+
+def follow(traceparent: str | None) -> None:
+    """From here on, what this task does belongs to a trace of another process, if to any."""
+    otel_context.attach(_propagator.extract({"traceparent": traceparent or ""}, otel_context.Context()))
+
+
 @contextmanager
 def step(name: str) -> Iterator[Span]:
     """A span for a part of what the current one does. If it fails, it holds the error's type and not what it says."""

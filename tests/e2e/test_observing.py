@@ -180,6 +180,7 @@ def test_hostile_callers_stay_out_of_logs_and_traces(
     (step,) = [span for span in spans if span.parent_span_id == top.span_id]
     attributes = {each.key: each.value for each in step.attributes}
     assert attributes["neuronlens.texts"].int_value == 2
+    assert attributes["neuronlens.model"].string_value == good.json()["model"]
     assert attributes["neuronlens.tokens"].int_value == good.json()["usage"]["tokens"]
     assert attributes["neuronlens.generation"].string_value == answered["generation"]
     parts = {span.name: span for span in spans if span.parent_span_id == step.span_id}

@@ -20,7 +20,7 @@ from ray.serve.exceptions import BackPressureError, RayServeException
 
 from range_store.erasure import Erasure, Site
 from range_store.errors import Behind
-from workers.cluster.messages import Answered, Refused, Reply, Wanted
+from workers.cluster.messages import Answered, Origin, Refused, Reply, Wanted
 from workers.cluster.metrics import FleetMetrics
 from workers.engine.answers import Answer, Load
 from workers.engine.errors import DeadlineExceeded, Draining, EngineError, EngineFailed, QueueFull, ReplicaLost
@@ -62,7 +62,7 @@ class _Held:
     texts: int
     characters: int
     waits: bool
-    done: asyncio.Future[Answered] = field(default_factory=lambda: asyncio.get_running_loop().create_future())
+    done: asyncio.Future[Answer] = field(default_factory=lambda: asyncio.get_running_loop().create_future())
 
     def fail(self, error: Exception) -> None:
         if not self.done.done():
@@ -77,6 +77,7 @@ class Fleet:
         settings: of each replica's engine.
         replicas: tells how many take requests now.
         generation: which one of the live state this ingress knows; no request is answered under an earlier one.
+        origin: what the request that is being served is called here.
     """
 
     def __init__(
@@ -86,8 +87,10 @@ class Fleet:
         replicas: Callable[[], int],
         generation: Callable[[], str | None],
         registry: CollectorRegistry,
+        origin: Callable[[], Origin] = Origin,
     ) -> None:
         self.settings = settings
+        self.origin = origin
         self.looking = RemoteLooking(self)
         self.failure: str | None = None
         self.metrics = FleetMetrics(registry, replicas)
@@ -147,7 +150,7 @@ class Fleet:
         Raises:
             ReplicaLost: the replica that had the request was lost, and so was the next one; or there is none.
         """
-        wanted = Wanted(texts, erase, compare, truncate, timeout, min_generation)
+        wanted = Wanted(texts, erase, compare, truncate, timeout, min_generation, self.origin())
         length = sum(map(characters, texts))
         try:
             self._check(len(texts), length)
@@ -199,7 +202,7 @@ class Fleet:
             self._waiting.append(held)
             self._plan_sending()
             try:
-                return (await held.done).answer()
+                return await held.done
             except ReplicaLost as lost:
                 await trials.again(lost)
             except Behind as behind:
@@ -268,7 +271,7 @@ class Fleet:
             if each.done.done():
                 continue
             if isinstance(outcome, Answered):
-                each.done.set_result(outcome)
+                each.done.set_result(outcome.answer(reply.replica))
                 continue
             refusal = outcome.error()
             if isinstance(refusal, Draining):
@@ -346,7 +349,7 @@ class RemoteLooking:
             raise Draining
         try:
             async with asyncio.timeout(timeout):
-                found = await self._fleet.call("look", what, {**arguments, "timeout": timeout})
+                found = await self._fleet.call("look", what, {**arguments, "timeout": timeout}, self._fleet.origin())
         except TimeoutError:
             raise DeadlineExceeded(timeout or 0.0) from None
         if not isinstance(found, Refused):
@@ -387,7 +390,7 @@ class _Countdown:
         for each in held:
             each.done.add_done_callback(self._one)
 
-    def _one(self, done: asyncio.Future[Answered]) -> None:
+    def _one(self, done: asyncio.Future[Answer]) -> None:
         self._left -= 1
         if not self._left:
             self.nobody.set()

@@ -52,6 +52,7 @@ class FleetPlan:
         scaling: how, where it differs from `workers.cluster.scaling.DEFAULTS`.
         cpus, gpus: of each replica.
         drain_seconds: that a replica which is to go has for what it holds.
+        replica: the actor, made of `settings` and of `more`, in which ingresses of one fleet may differ.
     """
 
     settings: ReplicaSettings
@@ -62,6 +63,7 @@ class FleetPlan:
     drain_seconds: float
     scaling: Mapping[str, float] = field(default_factory=dict)
     replica: type[Any] = Replica
+    more: tuple[Any, ...] = ()
 
     @property
     def name(self) -> str:
@@ -214,7 +216,7 @@ def _deploy(plan: FleetPlan, replicas: int, fingerprint: str | None) -> None:
     )(plan.replica)
     with _said():
         serve.run_many(
-            [serve.RunTarget(deployment.bind(plan.settings), name=plan.name, route_prefix=None)],
+            [serve.RunTarget(deployment.bind(plan.settings, *plan.more), name=plan.name, route_prefix=None)],
             wait_for_applications_running=False,
         )
 

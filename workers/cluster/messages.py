@@ -14,9 +14,17 @@ from workers.models.errors import ModelError
 from workers.models.texts import TextOrPair
 
 
+@dataclass(frozen=True)
+class Origin:
+    """What a request is called where it came in: its id, and its place in a trace as a `traceparent`."""
+
+    request_id: str | None = None
+    traceparent: str | None = None
+
+
 @dataclass(frozen=True, eq=False)
 class Wanted:
-    """One request. `timeout`: seconds that are left of its time. `trace`: its `traceparent`, or nothing."""
+    """One request. `timeout`: seconds that are left of its time."""
 
     texts: Sequence[TextOrPair]
     erase: Sequence[Erasure] | None
@@ -24,7 +32,7 @@ class Wanted:
     truncate: bool
     timeout: float | None
     min_generation: str | None
-    request_id: str | None = None
+    origin: Origin = Origin()
 
 
 @dataclass(frozen=True, eq=False)
@@ -63,7 +71,7 @@ class Answered:
             answer.running_seconds,
         )
 
-    def answer(self) -> Answer:
+    def answer(self, replica: str) -> Answer:
         return Answer(
             tuple(self._texts()),
             self.source,
@@ -73,6 +81,7 @@ class Answered:
             self.generation,
             self.queued_seconds,
             self.running_seconds,
+            replica,
         )
 
     def _texts(self) -> Iterator[TextAnswer]:

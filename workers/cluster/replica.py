@@ -15,9 +15,9 @@ from typing import TYPE_CHECKING, Any
 
 from workers.cluster.errors import ClusterError
 from workers.cluster.exposing import MetricsAt, MetricsServer, ReplicaMetrics, served
-from workers.cluster.messages import TOLD, Answered, Refused, Reply, Wanted
+from workers.cluster.messages import TOLD, Answered, Origin, Refused, Reply, Wanted
 from workers.engine.answers import Load
-from workers.engine.errors import Draining, EngineFailed
+from workers.engine.errors import Draining
 from workers.models.facts import ModelFacts
 
 if TYPE_CHECKING:
@@ -69,7 +69,7 @@ class Replica:
     and has it itself (`reconfigure`); Serve sends a new replica nothing before that.
     """
 
-    def __init__(self, settings: ReplicaSettings) -> None:
+    def __init__(self, settings: ReplicaSettings, name: str | None = None) -> None:
         from prometheus_client import CollectorRegistry
 
         from range_store.embedded import connect
@@ -80,7 +80,7 @@ class Replica:
         from workers.engine.settings import EngineSettings, batch_tokens_for
 
         self._settings = settings
-        self._name = new_name()
+        self._name = name or new_name()
         self._joined = False
         self._failure: Refused | None = None
         self._engine: Engine | None = None
@@ -153,9 +153,10 @@ class Replica:
         gone = self._ends()
         return Reply(self._name, tuple(outcomes), self._load, gone)
 
-    async def look(self, what: str, arguments: dict[str, Any]) -> Any:
+    async def look(self, what: str, arguments: dict[str, Any], origin: Origin) -> Any:
         """What `looking` gives: a list of tokens, an array, or the error as `Refused`."""
         assert self._engine is not None
+        self._serves(origin)
         try:
             if not self._joined:
                 raise Draining
@@ -193,7 +194,11 @@ class Replica:
             self._exposed.close()
         self._exposed = None
 
+    def _serves(self, origin: Origin) -> None:
+        """Called at the start of a request's own task."""
+
     async def _answered(self, wanted: Wanted) -> Answered | Refused:
+        self._serves(wanted.origin)
         engine = self._engine
         try:
             if engine is None or not self._joined:
@@ -208,8 +213,6 @@ class Replica:
             )
             return Answered.of(answer)
         except TOLD as error:
-            if isinstance(error, EngineFailed):
-                logger.error("request %s failed: %s", wanted.request_id, error)
             return Refused.of(error)
 
     @property

@@ -37,7 +37,7 @@ class Answer:
     """A request's answers in its order, and the plan that it was admitted with.
 
     `erasures` have their layers resolved to block indices; `enforced` names the concepts that an operator enforces.
-    It was queued until its first text's batch began, and running from then on.
+    It was queued until its first text's batch began, and running from then on. `replica`: of a fleet, who gave it.
     """
 
     texts: tuple[TextAnswer, ...]
@@ -48,6 +48,7 @@ class Answer:
     generation: str | None
     queued_seconds: float = 0.0
     running_seconds: float = 0.0
+    replica: str | None = None
 
 
 @dataclass(frozen=True)

@@ -1,17 +1,20 @@
 """`neuronlens serve --ray`: a private cluster that ends with the command."""
 
+import json
 import os
 import re
 import signal
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import httpx
 import psutil
 import pytest
 
 from tests.app.cli.conftest import Cli, cli  # noqa: F401 (a fixture)
+from tests.e2e.test_observing import PARENT, SECRET, TRACE, TRACEPARENT
 from tests.range_store.waiting import until
 from workers.models.loading import LoadedModel
 
@@ -20,7 +23,7 @@ pytestmark = pytest.mark.timeout(600)  # processes that load torch, on a busy ma
 
 def test_it_serves_without_torch_and_leaves_nothing_behind(model: LoadedModel, tmp_path: Path) -> None:
     command = [sys.executable, "-m", "app.cli", "serve", "--model", model.source, "--ray", "--threads", "1"]
-    where = ["--port", "0", "--data-dir", str(tmp_path)]
+    where = ["--port", "0", "--data-dir", str(tmp_path), "--log-level", "debug"]
     env = os.environ | {"PYTHONPATH": str(Path(__file__).parents[3])}
     server = subprocess.Popen(
         [*command, *where], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True, env=env
@@ -29,18 +32,40 @@ def test_it_serves_without_torch_and_leaves_nothing_behind(model: LoadedModel, t
         assert server.stdout is not None
         said = re.match(r"serving tiny-news at (http://\S+)", server.stdout.readline())
         assert said is not None, server.stderr and server.stderr.read()
-        answer = httpx.post(f"{said[1]}/v1/classify", json={"inputs": ["one", "two"]}, timeout=30)
+        headers = {"X-Request-ID": "mine-1", "traceparent": TRACEPARENT}
+        asked = {"inputs": ["one", SECRET]}
+        answer = httpx.post(f"{said[1]}/v1/classify", json=asked, headers=headers, timeout=30)
         assert answer.status_code == 200, answer.text
         assert len(answer.json()["results"]) == 2
         assert "libtorch" not in Path(f"/proc/{server.pid}/maps").read_text()
         of_ray = psutil.Process(server.pid).children(recursive=True)
         assert of_ray
+        (place,) = set(re.findall(r"/tmp/neuronlens-\w{8}", " ".join(" ".join(each.cmdline()) for each in of_ray)))
+        until(lambda: "mine-1" in _logged(place))
+        (there,) = _about_mine(_logged(place).splitlines())
+        known = {"request_id": "mine-1", "trace_id": TRACE, "span_id": PARENT, "model": "tiny-news"}
+        assert there.items() >= {**known, "logger": "app.replica", "level": "debug", "texts": 2}.items()
+        assert SECRET not in _logged(place)
         os.killpg(server.pid, signal.SIGINT)  # as a terminal does
         assert server.wait(60) == 0, server.stderr and server.stderr.read()
         until(lambda: not any(each.is_running() for each in of_ray))
+        assert server.stderr is not None
+        (here,) = _about_mine(server.stderr.read().splitlines())
+        shared = ("replica", "generation", *known)
+        assert {name: here[name] for name in shared} == {name: there[name] for name in shared}
+        assert here["generation"] == answer.json()["erasure"]["generation"]
     finally:
         server.kill()
         server.communicate()
+
+
+def _logged(place: str) -> str:
+    """What all processes of a private cluster wrote to stderr."""
+    return "".join(each.read_text() for each in Path(place, "session_latest", "logs").glob("worker-*.err"))
+
+
+def _about_mine(lines: list[str]) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in lines if '"mine-1"' in line]
 
 
 def test_what_needs_a_cluster_says_so(cli: Cli, model: LoadedModel) -> None:  # noqa: F811
