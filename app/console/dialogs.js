@@ -7,8 +7,9 @@ import { failed } from "./notices.js";
 /**
  * Ask before `run` is done; `run` may throw, and its error is shown in the dialog, which can then be tried again.
  * `refused(error)` may give an element that goes with the error, and change what the next attempt does.
+ * `dismiss`: what the button that does nothing says.
  */
-export function confirm({ title, content, action, danger = false, run, refused = () => null }) {
+export function confirm({ title, content, action, dismiss = "Cancel", danger = false, run, refused = () => null }) {
   const id = freshId("dialog");
   const problem = el("div", {});
   const go = el("button", { type: "submit", class: danger ? "danger" : "primary" }, action);
@@ -34,7 +35,7 @@ export function confirm({ title, content, action, danger = false, run, refused =
     el("h2", { id }, title),
     content,
     problem,
-    el("div", { class: "actions" }, button("Cancel", () => dialog.close(), { class: "plain" }), go),
+    el("div", { class: "actions" }, button(dismiss, () => dialog.close(), { class: "plain" }), go),
   );
   const dialog = el("dialog", { "aria-labelledby": id }, form);
   const opener = document.activeElement;

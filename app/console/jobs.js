@@ -81,6 +81,7 @@ function cancel(job, see) {
     title: "Cancel the fit",
     content: el("p", {}, "It publishes nothing. What it has read so far is lost."),
     action: "Cancel the fit",
+    dismiss: "Let it run",
     danger: true,
     run: async () => see((await call("DELETE", path("v1", "jobs", job.id))).data),
   });

@@ -3,7 +3,7 @@
 import { choice, el, field, freshId } from "./elements.js";
 import { percent } from "./numbers.js";
 
-/** The defaults of the method (docs/method.md). `layer` is a block from 0, or "all"; null: the last fitted one. */
+/** The defaults of the method (docs/method.md). `layer` is a block from 0, a list of some, or "all"; null: the last fitted one. */
 export const DEFAULTS = { method: "range", tau: 2.5, top: 0.3, layer: null, ranking: "max", replacement: "zero", damp: 0.5 };
 
 export const RANKINGS = {
@@ -61,12 +61,21 @@ export function ofErasure(erasure, layers) {
     method: erasure.method,
     tau: erasure.tau,
     top: erasure.top_fraction,
-    layer: erasure.layers.length > 1 ? "all" : erasure.layers[0] === layers.at(-1) ? null : erasure.layers[0],
+    layer: blocksOf(erasure.layers, layers),
     ranking: erasure.ranking,
     replacement: damped ? "damp" : erasure.replacement,
     damp: damped ? erasure.replacement.damp : DEFAULTS.damp,
   };
 }
+
+/** Blocks of an erasure as the controls hold them: some of several stay those, and do not become all. */
+function blocksOf(chosen, fitted) {
+  if (chosen.length === 1) return chosen[0] === fitted.at(-1) ? null : chosen[0];
+  return fitted.every((layer) => chosen.includes(layer)) ? "all" : chosen;
+}
+
+/** A share in per cent, with as many digits as it has, two at most: a slider shows 30.5 % too, though it moves by whole ones. */
+const hundredths = (share) => Number((100 * share).toFixed(2));
 
 /** An erasure's settings in a few words. */
 export function inWords(erasure) {
@@ -74,7 +83,7 @@ export function inWords(erasure) {
   const blocks = layers.length === 1 ? `block ${layers[0]}` : `blocks ${layers.join(", ")}`;
   const what = method === "range" ? `within ±${tau} σ` : "whatever their value";
   const becomes = typeof replacement === "object" ? `damped to ${percent(replacement.damp, 0)}` : `set to ${replacement}`;
-  return `${percent(top, 0)} of the neurons (${ranking}) of ${blocks}, ${what}, ${becomes}`;
+  return `${hundredths(top)} % of the neurons (${ranking}) of ${blocks}, ${what}, ${becomes}`;
 }
 
 /** The controls; `settings` is changed in place, then `changed` is called. */
@@ -89,6 +98,13 @@ export function controls(settings, { model, layers, rankings }, changed) {
   const last = layers.at(-1);
   const blocks = layers.map((layer) => [layer, layer === last ? `${layer} (last fitted)` : layer]);
   if (layers.length > 1) blocks.push(["all", `all ${layers.length} fitted`]);
+  const { layer: given } = settings;
+  // what an erasure or a link says stays what it says, though it be none of these
+  if (Array.isArray(given)) blocks.push([given, given.join(", ")]);
+  else if (Number.isInteger(given) && !layers.includes(given)) blocks.push([given, given]);
+  const asBlock = (value) => (value === "all" ? value : value === String(given) ? given : Number(value) === last ? null : Number(value));
+  if (settings.ranking === DEFAULTS.ranking && !rankings.includes(settings.ranking)) settings.ranking = rankings[0] ?? settings.ranking; // nobody asked for it
+  const ranked = rankings.includes(settings.ranking) ? rankings : [...rankings, settings.ranking];
   const method = el(
     "fieldset",
     { class: "segments" },
@@ -110,7 +126,7 @@ export function controls(settings, { model, layers, rankings }, changed) {
     1,
     100,
     1,
-    Math.round(100 * settings.top),
+    hundredths(settings.top),
     (value) => (hidden ? `${value} % · ${Math.floor((value * hidden) / 100)} of ${hidden}` : `${value} %`),
     (value) => set("top", value / 100),
   );
@@ -123,8 +139,8 @@ export function controls(settings, { model, layers, rankings }, changed) {
     method,
     tau,
     top,
-    field("Block", choice(blocks, settings.layer ?? last, (value) => set("layer", value === "all" ? value : Number(value) === last ? null : Number(value)))),
-    field("Ranking of neurons", choice(rankings.map((name) => [name, RANKINGS[name] ?? name]), settings.ranking, (value) => set("ranking", value))),
+    field("Block", choice(blocks, given ?? last, (value) => set("layer", asBlock(value)))),
+    field("Ranking of neurons", choice(ranked.map((name) => [name, RANKINGS[name] ?? name]), settings.ranking, (value) => set("ranking", value))),
     field("Masked neurons become", choice(Object.entries(REPLACEMENTS), settings.replacement, (value) => set("replacement", value))),
     damp,
   );

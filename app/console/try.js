@@ -56,6 +56,7 @@ export function showTry(part, params, signal) {
       draw(data, body, performance.now() - started, hidden);
     } catch (error) {
       if (isAbort(error)) return;
+      strip.textContent = "";
       out.replaceChildren(failed(error, () => changed()));
     } finally {
       clearTimeout(slow);
@@ -82,7 +83,7 @@ export function showTry(part, params, signal) {
       out,
       el("h2", {}, "Result"),
       headline,
-      el("p", { class: "quiet" }, erased ? masked : "Nothing is erased: choose a concept to see what changes."),
+      el("p", { class: "quiet" }, erased ? masked : tried.source === "live" ? "Nothing is erased live." : "Nothing is erased: choose a concept to see what changes."),
       hidden ? el("p", { class: "note" }, "An erasure is enforced, so the scores without it are shown to scope admin only.") : null,
       result.truncated ? el("p", { class: "note" }, `The text is longer than the model reads: it was cut to ${model.max_tokens} tokens.`) : null,
       scoreTable(result, share, everything, () => {

@@ -73,6 +73,31 @@ def test_on_change_and_off_with_a_reason_while_another_window_follows(
     assert (newest["action"], newest["reason"]) == ("remove", "settled")
 
 
+def test_changing_an_erasure_leaves_alone_what_was_not_touched(news: Running, window: Open) -> None:
+    """Settings that the controls do not offer, some of the fitted blocks and half a per cent, are kept."""
+    identity = news.service.model.identity
+    three = random_range_set(5, ("Sports", "World"), hidden=32, n_layers=3, fingerprint=identity.fingerprint)
+    news.service.store.activate(news.service.store.publish(*three))
+    news.service.mirror.refresh()
+    asked = {"layer": [0, 1], "top_fraction": 0.305, "tau": 7.25, "reason": "as agreed"}
+    news.http.put("/v1/erasures/Sports", json=asked).raise_for_status()
+    page = window(news).open("#/live")
+    expect(page.get_by_text("30.5 % of the neurons (max) of blocks 0, 1")).to_be_visible()
+    page.get_by_role("button", name="Change Sports").click()
+    box = dialog(page, "Change Sports")
+    expect(box.get_by_label("Block").locator("option:checked")).to_have_text("0, 1")
+    expect(box.get_by_text("30.5 % · 9 of 32")).to_be_visible()
+    box.get_by_label("Reason").fill("another reason")
+    box.get_by_role("button", name="Change it for everybody").click()
+    expect(page.get_by_text("another reason")).to_be_visible()
+    now = live(news)["Sports"]
+    assert (now["layers"], now["top_fraction"], now["tau"]) == ([0, 1], 0.305, 7.25)
+    page.get_by_role("button", name="Change Sports").click()
+    box.get_by_label("Block").select_option("all")
+    box.get_by_role("button", name="Change it for everybody").click()
+    expect(page.get_by_text("of blocks 0, 1, 2")).to_be_visible()
+
+
 def test_where_no_events_come_the_page_asks(news: Running, window: Open) -> None:
     mine = window(news)
     mine.page.route("**/v1/events", lambda route: route.fulfill(status=404, body="{}"))

@@ -16,6 +16,7 @@ from range_store.erasure import Erasure
 from range_store.live import LiveErasure
 from tests.console.conftest import NARROW, Window
 from tests.e2e.conftest import Running
+from tests.range_store.builders import random_range_set
 
 pytestmark = pytest.mark.system
 Open = Callable[..., Window]
@@ -210,6 +211,24 @@ def test_the_copied_command_and_program_give_the_same_answer(
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=60, env=environment)
     assert done.returncode == 0, done.stderr
     assert f"'label': '{result['label']}'" in done.stdout
+
+
+def test_what_the_controls_say_is_what_is_asked(news: Running, window: Open) -> None:
+    """Also where the usual ranking was not fitted, or a link names a block that was not."""
+    identity = news.service.model.identity
+    fitted = random_range_set(
+        5, ("Sports",), hidden=32, n_layers=3, layers=[1], rankings=["selectivity"], fingerprint=identity.fingerprint
+    )
+    news.service.store.activate(news.service.store.publish(*fitted))
+    news.service.mirror.refresh()
+    page = window(news).open(f"#/try?text={TEXT}&erase=Sports")
+    settled(page, "masked at the read position")
+    expect(page.get_by_label("Ranking")).to_have_value("selectivity")
+    page = window(news).open(f"#/try?text={TEXT}&erase=Sports&layer=2&ranking=max")
+    settled(page, "layer 2 not fitted")
+    expect(page.get_by_label("Block")).to_have_value("2")
+    page.get_by_label("Block").select_option("1")
+    settled(page, "masked at the read position")
 
 
 def test_where_there_is_no_clipboard_the_text_can_still_be_taken(news: Running, window: Open) -> None:
