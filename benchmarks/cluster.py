@@ -9,8 +9,9 @@
 no model works, and starting is left out.
 
 `fit`: texts per second of a fit of the last block in one process, with one actor and with two, each on one thread,
-in turn; printed are the medians and the ratios of each turn. Starting and loading are left out, reading is not, but for
-the pass that hashes the corpus first. Two actors need two cores that are free, and this process a little of a third.
+in turn; and in two processes without Ray that know nothing of each other, which is all that two cores of a machine
+can do. Printed are the medians and the ratios of each turn. Starting and loading are left out, reading is not, but for
+the pass that hashes the corpus first.
 
 `serve`: texts per second of requests of 32 texts, and the latency of one short text, with one process and with replicas
 on Ray, in turn. `simulate`: what one ingress and the store carry in front of replicas that sleep for as long as a text
@@ -22,8 +23,10 @@ import json
 import statistics
 import time
 from collections.abc import Callable
+from concurrent.futures import ProcessPoolExecutor
 from contextlib import ExitStack
 from itertools import cycle, islice
+from multiprocessing import get_context
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
@@ -36,8 +39,9 @@ from workers.cluster.nodes import Layout, ModelPool
 from workers.cluster.reading import Files
 from workers.demo.demo import CORPUS, make_classifier
 from workers.fitting.corpus import load_corpus
-from workers.fitting.fit import Fitted, fit
-from workers.models.loading import load_model
+from workers.fitting.fit import fit
+from workers.fitting.rows import BLOCK_ROWS
+from workers.models.loading import LoadedModel, load_model
 
 
 def repeated(data: Path, rows: int, where: Path) -> Path:
@@ -66,36 +70,63 @@ def bench_read(data: Path, rows: int) -> None:
             print(f"{name}: {(rows - rows // 10) / (all_of - few):.0f} texts/s, of {size:.0f} bytes each")
 
 
-def bench_fit(cache_dir: Path, data: Path, rows: int, repeat: int) -> None:
-    classifier = make_classifier(cache_dir, lambda *now: None)
-    large = repeated(data, rows, cache_dir / "cluster.jsonl")
+_model: LoadedModel
+"""Of a process that fits by itself."""
+
+
+def _load(source: str) -> None:
+    global _model
     torch.set_num_threads(1)
-    model = load_model(str(classifier), device="cpu")
-    labels = model.identity.labels
-    with connected(PRIVATE, 3), ExitStack() as stack:
+    _model = load_model(source, device="cpu")
+
+
+def _fit_alone(path: Path) -> None:
+    fit(_model, load_corpus(str(path), labels=_model.identity.labels))
+
+
+def bench_fit(cache_dir: Path, data: Path, rows: int, repeat: int) -> None:
+    source = str(make_classifier(cache_dir, lambda *now: None))
+    large, half, small = (
+        repeated(data, count, cache_dir / f"cluster-{name}.jsonl")
+        for name, count in (("large", rows), ("half", rows // 2), ("small", 2 * BLOCK_ROWS))
+    )
+    torch.set_num_threads(1)
+    model = load_model(source, device="cpu")
+    with ExitStack() as stack:
+        apart = stack.enter_context(ProcessPoolExecutor(2, get_context("spawn"), _load, (source,)))
+        stack.enter_context(connected(PRIVATE, 3))
         one, two = (
-            stack.enter_context(ModelPool(str(classifier), {"device": "cpu"}, Layout(actors, 1, gpu=False)))
-            for actors in (1, 2)
+            stack.enter_context(ModelPool(source, {"device": "cpu"}, Layout(actors, 1, gpu=False))) for actors in (1, 2)
         )
-        corpus = load_corpus(str(large), labels=labels)
-        on_cluster = load_corpus(str(large), table=Files.open(str(large)), labels=labels)
-        ways: dict[str, Callable[[], Fitted]] = {
-            "one process": lambda: fit(model, corpus),
-            "one actor": lambda: fit_on(one, on_cluster),
-            "two actors": lambda: fit_on(two, on_cluster),
-        }
-        rates: dict[str, list[float]] = {name: [] for name in ways}
+
+        def ways(path: Path, part: Path) -> dict[str, Callable[[], object]]:
+            corpus = load_corpus(str(path), labels=model.identity.labels)
+            on_cluster = load_corpus(str(path), table=Files.open(str(path)), labels=model.identity.labels)
+            return {
+                "one process": lambda: fit(model, corpus).range_set.id,
+                "one actor": lambda: fit_on(one, on_cluster).range_set.id,
+                "two actors": lambda: fit_on(two, on_cluster).range_set.id,
+                "two processes, half each": lambda: list(apart.map(_fit_alone, (part, part))) and None,
+            }
+
+        for way in ways(small, small).values():  # starts and warms everything
+            way()
+        rates: dict[str, list[float]] = {}
         found = set()
-        for turn in range(repeat + 1):
-            for name, way in ways.items():
+        for _ in range(repeat):
+            for name, way in ways(large, half).items():
                 started = time.perf_counter()
-                found.add(way().range_set.id)
-                if turn:  # the first warms everything up, and waits for all actors
-                    rates[name].append(rows / (time.perf_counter() - started))
-    assert len(found) == 1, "range sets differ"
+                found.add(way())
+                rates.setdefault(name, []).append(rows / (time.perf_counter() - started))
+    assert len(found - {None}) == 1, "range sets differ"
     for name, values in rates.items():
         print(f"{name}: {statistics.median(values):.0f} texts/s")
-    for name, other in (("one actor", "one process"), ("two actors", "one actor"), ("two actors", "one process")):
+    for name, other in (
+        ("one actor", "one process"),
+        ("two actors", "one actor"),
+        ("two processes, half each", "one process"),
+        ("two actors", "two processes, half each"),
+    ):
         ratios = [first / second for first, second in zip(rates[name], rates[other], strict=True)]
         print(f"{name} ÷ {other}: {statistics.median(ratios):.2f} ({', '.join(f'{each:.2f}' for each in ratios)})")
     print(json.dumps({name: [round(value, 1) for value in values] for name, values in rates.items()}))
