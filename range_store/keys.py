@@ -46,8 +46,3 @@ def part_key(range_set: str, part: str) -> str:
 def meta_key(range_set: str) -> str:
     """Key of a range set's provenance and part digests, as JSON."""
     return part_key(range_set, "meta")
-
-
-def models_key(range_set: str) -> str:
-    """Key of the set of models that list a range set: its parts go when the last one lets go."""
-    return part_key(range_set, "models")

@@ -35,7 +35,9 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
 )
 for command in (demo, serve, fit, evaluate, train, audit):
-    app.command(epilog=EPILOG, cls=RayCommand)(command)
+    # typer would keep the line breaks of every paragraph but the first
+    told = "\n\n".join(" ".join(paragraph.split()) for paragraph in (command.__doc__ or "").split("\n\n"))
+    app.command(help=told, epilog=EPILOG, cls=RayCommand)(command)
 app.add_typer(ranges.app, name="ranges")
 app.add_typer(erase.app, name="erase")
 app.add_typer(keys.app, name="keys")

@@ -13,6 +13,7 @@ from app.cli.serve import AccessLog, Host, Insecure, LogFormat, LogLevel, Port, 
 from app.cli.stores import settings_with
 
 if TYPE_CHECKING:
+    from app.settings import Settings
     from app.wiring import Demo
 
 _POST = "{address}/v1/classify -H 'Content-Type: application/json' -d"
@@ -51,10 +52,7 @@ def demo(
     settings = settings_with(
         host=host, port=port, insecure=insecure, log_level=log_level, log_format=log_format, access_log=access_log
     )
-    # a private Redis of its own, whatever store the environment names
-    own = {"redis_url": None, "data_dir": cache_dir or settings.data_dir / "demo"}
-    # the console's sliders ask about one text again and again
-    settings = settings.model_copy(update={**own, "trunk_cache_mb": settings.trunk_cache_mb or TRUNK_CACHE_MB})
+    settings = of_demo(settings, cache_dir)
     with ExitStack() as stack:
         stack.enter_context(observed(settings))
         settings = guarded(settings)
@@ -71,6 +69,13 @@ def demo(
             _show(made)
         if bound is not None:
             serve_until_told([service], settings, bound, TO_TRY)
+
+
+def of_demo(settings: "Settings", cache_dir: Path | None) -> "Settings":
+    """The demo's settings: a private Redis of its own, whatever store is named; reports where `evaluate` puts them."""
+    own = {"redis_url": None, "data_dir": cache_dir or settings.data_dir / "demo", "reports_dir": settings.reports}
+    # the console's sliders ask about one text again and again
+    return settings.model_copy(update={**own, "trunk_cache_mb": settings.trunk_cache_mb or TRUNK_CACHE_MB})
 
 
 def _show(made: "Demo") -> None:

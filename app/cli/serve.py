@@ -245,7 +245,7 @@ def serve_until_told(
             hint(
                 f"only this machine can reach it; for others: `{keys_create(settings)}`, then serve with --host 0.0.0.0"
             )
-        hint(f"API: {address}/docs · stop: Ctrl-C")
+        hint(f"console: {address} · API: {address}/docs · stop: Ctrl-C")
         say(f"serving {', '.join(service.name for service in services)} at {address}")
 
     def draining() -> None:

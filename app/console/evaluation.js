@@ -29,7 +29,7 @@ export async function showEvaluation(part, params, signal) {
   };
   const draw = (reports) => {
     if (!reports.length) {
-      fill(list, empty("No reports yet", "neuronlens evaluate … --out DIRECTORY writes one; below the server’s reports directory it shows up here."));
+      fill(list, empty("No reports yet", "neuronlens evaluate … writes one, and without --out it shows up here, unless this server looks elsewhere (NEURONLENS_REPORTS_DIR)."));
       return;
     }
     fill(list, el("ul", { class: "erasures" }, reports.map((report) => item(report, open))));

@@ -1,11 +1,20 @@
-"""Settings that need more than a type: the models that are served beside the first."""
+"""Settings that need more than a type: the models that are served beside the first; the demo."""
 
 from pathlib import Path
 
 import pytest
 from pydantic import ValidationError
 
+from app.cli.demo import of_demo
 from app.settings import Settings
+
+
+def test_the_demo_has_a_store_of_its_own_and_shows_the_reports_of_evaluate(tmp_path: Path) -> None:
+    given = Settings(redis_url="redis://elsewhere", data_dir=tmp_path / "data")
+    for cache_dir in (None, tmp_path / "cache"):
+        made = of_demo(given, cache_dir)
+        assert (made.redis_url, made.data_dir) == (None, cache_dir or given.data_dir / "demo")
+        assert made.reports == given.reports == tmp_path / "data" / "reports"
 
 
 def test_each_model_has_the_settings_of_the_first_but_for_what_is_its_own() -> None:

@@ -25,9 +25,6 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-READ_SECONDS = 60.0
-"""How long a new replica tries to read the live state before it gives up, and Ray tries another."""
-
 
 @dataclass(frozen=True)
 class ReplicaSettings:

@@ -17,7 +17,6 @@ from workers.fitting.corpus import Corpus, match_labels
 from workers.models.loading import LoadedModel
 
 EvaluationCancelled = MeasureCancelled
-EvaluationProgress = MeasureProgress
 Progress = Callable[[str, MeasureProgress], None]
 """Told what is measured, "choosing" or "measuring", and how far that is."""
 
