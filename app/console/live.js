@@ -9,6 +9,7 @@ import { jobsPart } from "./jobs.js";
 import { empty, failed, loading } from "./notices.js";
 import { duration, moment } from "./numbers.js";
 import { rangeSetsPart } from "./rangesets.js";
+import { replicasLine } from "./replicas.js";
 import { asRequest, controls, DEFAULTS, inWords, ofErasure } from "./settings.js";
 import { tried } from "./try.js";
 
@@ -24,6 +25,7 @@ export async function showLive(part, params, signal) {
       el("p", { class: "quiet" }, "This applies to every request that names nothing itself; what is enforced applies to every request."),
       list,
       generation,
+      replicasLine(signal),
     ),
   );
   const draw = () => {

@@ -9,6 +9,7 @@ from playwright.sync_api import Page, expect
 from tests.console.conftest import NARROW, Window
 from tests.e2e.conftest import Running
 from tests.range_store.builders import random_range_set
+from tests.range_store.waiting import until
 
 pytestmark = pytest.mark.system
 Open = Callable[..., Window]
@@ -96,6 +97,31 @@ def test_changing_an_erasure_leaves_alone_what_was_not_touched(news: Running, wi
     box.get_by_label("Block").select_option("all")
     box.get_by_role("button", name="Change it for everybody").click()
     expect(page.get_by_text("of blocks 0, 1, 2")).to_be_visible()
+
+
+def test_where_several_replicas_report_a_switch_says_on_how_many_it_is_in_force(
+    news: Running, serve: Callable[..., Running], window: Open, no_sideways: Callable[[Page], None]
+) -> None:
+    page = window(news, viewport=NARROW).open("#/live")
+    told = page.get_by_text("In force on")
+    expect(page.get_by_text("Generation ")).to_be_visible()
+    news.http.put("/v1/erasures/Sports").raise_for_status()
+    expect(page.get_by_role("heading", name="Sports")).to_be_visible()
+    expect(told).to_have_count(0)
+    other = serve(name=news.service.name)
+    news.http.put("/v1/erasures/World").raise_for_status()
+    expect(told).to_have_text("In force on 2 of 2 replicas")
+    hostile = "<img/src=x/onerror=window.pwned=1>" + "x" * 200
+    news.service.store.replicas.report(hostile, "00000000-1", None, seconds=600.0)
+    news.http.delete("/v1/erasures/World").raise_for_status()
+    expect(told).to_have_text(f"In force on 2 of 3 replicas; not yet: {hostile}")
+    no_sideways(page)
+    news.service.store.replicas.remove(hostile)
+    expect(told).to_have_text("In force on 2 of 2 replicas")
+    other.service.drain()
+    until(lambda: len(news.http.get("/v1/replicas").json()["replicas"]) == 1)
+    news.http.delete("/v1/erasures/Sports").raise_for_status()
+    expect(told).to_have_count(0)
 
 
 def test_where_no_events_come_the_page_asks(news: Running, window: Open) -> None:
