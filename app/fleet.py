@@ -81,7 +81,7 @@ def _service(
                 request = serving()
                 return Origin(request.request_id if request is not None else None, traceparent())
 
-            yield Fleet(fleet.handle, limits, fleet.replicas, generation, registry, origin)
+            yield Fleet(fleet.handle, limits, fleet.replicas, fleet.wanted, generation, registry, origin)
 
         with service_around(settings, fleet.facts, client, answering) as service:
             yield service

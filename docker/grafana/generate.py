@@ -14,8 +14,8 @@ from steering import STEERING
 
 VARIABLES = [
     variable("job", "Job", "label_values(neuronlens_ready, job)", all_of_them=False),
-    variable("instance", "Replica", 'label_values(neuronlens_ready{job="$job"}, instance)', all_of_them=True),
-    variable("model", "Model", f"label_values(neuronlens_ready{{{ME}}}, model)", all_of_them=True),
+    variable("instance", "Replica", 'label_values(neuronlens_generation{job="$job"}, instance)', all_of_them=True),
+    variable("model", "Model", f"label_values(neuronlens_generation{{{ME}}}, model)", all_of_them=True),
 ]
 MARKS = [
     annotation(

@@ -7,7 +7,8 @@ OPERATORS = [
     row("Is it well?"),
     figure(
         "Replicas ready",
-        "Replicas that take requests for every model chosen; their /readyz answers 200 while all of theirs do.",
+        "Servers that take requests for every model chosen; their /readyz answers 200 while all of theirs do. Of a "
+        "fleet these are its ingresses.",
         Query(f"sum(min by (instance) (neuronlens_ready{{{OF}}})) or vector(0)", instant=True),
         unit="none",
         thresholds=steps(RED, (1, GREEN)),
@@ -210,6 +211,61 @@ OPERATORS = [
         ],
         unit="percentunit",
         most=1,
+        width=6,
+    ),
+    row("Fleets on Ray"),
+    lines(
+        "Replicas of a fleet",
+        "Replicas that take requests, as each ingress knows, and how many there are to be. Empty without a fleet.",
+        [
+            Query(f"neuronlens_fleet_replicas{{{OF}}}", f"{MODEL} take requests"),
+            Query(f"neuronlens_fleet_replicas_wanted{{{OF}}}", f"{MODEL} wanted"),
+        ],
+        unit="none",
+        axis="replicas",
+        stepped=True,
+        decimals=0,
+        width=6,
+    ),
+    lines(
+        "Sent again, and lost",
+        "Requests per second whose replica was lost: those that were sent to another one, and those that were given up "
+        "then, with 503 replica_lost. Replicas that leave send back what they have not begun, which is sent again too.",
+        [
+            Query(f"sum by (model) ({rate('neuronlens_fleet_retried_total')})", "{{model}} sent again"),
+            Query(f"sum by (model) ({rate('neuronlens_fleet_lost_total')})", "{{model}} lost"),
+        ],
+        unit="reqps",
+        width=6,
+    ),
+    lines(
+        "Requests per call",
+        "Mean number of requests that travelled to a replica together. It grows with the load.",
+        [
+            Query(
+                f"{rate('neuronlens_fleet_call_requests_sum')} / {rate('neuronlens_fleet_call_requests_count')}", MODEL
+            )
+        ],
+        unit="none",
+        axis="requests",
+        decimals=1,
+        width=6,
+    ),
+    lines(
+        "Generations behind",
+        "How many changes of the live state each replica does not obey yet, of those that any of them obeys. All are "
+        "at 0 within moments of a change; ingresses, and servers with an engine of their own, are lines too.",
+        [
+            Query(
+                f"max by (job, model) (neuronlens_generation{{{OF}}})"
+                f" - on (job, model) group_right () neuronlens_generation{{{OF}}}",
+                MODEL,
+            )
+        ],
+        unit="none",
+        axis="changes",
+        stepped=True,
+        decimals=0,
         width=6,
     ),
     row("Errors"),

@@ -43,6 +43,6 @@ def test_every_metric_is_documented_and_every_documented_one_exists(news: Runnin
 
 def test_so_are_those_of_a_fleet() -> None:
     registry = CollectorRegistry()
-    FleetMetrics(registry, lambda: 1)
+    FleetMetrics(registry, lambda: 1, lambda: 1)
     found = [row(family, "model") for family in registry.collect() if family.name.startswith("neuronlens_fleet")]
     assert found == [line for line in lines() if OF_A_FLEET in line], "\n".join(found)

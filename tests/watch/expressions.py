@@ -27,6 +27,11 @@ class Asked:
     def __str__(self) -> str:
         return self.where
 
+    @property
+    def of_a_fleet(self) -> bool:
+        """Whether it reads what only a fleet has: `test_fleet.py` has one."""
+        return "neuronlens_fleet" in self.expr
+
 
 def substituted(expr: str) -> str:
     for name, value in SUBSTITUTES.items():

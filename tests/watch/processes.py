@@ -39,6 +39,19 @@ app.wiring.open_service = open_service
 from app import cli
 sys.exit(cli.run(["serve"]))
 """
+SERVE_A_FLEET_THAT_LOSES_REQUESTS = """
+import os, sys
+from workers.cluster.fleet import Fleet
+from workers.engine.errors import ReplicaLost
+remote = Fleet._remote
+async def losing(self, method, *arguments, **named):
+    if os.path.exists(os.environ["NEURONLENS_DATA_DIR"] + "/lose"):
+        raise ReplicaLost("as if it was killed")
+    return await remote(self, method, *arguments, **named)
+Fleet._remote = losing
+from app import cli
+sys.exit(cli.run(["serve"]))
+"""
 LONG = "the keeper saved a penalty and " * 40
 
 

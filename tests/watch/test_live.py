@@ -190,10 +190,11 @@ def run_through(run: Watched, checkpoint: Path, directory: Path) -> None:
 
 
 def test_every_alert_fired_in_its_fault(watched: Watched) -> None:
-    assert rules("alert").keys() == set().union(*watched.fired.values())
+    of_a_fleet = {name for name, rule in rules("alert").items() if "neuronlens_fleet" in rule["expr"]}
+    assert rules("alert").keys() - of_a_fleet == set().union(*watched.fired.values())
 
 
-@pytest.mark.parametrize("query", asked(), ids=str)
+@pytest.mark.parametrize("query", [each for each in asked() if not each.of_a_fleet], ids=str)
 def test_every_query_gave_data(watched: Watched, query: Asked) -> None:
     """Of panels, annotations, recording rules and alerts; and of each series that one of them reads."""
     where = f"{query.where}: {query.expr}"

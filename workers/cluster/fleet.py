@@ -76,6 +76,7 @@ class Fleet:
         handle: of the deployment.
         settings: of each replica's engine.
         replicas: tells how many take requests now.
+        wanted: tells how many there are to be.
         generation: which one of the live state this ingress knows; no request is answered under an earlier one.
         origin: what the request that is being served is called here.
     """
@@ -85,6 +86,7 @@ class Fleet:
         handle: Any,
         settings: EngineSettings,
         replicas: Callable[[], int],
+        wanted: Callable[[], int],
         generation: Callable[[], str | None],
         registry: CollectorRegistry,
         origin: Callable[[], Origin] = Origin,
@@ -93,7 +95,7 @@ class Fleet:
         self.origin = origin
         self.looking = RemoteLooking(self)
         self.failure: str | None = None
-        self.metrics = FleetMetrics(registry, replicas)
+        self.metrics = FleetMetrics(registry, replicas, wanted)
         self._handle = handle
         self._replicas = replicas
         self._generation = generation

@@ -15,8 +15,9 @@ from typing import Any
 import ray
 from ray import serve
 from ray.exceptions import RayError
+from ray.serve.context import _get_global_client
 from ray.serve.exceptions import RayServeException
-from ray.serve.schema import ApplicationStatus, LoggingConfig, ReplicaState
+from ray.serve.schema import ApplicationStatus, LoggingConfig, ReplicaState, ServeInstanceDetails
 
 from workers.cluster.errors import ClusterError, OtherFleet
 from workers.cluster.replica import About, Replica, ReplicaSettings
@@ -72,12 +73,15 @@ class FleetPlan:
 
 @dataclass(frozen=True, eq=False)
 class RunningFleet:
-    """A fleet that answers: a handle to it, its model, the tokens of a replica's batch, how many replicas run now."""
+    """A fleet that answers: a handle to it, its model, the tokens of a replica's batch, how many replicas run now, and
+    how many Serve wants to.
+    """
 
     handle: Any
     facts: ModelFacts
     max_batch_tokens: int
     replicas: Callable[[], int]
+    wanted: Callable[[], int]
 
 
 @dataclass(frozen=True)
@@ -132,7 +136,7 @@ def running(plan: FleetPlan, *, redeploy: bool = False, keep: bool = True) -> It
         handle = serve.get_app_handle(plan.name)
         watch.start()
         try:
-            yield RunningFleet(handle, about.facts, about.max_batch_tokens, watch.replicas)
+            yield RunningFleet(handle, about.facts, about.max_batch_tokens, watch.replicas, watch.wanted)
         finally:
             watch.stop()
             handle.shutdown()
@@ -269,6 +273,19 @@ def _running_replicas(name: str) -> int:
     return _count(status) if status is not None else 0
 
 
+def _running_and_wanted(name: str) -> tuple[int, int]:
+    """Replicas that take requests, and as many as there are to be; `serve.status` leaves the second out."""
+    with _said():
+        client = _get_global_client(raise_if_no_controller_running=False)
+        details = ServeInstanceDetails(**client.get_serve_details()) if client is not None else None
+    application = details.applications.get(name) if details is not None else None
+    deployment = application.deployments.get(DEPLOYMENT) if application is not None else None
+    if deployment is None:
+        return 0, 0
+    running = sum(each.state == ReplicaState.RUNNING for each in deployment.replicas)
+    return running, deployment.target_num_replicas
+
+
 def _reason(status: Any) -> str:
     """The last line of what Serve says, which is the error's own where a replica raised one."""
     deployment = status.deployments.get(DEPLOYMENT)
@@ -293,18 +310,21 @@ def _quiet() -> LoggingConfig:
 
 
 class _Watch:
-    """Knows how many replicas run, as Serve's controller says twice a second."""
+    """Knows how many replicas run, and how many Serve wants to, as its controller says twice a second."""
 
     SECONDS = 0.5
 
     def __init__(self, name: str) -> None:
         self._name = name
-        self._running = _running_replicas(name)
+        self._running, self._wanted = _running_and_wanted(name)
         self._stopping = threading.Event()
         self._thread = threading.Thread(target=self._run, name="fleet-watch", daemon=True)
 
     def replicas(self) -> int:
         return self._running
+
+    def wanted(self) -> int:
+        return self._wanted
 
     def start(self) -> None:
         self._thread.start()
@@ -316,7 +336,7 @@ class _Watch:
     def _run(self) -> None:
         while not self._stopping.wait(self.SECONDS):
             try:
-                now = _running_replicas(self._name)
+                now, self._wanted = _running_and_wanted(self._name)
             except ClusterError as error:  # the controller is being replaced, as when its node is lost
                 logger.warning("how many replicas run is not known: %s", error)
                 continue

@@ -16,10 +16,15 @@ REASONS: dict[type[EngineError], str] = {
 
 
 class FleetMetrics:
-    """Registered in `registry`. `replicas`: tells how many take requests."""
+    """Registered in `registry`. `replicas`, `wanted`: tell how many take requests, and how many are to."""
 
-    def __init__(self, registry: CollectorRegistry, replicas: Callable[[], int]) -> None:
+    def __init__(self, registry: CollectorRegistry, replicas: Callable[[], int], wanted: Callable[[], int]) -> None:
         Gauge("neuronlens_fleet_replicas", "Replicas that take requests.", registry=registry).set_function(replicas)
+        Gauge(
+            "neuronlens_fleet_replicas_wanted",
+            "Replicas that there are to be: as many as were asked for, or as the load asks for.",
+            registry=registry,
+        ).set_function(wanted)
         self.calls = Histogram(
             "neuronlens_fleet_call_requests",
             "Requests that travelled to a replica together, in one call.",
