@@ -6,12 +6,12 @@ import { Watched } from "./watched.js";
 
 /**
  * { model, models, concepts, rangeSet, layers, rankings, features, problem }; null until they are known.
- * `models`: the names of all that the server has.
+ * `models`: the names of all that the server has. `layers`: the fitted blocks; [-1], the last one, where none is told.
  * `features`: what the server can do, by name; null if it does not say. `problem`: why concepts are not known.
  */
 export const facts = new Watched(null);
 
-const UNTOLD = { id: "", kind: "", family: "", labels: [], layers: 1, hidden_size: null, max_tokens: null, dtype: "", device: "" };
+const UNTOLD = { id: "", kind: "", family: "", labels: [], layers: null, hidden_size: null, max_tokens: null, dtype: "", device: "" };
 
 /** The models; a key that may classify but not look is told nothing. */
 async function loadModels(signal) {
@@ -39,7 +39,7 @@ async function loadFeatures(signal) {
 export async function loadFacts(signal) {
   const models = await loadModels(signal);
   const model = models.find(({ id }) => id === chosen) ?? models[0];
-  const found = { model, models: models.map(({ id }) => id), concepts: [], rangeSet: null, layers: [...Array(model.layers).keys()], rankings: ["max"], features: await loadFeatures(signal), problem: null };
+  const found = { model, models: models.map(({ id }) => id), concepts: [], rangeSet: null, layers: model.layers === null ? [-1] : [...Array(model.layers).keys()], rankings: ["max"], features: await loadFeatures(signal), problem: null };
   try {
     const { data } = await call("GET", "/v1/concepts", { signal });
     found.concepts = data.concepts;

@@ -6,7 +6,7 @@ import { Watched } from "./watched.js";
 
 /** The listing of GET /v1/erasures, newest known; null until it is. */
 export const live = new Watched(null);
-/** How it is followed: "stream", "poll", or "" while it is not. */
+/** How it is followed: "stream", "poll", "refused" by this key, or "" while it is not. */
 export const following = new Watched("");
 /** Counts up when the list of range sets may have changed. */
 export const rangeSetsChanged = new Watched(0);
@@ -43,7 +43,7 @@ export async function follow() {
         await rest(ASK_EVERY);
       }
     } catch (error) {
-      following.value = "";
+      following.value = error.status === 403 ? "refused" : "";
       if (error.status === 404 || error.status === 405) streamsFrom = Infinity;
       else if (error.status === 401 || error.status === 403) await keyChanges(error);
       else if (error instanceof Lost) await connection();

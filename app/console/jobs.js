@@ -101,7 +101,7 @@ function start(see) {
       {},
       field("File, below the server’s directories for this", data),
       field("Texts at most", most),
-      el("div", { class: "tickbox" }, all, el("label", { for: all.id }, `All ${facts.value.model.layers} blocks (else the last one)`)),
+      el("div", { class: "tickbox" }, all, el("label", { for: all.id }, `All ${facts.value.model.layers ?? "its"} blocks (else the last one)`)),
       el("div", { class: "tickbox" }, activate, el("label", { for: activate.id }, "Activate it when it is done")),
       reason.element,
     ),

@@ -46,7 +46,7 @@ export async function showLive(part, params, signal) {
     for (const time of list.querySelectorAll("[data-ends]")) time.textContent = endsIn(Number(time.dataset.ends));
   }, 1000);
   signal.addEventListener("abort", () => clearInterval(ticking));
-  if (!live.value && !following.value) {
+  if (!live.value && !["stream", "poll"].includes(following.value)) {
     try {
       take((await call("GET", "/v1/erasures", { signal })).data);
     } catch (error) {

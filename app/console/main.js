@@ -51,7 +51,7 @@ async function show({ focus = false } = {}) {
 function showConnection() {
   document.getElementById("lost").hidden = connected.value;
   const { value: how } = following;
-  const words = !connected.value ? "no connection" : how === "stream" ? "following" : how === "poll" ? "following (asking)" : "connecting";
+  const words = !connected.value ? "no connection" : how === "stream" ? "following" : how === "poll" ? "following (asking)" : how === "refused" ? "not following" : "connecting";
   const place = document.getElementById("connection");
   place.textContent = words;
   place.dataset.state = !connected.value ? "lost" : how === "stream" || how === "poll" ? "good" : "waiting";

@@ -96,7 +96,7 @@ export function controls(settings, { model, layers, rankings }, changed) {
   };
   const group = freshId("method");
   const last = layers.at(-1);
-  const blocks = layers.map((layer) => [layer, layer === last ? `${layer} (last fitted)` : layer]);
+  const blocks = layers.map((layer) => [layer, layer === -1 ? "the last one" : layer === last ? `${layer} (last fitted)` : layer]);
   if (layers.length > 1) blocks.push(["all", `all ${layers.length} fitted`]);
   const { layer: given } = settings;
   // what an erasure or a link says stays what it says, though it be none of these

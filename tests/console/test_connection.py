@@ -53,6 +53,21 @@ def test_a_key_that_may_not_is_told_which_scope_is_missing(keyed: Keyed, window:
     expect(page.get_by_role("dialog").get_by_role("alert")).to_contain_text("needs a key with scope admin")
 
 
+def test_a_key_that_may_only_classify_erases_where_the_others_do(keyed: Keyed, window: Open) -> None:
+    """It is told of no blocks, and means the last one."""
+    running, tokens, _ = keyed
+    mine = window(running)
+    page = mine.open("#/try?text=a+goal&erase=Sports&method=neuron&top=1")
+    with page.expect_request("**/v1/classify") as asked:
+        give(mine, tokens["infer"])
+    assert asked.value.post_data_json["erase"]["layer"] == -1
+    expect(page.locator(".result")).to_contain_text("32 neurons masked")
+    expect(page.get_by_label("Block").locator("option:checked")).to_have_text("the last one")
+    expect(page.locator("#connection")).to_have_text("not following")
+    page.get_by_role("link", name="Live").click()
+    expect(page.locator("main").get_by_role("alert").first).to_contain_text("needs a key with scope read")
+
+
 def test_a_revoked_key_is_asked_for_anew(keyed: Keyed, window: Open) -> None:
     running, tokens, keys = keyed
     mine = window(running)
