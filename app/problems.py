@@ -196,6 +196,8 @@ def finish(openapi: dict[str, Any]) -> None:
     """Say of every error that it is a problem, and of every reply that it carries the request's id."""
     about = {"description": "The request's own, or a new one.", "required": True, "schema": {"type": "string"}}
     openapi["components"]["headers"] = {"RequestId": about}
+    for unused in ("HTTPValidationError", "ValidationError"):  # FastAPI's own form of a 422, which nothing answers here
+        openapi["components"]["schemas"].pop(unused, None)
     for operations in openapi["paths"].values():
         for operation in operations.values():
             for status, response in operation["responses"].items():

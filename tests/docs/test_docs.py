@@ -42,12 +42,31 @@ def test_http_page_lists_every_route_and_error_code() -> None:
         assert f"`{code}`" in row, code
 
 
-@pytest.mark.parametrize("page", ["README.md", *(f"docs/{path.name}" for path in (ROOT / "docs").glob("*.md"))])
+def test_openapi_has_no_schema_that_nothing_refers_to() -> None:
+    document = create_app(Settings()).openapi()
+    referred = set(re.findall(r"#/components/schemas/([^\"]+)", json.dumps(document)))
+    assert referred == set(document["components"]["schemas"])
+
+
+def anchors(page: Path) -> set[str]:
+    """What may stand behind # in a link to a page: its headings, as they are made into addresses."""
+    text = re.sub(r"^```.*?^```$", "", page.read_text("utf-8"), flags=re.MULTILINE | re.DOTALL)
+    headings = re.findall(r"^#+ (.+)$", text, re.MULTILINE)
+    return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
+
+
+@pytest.mark.parametrize(
+    "page", [str(path.relative_to(ROOT)) for folder in (".", "docs", "docker") for path in (ROOT / folder).glob("*.md")]
+)
 def test_links_between_pages_lead_somewhere(page: str) -> None:
     text = (ROOT / page).read_text("utf-8")
-    for target in re.findall(r"\]\(([^)#]+)[^)]*\)", text):
-        if "://" not in target:
-            assert ((ROOT / page).parent / target).exists(), target
+    for target in re.findall(r"\]\(([^)]+)\)", text):
+        if "://" in target:
+            continue
+        file, _, anchor = target.partition("#")
+        led = (ROOT / page).parent / file if file else ROOT / page
+        assert led.exists(), target
+        assert not anchor or anchor in anchors(led), target
 
 
 def test_observing_page_lists_every_field_of_a_log_line() -> None:
