@@ -68,7 +68,8 @@ class EventStream(Response):
             if woken is None:
                 request_id = scope.get("state", {}).get("request_id")
                 detail = (
-                    f"of {self._news.most} streams, or of the half for one key, none is left: close one, or try again"
+                    f"of {self._news.most} streams for this model, or of the half for one key, none is left: "
+                    "close one, or try again"
                 )
                 refusal = problem_response(429, "too_many_streams", detail, request_id, {"Retry-After": "5"})
                 await refusal(scope, receive, send)

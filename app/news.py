@@ -15,7 +15,7 @@ KEPT_JOBS = 32
 
 
 class News:
-    """What streams tell of besides the live state, and who waits for it. Told from any thread.
+    """What streams of one model tell of besides the live state, and who waits for it. Told from any thread.
 
     Args:
         most: streams at once; half of them of one key, so that no key shuts the others out.

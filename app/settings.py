@@ -122,7 +122,8 @@ class Settings(BaseSettings):
     )
     max_event_streams: Annotated[int, Field(ge=0)] = Field(
         100,
-        description="streams of `/v1/events` that may be open at once, half of them of one key; more are refused (429)",
+        description="streams of `/v1/events` that may be open at once for each model, half of them of one key; "
+        "more are refused (429)",
     )
     max_queue_tokens: Annotated[int, Field(ge=16)] = Field(262144, description="tokens that may wait; more is refused")
     max_queue_texts: Annotated[int, Field(ge=1)] = Field(16384, description="texts that may wait; more is refused")

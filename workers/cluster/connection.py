@@ -25,6 +25,8 @@ KEEP_WORKERS = {"idle_worker_killing_time_threshold_ms": 600_000}
 """Of a private cluster: each pass over the texts of a fit would else start the processes anew that read them."""
 REACH_SECONDS = 3.0
 """For an address; Ray itself would try for four minutes, and say little."""
+TELL_SECONDS = 15.0
+"""After so long without what was asked for, it is told what is free: others may hold it."""
 
 
 @contextmanager
@@ -63,6 +65,12 @@ def connected(address: str, cpus: int = 0, object_store: int = OBJECT_STORE_BYTE
         ray.shutdown()
         if place is not None:
             shutil.rmtree(place, ignore_errors=True)
+
+
+def free() -> str:
+    """What the cluster has free now, in words; on all nodes together, so there may be room for nothing all the same."""
+    left = ray.available_resources()
+    return f"{left.get('CPU', 0):g} CPUs and {left.get('GPU', 0):g} GPUs are free on all nodes together"
 
 
 def _check_reachable(address: str) -> None:

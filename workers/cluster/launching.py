@@ -19,6 +19,7 @@ from ray.serve.context import _get_global_client
 from ray.serve.exceptions import RayServeException
 from ray.serve.schema import ApplicationStatus, LoggingConfig, ReplicaState, ServeInstanceDetails
 
+from workers.cluster.connection import TELL_SECONDS, free
 from workers.cluster.errors import ClusterError, OtherFleet
 from workers.cluster.replica import About, Replica, ReplicaSettings
 from workers.cluster.scaling import autoscaling
@@ -235,17 +236,22 @@ def _wait_running(plan: FleetPlan, replicas: int, all_of_it: bool = True) -> Non
         ClusterError: Serve gave up, or none runs in time.
     """
     began = time.monotonic()
+    told = False
     while True:
         status = _status(plan.name)
         waited = time.monotonic() - began
+        running = _count(status) if status is not None else 0
         if status is not None:
-            running = _count(status)
             # unhealthy is a fleet that lost a replica, until another has taken its place
             settled = status.status in (ApplicationStatus.RUNNING, ApplicationStatus.UNHEALTHY)
             if (running >= replicas and (settled or not all_of_it)) or (running and waited > ENOUGH_SECONDS):
                 return
             if status.status == ApplicationStatus.DEPLOY_FAILED and not running:
                 raise ClusterError(f"the fleet of {plan.settings.name!r} does not come up: {_reason(status)}")
+        if not told and running < replicas and waited > TELL_SECONDS:
+            told = True
+            each = f"{plan.cpus:g} CPUs" + (" and a GPU" if plan.gpus else "")
+            logger.warning("%d of %d engines run yet: each asks for %s, %s", running, replicas, each, free())
         if waited > FIRST_SECONDS:
             why = _reason(status) if status is not None else "Serve knows nothing of it"
             raise ClusterError(f"no replica of {plan.settings.name!r} came up in {FIRST_SECONDS:.0f} s: {why}")

@@ -21,6 +21,7 @@ from ray.exceptions import RayError, RayTaskError
 
 from range_store.errors import RangeStoreError
 from range_store.range_set import ModelIdentity
+from workers.cluster.connection import TELL_SECONDS, free
 from workers.cluster.errors import ClusterError
 from workers.fitting.corpus import CorpusError
 from workers.models.errors import ModelError
@@ -33,8 +34,6 @@ PER_ACTOR = 2
 ATTEMPTS = 4
 """So many times a piece of work is handed out when whoever has it dies."""
 WAIT_SECONDS = 0.5
-PATIENCE = 60.0
-"""Seconds after which it is told that the cluster may have no room."""
 
 Task = TypeVar("Task")
 Result = TypeVar("Result")
@@ -200,11 +199,9 @@ class ModelPool:
         told = False
         while self._about is None:
             self._wait({}, {})
-            if not told and time.monotonic() - started > PATIENCE:
+            if not told and time.monotonic() - started > TELL_SECONDS:
                 told = True
-                free = ray.available_resources()
-                room = f"{free.get('CPU', 0):g} CPUs and {free.get('GPU', 0):g} GPUs are free"
-                logger.warning("no model is loaded yet: %s were asked for, %s on all nodes together", self.layout, room)
+                logger.warning("no model is loaded yet: %s were asked for, %s", self.layout, free())
         return self._about
 
     def in_order(self, job: Job[Task, Result], tasks: Iterator[Task]) -> Iterator[tuple[Task, Result, float]]:

@@ -2,6 +2,7 @@
 
 import asyncio
 import os
+import re
 import shutil
 import signal
 import threading
@@ -22,6 +23,8 @@ from tests.e2e.cluster.conftest import activated, pids
 from tests.range_store.waiting import until
 from tests.workers.checkpoints import save_tiny
 from tests.workers.texts import labelled_texts
+from workers.cluster import launching
+from workers.cluster.errors import ClusterError
 from workers.cluster.launching import DEPLOYMENT
 from workers.engine.answers import Answer
 from workers.engine.errors import QueueFull, ReplicaLost
@@ -174,6 +177,20 @@ def test_a_replica_of_another_fingerprint_never_joins(both: list[Service], check
     until(lambda: both[0].engine.ready, 180)
     after = asyncio.run(both[0].engine.classify(TEXTS[:4], []))
     assert [text.logits.tolist() for text in after.texts] == [text.logits.tolist() for text in before.texts]
+
+
+def test_who_finds_no_room_says_so(
+    both: list[Service],
+    open_services: Callable[..., list[Service]],
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    monkeypatch.setattr(launching, "TELL_SECONDS", 0.2)
+    monkeypatch.setattr(launching, "FIRST_SECONDS", 1.0)
+    with pytest.raises(ClusterError, match=r"^no replica of 'large' came up in 1 s: "):
+        open_services("large", threads=17)  # more than a node has
+    (said,) = [line for line in caplog.messages if "engines run yet" in line]
+    assert re.fullmatch(r"0 of 1 engines run yet: each asks for 17 CPUs, \d+ CPUs and 0 GPUs are free on all .*", said)
 
 
 def running(name: str) -> int:
