@@ -1,6 +1,8 @@
 """Services whose engines run on a Ray cluster. Without torch: this process is only their ingress."""
 
+import logging
 import os
+import time
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
@@ -9,6 +11,7 @@ from typing import Any
 import redis
 from prometheus_client import CollectorRegistry
 
+from app.cli.exits import UNREACHABLE, end_at_once
 from app.jobs import ModelChoice
 from app.logs import serving
 from app.parts import engine_limits, service_around
@@ -22,10 +25,18 @@ from workers.cluster.connection import PRIVATE, connected
 from workers.cluster.errors import ClusterError
 from workers.cluster.exposing import MetricsAt
 from workers.cluster.fleet import Fleet
-from workers.cluster.launching import FleetPlan, names, room, running, take_down
+from workers.cluster.launching import FleetPlan, RunningFleet, names, room, running, take_down
 from workers.cluster.messages import Origin
 from workers.cluster.replica import ReplicaSettings
 from workers.engine.settings import EngineSettings
+
+logger = logging.getLogger(__name__)
+
+GRACE_SECONDS = 5.0
+"""When the cluster is lost, `/readyz` says 503 at once; for so long what replicas still answer is answered. Then what
+waits is given up (503), and the server ends."""
+END_SECONDS = 10.0
+"""If it has not ended after so long, as it waits for what is lost, it ends there and then."""
 
 
 @contextmanager
@@ -57,34 +68,56 @@ def open_fleet(
     with ExitStack() as stack:
         client = stack.enter_context(connect(**settings.redis))
         url = client.url if isinstance(client, EmbeddedRedis) else str(settings.redis_url)
-        stack.enter_context(connected(settings.ray, len(models) * _private_cpus(settings)))
+        end = _End()
+        cpus = len(models) * _private_cpus(settings)
+        lifeline = stack.enter_context(connected(settings.ray, cpus, lost=end))
+        assert lifeline is not None
+        stack.callback(lambda: end_at_once() if lifeline.away else None)
         plans = [_plan(each, url, len(models), scaling or {}) for each in models]
-        yield [
-            stack.enter_context(_service(each, plan, client, redeploy=redeploy, keep=not private))
-            for each, plan in zip(models, plans, strict=True)
-        ]
+        services = []
+        for each, plan in zip(models, plans, strict=True):
+            fleet = stack.enter_context(running(plan, redeploy=redeploy, keep=not private, away=lambda: lifeline.away))
+            services.append(stack.enter_context(_service(each, fleet, client, end)))
+        yield services
+
+
+class _End:
+    """What happens when the cluster is lost: see `GRACE_SECONDS`, `END_SECONDS`."""
+
+    def __init__(self) -> None:
+        self.fleets: list[Fleet] = []
+
+    def __call__(self, why: str) -> None:
+        logger.critical("the Ray cluster is lost: %s; this server ends", why)
+        for fleet in self.fleets:
+            fleet.lose()
+        time.sleep(GRACE_SECONDS)
+        for fleet in self.fleets:
+            fleet.give_up(why)
+        time.sleep(END_SECONDS)
+        logger.critical("it waits for what is lost, and ends at once")
+        os._exit(UNREACHABLE)
 
 
 @contextmanager
-def _service(
-    settings: Settings, plan: FleetPlan, client: redis.Redis, *, redeploy: bool, keep: bool
-) -> Iterator[Service]:
-    with running(plan, redeploy=redeploy, keep=keep) as fleet:
-        limits = EngineSettings(max_batch_tokens=fleet.max_batch_tokens, **engine_limits(settings))
+def _service(settings: Settings, fleet: RunningFleet, client: redis.Redis, end: _End) -> Iterator[Service]:
+    limits = EngineSettings(max_batch_tokens=fleet.max_batch_tokens, **engine_limits(settings))
 
-        @contextmanager
-        def answering(mirror: Mirror, registry: CollectorRegistry) -> Iterator[Answerer]:
-            def generation() -> str | None:
-                return mirror.snapshot.live.generation if mirror.snapshot is not None else None
+    @contextmanager
+    def answering(mirror: Mirror, registry: CollectorRegistry) -> Iterator[Answerer]:
+        def generation() -> str | None:
+            return mirror.snapshot.live.generation if mirror.snapshot is not None else None
 
-            def origin() -> Origin:
-                request = serving()
-                return Origin(request.request_id if request is not None else None, traceparent())
+        def origin() -> Origin:
+            request = serving()
+            return Origin(request.request_id if request is not None else None, traceparent())
 
-            yield Fleet(fleet.handle, limits, fleet.replicas, fleet.wanted, generation, registry, origin)
+        made = Fleet(fleet.handle, limits, fleet.replicas, fleet.wanted, generation, registry, origin)
+        end.fleets.append(made)
+        yield made
 
-        with service_around(settings, fleet.facts, client, answering) as service:
-            yield service
+    with service_around(settings, fleet.facts, client, answering) as service:
+        yield service
 
 
 def fleets(address: str) -> list[str]:

@@ -8,7 +8,6 @@ Nothing here imports torch: jobs that need it go through `app.wiring`, imported 
 
 import os
 import signal
-import sys
 from collections.abc import Sequence
 from types import FrameType
 from typing import Annotated
@@ -20,7 +19,7 @@ from app.cli.audit import audit
 from app.cli.console import error_line, say
 from app.cli.demo import demo
 from app.cli.evaluate import evaluate
-from app.cli.exits import EPILOG, exit_code_of
+from app.cli.exits import EPILOG, exit_code_of, leave
 from app.cli.fit import fit
 from app.cli.options import RayCommand
 from app.cli.serve import serve
@@ -98,7 +97,7 @@ def main() -> None:
     os.environ.setdefault("HF_DATASETS_DISABLE_PROGRESS_BARS", "1")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     signal.signal(signal.SIGTERM, _interrupt)
-    sys.exit(run())
+    leave(run())
 
 
 def _interrupt(number: int, frame: FrameType | None) -> None:

@@ -149,6 +149,7 @@ def listen(
     ready: Callable[[], None],
     draining: Callable[[], None],
     failure: Callable[[], str | None],
+    failed: int = FAILED,
 ) -> None:
     """Serve until SIGINT or SIGTERM; then answer what was accepted, for `settings.drain_seconds` at most.
 
@@ -159,6 +160,7 @@ def listen(
         ready: called when requests are taken.
         draining: called at once when the signal comes; from a signal handler, so it must not wait.
         failure: asked ten times a second; once it says why nothing can be answered any more, the server stops.
+        failed: exit code of that.
 
     Raises:
         CommandError: the port was taken meanwhile, there was a failure, or accepted requests were cut off.
@@ -183,7 +185,7 @@ def listen(
         for each, handler in before.items():
             signal.signal(each, handler)
     if (why := failure()) is not None:
-        raise CommandError(f"the model cannot answer any more ({why}); start the server again", FAILED)
+        raise CommandError(f"the model cannot answer any more ({why}); start the server again", failed)
     if not server.started:
         raise CommandError("the server did not start; its log says why", FAILED)
     if server.cut_off and server.force_exit:

@@ -9,7 +9,7 @@ import typer
 
 from app.cli import options
 from app.cli.console import hint, progress, say
-from app.cli.exits import USAGE, CommandError
+from app.cli.exits import FAILED, UNREACHABLE, USAGE, CommandError
 from app.cli.listening import address_of, bind, guarded, keys_create, listen, metrics_apart, observed
 from app.cli.stores import settings_with
 
@@ -261,5 +261,6 @@ def serve_until_told(
             ready=ready,
             draining=draining,
             failure=lambda: next((each.engine.failure for each in services if each.engine.failure), None),
+            failed=FAILED if settings.ray is None else UNREACHABLE,
         )
     hint("stopped; what was accepted is answered")

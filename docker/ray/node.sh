@@ -30,13 +30,15 @@ case $role in
 head) exec ray start --head --port="${head##*:}" --include-dashboard=false --num-cpus=0 $node --block ;;
 worker) exec ray start --address="$head" --num-cpus="${RAY_CPUS:?is not set}" $node --block ;;
 join)
-  # Told to stop, it tells the command, and waits for it. If the node ends first, as when the head is lost, the command
-  # would wait for it for ever: it is ended too, and whoever supervises the container starts both again.
+  # Told to stop, it tells the command, and waits for it. If the node ends first, as when the head is lost, `serve` ends
+  # by itself, within 15 s and with an exit code that says so; another command might wait for ever, and is ended too.
+  # Whoever supervises the container starts both again.
   "$@" &
   command=$!
   trap 'kill -TERM "$command"' TERM INT
   {
     ray start --address="$head" --num-cpus=0 --num-gpus=0 $node --block || true
+    sleep 20
     kill -TERM "$command"
     sleep 5
     kill -KILL "$command"

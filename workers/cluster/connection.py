@@ -7,14 +7,16 @@ import signal
 import socket
 import tempfile
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
 import ray
+from ray._private import worker as _of_ray
 from ray.exceptions import RayError
 
 from workers.cluster.errors import ClusterUnavailable
+from workers.cluster.lifeline import Lifeline
 
 PRIVATE = "local"
 """The address of a cluster that is started on this machine, and ends with the work."""
@@ -30,24 +32,29 @@ TELL_SECONDS = 15.0
 
 
 @contextmanager
-def connected(address: str, cpus: int = 0, object_store: int = OBJECT_STORE_BYTES) -> Iterator[None]:
+def connected(
+    address: str, cpus: int = 0, object_store: int = OBJECT_STORE_BYTES, lost: Callable[[str], None] | None = None
+) -> Iterator[Lifeline | None]:
     """A connection to a cluster; one that this process has already is used, and left as it is.
 
     Args:
         address: `PRIVATE`, "auto" or "host:port".
         cpus: that a private cluster offers at least.
         object_store: bytes of a private cluster's.
+        lost: told why, in a thread, when the cluster is lost for good; None: nobody watches it.
 
     Raises:
         ClusterUnavailable: there is none at the address.
     """
     if ray.is_initialized():
-        yield
+        with _watched(lost) as own:
+            yield own
         return
     _check_reachable(address)
     handlers = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
     place = tempfile.mkdtemp(prefix="neuronlens-", dir="/tmp") if address == PRIVATE else None  # sockets: a short path
     options: dict[str, Any] = {"address": address}
+    lifeline: Lifeline | None = None
     if place is not None:
         options |= {"num_cpus": max(cpus, os.cpu_count() or 1), "include_dashboard": False, "_temp_dir": place}
         options |= {"object_store_memory": object_store, "_system_config": KEEP_WORKERS}
@@ -60,11 +67,27 @@ def connected(address: str, cpus: int = 0, object_store: int = OBJECT_STORE_BYTE
         if threading.current_thread() is threading.main_thread():
             for number, handler in handlers.items():  # Ray puts its own in their place
                 signal.signal(number, handler)
-        yield
+        with _watched(lost) as lifeline:
+            yield lifeline
     finally:
-        ray.shutdown()
+        if lifeline is None or not lifeline.away:
+            ray.shutdown()
+        elif place is not None and _of_ray.global_worker.node is not None:  # to be shut down it would have to answer
+            _of_ray.global_worker.node.kill_all_processes(check_alive=False, allow_graceful=False)
         if place is not None:
             shutil.rmtree(place, ignore_errors=True)
+
+
+@contextmanager
+def _watched(lost: Callable[[str], None] | None) -> Iterator[Lifeline | None]:
+    if lost is None:
+        yield None
+        return
+    lifeline = Lifeline(lost)
+    try:
+        yield lifeline
+    finally:
+        lifeline.close()
 
 
 def free() -> str:

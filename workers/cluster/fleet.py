@@ -99,6 +99,8 @@ class Fleet:
         self._handle = handle
         self._replicas = replicas
         self._generation = generation
+        self._lost = False
+        self._given_up: asyncio.Future[None] | None = None
         self._draining = False
         self._waiting: list[_Held] = []
         self._sending: asyncio.Handle | None = None
@@ -110,7 +112,18 @@ class Fleet:
     @property
     def ready(self) -> bool:
         """A replica takes requests, and so does this process."""
-        return not self._draining and self._replicas() > 0
+        return not self._draining and not self._lost and self._replicas() > 0
+
+    def lose(self) -> None:
+        """The cluster is lost: not ready any more. What replicas still answer is answered. From any thread."""
+        self._lost = True
+
+    def give_up(self, why: str) -> None:
+        """Nothing is answered any more, nor what waits for an answer now. From any thread."""
+        self._lost, self.failure = True, why
+        if (waited_for := self._given_up) is not None:
+            with suppress(RuntimeError):  # its loop is closed
+                waited_for.get_loop().call_soon_threadsafe(self._end)
 
     @property
     def draining(self) -> bool:
@@ -214,6 +227,15 @@ class Fleet:
                 if behind.held is not None and _epoch(behind.held) != _epoch(behind.wanted):
                     wanted = replace(wanted, min_generation=None)  # begun anew: the replica may know more than we do
 
+    def _end(self) -> asyncio.Future[None]:
+        """Done when all is given up; of the loop that runs."""
+        loop = asyncio.get_running_loop()
+        if self._given_up is None or self._given_up.get_loop() is not loop:
+            self._given_up = loop.create_future()
+        if self.failure is not None and not self._given_up.done():
+            self._given_up.set_result(None)
+        return self._given_up
+
     def _check(self, texts: int, length: int) -> None:
         if self._draining:
             raise Draining
@@ -291,14 +313,14 @@ class Fleet:
         """
         response = getattr(self._handle, method).remote(*arguments)
         answering = asyncio.ensure_future(_result(response))
-        waits: list[asyncio.Future[Any]] = [answering]
+        waits: list[asyncio.Future[Any]] = [answering, self._end()]
         nobody = None if unless is None else asyncio.ensure_future(unless.wait())
         if nobody is not None:
             waits.append(nobody)
         try:
             await asyncio.wait(waits, return_when=asyncio.FIRST_COMPLETED)
             if not answering.done():
-                raise ReplicaLost("nobody waits for it")
+                raise ReplicaLost(self.failure or "nobody waits for it")
             return await answering
         except BackPressureError:
             raise QueueFull(1.0) from None

@@ -117,12 +117,15 @@ def room(device: str, threads: int | None, replicas: int | None) -> Room:
 
 
 @contextmanager
-def running(plan: FleetPlan, *, redeploy: bool = False, keep: bool = True) -> Iterator[RunningFleet]:
+def running(
+    plan: FleetPlan, *, redeploy: bool = False, keep: bool = True, away: Callable[[], bool] = lambda: False
+) -> Iterator[RunningFleet]:
     """The fleet of a plan: started, or the one that runs. This process is connected to the cluster.
 
     Args:
         redeploy: replace the replicas of a fleet that runs with other settings, one by one.
         keep: leave it running afterwards.
+        away: whether the cluster does not answer; then nobody is told that this process leaves.
 
     Raises:
         ClusterError: it does not come up; says why.
@@ -140,9 +143,10 @@ def running(plan: FleetPlan, *, redeploy: bool = False, keep: bool = True) -> It
             yield RunningFleet(handle, about.facts, about.max_batch_tokens, watch.replicas, watch.wanted)
         finally:
             watch.stop()
-            handle.shutdown()
+            if not away():
+                handle.shutdown()
     finally:
-        if not keep:
+        if not keep and not away():
             with suppress(RayError, RayServeException):
                 serve.delete(plan.name)
 
@@ -337,7 +341,7 @@ class _Watch:
 
     def stop(self) -> None:
         self._stopping.set()
-        self._thread.join()
+        self._thread.join(5 * self.SECONDS)  # it may wait for a cluster that does not answer
 
     def _run(self) -> None:
         while not self._stopping.wait(self.SECONDS):
