@@ -4,20 +4,25 @@ Started in two steps: replicas are made and tell which model they loaded; then t
 who has it joins. From then on Serve holds every new replica, however late, against that fingerprint.
 """
 
+import hashlib
+import json
 import logging
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass, field, fields
+from dataclasses import asdict, dataclass, field, fields, replace
+from importlib.metadata import version as package_version
 from typing import Any
 
 import ray
 from ray import serve
+from ray._private.state import available_resources_per_node
 from ray.exceptions import RayError
 from ray.serve.context import _get_global_client
 from ray.serve.exceptions import RayServeException
 from ray.serve.schema import ApplicationStatus, LoggingConfig, ReplicaState, ServeInstanceDetails
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from workers.cluster.connection import TELL_SECONDS, free
 from workers.cluster.errors import ClusterError, OtherFleet
@@ -41,6 +46,8 @@ HEALTH_SECONDS = 2.0
 POLL_SECONDS = 0.25
 ENOUGH_SECONDS = 60.0
 """When one replica is up, the others are waited for so long at most: those that come later join then."""
+SURGE_PERCENT = 20
+"""Of the replicas that many, and one at least, are started before as many old ones end, where there is room."""
 FIRST_SECONDS = 900.0
 """How long the first replica may take: a large model is loaded, and nodes may have to be started."""
 
@@ -70,6 +77,13 @@ class FleetPlan:
     @property
     def name(self) -> str:
         return PREFIX + self.settings.name
+
+    @property
+    def version(self) -> str:
+        """Of what a replica is made with. Serve replaces all replicas whose version is not the one it is told."""
+        kind = f"{self.replica.__module__}.{self.replica.__qualname__} {package_version('neuronlens')}"
+        said = json.dumps([kind, asdict(self.settings)], sort_keys=True, default=str)
+        return hashlib.sha256(said.encode()).hexdigest()[:16]
 
 
 @dataclass(frozen=True, eq=False)
@@ -189,6 +203,9 @@ def _attach(plan: FleetPlan, redeploy: bool) -> About:
     about = _about(plan)
     if about.facts is None:
         raise ClusterError(f"the fleet of {plan.settings.name!r} does not come up: `neuronlens fleet down` ends it")
+    fingerprint = about.facts.identity.fingerprint
+    if redeploy:
+        _try_out(plan, fingerprint)
     differs = [
         each.name
         for each in fields(ReplicaSettings)
@@ -199,10 +216,70 @@ def _attach(plan: FleetPlan, redeploy: bool) -> About:
             f"a fleet serves {plan.settings.name!r} already, with other settings ({', '.join(differs)}): leave them as "
             "they are, pass --redeploy to replace its replicas one by one, or choose another --name"
         )
-    if differs or plan.replicas is not None or plan.max_replicas is not None:
-        _deploy(plan, plan.replicas or max(1, _running_replicas(plan.name)), about.facts.identity.fingerprint)
+    replicas = plan.replicas or max(1, _running_replicas(plan.name))
+    if differs:
+        gpus = float(about.facts.device.startswith("cuda"))
+        before = replace(plan, settings=about.settings, cpus=about.settings.threads or plan.cpus, gpus=gpus)
+        _deploy(plan, replicas, fingerprint)
+        try:
+            return _replaced(plan)
+        except ClusterError:
+            _deploy(before, replicas, fingerprint)  # else who dies now would be replaced by what does not come up
+            raise
+    if plan.replicas is not None or plan.max_replicas is not None:
+        _deploy(plan, replicas, fingerprint)
         _wait_running(plan, plan.replicas or 1)
     return about
+
+
+def _try_out(plan: FleetPlan, fingerprint: str) -> None:
+    """Load the plan's checkpoint once on a node, on its CPU and beside what runs there, before a replica goes for it.
+
+    Raises:
+        OtherFleet: it has another fingerprint: ranges and live erasures of the fleet's name would not fit it.
+        ModelError, RangeStoreError: it cannot be served.
+        ClusterError: the node was lost, or loads for too long.
+    """
+    nodes = [node["NodeID"] for node in ray.nodes() if node["Alive"] and node["Resources"].get("CPU", 0) >= 1]
+    model = {**plan.settings.model, "device": "cpu", "dtype": "auto", "compiled": False}
+    somewhere = NodeAffinitySchedulingStrategy(nodes[0], soft=False) if nodes else "DEFAULT"
+    one = ray.remote(plan.replica).options(num_cpus=0, scheduling_strategy=somewhere)
+    with _said():
+        made = one.remote(replace(plan.settings, model=model))
+        try:
+            about: About = ray.get(made.about.remote(), timeout=FIRST_SECONDS)
+        finally:
+            ray.kill(made)
+    if about.failure is not None:
+        raise about.failure.error()
+    assert about.facts is not None
+    if about.facts.identity.fingerprint != fingerprint:
+        raise OtherFleet(
+            f"the fleet of {plan.settings.name!r} serves another checkpoint than {about.facts.source}, and keeps it, "
+            "with its range sets and live erasures: serve this one under another --name"
+        )
+
+
+def _replaced(plan: FleetPlan) -> About:
+    """What a replica tells, when all have the plan's settings.
+
+    Raises:
+        ClusterError: Serve gave up, or none of them was replaced in time. What ran before goes on.
+    """
+    began = time.monotonic()
+    told = False
+    while True:
+        status = _status(plan.name)
+        waited = time.monotonic() - began
+        if status is None or status.status == ApplicationStatus.DEPLOY_FAILED or waited > FIRST_SECONDS:
+            why = _reason(status) if status is not None else "Serve knows nothing of it"
+            raise ClusterError(f"engines with these settings do not come up, and those that are left go on: {why}")
+        if status.status == ApplicationStatus.RUNNING and (about := _about(plan)).settings == plan.settings:
+            return about
+        if not told and waited > TELL_SECONDS:
+            told = True
+            logger.info("engines are still being replaced; %s", free())
+        time.sleep(POLL_SECONDS)
 
 
 def _deploy(plan: FleetPlan, replicas: int, fingerprint: str | None) -> None:
@@ -210,7 +287,7 @@ def _deploy(plan: FleetPlan, replicas: int, fingerprint: str | None) -> None:
     if plan.max_replicas is not None:
         batch = plan.settings.engine["max_batch_tokens"] or batch_tokens_for("cuda" if plan.gpus else "cpu")
         number = {"autoscaling_config": autoscaling(replicas, plan.max_replicas, batch, dict(plan.scaling))}
-    deployment = serve.deployment(
+    deployment: Any = serve.deployment(
         name=DEPLOYMENT,
         max_ongoing_requests=MAX_ONGOING,
         max_queued_requests=MAX_QUEUED,
@@ -220,14 +297,22 @@ def _deploy(plan: FleetPlan, replicas: int, fingerprint: str | None) -> None:
         health_check_timeout_s=5 * HEALTH_SECONDS,
         graceful_shutdown_wait_loop_s=0.2,
         graceful_shutdown_timeout_s=plan.drain_seconds,
+        max_surge_percent=SURGE_PERCENT if _room_for_one(plan) else 0,
         logging_config=_quiet(),
         **number,
     )(plan.replica)
+    deployment = deployment.options(version=plan.version, _internal=True)
     with _said():
         serve.run_many(
             [serve.RunTarget(deployment.bind(plan.settings, *plan.more), name=plan.name, route_prefix=None)],
             wait_for_applications_running=False,
         )
+
+
+def _room_for_one(plan: FleetPlan) -> bool:
+    """Whether some node has free what a replica takes."""
+    free_now = available_resources_per_node().values()
+    return any(node.get("CPU", 0) >= plan.cpus and node.get("GPU", 0) >= plan.gpus for node in free_now)
 
 
 def _wait_running(plan: FleetPlan, replicas: int, all_of_it: bool = True) -> None:
@@ -252,7 +337,7 @@ def _wait_running(plan: FleetPlan, replicas: int, all_of_it: bool = True) -> Non
                 return
             if status.status == ApplicationStatus.DEPLOY_FAILED and not running:
                 raise ClusterError(f"the fleet of {plan.settings.name!r} does not come up: {_reason(status)}")
-        if not told and running < replicas and waited > TELL_SECONDS:
+        if not told and running < replicas and waited > TELL_SECONDS and not _room_for_one(plan):
             told = True
             each = f"{plan.cpus:g} CPUs" + (" and a GPU" if plan.gpus else "")
             logger.warning("%d of %d engines run yet: each asks for %s, %s", running, replicas, each, free())

@@ -1,0 +1,149 @@
+"""`--redeploy`: engines are replaced while requests are under way, and none of those is lost or answered wrongly."""
+
+import asyncio
+import functools
+import threading
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from app.service import Service
+from range_store.erasure import Erasure
+from range_store.live import LiveErasure
+from tests.e2e.cluster.conftest import activated, pids
+from tests.range_store.waiting import until
+from tests.workers.checkpoints import save_tiny
+from tests.workers.texts import labelled_texts
+from workers.cluster.errors import ClusterError, OtherFleet
+from workers.cluster.launching import FleetPlan
+from workers.cluster.replica import Replica
+from workers.engine.answers import Answer
+from workers.fitting.fit import Fitted
+from workers.models.errors import ModelError
+
+pytestmark = [pytest.mark.long, pytest.mark.timeout(600)]  # processes that load torch, on a busy machine
+TEXTS = [text for text, _ in labelled_texts(24, seed=21)]
+TOLERANCE = 2e-4
+"""Largest difference of a logit between two batches that a text is in (promise 2)."""
+PATIENT = {"max_queue_seconds": 600.0}
+
+
+@contextmanager
+def under_way(service: Service) -> Iterator[list[Answer]]:
+    """Eight clients ask all the while; gives their answers, and raises what any of them met."""
+    stop = threading.Event()
+    answers: list[Answer] = []
+
+    async def client(first: int) -> None:
+        at = first
+        while not stop.is_set():
+            answers.append(await service.engine.classify(TEXTS[at % 24 : at % 24 + 1], None, timeout=60.0))
+            at += 8
+
+    async def clients() -> None:
+        await asyncio.gather(*(client(first) for first in range(8)))
+
+    with ThreadPoolExecutor(1) as pool:
+        asking: Future[None] = pool.submit(asyncio.run, clients())
+        try:
+            until(lambda: len(answers) > 50 or asking.done(), 120)
+            yield answers
+            enough = len(answers) + 50
+            until(lambda: len(answers) > enough or asking.done(), 120)
+        finally:
+            stop.set()
+            asking.result(120)
+
+
+def same(answers: list[Answer], expected: list[Answer], generation: str) -> None:
+    """Every answer is one that the fleet gave before, under the live erasures."""
+    assert {answer.generation for answer in answers} == {generation}
+    known = np.stack([answer.texts[0].logits for answer in expected])
+    for answer in answers:
+        assert np.abs(known - answer.texts[0].logits).max(axis=1).min() <= TOLERANCE
+
+
+Opening = Callable[..., list[Service]]
+
+
+@pytest.fixture(scope="module")
+def fleet(open_services: Opening, fitted: Fitted) -> Service:
+    """Of two replicas, with something erased."""
+    service = activated(open_services("rolling", replicas=2, **PATIENT)[0], fitted)
+    service.store.set_erasure(LiveErasure(erasure=Erasure(concept="Sports", top_fraction=1.0)))
+    service.mirror.refresh()
+    return service
+
+
+@pytest.fixture(scope="module")
+def expected(fleet: Service) -> list[Answer]:
+    async def ask() -> list[Answer]:
+        return list(await asyncio.gather(*(fleet.engine.classify([text], None) for text in TEXTS)))
+
+    return asyncio.run(ask())
+
+
+def test_other_settings_replace_every_engine_and_lose_no_request(
+    fleet: Service, expected: list[Answer], open_services: Opening
+) -> None:
+    before = set(pids(fleet))
+    with under_way(fleet) as answers:
+        (second,) = open_services("rolling", redeploy=True, max_queue_texts=777, **PATIENT)
+        until(lambda: len(set(pids(fleet))) == 2)
+        assert not before & set(pids(fleet)), "every engine was replaced before the new ingress answers"
+    same(answers, expected, fleet.store.live().generation)
+    assert fleet.registry.get_sample_value("neuronlens_fleet_lost_total") == 0.0
+    assert second.engine.settings.max_queue_texts == 777
+    with pytest.raises(OtherFleet, match="engine"):
+        open_services("rolling", **PATIENT)
+
+
+def test_another_number_or_the_same_settings_replace_nobody(
+    fleet: Service, expected: list[Answer], open_services: Opening
+) -> None:
+    before = set(pids(fleet))
+    open_services("rolling", redeploy=True, max_queue_texts=777, **PATIENT)
+    open_services("rolling", replicas=3, max_queue_texts=777, **PATIENT)
+    until(lambda: len(set(pids(fleet))) == 3, 60)
+    assert before < set(pids(fleet))
+    open_services("rolling", replicas=2, max_queue_texts=777, **PATIENT)
+    until(lambda: len(set(pids(fleet))) == 2, 60)
+
+
+def test_another_checkpoint_is_refused_before_any_engine_goes(
+    fleet: Service, expected: list[Answer], open_services: Opening, tmp_path: Path
+) -> None:
+    before = set(pids(fleet))
+    other = save_tiny("bert", tmp_path / "other", labels=fleet.model.identity.labels, seed=7)
+    (tmp_path / "none").mkdir()
+    with under_way(fleet) as answers:
+        with pytest.raises(
+            OtherFleet, match=f"^the fleet of 'rolling' serves another checkpoint than {other}, .* --name"
+        ):
+            open_services("rolling", redeploy=True, model=str(other), max_queue_texts=777, **PATIENT)
+        with pytest.raises(ModelError):
+            open_services("rolling", redeploy=True, model=str(tmp_path / "none"), max_queue_texts=777, **PATIENT)
+    assert set(pids(fleet)) == before
+    same(answers, expected, fleet.store.live().generation)
+
+
+def test_engines_that_do_not_come_up_leave_the_old_ones(
+    fleet: Service, expected: list[Answer], open_services: Opening, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class NeverJoins(Replica):
+        async def reconfigure(self, config: dict[str, Any]) -> None:
+            raise ClusterError("this one never joins")
+
+    before = set(pids(fleet))
+    monkeypatch.setattr("app.fleet.FleetPlan", functools.partial(FleetPlan, replica=NeverJoins))
+    with under_way(fleet) as answers, pytest.raises(ClusterError, match=r"those that are left go on: .*never joins"):
+        open_services("rolling", redeploy=True, max_queue_texts=888, **PATIENT)
+    assert set(pids(fleet)) == before
+    same(answers, expected, fleet.store.live().generation)
+    monkeypatch.undo()
+    open_services("rolling", max_queue_texts=777, **PATIENT)  # its settings are what they were
