@@ -5,6 +5,7 @@ import os
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +21,9 @@ from app.service import Answerer, Service
 from app.settings import Settings
 from app.tracing import traceparent
 from range_store.embedded import EmbeddedRedis, connect
+from range_store.errors import StoreUnavailable
 from range_store.mirror import Mirror
+from range_store.replicas import Replicas
 from workers.cluster.connection import PRIVATE, connected
 from workers.cluster.errors import ClusterError
 from workers.cluster.exposing import MetricsAt
@@ -76,7 +79,16 @@ def open_fleet(
         plans = [_plan(each, url, len(models), scaling or {}) for each in models]
         services = []
         for each, plan in zip(models, plans, strict=True):
-            fleet = stack.enter_context(running(plan, redeploy=redeploy, keep=not private, away=lambda: lifeline.away))
+            replicas = Replicas(client, plan.settings.name)
+            fleet = stack.enter_context(
+                running(
+                    plan,
+                    redeploy=redeploy,
+                    keep=not private,
+                    away=lambda: lifeline.away,
+                    ended=partial(_forgotten, replicas),
+                )
+            )
             services.append(stack.enter_context(_service(each, fleet, client, end)))
         yield services
 
@@ -97,6 +109,14 @@ class _End:
         time.sleep(END_SECONDS)
         logger.critical("it waits for what is lost, and ends at once")
         os._exit(UNREACHABLE)
+
+
+def _forgotten(replicas: Replicas, ended: str) -> bool:
+    """Whether nobody waits any more for a replica that Serve has seen end."""
+    try:
+        return replicas.forget(ended)
+    except StoreUnavailable:  # it is asked again, and the report expires by itself
+        return False
 
 
 @contextmanager

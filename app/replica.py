@@ -8,9 +8,8 @@ from dataclasses import dataclass
 from app.logs import RequestFacts, begin, configured, note
 from app.settings import Settings
 from app.tracing import follow
-from range_store.replicas import new_name
 from workers.cluster.messages import Answered, Origin, Refused, Wanted
-from workers.cluster.replica import Replica, ReplicaSettings
+from workers.cluster.replica import Replica, ReplicaSettings, replica_name
 
 logger = logging.getLogger(__name__)
 
@@ -27,7 +26,7 @@ class LoggedReplica(Replica):
     """Writes to stderr, which is a file of Ray's on its node (docs/observing.md)."""
 
     def __init__(self, settings: ReplicaSettings, logs: Logs) -> None:
-        name = new_name()
+        name = replica_name()
         self._logging = ExitStack()
         chosen = Settings.model_construct(None, **vars(logs))  # of the ingress, and not of this node's environment
         self._logging.enter_context(configured(chosen, model=settings.name, replica=name))

@@ -113,6 +113,18 @@ class Replicas:
         with reaching_redis():
             self._client.hdel(self._key, name)
 
+    def forget(self, ended: str) -> bool:
+        """Take out the reports of a replica whose process has ended, by the last part of its name.
+
+        Not before it has missed a heartbeat: who was taken for ended and lives reports on. Gives whether none is left.
+        """
+        roster = self.read()
+        held = [each for each in roster.replicas if each.name.endswith(f":{ended}")]
+        silent = [each.name for each in held if roster.now - each.at > 1.5 * HEARTBEAT_SECONDS]
+        for name in silent:
+            self.remove(name)
+        return len(silent) == len(held)
+
     def read(self) -> Roster:
         """Who reports now. What was written by something else is left out."""
         with reaching_redis(), self._client.pipeline(transaction=False) as both:
@@ -172,7 +184,7 @@ class Follow:
         return "the replicas began to report only now (was Redis emptied?), and some may be missing among them"
 
 
-def new_name() -> str:
-    """A name for a replica in this process."""
+def new_name(unique: str | None = None) -> str:
+    """A name for a replica in this process; `unique`: its last part, else random."""
     host = re.sub(r"[\s:]", "-", socket.gethostname()) or "localhost"
-    return f"{host}:{os.getpid()}:{secrets.token_hex(4)}"
+    return f"{host}:{os.getpid()}:{unique or secrets.token_hex(4)}"

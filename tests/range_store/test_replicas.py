@@ -246,6 +246,17 @@ def test_a_report_is_renewed_and_made_anew_after_it_was_lost(
     assert since > first.at
 
 
+def test_who_is_known_to_have_ended_is_forgotten_and_who_lives_is_not(replicas: Replicas) -> None:
+    lives, ended = new_name("lives"), new_name("ended")
+    replicas.report(ended, None, None, NEVER)
+    assert not replicas.forget("ended"), "it reported just now"
+    until(lambda: replicas.forget("ended"))
+    replicas.report(lives, None, None, NEVER)
+    assert not replicas.forget("lives")
+    assert replicas.forget("never")
+    assert names(replicas.read()) == [lives]
+
+
 def test_a_report_that_fails_does_not_harm_the_mirror(
     active: RangeStore, replicas: Replicas, mirrors: Mirrors, caplog: pytest.LogCaptureFixture
 ) -> None:

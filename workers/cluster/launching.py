@@ -7,7 +7,6 @@ who has it joins. From then on Serve holds every new replica, however late, agai
 import hashlib
 import json
 import logging
-import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
@@ -19,22 +18,21 @@ import ray
 from ray import serve
 from ray._private.state import available_resources_per_node
 from ray.exceptions import RayError
-from ray.serve.context import _get_global_client
 from ray.serve.exceptions import RayServeException
-from ray.serve.schema import ApplicationStatus, LoggingConfig, ReplicaState, ServeInstanceDetails
+from ray.serve.schema import ApplicationStatus, LoggingConfig
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from workers.cluster.connection import TELL_SECONDS, free
 from workers.cluster.errors import ClusterError, OtherFleet
 from workers.cluster.replica import About, Replica, ReplicaSettings
 from workers.cluster.scaling import autoscaling
+from workers.cluster.serve_status import DEPLOYMENT, Watch, count, reason, running_replicas, said, status_of
 from workers.engine.settings import batch_tokens_for
 from workers.models.facts import ModelFacts
 
 logger = logging.getLogger(__name__)
 logging.getLogger("ray.serve").setLevel(logging.WARNING)  # a command's stderr is its own
 
-DEPLOYMENT = "engine"
 PREFIX = "neuronlens:"
 """Before a model's name, the name of its application in Serve."""
 MAX_ONGOING = 1024
@@ -132,7 +130,12 @@ def room(device: str, threads: int | None, replicas: int | None) -> Room:
 
 @contextmanager
 def running(
-    plan: FleetPlan, *, redeploy: bool = False, keep: bool = True, away: Callable[[], bool] = lambda: False
+    plan: FleetPlan,
+    *,
+    redeploy: bool = False,
+    keep: bool = True,
+    away: Callable[[], bool] = lambda: False,
+    ended: Callable[[str], bool] = lambda replica: True,
 ) -> Iterator[RunningFleet]:
     """The fleet of a plan: started, or the one that runs. This process is connected to the cluster.
 
@@ -140,6 +143,7 @@ def running(
         redeploy: replace the replicas of a fleet that runs with other settings, one by one.
         keep: leave it running afterwards.
         away: whether the cluster does not answer; then nobody is told that this process leaves.
+        ended: see `Watch`.
 
     Raises:
         ClusterError: it does not come up; says why.
@@ -148,9 +152,9 @@ def running(
     """
     serve.start(http_options={"location": "NoServer"}, logging_config=_quiet())
     try:
-        about = _attach(plan, redeploy) if _status(plan.name) is not None else _start(plan)
+        about = _attach(plan, redeploy) if status_of(plan.name) is not None else _start(plan)
         assert about.facts is not None
-        watch = _Watch(plan.name)
+        watch = Watch(plan.name, ended)
         handle = serve.get_app_handle(plan.name)
         watch.start()
         try:
@@ -167,7 +171,7 @@ def running(
 
 def names() -> list[str]:
     """The models that have a fleet on the cluster that this process is connected to."""
-    with _said():
+    with said():
         return sorted(name.removeprefix(PREFIX) for name in serve.status().applications if name.startswith(PREFIX))
 
 
@@ -175,7 +179,7 @@ def take_down(name: str) -> None:
     """End a fleet; what its replicas hold is answered first. Raises ClusterError if there is none of that name."""
     if name not in names():
         raise ClusterError(f"no fleet serves {name!r} here; there are: {', '.join(names()) or 'none'}")
-    with _said():
+    with said():
         serve.delete(PREFIX + name)
 
 
@@ -216,7 +220,7 @@ def _attach(plan: FleetPlan, redeploy: bool) -> About:
             f"a fleet serves {plan.settings.name!r} already, with other settings ({', '.join(differs)}): leave them as "
             "they are, pass --redeploy to replace its replicas one by one, or choose another --name"
         )
-    replicas = plan.replicas or max(1, _running_replicas(plan.name))
+    replicas = plan.replicas or max(1, running_replicas(plan.name))
     if differs:
         gpus = float(about.facts.device.startswith("cuda"))
         before = replace(plan, settings=about.settings, cpus=about.settings.threads or plan.cpus, gpus=gpus)
@@ -244,8 +248,8 @@ def _try_out(plan: FleetPlan, fingerprint: str) -> None:
     model = {**plan.settings.model, "device": "cpu", "dtype": "auto", "compiled": False}
     somewhere = NodeAffinitySchedulingStrategy(nodes[0], soft=False) if nodes else "DEFAULT"
     one = ray.remote(plan.replica).options(num_cpus=0, scheduling_strategy=somewhere)
-    with _said():
-        made = one.remote(replace(plan.settings, model=model))
+    with said():
+        made = one.remote(replace(plan.settings, model=model), *plan.more)
         try:
             about: About = ray.get(made.about.remote(), timeout=FIRST_SECONDS)
         finally:
@@ -269,10 +273,10 @@ def _replaced(plan: FleetPlan) -> About:
     began = time.monotonic()
     told = False
     while True:
-        status = _status(plan.name)
+        status = status_of(plan.name)
         waited = time.monotonic() - began
         if status is None or status.status == ApplicationStatus.DEPLOY_FAILED or waited > FIRST_SECONDS:
-            why = _reason(status) if status is not None else "Serve knows nothing of it"
+            why = reason(status) if status is not None else "Serve knows nothing of it"
             raise ClusterError(f"engines with these settings do not come up, and those that are left go on: {why}")
         if status.status == ApplicationStatus.RUNNING and (about := _about(plan)).settings == plan.settings:
             return about
@@ -302,7 +306,7 @@ def _deploy(plan: FleetPlan, replicas: int, fingerprint: str | None) -> None:
         **number,
     )(plan.replica)
     deployment = deployment.options(version=plan.version, _internal=True)
-    with _said():
+    with said():
         serve.run_many(
             [serve.RunTarget(deployment.bind(plan.settings, *plan.more), name=plan.name, route_prefix=None)],
             wait_for_applications_running=False,
@@ -327,114 +331,32 @@ def _wait_running(plan: FleetPlan, replicas: int, all_of_it: bool = True) -> Non
     began = time.monotonic()
     told = False
     while True:
-        status = _status(plan.name)
+        status = status_of(plan.name)
         waited = time.monotonic() - began
-        running = _count(status) if status is not None else 0
+        running = count(status) if status is not None else 0
         if status is not None:
             # unhealthy is a fleet that lost a replica, until another has taken its place
             settled = status.status in (ApplicationStatus.RUNNING, ApplicationStatus.UNHEALTHY)
             if (running >= replicas and (settled or not all_of_it)) or (running and waited > ENOUGH_SECONDS):
                 return
             if status.status == ApplicationStatus.DEPLOY_FAILED and not running:
-                raise ClusterError(f"the fleet of {plan.settings.name!r} does not come up: {_reason(status)}")
+                raise ClusterError(f"the fleet of {plan.settings.name!r} does not come up: {reason(status)}")
         if not told and running < replicas and waited > TELL_SECONDS and not _room_for_one(plan):
             told = True
             each = f"{plan.cpus:g} CPUs" + (" and a GPU" if plan.gpus else "")
             logger.warning("%d of %d engines run yet: each asks for %s, %s", running, replicas, each, free())
         if waited > FIRST_SECONDS:
-            why = _reason(status) if status is not None else "Serve knows nothing of it"
+            why = reason(status) if status is not None else "Serve knows nothing of it"
             raise ClusterError(f"no replica of {plan.settings.name!r} came up in {FIRST_SECONDS:.0f} s: {why}")
         time.sleep(POLL_SECONDS)
 
 
 def _about(plan: FleetPlan) -> About:
-    with _said():
+    with said():
         about: About = serve.get_app_handle(plan.name).about.remote().result(timeout_s=60)
     return about
-
-
-def _status(name: str) -> Any:
-    with _said():
-        return serve.status().applications.get(name)
-
-
-def _count(status: Any) -> int:
-    deployment = status.deployments.get(DEPLOYMENT)
-    return deployment.replica_states.get(ReplicaState.RUNNING, 0) if deployment else 0
-
-
-def _running_replicas(name: str) -> int:
-    status = _status(name)
-    return _count(status) if status is not None else 0
-
-
-def _running_and_wanted(name: str) -> tuple[int, int]:
-    """Replicas that take requests, and as many as there are to be; `serve.status` leaves the second out."""
-    with _said():
-        client = _get_global_client(raise_if_no_controller_running=False)
-        details = ServeInstanceDetails(**client.get_serve_details()) if client is not None else None
-    application = details.applications.get(name) if details is not None else None
-    deployment = application.deployments.get(DEPLOYMENT) if application is not None else None
-    if deployment is None:
-        return 0, 0
-    running = sum(each.state == ReplicaState.RUNNING for each in deployment.replicas)
-    return running, deployment.target_num_replicas
-
-
-def _reason(status: Any) -> str:
-    """The last line of what Serve says, which is the error's own where a replica raised one."""
-    deployment = status.deployments.get(DEPLOYMENT)
-    said = (deployment.message if deployment else "") or status.message or status.status
-    lines = [line.strip() for line in str(said).splitlines() if line.strip()]
-    return lines[-1] if lines else str(status.status)
-
-
-@contextmanager
-def _said() -> Iterator[None]:
-    """What Ray raises, in one line."""
-    try:
-        yield
-    except (RayError, RayServeException, TimeoutError) as error:
-        lines = str(error).strip().splitlines()
-        raise ClusterError(f"the cluster does not do it: {lines[0] if lines else type(error).__name__}") from None
 
 
 def _quiet() -> LoggingConfig:
     """Serve's own logs: what goes wrong. Calls are counted by our metrics."""
     return LoggingConfig(log_level="WARNING", enable_access_log=False)
-
-
-class _Watch:
-    """Knows how many replicas run, and how many Serve wants to, as its controller says twice a second."""
-
-    SECONDS = 0.5
-
-    def __init__(self, name: str) -> None:
-        self._name = name
-        self._running, self._wanted = _running_and_wanted(name)
-        self._stopping = threading.Event()
-        self._thread = threading.Thread(target=self._run, name="fleet-watch", daemon=True)
-
-    def replicas(self) -> int:
-        return self._running
-
-    def wanted(self) -> int:
-        return self._wanted
-
-    def start(self) -> None:
-        self._thread.start()
-
-    def stop(self) -> None:
-        self._stopping.set()
-        self._thread.join(5 * self.SECONDS)  # it may wait for a cluster that does not answer
-
-    def _run(self) -> None:
-        while not self._stopping.wait(self.SECONDS):
-            try:
-                now, self._wanted = _running_and_wanted(self._name)
-            except ClusterError as error:  # the controller is being replaced, as when its node is lost
-                logger.warning("how many replicas run is not known: %s", error)
-                continue
-            if now != self._running:
-                logger.info("replicas that run: %d, before: %d", now, self._running)
-                self._running = now

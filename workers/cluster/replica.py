@@ -13,6 +13,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from ray import serve
+from ray.serve.exceptions import RayServeException
+
+from range_store.replicas import new_name
 from workers.cluster.errors import ClusterError
 from workers.cluster.exposing import MetricsAt, MetricsServer, ReplicaMetrics, served
 from workers.cluster.messages import TOLD, Answered, Origin, Refused, Reply, Wanted
@@ -71,13 +75,12 @@ class Replica:
 
         from range_store.embedded import connect
         from range_store.mirror import Mirror
-        from range_store.replicas import new_name
         from range_store.store import RangeStore
         from workers.engine.engine import Engine
         from workers.engine.settings import EngineSettings, batch_tokens_for
 
         self._settings = settings
-        self._name = name or new_name()
+        self._name = name or replica_name()
         self._joined = False
         self._failure: Refused | None = None
         self._engine: Engine | None = None
@@ -224,6 +227,14 @@ class Replica:
         logger.critical("the model cannot answer any more: %s", self._engine.failure)
         asyncio.get_running_loop().call_later(0.2, os._exit, 1)
         return True
+
+
+def replica_name() -> str:
+    """For this process; its last part is its id in Serve, by which an ingress takes its report out when it ended."""
+    try:
+        return new_name(str(serve.get_replica_context().replica_id.unique_id))
+    except RayServeException:  # made beside the fleet, to be looked at
+        return new_name()
 
 
 def _load(settings: ReplicaSettings) -> "LoadedModel":

@@ -25,7 +25,7 @@ from tests.workers.checkpoints import save_tiny
 from tests.workers.texts import labelled_texts
 from workers.cluster import launching
 from workers.cluster.errors import ClusterError
-from workers.cluster.launching import DEPLOYMENT
+from workers.cluster.serve_status import DEPLOYMENT
 from workers.engine.answers import Answer
 from workers.engine.errors import QueueFull, ReplicaLost
 from workers.fitting.fit import Fitted

@@ -1,7 +1,6 @@
 """`--redeploy`: engines are replaced while requests are under way, and none of those is lost or answered wrongly."""
 
 import asyncio
-import functools
 import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -12,6 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+from app.replica import LoggedReplica
 from app.service import Service
 from range_store.erasure import Erasure
 from range_store.live import LiveErasure
@@ -20,8 +20,6 @@ from tests.range_store.waiting import until
 from tests.workers.checkpoints import save_tiny
 from tests.workers.texts import labelled_texts
 from workers.cluster.errors import ClusterError, OtherFleet
-from workers.cluster.launching import FleetPlan
-from workers.cluster.replica import Replica
 from workers.engine.answers import Answer
 from workers.fitting.fit import Fitted
 from workers.models.errors import ModelError
@@ -135,12 +133,12 @@ def test_another_checkpoint_is_refused_before_any_engine_goes(
 def test_engines_that_do_not_come_up_leave_the_old_ones(
     fleet: Service, expected: list[Answer], open_services: Opening, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    class NeverJoins(Replica):
+    class NeverJoins(LoggedReplica):
         async def reconfigure(self, config: dict[str, Any]) -> None:
             raise ClusterError("this one never joins")
 
     before = set(pids(fleet))
-    monkeypatch.setattr("app.fleet.FleetPlan", functools.partial(FleetPlan, replica=NeverJoins))
+    monkeypatch.setattr("app.fleet.LoggedReplica", NeverJoins)
     with under_way(fleet) as answers, pytest.raises(ClusterError, match=r"those that are left go on: .*never joins"):
         open_services("rolling", redeploy=True, max_queue_texts=888, **PATIENT)
     assert set(pids(fleet)) == before
