@@ -164,23 +164,6 @@ def test_a_model_that_does_not_load_ends_the_work(cluster: Cluster, tmp_path: Pa
         assert pool.about
 
 
-def test_who_waits_for_cpus_that_others_hold_says_so(
-    pool: ModelPool, source: str, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
-) -> None:
-    until(lambda: ray.available_resources().get("CPU", 0) == 0, 120)
-    monkeypatch.setattr(nodes, "TELL_SECONDS", 0.1)
-
-    def enough() -> None:
-        if caplog.messages:
-            raise FitCancelled
-
-    waiting = ModelPool(source, {"device": "cpu"}, Layout(1, 2, gpu=False), enough)
-    with waiting, pytest.raises(FitCancelled):
-        assert waiting.about
-    asked = "no model is loaded yet: 1 × 2 CPUs were asked for, 0 CPUs and 0 GPUs are free on all nodes together"
-    assert caplog.messages == [asked]
-
-
 @pytest.mark.long
 def test_the_command_stops_within_seconds_and_goes_on(
     cluster: Cluster, source: str, alone: Fitted, path: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
@@ -249,6 +232,23 @@ def test_any_files_give_what_one_file_gives_in_one_process(
     own, other = fitted.range_set.provenance, alone.range_set.provenance
     assert own.corpus.model_copy(update={"name": other.corpus.name}) == other.corpus
     assert (own.model, own.settings, own.versions) == (other.model, other.settings, other.versions)
+
+
+def test_who_waits_for_cpus_that_others_hold_says_so(
+    pool: ModelPool, source: str, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    until(lambda: ray.available_resources().get("CPU", 0) == 0, 120)
+    monkeypatch.setattr(nodes, "TELL_SECONDS", 0.1)
+
+    def enough() -> None:
+        if caplog.messages:
+            raise FitCancelled
+
+    waiting = ModelPool(source, {"device": "cpu"}, Layout(1, 2, gpu=False), enough)
+    with waiting, pytest.raises(FitCancelled):
+        assert waiting.about
+    asked = "no model is loaded yet: 1 × 2 CPUs were asked for, 0 CPUs and 0 GPUs are free on all nodes together"
+    assert caplog.messages == [asked]
 
 
 def test_caps_probe_and_correct_texts_are_those_of_one_process(
