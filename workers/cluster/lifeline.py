@@ -49,7 +49,7 @@ class Lifeline:
         self._node = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
         self._node.connect(_of_ray.global_worker.node.raylet_socket_name)
         self._node.settimeout(LOOK_SECONDS)
-        self._thread = threading.Thread(target=self._run, name="cluster-lifeline", daemon=True)
+        self._thread = threading.Thread(target=self._watch, name="cluster-lifeline", daemon=True)
         self._thread.start()
 
     def close(self) -> None:
@@ -57,6 +57,10 @@ class Lifeline:
         self._closed.set()
         with suppress(OSError):
             self._node.shutdown(socket.SHUT_RDWR)
+
+    def _watch(self) -> None:
+        with self._node:
+            self._run()
 
     def _run(self) -> None:
         seen = time.monotonic()
