@@ -71,7 +71,8 @@ def _about_mine(lines: list[str]) -> list[dict[str, Any]]:
 def test_what_needs_a_cluster_says_so(cli: Cli, model: LoadedModel) -> None:  # noqa: F811
     alone = cli("serve", "--model", model.source, "--replicas", "2")
     assert (alone.exit_code, "--ray" in alone.stderr) == (2, True)
-    nowhere = cli("serve", "--model", model.source, "--ray", "127.0.0.1:1", "--redis-url", "redis://127.0.0.1:1")
+    on_ray = ("serve", "--model", model.source, "--port", "0", "--ray", "127.0.0.1:1")
+    nowhere = cli(*on_ray, "--redis-url", "redis://127.0.0.1:1")
     assert (nowhere.exit_code, "no Ray cluster" in nowhere.stderr) == (3, True)
-    assert cli("serve", "--model", model.source, "--ray", "127.0.0.1:1").exit_code == 1  # no store that all reach
+    assert cli(*on_ray).exit_code == 1  # no store that all reach
     assert cli("fleet", "list").exit_code == 2
