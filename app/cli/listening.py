@@ -3,11 +3,13 @@
 import asyncio
 import errno
 import logging
+import shlex
 import signal
 import socket
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import uvicorn
@@ -57,12 +59,23 @@ def guarded(settings: "Settings") -> "Settings":
 
 def keys_create(settings: "Settings") -> str:
     """The command that makes a key in the store of the settings."""
+    return "neuronlens keys create NAME --scope infer" + _in_store(settings)
+
+
+def fit_command(settings: "Settings", source: str, name: str) -> str:
+    """The command that fits and activates ranges for a served model in the store of the settings."""
+    named = "" if name == Path(source).name else f" --name {shlex.quote(name)}"
+    return f"neuronlens fit --model {shlex.quote(source)}{named} --data FILE --activate{_in_store(settings)}"
+
+
+def _in_store(settings: "Settings") -> str:
+    """The option that leads other commands to a private store that is not where they look by themselves."""
     from app.settings import Settings
 
     elsewhere = settings.redis_url is None and settings.data_dir != Settings.model_fields["data_dir"].get_default(
         call_default_factory=True
     )
-    return "neuronlens keys create NAME --scope infer" + (f" --data-dir {settings.data_dir}" if elsewhere else "")
+    return f" --data-dir {shlex.quote(str(settings.data_dir))}" if elsewhere else ""
 
 
 @contextmanager

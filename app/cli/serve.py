@@ -10,7 +10,7 @@ import typer
 from app.cli import options
 from app.cli.console import hint, progress, say
 from app.cli.exits import FAILED, UNREACHABLE, USAGE, CommandError
-from app.cli.listening import address_of, bind, guarded, keys_create, listen, metrics_apart, observed
+from app.cli.listening import address_of, bind, fit_command, guarded, keys_create, listen, metrics_apart, observed
 from app.cli.stores import settings_with
 
 if TYPE_CHECKING:
@@ -235,7 +235,7 @@ def serve_until_told(
         for service in services:
             snapshot = service.mirror.snapshot
             if snapshot is not None and snapshot.range_set is None:
-                fit = f"neuronlens fit --model {service.model.source} --data FILE --activate"
+                fit = fit_command(settings, service.model.source, service.name)
                 hint(f"{service.name}: nothing can be erased yet: {fit}")
         for line in to_try:
             hint(line.replace("{address}", address))

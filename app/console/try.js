@@ -78,6 +78,9 @@ export function showTry(part, params, signal) {
       quoted(result.label, { class: moved ? "moved" : "" }),
       ` ${percent(result.score)}`,
     ] : [quoted(result.label), ` ${percent(result.score)}`]);
+    // what was open, and what has the focus, stays so
+    const opened = out.querySelector("details")?.open;
+    const focused = out.contains(document.activeElement) ? document.activeElement.textContent : null;
     const masked = `${count(result.masked_neurons, "neuron")} masked at the read position`;
     fill(
       out,
@@ -86,11 +89,11 @@ export function showTry(part, params, signal) {
       el("p", { class: "quiet" }, erased ? masked : tried.source === "live" ? "Nothing is erased live." : "Nothing is erased: choose a concept to see what changes."),
       hidden ? el("p", { class: "note" }, "An erasure is enforced, so the scores without it are shown to scope admin only.") : null,
       result.truncated ? el("p", { class: "note" }, `The text is longer than the model reads: it was cut to ${model.max_tokens} tokens.`) : null,
-      scoreTable(result, share, everything, () => {
+      scoreTable(erased || hidden ? result : { ...result, baseline: null }, share, everything, () => {
         everything = true;
         draw(data, body, milliseconds, hidden);
       }),
-      baseline ? el("p", { class: "legend", "aria-hidden": "true" }, el("span", { class: "swatch before" }), "without erasure ", el("span", { class: "swatch after" }), "erased") : null,
+      baseline && erased ? el("p", { class: "legend", "aria-hidden": "true" }, el("span", { class: "swatch before" }), "without erasure ", el("span", { class: "swatch after" }), "erased") : null,
       applied(data),
       el("p", { class: "quiet" }, `${count(data.usage.tokens, "token")} · answered in ${Math.round(milliseconds)} ms · generation `, el("code", {}, data.erasure.generation ?? "none")),
       el(
@@ -104,6 +107,8 @@ export function showTry(part, params, signal) {
         }),
       ),
     );
+    if (opened) out.querySelector("details")?.setAttribute("open", "");
+    if (focused) [...out.querySelectorAll("button, summary")].find((each) => each.textContent === focused)?.focus({ preventScroll: true });
     strip.textContent = headline.textContent;
     announce(baseline && erased ? `${baseline.label} ${percent(baseline.score)} without erasure, ${result.label} ${percent(result.score)} erased. ${masked}.` : `${result.label} ${percent(result.score)}.`);
   }

@@ -55,6 +55,7 @@ def test_an_example_a_concept_and_what_it_moves(
     expect(page.get_by_text("Nothing to classify yet")).to_be_visible()
     page.get_by_role("group", name="Examples").get_by_role("button", name="Sport", exact=True).click()
     expect(page.locator(".result")).to_contain_text("Nothing is erased: choose a concept")
+    assert page.locator(".scores thead th").all_inner_texts() == ["Label", "Score"]
     page.get_by_label("Sports").check(force=True)
     settled(page, "masked at the read position")
     text = page.get_by_label("Text").input_value()
@@ -144,6 +145,23 @@ def test_a_slider_may_be_moved_as_long_as_one_likes(news: Running, window: Open)
     )
     settled(page, "32 neurons masked")
     page.wait_for_url("**top=1")
+
+
+def test_a_new_answer_leaves_open_what_was_and_the_focus_where_it_was(news: Running, window: Open) -> None:
+    page = window(news).open(f"#/try?text={TEXT}&erase=Sports&method=neuron")
+    settled(page, "9 neurons masked")
+    page.locator(".result summary").click()
+    page.get_by_role("button", name="Copy link").focus()
+    page.evaluate(
+        """() => {
+          const slider = [...document.querySelectorAll("input[type=range]")].find((each) => each.max === "100");
+          slider.value = "100";
+          slider.dispatchEvent(new Event("input"));
+        }"""
+    )
+    settled(page, "32 neurons masked")
+    expect(page.locator(".result li")).to_be_visible()
+    expect(page.get_by_role("button", name="Copy link")).to_be_focused()
 
 
 def test_a_link_shares_the_state_and_holds_no_key(

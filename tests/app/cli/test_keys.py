@@ -1,9 +1,12 @@
 """`neuronlens keys`, on a real store."""
 
+import shlex
 from pathlib import Path
 
 import pytest
 
+from app.cli.listening import fit_command
+from app.settings import Settings
 from range_store.api_keys import KeyStore
 from range_store.embedded import connect
 from tests.app.cli.conftest import Cli
@@ -67,6 +70,14 @@ def test_errors_say_what_to_do(cli: Cli, tmp_path: Path, arguments: tuple[str, .
 def test_a_store_that_is_away(cli: Cli, tmp_path: Path) -> None:
     ended = cli("keys", "list", "--redis-url", f"unix://{tmp_path}/no.sock")
     assert ended.exit_code == 3
+
+
+def test_what_a_server_says_to_fit_with_leads_to_its_own_model_and_store(tmp_path: Path) -> None:
+    usual = Settings()
+    assert fit_command(usual, "my/model", "model") == "neuronlens fit --model my/model --data FILE --activate"
+    own = fit_command(Settings(data_dir=tmp_path / "a place"), "my/model", "news")
+    assert shlex.split(own)[4:6] == ["--name", "news"]
+    assert shlex.split(own)[-2:] == ["--data-dir", str(tmp_path / "a place")]
 
 
 def test_an_open_host_needs_keys(cli: Cli, tmp_path: Path) -> None:
