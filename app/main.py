@@ -45,7 +45,8 @@ from app.tracing import Traces
 DESCRIPTION = """Classify text with a transformer while erasing chosen concepts from its activations, live.
 
 Each concept occupies its own range of a neuron's values (arXiv 2502.06809): a neuron is zeroed only while its value
-lies in the range fitted for the concept. Errors are `application/problem+json`."""
+lies in the range fitted for the concept. Errors below `/v1` are `application/problem+json`; on the routes of other
+servers, what their clients read."""
 
 CLASSIFYING = ("/v1/classify", *dropin.CLASSIFYING)
 """Templates of the routes whose POST takes the model's time: what a full queue refuses, and alerts watch."""

@@ -6,6 +6,7 @@ No problem ever repeats a text that a user sent.
 import json
 import logging
 import random
+import re
 from collections.abc import Mapping
 from http import HTTPStatus
 from typing import Any
@@ -193,13 +194,14 @@ def documented(*codes: int) -> dict[int | str, dict[str, Any]]:
 
 
 def finish(openapi: dict[str, Any]) -> None:
-    """Say of every error that it is a problem, and of every reply that it carries the request's id."""
+    """Say of every operation what it does, of every error that it is a problem, of every reply that it has an id."""
     about = {"description": "The request's own, or a new one.", "required": True, "schema": {"type": "string"}}
     openapi["components"]["headers"] = {"RequestId": about}
     for unused in ("HTTPValidationError", "ValidationError"):  # FastAPI's own form of a 422, which nothing answers here
         openapi["components"]["schemas"].pop(unused, None)
     for operations in openapi["paths"].values():
         for operation in operations.values():
+            operation["summary"] = re.split(r"[.;](?:\s|$)", operation["description"], maxsplit=1)[0]
             for status, response in operation["responses"].items():
                 if int(status) >= 400:
                     response["content"] = _CONTENT

@@ -42,8 +42,11 @@ def test_http_page_lists_every_route_and_error_code() -> None:
         assert f"`{code}`" in row, code
 
 
-def test_openapi_has_no_schema_that_nothing_refers_to() -> None:
+def test_openapi_sums_up_each_operation_and_has_no_schema_that_nothing_refers_to() -> None:
     document = create_app(Settings()).openapi()
+    for operations in document["paths"].values():
+        for operation in operations.values():
+            assert operation["description"].startswith(operation["summary"])
     referred = set(re.findall(r"#/components/schemas/([^\"]+)", json.dumps(document)))
     assert referred == set(document["components"]["schemas"])
 
