@@ -55,7 +55,8 @@ async def start_fit(
     """Fit ranges on texts that the server can read, in a process beside it, as `neuronlens fit` would."""
     service = asking.service(body.model)
     if not service.settings.fits:
-        raise ApiError(403, "fits_disabled", "this server takes no fits: NEURONLENS_FIT_DIRS would allow them")
+        other = "use `neuronlens fit`" if service.settings.ray else "NEURONLENS_FIT_DIRS would allow them"
+        raise ApiError(403, "fits_disabled", f"this server takes no fits: {other}")
     resolve_layers(body.layers if isinstance(body.layers, str) else tuple(body.layers), service.model.identity.n_layers)
     if body.dataset is not None and body.dataset not in KNOWN_DATA_SETS:
         raise ApiError(422, "unusable_data", f"dataset: it is one of {', '.join(KNOWN_DATA_SETS)}, or left out")

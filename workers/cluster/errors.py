@@ -21,3 +21,9 @@ class ClusterUnavailable(ClusterError):
 
 class OtherFleet(ClusterError):
     """A fleet of that name runs with other settings."""
+
+
+def first_line(error: BaseException) -> str:
+    """What an error of Ray says, without the traces that it adds; its type where it says nothing."""
+    lines = str(error).strip().splitlines()
+    return lines[0] if lines else type(error).__name__

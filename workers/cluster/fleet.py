@@ -20,6 +20,7 @@ from ray.serve.exceptions import BackPressureError, RayServeException
 
 from range_store.erasure import Erasure, Site
 from range_store.errors import Behind
+from workers.cluster.errors import first_line
 from workers.cluster.messages import Answered, Origin, Refused, Reply, Wanted
 from workers.cluster.metrics import FleetMetrics
 from workers.engine.answers import Answer, Load
@@ -328,10 +329,10 @@ class Fleet:
             raise ReplicaLost("the replica gave the request up") from None
         except RayError as error:
             if _is_fault(error):
-                raise EngineFailed(f"a fault in a replica: {_line(error)}") from None
-            raise ReplicaLost(_line(error)) from None
+                raise EngineFailed(f"a fault in a replica: {first_line(error)}") from None
+            raise ReplicaLost(first_line(error)) from None
         except RayServeException as error:
-            raise ReplicaLost(_line(error)) from None
+            raise ReplicaLost(first_line(error)) from None
         finally:
             if nobody is not None:
                 nobody.cancel()
@@ -454,8 +455,3 @@ async def _result(response: Any) -> Any:
 def _is_fault(error: RayError) -> bool:
     """Whether the replica lives, and raised what none of ours should."""
     return isinstance(error, RayTaskError) and not isinstance(getattr(error, "cause", None), RayError)
-
-
-def _line(error: BaseException) -> str:
-    lines = str(error).strip().splitlines()
-    return lines[0] if lines else type(error).__name__

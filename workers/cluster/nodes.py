@@ -22,7 +22,7 @@ from ray.exceptions import RayError, RayTaskError
 from range_store.errors import RangeStoreError
 from range_store.range_set import ModelIdentity
 from workers.cluster.connection import TELL_SECONDS, free
-from workers.cluster.errors import ClusterError
+from workers.cluster.errors import ClusterError, first_line
 from workers.fitting.corpus import CorpusError
 from workers.models.errors import ModelError
 from workers.models.loading import LoadedModel, load_model, use_threads
@@ -330,7 +330,7 @@ class ModelPool:
             raise _reason(error) from None
         piece.attempts += 1
         if piece.attempts >= ATTEMPTS:
-            raise ClusterError(f"{piece.task}: whoever was given it died, {ATTEMPTS} times: {_line(error)}")
+            raise ClusterError(f"{piece.task}: whoever was given it died, {ATTEMPTS} times: {first_line(error)}")
         assert piece.member is not None
         self._replace(piece.member, error)
         return piece
@@ -340,10 +340,10 @@ class ModelPool:
         if member not in self._members:
             return  # several pieces were in its hands
         where = f"process {member.about.pid} of node {member.about.node}" if member.about else "before it had loaded"
-        logger.warning("an actor was lost, %s: its work is done again (%s)", where, _line(error))
+        logger.warning("an actor was lost, %s: its work is done again (%s)", where, first_line(error))
         self._deaths += 1
         if self._deaths > ATTEMPTS * len(self._members):
-            raise ClusterError(f"actors die before any work is done: {_line(error)}")
+            raise ClusterError(f"actors die before any work is done: {first_line(error)}")
         with suppress(RayError):
             ray.kill(member.handle)
         self._members[self._members.index(member)] = self._start()
@@ -354,9 +354,4 @@ def _reason(error: RayTaskError) -> Exception:
     cause = error.cause
     if isinstance(cause, (ModelError, CorpusError, RangeStoreError)):
         return cause
-    return ClusterError(f"an actor failed: {type(cause).__name__}: {_line(cause)}")
-
-
-def _line(error: BaseException) -> str:
-    lines = str(error).strip().splitlines()
-    return lines[0] if lines else type(error).__name__
+    return ClusterError(f"an actor failed: {type(cause).__name__}: {first_line(cause)}")
