@@ -26,7 +26,7 @@ from workers.cluster.connection import TELL_SECONDS, free
 from workers.cluster.errors import ClusterError, OtherFleet
 from workers.cluster.replica import About, Replica, ReplicaSettings
 from workers.cluster.scaling import autoscaling
-from workers.cluster.serve_status import DEPLOYMENT, Watch, count, reason, running_replicas, said, status_of
+from workers.cluster.serve_status import DEPLOYMENT, Watch, applications, said, status_of
 from workers.engine.settings import batch_tokens_for
 from workers.models.facts import ModelFacts
 
@@ -171,8 +171,7 @@ def running(
 
 def names() -> list[str]:
     """The models that have a fleet on the cluster that this process is connected to."""
-    with said():
-        return sorted(name.removeprefix(PREFIX) for name in serve.status().applications if name.startswith(PREFIX))
+    return sorted(name.removeprefix(PREFIX) for name in applications() if name.startswith(PREFIX))
 
 
 def take_down(name: str) -> None:
@@ -220,7 +219,8 @@ def _attach(plan: FleetPlan, redeploy: bool) -> About:
             f"a fleet serves {plan.settings.name!r} already, with other settings ({', '.join(differs)}): leave them as "
             "they are, pass --redeploy to replace its replicas one by one, or choose another --name"
         )
-    replicas = plan.replicas or max(1, running_replicas(plan.name))
+    status = status_of(plan.name)
+    replicas = plan.replicas or max(1, status.running if status is not None else 0)
     if differs:
         gpus = float(about.facts.device.startswith("cuda"))
         before = replace(plan, settings=about.settings, cpus=about.settings.threads or plan.cpus, gpus=gpus)
@@ -276,7 +276,7 @@ def _replaced(plan: FleetPlan) -> About:
         status = status_of(plan.name)
         waited = time.monotonic() - began
         if status is None or status.status == ApplicationStatus.DEPLOY_FAILED or waited > FIRST_SECONDS:
-            why = reason(status) if status is not None else "Serve knows nothing of it"
+            why = status.why if status is not None else "Serve knows nothing of it"
             raise ClusterError(f"engines with these settings do not come up, and those that are left go on: {why}")
         if status.status == ApplicationStatus.RUNNING and (about := _about(plan)).settings == plan.settings:
             return about
@@ -333,20 +333,20 @@ def _wait_running(plan: FleetPlan, replicas: int, all_of_it: bool = True) -> Non
     while True:
         status = status_of(plan.name)
         waited = time.monotonic() - began
-        running = count(status) if status is not None else 0
+        running = status.running if status is not None else 0
         if status is not None:
             # unhealthy is a fleet that lost a replica, until another has taken its place
             settled = status.status in (ApplicationStatus.RUNNING, ApplicationStatus.UNHEALTHY)
             if (running >= replicas and (settled or not all_of_it)) or (running and waited > ENOUGH_SECONDS):
                 return
             if status.status == ApplicationStatus.DEPLOY_FAILED and not running:
-                raise ClusterError(f"the fleet of {plan.settings.name!r} does not come up: {reason(status)}")
+                raise ClusterError(f"the fleet of {plan.settings.name!r} does not come up: {status.why}")
         if not told and running < replicas and waited > TELL_SECONDS and not _room_for_one(plan):
             told = True
             each = f"{plan.cpus:g} CPUs" + (" and a GPU" if plan.gpus else "")
             logger.warning("%d of %d engines run yet: each asks for %s, %s", running, replicas, each, free())
         if waited > FIRST_SECONDS:
-            why = reason(status) if status is not None else "Serve knows nothing of it"
+            why = status.why if status is not None else "Serve knows nothing of it"
             raise ClusterError(f"no replica of {plan.settings.name!r} came up in {FIRST_SECONDS:.0f} s: {why}")
         time.sleep(POLL_SECONDS)
 

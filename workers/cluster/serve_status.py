@@ -1,16 +1,20 @@
-"""What Ray Serve says of a fleet. Without torch."""
+"""What Ray Serve says of fleets. Without torch.
+
+Read from the plain data that its controller gives: `serve.status` makes objects of them, which takes longer, and fails
+where another thread does the same at that moment.
+"""
 
 import logging
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any
 
-from ray import serve
 from ray.exceptions import RayError
 from ray.serve.context import _get_global_client
 from ray.serve.exceptions import RayServeException
-from ray.serve.schema import ReplicaState, ServeInstanceDetails
+from ray.serve.schema import ApplicationStatus, ReplicaState
 
 from workers.cluster.errors import ClusterError
 
@@ -19,27 +23,49 @@ logger = logging.getLogger(__name__)
 DEPLOYMENT = "engine"
 
 
-def status_of(name: str) -> Any:
+@dataclass(frozen=True)
+class FleetStatus:
+    """A fleet, as Serve's controller sees it.
+
+    Attributes:
+        running, wanted: how many replicas take requests, and how many are to.
+        replicas, ended: ids of those that it has, and of those whose processes it has lately seen end.
+        why: the last line of what it says, which is the error's own where a replica raised one.
+    """
+
+    status: ApplicationStatus
+    running: int
+    wanted: int
+    replicas: frozenset[str]
+    ended: frozenset[str]
+    why: str
+
+
+def status_of(name: str) -> FleetStatus | None:
+    """Of the fleet whose application has that name; None if there is none. Raises ClusterError."""
+    application = applications().get(name)
+    if application is None:
+        return None
+    deployment = application.get("deployments", {}).get(DEPLOYMENT, {})
+    replicas = deployment.get("replicas", ())
+    told = str(deployment.get("message") or application.get("message") or application["status"])
+    lines = [line.strip() for line in told.splitlines() if line.strip()]
+    return FleetStatus(
+        ApplicationStatus(application["status"]),
+        sum(each["state"] == ReplicaState.RUNNING for each in replicas),
+        deployment.get("target_num_replicas") or 0,
+        frozenset(each["replica_id"] for each in replicas),
+        frozenset(each["replica_id"] for each in deployment.get("recent_dead_replicas", ())),
+        lines[-1] if lines else str(application["status"]),
+    )
+
+
+def applications() -> Mapping[str, Any]:
+    """All that Serve runs on the cluster that this process is connected to, by name. Raises ClusterError."""
     with said():
-        return serve.status().applications.get(name)
-
-
-def count(status: Any) -> int:
-    deployment = status.deployments.get(DEPLOYMENT)
-    return deployment.replica_states.get(ReplicaState.RUNNING, 0) if deployment else 0
-
-
-def running_replicas(name: str) -> int:
-    status = status_of(name)
-    return count(status) if status is not None else 0
-
-
-def reason(status: Any) -> str:
-    """The last line of what Serve says, which is the error's own where a replica raised one."""
-    deployment = status.deployments.get(DEPLOYMENT)
-    said = (deployment.message if deployment else "") or status.message or status.status
-    lines = [line.strip() for line in str(said).splitlines() if line.strip()]
-    return lines[-1] if lines else str(status.status)
+        client = _get_global_client(raise_if_no_controller_running=False)
+        found: Mapping[str, Any] = {} if client is None else client.get_serve_details()["applications"]
+    return found
 
 
 @contextmanager
@@ -65,7 +91,8 @@ class Watch:
         self._name = name
         self._ended = ended
         self._done: set[str] = set()
-        self._running, self._wanted = self._numbers(details_of(name))
+        self._running = self._wanted = 0
+        self._see(status_of(name))
         self._stopping = threading.Event()
         self._thread = threading.Thread(target=self._run, name="fleet-watch", daemon=True)
 
@@ -85,36 +112,15 @@ class Watch:
     def _run(self) -> None:
         while not self._stopping.wait(self.SECONDS):
             try:
-                deployment = details_of(self._name)
+                self._see(status_of(self._name))
             except ClusterError as error:  # the controller is being replaced, as when its node is lost
                 logger.warning("how many replicas run is not known: %s", error)
-                continue
-            now, self._wanted = self._numbers(deployment)
-            if deployment is not None:
-                self._tell({each.replica_id for each in deployment.recent_dead_replicas})
-            if now != self._running:
-                logger.info("replicas that run: %d, before: %d", now, self._running)
-                self._running = now
 
-    @staticmethod
-    def _numbers(deployment: Any) -> tuple[int, int]:
-        if deployment is None:
-            return 0, 0
-        running = sum(each.state == ReplicaState.RUNNING for each in deployment.replicas)
-        return running, deployment.target_num_replicas
-
-    def _tell(self, dead: set[str]) -> None:
-        self._done &= dead
-        for replica in dead - self._done:
-            if self._ended(replica):
-                self._done.add(replica)
-
-
-def details_of(name: str) -> Any:
-    """Everything of a fleet's deployment, or None: what `serve.status` reads, and leaves most of out."""
-    with said():
-        client = _get_global_client(raise_if_no_controller_running=False)
-        if client is None:
-            return None
-        application = ServeInstanceDetails(**client.get_serve_details()).applications.get(name)
-    return application.deployments.get(DEPLOYMENT) if application is not None else None
+    def _see(self, status: FleetStatus | None) -> None:
+        running = status.running if status is not None else 0
+        if running != self._running:
+            logger.info("replicas that run: %d, before: %d", running, self._running)
+        self._running, self._wanted = running, status.wanted if status is not None else 0
+        if status is not None:
+            self._done &= status.ended
+            self._done |= {replica for replica in status.ended - self._done if self._ended(replica)}

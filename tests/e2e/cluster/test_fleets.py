@@ -15,7 +15,6 @@ import httpx
 import psutil
 import pytest
 import uvicorn
-from ray import serve
 
 from app.main import create_app
 from app.service import Service
@@ -25,7 +24,7 @@ from tests.workers.checkpoints import save_tiny
 from tests.workers.texts import labelled_texts
 from workers.cluster import launching
 from workers.cluster.errors import ClusterError
-from workers.cluster.serve_status import DEPLOYMENT
+from workers.cluster.serve_status import status_of
 from workers.engine.answers import Answer
 from workers.engine.errors import QueueFull, ReplicaLost
 from workers.fitting.fit import Fitted
@@ -195,8 +194,8 @@ def test_who_finds_no_room_says_so(
 
 def running(name: str) -> int:
     """Replicas that take requests."""
-    states = serve.status().applications[f"neuronlens:{name}"].deployments[DEPLOYMENT].replica_states
-    return sum(number for state, number in states.items() if state == "RUNNING")
+    status = status_of(f"neuronlens:{name}")
+    return status.running if status is not None else 0
 
 
 def replica_processes(name: str) -> set[int]:

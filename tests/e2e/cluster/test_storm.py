@@ -24,7 +24,7 @@ from tests.e2e.cluster.conftest import activated
 from tests.range_store.waiting import until
 from tests.workers.texts import labelled_texts
 from workers.cluster.messages import Answered
-from workers.cluster.serve_status import details_of
+from workers.cluster.serve_status import status_of
 from workers.fitting.fit import Fitted
 from workers.models.loading import LoadedModel
 
@@ -182,6 +182,6 @@ def test_a_storm_of_toggles_reaches_every_replica_and_nobody_hangs(
 
 def engines_of(service: Service) -> set[str]:
     """Names of the replicas that hold a model: Serve's."""
-    held = details_of(f"neuronlens:{service.name}")
-    ids = {each.replica_id for each in held.replicas}
-    return {each.name for each in service.store.replicas.read().replicas if each.name.split(":")[2] in ids}
+    status = status_of(f"neuronlens:{service.name}")
+    assert status is not None
+    return {each.name for each in service.store.replicas.read().replicas if each.name.split(":")[2] in status.replicas}
