@@ -18,13 +18,11 @@ from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from datetime import UTC, datetime
-from typing import Any, TextIO
+from typing import Any, Protocol, TextIO
 
 import typer
 from opentelemetry import trace
 from pythonjsonlogger.json import JsonFormatter
-
-from app.settings import Settings
 
 logger = logging.getLogger(__name__)
 
@@ -54,6 +52,16 @@ FIELDS: Mapping[str, str] = {
     "exception": "an error: `type`, `frames`, `reason` if the system gave one, `cause`; never what it says",
 }
 """Every field that a line can have, with its meaning. `docs/observing.md` lists them; a test holds it against this."""
+
+
+class HowToLog(Protocol):
+    """The settings of these names."""
+
+    @property
+    def log_level(self) -> str: ...
+
+    @property
+    def log_format(self) -> str: ...
 
 
 @dataclass
@@ -230,7 +238,7 @@ class _Stray(io.TextIOBase):
 
 
 @contextmanager
-def configured(settings: Settings, **always: str) -> Iterator[None]:
+def configured(settings: HowToLog, **always: str) -> Iterator[None]:
     """Everything that this process has to say goes to stderr in the settings' format, until it is left.
 
     Every line has the fields `always`, unless it has them itself.

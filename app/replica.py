@@ -6,7 +6,6 @@ from contextlib import ExitStack
 from dataclasses import dataclass
 
 from app.logs import RequestFacts, begin, configured, note
-from app.settings import Settings
 from app.tracing import follow
 from workers.cluster.messages import Answered, Origin, Refused, Wanted
 from workers.cluster.replica import Replica, ReplicaSettings, replica_name
@@ -16,7 +15,7 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Logs:
-    """How a server logs: its settings of these names."""
+    """How the ingress logs, and not what this node's environment says; see `app.logs.HowToLog`."""
 
     log_level: str
     log_format: str
@@ -28,8 +27,7 @@ class LoggedReplica(Replica):
     def __init__(self, settings: ReplicaSettings, logs: Logs) -> None:
         name = replica_name()
         self._logging = ExitStack()
-        chosen = Settings.model_construct(None, **vars(logs))  # of the ingress, and not of this node's environment
-        self._logging.enter_context(configured(chosen, model=settings.name, replica=name))
+        self._logging.enter_context(configured(logs, model=settings.name, replica=name))
         super().__init__(settings, name)
 
     def _join(self) -> None:

@@ -141,6 +141,7 @@ def test_a_fleet_answers_from_its_nodes_and_outlives_one_of_them(cluster: Cluste
         for secret in (*PASSWORDS.values(), token, TOKEN, TEXT):
             assert secret not in cluster.log(service)
     assert "NOPERM" not in cluster.log("ingress")
+    assert "the replica joined" in cluster.log("ray-worker"), "what engines log is in the container's log"
 
 
 def _client(url: str, token: str) -> httpx.Client:
