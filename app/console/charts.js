@@ -11,6 +11,7 @@ const COLOURS = {
 const DASHES = ["solid", "dash", "dot", "dashdot"];
 const DRAWN_BINS = 48; // a few hundred texts do not fill 512
 const SHOWN = 7; // concepts at first; the legend shows the others
+const LEGEND = 114; // pixels of a legend at most; what is more is scrolled to
 
 let plotly = null;
 
@@ -124,14 +125,16 @@ export function densities(neuron, first, textValue) {
     if (textValue !== null) ends.push(textValue);
     const [left, right] = [Math.min(...ends), Math.max(...ends)];
     const margin = 0.03 * (right - left) || 1;
-    const strip = 0.1 + Math.min(0.3, 0.05 * rows.length);
+    const [above, below] = [250, 66 + 10 * rows.length]; // pixels of the densities, and of the ranges
+    const strip = below / (above + below);
+    const legend = Math.min(LEGEND, 19 * Math.ceil(order.length / (look.narrow ? 2 : 4)));
     const layout = {
-      ...plain(look, 380 + 12 * rows.length),
+      ...plain(look, 72 + above + below + legend),
       margin: { l: 56, r: 12, t: 28, b: 44 },
       xaxis: { ...axis(look), title: { text: `value of neuron ${neuron.neuron} of block ${neuron.layer}` }, anchor: "y2", range: ends.length ? [left - margin, right + margin] : undefined },
       yaxis: { ...axis(look), title: { text: "share of the texts" }, domain: [strip + 0.04, 1], tickformat: ".0%", rangemode: "tozero" },
       yaxis2: { ...axis(look), domain: [0, strip], range: [rows.length - 0.4, -0.6], showgrid: false, zeroline: false, tickvals: rows.map((_, at) => at), ticktext: rows.map(() => ""), title: { text: "ranges" } },
-      legend: { orientation: "h", y: 1.06, yanchor: "bottom", font: { color: look.ink } },
+      legend: { orientation: "h", y: 1.06, yanchor: "bottom", maxheight: LEGEND, font: { color: look.ink } },
       shapes,
       annotations,
       hovermode: "closest",
@@ -150,6 +153,7 @@ export function heatMap({ concepts, share }) {
   return (look) => {
     const names = concepts.map((name, at) => (concepts.length <= 30 ? short(name) : `${at + 1}`));
     const written = concepts.length <= 10;
+    const marked = concepts.map((_, at) => at).filter((at) => concepts.length <= 30 || at % 5 === 4); // numbers would run into each other
     return {
       data: [
         {
@@ -170,10 +174,10 @@ export function heatMap({ concepts, share }) {
         },
       ],
       layout: {
-        ...plain(look, Math.max(300, 140 + 34 * Math.min(concepts.length, 20))),
+        ...plain(look, Math.max(300, Math.min(140 + 34 * Math.min(concepts.length, 20), look.narrow ? 420 : Infinity))),
         margin: { l: 8, r: 8, t: 8, b: 8 },
-        xaxis: { ...axis(look), tickvals: concepts.map((_, at) => at), ticktext: names, automargin: true, showgrid: false, zeroline: false },
-        yaxis: { ...axis(look), tickvals: concepts.map((_, at) => at), ticktext: names, automargin: true, autorange: "reversed", showgrid: false, zeroline: false },
+        xaxis: { ...axis(look), tickvals: marked, ticktext: marked.map((at) => names[at]), automargin: true, showgrid: false, zeroline: false },
+        yaxis: { ...axis(look), tickvals: marked, ticktext: marked.map((at) => names[at]), automargin: true, autorange: "reversed", showgrid: false, zeroline: false },
       },
     };
   };

@@ -184,7 +184,7 @@ function conceptChoice(signal, changed) {
           changed();
         },
       });
-      return el("span", { class: "tick" }, box, el("label", { for: id, class: "chip", title: texts === null ? "not in the active range set" : `fitted on ${count(texts, "text")}` }, quoted(concept)));
+      return el("span", { class: "tick" }, box, el("label", { for: id, class: "chip", title: texts === null ? `${concept}: not in the active range set` : `${concept}: fitted on ${count(texts, "text")}` }, quoted(concept)));
     }),
     concepts.length ? null : el("p", { class: "quiet" }, "None are known: no range set is active, or the key may not look."),
   );
