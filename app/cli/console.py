@@ -52,14 +52,20 @@ def print_json(value: Any) -> None:
     typer.echo(json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False))
 
 
+def _shown(text: object) -> str:
+    """As a terminal may show it: names and reasons are others', and could turn its words around, or give it orders."""
+    said = "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in str(text))
+    return escape(said)
+
+
 def say(message: str) -> None:
-    """A plain line on stdout; square brackets in it are just that."""
-    stdout().print(escape(message), soft_wrap=True)
+    """A plain line on stdout; square brackets in it are just that, and what cannot be printed is written out."""
+    stdout().print(_shown(message), soft_wrap=True)
 
 
 def hint(message: str) -> None:
     """What to do next, on stderr."""
-    stderr().print(escape(message), style="dim", soft_wrap=True)
+    stderr().print(_shown(message), style="dim", soft_wrap=True)
 
 
 def error_line(message: str) -> None:
@@ -83,7 +89,7 @@ def table(columns: Sequence[str], rows: Sequence[Sequence[object]], *, header: b
         numbers = all(_is_number(str(row[index])) for row in rows)
         drawn.add_column(columns[index], justify="right" if numbers else "left", overflow="fold", no_wrap=not place)
     for row in rows:
-        drawn.add_row(*(escape(str(row[index])) for index in filled))
+        drawn.add_row(*(_shown(row[index]) for index in filled))
     if console.is_terminal:
         console.print(drawn)
         return

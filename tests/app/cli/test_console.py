@@ -19,6 +19,24 @@ def test_tables_are_plain_whole_and_aligned_off_a_terminal(capsys: pytest.Captur
     assert len(first.rstrip()) == len(second.rstrip()) == len(header.rstrip())
 
 
+def test_what_others_wrote_gives_a_terminal_no_orders(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    order, lines, turned = "\x1b]0;owned\x07", "one\ntwo", "\u202eabc 🎈"
+    for terminal in (False, True):
+        monkeypatch.setattr(console.Console, "is_terminal", terminal)
+        console.say(order + lines)
+        console.hint(turned)
+        console.table(("reason",), [(order,), (lines,), (turned,)])
+        out, err = capsys.readouterr()
+        assert "\x1b]" not in out + err
+        assert "\x07" not in out + err
+        assert "\u202e" not in out + err
+        assert r"\x1b]0;owned\x07one\ntwo" in out
+        assert r"\u202eabc 🎈" in out
+        assert len(out.splitlines()) == 5
+
+
 def test_progress_off_a_terminal_is_plain_lines_on_stderr(capsys: pytest.CaptureFixture[str]) -> None:
     with console.progress("rows") as report:
         for done in range(0, 2001, 100):
