@@ -187,7 +187,7 @@ def test_who_finds_no_room_says_so(
     monkeypatch.setattr(launching, "TELL_SECONDS", 0.2)
     monkeypatch.setattr(launching, "FIRST_SECONDS", 1.0)
     with pytest.raises(ClusterError, match=r"^no replica of 'large' came up in 1 s: "):
-        open_services("large", threads=17)  # more than a node has
+        open_services("large", threads=17, drain_seconds=1)  # more than a node has
     (said,) = [line for line in caplog.messages if "engines run yet" in line]
     assert re.fullmatch(r"0 of 1 engines run yet: each asks for 17 CPUs, \d+ CPUs and 0 GPUs are free on all .*", said)
 
