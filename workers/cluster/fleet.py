@@ -240,6 +240,8 @@ class Fleet:
     def _check(self, texts: int, length: int) -> None:
         if self._draining:
             raise Draining
+        if self._lost and length > CALL_CHARACTERS:  # it would go by the node, and Ray would end this process there
+            raise ReplicaLost("the cluster is lost; what is left of it takes no request of this size")
         if (full := self._full(texts, length)) is not None:
             raise full
 

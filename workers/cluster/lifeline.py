@@ -1,8 +1,8 @@
 """Whether the cluster that this process is connected to still lives. Ray itself tells late, or never.
 
 A program belongs to a cluster through a node on its own machine, and that node through the head. With Ray 2.60 a
-program whose node ended goes on, until it sends or gets something large and waits for ever; one whose head ended is
-ended itself after a minute, amid its requests. So both are watched here, without Ray.
+program whose node ended goes on until it sends something large, and then Ray ends it; one whose head ended is ended
+after a minute; either amid its requests, without a word to them. So both are watched here, without Ray.
 """
 
 import logging

@@ -92,9 +92,9 @@ class Watch:
         self._ended = ended
         self._done: set[str] = set()
         self._running = self._wanted = 0
-        self._see(status_of(name))
         self._stopping = threading.Event()
         self._thread = threading.Thread(target=self._run, name="fleet-watch", daemon=True)
+        self._see(status_of(name))
 
     def replicas(self) -> int:
         return self._running
@@ -118,7 +118,7 @@ class Watch:
 
     def _see(self, status: FleetStatus | None) -> None:
         running = status.running if status is not None else 0
-        if running != self._running:
+        if running != self._running and self._thread.is_alive():
             logger.info("replicas that run: %d, before: %d", running, self._running)
         self._running, self._wanted = running, status.wanted if status is not None else 0
         if status is not None:

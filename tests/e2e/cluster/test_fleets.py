@@ -24,6 +24,7 @@ from tests.workers.checkpoints import save_tiny
 from tests.workers.texts import labelled_texts
 from workers.cluster import launching
 from workers.cluster.errors import ClusterError
+from workers.cluster.launching import names
 from workers.cluster.serve_status import status_of
 from workers.engine.answers import Answer
 from workers.engine.errors import QueueFull, ReplicaLost
@@ -189,6 +190,7 @@ def test_who_finds_no_room_says_so(
     with pytest.raises(ClusterError, match=r"^no replica of 'large' came up in 1 s: "):
         open_services("large", threads=17, drain_seconds=1)  # more than a node has
     (said,) = [line for line in caplog.messages if "engines run yet" in line]
+    until(lambda: "large" not in names(), 60)
     assert re.fullmatch(r"0 of 1 engines run yet: each asks for 17 CPUs, \d+ CPUs and 0 GPUs are free on all .*", said)
 
 

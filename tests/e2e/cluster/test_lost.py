@@ -131,6 +131,9 @@ def test_an_ingress_whose_node_or_head_is_lost_answers_while_it_can_and_ends(
     own.kill_raylet()
     until(lambda: first.ready() == 503)
     assert first.answers(), "the engine is there"
+    large = first.http.post("/v1/classify", json={"inputs": ["word " * 4000] * 10})
+    assert (large.status_code, large.json()["code"]) == (503, "replica_lost"), "which would go by the node"
+    assert first.answers()
     first.ends(GRACE_SECONDS + END_SECONDS, "the Ray node of this machine has ended")
     assert second.answers()
     assert second.ready() == 200, "which is nothing to those on other nodes"

@@ -78,12 +78,16 @@ def fleet(open_services: Opening, fitted: Fitted) -> Service:
     return service
 
 
-@pytest.fixture(scope="module")
-def expected(fleet: Service) -> list[Answer]:
+def each_alone(service: Service) -> list[Answer]:
     async def ask() -> list[Answer]:
-        return list(await asyncio.gather(*(fleet.engine.classify([text], None) for text in TEXTS)))
+        return list(await asyncio.gather(*(service.engine.classify([text], None) for text in TEXTS)))
 
     return asyncio.run(ask())
+
+
+@pytest.fixture(scope="module")
+def expected(fleet: Service) -> list[Answer]:
+    return each_alone(fleet)
 
 
 def test_other_settings_replace_every_engine_and_lose_no_request(
@@ -128,6 +132,18 @@ def test_another_checkpoint_is_refused_before_any_engine_goes(
             open_services("rolling", redeploy=True, model=str(tmp_path / "none"), max_queue_texts=777, **PATIENT)
     assert set(pids(fleet)) == before
     same(answers, expected, fleet.store.live().generation)
+
+
+def test_without_room_for_one_more_an_engine_ends_before_another_starts(open_services: Opening, fitted: Fitted) -> None:
+    choices: dict[str, Any] = {"replicas": 2, "threads": 9, **PATIENT}  # of the 16 CPUs of each of two nodes
+    full = activated(open_services("full", **choices)[0], fitted)
+    expected, before = each_alone(full), set(pids(full))
+    with under_way(full) as answers:
+        open_services("full", redeploy=True, max_queue_texts=777, **choices)
+        until(lambda: len(set(pids(full))) == 2)
+        assert not before & set(pids(full))
+    same(answers, expected, full.store.live().generation)
+    assert full.registry.get_sample_value("neuronlens_fleet_lost_total") == 0.0
 
 
 def test_engines_that_do_not_come_up_leave_the_old_ones(
