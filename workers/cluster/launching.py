@@ -236,6 +236,17 @@ def _attach(plan: FleetPlan, redeploy: bool) -> About:
     return about
 
 
+class _Trial:
+    """A replica in an actor. Not the actor itself: what Ray makes of a class has its `__del__`, and no fields."""
+
+    def __init__(self, kind: type[Any], *arguments: Any) -> None:
+        self._one = kind(*arguments)
+
+    async def about(self) -> About:
+        told: About = await self._one.about()
+        return told
+
+
 def _try_out(plan: FleetPlan, fingerprint: str) -> None:
     """Load the plan's checkpoint once on a node, on its CPU and beside what runs there, before a replica goes for it.
 
@@ -247,9 +258,9 @@ def _try_out(plan: FleetPlan, fingerprint: str) -> None:
     nodes = [node["NodeID"] for node in ray.nodes() if node["Alive"] and node["Resources"].get("CPU", 0) >= 1]
     model = {**plan.settings.model, "device": "cpu", "dtype": "auto", "compiled": False}
     somewhere = NodeAffinitySchedulingStrategy(nodes[0], soft=False) if nodes else "DEFAULT"
-    one = ray.remote(plan.replica).options(num_cpus=0, scheduling_strategy=somewhere)
+    one = ray.remote(_Trial).options(num_cpus=0, scheduling_strategy=somewhere)
     with said():
-        made = one.remote(replace(plan.settings, model=model), *plan.more)
+        made = one.remote(plan.replica, replace(plan.settings, model=model), *plan.more)
         try:
             about: About = ray.get(made.about.remote(), timeout=FIRST_SECONDS)
         finally:
