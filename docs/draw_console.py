@@ -39,6 +39,7 @@ def take(browser: Browser, url: str, name: str, address: str, ready: str, size: 
     page: Page = context.new_page()
     page.goto(f"{url}/{address}")
     expect(page.locator("main")).to_contain_text(ready, timeout=30_000)
+    expect(page.locator("#connection")).to_have_text("following", timeout=30_000)
     for plot in page.locator(".chart").all():
         expect(plot.locator(".main-svg").first).to_be_visible(timeout=30_000)
     page.wait_for_load_state("load")
@@ -68,7 +69,7 @@ def main() -> None:
             httpx.put(f"{url}/v1/erasures/Sports", json=put).raise_for_status()
             enforced = {"enforced": True, "reason": "agreed with the desk"}
             httpx.put(f"{url}/v1/erasures/World", json=enforced).raise_for_status()
-            take(browser, url, "live", "#/live", "ticket 214", WIDE, "light")
+            take(browser, url, "live", "#/live", "Provenance", WIDE, "light")
             browser.close()
     finally:
         for concept in ("Sports", "World"):
