@@ -35,6 +35,9 @@ setup: $(VENV)/.ready
 demo: setup
 	@$(BIN)/neuronlens demo $(ARGS)
 
+# several processes with as many threads as there are cores: threads that wait spinning would take the others' time
+test test-system test-fleet test-long: export OMP_WAIT_POLICY := passive
+
 # most tests wait for processes and servers, so several run at once, a file's on one worker; those on Ray come after them,
 # since clusters starve each other (5: ARGS chose none of them)
 ON_RAY := tests/e2e/cluster tests/workers/cluster

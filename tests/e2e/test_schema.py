@@ -201,7 +201,7 @@ def explore(
 LONG = [pytest.mark.long, pytest.mark.timeout(1200)]
 
 
-@pytest.mark.parametrize(("examples", "at_least"), [(20, 1_000), pytest.param(600, 8_000, marks=LONG)])
+@pytest.mark.parametrize(("examples", "at_least"), [(60, 1_500), pytest.param(600, 8_000, marks=LONG)])
 def test_every_reply_is_as_documented(
     news: Running, tmp_path: Path, pytestconfig: pytest.Config, examples: int, at_least: int
 ) -> None:
@@ -209,7 +209,7 @@ def test_every_reply_is_as_documented(
     assert accepted == set(calls()), "of the others only refusals were seen"
 
 
-@pytest.mark.parametrize(("examples", "at_least"), [(8, 600), pytest.param(600, 8_000, marks=LONG)])
+@pytest.mark.parametrize(("examples", "at_least"), [(20, 800), pytest.param(600, 8_000, marks=LONG)])
 def test_every_reply_to_a_key_is_as_documented(
     keyed: Keyed, tmp_path: Path, pytestconfig: pytest.Config, examples: int, at_least: int
 ) -> None:
