@@ -130,12 +130,17 @@ TEMPLATE: dict[str, Any] = {
 
 
 def _wordpiece() -> Tokenizer:
-    """What it learns from the same sentences differs a little between processes, and so do the lengths of texts."""
-    tokenizer = Tokenizer(models.WordPiece(unk_token="[UNK]"))
-    tokenizer.normalizer = normalizers.BertNormalizer(lowercase=True)
-    tokenizer.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
-    special = ["[PAD]", "[UNK]", "[CLS]", "[SEP]"]
-    tokenizer.train_from_iterator(SENTENCES, trainers.WordPieceTrainer(vocab_size=400, special_tokens=special))
+    """The words of the sentences, their letters and their pairs of letters; put together here, since what a trainer
+    learns from the same sentences differs from process to process.
+    """
+    normalizer, splitter = normalizers.BertNormalizer(lowercase=True), pre_tokenizers.BertPreTokenizer()
+    words = [word for text in SENTENCES for word, _ in splitter.pre_tokenize_str(normalizer.normalize_str(text))]
+    parts = {(word[at : at + size], at) for word in words for size in (1, 2) for at in range(len(word))}
+    pieces = sorted({*words, *(part if not at else f"##{part}" for part, at in parts)})
+    vocabulary = {piece: index for index, piece in enumerate(["[PAD]", "[UNK]", "[CLS]", "[SEP]", *pieces])}
+    tokenizer = Tokenizer(models.WordPiece(vocabulary, unk_token="[UNK]"))
+    tokenizer.normalizer, tokenizer.pre_tokenizer = normalizer, splitter
+    tokenizer.add_special_tokens(["[PAD]", "[UNK]", "[CLS]", "[SEP]"])
     _close(tokenizer, "[SEP] $B:1 [SEP]:1")
     return tokenizer
 

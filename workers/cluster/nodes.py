@@ -172,7 +172,7 @@ class ModelPool:
 
     Args:
         source, choices: arguments of `load_model`.
-        tick: called about twice a second while work is waited for; what it raises ends the wait.
+        tick: called about twice a second while work is waited for, and with each result; what it raises ends the work.
     """
 
     source: str
@@ -224,9 +224,19 @@ class ModelPool:
     def _in_order(
         self, job: Job[Task, Result], tasks: Iterator[Task], at_once: float
     ) -> Iterator[tuple[Task, Result, float]]:
+        in_hand: dict[Any, _Piece[Task]] = {}
+        try:
+            yield from self._handed(job, tasks, at_once, in_hand)
+        finally:
+            for piece in in_hand.values():  # nobody waits for these any more, and their actors are there for other work
+                assert piece.member is not None
+                piece.member.in_hand -= 1
+
+    def _handed(
+        self, job: Job[Task, Result], tasks: Iterator[Task], at_once: float, in_hand: dict[Any, _Piece[Task]]
+    ) -> Iterator[tuple[Task, Result, float]]:
         window = (PER_ACTOR + 1) * len(self._members)
         again: list[_Piece[Task]] = []
-        in_hand: dict[Any, _Piece[Task]] = {}
         done: dict[int, _Piece[Task]] = {}
         taken = given = 0
         more = True
@@ -253,6 +263,7 @@ class ModelPool:
                 piece.result = None
                 given += 1
                 yield piece.task, result, piece.seconds
+                self.tick()
             if in_hand or self._free(at_once) is None:
                 again += self._wait(in_hand, done)
 

@@ -17,6 +17,7 @@ import sys
 import tempfile
 import threading
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, Unpack
 
@@ -332,25 +333,38 @@ def test_a_stopped_fit_goes_on_here_and_in_one_process(
     assert numbers(resumed) == numbers(alone)
 
 
-def kill_one_at_work(pool: ModelPool) -> list[int]:
-    """Kill the process of an actor that has work in hand, if there is one."""
-    for member in pool._members:
-        if member.in_hand and member.about:
-            os.kill(member.about.pid, signal.SIGKILL)
-            return [member.about.pid]
-    return []
+class _Victim:
+    """An actor that is stopped now, so that it ends no work, and killed once it has some in hand.
+
+    Called as `cancelled` of a fit or evaluation, which it never is.
+    """
+
+    def __init__(self, pool: ModelPool) -> None:
+        until(lambda: all_ready(pool), 120)
+        self._member = pool._members[-1]
+        assert self._member.about
+        self.pid = self._member.about.pid
+        os.kill(self.pid, signal.SIGSTOP)
+
+    def __call__(self) -> bool:
+        if self._member.in_hand and psutil.pid_exists(self.pid):
+            os.kill(self.pid, signal.SIGKILL)
+        return False
+
+
+def all_ready(pool: ModelPool) -> bool:
+    """Whether all actors answer: who died is found out, and replaced."""
+    done = list(pool.in_order(Job[int, int].of(_Squares, 0), iter(range(30))))
+    return bool(done) and all(member.ready for member in pool._members)
 
 
 def test_a_killed_actor_costs_only_its_part(
     pool: ModelPool, alone: Fitted, path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    killed: list[int] = []
-
-    def kill_one(now: FitProgress) -> None:
-        killed.extend(() if killed else kill_one_at_work(pool))
-
-    fitted = fit_on(pool, on_cluster(path), progress=kill_one, **CHOICES)
-    assert f"an actor was lost, process {killed[0]} of node" in caplog.text
+    own = on_cluster(path)
+    victim = _Victim(pool)
+    fitted = fit_on(pool, own, cancelled=victim, **CHOICES)
+    assert f"an actor was lost, process {victim.pid} of node" in caplog.text
     assert fitted.range_set.id == alone.range_set.id
     assert numbers(fitted) == numbers(alone)
 
@@ -362,19 +376,15 @@ def test_an_evaluation_is_that_of_one_process_whoever_dies_and_whoever_goes_on(
     corpus = load_corpus(str(path), labels=LABELS, max_rows=5000)
     expected = repr(evaluate(model, alone.range_set, corpus, settings).rows)
     seen: list[MeasureProgress] = []
-    killed: list[int] = []
 
     def on_pool(**choices: Unpack[EvaluationChoices]) -> str:
         by = functools.partial(measure_on, pool)
         drawn = on_cluster(path, max_rows=5000)
         return repr(evaluate_by(by, pool.about.identity, alone.range_set, drawn, settings, **choices).rows)
 
-    def kill_one(what: str, now: MeasureProgress) -> None:
-        seen.append(now)
-        killed.extend(() if killed else kill_one_at_work(pool))
-
-    assert on_pool(progress=kill_one) == expected
-    assert f"an actor was lost, process {killed[0]} of node" in caplog.text
+    victim = _Victim(pool)
+    assert on_pool(progress=lambda what, now: seen.append(now), cancelled=victim) == expected
+    assert f"an actor was lost, process {victim.pid} of node" in caplog.text
     assert seen[-1].rows_done == 5000
     seen.clear()
     with pytest.raises(MeasureCancelled):
@@ -424,6 +434,15 @@ class _Squares:
         return number**2 + self._plus
 
 
+def test_who_ends_half_way_leaves_every_actor_free(pool: ModelPool) -> None:
+    job = Job[int, int].of(_Squares, 0)
+    for left in (pool.in_order(job, iter(range(100))), pool.in_order(job, iter([1, -1, 2, 3, 4, 5]))):
+        with suppress(ClusterError):
+            next(left), next(left)
+        left.close()
+        assert [member.in_hand for member in pool._members] == [0] * 3
+
+
 def test_what_goes_wrong_on_an_actor_is_one_line(pool: ModelPool, monkeypatch: pytest.MonkeyPatch) -> None:
     job = Job[int, int].of(_Squares, 0)
     with pytest.raises(ClusterError, match=r"^an actor failed: RuntimeError: not this one$"):
@@ -439,12 +458,7 @@ def test_a_node_that_is_taken_away_costs_only_its_part(
     pool: ModelPool, cluster: Cluster, alone: Fitted, path: Path
 ) -> None:
     gone: list[Any] = []
-    job = Job[int, int].of(_Squares, 0)
-
-    def all_ready() -> bool:
-        return bool(list(pool.in_order(job, iter(range(30))))) and all(member.ready for member in pool._members)
-
-    until(all_ready, 120)  # who died in the tests before is found out, and replaced
+    until(lambda: all_ready(pool), 120)
 
     def take_away(now: FitProgress) -> None:
         if not gone and sum(member.in_hand > 0 for member in pool._members) >= 2:  # one of them is on that node
