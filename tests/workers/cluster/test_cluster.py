@@ -460,13 +460,14 @@ def test_a_node_that_is_taken_away_costs_only_its_part(
     gone: list[Any] = []
     until(lambda: all_ready(pool), 120)
 
-    def take_away(now: FitProgress) -> None:
+    def take_away() -> bool:
         if not gone and sum(member.in_hand > 0 for member in pool._members) >= 2:  # one of them is on that node
             gone.append(next(node for node in cluster.list_all_nodes() if not node.head))
             cluster.remove_node(gone[0], allow_graceful=False)
+        return False
 
-    fitted = fit_on(pool, on_cluster(path), progress=take_away, **CHOICES)
-    assert gone, "it was taken away while two actors were at work"
+    fitted = fit_on(pool, on_cluster(path), cancelled=take_away, **CHOICES)
+    assert gone, "it was taken away while two actors had work in hand"
     until(lambda: len([node for node in ray.nodes() if node["Alive"]]) == 1, 60)
     assert fitted.range_set.id == alone.range_set.id
     assert numbers(fitted) == numbers(alone)
