@@ -29,6 +29,7 @@ from workers.engine.metrics import MOST_CONCEPTS, OTHER_CONCEPTS
 from workers.fitting.known import KNOWN
 from workers.models.errors import EmptyText, PairUnsupported, TextTooLong
 from workers.models.facts import ModelFacts
+from workers.models.shown import ShownToken
 from workers.models.texts import TextOrPair, characters
 
 __all__ = [
@@ -49,6 +50,7 @@ __all__ = [
     "ReplicaLost",
     "RequestTooLarge",
     "Service",
+    "ShownToken",
     "TextAnswer",
     "TextOrPair",
     "TextTooLong",

@@ -1,6 +1,7 @@
 """`POST /tokenize`: two servers have it; `inputs` is text-embeddings-inference's (1.7.1), `prompt` is vLLM's (0.33)."""
 
-from collections.abc import Callable, Coroutine
+from collections.abc import Callable, Coroutine, Sequence
+from itertools import accumulate
 from typing import Any
 
 from fastapi import APIRouter, Request, Response
@@ -15,6 +16,7 @@ from app.requests import Inputs
 from app.routes import Asking
 from app.routes.dropin.steering import Loose
 from app.routes.looking import MOST_TEXTS
+from app.service import ShownToken
 
 OF_VLLM = "tokenize_of_vllm"
 """Set in a request's state where its body is vLLM's."""
@@ -54,6 +56,8 @@ class DropinTokenizeIn(Loose):
 
 
 class SimpleToken(BaseModel):
+    """`start`, `stop`: of its bytes in the text's UTF-8, `text`: what stands there; a special token has its name."""
+
     id: int
     text: str
     special: bool
@@ -102,10 +106,22 @@ async def dropin_tokenize(
             tokens=[each.id for each in tokens],
             token_strs=[each.text for each in tokens] if body.return_token_strs else None,
         )
-    return [
-        [
-            SimpleToken(id=each.id, text=each.text, special=each.special, start=each.start, stop=each.stop)
-            for each in tokens
-        ]
-        for tokens in listed
-    ]
+    return [_simple(text, tokens) for text, tokens in zip(texts, listed, strict=True)]
+
+
+def _simple(text: str, tokens: Sequence[ShownToken]) -> list[SimpleToken]:
+    """As `into_tokens` of its `core/src/tokenization.rs`: places are of bytes, and a token's text is what stands there.
+
+    A token without a place has its name in the vocabulary.
+    """
+    each_character = [character.encode(errors="replace") for character in text]  # lone surrogates: as they are read
+    of_text = b"".join(each_character)
+    at = list(accumulate(map(len, each_character), initial=0))
+    simple = []
+    for token in tokens:
+        start, stop, words = None, None, token.text
+        if token.start is not None and token.stop is not None:
+            start, stop = at[token.start], at[token.stop]
+            words = of_text[start:stop].decode()
+        simple.append(SimpleToken(id=token.id, text=words, special=token.special, start=start, stop=stop))
+    return simple

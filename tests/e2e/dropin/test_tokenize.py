@@ -1,5 +1,7 @@
 """`/tokenize`: told apart by its field, since two servers have it."""
 
+from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import httpx
@@ -8,6 +10,8 @@ import jsonschema
 from range_store.api_keys import KeyStore
 from tests.e2e.conftest import Running
 from tests.e2e.dropin.protocols import TEI_ERROR, TEI_TOKENS, VLLM_ERROR, VLLM_TOKENS, refused
+from tests.workers.checkpoints import save_tiny
+from workers.models.loading import load_model
 
 
 def post(running: Running, **body: Any) -> httpx.Response:
@@ -23,10 +27,46 @@ def test_inputs_are_answered_as_text_embeddings_inference_does(news: Running) ->
     found = post(news, inputs=texts).json()
     jsonschema.validate(found, TEI_TOKENS)
     for tokens, text in zip(found, texts, strict=True):
-        assert [{**each, "read": None} for each in tokens] == [{**each, "read": None} for each in shown(news, text)]
+        assert [each["id"] for each in tokens] == [each["id"] for each in shown(news, text)]
     assert post(news, inputs=texts[0]).json() == found[:1]
     plain = post(news, inputs=texts[0], add_special_tokens=False, prompt_name=None).json()
     assert plain[0] == [each for each in found[0] if not each["special"]]
+
+
+def test_its_tokens_are_pieces_of_the_text_by_places_of_its_bytes(news: Running) -> None:
+    """As Rust counts: an é has two bytes, an emoji four; a token's text is the text's, and not the vocabulary's."""
+    (tokens,) = post(news, inputs="The émigré 🙂 minerals").json()
+    assert [(each["text"], each["start"], each["stop"], each["special"]) for each in tokens] == [
+        ("[CLS]", None, None, True),
+        ("The", 0, 3, False),
+        ("é", 4, 6, False),
+        ("m", 6, 7, False),
+        ("i", 7, 8, False),
+        ("g", 8, 9, False),
+        ("ré", 9, 12, False),
+        ("🙂", 13, 17, False),
+        ("miner", 18, 23, False),
+        ("al", 23, 25, False),
+        ("s", 25, 26, False),
+        ("[SEP]", None, None, True),
+    ]
+    ours = [each["text"] for each in shown(news, "The émigré 🙂 minerals")]
+    assert {"the", "[UNK]", "##al"} <= set(ours), "the vocabulary knows neither capitals nor the emoji"
+    as_json = {"Content-Type": "application/json"}
+    half = news.http.post("/tokenize", content=r'{"inputs": "a\ud83d"}', headers=as_json)
+    assert [each["text"] for each in half.json()[0]] == ["[CLS]", "a", "?", "[SEP]"], "half an emoji, and no error"
+
+
+def test_a_character_of_several_tokens_is_the_text_of_each(serve: Callable[..., Running], tmp_path: Path) -> None:
+    """Byte-level tokenizers cut characters that they do not know; each part stands where the whole does."""
+    running = serve(load_model(str(save_tiny("gpt2", tmp_path / "tiny")), device="cpu"))
+    (tokens,) = post(running, inputs="a 🙂!", add_special_tokens=False).json()
+    assert [(each["text"], each["start"], each["stop"]) for each in tokens] == [
+        ("a", 0, 1),
+        (" ", 1, 2),
+        *[("🙂", 2, 6)] * 4,
+        ("!", 6, 7),
+    ]
 
 
 def test_a_prompt_is_answered_as_vllm_does(news: Running) -> None:
