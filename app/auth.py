@@ -20,7 +20,7 @@ from app.problems import ApiError, documented, header, problem_response
 from app.rates import rate
 from range_store.api_keys import ApiKey, Scope
 
-OPEN = frozenset({"/livez", "/readyz", "/metrics", "/openapi.json", "/v2/health/live", "/v2/health/ready"})
+OPEN = frozenset({"/livez", "/readyz", "/metrics", "/openapi.json", "/health", "/v2/health/live", "/v2/health/ready"})
 """Paths that never need a key, besides the documentation below /docs and /static-offline-docs."""
 INFER = frozenset({"/v1/classify", "/v1/tokenize", "/v1/activations", "/", "/predict", "/classify", "/tokenize"})
 """Paths whose POST computes answers and changes nothing."""

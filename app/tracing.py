@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-UNTRACED = frozenset({"/livez", "/readyz", "/metrics", "/v2/health/live", "/v2/health/ready"})
+UNTRACED = frozenset({"/livez", "/readyz", "/metrics", "/health", "/v2/health/live", "/v2/health/ready"})
 """Asked every few seconds by machines, and of no interest one by one."""
 FLUSH_SECONDS = 5.0
 """Longest wait, when the server ends, for spans that are not sent yet."""

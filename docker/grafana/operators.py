@@ -275,7 +275,10 @@ OPERATORS = [
         [
             Query(
                 "sum by (status) ("
-                + rate("neuronlens_http_requests_total", f'{ME},route!~"/livez|/readyz",status=~"[45]..",status!="499"')
+                + rate(
+                    "neuronlens_http_requests_total",
+                    f'{ME},route!~"/livez|/readyz|/health|/v2/health/.+",status=~"[45]..",status!="499"',
+                )
                 + ")",
                 "{{status}}",
             )

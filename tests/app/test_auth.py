@@ -46,6 +46,7 @@ def test_changes_need_admin_and_looking_does_not() -> None:
         ("GET", "/livez"),
         ("GET", "/readyz"),
         ("GET", "/metrics"),
+        ("GET", "/health"),
         ("GET", "/v2/health/live"),
         ("GET", "/v2/health/ready"),
     }

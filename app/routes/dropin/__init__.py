@@ -5,17 +5,23 @@ from typing import Any
 
 from starlette.types import Scope
 
-from app.routes.dropin import hf, tei, tokenize, v2, vllm
+from app.routes.dropin import health, hf, tei, tokenize, v2, vllm
 from app.routes.dropin.dialect import Dialect, document
 
-ROUTERS = (hf.router, tei.router, vllm.router, tokenize.router, v2.router)
+ROUTERS = (hf.router, tei.router, vllm.router, tokenize.router, health.router, v2.router)
 TAGS = (
     {"name": "Hugging Face", "description": "As an Inference Endpoint."},
     {"name": "text-embeddings-inference", "description": "As its classifiers answer."},
     {"name": "vLLM", "description": "As its classifiers answer."},
     {"name": "Open Inference Protocol", "description": "As KServe, Triton and MLServer answer."},
 )
-_DIALECTS = {"/predict": tei.DIALECT, "/info": tei.DIALECT, "/tokenize": tei.DIALECT, "/classify": vllm.DIALECT}
+_DIALECTS = {
+    "/predict": tei.DIALECT,
+    "/info": tei.DIALECT,
+    "/tokenize": tei.DIALECT,
+    "/health": tei.DIALECT,  # of those that have it, the one whose refusal has a body
+    "/classify": vllm.DIALECT,
+}
 CLASSIFYING = (
     "/",
     "/predict",
