@@ -164,6 +164,10 @@ def _plan(settings: Settings, redis_url: str, models: int, scaling: Mapping[str,
         raise ClusterError(f"on Ray the cluster chooses the GPU: --device cuda instead of {choice.device}")
     auto = settings.replicas == "auto"
     wanted = None if settings.replicas == "auto" else settings.replicas
+
+    def with_threads(threads: int) -> FleetPlan:
+        return _plan(settings.model_copy(update={"threads": threads}), redis_url, models, scaling)
+
     most = room(choice.device, settings.threads, None if auto else models * (wanted or 1))
     return FleetPlan(
         ReplicaSettings(
@@ -183,6 +187,7 @@ def _plan(settings: Settings, redis_url: str, models: int, scaling: Mapping[str,
         scaling=scaling,
         replica=LoggedReplica,
         more=(Logs(settings.log_level, settings.log_format),),
+        sharing=None if settings.threads else with_threads,
     )
 
 

@@ -2,8 +2,8 @@
 
 `connection.py` the cluster · for fits: `nodes.py` a pool of models on its nodes, `reading.py` texts through Ray Data,
 `fitting.py`, `evaluation.py` what the pool is asked · for serving: `replica.py` one engine of a fleet, `launching.py`
-puts a fleet on the cluster, `fleet.py` answers with it, `messages.py` what they tell each other, `scaling.py` how many
-there are. Importing anything of it needs Ray.
+puts a fleet on the cluster, under the `lease.py` of one process at a time, `fleet.py` answers with it, `messages.py`
+what they tell each other, `scaling.py` how many there are. Importing anything of it needs Ray.
 """
 
 import os

@@ -1,7 +1,8 @@
 """Puts a fleet on a Ray cluster with Ray Serve, or finds the one that is there. Without torch.
 
 Started in two steps: replicas are made and tell which model they loaded; then the fleet is told its fingerprint, and
-who has it joins. From then on Serve holds every new replica, however late, against that fingerprint.
+who has it joins. From then on Serve holds every new replica, however late, against that fingerprint. One process at a
+time starts or changes a fleet: ingresses that are started together would undo each other's steps.
 """
 
 import hashlib
@@ -17,13 +18,14 @@ from typing import Any
 import ray
 from ray import serve
 from ray._private.state import available_resources_per_node
-from ray.exceptions import RayError
+from ray.exceptions import ActorAlreadyExistsError, RayError
 from ray.serve.exceptions import RayServeException
 from ray.serve.schema import ApplicationStatus, LoggingConfig
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from workers.cluster.connection import TELL_SECONDS, free
 from workers.cluster.errors import ClusterError, OtherFleet
+from workers.cluster.lease import lease
 from workers.cluster.replica import About, Replica, ReplicaSettings
 from workers.cluster.scaling import autoscaling
 from workers.cluster.serve_status import DEPLOYMENT, Watch, applications, said, status_of
@@ -60,6 +62,8 @@ class FleetPlan:
         cpus, gpus: of each replica.
         drain_seconds: that a replica which is to go has for what it holds.
         replica: the actor, made of `settings` and of `more`, in which ingresses of one fleet may differ.
+        sharing: where the threads are a share of the CPUs that are there now, and nobody asked for so many: the plan
+            with another number of them. A fleet that runs keeps its own.
     """
 
     settings: ReplicaSettings
@@ -71,6 +75,7 @@ class FleetPlan:
     scaling: Mapping[str, float] = field(default_factory=dict)
     replica: type[Any] = Replica
     more: tuple[Any, ...] = ()
+    sharing: "Callable[[int], FleetPlan] | None" = None
 
     @property
     def name(self) -> str:
@@ -141,7 +146,7 @@ def running(
 
     Args:
         redeploy: replace the replicas of a fleet that runs with other settings, one by one.
-        keep: leave it running afterwards.
+        keep: leave it running afterwards; who did not start it does in any case.
         away: whether the cluster does not answer; then nobody is told that this process leaves.
         ended: see `Watch`.
 
@@ -150,9 +155,14 @@ def running(
         OtherFleet: one of that name runs with other settings.
         ModelError, RangeStoreError: what replicas say of their checkpoint or store.
     """
-    serve.start(http_options={"location": "NoServer"}, logging_config=_quiet())
+    _start_serve()
+    started = False
     try:
-        about = _attach(plan, redeploy) if status_of(plan.name) is not None else _start(plan)
+        with lease(plan.name, f"the fleet of {plan.settings.name!r}", FIRST_SECONDS, away):
+            if _is_there(plan):
+                about = _attach(plan, redeploy)
+            else:
+                about, started = _start(plan), True
         assert about.facts is not None
         watch = Watch(plan.name, ended)
         handle = serve.get_app_handle(plan.name)
@@ -164,7 +174,7 @@ def running(
             if not away():
                 handle.shutdown()
     finally:
-        if not keep and not away():
+        if started and not keep and not away():
             with suppress(RayError, RayServeException):
                 serve.delete(plan.name)
 
@@ -180,6 +190,27 @@ def take_down(name: str) -> None:
         raise ClusterError(f"no fleet serves {name!r} here; there are: {', '.join(names()) or 'none'}")
     with said():
         serve.delete(PREFIX + name)
+
+
+def _start_serve() -> None:
+    options: dict[str, Any] = {"http_options": {"location": "NoServer"}, "logging_config": _quiet()}
+    try:
+        serve.start(**options)
+    except ActorAlreadyExistsError:  # another process did so at the same moment
+        serve.start(**options)
+
+
+def _is_there(plan: FleetPlan) -> bool:
+    """Whether the fleet is there: one that goes is waited for, and one whose start nobody finished is none.
+
+    Raises ClusterError: what goes does not end.
+    """
+    ends = time.monotonic() + FIRST_SECONDS
+    while (status := status_of(plan.name)) is not None and status.status == ApplicationStatus.DELETING:
+        if time.monotonic() > ends:
+            raise ClusterError(f"the fleet of {plan.settings.name!r} is being taken down, and does not end")
+        time.sleep(POLL_SECONDS)
+    return status is not None and status.fingerprint is not None
 
 
 def _start(plan: FleetPlan) -> About:
@@ -207,6 +238,9 @@ def _attach(plan: FleetPlan, redeploy: bool) -> About:
     if about.facts is None:
         raise ClusterError(f"the fleet of {plan.settings.name!r} does not come up: `neuronlens fleet down` ends it")
     fingerprint = about.facts.identity.fingerprint
+    gpus = float(about.facts.device.startswith("cuda"))
+    if plan.sharing is not None and about.settings.threads is not None:
+        plan = plan.sharing(about.settings.threads)
     if redeploy:
         _try_out(plan, fingerprint)
     differs = [
@@ -222,7 +256,6 @@ def _attach(plan: FleetPlan, redeploy: bool) -> About:
     status = status_of(plan.name)
     replicas = plan.replicas or max(1, status.running if status is not None else 0)
     if differs:
-        gpus = float(about.facts.device.startswith("cuda"))
         before = replace(plan, settings=about.settings, cpus=about.settings.threads or plan.cpus, gpus=gpus)
         _deploy(plan, replicas, fingerprint)
         try:
@@ -231,6 +264,7 @@ def _attach(plan: FleetPlan, redeploy: bool) -> About:
             _deploy(before, replicas, fingerprint)  # else who dies now would be replaced by what does not come up
             raise
     if plan.replicas is not None or plan.max_replicas is not None:
+        plan = replace(plan, gpus=gpus)  # the first node with a GPU may have come since
         _deploy(plan, replicas, fingerprint)
         _wait_running(plan, plan.replicas or 1)
     return about

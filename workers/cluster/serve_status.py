@@ -16,7 +16,7 @@ from ray.serve.context import _get_global_client
 from ray.serve.exceptions import RayServeException
 from ray.serve.schema import ApplicationStatus, ReplicaState
 
-from workers.cluster.errors import ClusterError
+from workers.cluster.errors import ClusterError, first_line
 
 logger = logging.getLogger(__name__)
 
@@ -30,6 +30,7 @@ class FleetStatus:
     Attributes:
         running, wanted: how many replicas take requests, and how many are to.
         replicas, ended: ids of those that it has, and of those whose processes it has lately seen end.
+        fingerprint: what its replicas are held against; None until all of them were made.
         why: the last line of what it says, which is the error's own where a replica raised one.
     """
 
@@ -38,6 +39,7 @@ class FleetStatus:
     wanted: int
     replicas: frozenset[str]
     ended: frozenset[str]
+    fingerprint: str | None
     why: str
 
 
@@ -48,6 +50,7 @@ def status_of(name: str) -> FleetStatus | None:
         return None
     deployment = application.get("deployments", {}).get(DEPLOYMENT, {})
     replicas = deployment.get("replicas", ())
+    config = deployment.get("deployment_config", {}).get("user_config") or {}
     told = str(deployment.get("message") or application.get("message") or application["status"])
     lines = [line.strip() for line in told.splitlines() if line.strip()]
     return FleetStatus(
@@ -56,6 +59,7 @@ def status_of(name: str) -> FleetStatus | None:
         deployment.get("target_num_replicas") or 0,
         frozenset(each["replica_id"] for each in replicas),
         frozenset(each["replica_id"] for each in deployment.get("recent_dead_replicas", ())),
+        config.get("fingerprint"),
         lines[-1] if lines else str(application["status"]),
     )
 
@@ -74,8 +78,7 @@ def said() -> Iterator[None]:
     try:
         yield
     except (RayError, RayServeException, TimeoutError) as error:
-        lines = str(error).strip().splitlines()
-        raise ClusterError(f"the cluster does not do it: {lines[0] if lines else type(error).__name__}") from None
+        raise ClusterError(f"the cluster does not do it: {first_line(error)}") from None
 
 
 class Watch:
@@ -115,6 +118,8 @@ class Watch:
                 self._see(status_of(self._name))
             except ClusterError as error:  # the controller is being replaced, as when its node is lost
                 logger.warning("how many replicas run is not known: %s", error)
+            except Exception:  # else what was last seen would be told for ever
+                logger.exception("the fleet's watch stumbled, and goes on")
 
     def _see(self, status: FleetStatus | None) -> None:
         running = status.running if status is not None else 0
