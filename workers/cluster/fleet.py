@@ -38,7 +38,8 @@ CALL_CHARACTERS = 16_384
 ATTEMPTS = 2
 """So often a request is sent if the replicas that have it are lost."""
 LEAVING_SECONDS = 2.0
-"""How long a request is sent anew while replicas that leave send it back unread; Serve soon knows that they do."""
+"""How long a request is sent anew from the first time on that a replica which leaves sent it back unread; Serve soon
+knows that they do."""
 FRESH_SECONDS = 1.0
 """How long what a replica said of its load counts."""
 HELD = 2
@@ -391,13 +392,16 @@ class _Trials:
     def __init__(self, metrics: FleetMetrics) -> None:
         self._metrics = metrics
         self._lost = self._sent_back = 0
-        self._until = time.monotonic() + LEAVING_SECONDS
+        self._until = math.inf
 
     async def again(self, lost: ReplicaLost) -> None:
         """Returns when it may be sent once more; raises `lost` if it may not. What was sent back cost nothing."""
         if isinstance(lost, _SentBack):
+            now = time.monotonic()
+            if not self._sent_back:  # however long it was under way until then
+                self._until = now + LEAVING_SECONDS
             self._sent_back += 1
-            last = time.monotonic() > self._until
+            last = now > self._until
         else:
             self._lost += 1
             last = self._lost == ATTEMPTS

@@ -21,7 +21,7 @@ from workers.cluster.errors import ClusterError
 from workers.cluster.exposing import MetricsAt, MetricsServer, ReplicaMetrics, served
 from workers.cluster.messages import TOLD, Answered, Origin, Refused, Reply, Wanted
 from workers.engine.answers import Load
-from workers.engine.errors import Draining
+from workers.engine.errors import Draining, EngineFailed
 from workers.models.facts import ModelFacts
 
 if TYPE_CHECKING:
@@ -149,7 +149,7 @@ class Replica:
 
     async def classify(self, wanted: Sequence[Wanted]) -> Reply:
         """Each request's answer, or the error that the engine gave it."""
-        outcomes = await asyncio.gather(*(self._answered(one) for one in wanted))
+        outcomes = await asyncio.gather(*(self._alone(one) for one in wanted))
         gone = self._ends()
         return Reply(self._name, tuple(outcomes), self._load, gone)
 
@@ -196,6 +196,14 @@ class Replica:
 
     def _serves(self, origin: Origin) -> None:
         """Called at the start of a request's own task."""
+
+    async def _alone(self, wanted: Wanted) -> Answered | Refused:
+        """Its outcome. A fault of the program, too, is of this request: others that travelled with it go on."""
+        try:
+            return await self._answered(wanted)
+        except Exception as error:
+            logger.error("a request failed: %s", type(error).__name__, exc_info=error)
+            return Refused.of(EngineFailed("a fault in a replica; its log says more"))
 
     async def _answered(self, wanted: Wanted) -> Answered | Refused:
         self._serves(wanted.origin)
