@@ -10,8 +10,7 @@ const COLOURS = {
 };
 const DASHES = ["solid", "dash", "dot", "dashdot"];
 const DRAWN_BINS = 48; // a few hundred texts do not fill 512
-const SHOWN = 7; // concepts at first; the legend shows the others
-const LEGEND = 114; // pixels of a legend at most; what is more is scrolled to
+const LEGEND = 133; // pixels of a legend at most; what is more is scrolled to
 
 let plotly = null;
 
@@ -81,9 +80,9 @@ const plain = (look, height) => ({
 const shown = (name) => name.replaceAll("&", "&amp;").replaceAll("<", "&lt;").replaceAll(">", "&gt;");
 const short = (name) => shown(name.length > 18 ? `${name.slice(0, 17)}…` : name);
 
-/** Densities of all concepts over each other, with their ranges below (the paper's Figures 3–5). */
-export function densities(neuron, first, textValue) {
-  const order = [...neuron.concepts].sort((a, b) => Number(b.concept === first) - Number(a.concept === first));
+/** Densities of the concepts that are `drawn` (a list of names) over each other, with their ranges below (the paper's Figures 3–5). */
+export function densities(neuron, drawn, textValue) {
+  const order = drawn.map((name) => neuron.concepts.find(({ concept }) => concept === name)).filter(Boolean);
   const { edges } = neuron;
   const filled = edges.slice(1).map((_, bin) => neuron.concepts.some(({ histogram }) => histogram.counts[bin] > 0));
   const [start, end] = [filled.indexOf(true), filled.lastIndexOf(true) + 1];
@@ -94,7 +93,7 @@ export function densities(neuron, first, textValue) {
       const index = neuron.concepts.indexOf(each);
       const colour = look.series[index % look.series.length];
       const dash = DASHES[Math.floor(index / look.series.length) % DASHES.length];
-      const same = { legendgroup: each.concept, visible: at < SHOWN ? true : "legendonly" };
+      const same = { legendgroup: each.concept };
       if (start >= 0) {
         const x = [];
         const y = [];
@@ -113,7 +112,6 @@ export function densities(neuron, first, textValue) {
         data.push({ ...same, type: "scatter", mode: "markers", showlegend: false, yaxis: "y2", x: [each.mean], y: [at], marker: { color: look.card, size: 7, line: { color: look.ink, width: 1 } }, hovertemplate: `${row}: mean %{x:.3f}<extra></extra>` });
       }
     });
-    const rows = order.slice(0, Math.max(1, Math.min(order.length, 24)));
     const shapes = [];
     const annotations = [];
     if (textValue !== null) {
@@ -125,7 +123,7 @@ export function densities(neuron, first, textValue) {
     if (textValue !== null) ends.push(textValue);
     const [left, right] = [Math.min(...ends), Math.max(...ends)];
     const margin = 0.03 * (right - left) || 1;
-    const [above, below] = [250, 66 + 10 * rows.length]; // pixels of the densities, and of the ranges
+    const [above, below] = [250, 66 + 10 * order.length]; // pixels of the densities, and of the ranges
     const strip = below / (above + below);
     const legend = Math.min(LEGEND, 19 * Math.ceil(order.length / (look.narrow ? 2 : 4)));
     const layout = {
@@ -133,8 +131,8 @@ export function densities(neuron, first, textValue) {
       margin: { l: 56, r: 12, t: 28, b: 44 },
       xaxis: { ...axis(look), title: { text: `value of neuron ${neuron.neuron} of block ${neuron.layer}` }, anchor: "y2", range: ends.length ? [left - margin, right + margin] : undefined },
       yaxis: { ...axis(look), title: { text: "share of the texts" }, domain: [strip + 0.04, 1], tickformat: ".0%", rangemode: "tozero" },
-      yaxis2: { ...axis(look), domain: [0, strip], range: [rows.length - 0.4, -0.6], showgrid: false, zeroline: false, tickvals: rows.map((_, at) => at), ticktext: rows.map(() => ""), title: { text: "ranges" } },
-      legend: { orientation: "h", y: 1.06, yanchor: "bottom", maxheight: LEGEND, font: { color: look.ink } },
+      yaxis2: { ...axis(look), domain: [0, strip], range: [order.length - 0.4, -0.6], showgrid: false, zeroline: false, tickvals: order.map((_, at) => at), ticktext: order.map(() => ""), title: { text: "ranges" } },
+      legend: { orientation: "h", y: 1.06, yanchor: "bottom", maxheight: LEGEND, tracegroupgap: 0, font: { color: look.ink } },
       shapes,
       annotations,
       hovermode: "closest",

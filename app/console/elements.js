@@ -18,6 +18,17 @@ export function fill(element, ...children) {
   return element;
 }
 
+/** As `fill`, where the new children stand for the old: what was open stays open, and what has the focus keeps it. */
+export function refill(element, ...children) {
+  const opened = new Set([...element.querySelectorAll("details[open]")].map(standsFor));
+  const focused = element.contains(document.activeElement) ? standsFor(document.activeElement) : null;
+  fill(element, ...children);
+  for (const each of element.querySelectorAll("details")) if (opened.has(standsFor(each))) each.open = true;
+  if (focused !== null) [...element.querySelectorAll("button, summary, input, [tabindex]")].find((each) => standsFor(each) === focused)?.focus({ preventScroll: true });
+}
+
+const standsFor = (element) => element.dataset.key ?? element.getAttribute("aria-label") ?? (element.tagName === "DETAILS" ? "" : element.textContent);
+
 let ids = 0;
 
 /** An id that nothing else on the page has. */

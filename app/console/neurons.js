@@ -2,16 +2,17 @@
 
 import { call, isAbort, ofConcept, path } from "./api.js";
 import { chart, densities, heatMap } from "./charts.js";
-import { button, choice, el, field, fill, quoted, table } from "./elements.js";
+import { button, choice, el, field, fill, freshId, quoted, refill, table } from "./elements.js";
 import { facts, may } from "./facts.js";
 import { Latest } from "./latest.js";
 import { empty, failed, loading } from "./notices.js";
-import { percent, range, value } from "./numbers.js";
+import { count, percent, range, value } from "./numbers.js";
 import { RANKINGS, slider } from "./settings.js";
 import { keep } from "./state.js";
 import { tried } from "./try.js";
 
 const PAGE = 12;
+const DRAWN = 14; // concepts that a chart draws unless more are chosen
 
 export async function showNeurons(part, params, signal) {
   const { concepts, layers, rankings, problem } = facts.value;
@@ -39,6 +40,7 @@ export async function showNeurons(part, params, signal) {
   const latest = { table: new Latest(), neuron: new Latest(), overlap: new Latest() };
   signal.addEventListener("abort", () => Object.values(latest).forEach((each) => each.stop()));
   let cursors = [null]; // of the pages up to the one that is shown
+  let others = null; // concepts that are drawn beside the chosen one, once somebody chose them
 
   const remember = () => keep("neurons", { ...chosen, tau: chosen.tau === 2.5 ? null : chosen.tau, text: tried.text });
   const guarded = (place, again, work) => async (stop) => {
@@ -50,7 +52,9 @@ export async function showNeurons(part, params, signal) {
     }
   };
 
-  const readTable = (wait = 0) => latest.table.soon(guarded(ranked, () => readTable(), async (stop) => {
+  const read = (which, moving, ask) => (moving ? latest[which].soon(ask) : latest[which].now(ask));
+
+  const readTable = (moving = false) => read("table", moving, guarded(ranked, () => readTable(), async (stop) => {
     const { concept, layer, ranking, tau } = chosen;
     const { at, named } = ofConcept(concept);
     const query = { ...named, layer, ranking, tau, limit: PAGE, cursor: cursors.at(-1) };
@@ -64,14 +68,14 @@ export async function showNeurons(part, params, signal) {
     }
     drawTable(page);
     if (chosen.neuron === null && page.neurons.length) select(page.neurons[0].neuron);
-  }), wait);
+  }));
 
   function drawTable(page) {
     const turn = (to) => {
       cursors = to;
       readTable();
     };
-    fill(
+    refill(
       ranked,
       table(
         `Neurons of ${page.concept} by rank`,
@@ -104,20 +108,26 @@ export async function showNeurons(part, params, signal) {
     readNeuron();
   }
 
-  const readNeuron = (wait = 0) => {
+  const readNeuron = (moving = false) => {
     if (chosen.neuron === null) return;
-    latest.neuron.soon(guarded(shown, () => readNeuron(), async (stop) => {
+    read("neuron", moving, guarded(shown, () => readNeuron(), async (stop) => {
       const { layer, neuron, tau, concept } = chosen;
       const [{ data }, at] = await Promise.all([
         call("GET", path("v1", "neurons", layer, neuron), { query: { tau }, signal: stop }),
         valueOfText(layer, neuron, stop),
       ]);
-      const others = data.concepts.map((each) => `${each.concept}: ${range(each.low, each.high)}`).join("; ");
-      fill(
+      const ranges = data.concepts.map((each) => `${each.concept}: ${range(each.low, each.high)}`).join("; ");
+      const drawn = () => [concept, ...(others ?? names.filter((name) => name !== concept).slice(0, DRAWN - 1)).filter((name) => name !== concept)];
+      const draw = () => density.show(`Neuron ${neuron}, ranges: ${ranges}`, densities(data, drawn(), at));
+      refill(
         shown,
         el("h2", {}, `Neuron ${neuron} of block ${layer}`),
-        el("p", { class: "quiet" }, "How the texts of each concept spread over its values, and below, each concept’s range (mean ± ", `${tau} σ).`),
+        el("p", { class: "quiet" }, `How the texts of ${names.length > DRAWN ? "some concepts" : "each concept"} spread over its values, and below, ${names.length > DRAWN ? "their ranges" : "each concept’s range"} (mean ± ${tau} σ).`),
         density.place,
+        names.length > DRAWN ? drawnChoice(names, concept, drawn(), (picked) => {
+          others = picked;
+          draw();
+        }) : null,
         at === null ? null : el("p", {}, "The text under Try has the value ", el("strong", {}, value(at)), " here, ", ...within(data, at), "."),
         el(
           "details",
@@ -130,13 +140,13 @@ export async function showNeurons(part, params, signal) {
           ),
         ),
       );
-      await density.show(`Neuron ${neuron}, ranges: ${others}`, densities(data, concept, at));
-    }), wait);
+      await draw();
+    }));
   };
 
-  const readOverlap = () => latest.overlap.soon(guarded(shared, () => readOverlap(), async (stop) => {
+  const readOverlap = () => read("overlap", false, guarded(shared, () => readOverlap(), async (stop) => {
     const { data } = await call("GET", "/v1/overlap", { query: { layer: chosen.layer, ranking: chosen.ranking }, signal: stop });
-    fill(
+    refill(
       shared,
       el("h2", {}, "Shared neurons"),
       el("p", { class: "quiet" }, `Which part of a concept’s ${data.neurons} most salient neurons (${percent(data.top_fraction, 0)}) is salient for another one too. By chance it would be ${percent(data.chance, 0)}; ${data.shared_by_all.length} are salient for all.`),
@@ -149,7 +159,7 @@ export async function showNeurons(part, params, signal) {
       ),
     );
     await overlap.show(`Heat map of shared neurons of ${data.concepts.length} concepts`, heatMap(data));
-  }), 0);
+  }));
 
   const again = ({ neuron = null, sharing = true } = {}) => {
     cursors = [null];
@@ -180,8 +190,8 @@ export async function showNeurons(part, params, signal) {
           slider("τ", 0, 6, 0.1, chosen.tau, (number_) => `${number_.toFixed(1)} σ`, (tau) => {
             chosen.tau = tau;
             remember();
-            readTable(60);
-            readNeuron(60);
+            readTable(true);
+            readNeuron(true);
           }),
         ),
         ranked,
@@ -192,6 +202,32 @@ export async function showNeurons(part, params, signal) {
   fill(shown, loading("the neuron"));
   fill(shared, loading("the overlap"));
   again({ neuron: chosen.neuron });
+}
+
+/** Boxes to choose by which concepts a chart draws; the one that the page is about always is. */
+function drawnChoice(names, first, drawn, changed) {
+  const chosen = new Set(drawn);
+  const summary = el("summary", { "data-key": "drawn" });
+  const say = () => summary.replaceChildren(`Drawn: ${chosen.size} of ${count(names.length, "concept")}`);
+  say();
+  const box = (name) => {
+    const id = freshId("drawn");
+    const input = el("input", {
+      type: "checkbox",
+      id,
+      "data-key": `draw ${name}`,
+      checked: chosen.has(name),
+      disabled: name === first,
+      onchange: () => {
+        if (input.checked) chosen.add(name);
+        else chosen.delete(name);
+        say();
+        changed(names.filter((each) => chosen.has(each)));
+      },
+    });
+    return el("span", { class: "tick" }, input, el("label", { for: id, class: "chip", title: name }, quoted(name)));
+  };
+  return el("details", { "data-key": "drawn" }, summary, el("fieldset", { class: "chips", "aria-label": "Concepts that are drawn" }, names.map(box)));
 }
 
 /** Which ranges a value lies in, in words. */

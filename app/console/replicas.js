@@ -17,7 +17,7 @@ export function replicasLine(signal) {
       const { data } = await call("GET", "/v1/replicas", { signal: asking });
       const behind = data.replicas.filter(({ current }) => !current).map(({ name }) => name);
       fill(line, data.replicas.length > 1 ? words(data.replicas.length, behind) : null);
-      if (behind.length) latest.soon(look, AGAIN);
+      if (behind.length) latest.soon(look, { wait: AGAIN });
     } catch (error) {
       if (error instanceof Problem || error instanceof Lost) fill(line);
       else if (!isAbort(error)) throw error;

@@ -2,7 +2,7 @@
 
 import { call, connected, isAbort } from "./api.js";
 import { copy } from "./copy.js";
-import { announce, button, el, fill, freshId, quoted } from "./elements.js";
+import { announce, button, el, freshId, quoted, refill } from "./elements.js";
 import { examplesFor } from "./examples.js";
 import { facts } from "./facts.js";
 import { Latest } from "./latest.js";
@@ -13,6 +13,8 @@ import { asCurl, asPython, bodyOf } from "./request.js";
 import { scoreTable } from "./scores.js";
 import { controls, inWords, parse, unusual } from "./settings.js";
 import { keep, settle } from "./state.js";
+
+const TYPING = 150; // milliseconds of rest after which a text is asked about
 
 /** What stands under Try, for as long as the page is open. */
 export const tried = { text: "", source: "chosen", concepts: [], settings: parse(new URLSearchParams()) };
@@ -36,16 +38,17 @@ export function showTry(part, params, signal) {
   const strip = button("", () => out.scrollIntoView({ block: "start" }), { class: "strip", tabindex: "-1", "aria-hidden": "true" });
   let everything = false;
 
-  const changed = (wait) => {
+  const changed = (when) => {
     keep("try", parameters());
     if (!tried.text.trim()) {
       latest.stop();
+      out.classList.remove("busy");
       strip.textContent = "";
       out.replaceChildren(empty("Nothing to classify yet", "Type a text, or take one of the examples."));
       return;
     }
     const body = bodyOf(tried, layers);
-    latest.soon((stop) => answer(body, stop), wait);
+    latest.soon((stop) => answer(body, stop), when);
   };
 
   async function answer(body, stop) {
@@ -78,11 +81,8 @@ export function showTry(part, params, signal) {
       quoted(result.label, { class: moved ? "moved" : "" }),
       ` ${percent(result.score)}`,
     ] : [quoted(result.label), ` ${percent(result.score)}`]);
-    // what was open, and what has the focus, stays so
-    const opened = out.querySelector("details")?.open;
-    const focused = out.contains(document.activeElement) ? document.activeElement.textContent : null;
     const masked = `${count(result.masked_neurons, "neuron")} masked at the read position`;
-    fill(
+    refill(
       out,
       el("h2", {}, "Result"),
       headline,
@@ -107,8 +107,6 @@ export function showTry(part, params, signal) {
         }),
       ),
     );
-    if (opened) out.querySelector("details")?.setAttribute("open", "");
-    if (focused) [...out.querySelectorAll("button, summary")].find((each) => each.textContent === focused)?.focus({ preventScroll: true });
     strip.textContent = headline.textContent;
     announce(baseline && erased ? `${baseline.label} ${percent(baseline.score)} without erasure, ${result.label} ${percent(result.score)} erased. ${masked}.` : `${result.label} ${percent(result.score)}.`);
   }
@@ -119,7 +117,7 @@ export function showTry(part, params, signal) {
     "aria-describedby": "examples",
     oninput: () => {
       tried.text = text.value;
-      changed(150);
+      changed({ wait: TYPING, rest: true });
     },
   });
   text.id = freshId("text");
@@ -131,7 +129,7 @@ export function showTry(part, params, signal) {
       button(name, () => {
         text.value = example;
         tried.text = example;
-        changed(0);
+        changed({ wait: 0 });
       }, { class: "chip", title: example }),
     ),
   );
@@ -161,7 +159,7 @@ export function showTry(part, params, signal) {
   );
   live.watch(() => (tried.source === "live" || live.value.erasures.some(({ enforced }) => enforced)) && changed(), signal);
   connected.watch((good) => good && changed(), signal);
-  changed(0);
+  changed({ wait: 0 });
 }
 
 /** Which concepts: chosen here, or those that are live. */

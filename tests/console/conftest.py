@@ -2,13 +2,26 @@
 
 import shutil
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
 import pytest
-from playwright.sync_api import Browser, BrowserContext, Page, Playwright, Request, Route, expect, sync_playwright
+from playwright.sync_api import (
+    Browser,
+    BrowserContext,
+    Locator,
+    Page,
+    Playwright,
+    Request,
+    Route,
+    expect,
+    sync_playwright,
+)
 
+from app.cli import run
 from tests.e2e.conftest import (  # noqa: F401  the server's fixtures
     Running,
     fitted,
@@ -21,6 +34,8 @@ from tests.e2e.conftest import (  # noqa: F401  the server's fixtures
     serve,
     two,
 )
+from tests.workers.checkpoints import save_tiny
+from tests.workers.texts import labelled_texts, write_jsonl
 
 FLAGS = (
     *("--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--disable-background-networking"),
@@ -140,3 +155,36 @@ def no_sideways() -> Callable[[Page], None]:
         assert width <= 0, f"{width} px too wide"
 
     return check
+
+
+@pytest.fixture(scope="package")
+def report(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A directory of reports, with one that `neuronlens evaluate` made."""
+    folder = tmp_path_factory.mktemp("reports")
+    model = save_tiny("bert", folder / "model")  # noqa: F811  another one
+    data = write_jsonl(folder / "texts.jsonl", labelled_texts(60, seed=1))
+    out = folder / "reports" / "tiny & <b>small"
+    options = ["--data", data, "--test-data", data, "--out", out, "--target", "Sports", "--device", "cpu"]
+    assert run(list(map(str, ["evaluate", "--model", model, *options]))) == 0
+    return out.parent
+
+
+@contextmanager
+def held(page: Page, pattern: str) -> Iterator[None]:
+    """No such request of the page is answered in here; all of them are when it is left."""
+    waiting: list[Route] = []
+    page.route(pattern, lambda route: waiting.append(route))
+    yield
+    for route in waiting:
+        route.continue_()
+    page.unroute(pattern)
+
+
+def tab_to(page: Page, target: Locator, most: int = 80) -> None:
+    """Press Tab until the target has the focus."""
+    expect(target).to_be_visible()
+    for _ in range(most):
+        page.keyboard.press("Tab")
+        if target.evaluate("(element) => element === document.activeElement"):
+            return
+    raise AssertionError(f"Tab does not lead to {target}")

@@ -6,12 +6,9 @@ from pathlib import Path
 import pytest
 from playwright.sync_api import expect
 
-from app.cli import run
 from range_store.api_keys import KeyStore
-from tests.console.conftest import NARROW, Window
+from tests.console.conftest import NARROW, WIDE, Window
 from tests.e2e.conftest import Running
-from tests.workers.checkpoints import save_tiny
-from tests.workers.texts import labelled_texts, write_jsonl
 
 pytestmark = pytest.mark.system
 Open = Callable[..., Window]
@@ -36,23 +33,12 @@ fetch("/livez").catch(() => held.push("fetch")).then(() => {
 </script>"""
 
 
-@pytest.fixture(scope="module")
-def report(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A directory of reports, with one that `neuronlens evaluate` made."""
-    folder = tmp_path_factory.mktemp("reports")
-    model = save_tiny("bert", folder / "model")
-    data = write_jsonl(folder / "texts.jsonl", labelled_texts(60, seed=1))
-    out = folder / "reports" / "tiny & <b>small"
-    options = ["--data", data, "--test-data", data, "--out", out, "--target", "Sports", "--device", "cpu"]
-    assert run(list(map(str, ["evaluate", "--model", model, *options]))) == 0
-    return out.parent
-
-
+@pytest.mark.parametrize("size", [NARROW, WIDE], ids=["narrow", "wide"])
 def test_a_report_opens_in_place(
-    serve: Callable[..., Running], window: Open, report: Path, no_sideways: Callable[..., None]
+    serve: Callable[..., Running], window: Open, report: Path, no_sideways: Callable[..., None], size: dict[str, int]
 ) -> None:
     running = serve(reports_dir=report)
-    page = window(running, viewport=NARROW).open("#/evaluation")
+    page = window(running, viewport=size).open("#/evaluation")
     item = page.get_by_role("listitem").filter(has_text="tiny & <b>small")
     expect(item).to_contain_text("60 texts")
     item.get_by_role("button", name="Open").click()

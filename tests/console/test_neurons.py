@@ -2,12 +2,14 @@
 
 from collections.abc import Callable
 from html import escape
+from itertools import permutations
 
 import pytest
 from playwright.sync_api import Page, expect
 
-from tests.console.conftest import NARROW, Window
+from tests.console.conftest import NARROW, Window, held, tab_to
 from tests.e2e.conftest import Running
+from tests.range_store.builders import random_range_set
 
 pytestmark = pytest.mark.system
 Open = Callable[..., Window]
@@ -63,6 +65,73 @@ def test_a_link_leads_to_the_same_neuron_and_a_slider_moves_the_ranges(news: Run
     page.get_by_label("Block").select_option("2")
     expect(page.get_by_role("heading", name="of block 2")).to_be_visible()
     page.wait_for_function("() => location.hash.includes('layer=2')")
+
+
+def test_a_choice_drops_what_was_asked_before(news: Running, window: Open) -> None:
+    """An answer about another concept, which comes late, chooses no neuron."""
+    page = window(news).open("#/neurons?concept=World")
+    expect(page.get_by_role("region", name="One neuron").get_by_role("heading")).to_be_visible()
+    tops = {
+        name: news.http.get(f"/v1/concepts/{name}/ranges", params={"limit": 1}).json()["neurons"][0]["neuron"]
+        for name in ("World", "Sports", "Business")
+    }
+    dropped, chosen = next((one, other) for one, other in permutations(tops, 2) if tops[one] != tops[other])
+    concept = page.get_by_label("Concept", exact=True)
+    concept.select_option(label="Météo & co")
+    with held(page, f"**/v1/concepts/{dropped}/ranges*"):
+        with page.expect_request(f"**/v1/concepts/{dropped}/ranges*"):
+            concept.select_option(dropped)
+        concept.select_option(chosen)
+    expect(page.locator(".ranked caption")).to_contain_text(f"Neurons of {chosen}")
+    expect(page.get_by_role("heading", name=f"Neuron {tops[chosen]} of block 2")).to_be_visible()
+    assert f"neuron={tops[chosen]}" in str(page.get_by_role("link", name="Neurons").get_attribute("href"))
+
+
+@pytest.mark.parametrize("width", [NARROW, None])
+def test_where_there_are_many_concepts_one_chooses_which_are_drawn(
+    serve: Callable[..., Running],
+    window: Open,
+    no_sideways: Callable[[Page], None],
+    width: dict[str, int] | None,
+) -> None:
+    """By keyboard too; rows of ranges are there for those that are drawn, and the chosen concept always is."""
+    running = serve()
+    names = [f"Concept {at}" for at in range(16)]
+    fingerprint = running.service.model.identity.fingerprint
+    fitted = random_range_set(3, names, hidden=32, n_layers=3, fingerprint=fingerprint)
+    running.service.store.activate(running.service.store.publish(*fitted))
+    running.service.mirror.refresh()
+    page = window(running, **({"viewport": width} if width else {})).open(
+        "#/neurons?concept=Concept+15&layer=2&neuron=3"
+    )
+
+    def drawn() -> set[object]:
+        return {trace["name"] for trace in traces(page, "One neuron") if trace["yaxis"] is None}
+
+    def rows() -> float:
+        plot = page.get_by_role("region", name="One neuron").locator(".js-plotly-plot")
+        return float(plot.evaluate("(plot) => plot.layout.yaxis2.range[0]")) + 0.4
+
+    region = page.get_by_role("region", name="One neuron")
+    choice = region.get_by_text("Drawn: 14 of 16 concepts")
+    expect(choice).to_be_visible()
+    assert drawn() == {"Concept 15", *names[:13]}
+    assert rows() == 14
+    tab_to(page, region.locator("summary").first)
+    page.keyboard.press("Enter")
+    tab_to(page, region.get_by_label("Concept 14", exact=True))
+    page.keyboard.press("Space")
+    expect(region.get_by_text("Drawn: 15 of 16 concepts")).to_be_visible()
+    page.wait_for_function("() => document.querySelector('.js-plotly-plot').layout.yaxis2.range[0] > 14")
+    assert drawn() == {"Concept 15", *names[:13], "Concept 14"}
+    expect(region.get_by_label("Concept 15", exact=True)).to_be_disabled()
+    page.keyboard.press("Space")
+    page.get_by_label("τ", exact=True).fill("1")  # drawn anew: the choice stays, open and with its focus
+    expect(region).to_contain_text("(mean ± 1 σ)")
+    expect(region.get_by_text("Drawn: 14 of 16 concepts")).to_be_visible()
+    expect(region.get_by_label("Concept 14", exact=True)).to_be_attached()
+    assert drawn() == {"Concept 15", *names[:13]}
+    no_sideways(page)
 
 
 def test_where_the_text_under_try_falls(news: Running, window: Open) -> None:
