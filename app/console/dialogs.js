@@ -57,8 +57,8 @@ export function reasonField(value = "") {
 
 /** Give the focus back to where it was; what was there may have been drawn anew, or be gone. */
 function backTo(opener) {
-  if (opener?.isConnected) return; // the browser does it
+  if (opener?.isConnected && !opener.hidden) return; // the browser does it
   const name = opener?.getAttribute("aria-label");
-  const same = name ? document.querySelector(`main [aria-label="${CSS.escape(name)}"]`) : null;
+  const same = name ? document.querySelector(`main [aria-label="${CSS.escape(name)}"]:not([hidden])`) : null;
   (same ?? document.getElementById("main")).focus({ preventScroll: true });
 }

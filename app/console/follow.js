@@ -14,6 +14,7 @@ export const rangeSetsChanged = new Watched(0);
 export const jobs = new Watched(null);
 
 const ASK_EVERY = 900; // milliseconds: other windows follow within a second even without a stream
+const LISTS_EVERY = 5000; // milliseconds: range sets, which change seldom
 const SILENCE = 40_000; // milliseconds without even a comment line, after which a stream is taken for dead
 const WITHOUT = 15_000; // milliseconds of asking before a stream that was refused is tried again
 const PAUSE = 1000; // milliseconds before the next attempt
@@ -34,12 +35,17 @@ function newer(generation, than) {
 /** Follow for as long as the page is open: by a stream, and by asking where or while there is none. */
 export async function follow() {
   let streamsFrom = 0; // when to try a stream again; Infinity where the server has none
+  let listsFrom = 0; // when to have lists read again
   for (;;) {
     try {
       if (performance.now() >= streamsFrom) {
         await readStream();
       } else {
         await ask();
+        if (performance.now() >= listsFrom) {
+          listsFrom = performance.now() + LISTS_EVERY;
+          rangeSetsChanged.value += 1;
+        }
         await rest(ASK_EVERY);
       }
     } catch (error) {
@@ -49,7 +55,7 @@ export async function follow() {
       else if (error instanceof Lost) await connection();
       else {
         if (performance.now() >= streamsFrom) streamsFrom = performance.now() + WITHOUT; // as many as it serves are open
-        await rest(error.retryAfter ? 1000 * error.retryAfter : PAUSE);
+        else await rest(error.retryAfter ? 1000 * error.retryAfter : PAUSE);
       }
     }
   }
@@ -77,6 +83,7 @@ async function readStream() {
   };
   const usedKey = key.value;
   const changed = new AbortController();
+  const began = performance.now();
   key.watch(() => aborting.abort(), changed.signal);
   try {
     heard();
@@ -104,7 +111,7 @@ async function readStream() {
     changed.abort();
   }
   following.value = "";
-  await rest(PAUSE); // the server ended it: it drains, and another one may answer
+  if (performance.now() - began < PAUSE) await rest(PAUSE); // the server ended it: it drains, and another one may answer
 }
 
 function handle(event) {

@@ -15,9 +15,18 @@ const ASK_EVERY = 2000; // milliseconds, while a job is under way and no stream 
 export async function jobsPart(signal) {
   const list = el("div", {});
   const known = new Map();
+  const items = new Map();
+  let drawn = null;
   const draw = () => {
     const shown = [...known.values()].sort((a, b) => b.created_at - a.created_at).slice(0, 10);
-    fill(list, shown.length ? el("ul", { class: "erasures" }, shown.map((job) => item(job, see))) : empty("No fits yet", "A fit reads labelled texts and publishes a range set."));
+    for (const job of shown) {
+      if (!items.has(job.id)) items.set(job.id, item(see));
+      items.get(job.id).show(job);
+    }
+    const order = shown.map(({ id }) => id).join();
+    if (order === drawn) return; // a button that is being pressed stays where it is
+    drawn = order;
+    fill(list, shown.length ? el("ul", { class: "erasures" }, shown.map(({ id }) => items.get(id).element)) : empty("No fits yet", "A fit reads labelled texts and publishes a range set."));
   };
   const see = (job) => {
     known.set(job.id, job);
@@ -51,21 +60,26 @@ export async function jobsPart(signal) {
   );
 }
 
-function item(job, see) {
-  const over = OVER.includes(job.state);
-  return el(
-    "li",
-    { class: "erasure" },
-    el(
-      "div",
-      {},
-      el("h3", {}, quoted(job.request?.data ?? job.request?.dataset ?? job.id), el("span", { class: over ? "badge outline" : "badge" }, job.state)),
+/** An element of the list, and how to show a job in it. */
+function item(see) {
+  let shown = null;
+  const about = el("div", {});
+  const stop = button("Cancel…", () => cancel(shown, see), { class: "danger" });
+  const show = (job) => {
+    shown = job;
+    const over = OVER.includes(job.state);
+    const what = job.request?.data ?? job.request?.dataset ?? job.id;
+    stop.hidden = over || job.state === "cancelling";
+    stop.setAttribute("aria-label", `Cancel the fit of ${what}`);
+    fill(
+      about,
+      el("h3", {}, quoted(what), el("span", { class: over ? "badge outline" : "badge" }, job.state)),
       over ? null : progress(job),
       el("p", { class: "quiet" }, `asked ${moment(job.created_at)} by `, quoted(job.by ?? "unknown"), job.ended_at ? ` · ended ${moment(job.ended_at)}` : null, job.range_set ? [" · range set ", el("code", {}, job.range_set)] : null),
       job.error ? el("p", { class: "problem-text" }, quoted(job.error)) : null,
-    ),
-    el("div", { class: "actions" }, over || job.state === "cancelling" ? null : button("Cancel…", () => cancel(job, see), { class: "danger" })),
-  );
+    );
+  };
+  return { element: el("li", { class: "erasure" }, about, el("div", { class: "actions" }, stop)), show };
 }
 
 function progress({ progress: now }) {

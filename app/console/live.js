@@ -2,7 +2,7 @@
 
 import { call, ofConcept, path } from "./api.js";
 import { confirm, reasonField } from "./dialogs.js";
-import { announce, button, choice, el, field, freshId, quoted } from "./elements.js";
+import { announce, button, choice, el, field, freshId, quoted, refill } from "./elements.js";
 import { facts } from "./facts.js";
 import { following, live, take } from "./follow.js";
 import { jobsPart } from "./jobs.js";
@@ -16,12 +16,13 @@ import { tried } from "./try.js";
 export async function showLive(part, params, signal) {
   const list = el("div", {}, live.value ? null : loading("what is live"));
   const generation = el("p", { class: "quiet" });
+  const on = button("Switch on…", () => switchOn(), { class: "primary", disabled: !left().length });
   part.append(
     el("h1", { class: "unseen" }, "Live"),
     el(
       "section",
       { class: "card", "aria-labelledby": "live-title" },
-      el("div", { class: "heading" }, el("h2", { id: "live-title" }, "Erased now"), button("Switch on…", () => switchOn(), { class: "primary", disabled: !facts.value.concepts.length })),
+      el("div", { class: "heading" }, el("h2", { id: "live-title" }, "Erased now"), on),
       el("p", { class: "quiet" }, "This applies to every request that names nothing itself; what is enforced applies to every request."),
       list,
       generation,
@@ -31,7 +32,9 @@ export async function showLive(part, params, signal) {
   const draw = () => {
     const listing = live.value;
     if (!listing) return;
-    list.replaceChildren(
+    on.disabled = !left().length;
+    refill(
+      list,
       listing.erasures.length ? el("ul", { class: "erasures" }, listing.erasures.map(item)) : empty("Nothing is erased", "Every concept goes through as the model has it."),
     );
     generation.replaceChildren("Generation ", el("code", {}, listing.generation), ...(listing.range_set ? [" · range set ", el("code", {}, listing.range_set)] : []));
@@ -54,7 +57,9 @@ export async function showLive(part, params, signal) {
       list.replaceChildren(failed(error));
     }
   }
-  part.append(...[await rangeSetsPart(signal), await jobsPart(signal)].filter(Boolean));
+  part.append(rangeSetsPart(signal));
+  const fits = await jobsPart(signal);
+  if (fits) part.append(fits);
 }
 
 const endsIn = (at) => `ends in ${duration(at - Date.now() / 1000)} (${moment(at)})`;
@@ -100,10 +105,17 @@ function whenStale(guard) {
 
 const TIMES = [["", "never"], [900, "in 15 minutes"], [3600, "in an hour"], [28800, "in 8 hours"], [86400, "in a day"], [604800, "in a week"]];
 
+/** Concepts that are not erased now: the others are changed, not switched on, so that what was set for them is kept. */
+function left() {
+  const erased = new Set(live.value?.erasures.map(({ concept }) => concept));
+  return facts.value.concepts.map(({ concept }) => concept).filter((concept) => !erased.has(concept));
+}
+
 function switchOn(erasure = null) {
-  const { model, layers, rankings, concepts } = facts.value;
+  const { model, layers, rankings } = facts.value;
+  const concepts = erasure ? [erasure.concept] : left();
   const settings = erasure ? ofErasure(erasure, layers) : { ...DEFAULTS, ...tried.settings };
-  const chosen = { concept: erasure?.concept ?? tried.concepts[0] ?? concepts[0]?.concept, seconds: "", enforced: erasure?.enforced ?? false };
+  const chosen = { concept: tried.concepts.find((concept) => concepts.includes(concept)) ?? concepts[0], seconds: "", enforced: erasure?.enforced ?? false };
   const guard = { generation: live.value?.generation };
   const reason = reasonField(erasure?.reason ?? "");
   const enforced = el("input", { type: "checkbox", id: freshId("enforced"), checked: chosen.enforced });
@@ -115,7 +127,7 @@ function switchOn(erasure = null) {
     content: el(
       "div",
       {},
-      erasure ? null : field("Concept", choice(concepts.map(({ concept, erased }) => [concept, erased ? `${concept} (is on: this changes it)` : concept]), chosen.concept, (value) => {
+      erasure ? null : field("Concept", choice(concepts.map((concept) => [concept, concept]), chosen.concept, (value) => {
         chosen.concept = value;
       })),
       controls(settings, { model, layers, rankings }, () => {}),

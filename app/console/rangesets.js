@@ -2,24 +2,28 @@
 
 import { call } from "./api.js";
 import { confirm, reasonField } from "./dialogs.js";
-import { button, el, freshId, quoted, table } from "./elements.js";
+import { button, el, freshId, quoted, refill, table } from "./elements.js";
 import { live, rangeSetsChanged, take } from "./follow.js";
 import { empty, failed, loading } from "./notices.js";
 import { count, moment } from "./numbers.js";
 
-/** The part of the page; it reads the list again when that has changed. */
-export async function rangeSetsPart(signal) {
+/** The part of the page; it reads the list, and again when that has changed. */
+export function rangeSetsPart(signal) {
   const list = el("div", {}, loading("range sets"));
   const compared = el("div", {});
-  const part = el("section", { class: "card", "aria-labelledby": "sets-title" }, el("h2", { id: "sets-title" }, "Range sets"), el("p", { class: "quiet" }, "What was fitted. Erasures are resolved on the active one; choose two to compare them."), list, compared);
+  const part = el("section", { class: "card", "aria-labelledby": "sets-title" }, el("h2", { id: "sets-title" }, "Range sets"), el("p", { class: "quiet" }, "What was fitted. Erasures are resolved on the active one; choose two to compare where they come from."), list, compared);
   const picked = [];
+  let drawn = "";
   const read = async () => {
     try {
       const { data } = await call("GET", "/v1/range-sets", { signal });
-      if (signal.aborted) return;
+      const said = JSON.stringify(data.range_sets);
+      if (signal.aborted || said === drawn) return; // a button that is being pressed stays where it is
+      drawn = said;
       draw(data.range_sets);
     } catch (error) {
-      if (!signal.aborted) list.replaceChildren(failed(error, read));
+      drawn = "";
+      if (!signal.aborted) refill(list, failed(error, read));
     }
   };
   const draw = (sets) => {
@@ -38,18 +42,18 @@ export async function rangeSetsPart(signal) {
       }
       drawCompared();
     };
-    list.replaceChildren(sets.length ? el("ul", { class: "sets" }, sets.map((each) => item(each, active, picked, pick))) : empty("No range set is published", "neuronlens fit --model … --data … --activate makes one."));
+    refill(list, sets.length ? el("ul", { class: "sets" }, sets.map((each) => item(each, active, picked, pick))) : empty("No range set is published", "neuronlens fit --model … --data … --activate makes one."));
     drawCompared();
   };
   rangeSetsChanged.watch(read, signal);
-  await read();
+  read();
   return part;
 }
 
 function item(set, active, picked, pick) {
   const { corpus, settings } = set.provenance;
   const id = freshId("set");
-  const box = el("input", { type: "checkbox", id, "data-set": set.id, checked: picked.includes(set.id), onchange: () => pick(set.id, box) });
+  const box = el("input", { type: "checkbox", id, "data-set": set.id, "data-key": `compare ${set.id}`, checked: picked.includes(set.id), onchange: () => pick(set.id, box) });
   const older = active && set.published_at < active.published_at;
   return el(
     "li",
@@ -60,7 +64,7 @@ function item(set, active, picked, pick) {
       el("h3", {}, el("code", {}, set.id), set.active ? el("span", { class: "badge" }, "active") : null),
       el("p", {}, quoted(corpus.name), corpus.split ? [" / ", quoted(corpus.split)] : null, `: ${count(Object.keys(corpus.counts).length, "concept")}, ${count(corpus.rows, "text")}, blocks ${settings.layers.join(", ")}`),
       el("p", { class: "quiet" }, `published ${moment(set.published_at)} · fitted ${moment(set.provenance.created_at)}`),
-      el("details", {}, el("summary", {}, "Provenance"), table(`Provenance of ${set.id}`, ["Fact", "Value"], flat(set.provenance).map(([name, text]) => [name, quoted(text)]), { class: "facts" })),
+      el("details", { "data-key": `of ${set.id}` }, el("summary", { "data-key": `see ${set.id}` }, "Provenance"), table(`Provenance of ${set.id}`, ["Fact", "Value"], flat(set.provenance).map(([name, text]) => [name, quoted(text)]), { class: "facts" })),
       el("div", { class: "tickbox" }, box, el("label", { for: id }, "Compare")),
     ),
     el("div", { class: "actions" }, set.active ? null : button(older ? "Roll back to it…" : "Activate…", () => activate(set, older), { "aria-label": `${older ? "Roll back to" : "Activate"} ${set.id}` })),
@@ -75,14 +79,16 @@ function flat(value, name = "") {
   return Object.entries(value).flatMap(([part, each]) => flat(each, name ? `${name}.${part}` : part));
 }
 
+/** Where two come from, beside each other; when each was fitted stands above, and is no difference. */
 function comparison(one, other) {
-  const [left, right] = [one, other].map((each) => new Map(flat(each.provenance)));
+  const [left, right] = [one, other].map(({ provenance: { created_at: _, ...facts } }) => new Map(flat(facts)));
   const names = [...new Set([...left.keys(), ...right.keys()])];
   const differing = names.filter((name) => left.get(name) !== right.get(name));
   return el(
     "div",
     { role: "region", "aria-label": "Comparison" },
-    el("h3", {}, differing.length ? `${count(differing.length, "difference")} of ${names.length} facts` : "No difference but the statistics"),
+    el("h3", {}, differing.length ? `${count(differing.length, "difference")} of ${names.length} facts` : `The same model, texts and settings: no difference in ${names.length} facts`),
+    el("p", { class: "quiet" }, "Compared is where they come from, with the number of texts of each concept; not the ranges themselves."),
     differing.length ? table("Differences", ["Fact", one.id, other.id], differing.map((name) => [name, quoted(left.get(name) ?? "–"), quoted(right.get(name) ?? "–")]), { class: "facts" }) : null,
   );
 }

@@ -14,7 +14,7 @@ export class Watched {
 
   set value(value) {
     this.#value = value;
-    for (const watcher of [...this.#watchers]) watcher(value);
+    for (const watcher of [...this.#watchers]) if (this.#watchers.has(watcher)) watcher(value); // one may end another
   }
 
   /** Call `watcher` with every new value until `signal` is aborted. */

@@ -1,6 +1,7 @@
 """Keys asked for, refusals explained, a lost server shown and found again."""
 
 from collections.abc import Callable
+from pathlib import Path
 
 import pytest
 from playwright.sync_api import Route, expect
@@ -91,14 +92,13 @@ def test_the_store_away_is_a_notice_and_no_blank_page(news: Running, window: Ope
             body='{"code": "store_unavailable", "detail": "the store is away", "status": 503, "request_id": "abc"}',
         )
 
-    page.route(
-        "**/v1/events", lambda route: route.fulfill(status=404, body="{}")
-    )  # else the page reads again by itself
-    page.route("**/v1/range-sets", away)
+    for path in ("events", "erasures", "range-sets"):  # where the first two answer, the page reads again by itself
+        page.route(f"**/v1/{path}", away)
     mine.open("#/live")
-    expect(page.get_by_role("alert").filter(has_text="the store is away")).to_contain_text("abc")
+    sets = page.get_by_role("region", name="Range sets")
+    expect(sets.get_by_role("alert").filter(has_text="the store is away")).to_contain_text("abc")
     page.unroute("**/v1/range-sets")
-    page.get_by_role("button", name="Try again").click()
+    sets.get_by_role("button", name="Try again").click()
     expect(page.get_by_role("heading", name=str(news.service.store.live().range_set))).to_be_visible()
 
 
@@ -117,6 +117,75 @@ def test_a_server_that_is_lost_is_shown_and_found_again(news: Running, window: O
     expect(page.locator(".scores")).to_be_visible()
     page.get_by_role("link", name="Live").click()
     expect(page.get_by_role("heading", name="World")).to_be_visible()
+
+
+def test_live_goes_on_after_a_server_was_lost(news: Running, window: Open) -> None:
+    mine = window(news)
+    page = mine.open("#/live")
+    expect(page.get_by_text("Nothing is erased", exact=True)).to_be_visible()
+    page.get_by_role("button", name="Switch on…").click()
+    box = page.get_by_role("dialog")
+    box.get_by_label("Concept").select_option("Sports")
+    mine.away = True
+    page.context.set_offline(True)
+    box.get_by_role("button", name="Switch it on for everybody").click()
+    expect(box.get_by_role("alert")).to_contain_text("No connection")
+    expect(page.locator("#lost")).to_be_visible()
+    expect(page.locator("#connection")).to_have_text("no connection")
+    page.context.set_offline(False)
+    expect(page.locator("#lost")).to_be_hidden()
+    box.get_by_role("button", name="Switch it on for everybody").click()
+    expect(box).to_be_hidden()
+    expect(page.get_by_role("heading", name="Sports")).to_be_visible()
+    news.http.put("/v1/erasures/World").raise_for_status()
+    expect(page.get_by_role("heading", name="World")).to_be_visible()
+
+
+def test_neurons_come_back_after_a_server_was_lost(news: Running, window: Open) -> None:
+    mine = window(news)
+    page = mine.open("#/neurons?concept=Sports")
+    expect(page.locator(".js-plotly-plot .main-svg").first).to_be_visible()
+    mine.away = True
+    page.context.set_offline(True)
+    page.get_by_label("Block").select_option("1")
+    expect(page.locator("#lost")).to_be_visible()
+    expect(page.locator("main .problem").first).to_contain_text("No connection")
+    page.context.set_offline(False)
+    expect(page.locator("#lost")).to_be_hidden()
+    expect(page.get_by_role("heading", name="of block 1")).to_be_visible()
+    expect(page.locator(".ranked caption")).to_contain_text("Neurons of Sports")
+    expect(page.locator("main .problem")).to_have_count(0)
+
+
+def test_a_report_comes_after_a_server_was_lost(serve: Callable[..., Running], report: Path, window: Open) -> None:
+    mine = window(serve(reports_dir=report))
+    page = mine.open("#/evaluation")
+    expect(page.get_by_role("button", name="Open tiny")).to_be_visible()
+    mine.away = True
+    page.context.set_offline(True)
+    page.get_by_role("button", name="Open tiny").click()
+    expect(page.locator("#lost")).to_be_visible()
+    expect(page.locator("main .problem")).to_contain_text("No connection")
+    page.context.set_offline(False)
+    expect(page.locator("#lost")).to_be_hidden()
+    expect(page.frame_locator("iframe").locator("h1")).to_be_visible()
+
+
+def test_neurons_with_a_key(keyed: Keyed, window: Open) -> None:
+    """`read` sees them, `infer` is told what it lacks, and only who may do both sees where the text falls."""
+    running, tokens, _ = keyed
+    for scope, where, what in (
+        ("read", ".ranked", "Saliency"),
+        ("infer", "main .problem", "needs a key with scope read"),
+        ("admin", "main", "The text under Try has the value"),
+    ):
+        mine = window(running)
+        page = mine.open("#/neurons?concept=Sports&text=a+goal")
+        give(mine, tokens[scope])
+        expect(page.locator(where).first).to_contain_text(what)
+        if scope == "read":
+            expect(page.locator(".js-plotly-plot .main-svg").first).to_be_visible()
+            expect(page.locator("main")).not_to_contain_text("The text under Try has the value")
 
 
 def test_without_ranges_the_page_says_what_to_do(serve: Callable[..., Running], window: Open) -> None:
