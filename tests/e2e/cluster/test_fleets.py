@@ -137,11 +137,14 @@ def test_more_than_the_fleet_holds_is_refused_with_a_time_to_wait(both: list[Ser
 
 
 def test_there_are_more_replicas_while_tokens_wait_and_fewer_afterwards(both: list[Service]) -> None:
-    engine = both[0].engine
+    engine, registry = both[0].engine, both[0].registry
+
+    def two_are_seen() -> bool:
+        return registry.get_sample_value("neuronlens_fleet_replicas") == 2.0 and len(pids(both[0])) == 2
 
     async def load() -> None:
         async def client() -> None:
-            while len(pids(both[0])) < 2:
+            while not two_are_seen():
                 try:
                     await engine.classify(TEXTS, [])
                 except QueueFull:
@@ -150,7 +153,6 @@ def test_there_are_more_replicas_while_tokens_wait_and_fewer_afterwards(both: li
         await asyncio.wait_for(asyncio.gather(*(client() for _ in range(12))), 120)
 
     asyncio.run(load())
-    until(lambda: running("first") == 2, 60)
     until(lambda: running("first") == 1, 60)
     until(lambda: len(pids(both[0])) == 1, 60)
 
