@@ -1,6 +1,8 @@
 """`--redeploy`: engines are replaced while requests are under way, and none of those is lost or answered wrongly."""
 
 import asyncio
+import os
+import signal
 import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -29,6 +31,7 @@ TEXTS = [text for text, _ in labelled_texts(24, seed=21)]
 TOLERANCE = 2e-4
 """Largest difference of a logit between two batches that a text is in (promise 2)."""
 PATIENT = {"max_queue_seconds": 600.0}
+NEVER = 888
 
 
 @contextmanager
@@ -67,6 +70,21 @@ def same(answers: list[Answer], expected: list[Answer], generation: str) -> None
 
 
 Opening = Callable[..., list[Service]]
+
+
+@pytest.fixture(scope="module", autouse=True)
+def never_join() -> Iterator[None]:
+    """Engines that are to hold `NEVER` texts do not come up; of the same class as those that do, as everywhere."""
+
+    class Choosy(LoggedReplica):
+        async def reconfigure(self, config: dict[str, Any]) -> None:
+            if self._settings.engine["max_queue_texts"] == NEVER:
+                raise ClusterError("this one never joins")
+            await super().reconfigure(config)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("app.fleet.LoggedReplica", Choosy)
+        yield
 
 
 @pytest.fixture(scope="module")
@@ -146,18 +164,18 @@ def test_without_room_for_one_more_an_engine_ends_before_another_starts(open_ser
     assert full.registry.get_sample_value("neuronlens_fleet_lost_total") == 0.0
 
 
-def test_engines_that_do_not_come_up_leave_the_old_ones(
-    fleet: Service, expected: list[Answer], open_services: Opening, monkeypatch: pytest.MonkeyPatch
+def test_engines_that_do_not_come_up_leave_the_old_ones_and_their_settings(
+    fleet: Service, expected: list[Answer], open_services: Opening
 ) -> None:
-    class NeverJoins(LoggedReplica):
-        async def reconfigure(self, config: dict[str, Any]) -> None:
-            raise ClusterError("this one never joins")
-
     before = set(pids(fleet))
-    monkeypatch.setattr("app.fleet.LoggedReplica", NeverJoins)
     with under_way(fleet) as answers, pytest.raises(ClusterError, match=r"those that are left go on: .*never joins"):
-        open_services("rolling", redeploy=True, max_queue_texts=888, **PATIENT)
+        open_services("rolling", redeploy=True, max_queue_texts=NEVER, **PATIENT)
     assert set(pids(fleet)) == before
     same(answers, expected, fleet.store.live().generation)
-    monkeypatch.undo()
+    with under_way(fleet) as answers:
+        victim = min(before)
+        os.kill(victim, signal.SIGKILL)
+        until(lambda: len(set(pids(fleet)) - {victim}) == 2, 120)
+    assert before - {victim} < set(pids(fleet)), "what took its place has the settings that were, and joined"
+    same(answers, expected, fleet.store.live().generation)
     open_services("rolling", max_queue_texts=777, **PATIENT)  # its settings are what they were
