@@ -81,9 +81,12 @@ def watched(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Watched]:
         first = engines()
         ingress.http.put("/v1/erasures/World", json={}, params={"wait": "all"}).raise_for_status()
         run.killed = min(first)
+        weights = checkpoint / "model.safetensors"
+        aside = weights.rename(directory / "aside")  # without them nobody takes its place
         os.kill(int(run.killed.split(":")[1]), signal.SIGKILL)
         until(lambda: "NeuronLensFleetShort" in prometheus.firing(), 60)
-        until(lambda: run.killed not in engines() and len(engines()) == 2, 120)
+        aside.rename(weights)
+        until(lambda: run.killed not in engines() and len(engines()) == 2, 240)
         until(lambda: not prometheus.firing(), 60)
         lose = directory / "ingress" / "lose"
         lose.parent.mkdir(exist_ok=True)
