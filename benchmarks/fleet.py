@@ -207,8 +207,9 @@ def _run_ingress(place: Path, replicas: int, rate: float) -> None:
     from app import fleet as wiring
     from app.cli.listening import bind
     from app.cli.serve import serve_until_told
+    from app.parts import engine_limits
     from app.settings import Settings
-    from workers.cluster.launching import FleetPlan
+    from workers.cluster.launching import FleetPlan, running
 
     identity = ModelIdentity(
         id="sleepers", revision=None, kind="sequence-classification", family="bert", fingerprint="0" * 64,
@@ -220,11 +221,12 @@ def _run_ingress(place: Path, replicas: int, rate: float) -> None:
         assert isinstance(client, EmbeddedRedis)
         told = {**asdict(facts), "identity": None}
         model = {"facts": told, "identity": identity.model_dump(), "seconds": 1 / rate}
-        engine = {"max_batch_tokens": 1024, **wiring.engine_limits(settings)}
+        engine = {"max_batch_tokens": 1024, **engine_limits(settings)}
         own = ReplicaSettings("sleepers", model, 1, {"url": client.url}, engine, settings.poll_seconds)
         plan = FleetPlan(own, replicas, None, 0.01, 0.0, 5, replica=Sleeper)
         with (
-            wiring._service(settings, plan, client, redeploy=False, keep=False) as service,
+            running(plan, keep=False) as fleet,
+            wiring._service(settings, fleet, client, wiring._End()) as service,
             bind(settings) as bound,
         ):
             serve_until_told([service], settings, bound)

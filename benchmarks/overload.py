@@ -135,9 +135,9 @@ def main() -> None:
     print(f"refused (429): {len(refused)}; p50 {p50:.1f} ms, p99 {p99:.1f} ms")
     print(f"load generator: {cpu / wall:.3f} of one core while it ran")
     print("while 4 requests of 64 texts are in flight (≤ 50 ms):")
-    for call, own in busy.items():
-        p50, p99 = np.percentile(own, [50, 99])
-        print(f"  {call:26} p50 {p50:5.1f} ms, p99 {p99:5.1f} ms, worst {max(own):5.1f} ms of {len(own)}")
+    for call, waits in busy.items():
+        p50, p99 = np.percentile(waits, [50, 99])
+        print(f"  {call:26} p50 {p50:5.1f} ms, p99 {p99:5.1f} ms, worst {max(waits):5.1f} ms of {len(waits)}")
 
 
 if __name__ == "__main__":

@@ -54,7 +54,7 @@ async def toggles(ports: list[int], number: int) -> tuple[list[float], list[floa
 
 def asked_of(store: redis.Redis) -> Counter[str]:
     """Commands that Redis has run so far, by name; those inside scripts too."""
-    stats: dict[str, Any] = store.info("commandstats")  # type: ignore[assignment]
+    stats: dict[str, Any] = store.info("commandstats")
     return Counter({name.removeprefix("cmdstat_"): each["calls"] for name, each in stats.items()})
 
 

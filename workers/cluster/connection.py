@@ -15,7 +15,7 @@ import ray
 from ray._private import worker as _of_ray
 from ray.exceptions import RayError
 
-from workers.cluster.errors import ClusterUnavailable
+from workers.cluster.errors import ClusterUnavailable, first_line
 from workers.cluster.lifeline import Lifeline
 
 PRIVATE = "local"
@@ -62,8 +62,8 @@ def connected(
         try:
             ray.init(**options, log_to_driver=False, logging_level=logging.ERROR)
         except (ConnectionError, RuntimeError, ValueError, OSError, RayError) as error:
-            reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-            raise ClusterUnavailable(f"no Ray cluster at {address!r} that this machine is part of: {reason}") from error
+            why = first_line(error)
+            raise ClusterUnavailable(f"no Ray cluster at {address!r} that this machine is part of: {why}") from error
         if threading.current_thread() is threading.main_thread():
             for number, handler in handlers.items():  # Ray puts its own in their place
                 signal.signal(number, handler)

@@ -57,18 +57,20 @@ class Layout:
             device: "auto" takes GPUs where the cluster has some.
 
         Raises:
-            ClusterError: a GPU is wanted and there is none, or one by its number.
+            ClusterError: a GPU is wanted and there is none, or one by its number; or there is no CPU. Where both
+                numbers are given, nodes are waited for.
         """
         if device.startswith("cuda:"):
             raise ClusterError(f"with --ray the cluster chooses the GPU: --device cuda instead of {device}")
         nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
         with_gpu = [node for node in nodes if node.get("GPU", 0) >= 1]
         gpu = device == "cuda" or (device == "auto" and bool(with_gpu))
-        if gpu and not with_gpu:
-            raise ClusterError("no node of the cluster has a GPU: --device cpu")
         hosts = with_gpu if gpu else [node for node in nodes if node.get("CPU", 0) >= 1]
+        if not hosts and actors and threads:  # nodes may be still to come, where they are started on demand
+            return cls(actors, threads, gpu)
         if not hosts:
-            raise ClusterError("no node of the cluster offers a CPU")
+            offered = "has a GPU: --device cpu" if gpu else "offers a CPU"
+            raise ClusterError(f"no node of the cluster {offered}; --actors and --threads wait for nodes to come")
         wanted = actors or (sum(int(node["GPU"]) for node in hosts) if gpu else len(hosts))
         share = int(min(node.get("CPU", 1) for node in hosts)) // math.ceil(wanted / len(hosts))
         return cls(wanted, threads or max(1, share), gpu)
@@ -182,6 +184,7 @@ class ModelPool:
     _members: list[_Member] = field(default_factory=list)
     _deaths: int = 0
     _about: About | None = None
+    _without_since: float | None = None
 
     def __enter__(self) -> "ModelPool":
         self._members = [self._start() for _ in range(self.layout.actors)]
@@ -195,13 +198,8 @@ class ModelPool:
     @property
     def about(self) -> About:
         """What all actors loaded; waits for the first of them. Raises ModelError, ClusterError."""
-        started = time.monotonic()
-        told = False
         while self._about is None:
             self._wait({}, {})
-            if not told and time.monotonic() - started > TELL_SECONDS:
-                told = True
-                logger.warning("no model is loaded yet: %s were asked for, %s", self.layout, free())
         return self._about
 
     def in_order(self, job: Job[Task, Result], tasks: Iterator[Task]) -> Iterator[tuple[Task, Result, float]]:
@@ -287,6 +285,7 @@ class ModelPool:
     def _wait(self, in_hand: dict[Any, _Piece[Task]], done: dict[int, _Piece[Task]]) -> list[_Piece[Task]]:
         """Wait a while for what comes first, and put it into `done`; gives the pieces that must be handed out again."""
         self.tick()
+        self._tell()
         loading = {member.loading: member for member in self._members if member.loading is not None}
         refs = [*in_hand, *loading]
         ready, _ = ray.wait(refs, num_returns=len(refs), timeout=0, fetch_local=False)
@@ -308,6 +307,16 @@ class ModelPool:
                 self._deaths = 0
                 done[piece.place] = piece
         return again
+
+    def _tell(self) -> None:
+        """Say so when there has been no model for a while, at first or as all were lost: others may have the room."""
+        if any(member.ready for member in self._members):
+            self._without_since = None
+        elif self._without_since is None:
+            self._without_since = time.monotonic()
+        elif time.monotonic() - self._without_since > TELL_SECONDS:
+            self._without_since = math.inf  # it is said once
+            logger.warning("no model is loaded: %s were asked for, %s", self.layout, free())
 
     def _loaded(self, member: _Member) -> None:
         """An actor that loads its model is done with it, one way or another."""

@@ -265,18 +265,19 @@ def _per_class(
 ) -> npt.NDArray[np.int64]:
     """At most `most` of the chosen rows of each class, drawn by `seed`, in their order."""
     values = rows.labels()
+    codes: dict[str, int] = {}
 
-    def concept_of(row: int) -> str:
+    def code_of(row: int) -> int:
         try:
-            return concepts.of(values[row])
+            return codes.setdefault(concepts.of(values[row]), len(codes))
         except CorpusError as error:
             raise CorpusError(f"{rows.where(row)} {error}") from None
 
-    of_row = [concept_of(int(row)) for row in chosen]
+    of_row = np.fromiter(map(code_of, chosen), np.int32, len(chosen))  # names would take memory, of large corpora
     rng = np.random.default_rng(seed)
     kept = []
-    for concept in sorted(set(of_row)):
-        own = chosen[[each == concept for each in of_row]]
+    for concept in sorted(codes):
+        own = chosen[of_row == codes[concept]]
         kept.append(own if len(own) <= most else rng.choice(own, size=most, replace=False))
     return np.sort(np.concatenate(kept)) if kept else chosen
 

@@ -38,6 +38,8 @@ from workers.models.tokens import length_sorted
 logger = logging.getLogger(__name__)
 
 CHECKPOINT_SECONDS = 15.0
+MOST_ROWS = int(np.iinfo(np.uint32).max)
+"""That a fit counts: all of them may fall into one bin of a histogram."""
 
 
 class FitCancelled(Exception):
@@ -200,9 +202,12 @@ def begin(
 
     Raises:
         InvalidErasure: a layer that the model does not have.
-        CorpusError: only correct texts are wanted, and a concept is no label of the model.
+        CorpusError: only correct texts are wanted, and a concept is no label of the model; or there are more texts
+            than a bin of a histogram can count.
     """
     chosen = resolve_layers(layers, model.n_layers)
+    if len(corpus) > MOST_ROWS:
+        raise CorpusError(f"{len(corpus):,} texts are more than histograms can count: --max-rows {MOST_ROWS} or fewer")
     if correct_only:
         match_labels(corpus.concepts, model.labels)
     settings = FitSettings(

@@ -73,6 +73,15 @@ def cluster() -> Iterator[Cluster]:
         patched.undo()
 
 
+def test_where_no_node_can_take_an_actor_one_is_waited_for_if_its_size_is_known(cluster: Cluster) -> None:
+    with pytest.raises(
+        ClusterError, match=r"^no node of the cluster has a GPU: --device cpu; --actors and --threads wait"
+    ):
+        Layout.of(None, 1, "cuda")
+    assert Layout.of(2, 1, "cuda") == Layout(2, 1, gpu=True)
+    assert Layout.of(2, None, "auto") == Layout(2, 1, gpu=False)
+
+
 @pytest.mark.parametrize("address", ["127.0.0.1:1", "ray://127.0.0.1:1"])
 def test_an_address_without_a_cluster_is_refused_at_once(address: str) -> None:
     with pytest.raises(ClusterUnavailable, match=f"^no Ray cluster at {address}: "), connected(address):
@@ -248,7 +257,7 @@ def test_who_waits_for_cpus_that_others_hold_says_so(
     waiting = ModelPool(source, {"device": "cpu"}, Layout(1, 2, gpu=False), enough)
     with waiting, pytest.raises(FitCancelled):
         assert waiting.about
-    asked = "no model is loaded yet: 1 × 2 CPUs were asked for, 0 CPUs and 0 GPUs are free on all nodes together"
+    asked = "no model is loaded: 1 × 2 CPUs were asked for, 0 CPUs and 0 GPUs are free on all nodes together"
     assert caplog.messages == [asked]
 
 
@@ -347,8 +356,9 @@ class _Victim:
         os.kill(self.pid, signal.SIGSTOP)
 
     def __call__(self) -> bool:
-        if self._member.in_hand and psutil.pid_exists(self.pid):
-            os.kill(self.pid, signal.SIGKILL)
+        if self._member.in_hand:
+            with suppress(ProcessLookupError):  # it is dead already
+                os.kill(self.pid, signal.SIGKILL)
         return False
 
 
@@ -455,19 +465,26 @@ def test_what_goes_wrong_on_an_actor_is_one_line(pool: ModelPool, monkeypatch: p
 
 
 def test_a_node_that_is_taken_away_costs_only_its_part(
-    pool: ModelPool, cluster: Cluster, alone: Fitted, path: Path
+    pool: ModelPool, cluster: Cluster, alone: Fitted, path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     gone: list[Any] = []
     until(lambda: all_ready(pool), 120)
 
     def take_away() -> bool:
-        if not gone and sum(member.in_hand > 0 for member in pool._members) >= 2:  # one of them is on that node
+        busy = [member.about.pid for member in pool._members if member.in_hand and member.about]
+        if not gone and len(busy) >= 2:  # one of them is on that node; what it has is not done before it is gone
+            for pid in busy:
+                os.kill(pid, signal.SIGSTOP)
             gone.append(next(node for node in cluster.list_all_nodes() if not node.head))
             cluster.remove_node(gone[0], allow_graceful=False)
+            for pid in busy:
+                with suppress(ProcessLookupError):
+                    os.kill(pid, signal.SIGCONT)
         return False
 
     fitted = fit_on(pool, on_cluster(path), cancelled=take_away, **CHOICES)
     assert gone, "it was taken away while two actors had work in hand"
+    assert "an actor was lost" in caplog.text
     until(lambda: len([node for node in ray.nodes() if node["Alive"]]) == 1, 60)
     assert fitted.range_set.id == alone.range_set.id
     assert numbers(fitted) == numbers(alone)

@@ -20,8 +20,8 @@ from tests.range_store.waiting import until
 from tests.workers.checkpoints import LABELS, save_tiny
 from tests.workers.texts import labelled_texts, write_jsonl
 from workers.engine.masks import DevicePlan, MaskTable
-from workers.fitting.corpus import Corpus, load_corpus
-from workers.fitting.fit import FitCancelled, FitProgress, Fitted, fit
+from workers.fitting.corpus import Corpus, CorpusError, load_corpus
+from workers.fitting.fit import MOST_ROWS, FitCancelled, FitProgress, Fitted, fit
 from workers.models.families import FAMILIES
 from workers.models.loading import LoadedModel, load_model
 
@@ -80,6 +80,17 @@ def test_provenance_says_what_was_fitted(tiny: Tiny, corpus: Corpus) -> None:
     assert set(provenance.versions) == {"neuronlens", "torch", "transformers", "numpy"}
     with pytest.raises(InvalidErasure, match="layer 3"):
         fit(model, corpus, layers=(3,))
+
+
+def test_more_texts_than_a_bin_can_count_are_refused(
+    tiny: Tiny, corpus: Corpus, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = tiny("bert")
+    counts = fit(model, corpus).inspect[model.identity.n_layers - 1].histogram
+    assert np.iinfo(counts.dtype).max == MOST_ROWS
+    monkeypatch.setattr("workers.fitting.fit.MOST_ROWS", len(corpus) - 1)
+    with pytest.raises(CorpusError, match=f"--max-rows {len(corpus) - 1} or fewer"):
+        fit(model, corpus)
 
 
 def test_the_same_fit_has_the_same_id_and_another_has_not(tiny: Tiny, corpus: Corpus) -> None:
