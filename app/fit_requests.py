@@ -120,7 +120,8 @@ def source_of(request: FitIn, settings: Settings) -> str | None:
 
     A file is looked for below each of `fit_dirs`, in their order, whatever links lie on the way: where it really lies
     must be below the same directory. Who may write there can still change what it is; it is looked at again when the
-    fit starts.
+    fit starts. A name that a file or directory in the server's working directory has, too, is none of the hub: the fit
+    would take it for that, and say what it is.
 
     Raises:
         DataRefused: no such data may be named here; says which setting would allow them.
@@ -137,7 +138,8 @@ def source_of(request: FitIn, settings: Settings) -> str | None:
         for directory in settings.fit_dirs:
             if (found := _below(directory, wanted)) is not None:
                 return found
-    if settings.fit_hub and _HUB_NAME.fullmatch(request.data) and wanted.suffix.lower() not in _FILES:
+    of_hub = _HUB_NAME.fullmatch(request.data) and wanted.suffix.lower() not in _FILES
+    if settings.fit_hub and of_hub and not os.path.lexists(request.data):
         return request.data
     raise DataUnusable(
         "data: no such file below the directories of NEURONLENS_FIT_DIRS; "
