@@ -1,10 +1,12 @@
 """`POST /` with the client that people have, huggingface_hub's own, and the types it makes of the task's schema."""
 
+import asyncio
 from dataclasses import asdict, fields
 from typing import Any
 
 import pytest
 from huggingface_hub import (
+    AsyncInferenceClient,
     InferenceClient,
     TextClassificationInput,
     TextClassificationOutputElement,
@@ -38,6 +40,12 @@ def test_the_client_gets_every_label_best_first(news: Running, end: str) -> None
     assert asked(client) == pytest.approx(scores(news))
     assert list(asked(client)) == list(scores(news))
     assert list(asked(client, top_k=2)) == list(scores(news))[:2]
+
+
+def test_the_asynchronous_client_gets_the_same(news: Running) -> None:
+    client = AsyncInferenceClient(model=news.url)
+    found = asyncio.run(client.text_classification(TEXT, top_k=2, function_to_apply="sigmoid"))
+    assert {each.label: each.score for each in found} == pytest.approx(scores(news, top_k=2, activation="sigmoid"))
 
 
 @pytest.mark.parametrize("function", ["softmax", "sigmoid", "none"])
