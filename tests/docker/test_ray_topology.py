@@ -27,6 +27,12 @@ pytestmark = [pytest.mark.system, pytest.mark.timeout(600)]
 
 SOON = 240.0
 TOKEN = "c3" * 32  # pragma: allowlist secret
+JOINED = """
+import sys
+from ray._raylet import GcsClient
+nodes = GcsClient(address=sys.argv[1]).get_all_node_info().values()
+print(sum(node.resources_total.get("CPU", 0) > 0 for node in nodes))
+"""
 
 
 class Cluster:
@@ -78,6 +84,12 @@ class Cluster:
         assert check.returncode == 0 or "InvalidAuthToken" in check.stderr, check.stderr
         return check.returncode == 0
 
+    def workers(self) -> int:
+        """How many nodes that offer CPUs have joined."""
+        told = os.environ | {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": TOKEN}
+        asked = subprocess.run([sys.executable, "-c", JOINED, self.head], capture_output=True, text=True, env=told)
+        return int(asked.stdout) if asked.returncode == 0 else 0
+
     def log(self, service: str) -> str:
         return (self.directory / f"{service}.log").read_text()
 
@@ -105,6 +117,7 @@ def test_a_fleet_answers_from_its_nodes_and_outlives_one_of_them(cluster: Cluste
     token = cluster.topology.run("cli", "keys", "create", "admin", "--scope", "admin").strip()
     until(lambda: _lives(head, cluster, "ray-head") and cluster.healthy("ray-head"), SOON)
     workers = [cluster.start("ray-worker"), cluster.start("ray-worker")]
+    until(lambda: cluster.workers() == 2, SOON)
     fit = cluster.start("ray-fit")
     assert not cluster.lets_in("0" * 64)
     assert fit.wait(SOON) == 0, cluster.log("ray-fit")
@@ -116,6 +129,7 @@ def test_a_fleet_answers_from_its_nodes_and_outlives_one_of_them(cluster: Cluste
     assert httpx.get(f"{first}/v1/models").status_code == 401
 
     with _client(first, token) as http:
+        until(lambda: len(http.get("/v1/replicas/targets").json()) == 2, SOON)
         before = _classified(http)
         switched = http.put("/v1/erasures/Sports", params={"wait": "all"}, json={"top_fraction": 1.0})
         assert switched.status_code == 200, switched.text
