@@ -73,15 +73,6 @@ def cluster() -> Iterator[Cluster]:
         patched.undo()
 
 
-def test_where_no_node_can_take_an_actor_one_is_waited_for_if_its_size_is_known(cluster: Cluster) -> None:
-    with pytest.raises(
-        ClusterError, match=r"^no node of the cluster has a GPU: --device cpu; --actors and --threads wait"
-    ):
-        Layout.of(None, 1, "cuda")
-    assert Layout.of(2, 1, "cuda") == Layout(2, 1, gpu=True)
-    assert Layout.of(2, None, "auto") == Layout(2, 1, gpu=False)
-
-
 @pytest.mark.parametrize("address", ["127.0.0.1:1", "ray://127.0.0.1:1"])
 def test_an_address_without_a_cluster_is_refused_at_once(address: str) -> None:
     with pytest.raises(ClusterUnavailable, match=f"^no Ray cluster at {address}: "), connected(address):
@@ -242,6 +233,15 @@ def test_any_files_give_what_one_file_gives_in_one_process(
     own, other = fitted.range_set.provenance, alone.range_set.provenance
     assert own.corpus.model_copy(update={"name": other.corpus.name}) == other.corpus
     assert (own.model, own.settings, own.versions) == (other.model, other.settings, other.versions)
+
+
+def test_where_no_node_can_take_an_actor_one_is_waited_for_if_its_size_is_known(cluster: Cluster) -> None:
+    with pytest.raises(
+        ClusterError, match=r"^no node of the cluster has a GPU: --device cpu; --actors and --threads wait"
+    ):
+        Layout.of(None, 1, "cuda")
+    assert Layout.of(2, 1, "cuda") == Layout(2, 1, gpu=True)
+    assert Layout.of(2, None, "auto") == Layout(2, 1, gpu=False)
 
 
 def test_who_waits_for_cpus_that_others_hold_says_so(
