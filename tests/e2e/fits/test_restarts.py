@@ -5,13 +5,16 @@ import signal
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from pathlib import Path
+from typing import Any
 
 import pytest
+from safetensors.numpy import load_file
 
 from tests.e2e.conftest import Running
 from tests.e2e.faults.processes import Served
-from tests.e2e.fits.conftest import LONG, SECONDS, lives, over, process_of, reading, started
+from tests.e2e.fits.conftest import LONG, SECONDS, lives, over, process_of, reading, started, when
 from tests.range_store.waiting import until
+from workers.fitting.rows import BLOCK_ROWS
 from workers.models.loading import LoadedModel
 
 Serve = Callable[[], Served]
@@ -36,7 +39,9 @@ def server(model: LoadedModel, texts: Path, tmp_path: Path) -> Iterator[Serve]:
 
 
 def test_a_server_that_is_killed_or_drained_goes_on_with_its_fit(server: Serve, tmp_path: Path) -> None:
-    """It ends in the range set of a fit that nothing disturbed; no process is left behind."""
+    """It begins where the checkpoint left it, and ends in the range set of a fit that nothing disturbed; no process is
+    left behind.
+    """
     first = server()
     undisturbed = over(first.http, started(first.http, LONG)["id"])["range_set"]
     job = started(first.http, LONG | {"activate": True})["id"]
@@ -45,10 +50,12 @@ def test_a_server_that_is_killed_or_drained_goes_on_with_its_fit(server: Serve, 
     until(lambda: any((tmp_path / "jobs" / job / "checkpoints").glob("fit-*")), SECONDS)
     first.close()
     until(lambda: not lives(pids[0]), SECONDS)
+    kept = rows_in(tmp_path / "jobs" / job / "checkpoints")
 
     second = server()
-    resumed = reading(second.http, job)
-    assert (resumed["attempts"], resumed["progress"]["rows_done"] > 0) == (2, True)
+    resumed = when(second.http, job, lambda now: now["attempts"] == 2 and fits(now))
+    assert (resumed["state"], resumed["attempts"]) == ("running", 2)
+    assert resumed["progress"]["rows_done"] >= kept > 0, "a fit begun anew would take as long as before to be here"
     pids.append(process_of(tmp_path, job))
     second.command.process.send_signal(signal.SIGTERM)
     assert second.command.end() == 0
@@ -60,6 +67,19 @@ def test_a_server_that_is_killed_or_drained_goes_on_with_its_fit(server: Serve, 
     assert done["attempts"] == 2, "an orderly end is no failed attempt"
     assert third.http.get("/v1/erasures").json()["range_set"] == undisturbed
     assert not (tmp_path / "jobs" / job / "checkpoints").exists()
+
+
+def fits(job: dict[str, Any]) -> bool:
+    """Whether a job says how many texts it has fitted; what it tells first is of its first batch."""
+    return job["progress"] is not None and job["progress"]["phase"] == "fitting"
+
+
+def rows_in(checkpoints: Path) -> int:
+    """How many texts the checkpoint of a fit has: whole blocks, and those done of the one under way."""
+    (path,) = checkpoints.glob("fit-*.safetensors")
+    arrays = load_file(path)
+    under_way = arrays["block.done"].sum() if "block.done" in arrays else 0
+    return int(arrays["counters.next_block"].item() * BLOCK_ROWS + under_way)
 
 
 def test_of_two_servers_one_runs_the_fit_and_the_other_takes_over(
