@@ -10,7 +10,7 @@ const COLOURS = {
 };
 const DASHES = ["solid", "dash", "dot", "dashdot"];
 const DRAWN_BINS = 48; // a few hundred texts do not fill 512
-const LEGEND = 133; // pixels of a legend at most; what is more is scrolled to
+const LEGEND = 150; // pixels of a legend at most; what is more is scrolled to
 
 let plotly = null;
 
@@ -125,7 +125,7 @@ export function densities(neuron, drawn, textValue) {
     const margin = 0.03 * (right - left) || 1;
     const [above, below] = [250, 66 + 10 * order.length]; // pixels of the densities, and of the ranges
     const strip = below / (above + below);
-    const legend = Math.min(LEGEND, 19 * Math.ceil(order.length / (look.narrow ? 2 : 4)));
+    const legend = Math.min(LEGEND, 21 * Math.ceil(order.length / (look.narrow ? 2 : 4)));
     const layout = {
       ...plain(look, 72 + above + below + legend),
       margin: { l: 56, r: 12, t: 28, b: 44 },
