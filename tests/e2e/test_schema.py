@@ -156,6 +156,7 @@ def serve(serve: Callable[..., Running], tmp_path: Path) -> Callable[..., Runnin
     texts = tmp_path / "texts"
     (texts / "news").mkdir(parents=True)
     write_jsonl(texts / "news/train.jsonl", labelled_texts(30, seed=3))
+    write_jsonl(texts / "news/long.jsonl", labelled_texts(5000, seed=4) * 12)
     return functools.partial(serve, fit_dirs=[texts], fit_threads=1, fit_niceness=0)
 
 
@@ -176,7 +177,8 @@ def explore(
     store = running.service.store
     store.client.hset(store.keys.replicas, "since", "0")  # so that all who live have reported
     live = store.live()
-    job = running.service.jobs.take({"data": "news/train.jsonl"}, "test", None, 1000).id
+    running.service.jobs.take({"data": "news/long.jsonl"}, "test", None, 1000)
+    job = running.service.jobs.take({"data": "news/long.jsonl"}, "test", None, 1000).id  # waits, so it can be cancelled
     dropin = "".join(DROPIN.format(path=path) for path in DROPINS)
     waited = "".join(WAITED.format(path=path) for path in WAITEDS)
     about = {

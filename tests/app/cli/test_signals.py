@@ -45,7 +45,7 @@ def test_a_server_answers_what_it_accepted_and_leaves_nothing(
 ) -> None:
     served = start("serve", "--model", tiny, "--port", "0", "--data-dir", tmp_path, "--threads", "1", "--device", "cpu")
     address = served.says(served.stdout, "serving tiny-news at ").split()[-1]
-    assert any("neuronlens fit" in line for line in served.stderr)  # nothing is fitted yet
+    until(lambda: any("neuronlens fit" in line for line in served.stderr))  # nothing is fitted yet
     with httpx.Client(base_url=address, trust_env=False, timeout=60) as client, ThreadPoolExecutor(1) as pool:
         assert client.get("/livez").status_code == 200
         texts = [text for text, _ in labelled_texts(1000, seed=1)]

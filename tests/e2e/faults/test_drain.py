@@ -16,7 +16,7 @@ from tests.e2e.listening import Listener
 from tests.range_store.waiting import until
 from workers.models.loading import LoadedModel
 
-TEXTS = ["the keeper saved a penalty and the striker limped off in the first half of the final " * 3] * 1000
+TEXTS = ["the keeper saved a penalty and the striker limped off in the first half of the final " * 3] * 400
 REQUESTS = 3
 Start = Callable[..., Served]
 
@@ -28,8 +28,9 @@ def start(model: LoadedModel, tmp_path: Path) -> Iterator[Start]:
 
     def served(*more: object, **environment: str) -> Served:
         room = {"NEURONLENS_MAX_QUEUE_TOKENS": "10000000", "NEURONLENS_MAX_QUEUE_SECONDS": "1000"}
+        room |= {"NEURONLENS_DRAIN_SECONDS": "120"}  # of a busy machine
         options = ["--data-dir", tmp_path, "--max-batch-tokens", "64"]
-        started.append(Served(model.source, None, *options, *more, **room, **environment))
+        started.append(Served(model.source, None, *options, *more, **{**room, **environment}))
         return started[-1]
 
     yield served

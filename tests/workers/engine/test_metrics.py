@@ -28,7 +28,7 @@ def test_masked_and_maskable_neurons_are_counted_by_concept(start: Callable[...,
 
 @pytest.mark.parametrize("layer", [-1, 0])
 def test_changed_labels_are_counted_where_the_bare_answer_is_known(start: Callable[..., Running], layer: int) -> None:
-    erasure = Erasure(concept="Sports", top_fraction=1.0, tau=5.0, layers=(layer,))
+    erasure = Erasure(concept="SciTech", top_fraction=1.0, tau=5.0, layers=(layer,))
     compared, sampled, blind = (start(watched_batches=share) for share in (0.0, 1.0, 0.0))
     answer = compared.ask(TEXTS, [erasure], compare=True)
     changed = sum(text.baseline is not None and text.logits.argmax() != text.baseline.argmax() for text in answer.texts)
@@ -36,9 +36,9 @@ def test_changed_labels_are_counted_where_the_bare_answer_is_known(start: Callab
     sampled.ask(TEXTS, [erasure])
     blind.ask(TEXTS, [erasure])
     for service in (compared, sampled):
-        assert service.metric("neuronlens_concept_watched_texts_total", concept="Sports") == len(TEXTS)
-        assert service.metric("neuronlens_concept_changed_labels_total", concept="Sports") == changed
-    assert blind.registry.get_sample_value("neuronlens_concept_watched_texts_total", {"concept": "Sports"}) is None
+        assert service.metric("neuronlens_concept_watched_texts_total", concept="SciTech") == len(TEXTS)
+        assert service.metric("neuronlens_concept_changed_labels_total", concept="SciTech") == changed
+    assert blind.registry.get_sample_value("neuronlens_concept_watched_texts_total", {"concept": "SciTech"}) is None
 
 
 def test_a_share_of_the_batches_is_watched(start: Callable[..., Running]) -> None:
