@@ -1,7 +1,7 @@
 """Configuration: the one place where it enters, from `NEURONLENS_…` variables or from the command line's options."""
 
 from pathlib import Path
-from typing import Annotated, Any, Literal, Self
+from typing import Annotated, Any, Literal, Self, cast
 
 from platformdirs import user_data_path
 from pydantic import Field, SecretStr, field_validator, model_validator
@@ -13,8 +13,12 @@ from app.rates import rate
 LOOPBACK = ("127.0.0.1", "localhost", "::1")
 
 
-def _data_dir() -> Path:
-    return user_data_path("neuronlens", appauthor=False)
+def usual_data_dir() -> Path | None:
+    """Where data are kept unless a setting says otherwise: in the user's data directory; None without a home."""
+    try:
+        return user_data_path("neuronlens", appauthor=False)
+    except RuntimeError:
+        return None
 
 
 class Settings(BaseSettings):
@@ -36,7 +40,8 @@ class Settings(BaseSettings):
         None, description="certificates that a `rediss://` store is checked against; unset: those of the system"
     )
     data_dir: Path = Field(
-        default_factory=_data_dir,
+        default_factory=lambda: cast(Path, usual_data_dir()),  # None is refused below
+        validate_default=True,
         description="where the private Redis, fits under way and the demo are kept; unset: the user's data directory",
     )
     reports_dir: Path | None = Field(
@@ -182,6 +187,13 @@ class Settings(BaseSettings):
         "auto", description="form of the log on stderr; `auto`: `text` on a terminal, elsewhere `json`"
     )
     access_log: bool = Field(False, description="log every request at `info`, by the template of its path")
+
+    @field_validator("data_dir", mode="before")
+    @classmethod
+    def _somewhere(cls, value: object) -> object:
+        if value is None:
+            raise ValueError("you have no home directory: name a directory by --data-dir or NEURONLENS_DATA_DIR")
+        return value
 
     @field_validator("rate_limit")
     @classmethod

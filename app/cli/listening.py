@@ -70,11 +70,9 @@ def fit_command(settings: "Settings", source: str, name: str) -> str:
 
 def _in_store(settings: "Settings") -> str:
     """The option that leads other commands to a private store that is not where they look by themselves."""
-    from app.settings import Settings
+    from app.settings import usual_data_dir
 
-    elsewhere = settings.redis_url is None and settings.data_dir != Settings.model_fields["data_dir"].get_default(
-        call_default_factory=True
-    )
+    elsewhere = settings.redis_url is None and settings.data_dir != usual_data_dir()
     return f" --data-dir {shlex.quote(str(settings.data_dir))}" if elsewhere else ""
 
 

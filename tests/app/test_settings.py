@@ -1,11 +1,15 @@
-"""Settings that need more than a type: the models that are served beside the first; the demo."""
+"""Settings that need more than a type: the models that are served beside the first; the demo; no home directory."""
 
+import os
 from pathlib import Path
 
 import pytest
 from pydantic import ValidationError
 
 from app.cli.demo import of_demo
+from app.cli.exits import CommandError
+from app.cli.listening import fit_command
+from app.cli.stores import settings_with
 from app.settings import Settings
 
 
@@ -45,3 +49,16 @@ def test_what_names_no_checkpoint_is_refused(also: str) -> None:
 def test_no_two_models_have_one_name(name: str | None, also: tuple[str, ...], tmp_path: Path) -> None:
     with pytest.raises(ValidationError, match="two models have the name"):
         Settings(model=str(tmp_path / "news"), name=name, also=also)
+
+
+def test_who_has_no_home_is_asked_for_a_directory_and_hints_name_it(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    # a container's arbitrary user: no HOME, and unknown to the system
+    for variable in ("HOME", "XDG_DATA_HOME", "NEURONLENS_DATA_DIR"):
+        monkeypatch.delenv(variable, raising=False)
+    monkeypatch.setattr(os, "getuid", lambda: 3_999_999)
+    with pytest.raises(CommandError, match=r"data_dir: you have no home directory.*NEURONLENS_DATA_DIR"):
+        settings_with()
+    monkeypatch.setenv("NEURONLENS_DATA_DIR", str(tmp_path))
+    assert fit_command(settings_with(), "my/model", "model").endswith(f" --data-dir {tmp_path}")
