@@ -177,8 +177,9 @@ def explore(
     store = running.service.store
     store.client.hset(store.keys.replicas, "since", "0")  # so that all who live have reported
     live = store.live()
-    running.service.jobs.take({"data": "news/long.jsonl"}, "test", None, 1000)
-    job = running.service.jobs.take({"data": "news/long.jsonl"}, "test", None, 1000).id  # waits, so it can be cancelled
+    # by a key each, else they were one job; the second waits, so that it can be cancelled whatever the machine's speed
+    first, job = (running.service.jobs.take({"data": "news/long.jsonl"}, "test", key, 1000).id for key in "ab")
+    assert first != job
     dropin = "".join(DROPIN.format(path=path) for path in DROPINS)
     waited = "".join(WAITED.format(path=path) for path in WAITEDS)
     about = {
