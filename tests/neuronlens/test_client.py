@@ -259,7 +259,8 @@ def test_a_change_is_waited_for_everywhere_and_then_insisted_on(client_of: Clien
     client, store = client_of(news.url), news.service.store
     with pytest.raises(NotEverywhere, match="is made") as raised:
         client.switch_on("Sports", wait="all", wait_seconds=0.01)  # who else reports is not certain so soon
-    assert (raised.value.status, raised.value.missing) == (504, ())
+    own = {each.name for each in client.replicas().replicas if each.this}
+    assert raised.value.status == 504 and set(raised.value.missing) <= own  # it may not have read its own change yet
     assert raised.value.generation == client.erasures().generation
     client.replace(["World"], wait="all")
     store.replicas.report("elsewhere:1:ab", "00000000-1", None)
