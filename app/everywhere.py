@@ -49,9 +49,10 @@ class Everywhere:
                     await asyncio.sleep(pause)
                     seen = await self._look(service)
             except TimeoutError:
+                seen = await self._look(service)  # it may be this process that stood still, and not they
                 break
             pause = min(1.5 * pause, LAST_PAUSE)
-        else:
+        if isinstance(seen, Roster) and follow.done(seen):
             return
         made = f"the change is made, as generation {generation}"
         if isinstance(seen, StoreUnavailable):

@@ -42,6 +42,9 @@ class Running:
     def says(self, lines: list[str], words: str) -> str:
         """The line that holds `words`, as soon as it is there."""
         until(lambda: any(words in line for line in lines) or self.process.poll() is not None, 120)
+        if self.process.poll() is not None:
+            self.end()  # its last lines may not have been read yet
+        assert any(words in line for line in lines), f"it ended and never said {words!r}: {self.stdout} {self.stderr}"
         return next(line for line in lines if words in line)
 
     def end(self) -> int:

@@ -78,7 +78,7 @@ def test_a_fault_half_way_breaks_the_stream_and_is_logged_by_its_kind(
 ) -> None:
     flood.fault = ArithmeticError("what no log may hold")
     url = f"http://127.0.0.1:{flood.server.servers[0].sockets[0].getsockname()[1]}/"
-    with pytest.raises(httpx.RemoteProtocolError), httpx.stream("GET", url) as answer:
+    with pytest.raises(httpx.RemoteProtocolError), httpx.stream("GET", url, timeout=60) as answer:
         answer.read()
     assert [record.message for record in caplog.records if record.name == "app.middleware"] == [
         "request None failed: ArithmeticError"

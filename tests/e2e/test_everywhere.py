@@ -10,7 +10,7 @@ import pytest
 
 from app.metrics import start_metrics_server
 from app.service import Service
-from range_store import reporter
+from range_store import replicas, reporter
 from range_store.erasure import Erasure
 from range_store.live import LiveErasure, LiveState
 from range_store.replicas import SILENT_SECONDS
@@ -23,6 +23,7 @@ Problem = Callable[[httpx.Response, int, str], dict[str, Any]]
 TEXT = "the keeper saved a penalty"
 HEADER = "X-NeuronLens-Min-Generation"
 STRANGER = "elsewhere:1:ab"
+PATIENTLY = {"wait_seconds": "25"}
 
 
 def long_since(running: Running) -> Running:
@@ -49,8 +50,9 @@ def after(state: str, steps: int) -> str:
 
 
 @pytest.fixture
-def deaf(serve: Callable[..., Running], fitted: Fitted) -> Running:
+def deaf(serve: Callable[..., Running], fitted: Fitted, monkeypatch: pytest.MonkeyPatch) -> Running:
     """A server that does not look for itself, and is told nothing by `unannounced`."""
+    monkeypatch.setattr(following, "PATIENCE", 25.0)
     return ready(serve(poll_seconds=300.0), fitted)
 
 
@@ -78,7 +80,7 @@ def test_a_change_that_is_waited_for_is_in_force_on_every_server(serve: Callable
         ("DELETE", "/v1/erasures/World", {}),  # changes nothing, and waits all the same
     ]
     for method, path, body in calls:
-        reply = one.http.request(method, path, json=body or None, params={"wait": "all"})
+        reply = one.http.request(method, path, json=body or None, params={"wait": "all", **PATIENTLY})
         assert reply.status_code == 200, reply.text
         assert generation(other) == reply.json()["generation"]
         assert other.classify(TEXT).json()["erasure"]["generation"] == reply.json()["generation"]
@@ -88,25 +90,30 @@ def test_a_change_that_is_waited_for_is_in_force_on_every_server(serve: Callable
 
 
 def test_who_does_not_follow_is_named_and_the_change_is_made(news: Running, problem: Problem) -> None:
-    long_since(news).service.store.replicas.report(STRANGER, "00000000-1", None)
+    store = long_since(news).service.store
+    store.replicas.report(STRANGER, "00000000-1", None, seconds=600)
     began = time.monotonic()
     reply = news.http.put("/v1/erasures/Sports", params={"wait": "all", "wait_seconds": "0.3"})
     told = problem(reply, 504, "not_everywhere")
     assert time.monotonic() - began >= 0.3
-    assert told["missing"] == [STRANGER]
+    assert {STRANGER} <= set(told["missing"]) <= {STRANGER, name_of(news)}  # it may not have told of itself yet
     assert (told["generation"], reply.headers["etag"]) == (generation(news), f'"{generation(news)}"')
     assert STRANGER in told["detail"]
     assert news.classify(TEXT).json()["erasure"]["concepts"] == ["Sports"]
-    news.service.store.replicas.remove(STRANGER)
-    assert news.http.delete("/v1/erasures/Sports", params={"wait": "all"}).status_code == 200
+    until(lambda: [each.name for each in store.replicas.read().missing(generation(news))] == [STRANGER])
+    again = news.http.delete("/v1/erasures/World", params={"wait": "all", "wait_seconds": "0.05"})  # changes nothing
+    assert problem(again, 504, "not_everywhere")["missing"] == [STRANGER]
+    store.replicas.remove(STRANGER)
+    assert news.http.delete("/v1/erasures/Sports", params={"wait": "all", **PATIENTLY}).status_code == 200
 
 
-def test_many_who_wait_hold_up_nobody_else(news: Running) -> None:
+def test_many_who_wait_hold_up_nobody_else(news: Running, monkeypatch: pytest.MonkeyPatch) -> None:
     """More of them than there are threads for the store."""
-    long_since(news).service.store.replicas.report(STRANGER, "00000000-1", None)
-    waits = {"wait": "all", "wait_seconds": "20"}
+    monkeypatch.setattr("app.store_calls.PATIENCE", 60.0)  # a slow machine's calls take turns for long
+    long_since(news).service.store.replicas.report(STRANGER, "00000000-1", None, seconds=600)
+    waits = {"wait": "all", "wait_seconds": "50"}
     with ThreadPoolExecutor(40) as pool:
-        waiting = [pool.submit(news.http.delete, "/v1/erasures/Sports", params=waits) for _ in range(40)]
+        waiting = [pool.submit(news.http.delete, "/v1/erasures/Sports", params=waits, timeout=90) for _ in range(40)]
         for _ in range(20):
             assert news.http.get("/v1/range-sets").status_code == 200
         state = news.http.put("/v1/erasures/World", json={}).json()["generation"]
@@ -115,15 +122,19 @@ def test_many_who_wait_hold_up_nobody_else(news: Running) -> None:
         assert {each.result().status_code for each in waiting} == {200}
 
 
-def test_a_roster_that_was_emptied_is_not_taken_for_everybody(news: Running, problem: Problem) -> None:
+def test_a_roster_that_was_emptied_is_not_taken_for_everybody(
+    news: Running, problem: Problem, monkeypatch: pytest.MonkeyPatch
+) -> None:
     store = long_since(news).service.store
-    store.client.delete(store.keys.replicas)
-    reply = news.http.delete("/v1/erasures/Sports", params={"wait": "all", "wait_seconds": "0.05"})
-    problem(reply, 504, "not_everywhere")
-    until(lambda: news.http.get("/v1/replicas").json()["replicas"])
-    reply = news.http.delete("/v1/erasures/Sports", params={"wait": "all", "wait_seconds": "0.2"})
-    assert problem(reply, 504, "not_everywhere")["missing"] == []
-    assert news.http.delete("/v1/erasures/Sports", params={"wait": "all"}).status_code == 200
+    with monkeypatch.context() as patched:
+        patched.setattr(replicas, "SILENT_SECONDS", 600.0)
+        store.client.delete(store.keys.replicas)
+        reply = news.http.delete("/v1/erasures/Sports", params={"wait": "all", "wait_seconds": "0.05"})
+        problem(reply, 504, "not_everywhere")
+        until(lambda: news.http.get("/v1/replicas").json()["replicas"])
+        reply = news.http.delete("/v1/erasures/Sports", params={"wait": "all", "wait_seconds": "0.2"})
+        assert problem(reply, 504, "not_everywhere")["missing"] == []
+    assert news.http.delete("/v1/erasures/Sports", params={"wait": "all", **PATIENTLY}).status_code == 200
 
 
 def test_a_server_that_cannot_report_says_so(news: Running, problem: Problem) -> None:
@@ -140,8 +151,8 @@ def test_prometheus_is_told_where_the_replicas_of_a_fleet_have_their_metrics(two
     path = "/v1/replicas/targets"
     assert two.http.get(path).json() == [], "these have none of their own"
     first, second = two.services
-    first.store.replicas.report("node-1:7:ab", "00000000-1", None, metrics="10.0.0.1:8002")
-    first.store.replicas.report(STRANGER, "00000000-1", None)
+    first.store.replicas.report("node-1:7:ab", "00000000-1", None, seconds=600, metrics="10.0.0.1:8002")
+    first.store.replicas.report(STRANGER, "00000000-1", None, seconds=600)
     second.store.replicas.report("node-2:7:ab", None, None, seconds=1.0, metrics="[fe80::2]:9")
 
     def target(service: Service, address: str, node: str) -> dict[str, Any]:
@@ -175,8 +186,8 @@ def test_a_server_that_drains_is_not_waited_for(serve: Callable[..., Running], f
     other = serve(name=one.service.name, poll_seconds=300.0)
     other.service.drain()
     until(lambda: len(one.http.get("/v1/replicas").json()["replicas"]) == 1)
-    assert one.http.put("/v1/erasures/Sports", params={"wait": "all"}).status_code == 200
-    assert other.http.delete("/v1/erasures/Sports", params={"wait": "all"}).status_code == 200
+    assert one.http.put("/v1/erasures/Sports", params={"wait": "all", **PATIENTLY}).status_code == 200
+    assert other.http.delete("/v1/erasures/Sports", params={"wait": "all", **PATIENTLY}).status_code == 200
 
 
 @pytest.mark.parametrize(
@@ -193,8 +204,12 @@ def test_a_generation_is_read_at_once_where_a_request_wants_it(deaf: Running) ->
         lambda state: deaf.classify(TEXT, min_generation=state),
         lambda state: deaf.http.post("/v1/classify", json={"inputs": TEXT}, headers={HEADER: state}),
     ):
-        state = unannounced(deaf)
-        assert deaf.classify(TEXT).json()["erasure"]["generation"] != state.generation
+        for _ in range(10):  # it may just be reading what `ready` announced
+            state = unannounced(deaf)
+            if deaf.classify(TEXT).json()["erasure"]["generation"] != state.generation:
+                break
+        else:
+            pytest.fail("it reads by itself")
         answer = ask(state.generation)
         assert answer.status_code == 200, answer.text
         assert answer.json()["erasure"]["generation"] == state.generation
@@ -214,9 +229,10 @@ def test_who_is_behind_says_what_it_has(news: Running, problem: Problem, monkeyp
     held = generation(news)
     epoch = held.split("-")[0]
     anew = f"{(int(epoch, 16) + 1) % 2**32:08x}-0"
+    monkeypatch.setattr(following, "PATIENCE", 25.0)
     began = time.monotonic()
     told = problem(news.classify(TEXT, min_generation=anew), 503, "behind")
-    assert time.monotonic() - began < 2.5, "another epoch's generation never comes"
+    assert time.monotonic() - began < 20, "another epoch's generation never comes"
     assert (told["generation"], "epoch" in told["detail"]) == (held, True)
     never = after(held, 7)
     headers = {HEADER: never}

@@ -6,7 +6,6 @@ import signal
 import socket
 import sys
 import threading
-import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -214,13 +213,11 @@ def test_a_collector_that_is_away_costs_no_request_and_no_end(
     server: Callable[..., Server], collector_of: Callable[[], Any]
 ) -> None:
     with collector_of() as url:
-        served = server(OTEL_EXPORTER_OTLP_ENDPOINT=url, OTEL_BSP_SCHEDULE_DELAY="100", OTEL_EXPORTER_OTLP_TIMEOUT="60")
+        served = server(OTEL_EXPORTER_OTLP_ENDPOINT=url, OTEL_BSP_SCHEDULE_DELAY="50", OTEL_EXPORTER_OTLP_TIMEOUT="600")
         with served.client() as client:
             for _ in range(20):
                 assert client.post("/v1/classify", json={"inputs": "a text"}).status_code == 200
-        began = time.monotonic()
-        assert served.stop() == 0
-        assert time.monotonic() - began < 60, "it waits 5 seconds for the collector, and not for its own timeout"
+        assert served.stop() == 0  # within two minutes, or that raises: it does not wait for the collector's timeout
     lines = [json.loads(line) for line in served.stderr]
     about = [line for line in lines if line["logger"] == "app.tracing"]
     assert about
@@ -262,6 +259,7 @@ def test_without_export_the_callers_trace_is_in_the_log_all_the_same(
     with configured(Settings(log_format="json")):
         monkeypatch.setattr(news.service.engine, "_forward", broken)
         failed = news.http.post("/v1/classify", json={"inputs": SECRET}, headers={"traceparent": TRACEPARENT})
+        news.http.get("/livez")  # answered only after the request before it was logged
     assert failed.status_code == 500
     assert "traceresponse" not in failed.headers
     lines = [json.loads(line) for line in capsys.readouterr().err.splitlines()]

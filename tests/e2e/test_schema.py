@@ -5,6 +5,7 @@ Schemathesis makes the requests, valid and invalid, from the document; Hypothesi
 
 import functools
 import json
+import os
 import re
 import socket
 import subprocess
@@ -46,6 +47,7 @@ CHECKS = (
 )
 # most requests name things that exist, else all that is seen of an operation is its 404
 CONFIG = """
+request-timeout = 60
 continue-on-failure = true
 [cache]
 enabled = false
@@ -196,12 +198,14 @@ def explore(
     command = [Path(sys.executable).parent / "schemathesis", "--config-file", config, "run", document, "--no-color"]
     command += ["--url", running.url, "--checks", ",".join(checks), *options]
     command += ["--report", "json", "--report-json-path", report]
-    done = subprocess.run(list(map(str, command)), capture_output=True, text=True, cwd=folder)
+    same = os.environ | {"PYTHONHASHSEED": "0"}
+    done = subprocess.run(list(map(str, command)), capture_output=True, text=True, cwd=folder, env=same)
     assert report.exists(), done.stdout + done.stderr
     return json.loads(report.read_text("utf-8")), done.stdout
 
 
-LONG = [pytest.mark.long, pytest.mark.timeout(1200)]
+LONG = pytest.mark.long
+pytestmark = pytest.mark.timeout(1200)
 
 
 @pytest.mark.parametrize(("examples", "at_least"), [(60, 1_500), pytest.param(600, 8_000, marks=LONG)])
@@ -373,7 +377,7 @@ def no_quite_http(draw: st.DrawFn) -> bytes:
 @pytest.fixture
 def hasty(serve: Callable[..., Running], fitted: Fitted) -> Running:
     """A server that does not wait long for the rest of a request."""
-    return ready(serve(header_timeout=0.2, body_timeout=0.2), fitted)
+    return ready(serve(header_timeout=2.0, body_timeout=0.2), fitted)
 
 
 @settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])

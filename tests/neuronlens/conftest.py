@@ -98,8 +98,8 @@ def scripted() -> Iterator[Scripted]:
 
 
 @contextmanager
-def answering(port: int = 0) -> Iterator[Scripted]:
-    """A scripted server at a port; 0: any free one."""
+def answering(after: float = 0.0) -> Iterator[Scripted]:
+    """A scripted server, which refuses connections for the first `after` seconds."""
     script = Scripted()
 
     class Handler(BaseHTTPRequestHandler):
@@ -131,9 +131,17 @@ def answering(port: int = 0) -> Iterator[Scripted]:
         def log_message(self, *args: Any) -> None:
             pass
 
-    server = ThreadingHTTPServer(("127.0.0.1", port), Handler)
+    def serve_late() -> None:
+        time.sleep(after)
+        server.server_activate()
+        server.serve_forever(poll_interval=0.05)
+
+    server = ThreadingHTTPServer(("127.0.0.1", 0), Handler, bind_and_activate=False)
+    server.server_bind()  # its port is its own from now on
     server.daemon_threads = True
-    thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.05})
+    if not after:
+        server.server_activate()
+    thread = threading.Thread(target=serve_late)
     thread.start()
     script.url = f"http://127.0.0.1:{server.server_address[1]}"
     try:

@@ -7,6 +7,7 @@ import math
 import pickle
 import subprocess
 import sys
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, get_args, get_type_hints
@@ -41,6 +42,7 @@ from neuronlens.erasing import ErasuresSpec
 from range_store.erasure import RANKINGS
 from tests.e2e.conftest import Running, ready
 from tests.e2e.reports import write_report
+from tests.range_store.waiting import until
 from tests.workers.texts import labelled_texts, write_jsonl
 from workers.fitting.corpus import load_corpus
 from workers.fitting.fit import Fitted, fit
@@ -184,6 +186,7 @@ def test_every_reply_is_what_the_server_says_and_every_field_is_known(client_of:
         (client.models(), "/v1/models"),
         (client.capabilities(), "/v1/capabilities"),
     ]
+    until(lambda: all(each.current for each in client.replicas().replicas))  # it reports by itself, when it can
     listed, there = client.replicas(), news.http.get("/v1/replicas").json()  # ages differ
     assert not list(unknown(listed))
     assert listed.model_dump(mode="json", exclude={"replicas": {0: {"age"}}}) == {
@@ -257,23 +260,27 @@ def test_what_is_live_is_switched(client_of: ClientOf, news: Running, concept: s
 
 def test_a_change_is_waited_for_everywhere_and_then_insisted_on(client_of: ClientOf, news: Running) -> None:
     client, store = client_of(news.url), news.service.store
+    since = store.keys.replicas, "since"
+    store.client.hset(*since, str(time.time() + 3600))  # who else reports is not certain, however slow this is
     with pytest.raises(NotEverywhere, match="is made") as raised:
-        client.switch_on("Sports", wait="all", wait_seconds=0.01)  # who else reports is not certain so soon
+        client.switch_on("Sports", wait="all", wait_seconds=0.01)
     own = {each.name for each in client.replicas().replicas if each.this}
-    assert raised.value.status == 504 and set(raised.value.missing) <= own  # it may not have read its own change yet
+    assert raised.value.status == 504
+    assert set(raised.value.missing) <= own  # it may not have read its own change yet
     assert raised.value.generation == client.erasures().generation
-    client.replace(["World"], wait="all")
-    store.replicas.report("elsewhere:1:ab", "00000000-1", None)
+    store.client.hset(*since, "0")  # from here on, whoever lives has reported
+    client.replace(["World"], wait="all", wait_seconds=30)
+    store.replicas.report("elsewhere:1:ab", "00000000-1", None, seconds=600)
     with pytest.raises(NotEverywhere) as raised:
         client.switch_off("World", wait="all", wait_seconds=0.2)
-    assert raised.value.missing == ("elsewhere:1:ab",)
+    assert {"elsewhere:1:ab"} <= set(raised.value.missing) <= {"elsewhere:1:ab"} | own
     listed = client.replicas()
     assert {each.name: each.current for each in listed.replicas if not each.this} == {"elsewhere:1:ab": False}
     store.replicas.remove("elsewhere:1:ab")
-    state = client.activate(listed.replicas[0].range_set or client.erasures().range_set, wait="all")
+    state = client.activate(listed.replicas[0].range_set or client.erasures().range_set, wait="all", wait_seconds=30)
     assert client.classify("a goal", min_generation=state.generation).erasure.generation == state.generation
     with pytest.raises(Unavailable) as behind:
-        client.classify("a goal", min_generation="00000000-1", timeout=0.5)
+        client_of(news.url, retries=0).classify("a goal", min_generation="00000000-1")
     assert (behind.value.code, behind.value.problem["generation"]) == ("behind", state.generation)
 
 
@@ -395,15 +402,17 @@ def test_more_than_the_server_takes_at_once_comes_through_all_the_same(
             known = (await client.classify(TEXTS[:4])).labels
             found = await asyncio.gather(*(client.classify(TEXTS[:4]) for _ in range(20)))
             assert all(each.labels == known for each in found)
-            impatient = AsyncClient(running.url, retries=0)
-            outcomes = await asyncio.gather(*(impatient.classify(TEXTS[:4]) for _ in range(40)), return_exceptions=True)
-            await impatient.aclose()
-        assert {type(each) for each in outcomes} <= {neuronlens.Answers, Overloaded}
+        async with AsyncClient(running.url, retries=0) as impatient:
+            kinds: set[type] = set()
+            while Overloaded not in kinds:  # who is faster, it or the server, is the machine's business
+                many = (impatient.classify(TEXTS[:4]) for _ in range(40))
+                kinds |= {type(each) for each in await asyncio.gather(*many, return_exceptions=True)}
+                assert kinds <= {neuronlens.Answers, Overloaded}
         return [each.labels for each in found]
 
     assert len(asyncio.run(main())) == 20
     refused = running.value("neuronlens_rejections_total", {"reason": "queue_full"})
-    assert refused, "the server was never overloaded: this test shows nothing"
+    assert refused
 
 
 def test_one_httpx_client_may_be_shared_and_stays_open(news: Running) -> None:

@@ -30,7 +30,7 @@ def test_a_fit_is_asked_for_and_waited_for(client_of: ClientOf, fitting: Running
     assert client.erasures().generation == done.generation
     assert client.range_sets().active == done.range_set
     with closing(client.events()) as events:
-        told = next(event for event in events if isinstance(event, JobChanged))
+        told = next(event for event in events if isinstance(event, JobChanged) and event.job.over)
     assert told.job == done
     with pytest.raises(Conflict) as raised:
         client.cancel(done.id)

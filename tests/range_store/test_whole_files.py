@@ -1,8 +1,9 @@
 """A file is there whole or not at all, and what a killed process left behind goes."""
 
-import os
 import subprocess
 import sys
+import threading
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -49,9 +50,33 @@ def test_leftovers_of_the_dead_go_and_those_of_the_living_stay(tmp_path: Path) -
     )
     for name in ("fit-1.safetensors", "other"):
         assert subprocess.run([sys.executable, "-c", killed, tmp_path / name], check=False).returncode == -9
-    living = tmp_path / f".fit-2.safetensors.{os.getpid()}.partial"
-    living.mkdir()
-    assert len(list(tmp_path.iterdir())) == 3
-    remove_leftovers(tmp_path, "fit-*")
-    left = sorted(path.name.rsplit(".", 2)[0] for path in tmp_path.iterdir())
-    assert left == [".fit-2.safetensors", ".other"]
+    with written_whole(tmp_path / "fit-2.safetensors") as living:
+        assert len(list(tmp_path.iterdir())) == 3
+        remove_leftovers(tmp_path, "fit-*")
+        assert living.parent.is_dir()
+        left = sorted(path.name.split(".")[1] for path in tmp_path.iterdir())
+        assert left == ["fit-2", "other"]
+        living.write_text("whole")
+    assert (tmp_path / "fit-2.safetensors").read_text() == "whole"
+
+
+def test_two_threads_may_write_the_same_file(tmp_path: Path) -> None:
+    path = tmp_path / "job.json"
+    barrier = threading.Barrier(2)
+
+    def write(name: str) -> None:
+        with written_whole(path) as partial:
+            barrier.wait(60)  # both have begun
+            partial.write_text(name)
+            if name == "first":
+                second_ended.wait(60)
+
+    second_ended = threading.Event()
+    with ThreadPoolExecutor(2) as pool:
+        first, second = pool.submit(write, "first"), pool.submit(write, "second")
+        second.result(60)
+        assert path.read_text() == "second"
+        second_ended.set()
+        first.result(60)
+    assert path.read_text() == "first"
+    assert list(tmp_path.iterdir()) == [path]

@@ -46,7 +46,7 @@ def server(redis_client: redis.Redis, tmp_path_factory: pytest.TempPathFactory) 
     made = [fit(model, corpus, layers=layers, bins=8) for layers in ("all", (-1,))]
     whole, last_only = [store.publish(each.range_set, each.inspect) for each in made]
     store.activate(whole)
-    settings = Settings(redis_url=redis_client.url, poll_seconds=0.2)
+    settings = Settings(redis_url=redis_client.url, data_dir=home, poll_seconds=0.2)
     with ExitStack() as stack:
         service = stack.enter_context(open_service(settings, model))
         running = uvicorn.Server(uvicorn.Config(create_app(settings, service), port=0, log_level="warning"))
@@ -102,7 +102,7 @@ def test_a_change_is_waited_for_on_the_server_and_on_the_store(cli: Cli, server:
     stranger = "elsewhere:1:ab"
     server.store.client.hset(server.store.keys.replicas, "since", "0")  # so everybody who lives has reported
     for options in (["--url", server.url], ["--redis-url", redis_url, "--name", server.store.model]):
-        server.store.replicas.report(stranger, "00000000-1", None)
+        server.store.replicas.report(stranger, "00000000-1", None, seconds=600)
         late = cli("erase", "on", "World", "--wait", "all", "--wait-seconds", "0.2", *options)
         assert late.exit_code == 3
         assert live(server).generation in late.stderr, "it is made"
