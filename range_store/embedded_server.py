@@ -85,7 +85,7 @@ class EmbeddedServer:
         Raises:
             StoreUnavailable: it cannot be started, or does not answer; quotes the last line of its log.
         """
-        if self.running() and (not self.socket.exists() or not self._wait_until_answers(None)):
+        if self.running() and (not self.socket.exists() or not self._wait_until_answers(None)) and self.running():
             if self.socket.exists():
                 raise StoreUnavailable(f"the private Redis does not answer: see {self._log}")
             self.end()  # its socket was removed, so that nobody can ever join it
@@ -177,6 +177,8 @@ class EmbeddedServer:
             os.close(log)
         _started.append(process)
         if not self._wait_until_answers(process):
+            with suppress(subprocess.TimeoutExpired):
+                process.wait(1)  # it lets go of its lock a moment before it can be waited for
             status = process.poll()
             why = self._last_log_line(log_start) or f"exit status {status}"
             raise StoreUnavailable(f"the private Redis in {self.directory} did not start: {why}")

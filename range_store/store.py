@@ -31,6 +31,8 @@ from range_store.scripts import CHANGE_LIVE
 
 __all__ = ["Published", "RangeStore", "assemble"]
 
+LATER = 100
+"""How many changes made after a state was read may stand before its own in the audit."""
 AUDIT_LENGTH = 10_000
 ATTEMPTS = 200
 """Tries of a change while others change the same live state; each failed one means that another succeeded."""
@@ -214,8 +216,11 @@ class RangeStore(PublishedRangeSets):
 
     def _erasures_decided(self, state: LiveState) -> bool:
         """Whether the audit of the state's epoch names an erasure; yes if it does not reach back to its beginning."""
-        for entry in self.audit(min(state.counter + 1, AUDIT_LENGTH)):
-            if entry.after.split("-")[0] != state.epoch or entry.action not in ("create", "activate"):
+        for entry in self.audit(min(state.counter + 1 + LATER, AUDIT_LENGTH)):
+            epoch, counter = entry.after.split("-")
+            if epoch == state.epoch and int(counter) > state.counter:
+                continue  # made since the state was read, as by another server that puts back: it tells nothing of it
+            if epoch != state.epoch or entry.action not in ("create", "activate"):
                 return True
             if entry.action == "create":
                 return False

@@ -80,6 +80,7 @@ def test_a_toggle_that_was_answered_is_on_disk(tmp_path: Path) -> None:
     with connect(None, tmp_path) as client:
         client.set("kept", "1")
         os.kill(server_pid(client), signal.SIGKILL)
+        until(lambda: not running(tmp_path))
         assert client.get("kept") == b"1"
 
 

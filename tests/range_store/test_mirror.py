@@ -179,8 +179,9 @@ def test_starting_while_redis_is_away(server: EmbeddedServer, mirrors: Mirrors) 
     assert mirror.snapshot is None
     assert (mirror.store_up, bool(mirror.problem)) == (False, True)
     restart(server)
-    until(lambda: mirror.snapshot)
-    assert (mirror.store_up, mirror.problem) == (True, None)
+    until(lambda: mirror.problem is None)
+    assert mirror.snapshot is not None
+    assert mirror.store_up
 
 
 def empty(store: RangeStore) -> None:
@@ -241,6 +242,17 @@ def test_what_an_emptied_redis_forgot_is_put_back_with_the_range_set(
     assert held.generation in str(entry.reason)
     later = active.remove_erasure("World")
     until(lambda: all(mirror.snapshot.live == later for mirror in both))
+
+
+def test_what_another_puts_back_meanwhile_makes_no_decision_of_the_state_before(active: RangeStore) -> None:
+    """Else who read that state just before would follow it, and erase nothing for a moment."""
+    held = active.set_erasure(erasing("World"))
+    empty(active)
+    active.activate(active.publish(*random_range_set(600)))
+    read = active.live()
+    assert active.put_back(held).erasures == held.erasures
+    assert active.has_forgotten(held, read)
+    assert not active.has_forgotten(held, active.live())
 
 
 def test_what_an_operator_decides_after_the_loss_stands(
@@ -424,7 +436,7 @@ def test_expired_erasures_are_swept_when_they_are_due(active: RangeStore, mirror
     assert active.live().counter == state.counter + len(swept)
     for entry in swept:
         for concept in entry.concepts:
-            assert due[concept] - 0.01 <= entry.at < due[concept] + 5
+            assert due[concept] - 0.01 <= entry.at < due[concept] + 60
 
 
 def test_every_change_is_told_once_and_in_order(
@@ -465,5 +477,5 @@ def test_a_redis_that_refuses_to_sweep_is_not_hammered(active: RangeStore, mirro
     active.expire = expire  # type: ignore[method-assign]
     active.set_erasures([erasing("World", time.time() - 1)])
     mirror.start()
-    until(lambda: len(tries) >= 3)
-    assert tries[2] - tries[0] > 0.8
+    until(lambda: len(tries) >= 5)
+    assert tries[4] - tries[0] > 0.8

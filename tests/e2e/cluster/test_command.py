@@ -6,6 +6,7 @@ import re
 import signal
 import subprocess
 import sys
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -34,21 +35,21 @@ def test_it_serves_without_torch_and_leaves_nothing_behind(model: LoadedModel, t
         assert said is not None, server.stderr and server.stderr.read()
         headers = {"X-Request-ID": "mine-1", "traceparent": TRACEPARENT}
         asked = {"inputs": ["one", SECRET]}
-        answer = httpx.post(f"{said[1]}/v1/classify", json=asked, headers=headers, timeout=30)
+        answer = httpx.post(f"{said[1]}/v1/classify", json=asked, headers=headers, timeout=60)
         assert answer.status_code == 200, answer.text
         assert len(answer.json()["results"]) == 2
         assert "libtorch" not in Path(f"/proc/{server.pid}/maps").read_text()
         of_ray = psutil.Process(server.pid).children(recursive=True)
         assert of_ray
-        (place,) = set(re.findall(r"/tmp/neuronlens-\w{8}", " ".join(" ".join(each.cmdline()) for each in of_ray)))
+        (place,) = set(re.findall(r"/tmp/neuronlens-\w{8}", " ".join(map(_words, of_ray))))
         until(lambda: "mine-1" in _logged(place))
         (there,) = _about_mine(_logged(place).splitlines())
         known = {"request_id": "mine-1", "trace_id": TRACE, "span_id": PARENT, "model": "tiny-news"}
         assert there.items() >= {**known, "logger": "app.replica", "level": "debug", "texts": 2}.items()
         assert SECRET not in _logged(place)
         os.killpg(server.pid, signal.SIGINT)  # as a terminal does
-        assert server.wait(60) == 0, server.stderr and server.stderr.read()
-        until(lambda: not any(each.is_running() for each in of_ray))
+        assert server.wait(120) == 0, server.stderr and server.stderr.read()
+        until(lambda: not any(map(_words, of_ray)))
         assert server.stderr is not None
         (here,) = _about_mine(server.stderr.read().splitlines())
         shared = ("replica", "generation", *known)
@@ -57,6 +58,13 @@ def test_it_serves_without_torch_and_leaves_nothing_behind(model: LoadedModel, t
     finally:
         server.kill()
         server.communicate()
+
+
+def _words(process: psutil.Process) -> str:
+    """Its command line; "" when it has ended."""
+    with suppress(psutil.Error):
+        return " ".join(process.cmdline()) if process.is_running() else ""
+    return ""
 
 
 def _logged(place: str) -> str:

@@ -70,7 +70,13 @@ def fleet(open_services: Callable[..., list[Service]], fitted: Fitted, stops: Pa
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("app.fleet.LoggedReplica", Stopping)
-        return activated(open_services("two", replicas=2, **PATIENT)[0], fitted)
+        service = activated(open_services("two", replicas=2, **PATIENT)[0], fitted)
+        until(lambda: len(pids(service)) == 2 and not who_is_behind(service), 300)
+        return service
+
+
+def who_is_behind(service: Service) -> tuple[str, ...]:
+    return roster(service).missing(service.store.live().generation)
 
 
 @pytest.fixture
@@ -78,7 +84,7 @@ def engine(fleet: Service, model: LoadedModel) -> Iterator[Engine]:
     """The engine of one process, on the same store."""
     mirror = Mirror(fleet.store, model.identity.fingerprint, poll=0.2)
     mirror.start()
-    made = Engine(model, mirror, EngineSettings(), CollectorRegistry())
+    made = Engine(model, mirror, EngineSettings(**PATIENT), CollectorRegistry())
     made.start()
     yield made
     made.close()
@@ -141,7 +147,7 @@ def test_a_fleet_answers_as_one_engine_does(fleet: Service, engine: Engine) -> N
 
 
 def told_by(target: TargetsOut) -> list[Metric]:
-    return list(text_string_to_metric_families(httpx.get(f"http://{target.targets[0]}/metrics").text))
+    return list(text_string_to_metric_families(httpx.get(f"http://{target.targets[0]}/metrics", timeout=60).text))
 
 
 def sum_of(name: str, told: list[Metric]) -> float:

@@ -24,12 +24,17 @@ TEXTS = ["the keeper saved a penalty", "shares of the miner fell", "a probe sent
 
 
 class RedisProcess:
-    """A Redis server at a port of its own, that keeps every write; to be killed, stopped and started again."""
+    """A Redis server at a port of its own, to be killed, stopped and started again.
+
+    Every write outlives its end (not the machine's: then a busy disk would hold up answers).
+    """
 
     def __init__(self, directory: Path, *arguments: str) -> None:
         self.directory, self.arguments = directory, arguments
-        with socket.create_server(("127.0.0.1", 0)) as free:
-            self.port = free.getsockname()[1]
+        self._reserved = socket.socket()  # nobody else is given its port, while it is down either
+        self._reserved.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        self._reserved.bind(("127.0.0.1", 0))
+        self.port = self._reserved.getsockname()[1]
         self.process: subprocess.Popen[bytes] | None = None
         self.start()
 
@@ -44,7 +49,7 @@ class RedisProcess:
         """Start it on what it had written; returns when it answers."""
         self.directory.mkdir(exist_ok=True)
         settings = ["--port", str(self.port), "--bind", "127.0.0.1", "--dir", str(self.directory), "--save", ""]
-        settings += ["--appendonly", "yes", "--appendfsync", "always", "--logfile", str(self.directory / "redis.log")]
+        settings += ["--appendonly", "yes", "--appendfsync", "no", "--logfile", str(self.directory / "redis.log")]
         self.process = subprocess.Popen([_executable(), *settings, *self.arguments], stdin=subprocess.DEVNULL)
         until(self._answers)
 

@@ -16,7 +16,7 @@ from tests.e2e.listening import Listener
 from tests.range_store.waiting import until
 from workers.models.loading import LoadedModel
 
-TEXTS = ["the keeper saved a penalty and the striker limped off in the first half of the final " * 3] * 400
+TEXTS = ["the keeper saved a penalty and the striker limped off in the first half of the final " * 3] * 1000
 REQUESTS = 3
 Start = Callable[..., Served]
 
@@ -28,7 +28,7 @@ def start(model: LoadedModel, tmp_path: Path) -> Iterator[Start]:
 
     def served(*more: object, **environment: str) -> Served:
         room = {"NEURONLENS_MAX_QUEUE_TOKENS": "10000000", "NEURONLENS_MAX_QUEUE_SECONDS": "1000"}
-        room |= {"NEURONLENS_DRAIN_SECONDS": "120"}  # of a busy machine
+        room |= {"NEURONLENS_DRAIN_SECONDS": "300", "NEURONLENS_REQUEST_TIMEOUT": "300"}  # of a busy machine
         options = ["--data-dir", tmp_path, "--max-batch-tokens", "64"]
         started.append(Served(model.source, None, *options, *more, **{**room, **environment}))
         return started[-1]
@@ -43,18 +43,14 @@ def start(model: LoadedModel, tmp_path: Path) -> Iterator[Start]:
 
 
 def busy(served: Served, pool: ThreadPoolExecutor) -> list[Future[httpx.Response]]:
-    """Requests that are accepted, and take seconds; returns when all of their texts wait, or did."""
+    """Requests that are accepted, and take many seconds; returns when all of them are."""
 
     def ask() -> httpx.Response:
         body = {"inputs": TEXTS, "erase": []}
-        return httpx.post(f"{served.url}/v1/classify", json=body, timeout=120, trust_env=False)
+        return httpx.post(f"{served.url}/v1/classify", json=body, timeout=300, trust_env=False)
 
     asked = [pool.submit(ask) for _ in range(REQUESTS)]
-
-    def seen() -> float:
-        return served.metric("neuronlens_queue_texts") + served.metric("neuronlens_batch_texts_sum")
-
-    until(lambda: seen() >= REQUESTS * len(TEXTS), 60)
+    until(lambda: served.metric('neuronlens_stage_seconds_count{stage="tokenize"}') >= REQUESTS)
     assert served.metric("neuronlens_queue_texts") > len(TEXTS), "give it more to do"
     return asked
 
@@ -82,7 +78,7 @@ def is_draining(served: Served) -> None:
 @pytest.mark.parametrize("stop", [signal.SIGTERM, signal.SIGINT])
 def test_a_server_under_load_answers_what_it_accepted_and_tells_the_others(start: Start, stop: signal.Signals) -> None:
     """Ctrl-C does not wait for load balancers: it ends as soon as there is nothing left to answer."""
-    served = start(**({"NEURONLENS_DRAIN_DELAY": "20"} if stop == signal.SIGINT else {}))
+    served = start(**({"NEURONLENS_DRAIN_DELAY": "100"} if stop == signal.SIGINT else {}))
     with ThreadPoolExecutor(REQUESTS) as pool:
         asked = busy(served, pool)
         served.command.process.send_signal(stop)
@@ -96,19 +92,19 @@ def test_a_server_under_load_answers_what_it_accepted_and_tells_the_others(start
             assert len(answer.json()["results"]) == len(TEXTS)
     ended = time.monotonic()
     assert served.command.end() == 0
-    assert time.monotonic() - ended < 15
+    assert time.monotonic() - ended < 60
     assert "what was accepted is answered" in served.command.stderr[-1]
     assert "Traceback" not in "".join(served.command.stderr)
 
 
 def test_after_sigterm_an_idle_server_stays_long_enough_to_be_seen_not_ready(start: Start) -> None:
-    served = start("--drain-delay", "1.5")
+    served = start("--drain-delay", "10")
     began = time.monotonic()
     served.command.process.send_signal(signal.SIGTERM)
     until(lambda: one(served, "GET", "/readyz").json()["checks"]["engine"] is False)
     is_draining(served)
     assert served.command.end() == 0
-    assert time.monotonic() - began >= 1.5
+    assert time.monotonic() - began >= 10
 
 
 def test_a_second_signal_ends_it_at_once_and_says_what_it_cost(start: Start) -> None:
@@ -146,6 +142,6 @@ def test_open_streams_do_not_hold_a_server_that_stops(start: Start) -> None:
         served.command.process.send_signal(signal.SIGTERM)
         began = time.monotonic()
         assert served.command.end() == 0, served.command.stderr
-        assert time.monotonic() - began < 20, "the streams were waited for until the drain's end"
-        assert window.ended == "whole"
+        assert time.monotonic() - began < 60, "the streams were waited for until the drain's end"
+        until(lambda: window.ended == "whole")
         assert not any("error" in line.lower() for line in served.command.stderr), served.command.stderr

@@ -21,7 +21,7 @@ from workers.models.loading import LoadedModel
 
 KILLS = 20
 WHILE_PUBLISHING = 6
-"""Of these kills, so many as soon as the first part of the range set is in Redis."""
+"""Of these kills, so many as soon as the first part of the range set is in Redis, or more until one left a half."""
 
 
 class Watching:
@@ -109,10 +109,10 @@ def test_a_fit_that_is_killed_leaves_nothing_half_and_ends_in_the_same_range_set
         take_out()
         killed = resumed = halves = 0
         with watching.always():
-            while killed < KILLS:
+            while killed < KILLS or not halves:
                 resumed += any(checkpoints.iterdir())
                 pid = forks.start(command, said)
-                if killed < WHILE_PUBLISHING:
+                if killed < WHILE_PUBLISHING or not halves:
                     until(lambda: parts(client, before), 120)
                     time.sleep(rng.choice([0, 0, 0.002, 0.01]))
                 else:
@@ -135,7 +135,6 @@ def test_a_fit_that_is_killed_leaves_nothing_half_and_ends_in_the_same_range_set
         assert watching.seen == {before, undisturbed}
         assert watching.looks > KILLS
         assert resumed > KILLS / 4, "kills came while there was something to go on from"
-        assert halves >= 1, "and between the first part and the last step"
         assert "Traceback" not in said.read_text()
         assert not list(checkpoints.iterdir()), "nothing is kept of what is published, nor of what was half written"
     finally:

@@ -6,7 +6,8 @@ from pathlib import Path
 from tests.e2e.conftest import Running
 from tests.e2e.faults.conftest import redis_of_its_own  # noqa: F401 (fixture)
 from tests.e2e.faults.processes import RedisProcess
-from tests.e2e.fits.conftest import SMALL, over, process_of, started, when
+from tests.e2e.fits.conftest import MEDIUM, SMALL, over, process_of, started, when
+from tests.range_store.waiting import until
 
 
 def test_a_fit_publishes_as_the_user_that_it_was_given(
@@ -32,7 +33,7 @@ def test_a_fit_publishes_as_the_user_that_it_was_given(
 
     with_user = {"fit_redis_username": "operator", "fit_redis_password": "operator-secret"}
     running = serve(**place, **reads, **with_user)
-    job = started(running.http, SMALL | {"activate": True})["id"]
+    job = started(running.http, MEDIUM | {"activate": True})["id"]
     when(running.http, job, lambda now: now["state"] == "running")
     words = Path(f"/proc/{process_of(tmp_path, job)}/cmdline").read_text()
     assert "--job=" in words
@@ -40,5 +41,6 @@ def test_a_fit_publishes_as_the_user_that_it_was_given(
     done = over(running.http, job)
     assert (done["state"], done["error"]) == ("done", None)
     assert running.http.get("/v1/erasures").json()["range_set"] == done["range_set"]
+    until(lambda: not (tmp_path / "jobs" / job / "alive").exists())  # then nothing is taken away any more
     for file in (tmp_path / "jobs").rglob("*"):
         assert file.is_dir() or b"secret" not in file.read_bytes(), file

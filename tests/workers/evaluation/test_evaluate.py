@@ -379,6 +379,7 @@ def test_many_classes_cost_no_further_pass(tiny: Tiny, learned: Corpus, held_out
 
 KILLED = """
 import sys
+import time
 import torch
 torch.set_num_threads(1)
 from pathlib import Path
@@ -392,7 +393,8 @@ model = load_model(source, device="cpu")
 labels = model.identity.labels
 range_set = fit(model, load_corpus(train, labels=labels)).range_set
 evaluate(model, range_set, load_corpus(test, labels=labels), EvaluationSettings(batch_tokens=60),
-         checkpoint_dir=Path(out), checkpoint_seconds=0, progress=lambda what, now: print(now.rows_done, flush=True))
+         checkpoint_dir=Path(out), checkpoint_seconds=0,
+         progress=lambda what, now: (print(now.rows_done, flush=True), now.rows_done > 120 and time.sleep(120)))
 """
 
 

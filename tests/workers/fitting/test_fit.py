@@ -147,7 +147,7 @@ def test_a_checkpoint_of_other_settings_is_not_used(tiny: Tiny, corpus: Corpus, 
 
 
 KILLED = """
-import sys, torch
+import sys, time, torch
 from pathlib import Path
 from tests.workers.checkpoints import LABELS
 from workers.fitting.corpus import load_corpus
@@ -157,7 +157,7 @@ torch.set_num_threads(1)
 model, data, checkpoints = sys.argv[1:]
 fit(load_model(model, device="cpu"), load_corpus(data, labels=LABELS), layers="all", bins=16,
     checkpoint_dir=Path(checkpoints), checkpoint_seconds=0,
-    progress=lambda now: print(now.rows_done, flush=True))
+    progress=lambda now: (print(now.rows_done, flush=True), now.rows_done > 1024 and time.sleep(120)))
 """
 
 

@@ -174,6 +174,7 @@ def test_a_cut_text_keeps_its_sep(learned: Corpus, tmp_path: Path) -> None:
 
 KILLED = """
 import sys
+import time
 import torch
 torch.set_num_threads(1)
 from pathlib import Path
@@ -184,7 +185,7 @@ from workers.training.scratch import NewModel
 from workers.training.train import TrainSettings, train
 base, data, out = sys.argv[1:]
 train(base, load_corpus(data), None, Path(out), TrainSettings(epochs=8, seed=5), checkpoint_seconds=0,
-      progress=lambda now: print(now.steps_done, flush=True))
+      progress=lambda now: (print(now.steps_done, flush=True), now.steps_done == 27 and time.sleep(120)))
 """
 
 
