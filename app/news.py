@@ -10,6 +10,8 @@ from typing import Any
 
 from prometheus_client import CollectorRegistry, Gauge
 
+from app.fit_jobs import OVER
+
 KEPT_JOBS = 32
 """Jobs whose newest state is told to who connects."""
 
@@ -27,7 +29,7 @@ class News:
         """Ids of the published range sets, as last seen."""
         self._lock = threading.Lock()
         self._waiting: dict[asyncio.Event, tuple[asyncio.AbstractEventLoop, str | None]] = {}
-        self._jobs: OrderedDict[str, tuple[int, bytes]] = OrderedDict()
+        self._jobs: OrderedDict[str, tuple[int, bytes, bool]] = OrderedDict()
         self._jobs_told = 0
         gauge = Gauge("neuronlens_event_streams", "Streams of /v1/events that are open.", registry=registry)
         gauge.set_function(lambda: float(len(self._waiting)))
@@ -51,9 +53,12 @@ class News:
     def tell_job(self, job: str, state: dict[str, Any]) -> None:
         """The newest state of a job, as `/v1/jobs/{id}` gives it."""
         data = json.dumps(state, allow_nan=False).encode()
+        over = state.get("state") in OVER
         with self._lock:
+            if not over and job in self._jobs and self._jobs[job][2]:
+                return  # an older word, that came late
             self._jobs_told += 1
-            self._jobs[job] = (self._jobs_told, data)
+            self._jobs[job] = (self._jobs_told, data, over)
             self._jobs.move_to_end(job)
             while len(self._jobs) > KEPT_JOBS:
                 self._jobs.popitem(last=False)
@@ -62,7 +67,7 @@ class News:
     def jobs_since(self, told: int) -> tuple[int, list[bytes]]:
         """States of jobs that are newer than `told`, oldest first, and what to ask with next time."""
         with self._lock:
-            return self._jobs_told, [data for number, data in self._jobs.values() if number > told]
+            return self._jobs_told, [data for number, data, _ in self._jobs.values() if number > told]
 
     @contextmanager
     def following(self, key: str | None = None) -> Iterator[asyncio.Event | None]:

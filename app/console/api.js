@@ -68,7 +68,7 @@ export async function call(method, where, { body, query, ifMatch, signal, text =
     });
     if (response.ok) {
       const etag = (response.headers.get("ETag") ?? "").replaceAll('"', "");
-      return { data: text ? await response.text() : await response.json(), etag };
+      return { data: await bodyOf(response, text), etag };
     }
     const problem = await problemOf(response);
     const again = response.status === 401 && !asked && (key.value !== used || (await askForKey(reasonFor(problem))));
@@ -82,10 +82,25 @@ async function send(address, options) {
     if (!connected.value) connected.value = true;
     return response;
   } catch (error) {
-    if (isAbort(error)) throw error;
-    lost();
-    throw new Lost();
+    throw lostOr(error);
   }
+}
+
+async function bodyOf(response, text) {
+  let said;
+  try {
+    said = await response.text();
+  } catch (error) {
+    throw lostOr(error); // half-way
+  }
+  return text ? said : JSON.parse(said);
+}
+
+/** What to throw where a call failed: it was aborted, or the server is away. */
+function lostOr(error) {
+  if (isAbort(error)) return error;
+  lost();
+  return new Lost();
 }
 
 /** The problem that a refused call was answered with. */
@@ -100,7 +115,8 @@ export async function problemOf(response) {
   return new Problem(response.status, body, Number.isFinite(wait) && wait > 0 ? wait : null);
 }
 
-function reasonFor(problem) {
+/** Why a key is asked for, in the words of the dialog. */
+export function reasonFor(problem) {
   return problem.code === "bad_key" ? "The server does not know this key: it is wrong, was revoked, or has expired." : "This server asks for an API key.";
 }
 

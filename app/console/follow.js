@@ -1,6 +1,6 @@
 // The live state as it changes: by /v1/events, read as a stream (EventSource sends no key), else by asking.
 
-import { Lost, asked, call, connected, headers, isAbort, lost, problemOf } from "./api.js";
+import { Lost, asked, call, connected, headers, isAbort, lost, problemOf, reasonFor } from "./api.js";
 import { askForKey, key } from "./key.js";
 import { Watched } from "./watched.js";
 
@@ -129,7 +129,7 @@ function handle(event) {
 }
 
 function keyChanges(error) {
-  if (error.status === 401) askForKey("This server asks for an API key.");
+  if (error.status === 401) askForKey(reasonFor(error));
   return once(key);
 }
 

@@ -29,6 +29,7 @@ export async function jobsPart(signal) {
     fill(list, shown.length ? el("ul", { class: "erasures" }, shown.map(({ id }) => items.get(id).element)) : empty("No fits yet", "A fit reads labelled texts and publishes a range set."));
   };
   const see = (job) => {
+    if (OVER.includes(known.get(job.id)?.state) && !OVER.includes(job.state)) return; // an older word, that came late
     known.set(job.id, job);
     draw();
   };
@@ -45,6 +46,7 @@ export async function jobsPart(signal) {
     fill(list, failed(error, read));
   }
   if (!may("fits") && !known.size) return null;
+  if (known.has(told.value?.id)) see(told.value); // told while the list was read
   told.watch(see, signal);
   const asking = setInterval(() => {
     const busy = [...known.values()].some(({ state }) => !OVER.includes(state));

@@ -101,7 +101,7 @@ def test_nor_on_a_server_without_ranges_with_a_fit_under_way(
     window: Open,
     look: Look,
 ) -> None:
-    job = started(fitting.http, LONG)["id"]
+    job = started(fitting.http, LONG | {"batch_tokens": 64})["id"]
     mine = window(fitting, **look)
     for address, words in {
         "#/live": "news/long.jsonl",
@@ -111,7 +111,7 @@ def test_nor_on_a_server_without_ranges_with_a_fit_under_way(
     }.items():
         expect(mine.open(address).locator("main")).to_contain_text(words)
         check(mine, f"{address} of an empty server")
-    fitting.http.delete(f"/v1/jobs/{job}").raise_for_status()
+    assert fitting.http.delete(f"/v1/jobs/{job}").status_code in (200, 409)  # 409: it is over already
 
 
 @pytest.mark.parametrize("look", LOOKS)

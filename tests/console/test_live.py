@@ -245,9 +245,9 @@ def test_a_comparison_is_of_where_two_come_from(news: Running, window: Open) -> 
 def test_an_erasure_that_ends_is_gone_by_itself(news: Running, window: Open) -> None:
     page = window(news).open("#/live")
     expect(page.get_by_text("Nothing is erased", exact=True)).to_be_visible()
-    news.http.put("/v1/erasures/Sports", json={"expires_in": 3})
+    news.http.put("/v1/erasures/Sports", json={"expires_in": 10})
     expect(page.get_by_role("heading", name="Sports")).to_be_visible()
-    expect(page.get_by_text("Nothing is erased", exact=True)).to_be_visible()
+    expect(page.get_by_text("Nothing is erased", exact=True)).to_be_visible(timeout=60_000)
 
 
 def test_it_can_all_be_done_from_the_keyboard(news: Running, window: Open) -> None:
@@ -276,6 +276,7 @@ def test_it_can_all_be_done_from_the_keyboard(news: Running, window: Open) -> No
     page.keyboard.type("by hand")
     page.keyboard.press("Enter")
     expect(page.get_by_text("by hand")).to_be_visible()
+    expect(box).to_be_hidden()
     page.get_by_role("button", name="Change World").focus()
     page.keyboard.press("Enter")
     expect(box).to_be_hidden()

@@ -2,7 +2,6 @@
 
 import os
 import shutil
-import socket
 import subprocess
 from collections.abc import Iterator
 from contextlib import ExitStack
@@ -12,6 +11,7 @@ import pytest
 import redis
 
 from app.settings import Settings
+from tests.ports import free_port
 from tests.range_store.waiting import until
 
 ROOT = Path(__file__).parents[2]
@@ -36,12 +36,6 @@ def check_settings(environment: list[str]) -> None:
             assert name.removeprefix("NEURONLENS_").lower() in Settings.model_fields, name
 
 
-def free_port() -> int:
-    with socket.socket() as taken:
-        taken.bind(("127.0.0.1", 0))
-        return int(taken.getsockname()[1])
-
-
 class Store:
     """A Redis of the system, started as in its container: by start.sh, with the committed redis.conf and users.acl."""
 
@@ -57,7 +51,7 @@ class Store:
     def start(self) -> None:
         with (self.directory / "redis.log").open("ab") as log:
             self._process = subprocess.Popen(self._command, env=self._environment, stdout=log, stderr=log)
-        until(self._answers)
+        until(self._answers, 120)
 
     def kill(self) -> None:
         """As kill -9 does."""

@@ -12,8 +12,9 @@ from pathlib import Path
 import httpx
 import pytest
 
-from tests.docker.conftest import ROOT, free_port
+from tests.docker.conftest import ROOT
 from tests.docker.image import health_check, instructions, sandboxed, signalled
+from tests.ports import free_port
 from tests.range_store.waiting import until
 from tests.workers.checkpoints import save_tiny
 from tests.workers.texts import labelled_texts, write_jsonl
@@ -105,7 +106,8 @@ class Running:
 
 def _serves(running: Running) -> None:
     """From an empty volume to an answer, and a clean end."""
-    assert running.run(*health_check()).returncode != 0, "not healthy before it answers"
+    elsewhere = running.run("env", f"NEURONLENS_PORT={free_port()}", *health_check())
+    assert elsewhere.returncode != 0, "not healthy where nothing answers"
     until(running.answers, SOON)
     assert running.run(*health_check()).returncode == 0
     assert httpx.get(f"{running.url}/readyz").status_code == 503, "nothing is fitted, and yet the container is healthy"
@@ -116,8 +118,9 @@ def _serves(running: Running) -> None:
     fit = ("neuronlens", "fit", "--model", "/files/model", "--data", "/files/train.jsonl", "--activate")
     fitted = running.run(*fit)
     assert fitted.returncode == 0, fitted.stderr
-    until(lambda: httpx.get(f"{running.url}/readyz").status_code == 200, SOON)
-    with httpx.Client(base_url=running.url, headers={"Authorization": f"Bearer {made.stdout.strip()}"}) as http:
+    until(lambda: httpx.get(f"{running.url}/readyz", timeout=SOON).status_code == 200, SOON)
+    key = {"Authorization": f"Bearer {made.stdout.strip()}"}
+    with httpx.Client(base_url=running.url, headers=key, timeout=SOON) as http:
         until(lambda: http.get("/v1/models").status_code == 200)
         answer = http.post("/v1/classify", json={"inputs": "The striker scored twice.", "erase": ["Sports"]})
         assert answer.status_code == 200, answer.text

@@ -15,10 +15,11 @@ from typing import Any
 import httpx
 import pytest
 
-from tests.docker.conftest import DOCKER, PASSWORDS, ROOT, free_port
+from tests.docker.conftest import DOCKER, PASSWORDS, ROOT
 from tests.docker.image import sandboxed, signalled
 from tests.docker.test_compose import MAIN, configured, seconds
 from tests.docker.test_topology import TEXT, Topology
+from tests.ports import free_port
 from tests.range_store.waiting import until
 from tests.workers.checkpoints import save_tiny
 from tests.workers.texts import labelled_texts, write_jsonl

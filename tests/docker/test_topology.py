@@ -13,9 +13,10 @@ from typing import Any
 import httpx
 import pytest
 
-from tests.docker.conftest import DOCKER, PASSWORDS, ROOT, Store, free_port
+from tests.docker.conftest import DOCKER, PASSWORDS, ROOT, Store
 from tests.docker.image import health_check, variables
 from tests.docker.test_compose import MAIN, configured, seconds
+from tests.ports import free_port
 from tests.range_store.waiting import until
 from tests.workers.checkpoints import save_tiny
 from tests.workers.texts import labelled_texts, write_jsonl

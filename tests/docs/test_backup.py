@@ -43,8 +43,8 @@ def start() -> Iterator[Start]:
         options = ["--port", "0", "--unixsocket", str(socket), "--dir", str(directory)]
         options += ["--appendonly", "yes", "--appendfsync", "always", "--save", ""]
         running.append(subprocess.Popen(["/usr/bin/redis-server", *options], stdout=subprocess.DEVNULL))
-        until(socket.exists)
         clients.append(connect(f"unix://{socket}", directory))
+        until(lambda: socket.exists() and _answers(clients[-1]))
         return clients[-1]
 
     yield begin
@@ -53,6 +53,13 @@ def start() -> Iterator[Start]:
     for process in running:
         process.terminate()
         process.wait()
+
+
+def _answers(client: redis.Redis) -> bool:
+    try:
+        return bool(client.ping())
+    except redis.RedisError:
+        return False
 
 
 def shell(script: str, directory: Path) -> None:

@@ -96,6 +96,7 @@ def test_the_newest_state_of_a_job_is_told_to_all_and_to_who_comes_later(news: R
     assert window.of("jobs")[0].data == {"id": "fit-1", "state": "running", "corpus": "Météo\n"}
     news.service.news.tell_job("fit-1", {"id": "fit-1", "state": "done"})
     until(lambda: len(window.of("jobs")) == 2)
+    news.service.news.tell_job("fit-1", {"id": "fit-1", "state": "queued"})  # an older word, that comes late
     later = listen(news)
     until(lambda: later.of("jobs"))
     assert [each.data["state"] for each in later.of("jobs")] == ["done"]

@@ -11,8 +11,8 @@ import pytest
 import redis
 
 from range_store.store import RangeStore
+from tests.ports import free_port
 from tests.range_store.waiting import until
-from tests.watch.prometheus import free_port
 
 NAME = "watched"
 SERVE = """
@@ -56,7 +56,7 @@ LONG = "the keeper saved a penalty and " * 40
 
 
 class Redis:
-    """A redis-server process that keeps every acknowledged change on disk; each replica has a user of its own."""
+    """A redis-server process that has every acknowledged change when it is started again; each replica has a user of its own."""
 
     def __init__(self, directory: Path) -> None:
         binary = Path("/usr/bin/redis-server")
@@ -64,7 +64,7 @@ class Redis:
             pytest.skip("no redis-server on this machine")
         self._directory, self.port = directory, free_port()
         self._command = [binary, "--port", str(self.port), "--bind", "127.0.0.1", "--dir", directory, "--save", ""]
-        self._command += ["--appendonly", "yes", "--appendfsync", "always", "--loglevel", "warning"]
+        self._command += ["--appendonly", "yes", "--appendfsync", "no", "--loglevel", "warning"]
         self.client = redis.Redis(port=self.port)
         self.store = RangeStore(self.client, NAME)
         self.start()
@@ -117,7 +117,7 @@ class Replica:
         }
         kept = {name: value for name, value in os.environ.items() if not name.startswith("NEURONLENS_")}
         self._environment = kept | {f"NEURONLENS_{name.upper()}": str(value) for name, value in given.items()}
-        self.http = httpx.Client(base_url=f"http://{self.target}", timeout=60, trust_env=False)
+        self.http = httpx.Client(base_url=f"http://{self.target}", timeout=300, trust_env=False)
         self.start()
 
     def start(self) -> None:

@@ -3,7 +3,6 @@
 import json
 import re
 import shutil
-import socket
 import subprocess
 from collections.abc import Sequence
 from pathlib import Path
@@ -13,6 +12,7 @@ import httpx
 import pytest
 import yaml
 
+from tests.ports import free_port
 from tests.range_store.waiting import until
 
 ROOT = Path(__file__).parents[2]
@@ -60,11 +60,6 @@ def quick(rule: dict[str, Any]) -> dict[str, Any]:
         for window in re.findall(r"\[\w+\]", expr):
             expr = expr.replace(window, WINDOWS[window])
     return rule | {"expr": expr} | ({"for": "1s"} if "for" in rule else {})
-
-
-def free_port() -> int:
-    with socket.create_server(("127.0.0.1", 0)) as bound:
-        return int(bound.getsockname()[1])
 
 
 class Prometheus:

@@ -32,7 +32,7 @@ from workers.models.loading import load_model
 
 pytestmark = [pytest.mark.system, pytest.mark.timeout(900)]
 TEXTS = [text for text, _ in labelled_texts(4000, seed=6) if len(text) < 60][:1024]
-PATIENCE = 60.0
+PATIENCE = 180.0
 
 
 @dataclass
@@ -51,10 +51,11 @@ class Watched:
     def during(self, fault: str, alerts: set[str], again: Callable[[], object] = lambda: None) -> None:
         """Repeat `again` until all of `alerts` fire."""
         seen: set[str] = set()
-        give_up = time.monotonic() + PATIENCE
+        began, give_up = time.time(), time.monotonic() + PATIENCE
         while not alerts <= seen:
-            again()
-            seen |= self.prometheus.firing()
+            again()  # which may take longer than an alert fires: so the whole time is looked at
+            fired = self.prometheus.over('ALERTS{alertstate="firing"}', began, time.time())
+            seen |= {labels["alertname"] for labels, _ in fired}
             if time.monotonic() > give_up:
                 pytest.fail(f"{fault}: {', '.join(sorted(alerts - seen))} did not fire, only {sorted(seen)}")
             threading.Event().wait(0.2)  # Prometheus evaluates once a second
@@ -89,7 +90,16 @@ def watched(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Watched]:
         small = Replica("small", checkpoint, store, directory, script=SERVE, max_queue_texts=8, trunk_cache_mb=1)
         stack.callback(lambda: small.kill())
         script = SERVE_A_MODEL_THAT_FAILS_ON_LONG_TEXTS
-        slow = Replica("slow", checkpoint, store, directory, script=script, max_batch_tokens=64, max_queue_seconds=600)
+        slow = Replica(
+            "slow",
+            checkpoint,
+            store,
+            directory,
+            script=script,
+            max_batch_tokens=64,
+            max_queue_seconds=600,
+            request_timeout=300,
+        )
         stack.callback(lambda: slow.kill())
         prometheus = Prometheus(directory, [small.target, slow.target])
         stack.callback(prometheus.stop)
@@ -111,7 +121,7 @@ def run_through(run: Watched, checkpoint: Path, directory: Path) -> None:
     store = run.store.store
     ours = store.publish(fitted.range_set, fitted.inspect)
     store.activate(ours)
-    until(lambda: run.small.ready and run.slow.ready)
+    until(lambda: run.small.ready and run.slow.ready, 180)
     run.small.http.put("/v1/erasures/Sports", json={"top_fraction": 1.0}).raise_for_status()
     run.small.http.put("/v1/erasures/World", json={"method": "neuron", "enforced": True}).raise_for_status()
     run.small.http.put("/v1/erasures/Sports", json={"top_fraction": 0.5}).raise_for_status()
@@ -169,7 +179,7 @@ def run_through(run: Watched, checkpoint: Path, directory: Path) -> None:
     assert store.publish(fitted.range_set, fitted.inspect) == ours
     store.activate(ours)
     run.quiet()
-    assert [live.concept for live in store.live().erasures] == ["World"], "what was erased is put back"
+    until(lambda: [live.concept for live in store.live().erasures] == ["World"])  # what was erased is put back
 
     store.set_erasures([])
     foreign, inspect = random_range_set(1)
