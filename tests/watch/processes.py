@@ -56,7 +56,10 @@ LONG = "the keeper saved a penalty and " * 40
 
 
 class Redis:
-    """A redis-server process that has every acknowledged change when it is started again; each replica has a user of its own."""
+    """A redis-server process, which has every acknowledged change when it is started again.
+
+    Each replica has a user of its own.
+    """
 
     def __init__(self, directory: Path) -> None:
         binary = Path("/usr/bin/redis-server")
