@@ -1,5 +1,6 @@
 """Options and fixtures for all tests: a real Redis, embedded, for whoever touches the store."""
 
+import signal
 from collections.abc import Iterator
 
 import pytest
@@ -11,6 +12,10 @@ from range_store.embedded import connect
 # a busy machine is no fault of the code: pytest-timeout ends what hangs
 settings.register_profile("unhurried", deadline=None)
 settings.load_profile("unhurried")
+
+
+if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:  # started in the background: commands under test would ignore it
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
