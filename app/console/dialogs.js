@@ -6,7 +6,7 @@ import { failed } from "./notices.js";
 
 /**
  * Ask before `run` is done; `run` may throw, and its error is shown in the dialog, which can then be tried again.
- * `refused(error)` may give an element that goes with the error, and change what the next attempt does.
+ * `refused(error)` may give an element that goes with the error, at once or later, and change what the next attempt does.
  * `dismiss`: what the button that does nothing says.
  */
 export function confirm({ title, content, action, dismiss = "Cancel", danger = false, run, refused = () => null }) {
@@ -25,7 +25,9 @@ export function confirm({ title, content, action, dismiss = "Cancel", danger = f
           dialog.close();
         } catch (error) {
           if (isAbort(error)) return;
-          problem.replaceChildren(failed(error), ...[refused(error)].filter(Boolean));
+          problem.replaceChildren(failed(error));
+          const more = await refused(error);
+          if (more) problem.append(more);
           problem.scrollIntoView({ block: "nearest" });
         } finally {
           go.disabled = false;

@@ -93,13 +93,24 @@ function item(erasure) {
   );
 }
 
-/** What is done to an answer 412: the current state is read, and the next attempt is about it. */
-function whenStale(guard) {
-  return (error) => {
+/** What is done to an answer 412: the current state is read, and the next attempt is about it. It says what that would replace. */
+function whenStale(guard, concept) {
+  return async (error) => {
     if (error.status !== 412) return null;
+    let there = null;
     guard.generation = error.generation;
-    call("GET", "/v1/erasures").then(({ data }) => take(data)).catch(() => {});
-    return el("p", { class: "note" }, "The list behind this dialog shows what is live now. Look at it; the same button changes it all the same.");
+    try {
+      const now = (await call("GET", "/v1/erasures")).data;
+      take(now);
+      guard.generation = now.generation;
+      there = now.erasures.find((each) => each.concept === concept());
+    } catch {
+      // then the list behind shows it when the server answers again
+    }
+    const says = there
+      ? [quoted(there.concept), ` is erased now: ${inWords(there)}${there.enforced ? ", enforced" : ""}`, there.by ? [", by ", quoted(there.by)] : null, ". The same button replaces that."]
+      : ["The list behind this dialog shows what is live now. Look at it; the same button changes it all the same."];
+    return el("p", { class: "note" }, says);
   };
 }
 
@@ -143,7 +154,7 @@ function switchOn(erasure = null) {
       const { at, named } = ofConcept(chosen.concept);
       take((await call("PUT", path("v1", "erasures", at), { body, query: named, ifMatch: guard.generation })).data);
     },
-    refused: whenStale(guard),
+    refused: whenStale(guard, () => chosen.concept),
   });
 }
 
@@ -159,6 +170,6 @@ function switchOff(concept) {
       const { at, named } = ofConcept(concept);
       take((await call("DELETE", path("v1", "erasures", at), { query: { ...named, reason: reason.value() }, ifMatch: guard.generation })).data);
     },
-    refused: whenStale(guard),
+    refused: whenStale(guard, () => concept),
   });
 }

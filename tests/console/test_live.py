@@ -185,6 +185,22 @@ def test_who_was_slower_is_told_and_may_go_on(news: Running, window: Open) -> No
     assert set(live(news)) == {"Business", "World"}
 
 
+def test_who_was_slower_is_told_what_going_on_would_replace(news: Running, window: Open) -> None:
+    page = window(news).open("#/live")
+    expect(page.get_by_text("Nothing is erased", exact=True)).to_be_visible()
+    page.get_by_role("button", name="Switch on…").click()
+    box = dialog(page, "Switch an erasure on")
+    box.get_by_label("Concept").select_option("World")
+    news.http.put("/v1/erasures/World", json={"method": "neuron", "enforced": True})
+    box.get_by_role("button", name="Switch it on for everybody").click()
+    expect(box).to_contain_text(re.compile(r"World is erased now: .*enforced.*The same button replaces that"))
+    assert live(news)["World"]["enforced"]
+    box.get_by_label("Enforced").check()
+    box.get_by_role("button", name="Switch it on for everybody").click()
+    expect(box).to_be_hidden()
+    assert (live(news)["World"]["enforced"], live(news)["World"]["method"]) == (True, "range")
+
+
 def test_range_sets_are_compared_activated_and_rolled_back(news: Running, window: Open) -> None:
     identity = news.service.model.identity
     before = news.service.store.live().range_set
