@@ -90,7 +90,7 @@ def test_a_fit_that_is_stopped_says_that_it_resumes_and_publishes_nothing(
     start: Callable[..., Running], tiny: Path, redis_client: redis.Redis, tmp_path: Path, stop: signal.Signals
 ) -> None:
     assert isinstance(redis_client, EmbeddedRedis)
-    data = write_jsonl(tmp_path / "many.jsonl", labelled_texts(120_000, seed=1))
+    data = write_jsonl(tmp_path / "many.jsonl", labelled_texts(40_000, seed=1))
     name = f"stopped-{os.getpid()}-{stop}"
     place = ["--redis-url", redis_client.url, "--data-dir", tmp_path, "--name", name]
     fitting = start("fit", "--model", tiny, "--data", data, "--layer", "all", "--threads", "1", *place)

@@ -16,7 +16,7 @@ from tests.e2e.listening import Listener
 from tests.range_store.waiting import until
 from workers.models.loading import LoadedModel
 
-TEXTS = ["the keeper saved a penalty and the striker limped off in the first half of the final " * 3] * 1000
+TEXTS = ["the keeper saved a penalty and the striker limped off in the first half of the final " * 3] * 700
 REQUESTS = 3
 Start = Callable[..., Served]
 

@@ -31,7 +31,7 @@ def texts(tmp_path_factory: pytest.TempPathFactory) -> Path:
 SMALL = {"data": "news/small.jsonl", "bins": 16, "rankings": ["max"]}
 LONG = {"data": "news/long.jsonl", "bins": 16, "rankings": ["max"], "layers": "all", "batch_tokens": 256}
 """Small batches: they make it slow, whatever the machine."""
-MEDIUM = LONG | {"max_rows": 6000}
+MEDIUM = LONG | {"max_rows": 2500}
 
 
 @pytest.fixture

@@ -43,8 +43,9 @@ def test_a_server_that_is_killed_or_drained_goes_on_with_its_fit(server: Serve, 
     left behind.
     """
     first = server()
-    undisturbed = over(first.http, started(first.http, LONG)["id"])["range_set"]
-    job = started(first.http, LONG | {"activate": True})["id"]
+    wanted = LONG | {"max_rows": 12_000}
+    undisturbed = over(first.http, started(first.http, wanted)["id"])["range_set"]
+    job = started(first.http, wanted | {"activate": True})["id"]
     reading(first.http, job, 2000)
     pids = [process_of(tmp_path, job)]
     until(lambda: any((tmp_path / "jobs" / job / "checkpoints").glob("fit-*")), SECONDS)
