@@ -218,7 +218,7 @@ def test_the_copied_command_and_program_give_the_same_answer(
     environment = {**os.environ, "NEURONLENS_API_KEY": tokens["admin"]}
     page.evaluate(TOLD)
     page.get_by_role("button", name="Copy as curl").click()
-    page.wait_for_function("window.told")
+    until(lambda: page.evaluate("window.told"))  # the page's policy lets no waiting script be evaluated
     command = page.evaluate("navigator.clipboard.readText()")
     assert "nl_" not in command
     assert "\u202e" not in command
