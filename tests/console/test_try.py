@@ -17,6 +17,7 @@ from range_store.live import LiveErasure
 from tests.console.conftest import NARROW, Window
 from tests.e2e.conftest import Running
 from tests.range_store.builders import random_range_set
+from tests.range_store.waiting import until
 
 pytestmark = pytest.mark.system
 Open = Callable[..., Window]
