@@ -116,6 +116,11 @@ class Settings(BaseSettings):
     )
     header_timeout: Annotated[float, Field(gt=0)] = Field(10.0, description="seconds that the head may take to arrive")
     body_timeout: Annotated[float, Field(gt=0)] = Field(30.0, description="seconds that the body may take to arrive")
+    keep_alive: Annotated[int, Field(gt=0)] = Field(
+        75,
+        description="seconds that a connection may lie idle: more than clients and proxies keep theirs, or they may "
+        "send a request just as it is closed",
+    )
     max_body_bytes: Annotated[int, Field(ge=1024)] = Field(8388608, description="largest body of a request")
     max_texts: Annotated[int, Field(ge=1)] = Field(1024, description="most texts of a request")
     max_characters: Annotated[int, Field(ge=1)] = Field(100000, description="most characters of a text")

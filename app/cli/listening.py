@@ -181,6 +181,7 @@ def listen(
     config = uvicorn.Config(
         app,
         http=bounded_head(settings.max_header_bytes, settings.header_timeout),
+        timeout_keep_alive=settings.keep_alive,
         log_config=None,
         access_log=False,  # app.access_log has the lines, without what callers put into paths
         server_header=False,

@@ -60,6 +60,17 @@ def one(served: Served, method: str, path: str, **more: object) -> httpx.Respons
     return httpx.request(method, f"{served.url}{path}", trust_env=False, timeout=30, **more)  # type: ignore[arg-type]
 
 
+def closes_what_is_idle(served: Served) -> bool:
+    """Whether a connection on which a request was answered is closed by the server."""
+    url = httpx.URL(served.url)
+    with socket.create_connection((url.host, url.port), timeout=60) as connection:
+        connection.sendall(b"GET /livez HTTP/1.1\r\nHost: 127.0.0.1\r\n\r\n")
+        said = b""
+        while more := connection.recv(65536):
+            said += more
+    return said.startswith(b"HTTP/1.1 200 ")
+
+
 def answered(asked: Future[httpx.Response]) -> bool:
     """Whether a request was; waits until it ended."""
     return asked.exception() is None and asked.result().status_code == 200
@@ -98,7 +109,8 @@ def test_a_server_under_load_answers_what_it_accepted_and_tells_the_others(start
 
 
 def test_after_sigterm_an_idle_server_stays_long_enough_to_be_seen_not_ready(start: Start) -> None:
-    served = start("--drain-delay", "10")
+    served = start("--drain-delay", "10", NEURONLENS_KEEP_ALIVE="1")
+    assert closes_what_is_idle(served)
     began = time.monotonic()
     served.command.process.send_signal(signal.SIGTERM)
     until(lambda: one(served, "GET", "/readyz").json()["checks"]["engine"] is False)
