@@ -7,9 +7,18 @@ import threading
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
+from range_store.embedded_server import EmbeddedServer
 from tests.range_store.waiting import until
 
 NEURONLENS = str(Path(sys.executable).parent / "neuronlens")
+
+
+def end_redis(directory: Path) -> None:
+    """End the private Redis of a directory, if there is one: whoever is killed leaves it to the next."""
+    private = EmbeddedServer(directory)
+    with private.locked():
+        if private.running():
+            private.end()
 
 
 class Running:

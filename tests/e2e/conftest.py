@@ -26,6 +26,7 @@ from range_store.embedded import EmbeddedRedis, connect
 from range_store.range_set import RangeSet
 from range_store.store import RangeStore
 from tests.e2e.on_ray import Opened, cluster, on_fleet  # noqa: F401 (fixtures)
+from tests.processes import end_redis
 from tests.range_store.builders import random_range_set
 from tests.range_store.waiting import until
 from tests.workers.checkpoints import save_tiny
@@ -165,10 +166,12 @@ def two(serve: Callable[..., Running], model: LoadedModel, other: LoadedModel) -
 @pytest.fixture
 def own_redis(tmp_path_factory: pytest.TempPathFactory) -> Iterator[EmbeddedRedis]:
     """A Redis of its own: keys are of a whole store. Ask for it before `serve`, which must leave it first."""
-    with connect(None, tmp_path_factory.mktemp("keys-redis")) as client:
+    directory = tmp_path_factory.mktemp("keys-redis")
+    with connect(None, directory) as client:
         assert isinstance(client, EmbeddedRedis)
         client.config_set("appendfsync", "no")  # as `redis_client`
         yield client
+    end_redis(directory)
 
 
 @pytest.fixture

@@ -10,9 +10,9 @@ from pathlib import Path
 import httpx
 import pytest
 
-from range_store.embedded_server import EmbeddedServer
 from tests.e2e.faults.processes import Served
 from tests.e2e.listening import Listener
+from tests.processes import end_redis
 from tests.range_store.waiting import until
 from workers.models.loading import LoadedModel
 
@@ -36,10 +36,7 @@ def start(model: LoadedModel, tmp_path: Path) -> Iterator[Start]:
     yield served
     for each in started:
         each.close()
-    private = EmbeddedServer(tmp_path / "redis")
-    with private.locked():
-        if private.running():  # a server that was killed leaves it to the next
-            private.end()
+    end_redis(tmp_path / "redis")
 
 
 def busy(served: Served, pool: ThreadPoolExecutor) -> list[Future[httpx.Response]]:

@@ -13,6 +13,7 @@ from safetensors.numpy import load_file
 from tests.e2e.conftest import Running
 from tests.e2e.faults.processes import Served
 from tests.e2e.fits.conftest import LONG, SECONDS, lives, over, process_of, reading, started, when
+from tests.processes import end_redis
 from tests.range_store.waiting import until
 from workers.fitting.rows import BLOCK_ROWS
 from workers.models.loading import LoadedModel
@@ -36,6 +37,7 @@ def server(model: LoadedModel, texts: Path, tmp_path: Path) -> Iterator[Serve]:
             return served
 
         yield start
+    end_redis(tmp_path / "redis")
 
 
 def test_a_server_that_is_killed_or_drained_goes_on_with_its_fit(server: Serve, tmp_path: Path) -> None:
