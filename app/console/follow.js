@@ -26,6 +26,19 @@ export function take(listing) {
   if (!live.value || newer(listing.generation, live.value.generation)) live.value = listing;
 }
 
+/** After an answer 412: what is live now, which the next attempt by `guard` is then about; null where it cannot be had. */
+export async function catchUp(guard, error) {
+  guard.generation = error.generation;
+  try {
+    const { data } = await call("GET", "/v1/erasures");
+    take(data);
+    guard.generation = data.generation;
+    return data;
+  } catch {
+    return null; // the page shows it when the server answers again
+  }
+}
+
 function newer(generation, than) {
   const [epoch, counter] = generation.split("-");
   const [thanEpoch, thanCounter] = than.split("-");

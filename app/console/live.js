@@ -4,7 +4,7 @@ import { call, ofConcept, path } from "./api.js";
 import { confirm, reasonField } from "./dialogs.js";
 import { announce, button, choice, el, field, freshId, quoted, refill } from "./elements.js";
 import { facts } from "./facts.js";
-import { following, live, take } from "./follow.js";
+import { catchUp, following, live, take } from "./follow.js";
 import { jobsPart } from "./jobs.js";
 import { empty, failed, loading } from "./notices.js";
 import { duration, moment } from "./numbers.js";
@@ -97,16 +97,8 @@ function item(erasure) {
 function whenStale(guard, concept) {
   return async (error) => {
     if (error.status !== 412) return null;
-    let there = null;
-    guard.generation = error.generation;
-    try {
-      const now = (await call("GET", "/v1/erasures")).data;
-      take(now);
-      guard.generation = now.generation;
-      there = now.erasures.find((each) => each.concept === concept());
-    } catch {
-      // then the list behind shows it when the server answers again
-    }
+    const now = await catchUp(guard, error);
+    const there = now?.erasures.find((each) => each.concept === concept());
     const says = there
       ? [quoted(there.concept), ` is erased now: ${inWords(there)}${there.enforced ? ", enforced" : ""}`, there.by ? [", by ", quoted(there.by)] : null, ". The same button replaces that."]
       : ["The list behind this dialog shows what is live now. Look at it; the same button changes it all the same."];

@@ -3,7 +3,7 @@
 import { call } from "./api.js";
 import { confirm, reasonField } from "./dialogs.js";
 import { button, el, freshId, quoted, refill, table } from "./elements.js";
-import { live, rangeSetsChanged, take } from "./follow.js";
+import { catchUp, live, rangeSetsChanged, take } from "./follow.js";
 import { empty, failed, loading } from "./notices.js";
 import { count, moment } from "./numbers.js";
 
@@ -106,11 +106,10 @@ function activate(set, older) {
       const { data } = await call("PUT", "/v1/range-sets/active", { body, ifMatch: guard.generation });
       take(data);
     },
-    refused: (error) => {
+    refused: async (error) => {
       force = false;
       if (error.status === 412) {
-        guard.generation = error.generation;
-        call("GET", "/v1/erasures").then(({ data }) => take(data)).catch(() => {});
+        await catchUp(guard, error);
         return el("p", { class: "note" }, "The live state has changed since; the same button goes on with what it is now.");
       }
       if (error.code !== "unresolvable_erasure") return null;
