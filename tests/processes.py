@@ -7,10 +7,20 @@ import threading
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
+import redis
+
 from range_store.embedded_server import EmbeddedServer
 from tests.range_store.waiting import until
 
 NEURONLENS = str(Path(sys.executable).parent / "neuronlens")
+
+
+def answers(client: redis.Redis) -> bool:
+    """Whether its Redis does."""
+    try:
+        return bool(client.ping())
+    except redis.RedisError:
+        return False
 
 
 def end_redis(directory: Path) -> None:

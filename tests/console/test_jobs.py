@@ -5,7 +5,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from playwright.sync_api import expect
+from playwright.sync_api import Locator, Page, expect
 
 from range_store.api_keys import KeyStore
 from range_store.embedded import EmbeddedRedis
@@ -18,6 +18,11 @@ pytestmark = pytest.mark.system
 Open = Callable[..., Window]
 LONGER = 300_000
 """Milliseconds that a fit, a process of its own, may take to start and to end on a busy machine."""
+
+
+def active_ranges(page: Page) -> Locator:
+    """The heading of the active range set."""
+    return page.get_by_role("region", name="Range sets").get_by_role("heading").filter(has_text="active")
 
 
 @pytest.mark.parametrize("size", [NARROW, WIDE], ids=["narrow", "wide"])
@@ -41,8 +46,7 @@ def test_a_fit_is_started_followed_and_used(
     item = page.get_by_role("region", name="Fits").get_by_role("listitem").filter(has_text="news/small.jsonl")
     expect(item.get_by_role("heading")).to_contain_text(re.compile("queued|running|done"))
     # it is active when it is done, and the page then shows its concepts
-    sets = page.get_by_role("region", name="Range sets").get_by_role("heading")
-    expect(sets.filter(has_text="active")).to_have_count(1, timeout=LONGER)
+    expect(active_ranges(page)).to_have_count(1, timeout=LONGER)
     expect(item.get_by_role("heading")).to_contain_text("done", timeout=LONGER)
     expect(page.get_by_role("button", name="Switch on…")).to_be_enabled()
     no_sideways(page)
@@ -117,7 +121,5 @@ def test_with_keys_only_an_admin_starts_one(
 
 def test_a_server_that_takes_no_fits_shows_none(news: Running, window: Open) -> None:
     page = window(news).open("#/live")
-    expect(
-        page.get_by_role("region", name="Range sets").get_by_role("heading").filter(has_text="active")
-    ).to_have_count(1)
+    expect(active_ranges(page)).to_have_count(1)
     expect(page.get_by_role("region", name="Fits")).to_have_count(0)

@@ -4,7 +4,7 @@ import re
 from collections.abc import Callable
 
 import pytest
-from playwright.sync_api import Page, expect
+from playwright.sync_api import Locator, Page, expect
 
 from range_store.codec import assemble
 from tests.console.conftest import NARROW, Window
@@ -20,7 +20,7 @@ def live(running: Running) -> dict[str, dict[str, object]]:
     return {each["concept"]: each for each in running.http.get("/v1/erasures").json()["erasures"]}
 
 
-def dialog(page: Page, title: str | re.Pattern[str]) -> object:
+def dialog(page: Page, title: str | re.Pattern[str]) -> Locator:
     found = page.get_by_role("dialog", name=title)
     expect(found).to_be_visible()
     return found
@@ -169,14 +169,20 @@ def test_while_the_server_has_no_stream_to_spare_the_page_asks(news: Running, wi
     expect(page.locator("#connection")).to_have_text("following", timeout=40_000)
 
 
-def test_who_was_slower_is_told_and_may_go_on(news: Running, window: Open) -> None:
-    page = window(news).open("#/live")
+def outrun(page: Page, news: Running, concept: str, **body: object) -> Locator:
+    """The dialog that switches World on, refused, since somebody changed `concept` meanwhile."""
     expect(page.get_by_text("Nothing is erased", exact=True)).to_be_visible()
     page.get_by_role("button", name="Switch on…").click()
     box = dialog(page, "Switch an erasure on")
     box.get_by_label("Concept").select_option("World")
-    news.http.put("/v1/erasures/Business")
+    news.http.put(f"/v1/erasures/{concept}", json=body).raise_for_status()
     box.get_by_role("button", name="Switch it on for everybody").click()
+    return box
+
+
+def test_who_was_slower_is_told_and_may_go_on(news: Running, window: Open) -> None:
+    page = window(news).open("#/live")
+    box = outrun(page, news, "Business")
     expect(box.get_by_text("Somebody was faster")).to_be_visible()
     assert set(live(news)) == {"Business"}
     expect(page.locator(".erasures h3", has_text="Business")).to_be_attached()
@@ -186,13 +192,7 @@ def test_who_was_slower_is_told_and_may_go_on(news: Running, window: Open) -> No
 
 
 def test_who_was_slower_is_told_what_going_on_would_replace(news: Running, window: Open) -> None:
-    page = window(news).open("#/live")
-    expect(page.get_by_text("Nothing is erased", exact=True)).to_be_visible()
-    page.get_by_role("button", name="Switch on…").click()
-    box = dialog(page, "Switch an erasure on")
-    box.get_by_label("Concept").select_option("World")
-    news.http.put("/v1/erasures/World", json={"method": "neuron", "enforced": True})
-    box.get_by_role("button", name="Switch it on for everybody").click()
+    box = outrun(window(news).open("#/live"), news, "World", method="neuron", enforced=True)
     expect(box).to_contain_text(re.compile(r"World is erased now: .*enforced.*The same button replaces that"))
     assert live(news)["World"]["enforced"]
     box.get_by_label("Enforced").check()

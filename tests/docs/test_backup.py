@@ -14,6 +14,7 @@ from range_store.erasure import Erasure
 from range_store.live import LiveErasure
 from range_store.mirror import Mirror
 from range_store.store import RangeStore
+from tests.processes import answers
 from tests.range_store.builders import random_range_set
 from tests.range_store.waiting import until
 
@@ -44,7 +45,7 @@ def start() -> Iterator[Start]:
         options += ["--appendonly", "yes", "--appendfsync", "always", "--save", ""]
         running.append(subprocess.Popen(["/usr/bin/redis-server", *options], stdout=subprocess.DEVNULL))
         clients.append(connect(f"unix://{socket}", directory))
-        until(lambda: socket.exists() and _answers(clients[-1]))
+        until(lambda: socket.exists() and answers(clients[-1]))
         return clients[-1]
 
     yield begin
@@ -53,13 +54,6 @@ def start() -> Iterator[Start]:
     for process in running:
         process.terminate()
         process.wait()
-
-
-def _answers(client: redis.Redis) -> bool:
-    try:
-        return bool(client.ping())
-    except redis.RedisError:
-        return False
 
 
 def shell(script: str, directory: Path) -> None:

@@ -101,8 +101,14 @@ def serve(
                 services.append(stack.enter_context(opened(own, each)))
             protocol = bounded_head(chosen.max_header_bytes, chosen.header_timeout)
             app = create_app(chosen, services)
-            idle = {"timeout_keep_alive": chosen.keep_alive}
-            config = uvicorn.Config(app, host="127.0.0.1", port=0, log_level="warning", http=protocol, **idle)
+            config = uvicorn.Config(
+                app,
+                host="127.0.0.1",
+                port=0,
+                log_level="warning",
+                http=protocol,
+                timeout_keep_alive=chosen.keep_alive,
+            )
             server = uvicorn.Server(config)
             thread = threading.Thread(target=server.run)
             thread.start()

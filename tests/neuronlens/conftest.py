@@ -131,9 +131,10 @@ def answering(after: float = 0.0) -> Iterator[Scripted]:
         def log_message(self, *args: Any) -> None:
             pass
 
-    def serve_late() -> None:
-        time.sleep(after)
-        server.server_activate()
+    def serve() -> None:
+        if after:
+            time.sleep(after)
+            server.server_activate()
         server.serve_forever(poll_interval=0.05)
 
     server = ThreadingHTTPServer(("127.0.0.1", 0), Handler, bind_and_activate=False)
@@ -141,7 +142,7 @@ def answering(after: float = 0.0) -> Iterator[Scripted]:
     server.daemon_threads = True
     if not after:
         server.server_activate()
-    thread = threading.Thread(target=serve_late)
+    thread = threading.Thread(target=serve)
     thread.start()
     script.url = f"http://127.0.0.1:{server.server_address[1]}"
     try:

@@ -16,6 +16,7 @@ from range_store.api_keys import KeyStore
 from range_store.embedded import connect
 from range_store.errors import StoreUnavailable
 from range_store.store import RangeStore
+from tests.ports import free_port
 from tests.range_store.builders import random_range_set
 from tests.range_store.waiting import until
 
@@ -50,8 +51,7 @@ def secured(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Secured]:
     certificate = authority.issue_cert("127.0.0.1")
     certificate.private_key_pem.write_to_path(str(home / "key.pem"))
     certificate.cert_chain_pems[0].write_to_path(str(home / "cert.pem"))
-    with socket.create_server(("127.0.0.1", 0)) as free:
-        port = free.getsockname()[1]
+    port = free_port()
     binary = shutil.which("redis-server", path="/usr/bin:/usr/local/bin")
     assert binary is not None, "apt-get install redis-server"
     (home / "users.acl").write_text(

@@ -12,6 +12,7 @@ import redis
 
 from range_store.store import RangeStore
 from tests.ports import free_port
+from tests.processes import answers
 from tests.range_store.waiting import until
 
 NAME = "watched"
@@ -75,13 +76,7 @@ class Redis:
     def start(self) -> None:
         with (self._directory / "redis.log").open("a") as log:
             self.process = subprocess.Popen(self._command, stdout=log, stderr=log)
-        until(self._answers, 60)
-
-    def _answers(self) -> bool:
-        try:
-            return bool(self.client.ping())
-        except redis.RedisError:
-            return False
+        until(lambda: answers(self.client), 60)
 
     def let_in(self, user: str, *, in_: bool) -> None:
         """Let a user in, or throw it out and close its connections."""

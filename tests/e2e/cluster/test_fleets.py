@@ -79,7 +79,9 @@ def both(ingress: Opening, fitted: Fitted) -> list[Service]:
 @contextmanager
 def over_http(services: list[Service]) -> Iterator[httpx.Client]:
     app = create_app(services[0].settings, services)
-    config = uvicorn.Config(app, host="127.0.0.1", port=0, log_level="warning", timeout_keep_alive=75)
+    config = uvicorn.Config(
+        app, host="127.0.0.1", port=0, log_level="warning", timeout_keep_alive=services[0].settings.keep_alive
+    )
     server = uvicorn.Server(config)
     thread = threading.Thread(target=server.run)
     thread.start()

@@ -4,7 +4,6 @@ import os
 import shlex
 import shutil
 import signal
-import socket
 import subprocess
 import sys
 import threading
@@ -17,6 +16,7 @@ import httpx
 import redis
 
 from range_store.embedded_server import _executable
+from tests.ports import free_port
 from tests.processes import Running
 from tests.range_store.waiting import until
 
@@ -31,10 +31,7 @@ class RedisProcess:
 
     def __init__(self, directory: Path, *arguments: str) -> None:
         self.directory, self.arguments = directory, arguments
-        self._reserved = socket.socket()  # nobody else is given its port, while it is down either
-        self._reserved.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        self._reserved.bind(("127.0.0.1", 0))
-        self.port = self._reserved.getsockname()[1]
+        self.port = free_port()
         self.process: subprocess.Popen[bytes] | None = None
         self.start()
 

@@ -23,7 +23,10 @@ from tests.range_store.waiting import until
 from workers.fitting.fit import Fitted
 
 RETURN_SECONDS = 2.0
-"""Everything converges so soon after Redis is back; a busy machine may take some times that."""
+"""Everything converges so soon after Redis is back."""
+TRIES = 6
+"""Of these one must; the others may meet a machine that is busy with something else."""
+Step = Callable[[RedisProcess], None]
 PROBLEM = 'neuronlens_live_state_problem{problem="%s"}'
 
 
@@ -71,45 +74,31 @@ def after_its_return(server: Served, store: RangeStore) -> None:
     assert erased == ["Business", "Sports", "World"]
 
 
-def test_redis_is_killed_and_started_again_under_load(
-    server: Served, store: RangeStore, redis_process: RedisProcess
+@pytest.mark.parametrize(
+    ("away", "back"),
+    [
+        pytest.param(RedisProcess.kill, RedisProcess.start, id="killed"),
+        pytest.param(lambda it: it.signal(signal.SIGSTOP), lambda it: it.signal(signal.SIGCONT), id="hangs"),
+    ],
+)
+def test_redis_goes_under_load_and_comes_back(
+    server: Served, store: RangeStore, redis_process: RedisProcess, away: Step, back: Step
 ) -> None:
-    took = []
+    took: list[float] = []
     with Load(server.url) as load:
-        for _ in range(2):
+        while len(took) < 2 or (min(took) >= RETURN_SECONDS and len(took) < TRIES):
             load.more()
-            redis_process.kill()
+            away(redis_process)
             while_redis_is_away(server)
             load.more()
-            redis_process.start()
+            back(redis_process)
             took.append(seconds_until(server.converged))
         load.more()
         assert load.bad() == []
         assert load.erased() == {("Sports",)}
         after_its_return(server, store)
     assert load.bad() == []
-    assert min(took) < 5 * RETURN_SECONDS
-    assert "Traceback" not in "".join(server.command.stderr)
-
-
-def test_redis_hangs_under_load_and_comes_to_itself(
-    server: Served, store: RangeStore, redis_process: RedisProcess
-) -> None:
-    took = []
-    with Load(server.url) as load:
-        for _ in range(2):
-            load.more()
-            redis_process.signal(signal.SIGSTOP)
-            while_redis_is_away(server)
-            load.more()
-            redis_process.signal(signal.SIGCONT)
-            took.append(seconds_until(server.converged))
-        load.more()
-        assert load.bad() == []
-        assert load.erased() == {("Sports",)}
-        after_its_return(server, store)
-    assert load.bad() == []
-    assert min(took) < 5 * RETURN_SECONDS
+    assert min(took) < RETURN_SECONDS
     assert "Traceback" not in "".join(server.command.stderr)
 
 
@@ -135,7 +124,7 @@ def test_a_hundred_toggles_that_hang_hold_up_nobody_else(server: Served, redis_p
                 for each in toggles:
                     answer, seconds = each.result()
                     unavailable(answer)
-                    assert seconds < 50, "a socket's patience and the queue's, not a hundred times that"
+                    assert seconds < 15, "a socket's patience and the queue's, not a hundred times that"
             finally:
                 redis_process.signal(signal.SIGCONT)
     assert rounds >= 1, "a whole round was answered while toggles hung"
