@@ -9,6 +9,8 @@ from hypothesis import settings
 
 from range_store.embedded import connect
 
+pytest_plugins = ["tests.servers", "tests.e2e.on_ray"]
+
 # a busy machine is no fault of the code: pytest-timeout ends what hangs
 settings.register_profile("unhurried", deadline=None)
 settings.load_profile("unhurried")
@@ -24,7 +26,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--seed", type=int, default=5, help="of what is tried at random: another one tries other things")
 
 
-OF_THIS_PROCESS = {"own_redis", "keyed"}
+OF_THIS_PROCESS = {"own_redis", "server_with_keys"}
 """Fixtures whose tests are about what an ingress shares with a single process; each would need a fleet of its own."""
 
 

@@ -22,18 +22,7 @@ from playwright.sync_api import (
 )
 
 from app.cli import run
-from tests.e2e.conftest import (  # noqa: F401  the server's fixtures
-    Running,
-    fitted,
-    keyed,
-    model,
-    news,
-    other,
-    own_redis,
-    ready,
-    serve,
-    two,
-)
+from tests.servers import RunningServer
 from tests.workers.checkpoints import save_tiny
 from tests.workers.texts import labelled_texts, write_jsonl
 
@@ -99,7 +88,7 @@ def window(browser: Browser) -> Iterator[Callable[..., Window]]:
     """`window(running, **context)`: a new window, of a new visitor; everything that it asks for is looked at."""
     opened: list[tuple[Window, BrowserContext]] = []
 
-    def make(running: Running, **context: Any) -> Window:
+    def make(running: RunningServer, **context: Any) -> Window:
         chosen: dict[str, Any] = {"viewport": WIDE, "color_scheme": "light", "permissions": []}
         visitor = browser.new_context(**{**chosen, **context})
         visitor.add_init_script(WATCH)
@@ -161,7 +150,7 @@ def no_sideways() -> Callable[[Page], None]:
 def report(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A directory of reports, with one that `neuronlens evaluate` made."""
     folder = tmp_path_factory.mktemp("reports")
-    model = save_tiny("bert", folder / "model")  # noqa: F811  another one
+    model = save_tiny("bert", folder / "model")
     data = write_jsonl(folder / "texts.jsonl", labelled_texts(60, seed=1))
     out = folder / "reports" / "tiny & <b>small"
     options = ["--data", data, "--test-data", data, "--out", out, "--target", "Sports", "--device", "cpu"]

@@ -9,9 +9,9 @@ from playwright.sync_api import Route, expect
 
 from range_store.api_keys import KeyStore
 from tests.console.conftest import NARROW, WIDE, Window
-from tests.e2e.conftest import Running, ready
 from tests.e2e.fits.conftest import LONG, fitting, started, texts  # noqa: F401  fixtures
 from tests.range_store.builders import random_range_set
+from tests.servers import RunningServer, with_ranges
 from workers.fitting.fit import Fitted
 
 pytestmark = pytest.mark.system
@@ -43,9 +43,9 @@ def check(window: Window, where: str) -> None:
 
 
 @pytest.mark.parametrize("look", LOOKS)
-def test_no_serious_fault(news: Running, window: Open, look: Look) -> None:
-    news.http.put("/v1/erasures/Business", json={"reason": "why not", "enforced": True})
-    mine = window(news, **look)
+def test_no_serious_fault(server: RunningServer, window: Open, look: Look) -> None:
+    server.http.put("/v1/erasures/Business", json={"reason": "why not", "enforced": True})
+    mine = window(server, **look)
     for address, words in PARTS.items():
         page = mine.open(address)
         page.reload()  # the part after # alone loads nothing anew
@@ -61,8 +61,8 @@ def test_no_serious_fault(news: Running, window: Open, look: Look) -> None:
 
 
 @pytest.mark.parametrize("look", LOOKS)
-def test_nor_where_something_is_wrong_or_on_its_way(news: Running, window: Open, look: Look) -> None:
-    mine = window(news, **look)
+def test_nor_where_something_is_wrong_or_on_its_way(server: RunningServer, window: Open, look: Look) -> None:
+    mine = window(server, **look)
     page = mine.page
     refusal = '{"code": "store_unavailable", "detail": "the store is away", "status": 503, "request_id": "abc"}'
     page.route("**/v1/events", lambda route: route.fulfill(status=404, body="{}"))
@@ -88,16 +88,16 @@ def test_nor_where_something_is_wrong_or_on_its_way(news: Running, window: Open,
 
 @pytest.mark.parametrize("look", LOOKS)
 def test_nor_where_a_key_is_asked_for(
-    keyed: tuple[Running, dict[str, str], KeyStore], window: Open, look: Look
+    server_with_keys: tuple[RunningServer, dict[str, str], KeyStore], window: Open, look: Look
 ) -> None:
-    mine = window(keyed[0], **look)
+    mine = window(server_with_keys[0], **look)
     expect(mine.open("#/live").get_by_role("dialog", name="API key")).to_be_visible()
     check(mine, "key")
 
 
 @pytest.mark.parametrize("look", LOOKS)
 def test_nor_on_a_server_without_ranges_with_a_fit_under_way(
-    fitting: Running,  # noqa: F811
+    fitting: RunningServer,  # noqa: F811
     window: Open,
     look: Look,
 ) -> None:
@@ -116,9 +116,9 @@ def test_nor_on_a_server_without_ranges_with_a_fit_under_way(
 
 @pytest.mark.parametrize("look", LOOKS)
 def test_nor_with_two_range_sets_compared_and_a_report_opened(
-    serve: Callable[..., Running], fitted: Fitted, report: Path, window: Open, look: Look
+    start_server: Callable[..., RunningServer], fitted: Fitted, report: Path, window: Open, look: Look
 ) -> None:
-    running = ready(serve(reports_dir=report), fitted)
+    running = with_ranges(start_server(reports_dir=report), fitted)
     identity = running.service.model.identity
     other = random_range_set(7, ("Sports", "World"), hidden=32, n_layers=3, fingerprint=identity.fingerprint)
     running.service.store.publish(*other)

@@ -8,12 +8,12 @@ from playwright.sync_api import Route, expect
 
 from range_store.api_keys import KeyStore
 from tests.console.conftest import Window
-from tests.e2e.conftest import Running
 from tests.range_store.waiting import until
+from tests.servers import RunningServer
 
 pytestmark = pytest.mark.system
 Open = Callable[..., Window]
-Keyed = tuple[Running, dict[str, str], KeyStore]
+Keyed = tuple[RunningServer, dict[str, str], KeyStore]
 
 
 def give(window: Window, token: str) -> None:
@@ -21,8 +21,8 @@ def give(window: Window, token: str) -> None:
     window.page.get_by_role("button", name="Use it").click()
 
 
-def test_a_key_is_asked_for_once_and_kept_for_the_tab(keyed: Keyed, window: Open) -> None:
-    running, tokens, _ = keyed
+def test_a_key_is_asked_for_once_and_kept_for_the_tab(server_with_keys: Keyed, window: Open) -> None:
+    running, tokens, _ = server_with_keys
     mine = window(running)
     page = mine.open("#/live")
     expect(page.get_by_role("dialog")).to_contain_text("This server asks for an API key")
@@ -43,8 +43,8 @@ def test_a_key_is_asked_for_once_and_kept_for_the_tab(keyed: Keyed, window: Open
     expect(page.get_by_role("dialog")).to_have_count(0)
 
 
-def test_a_key_that_may_not_is_told_which_scope_is_missing(keyed: Keyed, window: Open) -> None:
-    running, tokens, _ = keyed
+def test_a_key_that_may_not_is_told_which_scope_is_missing(server_with_keys: Keyed, window: Open) -> None:
+    running, tokens, _ = server_with_keys
     mine = window(running)
     page = mine.open("#/live")
     give(mine, tokens["read"])
@@ -54,9 +54,9 @@ def test_a_key_that_may_not_is_told_which_scope_is_missing(keyed: Keyed, window:
     expect(page.get_by_role("dialog").get_by_role("alert")).to_contain_text("needs a key with scope admin")
 
 
-def test_a_key_that_may_only_classify_erases_where_the_others_do(keyed: Keyed, window: Open) -> None:
+def test_a_key_that_may_only_classify_erases_where_the_others_do(server_with_keys: Keyed, window: Open) -> None:
     """It is told of no blocks, and means the last one."""
-    running, tokens, _ = keyed
+    running, tokens, _ = server_with_keys
     mine = window(running)
     page = mine.open("#/try?text=a+goal&erase=Sports&method=neuron&top=1")
     with page.expect_request("**/v1/classify") as asked:
@@ -69,8 +69,8 @@ def test_a_key_that_may_only_classify_erases_where_the_others_do(keyed: Keyed, w
     expect(page.locator("main").get_by_role("alert").first).to_contain_text("needs a key with scope read")
 
 
-def test_a_revoked_key_is_asked_for_anew(keyed: Keyed, window: Open) -> None:
-    running, tokens, keys = keyed
+def test_a_revoked_key_is_asked_for_anew(server_with_keys: Keyed, window: Open) -> None:
+    running, tokens, keys = server_with_keys
     mine = window(running)
     page = mine.open("#/try?text=a+goal")
     give(mine, tokens["admin"])
@@ -81,8 +81,8 @@ def test_a_revoked_key_is_asked_for_anew(keyed: Keyed, window: Open) -> None:
     expect(page.get_by_role("dialog")).to_contain_text("revoked")
 
 
-def test_the_store_away_is_a_notice_and_no_blank_page(news: Running, window: Open) -> None:
-    mine = window(news)
+def test_the_store_away_is_a_notice_and_no_blank_page(server: RunningServer, window: Open) -> None:
+    mine = window(server)
     page = mine.page
 
     def away(route: Route) -> None:
@@ -99,11 +99,11 @@ def test_the_store_away_is_a_notice_and_no_blank_page(news: Running, window: Ope
     expect(sets.get_by_role("alert").filter(has_text="the store is away")).to_contain_text("abc")
     page.unroute("**/v1/range-sets")
     sets.get_by_role("button", name="Try again").click()
-    expect(page.get_by_role("heading", name=str(news.service.store.live().range_set))).to_be_visible()
+    expect(page.get_by_role("heading", name=str(server.service.store.live().range_set))).to_be_visible()
 
 
-def test_a_server_that_is_lost_is_shown_and_found_again(news: Running, window: Open) -> None:
-    mine = window(news)
+def test_a_server_that_is_lost_is_shown_and_found_again(server: RunningServer, window: Open) -> None:
+    mine = window(server)
     page = mine.open("#/try?text=a+goal&erase=Sports")
     expect(page.locator(".scores")).to_be_visible()
     mine.away = True
@@ -111,7 +111,7 @@ def test_a_server_that_is_lost_is_shown_and_found_again(news: Running, window: O
     page.get_by_label("Share of neurons").fill("90")
     expect(page.locator("#lost")).to_be_visible()
     expect(page.locator(".result")).to_contain_text("No connection")
-    news.http.put("/v1/erasures/World")
+    server.http.put("/v1/erasures/World")
     page.context.set_offline(False)
     expect(page.locator("#lost")).to_be_hidden()
     expect(page.locator(".scores")).to_be_visible()
@@ -119,8 +119,8 @@ def test_a_server_that_is_lost_is_shown_and_found_again(news: Running, window: O
     expect(page.get_by_role("heading", name="World")).to_be_visible()
 
 
-def test_live_goes_on_after_a_server_was_lost(news: Running, window: Open) -> None:
-    mine = window(news)
+def test_live_goes_on_after_a_server_was_lost(server: RunningServer, window: Open) -> None:
+    mine = window(server)
     page = mine.open("#/live")
     expect(page.get_by_text("Nothing is erased", exact=True)).to_be_visible()
     page.get_by_role("button", name="Switch on…").click()
@@ -137,12 +137,12 @@ def test_live_goes_on_after_a_server_was_lost(news: Running, window: Open) -> No
     box.get_by_role("button", name="Switch it on for everybody").click()
     expect(box).to_be_hidden()
     expect(page.get_by_role("heading", name="Sports")).to_be_visible()
-    news.http.put("/v1/erasures/World").raise_for_status()
+    server.http.put("/v1/erasures/World").raise_for_status()
     expect(page.get_by_role("heading", name="World")).to_be_visible()
 
 
-def test_neurons_come_back_after_a_server_was_lost(news: Running, window: Open) -> None:
-    mine = window(news)
+def test_neurons_come_back_after_a_server_was_lost(server: RunningServer, window: Open) -> None:
+    mine = window(server)
     page = mine.open("#/neurons?concept=Sports")
     expect(page.locator(".js-plotly-plot .main-svg").first).to_be_visible()
     mine.away = True
@@ -157,8 +157,10 @@ def test_neurons_come_back_after_a_server_was_lost(news: Running, window: Open) 
     expect(page.locator("main .problem")).to_have_count(0)
 
 
-def test_a_report_comes_after_a_server_was_lost(serve: Callable[..., Running], report: Path, window: Open) -> None:
-    mine = window(serve(reports_dir=report))
+def test_a_report_comes_after_a_server_was_lost(
+    start_server: Callable[..., RunningServer], report: Path, window: Open
+) -> None:
+    mine = window(start_server(reports_dir=report))
     page = mine.open("#/evaluation")
     expect(page.get_by_role("button", name="Open tiny")).to_be_visible()
     mine.away = True
@@ -171,9 +173,9 @@ def test_a_report_comes_after_a_server_was_lost(serve: Callable[..., Running], r
     expect(page.frame_locator("iframe").locator("h1")).to_be_visible()
 
 
-def test_neurons_with_a_key(keyed: Keyed, window: Open) -> None:
+def test_neurons_with_a_key(server_with_keys: Keyed, window: Open) -> None:
     """`read` sees them, `infer` is told what it lacks, and only who may do both sees where the text falls."""
-    running, tokens, _ = keyed
+    running, tokens, _ = server_with_keys
     for scope, where, what in (
         ("read", ".ranked", "Saliency"),
         ("infer", "main .problem", "needs a key with scope read"),
@@ -188,8 +190,8 @@ def test_neurons_with_a_key(keyed: Keyed, window: Open) -> None:
             expect(page.locator("main")).not_to_contain_text("The text under Try has the value")
 
 
-def test_without_ranges_the_page_says_what_to_do(serve: Callable[..., Running], window: Open) -> None:
-    running = serve()
+def test_without_ranges_the_page_says_what_to_do(start_server: Callable[..., RunningServer], window: Open) -> None:
+    running = start_server()
     mine = window(running)
     page = mine.open("#/neurons")
     expect(page.get_by_text("No range set is active")).to_be_visible()

@@ -8,7 +8,7 @@ from playwright.sync_api import expect
 
 from range_store.api_keys import KeyStore
 from tests.console.conftest import NARROW, WIDE, Window
-from tests.e2e.conftest import Running
+from tests.servers import RunningServer
 
 pytestmark = pytest.mark.system
 Open = Callable[..., Window]
@@ -35,9 +35,13 @@ fetch("/livez").catch(() => held.push("fetch")).then(() => {
 
 @pytest.mark.parametrize("size", [NARROW, WIDE], ids=["narrow", "wide"])
 def test_a_report_opens_in_place(
-    serve: Callable[..., Running], window: Open, report: Path, no_sideways: Callable[..., None], size: dict[str, int]
+    start_server: Callable[..., RunningServer],
+    window: Open,
+    report: Path,
+    no_sideways: Callable[..., None],
+    size: dict[str, int],
 ) -> None:
-    running = serve(reports_dir=report)
+    running = start_server(reports_dir=report)
     page = window(running, viewport=size).open("#/evaluation")
     item = page.get_by_role("listitem").filter(has_text="tiny & <b>small")
     expect(item).to_contain_text("60 texts")
@@ -53,8 +57,10 @@ def test_a_report_opens_in_place(
     expect(page.locator("iframe")).to_have_count(0)
 
 
-def test_a_report_reaches_nothing(keyed: tuple[Running, dict[str, str], KeyStore], window: Open) -> None:
-    running, tokens, _ = keyed
+def test_a_report_reaches_nothing(
+    server_with_keys: tuple[RunningServer, dict[str, str], KeyStore], window: Open
+) -> None:
+    running, tokens, _ = server_with_keys
     hostile = running.service.settings.reports / "hostile"
     hostile.mkdir(parents=True)
     (hostile / "report.html").write_text(TRIES, "utf-8")
@@ -72,6 +78,6 @@ def test_a_report_reaches_nothing(keyed: tuple[Running, dict[str, str], KeyStore
     mine.faults.clear()  # of the report's own tries
 
 
-def test_without_any_the_page_says_how_to_make_one(news: Running, window: Open) -> None:
-    page = window(news).open("#/evaluation")
+def test_without_any_the_page_says_how_to_make_one(server: RunningServer, window: Open) -> None:
+    page = window(server).open("#/evaluation")
     expect(page.get_by_text("No reports yet")).to_be_visible()

@@ -9,8 +9,8 @@ import pytest
 from playwright.sync_api import Page, expect
 
 from tests.console.conftest import Window
-from tests.e2e.conftest import Running
 from tests.range_store.builders import random_range_set
+from tests.servers import RunningServer
 
 pytestmark = pytest.mark.system
 Open = Callable[..., Window]
@@ -32,7 +32,7 @@ def refused(page: Page, status: int, **headers: str) -> None:
     page.route("**/v1/events", lambda route: route.fulfill(**reply))  # type: ignore[arg-type]
 
 
-def published(running: Running, seed: int) -> str:
+def published(running: RunningServer, seed: int) -> str:
     """A range set that somebody else publishes."""
     identity = running.service.model.identity
     fitted = random_range_set(seed, ("Sports", "World"), hidden=32, n_layers=3, fingerprint=identity.fingerprint)
@@ -40,9 +40,9 @@ def published(running: Running, seed: int) -> str:
 
 
 @pytest.mark.parametrize("how", ["following", "following (asking)"])
-def test_another_window_follows_within_a_second(news: Running, window: Open, how: str) -> None:
+def test_another_window_follows_within_a_second(server: RunningServer, window: Open, how: str) -> None:
     """The median of several, in one of four rounds: the others may meet a machine that is busy with something else."""
-    mine = window(news)
+    mine = window(server)
     if "asking" in how:
         refused(mine.page, 404)
     page = mine.open("#/live")
@@ -56,7 +56,7 @@ def test_another_window_follows_within_a_second(news: Running, window: Open, how
             page.wait_for_timeout(900 * (0.618 * change % 1))  # it asks in a rhythm, and people do not
             words = f"change {change}"
             began = time.time()
-            news.http.put("/v1/erasures/Sports", json={"reason": words}).raise_for_status()
+            server.http.put("/v1/erasures/Sports", json={"reason": words}).raise_for_status()
             page.wait_for_function("(words) => window.seen[words]", arg=words)
             took.append(page.evaluate("(words) => window.seen[words]", words) / 1000 - began)
         return statistics.median(took)
@@ -64,19 +64,19 @@ def test_another_window_follows_within_a_second(news: Running, window: Open, how
     assert any(median(first) < 1 for first in range(0, 4 * CHANGES, CHANGES))
 
 
-def test_while_a_stream_is_refused_for_long_the_page_asks_at_once(news: Running, window: Open) -> None:
-    mine = window(news)
+def test_while_a_stream_is_refused_for_long_the_page_asks_at_once(server: RunningServer, window: Open) -> None:
+    mine = window(server)
     refused(mine.page, 429, **{"Retry-After": "600"})
     page = mine.open("#/live")
     expect(page.locator("#connection")).to_have_text("following (asking)")
-    news.http.put("/v1/erasures/Sports").raise_for_status()
+    server.http.put("/v1/erasures/Sports").raise_for_status()
     expect(page.get_by_role("heading", name="Sports")).to_be_visible()
-    newer = published(news, 11)
+    newer = published(server, 11)
     expect(page.get_by_role("heading", name=newer)).to_be_visible()
 
 
-def test_a_stream_that_is_refused_for_five_seconds_is_not_waited_for(news: Running, window: Open) -> None:
-    mine = window(news)
+def test_a_stream_that_is_refused_for_five_seconds_is_not_waited_for(server: RunningServer, window: Open) -> None:
+    mine = window(server)
     refused(mine.page, 429, **{"Retry-After": "5"})
     asked: list[tuple[str, float]] = []
     mine.page.on(
@@ -89,8 +89,8 @@ def test_a_stream_that_is_refused_for_five_seconds_is_not_waited_for(news: Runni
     assert times["erasures"] - times["events"] < 4.5  # waited for, it would be 5 or more
 
 
-def test_a_stream_that_ends_is_opened_again(news: Running, window: Open) -> None:
-    mine = window(news)
+def test_a_stream_that_ends_is_opened_again(server: RunningServer, window: Open) -> None:
+    mine = window(server)
     ended = itertools.count()
 
     def end(route: object) -> None:
@@ -102,15 +102,15 @@ def test_a_stream_that_ends_is_opened_again(news: Running, window: Open) -> None
     mine.page.route("**/v1/events", end)
     page = mine.open("#/live")
     expect(page.locator("#connection")).to_have_text("following")
-    news.http.put("/v1/erasures/Sports").raise_for_status()
+    server.http.put("/v1/erasures/Sports").raise_for_status()
     expect(page.get_by_role("heading", name="Sports")).to_be_visible()
 
 
 @pytest.mark.parametrize("how", ["following", "following (asking)"])
-def test_what_happens_elsewhere_takes_nothing_away(news: Running, window: Open, how: str) -> None:
+def test_what_happens_elsewhere_takes_nothing_away(server: RunningServer, window: Open, how: str) -> None:
     """The focus stays on the button that it is on, and a Provenance that was opened stays open."""
-    news.http.put("/v1/erasures/Sports").raise_for_status()
-    mine = window(news)
+    server.http.put("/v1/erasures/Sports").raise_for_status()
+    mine = window(server)
     if "asking" in how:
         refused(mine.page, 404)
     page = mine.open("#/live")
@@ -122,12 +122,12 @@ def test_what_happens_elsewhere_takes_nothing_away(news: Running, window: Open, 
     expect(sets.get_by_role("rowheader", name="model.fingerprint")).to_be_visible()
     expect(facts).to_have_count(0)
     page.get_by_role("button", name="Change Sports").focus()
-    news.http.put("/v1/erasures/World", json={"reason": "from elsewhere"}).raise_for_status()
+    server.http.put("/v1/erasures/World", json={"reason": "from elsewhere"}).raise_for_status()
     expect(page.get_by_text("from elsewhere")).to_be_visible()
     expect(page.get_by_role("button", name="Change Sports")).to_be_focused()
     provenance.focus()
-    newer = published(news, 12)
+    newer = published(server, 12)
     expect(page.get_by_role("heading", name=newer)).to_be_visible()
     expect(sets.get_by_role("rowheader", name="model.fingerprint").filter(visible=True)).to_have_count(1)
     focused = "document.activeElement.dataset.key"
-    assert page.evaluate(focused) == f"see {news.service.store.live().range_set}"
+    assert page.evaluate(focused) == f"see {server.service.store.live().range_set}"

@@ -7,8 +7,8 @@ import pytest
 from playwright.sync_api import Page, expect
 
 from tests.console.conftest import NARROW, Window
-from tests.e2e.conftest import Running
 from tests.range_store.builders import random_range_set
+from tests.servers import RunningServer
 from tests.workers.checkpoints import save_tiny
 from workers.models.loading import load_model
 
@@ -34,9 +34,9 @@ def odd_model(tmp_path_factory: pytest.TempPathFactory) -> object:
 
 
 @pytest.fixture
-def odd(serve: Callable[..., Running], odd_model: object) -> Running:
+def odd(start_server: Callable[..., RunningServer], odd_model: object) -> RunningServer:
     """A server whose labels and concepts are hostile."""
-    running = serve(odd_model, name=IMAGE)
+    running = start_server(odd_model, name=IMAGE)
     identity = running.service.model.identity
     ranges = random_range_set(3, NAMES, hidden=32, n_layers=3, fingerprint=identity.fingerprint)
     running.service.store.activate(running.service.store.publish(*ranges))
@@ -49,7 +49,9 @@ def harmless(page: Page) -> None:
     assert page.locator("img[src=x], main script, main b").count() == 0
 
 
-def test_names_and_reasons(odd: Running, window: Open, no_sideways: Callable[[Page], None], tmp_path: Path) -> None:
+def test_names_and_reasons(
+    odd: RunningServer, window: Open, no_sideways: Callable[[Page], None], tmp_path: Path
+) -> None:
     for at, name in enumerate(NAMES[:4]):
         odd.http.put(
             "/v1/erasures",
@@ -86,7 +88,7 @@ def test_names_and_reasons(odd: Running, window: Open, no_sideways: Callable[[Pa
 
 
 @pytest.mark.parametrize("name", [".", ".."])
-def test_a_name_that_browsers_resolve_in_a_path(odd: Running, window: Open, name: str) -> None:
+def test_a_name_that_browsers_resolve_in_a_path(odd: RunningServer, window: Open, name: str) -> None:
     odd.http.put("/v1/erasures", json={"erasures": [{"concept": "x" * 400, "reason": "another"}]}).raise_for_status()
     (other,) = odd.http.get("/v1/erasures").json()["erasures"]
     page = window(odd).open("#/live")
@@ -120,7 +122,7 @@ def test_a_name_that_browsers_resolve_in_a_path(odd: Running, window: Open, name
     ],
     ids=["image", "script", "rtl", "long", "surrogates"],
 )
-def test_texts(odd: Running, window: Open, no_sideways: Callable[[Page], None], text: str) -> None:
+def test_texts(odd: RunningServer, window: Open, no_sideways: Callable[[Page], None], text: str) -> None:
     page = window(odd, viewport=NARROW).open()
     expect(page.get_by_label("Text")).to_be_visible()
     units = text.encode("utf-16-le", "surrogatepass")
@@ -142,7 +144,7 @@ def test_texts(odd: Running, window: Open, no_sideways: Callable[[Page], None], 
     harmless(page)
 
 
-def test_an_address_that_somebody_made_up(odd: Running, window: Open) -> None:
+def test_an_address_that_somebody_made_up(odd: RunningServer, window: Open) -> None:
     for address in (
         f"#/try?text={IMAGE}&erase={IMAGE}&erase=nobody&tau=-1&top=9&layer=99&ranking=__proto__&replacement=toString",
         f"#/neurons?concept={IMAGE}&layer=x&neuron=99999&tau=1e9",

@@ -10,9 +10,9 @@ from playwright.sync_api import Locator, Page, expect
 from range_store.api_keys import KeyStore
 from range_store.embedded import EmbeddedRedis
 from tests.console.conftest import NARROW, WIDE, Window
-from tests.e2e.conftest import Running
 from tests.e2e.fits.conftest import LONG, fitting, started, texts  # noqa: F401  fixtures
 from tests.range_store.waiting import until
+from tests.servers import RunningServer
 
 pytestmark = pytest.mark.system
 Open = Callable[..., Window]
@@ -27,7 +27,7 @@ def active_ranges(page: Page) -> Locator:
 
 @pytest.mark.parametrize("size", [NARROW, WIDE], ids=["narrow", "wide"])
 def test_a_fit_is_started_followed_and_used(
-    fitting: Running,  # noqa: F811
+    fitting: RunningServer,  # noqa: F811
     window: Open,
     no_sideways: Callable[..., None],
     size: dict[str, int],
@@ -54,7 +54,7 @@ def test_a_fit_is_started_followed_and_used(
 
 @pytest.mark.parametrize("size", [NARROW, WIDE], ids=["narrow", "wide"])
 def test_one_under_way_shows_how_far_it_is_and_is_cancelled(
-    fitting: Running,  # noqa: F811
+    fitting: RunningServer,  # noqa: F811
     window: Open,
     no_sideways: Callable[..., None],
     size: dict[str, int],
@@ -86,13 +86,13 @@ def test_one_under_way_shows_how_far_it_is_and_is_cancelled(
 
 def test_with_keys_only_an_admin_starts_one(
     own_redis: EmbeddedRedis,
-    serve: Callable[..., Running],
+    start_server: Callable[..., RunningServer],
     texts: Path,  # noqa: F811
     window: Open,
 ) -> None:
     keys = KeyStore(own_redis)
     tokens = {scope: keys.create(f"the-{scope}", [scope])[1] for scope in ("read", "admin")}
-    running = serve(redis_url=own_redis.url, fit_dirs=[texts], fit_threads=1, fit_niceness=3, fit_device="cpu")
+    running = start_server(redis_url=own_redis.url, fit_dirs=[texts], fit_threads=1, fit_niceness=3, fit_device="cpu")
     page = window(running).open("#/live")
 
     def give(token: str) -> None:
@@ -119,7 +119,7 @@ def test_with_keys_only_an_admin_starts_one(
     expect(item.get_by_role("heading")).to_contain_text("done", timeout=LONGER)
 
 
-def test_a_server_that_takes_no_fits_shows_none(news: Running, window: Open) -> None:
-    page = window(news).open("#/live")
+def test_a_server_that_takes_no_fits_shows_none(server: RunningServer, window: Open) -> None:
+    page = window(server).open("#/live")
     expect(active_ranges(page)).to_have_count(1)
     expect(page.get_by_role("region", name="Fits")).to_have_count(0)

@@ -7,14 +7,14 @@ import pytest
 from playwright.sync_api import expect
 
 from tests.console.conftest import Window, tab_to
-from tests.e2e.conftest import Running
+from tests.servers import RunningServer
 
 pytestmark = pytest.mark.system
 Open = Callable[..., Window]
 
 
-def test_try(news: Running, window: Open) -> None:
-    page = window(news).open()
+def test_try(server: RunningServer, window: Open) -> None:
+    page = window(server).open()
     press = page.keyboard.press
     tab_to(page, page.get_by_label("Text", exact=True))
     page.keyboard.type("the keeper saved a penalty")
@@ -39,8 +39,8 @@ def test_try(news: Running, window: Open) -> None:
     tab_to(page, page.get_by_role("button", name="Copy link"))
 
 
-def test_neurons(news: Running, window: Open) -> None:
-    page = window(news).open("#/neurons")
+def test_neurons(server: RunningServer, window: Open) -> None:
+    page = window(server).open("#/neurons")
     press = page.keyboard.press
     caption = page.locator(".ranked caption")
     expect(caption).to_contain_text("Neurons of World")
@@ -70,8 +70,8 @@ def test_neurons(news: Running, window: Open) -> None:
     expect(region.get_by_role("cell").first).to_be_visible()
 
 
-def test_evaluation(serve: Callable[..., Running], report: Path, window: Open) -> None:
-    page = window(serve(reports_dir=report)).open("#/evaluation")
+def test_evaluation(start_server: Callable[..., RunningServer], report: Path, window: Open) -> None:
+    page = window(start_server(reports_dir=report)).open("#/evaluation")
     opener = page.get_by_role("button", name="Open tiny")
     tab_to(page, opener)
     page.keyboard.press("Enter")

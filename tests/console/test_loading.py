@@ -6,7 +6,7 @@ import pytest
 from playwright.sync_api import expect
 
 from tests.console.conftest import Window, held
-from tests.e2e.conftest import Running
+from tests.servers import RunningServer
 
 pytestmark = pytest.mark.system
 Open = Callable[..., Window]
@@ -25,9 +25,9 @@ Open = Callable[..., Window]
     ],
 )
 def test_it_says_what_it_waits_for(
-    news: Running, window: Open, address: str, what: str, notice: str, then: str
+    server: RunningServer, window: Open, address: str, what: str, notice: str, then: str
 ) -> None:
-    mine = window(news)
+    mine = window(server)
     with held(mine.page, what):
         main = mine.open(address).locator("main")
         loading = main.get_by_role("status").filter(has_text=f"Loading {notice}…")
@@ -37,8 +37,8 @@ def test_it_says_what_it_waits_for(
     expect(loading).to_have_count(0)
 
 
-def test_a_result_that_takes_long_is_marked_and_can_still_be_read(news: Running, window: Open) -> None:
-    page = window(news).open("#/try?text=a+goal&erase=Sports")
+def test_a_result_that_takes_long_is_marked_and_can_still_be_read(server: RunningServer, window: Open) -> None:
+    page = window(server).open("#/try?text=a+goal&erase=Sports")
     expect(page.locator(".scores")).to_be_visible()
     with held(page, "**/v1/classify"):
         page.get_by_label("Share of neurons").fill("100")
@@ -53,11 +53,11 @@ def test_a_result_that_takes_long_is_marked_and_can_still_be_read(news: Running,
         expect(page.locator(".result.busy")).to_have_count(0)
 
 
-def test_an_opened_report_says_that_it_loads(news: Running, window: Open) -> None:
-    folder = news.service.settings.reports / "one"
+def test_an_opened_report_says_that_it_loads(server: RunningServer, window: Open) -> None:
+    folder = server.service.settings.reports / "one"
     folder.mkdir(parents=True)
     (folder / "report.html").write_text("<!doctype html><title>one</title><h1>One</h1>", "utf-8")
-    page = window(news).open("#/evaluation")
+    page = window(server).open("#/evaluation")
     with held(page, "**/v1/reports/**"):
         page.get_by_role("button", name="Open one").click()
         expect(page.get_by_role("status").filter(has_text="Loading the report…")).to_be_visible()

@@ -8,8 +8,8 @@ import pytest
 from playwright.sync_api import Page, expect
 
 from tests.console.conftest import NARROW, Window, held, tab_to
-from tests.e2e.conftest import Running
 from tests.range_store.builders import random_range_set
+from tests.servers import RunningServer
 
 pytestmark = pytest.mark.system
 Open = Callable[..., Window]
@@ -27,23 +27,23 @@ def traces(page: Page, region: str) -> list[dict[str, object]]:
 
 @pytest.mark.parametrize("width", [NARROW, None])
 def test_neurons_by_rank_and_what_one_looks_like(
-    news: Running, window: Open, no_sideways: Callable[[Page], None], width: dict[str, int] | None
+    server: RunningServer, window: Open, no_sideways: Callable[[Page], None], width: dict[str, int] | None
 ) -> None:
-    page = window(news, **({"viewport": width} if width else {})).open("#/neurons?concept=Sports&ranking=selectivity")
-    first = news.http.get("/v1/concepts/Sports/ranges", params={"ranking": "selectivity", "limit": 12}).json()
+    page = window(server, **({"viewport": width} if width else {})).open("#/neurons?concept=Sports&ranking=selectivity")
+    first = server.http.get("/v1/concepts/Sports/ranges", params={"ranking": "selectivity", "limit": 12}).json()
     picks = page.locator(".ranked [data-neuron]")
     expect(picks.first).to_have_text(str(first["neurons"][0]["neuron"]))
     assert picks.all_inner_texts() == [str(each["neuron"]) for each in first["neurons"]]
     expect(page.get_by_role("heading", name=f"Neuron {first['neurons'][0]['neuron']} of block 2")).to_be_visible()
     page.get_by_role("button", name="Next").click()
-    second = news.http.get(
+    second = server.http.get(
         "/v1/concepts/Sports/ranges",
         params={"ranking": "selectivity", "limit": 12, "cursor": first["next_cursor"]},
     ).json()
     chosen = second["neurons"][3]["neuron"]
     page.get_by_role("button", name=f"Show neuron {chosen}", exact=True).click()
     expect(page.get_by_role("heading", name=f"Neuron {chosen} of block 2")).to_be_visible()
-    neuron = news.http.get(f"/v1/neurons/2/{chosen}").json()
+    neuron = server.http.get(f"/v1/neurons/2/{chosen}").json()
     drawn = traces(page, "One neuron")
     for each in neuron["concepts"]:
         density = [t for t in drawn if t["name"] == escape(each["concept"], quote=False) and t["yaxis"] is None]
@@ -51,13 +51,13 @@ def test_neurons_by_rank_and_what_one_looks_like(
         assert sum(density[0]["y"]) == pytest.approx(inside), each["concept"]
         ranges = [t["x"] for t in drawn if t["yaxis"] == "y2" and t["mode"] == "lines"]
         assert [each["low"], each["high"]] in ranges or each["low"] is None
-    overlap = news.http.get("/v1/overlap", params={"ranking": "selectivity"}).json()
+    overlap = server.http.get("/v1/overlap", params={"ranking": "selectivity"}).json()
     assert traces(page, "Overlap")[0]["z"] == overlap["share"]
     no_sideways(page)
 
 
-def test_a_link_leads_to_the_same_neuron_and_a_slider_moves_the_ranges(news: Running, window: Open) -> None:
-    page = window(news).open("#/neurons?concept=World&layer=1&neuron=5&tau=1")
+def test_a_link_leads_to_the_same_neuron_and_a_slider_moves_the_ranges(server: RunningServer, window: Open) -> None:
+    page = window(server).open("#/neurons?concept=World&layer=1&neuron=5&tau=1")
     expect(page.get_by_role("heading", name="Neuron 5 of block 1")).to_be_visible()
     with page.expect_response(lambda reply: "/v1/neurons/1/5?tau=0" in reply.url):
         page.get_by_label("τ", exact=True).fill("0")
@@ -67,13 +67,13 @@ def test_a_link_leads_to_the_same_neuron_and_a_slider_moves_the_ranges(news: Run
     page.wait_for_function("() => location.hash.includes('layer=2')")
 
 
-def test_a_choice_drops_what_was_asked_before(news: Running, window: Open) -> None:
+def test_a_choice_drops_what_was_asked_before(server: RunningServer, window: Open) -> None:
     """An answer about another concept, which comes late, chooses no neuron."""
-    page = window(news).open("#/neurons?concept=World&ranking=selectivity")
+    page = window(server).open("#/neurons?concept=World&ranking=selectivity")
     expect(page.get_by_role("region", name="One neuron").get_by_role("heading")).to_be_visible()
     query = {"ranking": "selectivity", "limit": 1}
     tops = {
-        name: news.http.get(f"/v1/concepts/{name}/ranges", params=query).json()["neurons"][0]["neuron"]
+        name: server.http.get(f"/v1/concepts/{name}/ranges", params=query).json()["neurons"][0]["neuron"]
         for name in ("World", "Sports", "Business")
     }
     dropped, chosen = next((one, other) for one, other in permutations(tops, 2) if tops[one] != tops[other])
@@ -90,13 +90,13 @@ def test_a_choice_drops_what_was_asked_before(news: Running, window: Open) -> No
 
 @pytest.mark.parametrize("width", [NARROW, None])
 def test_where_there_are_many_concepts_one_chooses_which_are_drawn(
-    serve: Callable[..., Running],
+    start_server: Callable[..., RunningServer],
     window: Open,
     no_sideways: Callable[[Page], None],
     width: dict[str, int] | None,
 ) -> None:
     """By keyboard too; rows of ranges are there for those that are drawn, and the chosen concept always is."""
-    running = serve()
+    running = start_server()
     names = [f"Concept {at}" for at in range(16)]
     fingerprint = running.service.model.identity.fingerprint
     fitted = random_range_set(3, names, hidden=32, n_layers=3, fingerprint=fingerprint)
@@ -135,9 +135,9 @@ def test_where_there_are_many_concepts_one_chooses_which_are_drawn(
     no_sideways(page)
 
 
-def test_where_the_text_under_try_falls(news: Running, window: Open) -> None:
+def test_where_the_text_under_try_falls(server: RunningServer, window: Open) -> None:
     text = "The keeper saved a penalty."
-    page = window(news).open(f"#/try?text={text}")
+    page = window(server).open(f"#/try?text={text}")
     expect(page.locator(".scores")).to_be_visible()
     page.get_by_role("link", name="Neurons").click()
     region = page.get_by_role("region", name="One neuron")
@@ -145,16 +145,16 @@ def test_where_the_text_under_try_falls(news: Running, window: Open) -> None:
     traces(page, "One neuron")
     neuron = int(page.locator("[data-neuron][aria-pressed=true]").inner_text())
     body = {"inputs": text, "layer": 2, "neurons": [neuron]}
-    (told,) = news.http.post("/v1/activations", json=body).json()["results"]
+    (told,) = server.http.post("/v1/activations", json=body).json()["results"]
     plot = region.locator(".js-plotly-plot")
     assert plot.evaluate("(plot) => plot.layout.shapes.map(({ x0 }) => x0)") == told["values"]
-    news.http.put("/v1/erasures/World", json={"enforced": True})  # whoever may change may still see
+    server.http.put("/v1/erasures/World", json={"enforced": True})  # whoever may change may still see
     page.reload()
     expect(region).to_contain_text("The text under Try has the value")
 
 
-def test_charts_change_with_light_and_dark(news: Running, window: Open) -> None:
-    page = window(news).open("#/neurons")
+def test_charts_change_with_light_and_dark(server: RunningServer, window: Open) -> None:
+    page = window(server).open("#/neurons")
     traces(page, "One neuron")
     plot = page.get_by_role("region", name="One neuron").locator(".js-plotly-plot")
     light = plot.evaluate("(plot) => plot.layout.font.color")

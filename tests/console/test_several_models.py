@@ -8,7 +8,7 @@ import pytest
 from playwright.sync_api import Page, expect
 
 from tests.console.conftest import Window
-from tests.e2e.conftest import Running
+from tests.servers import RunningServer
 
 pytestmark = pytest.mark.system
 Open = Callable[..., Window]
@@ -18,10 +18,10 @@ def chooser(page: Page) -> object:
     return page.get_by_role("combobox", name="Model", exact=True)
 
 
-def test_one_is_chosen_and_everything_is_about_it(two: Running, window: Open) -> None:
-    one, other = (service.name for service in two.services)
-    mine = window(two)
-    page, following = mine.open("#/live"), window(two).open(f"?model={quote(other)}#/live")
+def test_one_is_chosen_and_everything_is_about_it(two_models: RunningServer, window: Open) -> None:
+    one, other = (service.name for service in two_models.services)
+    mine = window(two_models)
+    page, following = mine.open("#/live"), window(two_models).open(f"?model={quote(other)}#/live")
     expect(chooser(page)).to_have_value(one)
     expect(chooser(following)).to_have_value(other)
     expect(following.locator("#connection")).to_have_text("following")
@@ -38,7 +38,7 @@ def test_one_is_chosen_and_everything_is_about_it(two: Running, window: Open) ->
     box.get_by_role("button", name="Switch it on for everybody").click()
     for each in (page, following):
         expect(each.get_by_role("heading", name="Sports")).to_be_visible()
-    erased = [two.http.get("/v1/erasures", params={"model": name}).json()["erasures"] for name in (one, other)]
+    erased = [two_models.http.get("/v1/erasures", params={"model": name}).json()["erasures"] for name in (one, other)]
     assert [len(each) for each in erased] == [0, 1]
 
     page.get_by_role("link", name="Try").click()
@@ -56,15 +56,15 @@ def test_one_is_chosen_and_everything_is_about_it(two: Running, window: Open) ->
     expect(page.get_by_text("Nothing is erased", exact=True)).to_be_visible()
 
 
-def test_with_one_model_there_is_nothing_to_choose(news: Running, window: Open) -> None:
-    page = window(news).open("#/live")
-    expect(page.locator("#model")).to_have_text(news.service.name)
+def test_with_one_model_there_is_nothing_to_choose(server: RunningServer, window: Open) -> None:
+    page = window(server).open("#/live")
+    expect(page.locator("#model")).to_have_text(server.service.name)
     expect(chooser(page)).to_have_count(0)
 
 
-def test_a_model_that_is_not_served_can_be_left(two: Running, window: Open) -> None:
-    page = window(two).open("?model=gone#/neurons")
+def test_a_model_that_is_not_served_can_be_left(two_models: RunningServer, window: Open) -> None:
+    page = window(two_models).open("?model=gone#/neurons")
     expect(page.get_by_text("no such model").first).to_be_visible()
-    chooser(page).select_option(two.services[1].name)
+    chooser(page).select_option(two_models.services[1].name)
     expect(page.get_by_text("no such model")).to_have_count(0)
-    expect(chooser(page)).to_have_value(two.services[1].name)
+    expect(chooser(page)).to_have_value(two_models.services[1].name)

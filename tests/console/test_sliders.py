@@ -6,7 +6,7 @@ import pytest
 from playwright.sync_api import Page, expect
 
 from tests.console.conftest import Window
-from tests.e2e.conftest import Running, ready
+from tests.servers import RunningServer, with_ranges
 from workers.fitting.fit import Fitted
 
 pytestmark = pytest.mark.system
@@ -42,8 +42,8 @@ def drag(page: Page, last: int) -> int:
     return shown
 
 
-def test_answers_are_shown_while_it_is_dragged_and_the_last_one_stays(news: Running, window: Open) -> None:
-    page = window(news).open(f"#/try?text={TEXT}&erase=Sports&method=neuron")
+def test_answers_are_shown_while_it_is_dragged_and_the_last_one_stays(server: RunningServer, window: Open) -> None:
+    page = window(server).open(f"#/try?text={TEXT}&erase=Sports&method=neuron")
     expect(page.locator(".result")).to_contain_text("neurons masked")
     asked: list[float] = []
     page.on(
@@ -59,8 +59,8 @@ def test_answers_are_shown_while_it_is_dragged_and_the_last_one_stays(news: Runn
     expect(page.locator(".result")).to_contain_text("32 neurons masked")
 
 
-def test_one_that_is_not_answered_does_not_hold_up_the_next(news: Running, window: Open) -> None:
-    page = window(news).open(f"#/try?text={TEXT}&erase=Sports&method=neuron")
+def test_one_that_is_not_answered_does_not_hold_up_the_next(server: RunningServer, window: Open) -> None:
+    page = window(server).open(f"#/try?text={TEXT}&erase=Sports&method=neuron")
     expect(page.locator(".result")).to_contain_text("9 neurons masked")
     page.route("**/v1/classify", lambda route: None)
     slider = page.get_by_label("Share of neurons")
@@ -72,9 +72,9 @@ def test_one_that_is_not_answered_does_not_hold_up_the_next(news: Running, windo
 
 
 def test_the_blocks_below_the_mask_are_not_computed_again(
-    serve: Callable[..., Running], fitted: Fitted, window: Open
+    start_server: Callable[..., RunningServer], fitted: Fitted, window: Open
 ) -> None:
-    running = ready(serve(trunk_cache_mb=64), fitted)
+    running = with_ranges(start_server(trunk_cache_mb=64), fitted)
 
     def kept() -> tuple[float, float]:
         names = ("neuronlens_trunk_cache_hits_total", "neuronlens_trunk_cache_misses_total")

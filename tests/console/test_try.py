@@ -15,9 +15,9 @@ from range_store.api_keys import KeyStore
 from range_store.erasure import Erasure
 from range_store.live import LiveErasure
 from tests.console.conftest import NARROW, Window
-from tests.e2e.conftest import Running
 from tests.range_store.builders import random_range_set
 from tests.range_store.waiting import until
+from tests.servers import RunningServer
 
 pytestmark = pytest.mark.system
 Open = Callable[..., Window]
@@ -33,7 +33,7 @@ def scores(page: Page) -> dict[str, tuple[str, ...]]:
     return found
 
 
-def expected(running: Running, text: str, **fields: object) -> dict[str, tuple[str, str]]:
+def expected(running: RunningServer, text: str, **fields: object) -> dict[str, tuple[str, str]]:
     """What the API says, in the page's words."""
     (result,) = running.classify(text, compare=True, **fields).json()["results"]
     before = {each["label"]: each["score"] for each in result["baseline"]["scores"]}
@@ -50,9 +50,9 @@ def settled(page: Page, words: str) -> None:
 
 @pytest.mark.parametrize("width", [NARROW, None])
 def test_an_example_a_concept_and_what_it_moves(
-    news: Running, window: Open, no_sideways: Callable[[Page], None], width: dict[str, int] | None
+    server: RunningServer, window: Open, no_sideways: Callable[[Page], None], width: dict[str, int] | None
 ) -> None:
-    page = window(news, **({"viewport": width} if width else {})).open()
+    page = window(server, **({"viewport": width} if width else {})).open()
     expect(page.get_by_text("Nothing to classify yet")).to_be_visible()
     page.get_by_role("group", name="Examples").get_by_role("button", name="Sport", exact=True).click()
     expect(page.locator(".result")).to_contain_text("Nothing is erased: choose a concept")
@@ -60,20 +60,20 @@ def test_an_example_a_concept_and_what_it_moves(
     page.get_by_label("Sports").check(force=True)
     settled(page, "masked at the read position")
     text = page.get_by_label("Text").input_value()
-    wanted = expected(news, text, erase=["Sports"])
+    wanted = expected(server, text, erase=["Sports"])
     found = scores(page)
     assert {label: cells[:2] for label, cells in found.items()} == wanted
     for label, (before, after, change) in found.items():
         moved = float(after[:-2]) - float(before[:-2])
         shown = float(change.removesuffix(" pp").replace("−", "-"))
         assert shown == pytest.approx(moved, abs=0.11), label
-    (result,) = news.classify(text, erase=["Sports"]).json()["results"]
+    (result,) = server.classify(text, erase=["Sports"]).json()["results"]
     settled(page, f"{result['masked_neurons']} neuron")
     no_sideways(page)
 
 
-def test_every_control_is_in_the_request(news: Running, window: Open) -> None:
-    page = window(news).open()
+def test_every_control_is_in_the_request(server: RunningServer, window: Open) -> None:
+    page = window(server).open()
     page.get_by_label("Text").fill(TEXT)
     page.get_by_label("Sci/Tech").check(force=True)
     page.get_by_label("Météo & co").check(force=True)
@@ -104,9 +104,9 @@ def test_every_control_is_in_the_request(news: Running, window: Open) -> None:
     assert asked.value.post_data_json["erase"]["layer"] == [1, 2]
 
 
-def test_only_the_last_answer_counts(news: Running, window: Open) -> None:
+def test_only_the_last_answer_counts(server: RunningServer, window: Open) -> None:
     """The first answer is held back until the second is there: it must not replace it."""
-    page = window(news).open(f"#/try?text={TEXT}&erase=Sports&method=neuron")
+    page = window(server).open(f"#/try?text={TEXT}&erase=Sports&method=neuron")
     settled(page, "masked")
     held = threading.Event()
     holding: list[Route] = []
@@ -131,9 +131,9 @@ def test_only_the_last_answer_counts(news: Running, window: Open) -> None:
     assert held.is_set()
 
 
-def test_a_slider_may_be_moved_as_long_as_one_likes(news: Running, window: Open) -> None:
+def test_a_slider_may_be_moved_as_long_as_one_likes(server: RunningServer, window: Open) -> None:
     """A browser refuses an address that changes too often, and says so in its log."""
-    page = window(news).open(f"#/try?text={TEXT}&erase=Sports&method=neuron")
+    page = window(server).open(f"#/try?text={TEXT}&erase=Sports&method=neuron")
     settled(page, "masked")
     page.evaluate(
         """async () => {
@@ -149,8 +149,8 @@ def test_a_slider_may_be_moved_as_long_as_one_likes(news: Running, window: Open)
     page.wait_for_url("**top=1")
 
 
-def test_a_new_answer_leaves_open_what_was_and_the_focus_where_it_was(news: Running, window: Open) -> None:
-    page = window(news).open(f"#/try?text={TEXT}&erase=Sports&method=neuron")
+def test_a_new_answer_leaves_open_what_was_and_the_focus_where_it_was(server: RunningServer, window: Open) -> None:
+    page = window(server).open(f"#/try?text={TEXT}&erase=Sports&method=neuron")
     settled(page, "9 neurons masked")
     page.locator(".result summary").click()
     page.get_by_role("button", name="Copy link").focus()
@@ -167,9 +167,9 @@ def test_a_new_answer_leaves_open_what_was_and_the_focus_where_it_was(news: Runn
 
 
 def test_a_link_shares_the_state_and_holds_no_key(
-    keyed: tuple[Running, dict[str, str], KeyStore], window: Open
+    server_with_keys: tuple[RunningServer, dict[str, str], KeyStore], window: Open
 ) -> None:
-    running, tokens, _ = keyed
+    running, tokens, _ = server_with_keys
     first = window(running).open(f"#/try?text={TEXT}")
     first.get_by_label("Key", exact=True).fill(tokens["read"])
     first.get_by_role("button", name="Use it").click()
@@ -204,10 +204,10 @@ HOSTILE = 'it\'s "quoted" $HOME `id` \\ %s ! \n <b>é</b> \u202eabc 🎈'
 
 @pytest.mark.parametrize("key", [False, True])
 def test_the_copied_command_and_program_give_the_same_answer(
-    news: Running, keyed: tuple[Running, dict[str, str], KeyStore], window: Open, key: bool
+    server: RunningServer, server_with_keys: tuple[RunningServer, dict[str, str], KeyStore], window: Open, key: bool
 ) -> None:
-    running, tokens, _ = keyed
-    chosen = running if key else news
+    running, tokens, _ = server_with_keys
+    chosen = running if key else server
     page = window(chosen, permissions=["clipboard-read", "clipboard-write"]).open()
     if key:
         page.get_by_label("Key", exact=True).fill(tokens["admin"])
@@ -237,45 +237,45 @@ def test_the_copied_command_and_program_give_the_same_answer(
     assert f"'label': '{result['label']}'" in done.stdout
 
 
-def test_what_the_controls_say_is_what_is_asked(news: Running, window: Open) -> None:
+def test_what_the_controls_say_is_what_is_asked(server: RunningServer, window: Open) -> None:
     """Also where the usual ranking was not fitted, or a link names a block that was not."""
-    identity = news.service.model.identity
+    identity = server.service.model.identity
     fitted = random_range_set(
         5, ("Sports",), hidden=32, n_layers=3, layers=[1], rankings=["selectivity"], fingerprint=identity.fingerprint
     )
-    news.service.store.activate(news.service.store.publish(*fitted))
-    news.service.mirror.refresh()
-    page = window(news).open(f"#/try?text={TEXT}&erase=Sports")
+    server.service.store.activate(server.service.store.publish(*fitted))
+    server.service.mirror.refresh()
+    page = window(server).open(f"#/try?text={TEXT}&erase=Sports")
     settled(page, "masked at the read position")
     expect(page.get_by_label("Ranking")).to_have_value("selectivity")
-    page = window(news).open(f"#/try?text={TEXT}&erase=Sports&layer=2&ranking=max")
+    page = window(server).open(f"#/try?text={TEXT}&erase=Sports&layer=2&ranking=max")
     settled(page, "layer 2 not fitted")
     expect(page.get_by_label("Block")).to_have_value("2")
     page.get_by_label("Block").select_option("1")
     settled(page, "masked at the read position")
 
 
-def test_where_there_is_no_clipboard_the_text_can_still_be_taken(news: Running, window: Open) -> None:
-    page = window(news).open(f"#/try?text={TEXT}")
+def test_where_there_is_no_clipboard_the_text_can_still_be_taken(server: RunningServer, window: Open) -> None:
+    page = window(server).open(f"#/try?text={TEXT}")
     page.evaluate("Object.defineProperty(navigator, 'clipboard', { value: undefined })")
     page.get_by_role("button", name="Copy as curl").click()
     assert page.get_by_role("dialog").get_by_label("curl command").input_value().startswith("curl -s http://127.0.0.1")
 
 
-def test_what_is_live_is_tried_too_and_followed(news: Running, window: Open) -> None:
-    page = window(news).open(f"#/try?text={TEXT}")
+def test_what_is_live_is_tried_too_and_followed(server: RunningServer, window: Open) -> None:
+    page = window(server).open(f"#/try?text={TEXT}")
     page.get_by_text("What is live").click()
     expect(page.get_by_text("Live now: nothing")).to_be_visible()
-    news.http.put("/v1/erasures/Business", json={"method": "neuron", "top_fraction": 1.0})
+    server.http.put("/v1/erasures/Business", json={"method": "neuron", "top_fraction": 1.0})
     expect(page.get_by_text("Live now: Business")).to_be_visible()
     settled(page, "32 neurons masked")
     expect(page.get_by_text(re.compile("Applied: 1 erasure, live"))).to_be_visible()
 
 
 def test_an_enforced_erasure_hides_the_baseline_from_who_may_not_see_it(
-    keyed: tuple[Running, dict[str, str], KeyStore], window: Open
+    server_with_keys: tuple[RunningServer, dict[str, str], KeyStore], window: Open
 ) -> None:
-    running, tokens, _ = keyed
+    running, tokens, _ = server_with_keys
     running.service.store.set_erasure(LiveErasure(erasure=Erasure(concept="World"), enforced=True))
     running.service.mirror.refresh()
     page = window(running).open(f"#/try?text={TEXT}")

@@ -2,11 +2,10 @@
 
 from pathlib import Path
 
-import pytest
 from prometheus_client import CollectorRegistry
 from prometheus_client.metrics_core import Metric
 
-from tests.e2e.conftest import Running, fitted, model, news, serve  # noqa: F401 (fixtures)
+from tests.servers import RunningServer
 from workers.cluster.metrics import FleetMetrics
 
 PAGE = Path(__file__).parents[2] / "docs" / "metrics.md"
@@ -29,11 +28,10 @@ def row(family: Metric, *more: str) -> str:
     return f"| `{name}` | {kind} | {', '.join(f'`{label}`' for label in labels)} | {family.documentation} |"
 
 
-@pytest.mark.usefixtures("fitted", "model")
-def test_every_metric_is_documented_and_every_documented_one_exists(news: Running) -> None:  # noqa: F811
-    news.http.put("/v1/erasures/Sports", json={})
-    news.classify(["one text", "another"], compare=True).raise_for_status()
-    rows = [row(family) for family in news.registry.collect()]
+def test_every_metric_is_documented_and_every_documented_one_exists(server: RunningServer) -> None:
+    server.http.put("/v1/erasures/Sports", json={})
+    server.classify(["one text", "another"], compare=True).raise_for_status()
+    rows = [row(family) for family in server.registry.collect()]
     names = ("| `neuronlens_", "| `process_", "| `python_")
     written = [line for line in lines() if line.startswith(names) and OF_A_FLEET not in line]
     missing, outdated = sorted(set(rows) - set(written)), sorted(set(written) - set(rows))

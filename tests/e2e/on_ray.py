@@ -1,19 +1,24 @@
 """A Ray cluster of two nodes on this machine; and, with `pytest --fleet`, every server of the tests on fleets there."""
 
+from __future__ import annotations
+
 import logging
 import os
 import shutil
 import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
+from typing import TYPE_CHECKING
 
 import pytest
 
 from app.service import Service
 from app.settings import Settings
-from workers.models.loading import LoadedModel
 
-Opened = Callable[[Settings, LoadedModel], AbstractContextManager[Service]]
+if TYPE_CHECKING:
+    from workers.models.loading import LoadedModel
+
+    Opened = Callable[[Settings, LoadedModel], AbstractContextManager[Service]]
 
 
 @pytest.fixture(scope="session")

@@ -9,7 +9,7 @@ import pytest
 
 from app.routes.console import FILES, PLOTLY
 from range_store.api_keys import KeyStore
-from tests.e2e.conftest import Running
+from tests.servers import RunningServer
 
 NAMES = sorted(path.name for path in FILES.iterdir())
 
@@ -20,9 +20,9 @@ def policy(response: httpx.Response) -> dict[str, str]:
 
 
 def test_the_page_is_open_and_everything_else_is_not(
-    keyed: tuple[Running, dict[str, str], KeyStore], problem: Callable[..., object]
+    server_with_keys: tuple[RunningServer, dict[str, str], KeyStore], problem: Callable[..., object]
 ) -> None:
-    running, _, _ = keyed
+    running, _, _ = server_with_keys
     for path in ("/", *(f"/console/{name}" for name in NAMES)):
         for method in ("GET", "HEAD"):
             answer = running.http.request(method, path)
@@ -36,37 +36,37 @@ def test_the_page_is_open_and_everything_else_is_not(
         problem(running.http.get(path), 404, "not_found")
 
 
-def test_no_script_but_its_own_runs_in_the_page(news: Running) -> None:
-    page = news.http.get("/")
+def test_no_script_but_its_own_runs_in_the_page(server: RunningServer) -> None:
+    page = server.http.get("/")
     rules = policy(page)
     assert rules["default-src"] == rules["base-uri"] == rules["form-action"] == rules["frame-ancestors"] == "'none'"
     assert rules["script-src"] == rules["connect-src"] == "'self'"
     assert not re.findall(r"<script(?![^>]*\bsrc=)|\son\w+=|javascript:", page.text)
     assert re.findall(r'(?:src|href)="([^"#]+)"', page.text)
     assert all(link.startswith("/") for link in re.findall(r'(?:src|href|content)="(\w*:?/[^"#]*)"', page.text))
-    frame = news.http.get(f"/console/{WRITES_A_REPORT}")
+    frame = server.http.get(f"/console/{WRITES_A_REPORT}")
     rules = policy(frame)
     assert rules["sandbox"] == "allow-scripts"
     assert (rules["default-src"], rules["frame-ancestors"]) == ("'none'", "'self'")
     assert "connect-src" not in rules
 
 
-def test_nothing_is_sent_twice(news: Running) -> None:
+def test_nothing_is_sent_twice(server: RunningServer) -> None:
     for path in ("/", "/console/main.js", f"/console/{PLOTLY}"):
-        first = news.http.get(path)
-        again = news.http.get(path, headers={"If-None-Match": first.headers["etag"]})
+        first = server.http.get(path)
+        again = server.http.get(path, headers={"If-None-Match": first.headers["etag"]})
         assert (again.status_code, again.content) == (304, b"")
         assert again.headers["content-security-policy"]
-    kept = news.http.get(f"/console/{PLOTLY}", headers={"Accept-Encoding": "gzip"})
+    kept = server.http.get(f"/console/{PLOTLY}", headers={"Accept-Encoding": "gzip"})
     assert "immutable" in kept.headers["cache-control"]
     assert kept.headers["content-encoding"] == "gzip"
     assert int(kept.headers["content-length"]) < len(kept.content) / 2
-    assert news.http.get("/").headers["cache-control"] == "no-cache"
-    assert f"/console/{PLOTLY}" in news.http.get("/").text
-    plain = news.http.get("/console/main.js", headers={"Accept-Encoding": "identity"})
+    assert server.http.get("/").headers["cache-control"] == "no-cache"
+    assert f"/console/{PLOTLY}" in server.http.get("/").text
+    plain = server.http.get("/console/main.js", headers={"Accept-Encoding": "identity"})
     assert "content-encoding" not in plain.headers
     assert plain.content == (FILES / "main.js").read_bytes()
-    with httpx.stream("GET", f"{news.url}/console/main.js", headers={"Accept-Encoding": "gzip"}) as raw:
+    with httpx.stream("GET", f"{server.url}/console/main.js", headers={"Accept-Encoding": "gzip"}) as raw:
         assert gzip.decompress(b"".join(raw.iter_raw())) == plain.content
 
 

@@ -15,12 +15,12 @@ from app.cli import run
 from range_store.api_keys import KeyStore
 from range_store.embedded import EmbeddedRedis
 from range_store.store import RangeStore
-from tests.e2e.conftest import Running, ready
 from tests.range_store.waiting import until
+from tests.servers import RunningServer, with_ranges
 from workers.fitting.fit import Fitted
 
 Problem = Callable[[httpx.Response, int, str], dict[str, Any]]
-Serve = Callable[..., Running]
+Serve = Callable[..., RunningServer]
 
 
 def bearer(token: str) -> dict[str, str]:
@@ -28,9 +28,9 @@ def bearer(token: str) -> dict[str, str]:
 
 
 def test_every_call_of_the_document_takes_the_keys_of_its_scope_and_no_others(
-    keyed: tuple[Running, dict[str, str], KeyStore], problem: Problem
+    server_with_keys: tuple[RunningServer, dict[str, str], KeyStore], problem: Problem
 ) -> None:
-    running, tokens, _ = keyed
+    running, tokens, _ = server_with_keys
     document = running.http.get("/openapi.json").json()
     for path, operations in document["paths"].items():
         named = {"model": running.service.name, "model_version": "1", "concept": "Sports", "range_set": "x"}
@@ -54,12 +54,12 @@ def test_every_call_of_the_document_takes_the_keys_of_its_scope_and_no_others(
 
 
 def test_a_fault_before_the_routes_is_a_problem_too(
-    keyed: tuple[Running, dict[str, str], KeyStore],
+    server_with_keys: tuple[RunningServer, dict[str, str], KeyStore],
     problem: Problem,
     caplog: pytest.LogCaptureFixture,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    running, tokens, _ = keyed
+    running, tokens, _ = server_with_keys
 
     def fails(token: str | None) -> None:
         raise ValueError(token)
@@ -71,10 +71,13 @@ def test_a_fault_before_the_routes_is_a_problem_too(
 
 @pytest.mark.parametrize("rate", ["now and then", "", "0/minute", "-1/second", "9" * 5000 + "/day"])
 def test_a_key_with_an_unreadable_rate_opens_nothing_and_the_log_says_what_to_do(
-    keyed: tuple[Running, dict[str, str], KeyStore], problem: Problem, caplog: pytest.LogCaptureFixture, rate: str
+    server_with_keys: tuple[RunningServer, dict[str, str], KeyStore],
+    problem: Problem,
+    caplog: pytest.LogCaptureFixture,
+    rate: str,
 ) -> None:
     """As another version may write it."""
-    running, tokens, keys = keyed
+    running, tokens, keys = server_with_keys
     key, token = keys.create("of-tomorrow", ["read"], rate_limit=rate)
     for _ in range(3):
         running.service.keyring.refresh()
@@ -88,9 +91,9 @@ def test_a_key_with_an_unreadable_rate_opens_nothing_and_the_log_says_what_to_do
 
 
 def test_a_key_is_asked_for_before_a_body_is_read(
-    keyed: tuple[Running, dict[str, str], KeyStore], problem: Problem
+    server_with_keys: tuple[RunningServer, dict[str, str], KeyStore], problem: Problem
 ) -> None:
-    running, _, _ = keyed
+    running, _, _ = server_with_keys
     port = httpx.URL(running.url).port or 0
     with socket.create_connection(("127.0.0.1", port), timeout=10) as connection:
         connection.sendall(b"POST /v1/classify HTTP/1.1\r\nHost: x\r\nContent-Length: 1000000\r\n\r\n")  # and no body
@@ -99,8 +102,8 @@ def test_a_key_is_asked_for_before_a_body_is_read(
     problem(running.http.get("/v1/nothing-there"), 401, "no_key")
 
 
-def test_the_audit_and_the_list_name_the_key(keyed: tuple[Running, dict[str, str], KeyStore]) -> None:
-    running, tokens, _ = keyed
+def test_the_audit_and_the_list_name_the_key(server_with_keys: tuple[RunningServer, dict[str, str], KeyStore]) -> None:
+    running, tokens, _ = server_with_keys
     headers = bearer(tokens["admin"])
     state = running.http.put("/v1/erasures/Sports", json={"reason": "why not"}, headers=headers).json()
     assert [each["by"] for each in state["erasures"]] == ["key:the-admin"]
@@ -113,9 +116,9 @@ def test_the_audit_and_the_list_name_the_key(keyed: tuple[Running, dict[str, str
 
 
 def test_an_enforced_erasure_is_not_looked_behind_without_admin(
-    keyed: tuple[Running, dict[str, str], KeyStore], problem: Problem
+    server_with_keys: tuple[RunningServer, dict[str, str], KeyStore], problem: Problem
 ) -> None:
-    running, tokens, _ = keyed
+    running, tokens, _ = server_with_keys
     admin, infer = bearer(tokens["admin"]), bearer(tokens["infer"])
     body = {"inputs": "The striker scored twice.", "compare": True, "erase": []}
     assert running.http.post("/v1/classify", json=body, headers=infer).status_code == 200
@@ -129,8 +132,10 @@ def test_an_enforced_erasure_is_not_looked_behind_without_admin(
     assert plain["results"][0]["baseline"] is None
 
 
-def test_a_revoked_key_opens_nothing_within_moments(keyed: tuple[Running, dict[str, str], KeyStore]) -> None:
-    running, tokens, keys = keyed
+def test_a_revoked_key_opens_nothing_within_moments(
+    server_with_keys: tuple[RunningServer, dict[str, str], KeyStore],
+) -> None:
+    running, tokens, keys = server_with_keys
     headers = bearer(tokens["read"])
     assert running.http.get("/v1/models", headers=headers).status_code == 200
     keys.revoke("the-read")
@@ -141,9 +146,9 @@ def test_a_revoked_key_opens_nothing_within_moments(keyed: tuple[Running, dict[s
 
 
 def test_the_first_key_closes_a_server_that_runs_already(
-    own_redis: EmbeddedRedis, serve: Serve, fitted: Fitted, tmp_path: Any
+    own_redis: EmbeddedRedis, start_server: Serve, fitted: Fitted, tmp_path: Any
 ) -> None:
-    running = ready(serve(redis_url=own_redis.url, data_dir=tmp_path), fitted)
+    running = with_ranges(start_server(redis_url=own_redis.url, data_dir=tmp_path), fitted)
     assert running.classify("a").status_code == 200
     _, token = KeyStore(own_redis).create("app", ["infer"])
     until(lambda: running.classify("a").status_code == 401)
@@ -153,9 +158,9 @@ def test_the_first_key_closes_a_server_that_runs_already(
 
 
 def test_an_emptied_redis_opens_nothing_not_even_after_a_restart(
-    own_redis: EmbeddedRedis, serve: Serve, fitted: Fitted, tmp_path: Any, problem: Problem
+    own_redis: EmbeddedRedis, start_server: Serve, fitted: Fitted, tmp_path: Any, problem: Problem
 ) -> None:
-    running = ready(serve(redis_url=own_redis.url, data_dir=tmp_path, name="one"), fitted)
+    running = with_ranges(start_server(redis_url=own_redis.url, data_dir=tmp_path, name="one"), fitted)
     keys = KeyStore(own_redis)
     _, token = keys.create("app", ["infer"])
     until(lambda: running.classify("a").status_code == 401)
@@ -164,7 +169,7 @@ def test_an_emptied_redis_opens_nothing_not_even_after_a_restart(
     body = {"inputs": "a"}
     assert running.http.post("/v1/classify", json=body, headers=bearer(token)).status_code == 200
     problem(running.classify("a"), 401, "no_key")
-    again = serve(redis_url=own_redis.url, data_dir=tmp_path, name="two")
+    again = start_server(redis_url=own_redis.url, data_dir=tmp_path, name="two")
     refused = again.http.post("/v1/classify", json=body, headers=bearer(token))
     assert "keys create" in problem(refused, 503, "keys_unavailable")["detail"]
     assert refused.headers["retry-after"] == "1"
@@ -172,9 +177,9 @@ def test_an_emptied_redis_opens_nothing_not_even_after_a_restart(
 
 
 def test_a_key_has_a_rate_and_others_do_not_share_it(
-    keyed: tuple[Running, dict[str, str], KeyStore], problem: Problem
+    server_with_keys: tuple[RunningServer, dict[str, str], KeyStore], problem: Problem
 ) -> None:
-    running, tokens, keys = keyed
+    running, tokens, keys = server_with_keys
     _, slow = keys.create("slow", ["read"], rate_limit="3/day")
     until(lambda: running.http.get("/v1/models", headers=bearer(slow)).status_code == 200)
     statuses = [running.http.get("/v1/models", headers=bearer(slow)).status_code for _ in range(3)]
@@ -185,15 +190,17 @@ def test_a_key_has_a_rate_and_others_do_not_share_it(
     assert running.http.get("/v1/models", headers=bearer(tokens["read"])).status_code == 200
 
 
-def test_a_rate_without_keys_is_of_an_address(serve: Serve, fitted: Fitted, problem: Problem) -> None:
-    running = ready(serve(rate_limit="2/day"), fitted)
+def test_a_rate_without_keys_is_of_an_address(start_server: Serve, fitted: Fitted, problem: Problem) -> None:
+    running = with_ranges(start_server(rate_limit="2/day"), fitted)
     assert [running.classify("a").status_code for _ in range(2)] == [200, 200]
     problem(running.classify("a"), 429, "rate_limited")
     assert running.http.get("/readyz").status_code == 200
 
 
-def test_refusals_are_counted_and_no_key_is_a_label(keyed: tuple[Running, dict[str, str], KeyStore]) -> None:
-    running, tokens, _ = keyed
+def test_refusals_are_counted_and_no_key_is_a_label(
+    server_with_keys: tuple[RunningServer, dict[str, str], KeyStore],
+) -> None:
+    running, tokens, _ = server_with_keys
     running.http.get("/v1/models")
     running.http.get("/v1/models", headers=bearer(tokens["infer"]))
     exposed = running.http.get("/metrics").text
@@ -202,8 +209,10 @@ def test_refusals_are_counted_and_no_key_is_a_label(keyed: tuple[Running, dict[s
     assert not any(word in exposed for word in (*tokens.values(), *(f"the-{scope}" for scope in tokens)))
 
 
-def test_what_is_refused_on_the_way_is_counted_under_its_route(keyed: tuple[Running, dict[str, str], KeyStore]) -> None:
-    running, tokens, _ = keyed
+def test_what_is_refused_on_the_way_is_counted_under_its_route(
+    server_with_keys: tuple[RunningServer, dict[str, str], KeyStore],
+) -> None:
+    running, tokens, _ = server_with_keys
     refused = {
         ("POST", "/v1/classify", "/v1/classify", None, 401),
         ("POST", "/", "/", None, 401),
@@ -232,8 +241,10 @@ def test_what_is_refused_on_the_way_is_counted_under_its_route(keyed: tuple[Runn
     assert "a-private-name" not in running.http.get("/metrics").text
 
 
-def test_the_checkpoint_path_is_told_to_admin_alone(keyed: tuple[Running, dict[str, str], KeyStore]) -> None:
-    running, tokens, _ = keyed
+def test_the_checkpoint_path_is_told_to_admin_alone(
+    server_with_keys: tuple[RunningServer, dict[str, str], KeyStore],
+) -> None:
+    running, tokens, _ = server_with_keys
     paths = {
         scope: running.http.get("/v1/models", headers=bearer(tokens[scope])).json()["models"][0].get("path")
         for scope in ("read", "admin")
@@ -242,38 +253,40 @@ def test_the_checkpoint_path_is_told_to_admin_alone(keyed: tuple[Running, dict[s
     assert paths["admin"]
 
 
-def test_no_origin_may_call_unless_it_is_named(serve: Serve) -> None:
+def test_no_origin_may_call_unless_it_is_named(start_server: Serve) -> None:
     origin = {"Origin": "https://console.example"}
     asks = {**origin, "Access-Control-Request-Method": "POST", "Access-Control-Request-Headers": "authorization"}
-    closed = serve()
+    closed = start_server()
     assert closed.http.options("/v1/classify", headers=asks).status_code != 200
     assert "access-control-allow-origin" not in closed.http.get("/livez", headers=origin).headers
-    named = serve(cors_origins=["https://console.example"])
+    named = start_server(cors_origins=["https://console.example"])
     assert named.http.options("/v1/classify", headers=asks).headers["access-control-allow-origin"] == origin["Origin"]
     other = named.http.get("/livez", headers={"Origin": "https://elsewhere.example"})
     assert "access-control-allow-origin" not in other.headers
 
 
 def test_a_key_that_expires_while_a_server_runs(
-    keyed: tuple[Running, dict[str, str], KeyStore], own_redis: redis.Redis
+    server_with_keys: tuple[RunningServer, dict[str, str], KeyStore], own_redis: redis.Redis
 ) -> None:
-    running, _, keys = keyed
+    running, _, keys = server_with_keys
     _, token = keys.create("brief", ["read"], expires_at=time.time() + 5)
     running.service.keyring.refresh()
     until(lambda: running.http.get("/v1/models", headers=bearer(token)).status_code == 200)
     until(lambda: running.http.get("/v1/models", headers=bearer(token)).status_code == 401)
 
 
-def test_the_document_says_how_to_send_a_key(keyed: tuple[Running, dict[str, str], KeyStore]) -> None:
-    running, _, _ = keyed
+def test_the_document_says_how_to_send_a_key(server_with_keys: tuple[RunningServer, dict[str, str], KeyStore]) -> None:
+    running, _, _ = server_with_keys
     schemes = json.loads(running.http.get("/openapi.json").text)["components"]["securitySchemes"]
     assert {scheme["type"] for scheme in schemes.values()} == {"http", "apiKey"}
 
 
 def test_the_command_line_takes_its_key_from_the_environment(
-    keyed: tuple[Running, dict[str, str], KeyStore], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    server_with_keys: tuple[RunningServer, dict[str, str], KeyStore],
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
-    running, tokens, _ = keyed
+    running, tokens, _ = server_with_keys
     monkeypatch.delenv("NEURONLENS_API_KEY", raising=False)
     assert run(["erase", "list", "--url", running.url]) == 1
     assert "set NEURONLENS_API_KEY" in capsys.readouterr().err

@@ -12,8 +12,8 @@ import pytest
 
 from range_store.erasure import Erasure
 from range_store.plan import resolve
-from tests.e2e.conftest import Running, ready
 from tests.e2e.dropin.protocols import refused
+from tests.servers import RunningServer, with_ranges
 from tests.workers.checkpoints import LABELS, TEMPLATE, save_label_token, save_language_model
 from tests.workers.texts import labelled_texts, write_jsonl
 from workers.engine.masks import DevicePlan, MaskTable
@@ -41,9 +41,11 @@ def kind(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactor
     return model, fit(model, load_corpus(str(path), labels=LABELS), layers="all", bins=16)
 
 
-def test_it_is_served_steered_and_inspected(kind: tuple[LoadedModel, Fitted], serve: Callable[..., Running]) -> None:
+def test_it_is_served_steered_and_inspected(
+    kind: tuple[LoadedModel, Fitted], start_server: Callable[..., RunningServer]
+) -> None:
     model, fitted = kind
-    running = ready(serve(model), fitted)
+    running = with_ranges(start_server(model), fitted)
     (shown,) = running.http.get("/v1/models").json()["models"]
     assert (shown["kind"], shown["labels"], shown["split"]) == (model.identity.kind, list(LABELS), True)
     assert shown["template"] == ("tiny@1" if model.identity.kind == "few-shot" else None)
@@ -86,10 +88,10 @@ def in_order(results: list[dict[str, Any]]) -> np.ndarray:
 
 def test_a_text_that_is_too_long_is_cut_and_the_rest_of_the_prompt_stays(
     kind: tuple[LoadedModel, Fitted],
-    serve: Callable[..., Running],
+    start_server: Callable[..., RunningServer],
     problem: Callable[[httpx.Response, int, str], dict[str, Any]],
 ) -> None:
-    running = serve(kind[0])
+    running = start_server(kind[0])
     long = "the keeper saved a penalty " * 60
     result = running.classify(long, erase=[]).json()["results"][0]
     assert result["truncated"]
@@ -97,25 +99,25 @@ def test_a_text_that_is_too_long_is_cut_and_the_rest_of_the_prompt_stays(
     assert running.classify("", erase=[]).status_code == 200, "the prompt is there without a text too"
 
 
-def test_a_served_template_comes_from_the_settings(serve: Callable[..., Running], tmp_path: Path) -> None:
+def test_a_served_template_comes_from_the_settings(start_server: Callable[..., RunningServer], tmp_path: Path) -> None:
     """As `neuronlens serve --template` does: the model is loaded by the service itself."""
     (tmp_path / "tiny.json").write_text(json.dumps(TEMPLATE))
     source = save_language_model("gpt2", tmp_path / "lm")
     prompted = load_model(str(source), device="cpu", template=str(tmp_path / "tiny.json"), scoring="greedy")
-    running = serve(prompted)
+    running = start_server(prompted)
     scores = running.classify("a goal", erase=[]).json()["results"][0]["scores"]
     assert sum(score["score"] for score in scores) == pytest.approx(1.0)
 
 
 def test_ranges_of_what_an_mlp_adds_are_served_beside_others(
-    serve: Callable[..., Running], model: LoadedModel, fitted: Fitted, tmp_path: Path
+    start_server: Callable[..., RunningServer], model: LoadedModel, fitted: Fitted, tmp_path: Path
 ) -> None:
     """Masks inside a block cannot share a trunk; they are full passes, and right."""
-    running = ready(serve(), fitted)
+    running = with_ranges(start_server(), fitted)
     path = write_jsonl(tmp_path / "train.jsonl", labelled_texts(60, seed=1))
     corpus = load_corpus(str(path), labels=model.identity.labels)
     inside = fit(model, corpus, layers=(0, 2), site="mlp_output", bins=16)
-    ready(running, inside)
+    with_ranges(running, inside)
     asked = {"concept": "Sports", "method": "neuron", "top_fraction": 1.0, "layer": 0}
     answer = running.classify(TEXTS, erase=[asked], compare=True).json()
     batch = replace(model.tokens.pad([text.ids for text in model.tokens.encode(TEXTS)]), packing=None)

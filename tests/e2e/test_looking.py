@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from range_store.api_keys import KeyStore
-from tests.e2e.conftest import Running, ready
+from tests.servers import RunningServer, with_ranges
 from tests.workers.checkpoints import TEMPLATE, save_label_token, save_language_model, save_tiny
 from workers.engine import looking as looking_module
 from workers.fitting.fit import Fitted
@@ -33,7 +33,7 @@ def loaded(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFact
     return load_model(str(save_tiny(request.param, directory)), device="cpu")
 
 
-def tokens(running: Running, inputs: Any, **more: Any) -> list[dict[str, Any]]:
+def tokens(running: RunningServer, inputs: Any, **more: Any) -> list[dict[str, Any]]:
     answer = running.http.post("/v1/tokenize", json={"inputs": inputs, **more})
     assert answer.status_code == 200, answer.text
     results: list[dict[str, Any]] = answer.json()["results"]
@@ -41,9 +41,9 @@ def tokens(running: Running, inputs: Any, **more: Any) -> list[dict[str, Any]]:
 
 
 def test_tokens_are_what_the_model_gets_and_spans_are_the_texts(
-    loaded: LoadedModel, serve: Callable[..., Running]
+    loaded: LoadedModel, start_server: Callable[..., RunningServer]
 ) -> None:
-    running = serve(loaded)
+    running = start_server(loaded)
     encoded = loaded.tokens.encode([*TEXTS, LONG])
     batch = loaded.tokens.pad([each.ids for each in encoded])
     results = tokens(running, [*TEXTS, LONG])
@@ -66,8 +66,10 @@ def test_tokens_are_what_the_model_gets_and_spans_are_the_texts(
     assert usage == len(results[0]["tokens"])
 
 
-def test_a_prompt_is_counted_and_a_head_reads_where_it_says(loaded: LoadedModel, serve: Callable[..., Running]) -> None:
-    running = serve(loaded)
+def test_a_prompt_is_counted_and_a_head_reads_where_it_says(
+    loaded: LoadedModel, start_server: Callable[..., RunningServer]
+) -> None:
+    running = start_server(loaded)
     answer = running.http.post("/v1/tokenize", json={"inputs": "a goal"}).json()
     assert (answer["prefix_tokens"] > 0) == (loaded.identity.kind == "few-shot")
     assert answer["max_tokens"] == loaded.tokens.max_tokens
@@ -75,8 +77,10 @@ def test_a_prompt_is_counted_and_a_head_reads_where_it_says(loaded: LoadedModel,
     assert read.index(True) == (0 if loaded.identity.family in ("bert", "roberta") else len(read) - 1)
 
 
-def test_activations_are_the_states_that_a_fit_records(loaded: LoadedModel, serve: Callable[..., Running]) -> None:
-    running = serve(loaded)
+def test_activations_are_the_states_that_a_fit_records(
+    loaded: LoadedModel, start_server: Callable[..., RunningServer]
+) -> None:
+    running = start_server(loaded)
     batch = loaded.tokens.pad([each.ids for each in loaded.tokens.encode([*TEXTS, LONG])])
     n_layers, chosen = loaded.identity.n_layers, [0, 31, 7, 7]
     for layer in (0, -1):
@@ -90,26 +94,26 @@ def test_activations_are_the_states_that_a_fit_records(loaded: LoadedModel, serv
         np.testing.assert_allclose([each["values"] for each in shown["results"]], expected, atol=1e-4)
 
 
-def test_activations_are_taken_where_the_active_range_set_was_fitted(news: Running, model: LoadedModel) -> None:
-    shown = news.http.post("/v1/activations", json={"inputs": "a goal", "neurons": [3]}).json()
+def test_activations_are_taken_where_the_active_range_set_was_fitted(server: RunningServer, model: LoadedModel) -> None:
+    shown = server.http.post("/v1/activations", json={"inputs": "a goal", "neurons": [3]}).json()
     assert (shown["site"], shown["position"], shown["layer"]) == ("block_output", "read", 2)
-    neuron = news.http.get("/v1/neurons/-1/3").json()
+    neuron = server.http.get("/v1/neurons/-1/3").json()
     (value,) = shown["results"][0]["values"]
     assert min(each["minimum"] for each in neuron["concepts"]) - 5 < value
     assert value < max(each["maximum"] for each in neuron["concepts"]) + 5
 
 
-def test_an_erasure_changes_nothing_that_is_shown(news: Running) -> None:
+def test_an_erasure_changes_nothing_that_is_shown(server: RunningServer) -> None:
     asked = {"inputs": "a goal in the last minute", "neurons": list(range(32))}
-    before = news.http.post("/v1/activations", json=asked).json()
-    news.http.put("/v1/erasures/Sports", json={"method": "neuron", "top_fraction": 1.0}).raise_for_status()
-    assert news.http.post("/v1/activations", json=asked).json() == before
+    before = server.http.post("/v1/activations", json=asked).json()
+    server.http.put("/v1/erasures/Sports", json={"method": "neuron", "top_fraction": 1.0}).raise_for_status()
+    assert server.http.post("/v1/activations", json=asked).json() == before
 
 
 def test_what_an_enforced_erasure_hides_is_shown_to_admins_only(
-    keyed: tuple[Running, dict[str, str], KeyStore], problem: Problem
+    server_with_keys: tuple[RunningServer, dict[str, str], KeyStore], problem: Problem
 ) -> None:
-    running, keys, _ = keyed
+    running, keys, _ = server_with_keys
     asked = {"inputs": "a goal", "neurons": [1]}
 
     def ask(scope: str) -> httpx.Response:
@@ -124,8 +128,8 @@ def test_what_an_enforced_erasure_hides_is_shown_to_admins_only(
 
 
 @pytest.mark.parametrize("path", ["/v1/tokenize", "/v1/activations"])
-def test_limits_hold(serve: Callable[..., Running], fitted: Fitted, problem: Problem, path: str) -> None:
-    running = ready(serve(max_characters=100), fitted)
+def test_limits_hold(start_server: Callable[..., RunningServer], fitted: Fitted, problem: Problem, path: str) -> None:
+    running = with_ranges(start_server(max_characters=100), fitted)
     more: dict[str, Any] = {} if path == "/v1/tokenize" else {"neurons": [0]}
 
     def ask(inputs: Any, **other: Any) -> httpx.Response:
@@ -151,86 +155,88 @@ def test_limits_hold(serve: Callable[..., Running], fitted: Fitted, problem: Pro
 
 
 def test_a_reply_lists_no_more_tokens_than_a_bound(
-    news: Running, problem: Problem, monkeypatch: pytest.MonkeyPatch
+    server: RunningServer, problem: Problem, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(looking_module, "MOST_SHOWN", 20)
-    refused = news.http.post("/v1/tokenize", json={"inputs": ["a goal in the last minute"] * 10})
+    refused = server.http.post("/v1/tokenize", json={"inputs": ["a goal in the last minute"] * 10})
     assert "a reply holds 20" in problem(refused, 413, "request_too_large")["detail"]
 
 
-def test_looking_and_classifying_go_on_side_by_side(news: Running) -> None:
+def test_looking_and_classifying_go_on_side_by_side(server: RunningServer) -> None:
     asked = {"inputs": ["a goal in the last minute", "shares fell"], "neurons": [0, 1]}
-    alone = news.http.post("/v1/activations", json=asked).json()
+    alone = server.http.post("/v1/activations", json=asked).json()
 
     def look(_: int) -> bool:
         return bool(
             np.allclose(
-                [each["values"] for each in news.http.post("/v1/activations", json=asked).json()["results"]],
+                [each["values"] for each in server.http.post("/v1/activations", json=asked).json()["results"]],
                 [each["values"] for each in alone["results"]],
                 atol=1e-4,
             )
         )
 
     def classify(_: int) -> bool:
-        return news.classify(["a goal"] * 20).status_code == 200
+        return server.classify(["a goal"] * 20).status_code == 200
 
     with ThreadPoolExecutor(8) as pool:
         assert all([*pool.map(look, range(20)), *pool.map(classify, range(20))])
 
 
-def test_more_errands_than_may_wait_are_refused_and_a_late_one_times_out(news: Running, problem: Problem) -> None:
-    looking = news.service.engine.looking
+def test_more_errands_than_may_wait_are_refused_and_a_late_one_times_out(
+    server: RunningServer, problem: Problem
+) -> None:
+    looking = server.service.engine.looking
     looking._waiting = 32  # as many as may wait
     try:
-        refused = news.http.post("/v1/tokenize", json={"inputs": "x"})
+        refused = server.http.post("/v1/tokenize", json={"inputs": "x"})
         problem(refused, 429, "queue_full")
         assert refused.headers["Retry-After"] == "1"
     finally:
         looking._waiting = 0
     late = {"X-Request-Timeout": "0.000001"}
-    problem(news.http.post("/v1/tokenize", json={"inputs": "x"}, headers=late), 504, "deadline_exceeded")
-    assert news.http.post("/v1/tokenize", json={"inputs": "x"}).status_code == 200
+    problem(server.http.post("/v1/tokenize", json={"inputs": "x"}, headers=late), 504, "deadline_exceeded")
+    assert server.http.post("/v1/tokenize", json={"inputs": "x"}).status_code == 200
 
 
 def test_a_model_that_fails_on_texts_fails_them_alone(
-    news: Running, problem: Problem, monkeypatch: pytest.MonkeyPatch
+    server: RunningServer, problem: Problem, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def broken(*_: object, **__: object) -> None:
         raise RuntimeError("what the text was")
 
     with monkeypatch.context() as patched:
-        patched.setattr(news.model.steered, "record", broken)
-        refused = news.http.post("/v1/activations", json={"inputs": "x", "neurons": [0]})
+        patched.setattr(server.model.steered, "record", broken)
+        refused = server.http.post("/v1/activations", json={"inputs": "x", "neurons": [0]})
         assert "what the text was" not in problem(refused, 500, "engine_failed")["detail"]
-    assert news.http.post("/v1/activations", json={"inputs": "x", "neurons": [0]}).status_code == 200
-    assert news.classify("x").status_code == 200
+    assert server.http.post("/v1/activations", json={"inputs": "x", "neurons": [0]}).status_code == 200
+    assert server.classify("x").status_code == 200
 
 
-def test_capabilities_say_what_the_rest_of_the_server_does(news: Running, model: LoadedModel) -> None:
-    told = news.http.get("/v1/capabilities").json()
-    (shown,) = news.http.get("/v1/models").json()["models"]
+def test_capabilities_say_what_the_rest_of_the_server_does(server: RunningServer, model: LoadedModel) -> None:
+    told = server.http.get("/v1/capabilities").json()
+    (shown,) = server.http.get("/v1/models").json()["models"]
     for name in ("kind", "labels", "layers", "hidden_size", "max_tokens"):
         assert told[name] == shown[name]
     assert told["model"] == shown["id"]
     assert told["layers_fitted"] == [1, 2]
-    live = news.http.get("/v1/erasures").json()
+    live = server.http.get("/v1/erasures").json()
     assert (told["generation"], told["range_set"]) == (live["generation"], live["range_set"])
     assert (told["key"], told["scopes"], told["keys_in_force"]) == (None, ["infer", "read", "admin"], False)
-    assert news.classify(["x"] * (told["max_texts"] + 1)).status_code == 413
+    assert server.classify(["x"] * (told["max_texts"] + 1)).status_code == 413
     for ranking in told["rankings_fitted"]:
-        assert news.classify("x", erase=[{"concept": "Sports", "ranking": ranking}]).status_code == 200
+        assert server.classify("x", erase=[{"concept": "Sports", "ranking": ranking}]).status_code == 200
     for method in told["methods"]:
-        assert news.classify("x", erase=[{"concept": "Sports", "method": method}]).status_code == 200
+        assert server.classify("x", erase=[{"concept": "Sports", "method": method}]).status_code == 200
     for activation in told["activations"]:
-        assert news.classify("x", erase=[], activation=activation).status_code == 200
+        assert server.classify("x", erase=[], activation=activation).status_code == 200
     assert {"compare", "events", "tokenize", "activations", "reports"} <= set(told["features"])
 
 
 def test_capabilities_name_the_caller_and_need_no_range_set(
-    keyed: tuple[Running, dict[str, str], KeyStore], serve: Callable[..., Running]
+    server_with_keys: tuple[RunningServer, dict[str, str], KeyStore], start_server: Callable[..., RunningServer]
 ) -> None:
-    running, keys, _ = keyed
+    running, keys, _ = server_with_keys
     told = running.http.get("/v1/capabilities", headers={"X-API-Key": keys["read"]}).json()
     assert (told["key"], told["scopes"], told["keys_in_force"]) == ("the-read", ["read"], True)
-    bare = serve().http.get("/v1/capabilities").json()
+    bare = start_server().http.get("/v1/capabilities").json()
     assert (bare["range_set"], bare["layers_fitted"], bare["rankings_fitted"]) == (None, [], [])

@@ -8,13 +8,13 @@ from prometheus_client.parser import text_string_to_metric_families
 from range_store.erasure import Erasure
 from range_store.keys import ModelKeys
 from range_store.live import LiveErasure
-from tests.e2e.conftest import Running, ready
 from tests.range_store.waiting import until
+from tests.servers import RunningServer, with_ranges
 from workers.engine.metrics import MOST_CONCEPTS, OTHER_CONCEPTS
 from workers.fitting.fit import Fitted
 
 
-def series(running: Running, name: str) -> dict[tuple[str, ...], float]:
+def series(running: RunningServer, name: str) -> dict[tuple[str, ...], float]:
     """Samples of one name, by the values of their labels but `model`, in the labels' alphabetical order."""
     return {
         tuple(value for label, value in sorted(sample.labels.items()) if label != "model"): sample.value
@@ -24,11 +24,11 @@ def series(running: Running, name: str) -> dict[tuple[str, ...], float]:
     }
 
 
-def test_ready_is_what_readyz_says(serve: Callable[..., Running], fitted: Fitted) -> None:
-    running = serve()
+def test_ready_is_what_readyz_says(start_server: Callable[..., RunningServer], fitted: Fitted) -> None:
+    running = start_server()
     steps: tuple[tuple[float, Callable[[], object]], ...] = (
         (0.0, lambda: None),
-        (1.0, lambda: ready(running, fitted)),
+        (1.0, lambda: with_ranges(running, fitted)),
         (0.0, running.service.engine.drain),
     )
     for expected, step in steps:
@@ -40,27 +40,27 @@ def test_ready_is_what_readyz_says(serve: Callable[..., Running], fitted: Fitted
         assert series(running, "neuronlens_ready_condition") == told
 
 
-def test_what_is_erased_now_is_told_by_concept_until_it_expires(news: Running) -> None:
-    news.http.put("/v1/erasures/Sports", json={"enforced": True})
-    on = news.http.put("/v1/erasures/World", json={"method": "neuron", "expires_in": 2}).json()
+def test_what_is_erased_now_is_told_by_concept_until_it_expires(server: RunningServer) -> None:
+    server.http.put("/v1/erasures/Sports", json={"enforced": True})
+    on = server.http.put("/v1/erasures/World", json={"method": "neuron", "expires_in": 2}).json()
     (expires_at,) = (each["expires_at"] for each in on["erasures"] if each["concept"] == "World")
-    told = series(news, "neuronlens_live_erasure")
+    told = series(server, "neuronlens_live_erasure")
     if time.time() < expires_at:
         assert told == {("Sports", "true", "range"): 1.0, ("World", "false", "neuron"): 1.0}
-    until(lambda: series(news, "neuronlens_live_erasures") == {(): 1.0})
-    assert series(news, "neuronlens_live_erasure") == {("Sports", "true", "range"): 1.0}
+    until(lambda: series(server, "neuronlens_live_erasures") == {(): 1.0})
+    assert series(server, "neuronlens_live_erasure") == {("Sports", "true", "range"): 1.0}
 
 
-def test_changes_are_counted_by_kind_and_concept(news: Running) -> None:
-    before = series(news, "neuronlens_live_changes_total")
+def test_changes_are_counted_by_kind_and_concept(server: RunningServer) -> None:
+    before = series(server, "neuronlens_live_changes_total")
     began = time.time()
-    news.http.put("/v1/erasures/Sports", json={})
-    news.http.put("/v1/erasures/Sports", json={"tau": 1.0})
-    news.http.put("/v1/erasures", json={"erasures": [{"concept": "World"}]})
-    after = series(news, "neuronlens_live_changes_total")
+    server.http.put("/v1/erasures/Sports", json={})
+    server.http.put("/v1/erasures/Sports", json={"tau": 1.0})
+    server.http.put("/v1/erasures", json={"erasures": [{"concept": "World"}]})
+    after = series(server, "neuronlens_live_changes_total")
     grown = {change: after[change,] - before[change,] for change in ("on", "off", "settings", "range_set")}
     assert grown == {"on": 2, "off": 1, "settings": 1, "range_set": 0}
-    changed = series(news, "neuronlens_live_changed_timestamp_seconds")
+    changed = series(server, "neuronlens_live_changed_timestamp_seconds")
     assert {key for key, when in changed.items() if when >= began} == {
         ("on", "Sports"),
         ("settings", "Sports"),
@@ -69,31 +69,31 @@ def test_changes_are_counted_by_kind_and_concept(news: Running) -> None:
     }
 
 
-def test_a_live_state_that_began_anew_is_a_change_of_its_own(news: Running) -> None:
-    news.http.put("/v1/erasures/Sports", json={})
-    (before,) = {epoch for epoch, _ in series(news, "neuronlens_live_info")}
-    changes = series(news, "neuronlens_live_changes_total")
-    news.service.store.client.delete(ModelKeys(news.service.name).live)
-    until(lambda: {epoch for epoch, _ in series(news, "neuronlens_live_info")} != {before})
-    until(lambda: series(news, "neuronlens_live_changes_total") == changes | {("anew",): 1.0})
-    assert series(news, "neuronlens_live_erasures") == {(): 1.0}
+def test_a_live_state_that_began_anew_is_a_change_of_its_own(server: RunningServer) -> None:
+    server.http.put("/v1/erasures/Sports", json={})
+    (before,) = {epoch for epoch, _ in series(server, "neuronlens_live_info")}
+    changes = series(server, "neuronlens_live_changes_total")
+    server.service.store.client.delete(ModelKeys(server.service.name).live)
+    until(lambda: {epoch for epoch, _ in series(server, "neuronlens_live_info")} != {before})
+    until(lambda: series(server, "neuronlens_live_changes_total") == changes | {("anew",): 1.0})
+    assert series(server, "neuronlens_live_erasures") == {(): 1.0}
 
 
-def test_concepts_beyond_the_bound_share_a_series(news: Running) -> None:
+def test_concepts_beyond_the_bound_share_a_series(server: RunningServer) -> None:
     many = [LiveErasure(erasure=Erasure(concept=f"concept {n:04}")) for n in range(MOST_CONCEPTS + 5)]
-    snapshot = news.service.mirror.snapshot
+    snapshot = server.service.mirror.snapshot
     assert snapshot is not None
     state = snapshot.live.model_copy(update={"erasures": tuple(many)})
-    news.service.store.client.set(ModelKeys(news.service.name).live, state.model_dump_json())
-    news.service.store.client.publish("neuronlens:changes", "{}")
-    until(lambda: len(series(news, "neuronlens_live_erasure")) == MOST_CONCEPTS + 1)
-    assert series(news, "neuronlens_live_erasure")[OTHER_CONCEPTS, "false", "range"] == 5
+    server.service.store.client.set(ModelKeys(server.service.name).live, state.model_dump_json())
+    server.service.store.client.publish("neuronlens:changes", "{}")
+    until(lambda: len(series(server, "neuronlens_live_erasure")) == MOST_CONCEPTS + 1)
+    assert series(server, "neuronlens_live_erasure")[OTHER_CONCEPTS, "false", "range"] == 5
     changed = "neuronlens_live_changed_timestamp_seconds"
-    until(lambda: len(series(news, changed)) == MOST_CONCEPTS + 2)  # and the range set's
+    until(lambda: len(series(server, changed)) == MOST_CONCEPTS + 2)  # and the range set's
 
 
-def test_what_is_loaded_and_its_limits(serve: Callable[..., Running]) -> None:
-    running = serve(max_queue_tokens=1000, max_queue_texts=10, max_batch_tokens=64)
+def test_what_is_loaded_and_its_limits(start_server: Callable[..., RunningServer]) -> None:
+    running = start_server(max_queue_tokens=1000, max_queue_texts=10, max_batch_tokens=64)
     model = running.service.model
     (labels,) = series(running, "neuronlens_model_info")
     assert labels == (
@@ -109,14 +109,14 @@ def test_what_is_loaded_and_its_limits(serve: Callable[..., Running]) -> None:
     assert list(series(running, "neuronlens_build_info").values()) == [1]
 
 
-def test_a_lost_live_state_has_a_name(news: Running) -> None:
+def test_a_lost_live_state_has_a_name(server: RunningServer) -> None:
     def problems() -> set[str]:
-        return {problem for (problem,), on in series(news, "neuronlens_live_state_problem").items() if on}
+        return {problem for (problem,), on in series(server, "neuronlens_live_state_problem").items() if on}
 
     assert problems() == set()
-    news.http.put("/v1/erasures/Sports", json={})
-    keys = ModelKeys(news.service.name)
-    news.service.store.client.delete(keys.live, keys.range_sets)  # at once: the live state alone would be put back
+    server.http.put("/v1/erasures/Sports", json={})
+    keys = ModelKeys(server.service.name)
+    server.service.store.client.delete(keys.live, keys.range_sets)  # at once: the live state alone would be put back
     until(lambda: problems() == {"lost"})
-    assert series(news, "neuronlens_store_up") == {(): 1.0}
-    assert series(news, "neuronlens_live_erasures") == {(): 1.0}
+    assert series(server, "neuronlens_store_up") == {(): 1.0}
+    assert series(server, "neuronlens_live_erasures") == {(): 1.0}

@@ -20,7 +20,7 @@ from app.cli import run
 from app.logs import FIELDS, configured
 from app.settings import Settings
 from tests import processes
-from tests.e2e.conftest import Running
+from tests.servers import RunningServer
 from tests.workers.checkpoints import save_tiny
 
 SECRET = "confession"
@@ -249,7 +249,7 @@ def test_traces_that_cannot_be_exported_are_one_line(
 
 
 def test_without_export_the_callers_trace_is_in_the_log_all_the_same(
-    news: Running, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+    server: RunningServer, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """And what the engine's thread says of a text that it fails on names the request, but not the text."""
 
@@ -257,9 +257,9 @@ def test_without_export_the_callers_trace_is_in_the_log_all_the_same(
         raise ValueError(batch[0].request.texts[0])
 
     with configured(Settings(log_format="json")):
-        monkeypatch.setattr(news.service.engine, "_forward", broken)
-        failed = news.http.post("/v1/classify", json={"inputs": SECRET}, headers={"traceparent": TRACEPARENT})
-        news.http.get("/livez")  # answered only after the request before it was logged
+        monkeypatch.setattr(server.service.engine, "_forward", broken)
+        failed = server.http.post("/v1/classify", json={"inputs": SECRET}, headers={"traceparent": TRACEPARENT})
+        server.http.get("/livez")  # answered only after the request before it was logged
     assert failed.status_code == 500
     assert "traceresponse" not in failed.headers
     lines = [json.loads(line) for line in capsys.readouterr().err.splitlines()]

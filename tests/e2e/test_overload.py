@@ -13,8 +13,8 @@ import httpx
 import pytest
 import torch
 
-from tests.e2e.conftest import Running, ready
 from tests.range_store.waiting import until
+from tests.servers import RunningServer, with_ranges
 from tests.workers.texts import labelled_texts
 from workers.fitting.fit import Fitted
 from workers.models.loading import LoadedModel
@@ -24,10 +24,10 @@ TEXTS = [text for text, _ in labelled_texts(30, seed=6)]
 
 
 def test_overload_is_refused_at_once_and_what_was_accepted_is_answered(
-    serve: Callable[..., Running], fitted: Fitted, problem: Problem
+    start_server: Callable[..., RunningServer], fitted: Fitted, problem: Problem
 ) -> None:
     """Many more requests in flight than the queue holds: 200 or 429, the 200s right, probes and toggles as ever."""
-    running = ready(serve(max_queue_texts=24), fitted)
+    running = with_ranges(start_server(max_queue_texts=24), fitted)
     known = {text: running.classify(text, erase=[]).json()["results"][0]["label"] for text in TEXTS}
     rng = random.Random(1)
 
@@ -67,9 +67,9 @@ def test_overload_is_refused_at_once_and_what_was_accepted_is_answered(
 
 
 def test_a_request_larger_than_the_whole_queue_is_413(
-    serve: Callable[..., Running], fitted: Fitted, problem: Problem
+    start_server: Callable[..., RunningServer], fitted: Fitted, problem: Problem
 ) -> None:
-    running = ready(serve(max_queue_tokens=100), fitted)
+    running = with_ranges(start_server(max_queue_tokens=100), fitted)
     tokens = len(running.model.tokens.encode([TEXTS[0]])[0].ids)
     few, many = 100 // tokens, 100 // tokens + 1
     assert running.classify([TEXTS[0]] * few, erase=[]).status_code == 200
@@ -79,9 +79,9 @@ def test_a_request_larger_than_the_whole_queue_is_413(
     problem(running.classify([TEXTS[0]] * few, erase=deep, compare=True), 413, "request_too_large")
 
 
-def test_clients_that_hang_up_in_a_storm_cost_nobody_an_answer(news: Running) -> None:
+def test_clients_that_hang_up_in_a_storm_cost_nobody_an_answer(server: RunningServer) -> None:
     """Connections are cut at any moment of their request; the others are answered, and nothing is left over."""
-    port = httpx.URL(news.url).port
+    port = httpx.URL(server.url).port
     body = json.dumps({"inputs": TEXTS[:3], "erase": []}).encode()
     fields = ("Host: 127.0.0.1", "Content-Type: application/json", f"Content-Length: {len(body)}")
     request = "\r\n".join(("POST /v1/classify HTTP/1.1", *fields, "", "")).encode() + body
@@ -95,7 +95,7 @@ def test_clients_that_hang_up_in_a_storm_cost_nobody_an_answer(news: Running) ->
         writer.transport.abort()
 
     async def storm() -> list[httpx.Response]:
-        async with httpx.AsyncClient(base_url=news.url, timeout=60) as http:
+        async with httpx.AsyncClient(base_url=server.url, timeout=60) as http:
             answers: list[httpx.Response] = []
             for _ in range(10):
                 polite = [http.post("/v1/classify", json={"inputs": TEXTS[:3], "erase": []}) for _ in range(3)]
@@ -103,7 +103,7 @@ def test_clients_that_hang_up_in_a_storm_cost_nobody_an_answer(news: Running) ->
                 answers += [end for end in ends if end is not None]
         return answers
 
-    expected = news.classify(TEXTS[:3], erase=[]).json()["results"]
+    expected = server.classify(TEXTS[:3], erase=[]).json()["results"]
     answers = asyncio.run(storm())
     assert len(answers) == 30
     for answer in answers:
@@ -111,19 +111,23 @@ def test_clients_that_hang_up_in_a_storm_cost_nobody_an_answer(news: Running) ->
         for one, other in zip(answer.json()["results"], expected, strict=True):
             assert one["label"] == other["label"]
             assert math.isclose(one["score"], other["score"], abs_tol=1e-4)
-    value = news.value
+    value = server.value
     until(lambda: value("neuronlens_queue_texts") == 0)
-    engine = news.service.engine
+    engine = server.service.engine
     until(lambda: (len(engine._queue), engine._untokenized) == (0, 0))
-    assert news.http.get("/readyz").status_code == 200
+    assert server.http.get("/readyz").status_code == 200
 
 
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
 def test_a_lost_device_makes_the_server_unready_and_leaves_nobody_waiting(
-    serve: Callable[..., Running], model: LoadedModel, fitted: Fitted, problem: Problem, monkeypatch: pytest.MonkeyPatch
+    start_server: Callable[..., RunningServer],
+    model: LoadedModel,
+    fitted: Fitted,
+    problem: Problem,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """That the process ends with one line is in tests/app/cli/test_signals.py."""
-    running = ready(serve(), fitted)
+    running = with_ranges(start_server(), fitted)
     assert running.http.get("/readyz").status_code == 200
 
     def lost(*args: Any) -> torch.Tensor:

@@ -10,8 +10,8 @@ from urllib.parse import quote
 import httpx
 import pytest
 
-from tests.e2e.conftest import Running
 from tests.e2e.reports import PAGE, write_report
+from tests.servers import RunningServer
 
 Problem = Callable[[httpx.Response, int, str], dict[str, Any]]
 NAMES = ["plain", "with space & 'quotes'", "Météo–日本", "100%", "a.b", "x" * 200, "semi;colon?query#hash"]
@@ -24,22 +24,22 @@ def reports(tmp_path: Path) -> Path:
 
 
 @pytest.fixture
-def server(serve: Callable[..., Running]) -> Running:
-    return serve()
+def server(start_server: Callable[..., RunningServer]) -> RunningServer:
+    return start_server()
 
 
-def listed(running: Running) -> list[dict[str, Any]]:
+def listed(running: RunningServer) -> list[dict[str, Any]]:
     answer = running.http.get("/v1/reports")
     assert answer.status_code == 200, answer.text
     found: list[dict[str, Any]] = answer.json()["reports"]
     return found
 
 
-def get(running: Running, *segments: str) -> httpx.Response:
+def get(running: RunningServer, *segments: str) -> httpx.Response:
     return running.http.get("/v1/reports/" + "/".join(quote(each, safe="") for each in segments))
 
 
-def test_reports_are_listed_newest_first_with_what_they_are_of(server: Running, reports: Path) -> None:
+def test_reports_are_listed_newest_first_with_what_they_are_of(server: RunningServer, reports: Path) -> None:
     assert listed(server) == []
     for age, name in enumerate(NAMES):
         directory = write_report(reports, name)
@@ -56,7 +56,7 @@ def test_reports_are_listed_newest_first_with_what_they_are_of(server: Running, 
             assert get(server, each["id"], file).status_code == 200, each["id"]
 
 
-def test_files_come_as_what_they_are_and_a_page_reaches_nothing(server: Running, reports: Path) -> None:
+def test_files_come_as_what_they_are_and_a_page_reaches_nothing(server: RunningServer, reports: Path) -> None:
     write_report(reports, "plain")
     page = get(server, "plain", "report.html")
     assert page.text == PAGE
@@ -90,7 +90,7 @@ def test_files_come_as_what_they_are_and_a_page_reaches_nothing(server: Running,
         b'{"model": {"id": "m"}, "test": {"name": "t", "rows": 1e999}, "settings": {"targets": [], "methods": []}}',
     ],
 )
-def test_an_unreadable_one_is_told_as_such(server: Running, reports: Path, run: bytes) -> None:
+def test_an_unreadable_one_is_told_as_such(server: RunningServer, reports: Path, run: bytes) -> None:
     (write_report(reports, "broken") / "run.json").write_bytes(run)
     write_report(reports, "whole")
     states = {each["id"]: (each["state"], each["model"]) for each in listed(server)}
@@ -99,7 +99,7 @@ def test_an_unreadable_one_is_told_as_such(server: Running, reports: Path, run: 
 
 
 def test_an_unfinished_one_is_told_as_such_and_what_is_no_report_is_not_listed(
-    server: Running, reports: Path, problem: Problem
+    server: RunningServer, reports: Path, problem: Problem
 ) -> None:
     (write_report(reports, "half") / "report.html").unlink()
     (reports / "begun").mkdir()
@@ -117,7 +117,7 @@ def test_an_unfinished_one_is_told_as_such_and_what_is_no_report_is_not_listed(
 
 
 def test_no_link_and_nothing_special_is_followed(
-    server: Running, reports: Path, tmp_path: Path, problem: Problem
+    server: RunningServer, reports: Path, tmp_path: Path, problem: Problem
 ) -> None:
     outside = write_report(tmp_path / "elsewhere", "secret")
     inside = write_report(reports, "linked")
@@ -133,7 +133,7 @@ def test_no_link_and_nothing_special_is_followed(
         problem(get(server, "link", file), 404, "unknown_report")
 
 
-def test_no_path_leads_out(server: Running, reports: Path, tmp_path: Path) -> None:
+def test_no_path_leads_out(server: RunningServer, reports: Path, tmp_path: Path) -> None:
     write_report(tmp_path, "secret")
     write_report(reports, "plain")
     (tmp_path / "run.json").write_text('{"secret": true}')
@@ -159,6 +159,6 @@ def test_no_path_leads_out(server: Running, reports: Path, tmp_path: Path) -> No
         assert b'secret": true' not in reply, way
 
 
-def test_the_directory_is_a_setting(serve: Callable[..., Running], tmp_path: Path) -> None:
+def test_the_directory_is_a_setting(start_server: Callable[..., RunningServer], tmp_path: Path) -> None:
     write_report(tmp_path / "mine", "plain")
-    assert [each["id"] for each in listed(serve(reports_dir=tmp_path / "mine"))] == ["plain"]
+    assert [each["id"] for each in listed(start_server(reports_dir=tmp_path / "mine"))] == ["plain"]

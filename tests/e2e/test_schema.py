@@ -25,8 +25,8 @@ from app.auth import scope_of
 from range_store.api_keys import KeyStore
 from range_store.erasure import Erasure
 from range_store.live import LiveErasure
-from tests.e2e.conftest import Running, ready
 from tests.e2e.reports import write_report
+from tests.servers import RunningServer, with_ranges
 from tests.workers.texts import labelled_texts, write_jsonl
 from workers.fitting.fit import Fitted
 
@@ -153,20 +153,20 @@ bearer = {{ bearer = "{token}" }}
 
 
 @pytest.fixture
-def serve(serve: Callable[..., Running], tmp_path: Path) -> Callable[..., Running]:
+def start_server(start_server: Callable[..., RunningServer], tmp_path: Path) -> Callable[..., RunningServer]:
     """Servers that take fits."""
     texts = tmp_path / "texts"
     (texts / "news").mkdir(parents=True)
     write_jsonl(texts / "news/train.jsonl", labelled_texts(30, seed=3))
     write_jsonl(texts / "news/long.jsonl", labelled_texts(5000, seed=4) * 12)
-    return functools.partial(serve, fit_dirs=[texts], fit_threads=1, fit_niceness=0)
+    return functools.partial(start_server, fit_dirs=[texts], fit_threads=1, fit_niceness=0)
 
 
-Keyed = tuple[Running, dict[str, str], KeyStore]
+Keyed = tuple[RunningServer, dict[str, str], KeyStore]
 
 
 def explore(
-    running: Running, folder: Path, document: Path, *options: str, token: str | None = None, auth: bool = False
+    running: RunningServer, folder: Path, document: Path, *options: str, token: str | None = None, auth: bool = False
 ) -> tuple[dict[str, Any], str]:
     """Have Schemathesis try every operation of a document: its report, and what it found in words, with curl lines.
 
@@ -210,17 +210,17 @@ pytestmark = pytest.mark.timeout(1200)
 
 @pytest.mark.parametrize(("examples", "at_least"), [(60, 1_500), pytest.param(600, 8_000, marks=LONG)])
 def test_every_reply_is_as_documented(
-    news: Running, tmp_path: Path, pytestconfig: pytest.Config, examples: int, at_least: int
+    server: RunningServer, tmp_path: Path, pytestconfig: pytest.Config, examples: int, at_least: int
 ) -> None:
-    accepted = check_replies(news, tmp_path, pytestconfig, examples, at_least)
+    accepted = check_replies(server, tmp_path, pytestconfig, examples, at_least)
     assert accepted == set(calls()), "of the others only refusals were seen"
 
 
 @pytest.mark.parametrize(("examples", "at_least"), [(20, 800), pytest.param(600, 8_000, marks=LONG)])
 def test_every_reply_to_a_key_is_as_documented(
-    keyed: Keyed, tmp_path: Path, pytestconfig: pytest.Config, examples: int, at_least: int
+    server_with_keys: Keyed, tmp_path: Path, pytestconfig: pytest.Config, examples: int, at_least: int
 ) -> None:
-    running, tokens, _ = keyed
+    running, tokens, _ = server_with_keys
     accepted = check_replies(running, tmp_path, pytestconfig, examples, at_least, token=tokens["admin"], auth=True)
     assert accepted == set(calls()), "of the others only refusals were seen"
 
@@ -228,9 +228,9 @@ def test_every_reply_to_a_key_is_as_documented(
 @pytest.mark.parametrize("scope", ["infer", "read", None])
 @pytest.mark.parametrize(("examples", "mode"), [(5, "positive"), pytest.param(300, "all", marks=LONG)])
 def test_a_key_opens_what_its_scope_says_and_nothing_else(
-    keyed: Keyed, tmp_path: Path, pytestconfig: pytest.Config, examples: int, mode: str, scope: str | None
+    server_with_keys: Keyed, tmp_path: Path, pytestconfig: pytest.Config, examples: int, mode: str, scope: str | None
 ) -> None:
-    running, tokens, _ = keyed
+    running, tokens, _ = server_with_keys
     enforced = LiveErasure(erasure=Erasure(concept="World"), enforced=True)  # then `compare` is for admins
     running.service.store.set_erasure(enforced)
     running.service.mirror.refresh()
@@ -243,7 +243,13 @@ def test_a_key_opens_what_its_scope_says_and_nothing_else(
 
 
 def check_replies(
-    running: Running, folder: Path, pytestconfig: pytest.Config, examples: int, at_least: int, *more: str, **caller: Any
+    running: RunningServer,
+    folder: Path,
+    pytestconfig: pytest.Config,
+    examples: int,
+    at_least: int,
+    *more: str,
+    **caller: Any,
 ) -> set[str]:
     """Explore, and fail with what Schemathesis says about a wrong reply: the calls that were answered with 200."""
     seed = pytestconfig.getoption("--seed")
@@ -264,14 +270,14 @@ def calls() -> dict[str, str | None]:
     return {f"{method} {path}": scope_of(method, path) for method, path in named if path != "/v1/events"}
 
 
-def test_a_reply_that_is_not_documented_would_be_found(news: Running, tmp_path: Path) -> None:
+def test_a_reply_that_is_not_documented_would_be_found(server: RunningServer, tmp_path: Path) -> None:
     poorer = json.loads(DOCUMENT.read_text("utf-8"))
     poorer["paths"] = {path: poorer["paths"][path] for path in ("/v1/overlap", "/v1/models")}
     del poorer["paths"]["/v1/overlap"]["get"]["responses"]["422"]
     model = poorer["components"]["schemas"]["ModelOut"]["properties"]
     model["layers"] = {"type": "string"}
     (tmp_path / "poorer.json").write_text(json.dumps(poorer), "utf-8")
-    found, _ = explore(news, tmp_path, tmp_path / "poorer.json", "--phases", "coverage", "--seed", "5")
+    found, _ = explore(server, tmp_path, tmp_path / "poorer.json", "--phases", "coverage", "--seed", "5")
     assert {each["type"] for each in found["failures"]} == {"UndefinedStatusCode", "JsonSchemaError"}
 
 
@@ -331,10 +337,10 @@ def operations() -> Any:
 @given(request=damaged())
 @example(request=("POST", "/v1/classify", "/v1/classify", b"9" * 5000, [(b"Content-Type", b"application/json")]))
 def test_bytes_that_no_document_describes_get_a_documented_reply(
-    news: Running, operations: Any, request: tuple[str, str, str, bytes, list[tuple[bytes, bytes]]]
+    server: RunningServer, operations: Any, request: tuple[str, str, str, bytes, list[tuple[bytes, bytes]]]
 ) -> None:
     method, path, documented, body, headers = request
-    reply = news.http.request(method, path, content=body, headers=headers)
+    reply = server.http.request(method, path, content=body, headers=headers)
     assert reply.status_code != 500, reply.text
     plain = httpx.Response(reply.status_code, headers=reply.headers, content=reply.content)
     plain.request, plain.elapsed = httpx.Request(method, reply.request.url), reply.elapsed  # without the odd headers
@@ -342,9 +348,9 @@ def test_bytes_that_no_document_describes_get_a_documented_reply(
 
 
 @pytest.mark.parametrize("method", ["TRACE", "OPTIONS", "PATCH", "PROPFIND"])
-def test_a_method_that_is_none_here_is_refused(news: Running, problem: Any, method: str) -> None:
+def test_a_method_that_is_none_here_is_refused(server: RunningServer, problem: Any, method: str) -> None:
     for path in ("/v1/classify", "/livez", "/v1/erasures/Sports"):
-        refused = news.http.request(method, path)
+        refused = server.http.request(method, path)
         problem(refused, 405, "method_not_allowed")
         assert method not in refused.headers["allow"].split(", ")
 
@@ -375,15 +381,15 @@ def no_quite_http(draw: st.DrawFn) -> bytes:
 
 
 @pytest.fixture
-def hasty(serve: Callable[..., Running], fitted: Fitted) -> Running:
+def hasty(start_server: Callable[..., RunningServer], fitted: Fitted) -> RunningServer:
     """A server that does not wait long for the rest of a request."""
-    return ready(serve(header_timeout=2.0, body_timeout=0.2), fitted)
+    return with_ranges(start_server(header_timeout=2.0, body_timeout=0.2), fitted)
 
 
 @settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(raw=no_quite_http())
 @example(raw=REQUEST)
-def test_bytes_that_are_hardly_http_are_answered_too(hasty: Running, raw: bytes) -> None:
+def test_bytes_that_are_hardly_http_are_answered_too(hasty: RunningServer, raw: bytes) -> None:
     """With an answer or an error of the client, or by hanging up; never later than the server's limits."""
     url = httpx.URL(hasty.url)
     reply = b""
@@ -398,7 +404,9 @@ def test_bytes_that_are_hardly_http_are_answered_too(hasty: Running, raw: bytes)
     assert hasty.http.get("/livez").status_code == 200
 
 
-def test_what_is_no_http_is_a_problem_too(news: Running, problem: Callable[[httpx.Response, int, str], object]) -> None:
+def test_what_is_no_http_is_a_problem_too(
+    server: RunningServer, problem: Callable[[httpx.Response, int, str], object]
+) -> None:
     """The parser answers, before there is a request whose reply a document could describe."""
-    problem(news.http.request("BREW", "/v1/classify"), 400, "malformed")
-    assert news.http.get("/livez").status_code == 200
+    problem(server.http.request("BREW", "/v1/classify"), 400, "malformed")
+    assert server.http.get("/livez").status_code == 200

@@ -15,9 +15,9 @@ from prometheus_client.parser import text_string_to_metric_families
 from app.logs import fields_of
 from app.openapi import document
 from app.routes.dropin import dialect_of
-from tests.e2e.conftest import LABELS, Running
 from tests.range_store.builders import random_range_set
 from tests.range_store.waiting import until
+from tests.servers import LABELS, RunningServer
 from tests.workers.checkpoints import save_tiny
 from workers.fitting.fit import Fitted
 from workers.models.loading import load_model
@@ -27,9 +27,9 @@ ROOT = Path(__file__).parents[2]
 
 
 def test_readiness_follows_what_is_needed_to_answer(
-    serve: Callable[..., Running], fitted: Fitted, problem: Problem
+    start_server: Callable[..., RunningServer], fitted: Fitted, problem: Problem
 ) -> None:
-    running = serve()
+    running = start_server()
     assert running.http.get("/livez").json() == {"status": "alive"}
     assert problem(running.http.get("/readyz"), 503, "not_ready")["checks"]["range_set"] is False
     store = running.service.store
@@ -48,13 +48,13 @@ def test_readiness_follows_what_is_needed_to_answer(
     assert running.http.get("/livez").status_code == 200
 
 
-def test_a_slow_forward_pass_delays_no_probe_and_no_toggle(news: Running) -> None:
+def test_a_slow_forward_pass_delays_no_probe_and_no_toggle(server: RunningServer) -> None:
     """Promise 9: the model is held for as long as the test likes, and everything else answers meanwhile."""
     answers: list[httpx.Response] = []
-    with news.model.steered._lock:
-        waiting = threading.Thread(target=lambda: answers.append(news.classify("the keeper saved a penalty")))
+    with server.model.steered._lock:
+        waiting = threading.Thread(target=lambda: answers.append(server.classify("the keeper saved a penalty")))
         waiting.start()
-        with httpx.Client(base_url=news.url, timeout=30) as other:
+        with httpx.Client(base_url=server.url, timeout=30) as other:
             for _ in range(20):
                 assert other.get("/livez").status_code == 200
                 assert other.get("/metrics").status_code == 200
@@ -66,11 +66,11 @@ def test_a_slow_forward_pass_delays_no_probe_and_no_toggle(news: Running) -> Non
 
 
 def test_while_a_large_request_is_computed_everything_else_goes_on(
-    serve: Callable[..., Running], tmp_path_factory: pytest.TempPathFactory
+    start_server: Callable[..., RunningServer], tmp_path_factory: pytest.TempPathFactory
 ) -> None:
     """Promise 9 with real work: seconds of forward passes; and promise 4: its plan is the one of its admission."""
     path = save_tiny("bert", tmp_path_factory.mktemp("large") / "large", n_layers=6, hidden=256)
-    running = serve(load_model(str(path), device="cpu"), request_timeout=250.0)
+    running = start_server(load_model(str(path), device="cpu"), request_timeout=250.0)
     identity = running.service.model.identity
     ranges = random_range_set(
         1, LABELS, hidden=identity.hidden_size, n_layers=identity.n_layers, fingerprint=identity.fingerprint
@@ -96,10 +96,10 @@ def test_while_a_large_request_is_computed_everything_else_goes_on(
     assert rounds >= 5
 
 
-def test_metrics_are_prometheus_and_hold_no_text(news: Running) -> None:
-    news.classify("a very private sentence", erase=["Sports"])
-    news.http.get("/no/such/private/path")
-    page = news.http.get("/metrics")
+def test_metrics_are_prometheus_and_hold_no_text(server: RunningServer) -> None:
+    server.classify("a very private sentence", erase=["Sports"])
+    server.http.get("/no/such/private/path")
+    page = server.http.get("/metrics")
     families = {family.name: family for family in text_string_to_metric_families(page.text)}
     assert "private" not in page.text
     assert families["neuronlens_store_up"].samples[0].value == 1
@@ -115,16 +115,16 @@ def test_metrics_are_prometheus_and_hold_no_text(news: Running) -> None:
     assert all(name.startswith(("neuronlens_", "process_", "python_info")) for name in families)
 
 
-def test_models_say_what_is_loaded(news: Running) -> None:
-    (model,) = news.http.get("/v1/models").json()["models"]
-    assert model["id"] == news.service.name
+def test_models_say_what_is_loaded(server: RunningServer) -> None:
+    (model,) = server.http.get("/v1/models").json()["models"]
+    assert model["id"] == server.service.name
     assert model["labels"] == list(LABELS)
     assert (model["layers"], model["hidden_size"], model["dtype"], model["split"]) == (3, 32, "float32", True)
     assert Path(model["path"]).is_dir()
 
 
-def test_concepts_and_which_are_labels(news: Running) -> None:
-    concepts = {each["concept"]: each for each in news.http.get("/v1/concepts").json()["concepts"]}
+def test_concepts_and_which_are_labels(server: RunningServer) -> None:
+    concepts = {each["concept"]: each for each in server.http.get("/v1/concepts").json()["concepts"]}
     assert list(concepts) == [*LABELS, "Météo & co"]
     assert concepts["Météo & co"] == {
         "concept": "Météo & co",
@@ -135,12 +135,12 @@ def test_concepts_and_which_are_labels(news: Running) -> None:
     }
 
 
-def test_ranges_page_through_every_neuron_once(news: Running, fitted: Fitted) -> None:
+def test_ranges_page_through_every_neuron_once(server: RunningServer, fitted: Fitted) -> None:
     seen: list[dict[str, Any]] = []
     cursor: str | None = None
     while True:
         params = {"limit": 9, "ranking": "selectivity", "tau": 2, "layer": -2} | ({"cursor": cursor} if cursor else {})
-        page = news.http.get("/v1/concepts/Sci%2FTech/ranges", params=params).json()
+        page = server.http.get("/v1/concepts/Sci%2FTech/ranges", params=params).json()
         assert (page["layer"], page["ranking"], page["tau"]) == (1, "selectivity", 2)
         seen += page["neurons"]
         cursor = page["next_cursor"]
@@ -148,18 +148,18 @@ def test_ranges_page_through_every_neuron_once(news: Running, fitted: Fitted) ->
             break
     assert sorted(each["neuron"] for each in seen) == list(range(32))
     assert [each["rank"] for each in seen] == list(range(32))
-    serve = fitted.range_set.layers[1]
+    start_server = fitted.range_set.layers[1]
     row = fitted.range_set.concept_index("Sci/Tech")
     saliency = [each["saliency"] for each in seen]
     assert saliency == sorted(saliency, reverse=True)
     for each in seen:
-        mean, std = serve.mean[row, each["neuron"]], serve.std[row, each["neuron"]]
+        mean, std = start_server.mean[row, each["neuron"]], start_server.std[row, each["neuron"]]
         assert (each["low"], each["high"]) == pytest.approx((mean - 2 * std, mean + 2 * std))
         assert set(each["overlap"]) == {"World", "Sports", "Business", "Météo & co"}
 
 
-def test_pages_and_neurons_that_do_not_exist(news: Running, problem: Problem) -> None:
-    get = news.http.get
+def test_pages_and_neurons_that_do_not_exist(server: RunningServer, problem: Problem) -> None:
+    get = server.http.get
     problem(get("/v1/concepts/Weather/ranges"), 404, "unknown_concept")
     problem(get("/v1/concepts/Sports/ranges", params={"cursor": "?"}), 422, "invalid_cursor")
     problem(get("/v1/concepts/Sports/ranges", params={"limit": 0}), 422, "invalid")
@@ -179,7 +179,7 @@ def test_pages_and_neurons_that_do_not_exist(news: Running, problem: Problem) ->
     problem(get("/v1/classify"), 405, "method_not_allowed")
 
 
-def test_a_refused_method_is_told_all_that_the_path_takes(news: Running) -> None:
+def test_a_refused_method_is_told_all_that_the_path_takes(server: RunningServer) -> None:
     for path, allowed in {
         "/v1/erasures": "GET, PUT",
         "/v1/erasures/Sci/Tech": "PUT, DELETE",
@@ -187,18 +187,18 @@ def test_a_refused_method_is_told_all_that_the_path_takes(news: Running) -> None
         "/v1/range-sets/0123": "GET",
         "/v1/classify": "POST",
     }.items():
-        refused = news.http.patch(path)
+        refused = server.http.patch(path)
         assert (refused.status_code, refused.headers["allow"]) == (405, allowed), path
-    assert news.http.get("/v1/range-sets/active").status_code == 405, "active is a path of its own, not an id"
+    assert server.http.get("/v1/range-sets/active").status_code == 405, "active is a path of its own, not an id"
 
 
-def test_a_server_that_is_not_ready_says_when_to_ask_again(serve: Callable[..., Running]) -> None:
-    unready = serve().http.get("/readyz")
+def test_a_server_that_is_not_ready_says_when_to_ask_again(start_server: Callable[..., RunningServer]) -> None:
+    unready = start_server().http.get("/readyz")
     assert (unready.status_code, unready.headers["retry-after"]) == (503, "1")
 
 
-def test_a_neuron_shows_every_concept(news: Running, fitted: Fitted) -> None:
-    shown = news.http.get("/v1/neurons/-1/7").json()
+def test_a_neuron_shows_every_concept(server: RunningServer, fitted: Fitted) -> None:
+    shown = server.http.get("/v1/neurons/-1/7").json()
     assert (shown["layer"], shown["neuron"], len(shown["edges"])) == (2, 7, 65)
     inspect = fitted.inspect[2]
     for row, of_concept in enumerate(shown["concepts"]):
@@ -211,43 +211,43 @@ def test_a_neuron_shows_every_concept(news: Running, fitted: Fitted) -> None:
         assert set(of_concept["rank"]) == {"max", "probeless", "probeless_global", "selectivity"}
 
 
-def test_overlap_of_the_salient_sets(news: Running) -> None:
-    shown = news.http.get("/v1/overlap", params={"top_fraction": 0.25}).json()
+def test_overlap_of_the_salient_sets(server: RunningServer) -> None:
+    shown = server.http.get("/v1/overlap", params={"top_fraction": 0.25}).json()
     share, jaccard = np.array(shown["share"]), np.array(shown["jaccard"])
     assert shown["neurons"] == 8
     assert shown["chance"] == 0.25
     assert np.array_equal(np.diag(share), np.ones(5))
     assert np.array_equal(share, share.T)
     assert np.allclose(jaccard, share / (2 - share))
-    assert np.array_equal(np.array(news.http.get("/v1/overlap?top_fraction=1").json()["share"]), np.ones((5, 5)))
+    assert np.array_equal(np.array(server.http.get("/v1/overlap?top_fraction=1").json()["share"]), np.ones((5, 5)))
 
 
-def test_request_ids_are_echoed_or_made(news: Running) -> None:
-    assert news.http.get("/livez", headers={"X-Request-ID": "abc-1"}).headers["x-request-id"] == "abc-1"
-    made = news.http.get("/livez", headers={"X-Request-ID": "not sane!"}).headers["x-request-id"]
+def test_request_ids_are_echoed_or_made(server: RunningServer) -> None:
+    assert server.http.get("/livez", headers={"X-Request-ID": "abc-1"}).headers["x-request-id"] == "abc-1"
+    made = server.http.get("/livez", headers={"X-Request-ID": "not sane!"}).headers["x-request-id"]
     assert len(made) == 32
-    missing = news.http.get("/nothing", headers={"X-Request-ID": "abc-2"})
+    missing = server.http.get("/nothing", headers={"X-Request-ID": "abc-2"})
     assert missing.json()["request_id"] == missing.headers["x-request-id"] == "abc-2"
 
 
-def test_only_loopback_names_are_answered(news: Running, problem: Problem) -> None:
-    problem(news.http.get("/v1/concepts", headers={"Host": "evil.example"}), 421, "wrong_host")
-    assert news.http.get("/livez", headers={"Host": "localhost:9"}).status_code == 200
-    assert news.http.get("/livez", headers={"Host": "[::1]:9"}).status_code == 200
+def test_only_loopback_names_are_answered(server: RunningServer, problem: Problem) -> None:
+    problem(server.http.get("/v1/concepts", headers={"Host": "evil.example"}), 421, "wrong_host")
+    assert server.http.get("/livez", headers={"Host": "localhost:9"}).status_code == 200
+    assert server.http.get("/livez", headers={"Host": "[::1]:9"}).status_code == 200
 
 
 def test_a_fault_is_a_problem_without_a_traceback(
-    news: Running, problem: Problem, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+    server: RunningServer, problem: Problem, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     async def broken(*args: Any, **kwargs: Any) -> None:
         raise ZeroDivisionError(" ".join(args[0]))
 
-    monkeypatch.setattr(news.service.engine, "classify", broken)
-    response = news.classify("a secret text")
+    monkeypatch.setattr(server.service.engine, "classify", broken)
+    response = server.classify("a secret text")
     problem(response, 500, "internal")
     assert "secret" not in response.text
     assert "Traceback" not in response.text
-    assert news.http.get("/livez").status_code == 200, "the connection survives"
+    assert server.http.get("/livez").status_code == 200, "the connection survives"
     id_ = response.headers["x-request-id"]
     (record,) = [each for each in caplog.records if each.levelname == "ERROR" and id_ in each.getMessage()]
     logged = record.getMessage()
@@ -256,23 +256,23 @@ def test_a_fault_is_a_problem_without_a_traceback(
     assert "secret" not in caplog.text + str(fields_of(record))
 
 
-def test_no_text_of_a_user_reaches_the_log(news: Running, caplog: pytest.LogCaptureFixture) -> None:
+def test_no_text_of_a_user_reaches_the_log(server: RunningServer, caplog: pytest.LogCaptureFixture) -> None:
     with caplog.at_level("DEBUG"):
-        news.classify("a confession nobody must read", erase=["Sports"])
-        news.classify({"text": "a confession nobody must read"})
-        news.classify(["a confession nobody must read"], erase=["Weather"])
+        server.classify("a confession nobody must read", erase=["Sports"])
+        server.classify({"text": "a confession nobody must read"})
+        server.classify(["a confession nobody must read"], erase=["Weather"])
     assert "confession" not in caplog.text
 
 
-def test_docs_are_served_from_here_alone(news: Running) -> None:
-    page = news.http.get("/docs")
+def test_docs_are_served_from_here_alone(server: RunningServer) -> None:
+    page = server.http.get("/docs")
     assert page.status_code == 200
     sources = re.findall(r'(?:src|href)="([^"]+)"', page.text)
     assert len(sources) >= 2
     for source in sources:
         assert source.startswith("/"), "no request to another host"
-        assert news.http.get(source).status_code == 200
-    assert news.http.get("/openapi.json").json()["info"]["title"] == "NeuronLens"
+        assert server.http.get(source).status_code == 200
+    assert server.http.get("/openapi.json").json()["info"]["title"] == "NeuronLens"
 
 
 def test_the_committed_openapi_is_current() -> None:
@@ -297,7 +297,7 @@ def test_every_route_documents_its_errors_as_problems() -> None:
                     assert response["headers"]["Retry-After"]["required"]
 
 
-def test_what_the_server_answers_is_what_openapi_says(news: Running) -> None:
+def test_what_the_server_answers_is_what_openapi_says(server: RunningServer) -> None:
     """Every reply of a success has exactly the fields of its schema."""
     api = json.loads(document())
     for path, shown in {
@@ -313,4 +313,4 @@ def test_what_the_server_answers_is_what_openapi_says(news: Running) -> None:
     }.items():
         schema = api["paths"][shown]["get"]["responses"]["200"]["content"]["application/json"]["schema"]
         named = api["components"]["schemas"][schema["$ref"].rpartition("/")[2]]
-        assert set(news.http.get(path).json()) == set(named["properties"]), path
+        assert set(server.http.get(path).json()) == set(named["properties"]), path

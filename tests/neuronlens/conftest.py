@@ -15,9 +15,6 @@ from typing import Any
 import pytest
 
 from neuronlens import AsyncClient, Client
-from tests.e2e.conftest import fitted, keyed, model, news, own_redis, serve
-
-__all__ = ["fitted", "keyed", "model", "news", "own_redis", "serve"]
 
 
 class Awaited:
@@ -131,7 +128,7 @@ def answering(after: float = 0.0) -> Iterator[Scripted]:
         def log_message(self, *args: Any) -> None:
             pass
 
-    def serve() -> None:
+    def start_server() -> None:
         if after:
             time.sleep(after)
             server.server_activate()
@@ -142,7 +139,7 @@ def answering(after: float = 0.0) -> Iterator[Scripted]:
     server.daemon_threads = True
     if not after:
         server.server_activate()
-    thread = threading.Thread(target=serve)
+    thread = threading.Thread(target=start_server)
     thread.start()
     script.url = f"http://127.0.0.1:{server.server_address[1]}"
     try:

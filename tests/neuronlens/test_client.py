@@ -40,9 +40,9 @@ from neuronlens import (
 )
 from neuronlens.erasing import ErasuresSpec
 from range_store.erasure import RANKINGS
-from tests.e2e.conftest import Running, ready
 from tests.e2e.reports import write_report
 from tests.range_store.waiting import until
+from tests.servers import RunningServer, with_ranges
 from tests.workers.texts import labelled_texts, write_jsonl
 from workers.fitting.corpus import load_corpus
 from workers.fitting.fit import Fitted, fit
@@ -83,10 +83,10 @@ def assert_same_answers(ones: Any, others: Any) -> None:
         assert one.masked_neurons == other.masked_neurons
 
 
-def test_an_answer_holds_what_the_server_says(client_of: ClientOf, news: Running) -> None:
-    client = client_of(news.url)
+def test_an_answer_holds_what_the_server_says(client_of: ClientOf, server: RunningServer) -> None:
+    client = client_of(server.url)
     fields: dict[str, Any] = {"erase": ["Sports"], "compare": True, "top_k": 2, "activation": "none"}
-    raw = news.classify(TEXTS[:3], **fields).json()
+    raw = server.classify(TEXTS[:3], **fields).json()
     found = client.classify(TEXTS[:3], **fields)
     assert not list(unknown(found))
     assert [each.model_dump(mode="json") for each in found.results] == raw["results"]
@@ -103,8 +103,10 @@ def test_an_answer_holds_what_the_server_says(client_of: ClientOf, news: Running
     assert client.classify([]).results == ()
 
 
-def test_reports_are_listed_and_read(client_of: ClientOf, serve: Callable[..., Running], tmp_path: Path) -> None:
-    client = client_of(serve().url)
+def test_reports_are_listed_and_read(
+    client_of: ClientOf, start_server: Callable[..., RunningServer], tmp_path: Path
+) -> None:
+    client = client_of(start_server().url)
     assert client.reports().reports == ()
     name = "50 % of “what?”, a.b"
     directory = write_report(tmp_path / "reports", name)
@@ -122,8 +124,8 @@ def test_reports_are_listed_and_read(client_of: ClientOf, serve: Callable[..., R
         assert missing.value.code == "unknown_report"
 
 
-def test_a_block_erases_and_leaves_what_is_live_alone(client_of: ClientOf, news: Running) -> None:
-    client = client_of(news.url)
+def test_a_block_erases_and_leaves_what_is_live_alone(client_of: ClientOf, server: RunningServer) -> None:
+    client = client_of(server.url)
     client.switch_on("World")
     before = client.erasures()
     with client.erase("Sports", tau=2, top_fraction=1.0):
@@ -140,9 +142,9 @@ def test_a_block_erases_and_leaves_what_is_live_alone(client_of: ClientOf, news:
 
 
 @pytest.mark.parametrize("size", [1, 5, 12, 100])
-def test_a_list_in_parts_is_answered_as_the_whole(client_of: ClientOf, news: Running, size: int) -> None:
-    whole = client_of(news.url).classify(TEXTS, erase=["Sports"])
-    parts = client_of(news.url, batch_size=size).classify(TEXTS, erase=["Sports"])
+def test_a_list_in_parts_is_answered_as_the_whole(client_of: ClientOf, server: RunningServer, size: int) -> None:
+    whole = client_of(server.url).classify(TEXTS, erase=["Sports"])
+    parts = client_of(server.url, batch_size=size).classify(TEXTS, erase=["Sports"])
     assert_same_answers(parts.results, whole.results)
     assert parts.usage == whole.usage
     assert len(parts.plans) == math.ceil(12 / size)
@@ -150,28 +152,30 @@ def test_a_list_in_parts_is_answered_as_the_whole(client_of: ClientOf, news: Run
 
 
 def test_a_list_goes_through_however_little_the_server_takes(
-    client_of: ClientOf, serve: Callable[..., Running], fitted: Fitted
+    client_of: ClientOf, start_server: Callable[..., RunningServer], fitted: Fitted
 ) -> None:
-    small = ready(serve(max_texts=5, max_queue_tokens=100), fitted)
-    whole = ready(serve(), fitted)
+    small = with_ranges(start_server(max_texts=5, max_queue_tokens=100), fitted)
+    whole = with_ranges(start_server(), fitted)
     found = client_of(small.url).classify(TEXTS, erase=["Sports"])
     assert_same_answers(found.results, client_of(whole.url).classify(TEXTS, erase=["Sports"]).results)
     with pytest.raises(TooLarge) as raised:
-        client_of(ready(serve(max_queue_tokens=16), fitted).url).classify(["word " * 300])
+        client_of(with_ranges(start_server(max_queue_tokens=16), fitted).url).classify(["word " * 300])
     assert raised.value.code == "request_too_large"
 
 
 def test_a_long_list_goes_in_parts_as_large_as_the_server_takes(
-    client_of: ClientOf, serve: Callable[..., Running], fitted: Fitted
+    client_of: ClientOf, start_server: Callable[..., RunningServer], fitted: Fitted
 ) -> None:
-    running = ready(serve(max_texts=280), fitted)
+    running = with_ranges(start_server(max_texts=280), fitted)
     answers = client_of(running.url).classify([TEXTS[0], TEXTS[1]] * 300, erase=[])
     assert (len(answers.results), len(answers.plans)) == (600, 3)
     assert len(set(answers.labels[::2])) == len(set(answers.labels[1::2])) == 1
 
 
-def test_every_reply_is_what_the_server_says_and_every_field_is_known(client_of: ClientOf, news: Running) -> None:
-    client = client_of(news.url, model=news.service.name)
+def test_every_reply_is_what_the_server_says_and_every_field_is_known(
+    client_of: ClientOf, server: RunningServer
+) -> None:
+    client = client_of(server.url, model=server.service.name)
     client.switch_on("Sports", tau=2, layer=[-2, -1], replacement={"damp": 0.5}, reason="a try", expires_in=600)
     range_set = client.range_sets().active
     replies: list[tuple[BaseModel, str]] = [
@@ -187,20 +191,20 @@ def test_every_reply_is_what_the_server_says_and_every_field_is_known(client_of:
         (client.capabilities(), "/v1/capabilities"),
     ]
     until(lambda: all(each.current for each in client.replicas().replicas))  # it reports by itself, when it can
-    listed, there = client.replicas(), news.http.get("/v1/replicas").json()  # ages differ
+    listed, there = client.replicas(), server.http.get("/v1/replicas").json()  # ages differ
     assert not list(unknown(listed))
     assert listed.model_dump(mode="json", exclude={"replicas": {0: {"age"}}}) == {
         **there,
         "replicas": [{name: value for name, value in there["replicas"][0].items() if name != "age"}],
     }
     for reply, path in replies:
-        assert reply.model_dump(mode="json") == news.http.get(path).json(), path
+        assert reply.model_dump(mode="json") == server.http.get(path).json(), path
         assert not list(unknown(reply)), path
     assert client.ready().checks["store"] is True
 
 
-def test_what_the_model_makes_of_a_text_is_what_the_server_says(client_of: ClientOf, news: Running) -> None:
-    client = client_of(news.url)
+def test_what_the_model_makes_of_a_text_is_what_the_server_says(client_of: ClientOf, server: RunningServer) -> None:
+    client = client_of(server.url)
     for reply, path, body in (
         (client.tokenize("a goal 🎉"), "/v1/tokenize", {"inputs": "a goal 🎉"}),
         (
@@ -214,7 +218,7 @@ def test_what_the_model_makes_of_a_text_is_what_the_server_says(client_of: Clien
             {"inputs": ["a"], "neurons": [3, 1], "layer": -2},
         ),
     ):
-        assert reply.model_dump(mode="json") == news.http.post(path, json=body).json()
+        assert reply.model_dump(mode="json") == server.http.post(path, json=body).json()
         assert not list(unknown(reply))
 
 
@@ -230,8 +234,10 @@ def test_what_may_be_named_is_what_the_server_takes() -> None:
     assert get_args(get_type_hints(ErasureSettings)["ranking"]) == RANKINGS
 
 
-def test_all_neurons_come_page_by_page(client_of: ClientOf, news: Running, monkeypatch: pytest.MonkeyPatch) -> None:
-    client = client_of(news.url)
+def test_all_neurons_come_page_by_page(
+    client_of: ClientOf, server: RunningServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    client = client_of(server.url)
     whole = client.ranges("Météo & co")
     assert len(whole.neurons) == client.models().models[0].hidden_size
     monkeypatch.setattr(neuronlens.api, "PAGE", 5)
@@ -242,8 +248,8 @@ def test_all_neurons_come_page_by_page(client_of: ClientOf, news: Running, monke
 
 
 @pytest.mark.parametrize("concept", ["Sports", "Sci/Tech", "Météo & co"])
-def test_what_is_live_is_switched(client_of: ClientOf, news: Running, concept: str) -> None:
-    client = client_of(news.url)
+def test_what_is_live_is_switched(client_of: ClientOf, server: RunningServer, concept: str) -> None:
+    client = client_of(server.url)
     on = client.switch_on(concept, tau=3, reason="a try", enforced=True)
     assert on.concepts == (concept,)
     assert (on.erasures[0].tau, on.erasures[0].reason, on.erasures[0].enforced) == (3, "a try", True)
@@ -258,8 +264,8 @@ def test_what_is_live_is_switched(client_of: ClientOf, news: Running, concept: s
     assert [entry.reason for entry in client.audit(3).entries] == [None, "enough", "a try"]
 
 
-def test_a_change_is_waited_for_everywhere_and_then_insisted_on(client_of: ClientOf, news: Running) -> None:
-    client, store = client_of(news.url), news.service.store
+def test_a_change_is_waited_for_everywhere_and_then_insisted_on(client_of: ClientOf, server: RunningServer) -> None:
+    client, store = client_of(server.url), server.service.store
     since = store.keys.replicas, "since"
     store.client.hset(*since, str(time.time() + 3600))  # who else reports is not certain, however slow this is
     with pytest.raises(NotEverywhere, match="is made") as raised:
@@ -280,14 +286,14 @@ def test_a_change_is_waited_for_everywhere_and_then_insisted_on(client_of: Clien
     state = client.activate(listed.replicas[0].range_set or client.erasures().range_set, wait="all", wait_seconds=30)
     assert client.classify("a goal", min_generation=state.generation).erasure.generation == state.generation
     with pytest.raises(Unavailable) as behind:
-        client_of(news.url, retries=0).classify("a goal", min_generation="00000000-1")
+        client_of(server.url, retries=0).classify("a goal", min_generation="00000000-1")
     assert (behind.value.code, behind.value.problem["generation"]) == ("behind", state.generation)
 
 
-def test_range_sets_are_switched(client_of: ClientOf, news: Running, tmp_path: Any) -> None:
-    client = client_of(news.url)
+def test_range_sets_are_switched(client_of: ClientOf, server: RunningServer, tmp_path: Any) -> None:
+    client = client_of(server.url)
     (first,) = client.range_sets().range_sets
-    last_only = refit(news, tmp_path)
+    last_only = refit(server, tmp_path)
     client.switch_on("Sports", layer=-2)
     with pytest.raises(Conflict) as raised:
         client.activate(last_only)
@@ -297,7 +303,7 @@ def test_range_sets_are_switched(client_of: ClientOf, news: Running, tmp_path: A
     assert client.activate(first.id, if_match=state.generation).range_set == first.id
 
 
-def refit(running: Running, tmp_path: Any) -> str:
+def refit(running: RunningServer, tmp_path: Any) -> str:
     """The id of a range set of the last block alone, published and not active."""
     rows = [(text, label) for text, label in labelled_texts(40, seed=4) if label != "SciTech"]
     model = running.model
@@ -306,8 +312,8 @@ def refit(running: Running, tmp_path: Any) -> str:
     return running.service.store.publish(made.range_set, made.inspect)
 
 
-def test_errors_are_what_the_server_says(client_of: ClientOf, news: Running) -> None:
-    client = client_of(news.url, headers={"X-Request-ID": "mine"})
+def test_errors_are_what_the_server_says(client_of: ClientOf, server: RunningServer) -> None:
+    client = client_of(server.url, headers={"X-Request-ID": "mine"})
     for call, kind, code in ERRORS:
         with pytest.raises(kind) as raised:
             call(client)
@@ -323,10 +329,10 @@ def test_errors_are_what_the_server_says(client_of: ClientOf, news: Running) -> 
             assert error.problem["fitted"]
 
 
-def test_any_text_is_sent_as_it_is(client_of: ClientOf, news: Running) -> None:
-    client = client_of(news.url)
+def test_any_text_is_sent_as_it_is(client_of: ClientOf, server: RunningServer) -> None:
+    client = client_of(server.url)
     for text in ("", "\0", "half a pair: \ud800", "\u2028 日本語 🎉", "a" * 5000):
-        raw = news.http.post(
+        raw = server.http.post(
             "/v1/classify", content=json.dumps({"inputs": text}), headers={"Content-Type": "application/json"}
         )
         if raw.status_code == 200:
@@ -337,33 +343,37 @@ def test_any_text_is_sent_as_it_is(client_of: ClientOf, news: Running) -> None:
             assert raised.value.code == raw.json()["code"]
 
 
-def test_another_model_is_not_found(client_of: ClientOf, news: Running) -> None:
-    client = client_of(news.url, model="another")
+def test_another_model_is_not_found(client_of: ClientOf, server: RunningServer) -> None:
+    client = client_of(server.url, model="another")
     for call in (client.erasures, client.concepts, lambda: client.classify("a"), lambda: client.switch_on("Sports")):
         with pytest.raises(NotFound) as raised:
             call()
         assert raised.value.code == "unknown_model"
 
 
-def test_a_server_without_a_range_set_says_so_at_once(client_of: ClientOf, serve: Callable[..., Running]) -> None:
-    client = client_of(serve().url, retries=1000)
+def test_a_server_without_a_range_set_says_so_at_once(
+    client_of: ClientOf, start_server: Callable[..., RunningServer]
+) -> None:
+    client = client_of(start_server().url, retries=1000)
     assert client.classify("a").label
     with pytest.raises(Unavailable) as raised:
         client.classify("a", erase="Sports")
     assert raised.value.code == "no_range_set"
 
 
-def test_ready_is_asked_once(client_of: ClientOf, news: Running) -> None:
-    client = client_of(news.url, retries=1000)
+def test_ready_is_asked_once(client_of: ClientOf, server: RunningServer) -> None:
+    client = client_of(server.url, retries=1000)
     assert client.ready().problem is None
-    news.service.engine.drain()
+    server.service.engine.drain()
     with pytest.raises(Unavailable) as raised:
         client.ready()
     assert raised.value.problem["checks"]
 
 
-def test_keys(client_of: ClientOf, keyed: tuple[Running, dict[str, str], Any], monkeypatch: pytest.MonkeyPatch) -> None:
-    running, tokens, _ = keyed
+def test_keys(
+    client_of: ClientOf, server_with_keys: tuple[RunningServer, dict[str, str], Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    running, tokens, _ = server_with_keys
     infer, admin = client_of(running.url, tokens["infer"]), client_of(running.url, tokens["admin"])
     assert infer.classify(TEXTS).results
     assert admin.switch_on("Sports").erasures[0].by == "key:the-admin"
@@ -385,17 +395,17 @@ def test_keys(client_of: ClientOf, keyed: tuple[Running, dict[str, str], Any], m
 
 
 def test_a_key_that_may_only_infer_classifies_long_lists(
-    client_of: ClientOf, keyed: tuple[Running, dict[str, str], Any]
+    client_of: ClientOf, server_with_keys: tuple[RunningServer, dict[str, str], Any]
 ) -> None:
-    running, tokens, _ = keyed
+    running, tokens, _ = server_with_keys
     assert len(client_of(running.url, tokens["infer"]).classify(["a"] * 300).results) == 300
 
 
 def test_more_than_the_server_takes_at_once_comes_through_all_the_same(
-    serve: Callable[..., Running], fitted: Fitted
+    start_server: Callable[..., RunningServer], fitted: Fitted
 ) -> None:
     """Twenty users of a server whose queue holds three of their requests: some are refused, and wait for their turn."""
-    running = ready(serve(max_queue_texts=12, max_batch_tokens=64), fitted)
+    running = with_ranges(start_server(max_queue_texts=12, max_batch_tokens=64), fitted)
 
     async def main() -> list[tuple[str, ...]]:
         async with AsyncClient(running.url, retries=1000, timeout=120) as client:
@@ -415,15 +425,15 @@ def test_more_than_the_server_takes_at_once_comes_through_all_the_same(
     assert refused
 
 
-def test_one_httpx_client_may_be_shared_and_stays_open(news: Running) -> None:
+def test_one_httpx_client_may_be_shared_and_stays_open(server: RunningServer) -> None:
     with httpx.Client() as http:
         for _ in range(2):
-            with neuronlens.Client(news.url, http=http) as client:
+            with neuronlens.Client(server.url, http=http) as client:
                 assert client.ready().status == "ready"
 
 
-def test_a_closed_client_says_so(news: Running) -> None:
-    client = neuronlens.Client(news.url)
+def test_a_closed_client_says_so(server: RunningServer) -> None:
+    client = neuronlens.Client(server.url)
     client.close()
     with pytest.raises(RuntimeError, match="closed"):
         client.ready()

@@ -26,8 +26,8 @@ from neuronlens import (
 )
 from neuronlens.calls import Caller
 from neuronlens.events import Following
-from tests.e2e.conftest import Running
 from tests.neuronlens.conftest import Scripted, refusal
+from tests.servers import RunningServer
 
 ClientOf = Callable[..., Any]
 STREAM = {"Content-Type": "text/event-stream; charset=utf-8"}
@@ -39,8 +39,8 @@ def live(generation: str, reason: str = "") -> bytes:
     return f"event: live\nid: {generation}\ndata: {json.dumps(state, ensure_ascii=False)}\n\n".encode()
 
 
-def test_what_changes_is_told_as_it_is_then(client_of: ClientOf, news: Running) -> None:
-    client, operator = client_of(news.url), Client(news.url)
+def test_what_changes_is_told_as_it_is_then(client_of: ClientOf, server: RunningServer) -> None:
+    client, operator = client_of(server.url), Client(server.url)
     with closing(client.events()) as events, operator:
         first = next(events)
         assert first == LiveChanged(operator.erasures())

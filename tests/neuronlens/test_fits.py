@@ -9,16 +9,16 @@ import pytest
 
 from app.fit_requests import FitIn
 from neuronlens import Conflict, DeadlineExceeded, FitSettings, Invalid, JobChanged, NotFound, Refused
-from tests.e2e.conftest import Running
 from tests.e2e.fits.conftest import LONG, SMALL, fitting, texts
 from tests.neuronlens.conftest import Scripted, refusal
 from tests.neuronlens.test_client import unknown
+from tests.servers import RunningServer
 
 __all__ = ["fitting", "texts"]
 ClientOf = Callable[..., Any]
 
 
-def test_a_fit_is_asked_for_and_waited_for(client_of: ClientOf, fitting: Running) -> None:
+def test_a_fit_is_asked_for_and_waited_for(client_of: ClientOf, fitting: RunningServer) -> None:
     client = client_of(fitting.url)
     asked = client.fit(**SMALL, activate=True, reason="a try")
     assert not list(unknown(asked))
@@ -37,7 +37,7 @@ def test_a_fit_is_asked_for_and_waited_for(client_of: ClientOf, fitting: Running
     assert raised.value.code == "job_over"
 
 
-def test_a_fit_is_cancelled(client_of: ClientOf, fitting: Running) -> None:
+def test_a_fit_is_cancelled(client_of: ClientOf, fitting: RunningServer) -> None:
     client = client_of(fitting.url)
     job = client.fit(**LONG, idempotency_key="once")
     assert client.fit(**LONG, idempotency_key="once").id == job.id
@@ -49,7 +49,7 @@ def test_a_fit_is_cancelled(client_of: ClientOf, fitting: Running) -> None:
 
 
 def test_what_cannot_be_fitted_is_said(
-    client_of: ClientOf, fitting: Running, serve: Callable[..., Running], tmp_path: Path
+    client_of: ClientOf, fitting: RunningServer, start_server: Callable[..., RunningServer], tmp_path: Path
 ) -> None:
     client = client_of(fitting.url)
     with pytest.raises(Invalid) as raised:
@@ -59,7 +59,7 @@ def test_what_cannot_be_fitted_is_said(
         client.job("nonsense")
     assert missing.value.code == "unknown_job"
     with pytest.raises(Refused) as refused:
-        client_of(serve().url).fit("a.jsonl")
+        client_of(start_server().url).fit("a.jsonl")
     assert refused.value.code == "fits_disabled"
 
 

@@ -10,7 +10,7 @@ import pytest
 
 from range_store.api_keys import KeyStore
 from tests.docker.conftest import system_program
-from tests.e2e.conftest import Running
+from tests.servers import RunningServer
 
 ROOT = Path(__file__).parents[2]
 PAGE = (ROOT / "docs" / "recipes.md").read_text("utf-8")
@@ -27,9 +27,9 @@ def blocks(language: str) -> list[object]:
 
 
 def run(
-    command: list[str], code: str, keyed: tuple[Running, dict[str, str], KeyStore]
+    command: list[str], code: str, server_with_keys: tuple[RunningServer, dict[str, str], KeyStore]
 ) -> "subprocess.CompletedProcess[str]":
-    running, tokens, _ = keyed
+    running, tokens, _ = server_with_keys
     assert "http://127.0.0.1:8000" in code
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "NEURONLENS_API_KEY": tokens["admin"]}
     return subprocess.run(
@@ -58,23 +58,23 @@ def is_of_others(code: str) -> bool:
 
 
 @pytest.mark.parametrize(("language", "code"), blocks("python"))
-def test_python(language: str, code: str, keyed: tuple[Running, dict[str, str], KeyStore]) -> None:
+def test_python(language: str, code: str, server_with_keys: tuple[RunningServer, dict[str, str], KeyStore]) -> None:
     if is_of_others(code):
         compile(code, "recipe", "exec")
         return
-    done = run([sys.executable, "-W", "error", "-"], code, keyed)
+    done = run([sys.executable, "-W", "error", "-"], code, server_with_keys)
     assert (done.returncode, done.stderr) == (0, "")
     assert done.stdout
-    running, _, _ = keyed
+    running, _, _ = server_with_keys
     assert running.http.get("/livez").status_code == 200
 
 
 @pytest.mark.system
 @pytest.mark.parametrize(("language", "code"), blocks("sh"))
-def test_shell(language: str, code: str, keyed: tuple[Running, dict[str, str], KeyStore]) -> None:
+def test_shell(language: str, code: str, server_with_keys: tuple[RunningServer, dict[str, str], KeyStore]) -> None:
     system_program("curl")
     code = code.replace("--max-time 2 ", "--max-time 10 ")  # a busy machine may need more to begin
-    done = run(["bash", "-euo", "pipefail", "-s"], code, keyed)
+    done = run(["bash", "-euo", "pipefail", "-s"], code, server_with_keys)
     if "--max-time" in code:  # a stream never ends by itself
         assert done.returncode == 28
         assert "event: live\n" in done.stdout
@@ -86,7 +86,7 @@ def test_shell(language: str, code: str, keyed: tuple[Running, dict[str, str], K
 
 @pytest.mark.system
 @pytest.mark.parametrize(("language", "code"), blocks("js"))
-def test_javascript(language: str, code: str, keyed: tuple[Running, dict[str, str], KeyStore]) -> None:
-    done = run([system_program("node"), "--input-type=module"], code, keyed)
+def test_javascript(language: str, code: str, server_with_keys: tuple[RunningServer, dict[str, str], KeyStore]) -> None:
+    done = run([system_program("node"), "--input-type=module"], code, server_with_keys)
     assert (done.returncode, done.stderr) == (0, "")
     assert done.stdout

@@ -1,4 +1,4 @@
-"""The live state on a real Redis: generations, compare-and-set, expiry and audit."""
+"""The live state on a real Redis: generations, compare-and-set, expiry and the audit log."""
 
 import threading
 import time
@@ -22,7 +22,7 @@ from range_store.errors import (
     UnresolvableErasure,
 )
 from range_store.keys import CHANGES
-from range_store.live import LiveErasure, LiveState
+from range_store.live import LiveErasure, LiveState, new_state, reaches
 from range_store.store import RangeStore
 from tests.range_store.builders import CONCEPTS, random_range_set
 from tests.range_store.waiting import until
@@ -43,7 +43,7 @@ def active(store: RangeStore) -> RangeStore:
     return store
 
 
-def test_reading_finds_one_state_however_many_read_first(store: RangeStore) -> None:
+def test_concurrent_first_reads_create_one_state(store: RangeStore) -> None:
     assert store.peek() is None
     found: list[LiveState] = []
     threads = [threading.Thread(target=lambda: found.append(store.live())) for _ in range(8)]
@@ -57,7 +57,7 @@ def test_reading_finds_one_state_however_many_read_first(store: RangeStore) -> N
     assert [each.action for each in store.audit()] == ["create"]
 
 
-def test_every_creation_is_an_epoch_of_its_own(store: RangeStore) -> None:
+def test_every_creation_starts_a_new_epoch(store: RangeStore) -> None:
     epochs = set()
     for _ in range(5):
         epochs.add(store.live().epoch)
@@ -65,7 +65,7 @@ def test_every_creation_is_an_epoch_of_its_own(store: RangeStore) -> None:
     assert len(epochs) == 5
 
 
-def test_every_change_makes_the_next_generation_and_an_audit_entry(active: RangeStore) -> None:
+def test_every_change_increments_the_generation_and_is_audited(active: RangeStore) -> None:
     epoch = active.live().epoch
     active.set_erasure(erasing("World", by="ann", reason="trial"))
     active.set_erasures([erasing("Sports"), erasing("Business")], by="ben", reason="policy")
@@ -85,19 +85,19 @@ def test_every_change_makes_the_next_generation_and_an_audit_entry(active: Range
     assert [each.action for each in active.audit(limit=2)] == ["remove", "replace"]
 
 
-def test_erasures_stand_in_the_order_of_their_concepts(active: RangeStore) -> None:
+def test_erasures_are_sorted_by_concept(active: RangeStore) -> None:
     state = active.set_erasures([erasing(concept) for concept in ("World", "Business", "Sports", "Sci/Tech")])
     assert concepts(state) == sorted(CONCEPTS)
     assert concepts(active.live()) == sorted(CONCEPTS)
 
 
-def test_setting_one_again_replaces_it(active: RangeStore) -> None:
+def test_setting_an_erasure_again_replaces_it(active: RangeStore) -> None:
     active.set_erasure(erasing("World", tau=1.0))
     state = active.set_erasure(erasing("World", tau=3.0, enforced=True))
     assert [(each.erasure.tau, each.enforced) for each in state.erasures] == [(3.0, True)]
 
 
-def test_switching_off_what_is_off_changes_nothing(active: RangeStore) -> None:
+def test_remove_is_idempotent(active: RangeStore) -> None:
     before = active.live()
     assert active.remove_erasure("World") == before
     assert active.live() == before
@@ -105,7 +105,7 @@ def test_switching_off_what_is_off_changes_nothing(active: RangeStore) -> None:
         active.remove_erasure("Weather")
 
 
-def test_what_cannot_be_resolved_cannot_be_switched_on(active: RangeStore) -> None:
+def test_unresolvable_erasure_is_rejected(active: RangeStore) -> None:
     before = active.live()
     for erasure, error in (
         (erasing("Weather"), UnknownConcept),
@@ -121,14 +121,14 @@ def test_what_cannot_be_resolved_cannot_be_switched_on(active: RangeStore) -> No
     assert active.live() == before
 
 
-def test_without_a_range_set_nothing_can_be_erased(store: RangeStore) -> None:
+def test_erasing_without_a_range_set_is_rejected(store: RangeStore) -> None:
     for call in (lambda: store.set_erasure(erasing("World")), lambda: store.set_erasures([erasing("World")])):
         with pytest.raises(NoRangeSet, match="neuronlens fit"):
             call()
     assert store.set_erasures([]).erasures == ()
 
 
-def test_a_stale_guard_changes_nothing(active: RangeStore) -> None:
+def test_stale_generation_is_rejected_and_changes_nothing(active: RangeStore) -> None:
     read = active.live().generation
     moved = active.set_erasure(erasing("World"), if_match=read)
     for change in (
@@ -145,7 +145,7 @@ def test_a_stale_guard_changes_nothing(active: RangeStore) -> None:
 
 
 def test_concurrent_changes_lose_no_update(active: RangeStore) -> None:
-    """Four threads, each switching its own concept: every switch is in the audit, and none undid another's."""
+    """Four threads each toggle their own concept: every change is audited, and none undoes another."""
     rounds = 10
 
     def switch(concept: str) -> None:
@@ -171,7 +171,7 @@ def test_concurrent_changes_lose_no_update(active: RangeStore) -> None:
     )
 
 
-def test_of_concurrent_guarded_changes_one_succeeds(active: RangeStore) -> None:
+def test_one_of_several_conditional_changes_succeeds(active: RangeStore) -> None:
     read = active.live().generation
     outcomes: list[str] = []
 
@@ -190,7 +190,7 @@ def test_of_concurrent_guarded_changes_one_succeeds(active: RangeStore) -> None:
     assert sorted(outcomes) == ["done", "stale", "stale", "stale"]
 
 
-def test_a_change_whose_answer_was_lost_is_not_made_twice(active: RangeStore) -> None:
+def test_repeated_write_is_applied_once(active: RangeStore) -> None:
     raw, state = active._read()
     assert state is not None
     after = state.advanced(state.range_set, (erasing("World"),))
@@ -199,8 +199,8 @@ def test_a_change_whose_answer_was_lost_is_not_made_twice(active: RangeStore) ->
     assert active.live() == after
 
 
-def test_expiry_is_obeyed_at_once_and_makes_a_generation_and_an_audit_entry(active: RangeStore) -> None:
-    due = time.time() + 1000
+def test_expiry_applies_at_its_time_and_is_audited(active: RangeStore) -> None:
+    due = time.time() + 1e9  # far ahead: the clock passes it only where this test says so
     state = active.set_erasures([erasing("World", expires_at=due), erasing("Sports")])
     assert state.next_expiry == due
     assert [each.concept for each in state.at(due - 1)] == ["Sports", "World"]
@@ -219,19 +219,19 @@ def test_expiry_is_obeyed_at_once_and_makes_a_generation_and_an_audit_entry(acti
     assert active.expire(due) == after
 
 
-def test_expiring_where_nothing_is_creates_nothing(store: RangeStore) -> None:
+def test_expire_creates_no_state(store: RangeStore) -> None:
     assert store.expire(time.time()) is None
     assert store.peek() is None
 
 
-def test_another_change_takes_the_expired_out_first(active: RangeStore) -> None:
+def test_change_removes_expired_erasures_first(active: RangeStore) -> None:
     state = active.set_erasures([erasing("World", expires_at=time.time() - 1)])
     after = active.set_erasure(erasing("Sports"), if_match=state.generation)
     assert (concepts(after), after.counter) == (["Sports"], state.counter + 2)
     assert [each.action for each in active.audit(2)] == ["set", "expire"]
 
 
-def test_a_range_set_that_cannot_serve_a_live_erasure_is_not_activated(active: RangeStore) -> None:
+def test_range_set_without_a_live_concept_is_activated_only_by_force(active: RangeStore) -> None:
     active.set_erasures(
         [erasing("World", layers=(0,)), erasing("Sports", layers=(2,)), erasing("Business", layers=(2,))]
     )
@@ -254,21 +254,21 @@ def test_a_range_set_that_cannot_serve_a_live_erasure_is_not_activated(active: R
         active.set_erasure(erasing("Sports", layers=(2,)))
 
 
-def test_an_expired_erasure_does_not_block_activation(active: RangeStore) -> None:
+def test_expired_erasure_does_not_block_activation(active: RangeStore) -> None:
     active.set_erasures([erasing("World", expires_at=time.time() - 1)])
     other, inspect = random_range_set(3, concepts=("Sports",))
     active.publish(other, inspect)
     assert active.activate(other.id).erasures == ()
 
 
-def test_going_back_to_an_earlier_range_set(active: RangeStore) -> None:
+def test_earlier_range_set_can_be_activated_again(active: RangeStore) -> None:
     first = active.live().range_set
     second = active.publish(*random_range_set(4))
     active.activate(second)
     assert active.activate(str(first)).range_set == first
 
 
-def test_what_is_no_longer_published_cannot_be_activated(active: RangeStore) -> None:
+def test_removed_range_set_cannot_be_activated(active: RangeStore) -> None:
     candidate = active.publish(*random_range_set(5))
     read = active.read
 
@@ -284,7 +284,7 @@ def test_what_is_no_longer_published_cannot_be_activated(active: RangeStore) -> 
     assert active.live() == before
 
 
-def test_every_change_is_announced(active: RangeStore, redis_client: redis.Redis) -> None:
+def test_every_change_is_published_to_subscribers(active: RangeStore, redis_client: redis.Redis) -> None:
     with redis_client.pubsub(ignore_subscribe_messages=True) as feed:
         feed.subscribe(CHANGES)
         feed.get_message(timeout=1)
@@ -293,7 +293,7 @@ def test_every_change_is_announced(active: RangeStore, redis_client: redis.Redis
         until(lambda: (message := feed.get_message(timeout=0.1)) and message["data"] == told)  # others tell here too
 
 
-def test_an_unreadable_live_state_is_refused_and_not_overwritten(active: RangeStore) -> None:
+def test_unreadable_state_is_rejected_and_kept(active: RangeStore) -> None:
     for stored in (b"", b"[]", b"\xff", b'{"generation": "x", "range_set": null, "erasures": []}'):
         active.client.set(active.keys.live, stored)
         for call in (active.peek, active.live, lambda: active.set_erasures([]), lambda: active.expire(0.0)):
@@ -302,7 +302,7 @@ def test_an_unreadable_live_state_is_refused_and_not_overwritten(active: RangeSt
         assert active.client.get(active.keys.live) == stored
 
 
-def test_keys_that_hold_something_else_are_a_clear_error(store: RangeStore) -> None:
+def test_keys_of_another_type_give_a_clear_error(store: RangeStore) -> None:
     store.client.lpush(store.keys.live, "x")
     store.client.set(store.keys.audit, "x")
     for call in (store.peek, store.audit):
@@ -310,18 +310,54 @@ def test_keys_that_hold_something_else_are_a_clear_error(store: RangeStore) -> N
             call()
 
 
-@given(st.lists(st.tuples(st.text(min_size=1, max_size=4), st.none() | st.floats(0, 100)), unique_by=lambda e: e[0]))
-def test_a_state_survives_its_stored_form(each: list[tuple[str, float | None]]) -> None:
+CONCEPT_NAMES = st.text('aZé漢 "\\/', min_size=1, max_size=4)
+
+
+@given(st.lists(st.tuples(CONCEPT_NAMES, st.none() | st.floats(0, 100)), unique_by=lambda e: e[0]))
+def test_state_survives_a_json_round_trip(each: list[tuple[str, float | None]]) -> None:
     erasures = tuple(erasing(concept, expires_at=at) for concept, at in each)
     state = LiveState(generation="0123abcd-7", range_set=None, erasures=erasures)
     assert LiveState.model_validate_json(state.model_dump_json()) == state
     assert concepts(state) == sorted(concept for concept, _ in each)
     for now in (0.0, 50.0, 100.0):
         assert {e.concept for e in state.at(now)} == {c for c, at in each if at is None or at > now}
-    assert (state.epoch, state.counter, state.advanced(None, ()).generation) == ("0123abcd", 7, "0123abcd-8")
+    assert state.next_expiry == min((at for _, at in each if at is not None), default=None)
 
 
-def test_a_state_is_one_or_none() -> None:
+def test_advanced_state_is_the_next_generation() -> None:
+    state = LiveState(generation="0123abcd-7", range_set="one", erasures=(erasing("World"),))
+    after = state.advanced("two", (erasing("Sports"),))
+    assert (state.epoch, state.counter) == ("0123abcd", 7)
+    assert (after.generation, after.range_set, concepts(after)) == ("0123abcd-8", "two", ["Sports"])
+
+
+def test_new_state_is_empty_and_at_generation_zero() -> None:
+    state = new_state()
+    assert (state.counter, state.range_set, state.erasures, state.next_expiry) == (0, None, (), None)
+    assert state.epoch != new_state().epoch
+
+
+@given(st.sampled_from(["00000000", "0000000a"]), st.integers(0, 12), st.sampled_from(["00000000", "0000000a"]))
+def test_later_generation_of_the_same_epoch_reaches_an_earlier_one(epoch: str, counter: int, other: str) -> None:
+    state = LiveState(generation=f"{epoch}-{counter}", range_set=None, erasures=())
+    for wanted in range(13):
+        expected = epoch == other and counter >= wanted
+        assert reaches(state.generation, f"{other}-{wanted}") is expected
+        assert state.reaches(f"{other}-{wanted}") is expected
+
+
+@pytest.mark.parametrize(("expires_at", "expired"), [(None, False), (99.0, True), (100.0, True), (100.5, False)])
+def test_erasure_expires_at_its_time(expires_at: float | None, expired: bool) -> None:
+    assert erasing("World", expires_at=expires_at).expired(100.0) is expired
+
+
+def test_duplicate_concept_error_is_a_validation_error() -> None:
+    twice = (erasing("World"), erasing("World", tau=1.0))
+    with pytest.raises(ValidationError, match="concept 'World' is named twice"):
+        LiveState(generation="0123abcd-7", range_set=None, erasures=twice)
+
+
+def test_invalid_state_is_rejected() -> None:
     twice = [LiveErasure(erasure=Erasure(concept="World"))] * 2
     for wrong in (
         {"generation": "0123abcd-7", "range_set": None, "erasures": twice},

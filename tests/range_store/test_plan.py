@@ -1,4 +1,4 @@
-"""Plans: what is masked, what it becomes, and which erasure comes first."""
+"""Plans: which neurons are masked, what their values become, and which erasure takes precedence."""
 
 import dataclasses
 from typing import Any
@@ -71,7 +71,7 @@ def expected(range_set: RangeSet, erasures: list[Erasure], layer: int, hidden: n
 
 
 @given(LISTS, st.integers(0, 2**32 - 1))
-def test_a_plan_does_what_the_method_says(erasures: list[Erasure], seed: int) -> None:
+def test_plan_follows_the_method(erasures: list[Erasure], seed: int) -> None:
     plan = resolve(RANGE_SET, erasures)
     rng = np.random.default_rng(seed)
     for layer in range(N_LAYERS):
@@ -83,7 +83,7 @@ def test_a_plan_does_what_the_method_says(erasures: list[Erasure], seed: int) ->
 
 
 @given(LISTS)
-def test_rows_stand_in_the_order_of_the_erasures(erasures: list[Erasure]) -> None:
+def test_mask_rows_follow_the_order_of_the_erasures(erasures: list[Erasure]) -> None:
     plan = resolve(RANGE_SET, erasures)
     assert [each.concept for each in plan.erasures] == [each.concept for each in erasures]
     for layer, mask in plan.masks.items():
@@ -107,7 +107,7 @@ def test_rows_stand_in_the_order_of_the_erasures(erasures: list[Erasure]) -> Non
 
 
 @given(st.floats(-50, 50, width=32), st.floats(0, 5))
-def test_bounds_in_single_precision_hold_all_states_that_the_exact_ones_hold(value: float, tau: float) -> None:
+def test_float32_bounds_contain_the_exact_range(value: float, tau: float) -> None:
     plan = resolve(RANGE_SET, [Erasure(concept="World", tau=tau, top_fraction=1.0, layers=(0,))])
     c = RANGE_SET.concept_index("World")
     mean, std = RANGE_SET.layers[0].mean[c], RANGE_SET.layers[0].std[c]
@@ -118,13 +118,13 @@ def test_bounds_in_single_precision_hold_all_states_that_the_exact_ones_hold(val
 
 
 @given(LISTS, LISTS)
-def test_plans_with_the_same_key_do_the_same(one: list[Erasure], other: list[Erasure]) -> None:
+def test_equal_keys_mean_equal_erasures(one: list[Erasure], other: list[Erasure]) -> None:
     first, second = resolve(RANGE_SET, one), resolve(RANGE_SET, other)
     assert (first.key == second.key) == (first.erasures == second.erasures)
     assert first.key == resolve(RANGE_SET, one).key
 
 
-def test_the_key_knows_layers_by_their_place_and_the_range_set() -> None:
+def test_key_depends_on_resolved_layers_and_the_range_set() -> None:
     assert resolve(RANGE_SET, [Erasure(concept="World")]).key == (
         resolve(RANGE_SET, [Erasure(concept="World", layers=(2,))]).key
     )
@@ -134,12 +134,12 @@ def test_the_key_knows_layers_by_their_place_and_the_range_set() -> None:
     assert resolve(RANGE_SET, pair).key != resolve(RANGE_SET, pair[::-1]).key, "which comes first matters"
 
 
-def test_no_erasure_is_the_empty_plan() -> None:
+def test_no_erasures_give_the_empty_plan() -> None:
     assert resolve(RANGE_SET, []) is NO_ERASURE
     assert (NO_ERASURE.split, dict(NO_ERASURE.masks), NO_ERASURE.key) == (None, {}, "")
 
 
-def test_a_range_without_an_end_is_neuron_masking() -> None:
+def test_unbounded_range_equals_neuron_masking() -> None:
     wide = resolve(RANGE_SET, [Erasure(concept="World", tau=1e30, top_fraction=0.5)]).masks[2]
     whole = resolve(RANGE_SET, [Erasure(concept="World", method="neuron", top_fraction=0.5)]).masks[2]
     for value in (-1e20, -1.0, 0.0, 1.0, 1e20):
@@ -158,14 +158,14 @@ def with_layer(count: int, **arrays: Any) -> RangeSet:
 EVERY = Erasure(concept="this", top_fraction=1.0)
 
 
-def test_a_constant_neuron_is_masked_at_its_value_and_nowhere_else() -> None:
+def test_constant_neuron_is_masked_only_at_its_value() -> None:
     constant = np.array([[0.1, 0.1, 0.1]] * 2).astype(np.float32).astype(np.float64)
     mask = resolve(with_layer(4, mean=constant, std=np.zeros((2, 3))), [EVERY]).masks[0]
     hidden = np.array([0.1, np.nextafter(np.float32(0.1), np.float32(1)), 0.0], np.float32)
     assert apply(mask, hidden)[1].tolist() == [True, False, False]
 
 
-def test_one_text_or_nan_masks_nothing_by_range_and_all_by_neuron() -> None:
+def test_unknown_statistics_mask_nothing_by_range_and_everything_by_neuron() -> None:
     unknown = np.full((2, 3), np.nan)
     for range_set in (with_layer(1), with_layer(5, mean=unknown), with_layer(5, std=unknown)):
         by_range = resolve(range_set, [EVERY]).masks[0]
@@ -176,7 +176,7 @@ def test_one_text_or_nan_masks_nothing_by_range_and_all_by_neuron() -> None:
             assert apply(by_neuron, hidden)[1].all()
 
 
-def test_a_mean_that_is_not_known_becomes_zero() -> None:
+def test_unknown_mean_replacement_is_zero() -> None:
     mean = np.array([[1.0, 2.0, 3.0], [np.nan, 5.0, np.inf]])
     neuron = Erasure(concept="this", method="neuron", top_fraction=1.0, replacement="mean")
     mask = resolve(with_layer(3, mean=mean), [neuron]).masks[0]
@@ -185,7 +185,7 @@ def test_a_mean_that_is_not_known_becomes_zero() -> None:
     assert apply(resolve(lone, [neuron]).masks[0], np.ones(3, np.float32))[0].tolist() == [0.0, 0.0, 0.0]
 
 
-def test_the_first_erasure_that_masks_a_neuron_decides_what_it_becomes() -> None:
+def test_first_erasure_of_a_neuron_decides_its_replacement() -> None:
     settings = {"method": "neuron", "top_fraction": 1.0}
     damped = Erasure(concept="this", replacement=Damp(damp=0.5), **settings)  # type: ignore[arg-type]
     zeroed = Erasure(concept="that", replacement="zero", **settings)  # type: ignore[arg-type]
@@ -194,7 +194,45 @@ def test_the_first_erasure_that_masks_a_neuron_decides_what_it_becomes() -> None
         assert apply(resolve(with_layer(3), [first, second]).masks[0], hidden)[0].tolist() == [result] * 3
 
 
-def test_what_cannot_be_resolved_says_what_there_is() -> None:
+def test_plan_keeps_the_site_of_the_range_set() -> None:
+    settings = RANGE_SET.provenance.settings.model_copy(update={"site": "mlp_output"})
+    provenance = RANGE_SET.provenance.model_copy(update={"settings": settings})
+    other = assemble(provenance, RANGE_SET.layers, INSPECT)
+    assert resolve(other, [Erasure(concept="World")]).site == "mlp_output"
+    assert resolve(RANGE_SET, [Erasure(concept="World")]).site == "block_output"
+
+
+def test_masks_are_ordered_by_layer() -> None:
+    pair = [Erasure(concept="World", layers=(2,)), Erasure(concept="Sports", layers=(0, 1))]
+    assert list(resolve(RANGE_SET, pair).masks) == [0, 1, 2]
+
+
+def test_unmasked_entries_are_neutral() -> None:
+    """Neurons outside the top fraction keep the empty range, and so do all neurons under neuron masking."""
+    by_range = resolve(RANGE_SET, [Erasure(concept="World", top_fraction=0.5, replacement=Damp(damp=0.25))]).masks[2]
+    salient = np.isfinite(by_range.low[0])
+    assert salient.sum() == np.isfinite(by_range.high[0]).sum() == HIDDEN // 2
+    assert (by_range.low[0][~salient] == np.inf).all()
+    assert (by_range.high[0][~salient] == -np.inf).all()
+    assert not by_range.always.any()
+    assert (by_range.scale == 0.25).all()
+    assert (by_range.offset == 0.0).all()
+    by_neuron = resolve(RANGE_SET, [Erasure(concept="World", method="neuron", top_fraction=0.5)]).masks[2]
+    assert np.array_equal(by_neuron.always[0], salient)
+    assert (by_neuron.low == np.inf).all()
+    assert (by_neuron.high == -np.inf).all()
+    assert not by_neuron.scale.any()
+    assert not by_neuron.offset.any()
+
+
+@pytest.mark.filterwarnings("error")
+def test_bounds_beyond_float32_are_infinite_without_a_warning() -> None:
+    mask = resolve(RANGE_SET, [Erasure(concept="World", tau=1e300, top_fraction=1.0)]).masks[2]
+    assert (mask.low == -np.inf).all()
+    assert (mask.high == np.inf).all()
+
+
+def test_unresolvable_erasure_error_names_what_exists() -> None:
     part, _ = random_range_set(702, layers=(0, 2), rankings=("max",))
     with pytest.raises(UnknownConcept, match=r"'Weather'; known: 'Business', 'Sci/Tech', 'Sports', 'World'"):
         resolve(part, [Erasure(concept="Weather")])
@@ -208,7 +246,7 @@ def test_what_cannot_be_resolved_says_what_there_is() -> None:
         resolve(part, [Erasure(concept="World"), Erasure(concept="World", tau=1.0)])
 
 
-def test_a_range_set_knows_its_model() -> None:
+def test_range_set_of_another_model_is_rejected() -> None:
     check_model(RANGE_SET.provenance, FINGERPRINT)
     with pytest.raises(ForeignRangeSet, match="tiny-news"):
         check_model(RANGE_SET.provenance, "0" * 64)

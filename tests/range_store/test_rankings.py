@@ -12,6 +12,9 @@ from hypothesis.extra.numpy import arrays
 from range_store.erasure import STATISTICAL
 from range_store.rankings import count_of_top, mean_of_others, order, saliency, top
 
+pytestmark = pytest.mark.filterwarnings("error")
+"""Degenerate statistics are expected: they must not warn."""
+
 VALUES = st.floats(-100, 100, allow_nan=False).map(lambda x: round(x, 3))
 Texts = list[np.ndarray]
 
@@ -31,22 +34,35 @@ def statistics(states: Texts) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.nd
 
 
 @given(raw_states())
-def test_max_is_the_mean_absolute_value(states: Texts) -> None:
+def test_max_ranks_by_mean_absolute_value(states: Texts) -> None:
     found = saliency("max", *statistics(states))
     for c, x in enumerate(states):
         assert np.allclose(found[c], np.abs(x).mean(0))
 
 
 @given(raw_states())
-def test_probeless_is_the_summed_distance_to_the_other_means(states: Texts) -> None:
+def test_probeless_sums_the_distances_to_the_other_means(states: Texts) -> None:
     found = saliency("probeless", *statistics(states))
     for c, x in enumerate(states):
         expected = sum((np.abs(x.mean(0) - other.mean(0)) for i, other in enumerate(states) if i != c), np.zeros(1))
         assert np.allclose(found[c], expected)
 
 
+@given(raw_states())
+def test_probeless_global_sums_the_distances_of_all_pairs(states: Texts) -> None:
+    pairs = itertools.combinations([x.mean(0) for x in states], 2)
+    expected = sum((np.abs(one - other) for one, other in pairs), np.zeros(states[0].shape[1]))
+    assert np.allclose(saliency("probeless_global", *statistics(states)), [expected] * len(states))
+
+
+def test_probe_ranking_cannot_be_computed_from_statistics() -> None:
+    statistics_of_one = statistics([np.ones((2, 3))])
+    with pytest.raises(ValueError, match=r"^the probe ranking is trained on states, see workers\.fitting\.probe$"):
+        saliency("probe", *statistics_of_one)
+
+
 @given(raw_states(min_concepts=2))
-def test_selectivity_is_the_gap_to_all_other_texts_over_the_pooled_spread(states: Texts) -> None:
+def test_selectivity_is_the_gap_over_the_pooled_deviation(states: Texts) -> None:
     found = saliency("selectivity", *statistics(states))
     for c, x in enumerate(states):
         rest = np.concatenate([other for i, other in enumerate(states) if i != c])
@@ -56,14 +72,14 @@ def test_selectivity_is_the_gap_to_all_other_texts_over_the_pooled_spread(states
         assert np.allclose(found[c][told], (gap / np.where(told, pooled, 1))[told], rtol=1e-6, atol=1e-9)
 
 
-def test_selectivity_without_any_spread_is_nothing_or_the_largest_number() -> None:
+def test_selectivity_without_deviation_is_zero_or_the_largest_number() -> None:
     counts, mean, flat = np.array([2, 2]), np.array([[1.0, 3.0], [1.0, 4.0]]), np.zeros((2, 2))
     found = saliency("selectivity", counts, mean, flat, np.abs(mean))
     assert found.tolist() == [[0.0, np.finfo(np.float64).max]] * 2
     assert top(found[0], 0.5).tolist() == [1], "a neuron that separates perfectly comes first"
 
 
-def test_a_lone_concept_has_nothing_to_be_selective_against() -> None:
+def test_single_concept_has_no_selectivity() -> None:
     counts, mean, std = np.array([5]), np.ones((1, 3)), np.ones((1, 3))
     assert (saliency("selectivity", counts, mean, std, mean) == -np.inf).all()
     assert (saliency("probeless", counts, mean, std, mean) == 0).all()
@@ -71,7 +87,7 @@ def test_a_lone_concept_has_nothing_to_be_selective_against() -> None:
 
 
 @pytest.mark.parametrize("ranking", STATISTICAL)
-def test_what_cannot_be_computed_ranks_last(ranking: str) -> None:
+def test_unknown_statistics_rank_last(ranking: str) -> None:
     rng = np.random.default_rng(0)
     counts, mean, std = np.array([3, 4]), rng.normal(size=(2, 5)), rng.uniform(1, 2, (2, 5))
     mean_abs = np.abs(mean)
@@ -84,7 +100,7 @@ def test_what_cannot_be_computed_ranks_last(ranking: str) -> None:
 
 
 @given(raw_states(min_concepts=2))
-def test_the_mean_of_the_others_counts_every_text_once(states: Texts) -> None:
+def test_mean_of_others_weights_every_text_once(states: Texts) -> None:
     counts, mean, _, _ = statistics(states)
     found = mean_of_others(counts, mean)
     for c in range(len(states)):
@@ -92,20 +108,27 @@ def test_the_mean_of_the_others_counts_every_text_once(states: Texts) -> None:
         assert np.allclose(found[c], rest.mean(0))
 
 
+def test_mean_of_others_ignores_concepts_without_texts() -> None:
+    found = mean_of_others(np.array([0, 3, 0]), np.array([[7.0], [5.0], [9.0]]))
+    assert found[0] == found[2] == 5.0
+    assert np.isnan(found[1]), "the others have no text"
+    assert mean_of_others(np.array([1, 1]), np.array([[2.0], [3.0]])).tolist() == [[3.0], [2.0]], "one text is enough"
+
+
 @given(st.integers(1, 1000), st.integers(1, 20_000))
-def test_k_is_exact_in_decimal_arithmetic(thousandths: int, hidden: int) -> None:
+def test_top_count_is_exact_in_decimal_arithmetic(thousandths: int, hidden: int) -> None:
     assert count_of_top(thousandths / 1000, hidden) == thousandths * hidden // 1000
 
 
 @given(st.floats(0, 1, exclude_min=True), st.integers(1, 5000))
-def test_k_is_the_floor_of_the_number_as_it_is_written(fraction: float, hidden: int) -> None:
+def test_top_count_is_the_floor_of_the_decimal_product(fraction: float, hidden: int) -> None:
     exact = Fraction(repr(fraction)) * hidden
     k = count_of_top(fraction, hidden)
     assert k <= exact < k + 1
     assert 0 <= k <= hidden
 
 
-def test_where_binary_arithmetic_would_be_one_off() -> None:
+def test_top_count_avoids_binary_rounding() -> None:
     assert int(0.29 * 100) == 28
     assert count_of_top(0.29, 100) == 29
     assert (count_of_top(0.3, 10), count_of_top(0.3, 384), count_of_top(1.0, 384), count_of_top(0.3, 3)) == (
@@ -117,7 +140,7 @@ def test_where_binary_arithmetic_would_be_one_off() -> None:
 
 
 @given(arrays(np.float64, st.integers(1, 30), elements=st.sampled_from([-np.inf, -1.0, -0.0, 0.0, 0.5, 1.0, np.inf])))
-def test_the_order_is_descending_and_ties_go_to_the_lower_index(values: np.ndarray) -> None:
+def test_order_is_descending_with_ties_by_index(values: np.ndarray) -> None:
     found = order(values).tolist()
     assert sorted(found) == list(range(len(values)))
     for one, other in itertools.pairwise(found):
@@ -125,7 +148,8 @@ def test_the_order_is_descending_and_ties_go_to_the_lower_index(values: np.ndarr
 
 
 @given(arrays(np.float64, st.integers(1, 30), elements=VALUES), st.floats(0, 1, exclude_min=True))
-def test_the_top_are_the_first_of_the_order(values: np.ndarray, fraction: float) -> None:
+def test_top_is_a_prefix_of_the_order(values: np.ndarray, fraction: float) -> None:
     found = top(values, fraction)
+    assert found.dtype == np.int64
     assert found.tolist() == order(values)[: count_of_top(fraction, len(values))].tolist()
     assert top(values, 1.0).tolist() == order(values).tolist()

@@ -10,8 +10,8 @@ from dataclasses import dataclass
 
 import pytest
 
-from tests.e2e.conftest import LABELS
 from tests.range_store.waiting import until
+from tests.servers import LABELS
 from tests.watch.expressions import Asked, asked, selectors
 from tests.watch.processes import NAME, SERVE_A_FLEET_THAT_LOSES_REQUESTS, Redis, Replica
 from tests.watch.prometheus import Prometheus

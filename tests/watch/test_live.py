@@ -18,9 +18,9 @@ import pytest
 
 from range_store.erasure import Erasure
 from range_store.live import LiveErasure
-from tests.e2e.conftest import LABELS
 from tests.range_store.builders import random_range_set
 from tests.range_store.waiting import until
+from tests.servers import LABELS
 from tests.watch.expressions import Asked, asked, selectors, variables
 from tests.watch.processes import LONG, SERVE, SERVE_A_MODEL_THAT_FAILS_ON_LONG_TEXTS, Redis, Replica
 from tests.watch.prometheus import Prometheus, promtool, rules

@@ -8,8 +8,8 @@ from huggingface_hub import AsyncInferenceClient, InferenceClient
 from tei_client import HttpClient
 
 from range_store.api_keys import KeyStore
-from tests.e2e.conftest import Running, ready
 from tests.e2e.dropin.protocols import TEI_ERROR, refused
+from tests.servers import RunningServer, with_ranges
 from workers.fitting.fit import Fitted
 
 
@@ -19,8 +19,8 @@ def healthy(url: str) -> set[bool]:
     return {InferenceClient(model=url, provider="hf-inference").health_check(), asyncio.run(waiting.health_check())}
 
 
-def test_it_follows_readiness(serve: Callable[..., Running], fitted: Fitted) -> None:
-    running = serve()  # no range set is active
+def test_it_follows_readiness(start_server: Callable[..., RunningServer], fitted: Fitted) -> None:
+    running = start_server()  # no range set is active
     said = refused(running.http.get("/health"), 503, "not_ready")
     jsonschema.validate(said, TEI_ERROR)
     assert said["error_type"] == "Unhealthy"
@@ -28,7 +28,7 @@ def test_it_follows_readiness(serve: Callable[..., Running], fitted: Fitted) -> 
     assert (said["checks"], said["detail"]) == (asked["checks"], asked["detail"])
     assert healthy(running.url) == {False}
 
-    ready(running, fitted)
+    with_ranges(running, fitted)
     good = running.http.get("/health")
     assert (good.status_code, good.content) == (200, b"")
     assert healthy(running.url) == {True}
@@ -38,14 +38,16 @@ def test_it_follows_readiness(serve: Callable[..., Running], fitted: Fitted) -> 
     assert healthy(running.url) == {False}
 
 
-def test_of_several_models_each_must_be_ready(two: Running) -> None:
-    assert two.http.get("/health").status_code == 200
-    two.services[1].engine.drain()
-    refused(two.http.get("/health"), 503, "not_ready")
+def test_of_several_models_each_must_be_ready(two_models: RunningServer) -> None:
+    assert two_models.http.get("/health").status_code == 200
+    two_models.services[1].engine.drain()
+    refused(two_models.http.get("/health"), 503, "not_ready")
 
 
-def test_probes_need_no_key_and_clients_that_read_more_do(keyed: tuple[Running, dict[str, str], KeyStore]) -> None:
-    running, tokens, _ = keyed
+def test_probes_need_no_key_and_clients_that_read_more_do(
+    server_with_keys: tuple[RunningServer, dict[str, str], KeyStore],
+) -> None:
+    running, tokens, _ = server_with_keys
     assert running.http.get("/health").status_code == 200
     assert healthy(running.url) == {True}
     assert not HttpClient(running.url).health()

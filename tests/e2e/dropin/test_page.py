@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from tests.docker.conftest import system_program
-from tests.e2e.conftest import LABELS, Running, ready
+from tests.servers import LABELS, RunningServer, with_ranges
 from workers.fitting.fit import Fitted
 
 PAGE = (Path(__file__).parents[3] / "docs/dropin.md").read_text("utf-8")
@@ -17,8 +17,8 @@ PYTHON, SHELL = ([code for each, code in BLOCKS if each == language] for languag
 
 
 @pytest.fixture
-def demo(serve: Callable[..., Running], fitted: Fitted) -> Running:
-    return ready(serve(name="demo-news"), fitted)
+def demo(start_server: Callable[..., RunningServer], fitted: Fitted) -> RunningServer:
+    return with_ranges(start_server(name="demo-news"), fitted)
 
 
 def test_the_page_has_blocks_of_two_kinds() -> None:
@@ -27,7 +27,9 @@ def test_the_page_has_blocks_of_two_kinds() -> None:
 
 
 @pytest.mark.parametrize("code", PYTHON)
-def test_python(demo: Running, code: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_python(
+    demo: RunningServer, code: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.delenv("NEURONLENS_API_KEY", raising=False)
     exec(compile(at(demo, code), "block", "exec"), {})
     printed = capsys.readouterr().out
@@ -36,7 +38,7 @@ def test_python(demo: Running, code: str, capsys: pytest.CaptureFixture[str], mo
 
 @pytest.mark.system
 @pytest.mark.parametrize("code", SHELL)
-def test_shell(demo: Running, code: str) -> None:
+def test_shell(demo: RunningServer, code: str) -> None:
     system_program("curl")
     done = subprocess.run(
         ["bash", "-euo", "pipefail", "-s"],
@@ -51,7 +53,7 @@ def test_shell(demo: Running, code: str) -> None:
     assert any(f'"{label}"' in done.stdout for label in LABELS)
 
 
-def at(running: Running, code: str) -> str:
+def at(running: RunningServer, code: str) -> str:
     """A block, for a server at another address than the page says."""
     assert "127.0.0.1:8000" in code
     return code.replace("127.0.0.1:8000", running.url.removeprefix("http://"))

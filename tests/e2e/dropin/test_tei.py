@@ -10,67 +10,67 @@ from tei_client import HttpClient, ModelType
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
 from range_store.api_keys import KeyStore
-from tests.e2e.conftest import LABELS, Running
 from tests.e2e.dropin.protocols import TEI_ERROR, TEI_INFO, TEI_PREDICTIONS, refused
+from tests.servers import LABELS, RunningServer
 from tests.workers.texts import labelled_texts
 from workers.models.loading import LoadedModel
 
 TEXTS = [text for text, _ in labelled_texts(3, seed=3)]
 
 
-def predict(running: Running, **body: Any) -> Any:
+def predict(running: RunningServer, **body: Any) -> Any:
     reply = running.http.post("/predict", json=body)
     assert reply.status_code == 200, reply.text
     jsonschema.validate(reply.json(), TEI_PREDICTIONS)
     return reply.json()
 
 
-def test_a_string_is_answered_by_one_list(news: Running) -> None:
-    assert predict(news, inputs=TEXTS[0]) == news.classify(TEXTS[0]).json()["results"][0]["scores"]
+def test_a_string_is_answered_by_one_list(server: RunningServer) -> None:
+    assert predict(server, inputs=TEXTS[0]) == server.classify(TEXTS[0]).json()["results"][0]["scores"]
 
 
 @pytest.mark.parametrize("wrap", [lambda text: text, lambda text: [text]])
 @pytest.mark.parametrize("many", [1, 2, 3])
-def test_a_list_is_a_batch_of_any_length(news: Running, wrap: Any, many: int) -> None:
-    found = predict(news, inputs=[wrap(text) for text in TEXTS[:many]])
+def test_a_list_is_a_batch_of_any_length(server: RunningServer, wrap: Any, many: int) -> None:
+    found = predict(server, inputs=[wrap(text) for text in TEXTS[:many]])
     assert [each[0]["label"] for each in found] == [
-        each["label"] for each in news.classify(TEXTS[:many]).json()["results"]
+        each["label"] for each in server.classify(TEXTS[:many]).json()["results"]
     ]
 
 
-def test_its_client_classifies(news: Running) -> None:
-    client = HttpClient(news.url)
+def test_its_client_classifies(server: RunningServer) -> None:
+    client = HttpClient(server.url)
     for asked in (TEXTS[0], TEXTS):
-        expected = news.classify(asked).json()["results"]
+        expected = server.classify(asked).json()["results"]
         found = client.classify(asked, truncate=True)
         assert [[score.model_dump() for score in each.scores] for each in found] == [
             [{"score": score["score"], "label": score["label"]} for score in each["scores"]] for each in expected
         ]
-    logits = news.classify(TEXTS[0], activation="none").json()["results"][0]["scores"]
+    logits = server.classify(TEXTS[0], activation="none").json()["results"][0]["scores"]
     assert [score.score for score in client.classify(TEXTS[0], raw_scores=True)[0].scores] == [
         each["score"] for each in logits
     ]
 
 
-def test_its_client_reads_what_is_served_and_what_tokens_there_are(news: Running) -> None:
-    client = HttpClient(news.url)
+def test_its_client_reads_what_is_served_and_what_tokens_there_are(server: RunningServer) -> None:
+    client = HttpClient(server.url)
     assert client.health()
     info = client.info()
-    assert (info.server_model_id, info.server_model_type) == (news.service.name, ModelType.Classifier)
+    assert (info.server_model_id, info.server_model_type) == (server.service.name, ModelType.Classifier)
     assert info.server_model_metadata.id2label == {str(n): label for n, label in enumerate(LABELS)}
     assert client.prompt_names() == []
     for special in (True, False):
         listed = client.tokenize(TEXTS, add_special_tokens=special)
-        expected = news.http.post("/v1/tokenize", json={"inputs": TEXTS, "add_special_tokens": special}).json()
+        expected = server.http.post("/v1/tokenize", json={"inputs": TEXTS, "add_special_tokens": special}).json()
         assert [each.get_ids() for each in listed] == [
             [token["id"] for token in each["tokens"]] for each in expected["results"]
         ]
 
 
-def test_pairs_are_answered_as_transformers_does(news: Running, model: LoadedModel) -> None:
+def test_pairs_are_answered_as_transformers_does(server: RunningServer, model: LoadedModel) -> None:
     first, second, third = TEXTS
     inputs: list[Any] = [[first, second], [third], second, [second, first], ["", first], [first, ""]]
-    found = predict(news, inputs=inputs, raw_scores=True)
+    found = predict(server, inputs=inputs, raw_scores=True)
     for each, scores in zip(inputs, found, strict=True):
         parts = [each] if isinstance(each, str) else each
         assert {score["label"]: score["score"] for score in scores} == pytest.approx(
@@ -88,57 +88,57 @@ def own_logits(model: LoadedModel, *parts: str) -> dict[str, float]:
         return dict(zip(LABELS, own(**tokens).logits[0].tolist(), strict=True))
 
 
-def test_two_strings_are_a_batch_and_in_a_list_of_their_own_a_pair(news: Running) -> None:
-    assert len(predict(news, inputs=TEXTS[:2])) == 2
-    assert len(predict(news, inputs=[TEXTS[:2]])) == 1
+def test_two_strings_are_a_batch_and_in_a_list_of_their_own_a_pair(server: RunningServer) -> None:
+    assert len(predict(server, inputs=TEXTS[:2])) == 2
+    assert len(predict(server, inputs=[TEXTS[:2]])) == 1
 
 
-def test_a_pair_is_erased_as_a_text_is(news: Running) -> None:
+def test_a_pair_is_erased_as_a_text_is(server: RunningServer) -> None:
     """Without any neuron of the last block, nothing is left of what the texts say."""
     nothing = [{"concept": "Sports", "method": "neuron", "top_fraction": 1.0}]
-    pair, text = predict(news, inputs=[TEXTS[:2], TEXTS[2]], erase=nothing)
+    pair, text = predict(server, inputs=[TEXTS[:2], TEXTS[2]], erase=nothing)
     assert pair == text
-    assert pair != predict(news, inputs=[TEXTS[:2]])[0]
+    assert pair != predict(server, inputs=[TEXTS[:2]])[0]
 
 
-def test_limits_of_pairs_are_those_of_texts(news: Running) -> None:
+def test_limits_of_pairs_are_those_of_texts(server: RunningServer) -> None:
     half, long = "a" * 60_000, "word " * 5000
     for inputs, status, code in (
-        ([["a", "b"]] * (news.service.settings.max_texts + 1), 413, "too_many_texts"),
+        ([["a", "b"]] * (server.service.settings.max_texts + 1), 413, "too_many_texts"),
         ([["a", "b"], [half, half]], 413, "text_too_large"),
         (["a", ["b", long]], 413, "text_too_long"),
     ):
-        body = refused(news.http.post("/predict", json={"inputs": inputs, "truncate": False}), status, code)
+        body = refused(server.http.post("/predict", json={"inputs": inputs, "truncate": False}), status, code)
         jsonschema.validate(body, TEI_ERROR)
         assert "input 1 " in body["error"] or code == "too_many_texts"
-    assert len(predict(news, inputs=[[half[:1000], long], ["a", long]])) == 2
+    assert len(predict(server, inputs=[[half[:1000], long], ["a", long]])) == 2
     surrogates = json.dumps({"inputs": [["half of one character: \ud800", "\udc00"]]})
-    assert news.http.post("/predict", content=surrogates, headers={"Content-Type": "application/json"}).is_success
-    left = news.http.post("/predict", json={"inputs": ["a", ["b", long]], "truncation_direction": "Left"})
+    assert server.http.post("/predict", content=surrogates, headers={"Content-Type": "application/json"}).is_success
+    left = server.http.post("/predict", json={"inputs": ["a", ["b", long]], "truncation_direction": "Left"})
     assert refused(left, 422, "unsupported")["error"].startswith("inputs.1 is too long")
 
 
 @pytest.mark.parametrize("inputs", [[], [[]], [["a", "b", "c"]], 5, [5], [["a", 5]], None, {"text": "a"}])
-def test_what_is_no_input(news: Running, inputs: Any) -> None:
-    body = refused(news.http.post("/predict", json={"inputs": inputs}), 422, "invalid")
+def test_what_is_no_input(server: RunningServer, inputs: Any) -> None:
+    body = refused(server.http.post("/predict", json={"inputs": inputs}), 422, "invalid")
     jsonschema.validate(body, TEI_ERROR)
     assert body["error_type"] == "Validation"
 
 
-def test_raw_scores_are_logits(news: Running) -> None:
-    found = predict(news, inputs=TEXTS[0], raw_scores=True)
-    assert found == news.classify(TEXTS[0], activation="none").json()["results"][0]["scores"]
+def test_raw_scores_are_logits(server: RunningServer) -> None:
+    found = predict(server, inputs=TEXTS[0], raw_scores=True)
+    assert found == server.classify(TEXTS[0], activation="none").json()["results"][0]["scores"]
 
 
 @pytest.mark.parametrize("direction", ["Left", "left", "Right", "right"])
-def test_a_long_text_is_cut_at_the_right_or_refused(news: Running, direction: str) -> None:
+def test_a_long_text_is_cut_at_the_right_or_refused(server: RunningServer, direction: str) -> None:
     long = "word " * 5000
-    assert predict(news, inputs=long) == news.classify(long).json()["results"][0]["scores"]
-    assert len(predict(news, inputs="short", truncation_direction=direction)) == len(LABELS)
-    whole = news.http.post("/predict", json={"inputs": long, "truncate": False, "truncation_direction": direction})
+    assert predict(server, inputs=long) == server.classify(long).json()["results"][0]["scores"]
+    assert len(predict(server, inputs="short", truncation_direction=direction)) == len(LABELS)
+    whole = server.http.post("/predict", json={"inputs": long, "truncate": False, "truncation_direction": direction})
     body = refused(whole, 413, "text_too_long")
     assert body["error_type"] == "Validation"
-    cut = news.http.post("/predict", json={"inputs": ["short", long], "truncation_direction": direction})
+    cut = server.http.post("/predict", json={"inputs": ["short", long], "truncation_direction": direction})
     if direction.lower() == "left":
         assert refused(cut, 422, "unsupported")["error"].startswith("inputs.1 is too long")
     else:
@@ -146,7 +146,7 @@ def test_a_long_text_is_cut_at_the_right_or_refused(news: Running, direction: st
 
 
 @pytest.mark.local
-def test_a_model_that_fails_is_424(news: Running, model: LoadedModel, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_model_that_fails_is_424(server: RunningServer, model: LoadedModel, monkeypatch: pytest.MonkeyPatch) -> None:
     whole = model.steered._call_packed
     failed: list[int] = []
 
@@ -157,32 +157,32 @@ def test_a_model_that_fails_is_424(news: Running, model: LoadedModel, monkeypatc
         return whole(*args)
 
     monkeypatch.setattr(model.steered, "_call_packed", fails_once)
-    reply = news.http.post("/predict", json={"inputs": TEXTS[0]})
+    reply = server.http.post("/predict", json={"inputs": TEXTS[0]})
     body = refused(reply, 424, "engine_failed")
     jsonschema.validate(body, TEI_ERROR)
     assert body["error_type"] == "Backend"
-    assert news.http.post("/predict", json={"inputs": TEXTS[0]}).status_code == 200
+    assert server.http.post("/predict", json={"inputs": TEXTS[0]}).status_code == 200
 
 
-def test_error_types(news: Running) -> None:
-    late = news.http.post("/predict", json={"inputs": "a"}, headers={"X-Request-Timeout": "1e-9"})
+def test_error_types(server: RunningServer) -> None:
+    late = server.http.post("/predict", json={"inputs": "a"}, headers={"X-Request-Timeout": "1e-9"})
     assert refused(late, 504, "deadline_exceeded")["error_type"] == "Backend"
-    news.service.engine.drain()
-    stopped = news.http.post("/predict", json={"inputs": "a"})
+    server.service.engine.drain()
+    stopped = server.http.post("/predict", json={"inputs": "a"})
     assert refused(stopped, 503, "draining")["error_type"] == "Unhealthy"
 
 
-def test_info(news: Running) -> None:
-    info = news.http.get("/info").json()
+def test_info(server: RunningServer) -> None:
+    info = server.http.get("/info").json()
     jsonschema.validate(info, TEI_INFO)
-    assert info["model_id"] == news.service.name
+    assert info["model_id"] == server.service.name
     assert info["model_type"]["classifier"]["id2label"] == {str(n): label for n, label in enumerate(LABELS)}
     assert info["model_type"]["classifier"]["label2id"] == {label: n for n, label in enumerate(LABELS)}
-    assert info["max_client_batch_size"] == news.service.settings.max_texts
+    assert info["max_client_batch_size"] == server.service.settings.max_texts
 
 
-def test_info_needs_scope_read(keyed: tuple[Running, dict[str, str], KeyStore]) -> None:
-    running, tokens, _ = keyed
+def test_info_needs_scope_read(server_with_keys: tuple[RunningServer, dict[str, str], KeyStore]) -> None:
+    running, tokens, _ = server_with_keys
     jsonschema.validate(refused(running.http.get("/info"), 401, "no_key"), TEI_ERROR)
     for scope, status in (("infer", 403), ("read", 200)):
         headers = {"Authorization": f"Bearer {tokens[scope]}"}

@@ -13,17 +13,17 @@ from tritonclient.utils import InferenceServerException
 from range_store.api_keys import KeyStore
 from range_store.erasure import Erasure
 from range_store.live import LiveErasure
-from tests.e2e.conftest import LABELS, Running
 from tests.e2e.dropin.protocols import V2_ERROR, V2_INFERRED, V2_MODEL, V2_SERVER, refused
+from tests.servers import LABELS, RunningServer
 from tests.workers.texts import labelled_texts
 
 TEXTS = [text for text, _ in labelled_texts(3, seed=3)] + ["Ünïcödé 日本"]
-Keyed = tuple[Running, dict[str, str], KeyStore]
+Keyed = tuple[RunningServer, dict[str, str], KeyStore]
 
 
 @pytest.fixture
-def client(news: Running) -> Iterator[triton.InferenceServerClient]:
-    with triton.InferenceServerClient(news.url.removeprefix("http://")) as client:
+def client(server: RunningServer) -> Iterator[triton.InferenceServerClient]:
+    with triton.InferenceServerClient(server.url.removeprefix("http://")) as client:
         yield client
 
 
@@ -39,7 +39,7 @@ def words(values: Any) -> list[str]:
     return [each.decode() if isinstance(each, bytes) else each for each in values.ravel()]
 
 
-def infer(running: Running, path: str = "infer", **body: Any) -> Any:
+def infer(running: RunningServer, path: str = "infer", **body: Any) -> Any:
     asked = {"inputs": [{"name": "text", "datatype": "BYTES", "shape": [len(TEXTS)], "data": TEXTS}], **body}
     reply = running.http.post(f"/v2/models/{running.service.name}/{path}", json=asked)
     assert reply.status_code == 200, reply.text
@@ -52,8 +52,8 @@ def output(reply: Any, name: str) -> Any:
     return found
 
 
-def test_health_and_metadata(news: Running, client: triton.InferenceServerClient) -> None:
-    name = news.service.name
+def test_health_and_metadata(server: RunningServer, client: triton.InferenceServerClient) -> None:
+    name = server.service.name
     assert client.is_server_live()
     assert client.is_server_ready()
     assert client.is_model_ready(name)
@@ -64,16 +64,16 @@ def test_health_and_metadata(news: Running, client: triton.InferenceServerClient
     jsonschema.validate(model, V2_MODEL)
     assert client.get_model_metadata(name, "1") == model
     assert (model["name"], model["parameters"]["labels"]) == (name, list(LABELS))
-    assert news.http.get("/v2/").json() == server
+    assert server.http.get("/v2/").json() == server
 
 
 @pytest.mark.parametrize("binary", [True, False])
 @pytest.mark.parametrize("column", [True, False])
 def test_the_client_gets_the_tensors(
-    news: Running, client: triton.InferenceServerClient, binary: bool, column: bool
+    server: RunningServer, client: triton.InferenceServerClient, binary: bool, column: bool
 ) -> None:
-    reply = client.infer(news.service.name, [tensor(TEXTS, binary=binary, column=column)], request_id="42")
-    expected = news.classify(TEXTS).json()["results"]
+    reply = client.infer(server.service.name, [tensor(TEXTS, binary=binary, column=column)], request_id="42")
+    expected = server.classify(TEXTS).json()["results"]
     assert words(reply.as_numpy("label")) == [each["label"] for each in expected]
     assert reply.as_numpy("score") == pytest.approx([each["score"] for each in expected], abs=1e-6)
     probs = reply.as_numpy("probs")
@@ -85,15 +85,15 @@ def test_the_client_gets_the_tensors(
     jsonschema.validate(reply.get_response(), V2_INFERRED)
 
 
-def test_the_client_steers_by_parameters(news: Running, client: triton.InferenceServerClient) -> None:
+def test_the_client_steers_by_parameters(server: RunningServer, client: triton.InferenceServerClient) -> None:
     erase = [{"concept": "Sports", "top_fraction": 1.0}, "Météo & co"]
     reply = client.infer(
-        news.service.name,
+        server.service.name,
         [tensor(TEXTS, binary=True)],
         outputs=[triton.InferRequestedOutput("baseline_label"), triton.InferRequestedOutput("label")],
         parameters={"erase": json.dumps(erase), "compare": True, "top_k": 2},
     )
-    expected = news.classify(TEXTS, erase=erase, compare=True).json()
+    expected = server.classify(TEXTS, erase=erase, compare=True).json()
     assert [each["name"] for each in reply.get_response()["outputs"]] == ["baseline_label", "label"]
     best = [score["label"] for each in expected["results"] for score in each["scores"][:2]]
     assert words(reply.as_numpy("label")) == best
@@ -103,27 +103,27 @@ def test_the_client_steers_by_parameters(news: Running, client: triton.Inference
     assert reply.get_response()["parameters"]["erased"] == "Sports,M%C3%A9t%C3%A9o%20%26%20co"
 
 
-def test_erasures_may_be_json_itself_or_in_a_string(news: Running) -> None:
+def test_erasures_may_be_json_itself_or_in_a_string(server: RunningServer) -> None:
     erase = {"concepts": ["Sports"], "top_fraction": 1.0}
-    replies = [infer(news, parameters={"erase": form}) for form in (erase, json.dumps(erase))]
+    replies = [infer(server, parameters={"erase": form}) for form in (erase, json.dumps(erase))]
     assert replies[0] == replies[1]
     assert replies[0]["parameters"]["source"] == "request"
-    assert infer(news, parameters={"erase": "null"}) == infer(news) == infer(news, parameters={})
+    assert infer(server, parameters={"erase": "null"}) == infer(server) == infer(server, parameters={})
 
 
-def test_an_id_that_no_reply_could_repeat_is_invalid(news: Running) -> None:
+def test_an_id_that_no_reply_could_repeat_is_invalid(server: RunningServer) -> None:
     asked = {"id": "\ud800", "inputs": [{"name": "text", "datatype": "BYTES", "shape": [1], "data": ["a"]}]}
-    path, headers = f"/v2/models/{news.service.name}/infer", {"Content-Type": "application/json"}
-    refused(news.http.post(path, content=json.dumps(asked), headers=headers), 400, "invalid")
+    path, headers = f"/v2/models/{server.service.name}/infer", {"Content-Type": "application/json"}
+    refused(server.http.post(path, content=json.dumps(asked), headers=headers), 400, "invalid")
 
 
-def test_what_is_compared_where_nothing_is_erased(news: Running) -> None:
-    reply = infer(news, parameters={"compare": True})
+def test_what_is_compared_where_nothing_is_erased(server: RunningServer) -> None:
+    reply = infer(server, parameters={"compare": True})
     assert output(reply, "baseline_probs")["data"] == output(reply, "probs")["data"]
 
 
-def test_comparing_needs_admin_where_an_erasure_is_enforced(keyed: Keyed) -> None:
-    running, tokens, _ = keyed
+def test_comparing_needs_admin_where_an_erasure_is_enforced(server_with_keys: Keyed) -> None:
+    running, tokens, _ = server_with_keys
     running.service.store.set_erasure(LiveErasure(erasure=Erasure(concept="World"), enforced=True))
     running.service.mirror.refresh()
     url = running.url.removeprefix("http://")
@@ -142,31 +142,31 @@ def test_comparing_needs_admin_where_an_erasure_is_enforced(keyed: Keyed) -> Non
         assert client.get_model_metadata(name, headers=headers["read"])["name"] == name
 
 
-def test_the_client_tells_why_it_was_refused(news: Running, client: triton.InferenceServerClient) -> None:
+def test_the_client_tells_why_it_was_refused(server: RunningServer, client: triton.InferenceServerClient) -> None:
     with pytest.raises(InferenceServerException, match="no such model") as refusal:
         client.infer("another", [tensor(TEXTS, binary=True)])
     assert refusal.value.status() == "404"
     with pytest.raises(InferenceServerException, match="no such version"):
-        client.get_model_metadata(news.service.name, "2")
+        client.get_model_metadata(server.service.name, "2")
     with pytest.raises(InferenceServerException, match="no such output; there are label, score, probs"):
         client.infer(
-            news.service.name, [tensor(TEXTS, binary=True)], outputs=[triton.InferRequestedOutput("baseline_label")]
+            server.service.name, [tensor(TEXTS, binary=True)], outputs=[triton.InferRequestedOutput("baseline_label")]
         )
     with pytest.raises(InferenceServerException, match="unknown concept 'Weather'"):
-        client.infer(news.service.name, [tensor(TEXTS, binary=True)], parameters={"erase": '["Weather"]'})
+        client.infer(server.service.name, [tensor(TEXTS, binary=True)], parameters={"erase": '["Weather"]'})
 
 
-def test_versions(news: Running) -> None:
-    reply = infer(news, "versions/1/infer")
-    assert reply == infer(news)
+def test_versions(server: RunningServer) -> None:
+    reply = infer(server, "versions/1/infer")
+    assert reply == infer(server)
     assert reply["model_version"] == "1"
-    refused(news.http.post(f"/v2/models/{news.service.name}/versions/2/infer", json={}), 404, "unknown_model")
-    gone = news.http.get(f"/v2/models/{news.service.name}/versions/2/ready")
+    refused(server.http.post(f"/v2/models/{server.service.name}/versions/2/infer", json={}), 404, "unknown_model")
+    gone = server.http.get(f"/v2/models/{server.service.name}/versions/2/ready")
     jsonschema.validate(refused(gone, 404, "unknown_model"), V2_ERROR)
 
 
-def test_a_model_may_have_a_name_with_slashes(serve: Callable[..., Running]) -> None:
-    running = serve(name="org/a/model")
+def test_a_model_may_have_a_name_with_slashes(start_server: Callable[..., RunningServer]) -> None:
+    running = start_server(name="org/a/model")
     assert running.http.get("/v2/models/org/a/model").json()["name"] == "org/a/model"
     assert running.http.get("/v2/models/org%2Fa%2Fmodel/versions/1").json()["name"] == "org/a/model"
     asked = {"inputs": [{"name": "text", "datatype": "BYTES", "shape": [1], "data": ["a"]}]}
@@ -174,15 +174,15 @@ def test_a_model_may_have_a_name_with_slashes(serve: Callable[..., Running]) -> 
         assert running.http.post(f"/v2/models/org/a/model/{path}", json=asked).status_code == 200
 
 
-def test_a_path_that_infers_is_no_name_of_a_model(news: Running) -> None:
+def test_a_path_that_infers_is_no_name_of_a_model(server: RunningServer) -> None:
     for path in ("infer", "versions/1/infer"):
-        gone = news.http.get(f"/v2/models/{news.service.name}/{path}")
+        gone = server.http.get(f"/v2/models/{server.service.name}/{path}")
         refused(gone, 405, "method_not_allowed")
         assert gone.headers["allow"] == "POST"
 
 
-def test_a_server_that_is_not_ready_says_so(serve: Callable[..., Running]) -> None:
-    running = serve()  # no range set is active
+def test_a_server_that_is_not_ready_says_so(start_server: Callable[..., RunningServer]) -> None:
+    running = start_server()  # no range set is active
     assert running.http.get("/v2/health/live").json() == {"live": True}
     for path in ("/v2/health/ready", f"/v2/models/{running.service.name}/ready"):
         refused(running.http.get(path), 503, "not_ready")
@@ -213,16 +213,16 @@ TEXT = {"name": "text", "datatype": "BYTES", "shape": [1], "data": ["a"]}
         {"inputs": [TEXT], "parameters": {"top_k": 0}},
     ],
 )
-def test_what_is_no_request(news: Running, body: Any) -> None:
-    reply = news.http.post(f"/v2/models/{news.service.name}/infer", json=body)
+def test_what_is_no_request(server: RunningServer, body: Any) -> None:
+    reply = server.http.post(f"/v2/models/{server.service.name}/infer", json=body)
     jsonschema.validate(refused(reply, 400, "invalid"), V2_ERROR)
 
 
 @pytest.mark.parametrize("length", ["", "x", "-1", "9" * 30, "5", "²", "0"])
-def test_a_length_of_the_header_that_is_wrong(news: Running, length: str) -> None:
+def test_a_length_of_the_header_that_is_wrong(server: RunningServer, length: str) -> None:
     body = json.dumps({"inputs": [TEXT]}).encode()
     headers = {"Inference-Header-Content-Length": length.encode()}
-    reply = news.http.post(f"/v2/models/{news.service.name}/infer", content=body, headers=headers)
+    reply = server.http.post(f"/v2/models/{server.service.name}/infer", content=body, headers=headers)
     jsonschema.validate(refused(reply, 400, "malformed"), V2_ERROR)
 
 
@@ -239,16 +239,16 @@ def test_a_length_of_the_header_that_is_wrong(news: Running, length: str) -> Non
         (True, b"a"),
     ],
 )
-def test_binary_tensors_that_do_not_fit(news: Running, size: Any, raw: bytes) -> None:
+def test_binary_tensors_that_do_not_fit(server: RunningServer, size: Any, raw: bytes) -> None:
     asked = {"inputs": [{"name": "text", "datatype": "BYTES", "shape": [1], "parameters": {"binary_data_size": size}}]}
     head = json.dumps(asked).encode()
     headers = {"Inference-Header-Content-Length": str(len(head))}
-    reply = news.http.post(f"/v2/models/{news.service.name}/infer", content=head + raw, headers=headers)
+    reply = server.http.post(f"/v2/models/{server.service.name}/infer", content=head + raw, headers=headers)
     refused(reply, 400, "malformed")
 
 
-def test_binary_tensors_are_bound_by_the_limit_of_bodies(serve: Callable[..., Running]) -> None:
-    running = serve(max_body_bytes=2000)
+def test_binary_tensors_are_bound_by_the_limit_of_bodies(start_server: Callable[..., RunningServer]) -> None:
+    running = start_server(max_body_bytes=2000)
     with (
         triton.InferenceServerClient(running.url.removeprefix("http://")) as client,
         pytest.raises(InferenceServerException, match="larger than 2000 bytes"),

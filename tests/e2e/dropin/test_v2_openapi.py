@@ -9,24 +9,24 @@ from open_inference.openapi.client import OpenInferenceClient
 from open_inference.openapi.core import ApiError
 from open_inference.openapi.errors import NotFoundError, ServiceUnavailableError
 
-from tests.e2e.conftest import LABELS, Running
+from tests.servers import LABELS, RunningServer
 from tests.workers.texts import labelled_texts
 
 TEXTS = [text for text, _ in labelled_texts(3, seed=3)]
 
 
 @pytest.fixture
-def client(news: Running) -> Iterator[OpenInferenceClient]:
+def client(server: RunningServer) -> Iterator[OpenInferenceClient]:
     with httpx.Client() as http:
-        yield OpenInferenceClient(base_url=news.url, httpx_client=http)
+        yield OpenInferenceClient(base_url=server.url, httpx_client=http)
 
 
 def asked(name: str = "text", **more: object) -> InferenceRequest:
     return InferenceRequest(inputs=[RequestInput(name=name, shape=[len(TEXTS)], datatype="BYTES", data=TEXTS)], **more)
 
 
-def test_metadata_has_the_documents_form(news: Running, client: OpenInferenceClient) -> None:
-    name = news.service.name
+def test_metadata_has_the_documents_form(server: RunningServer, client: OpenInferenceClient) -> None:
+    name = server.service.name
     client.check_server_liveness()
     client.check_server_readiness()
     client.check_model_readiness(name)
@@ -42,13 +42,13 @@ def test_metadata_has_the_documents_form(news: Running, client: OpenInferenceCli
     ]
 
 
-def test_an_answer_has_the_documents_form(news: Running, client: OpenInferenceClient) -> None:
-    name = news.service.name
+def test_an_answer_has_the_documents_form(server: RunningServer, client: OpenInferenceClient) -> None:
+    name = server.service.name
     reply = client.model_infer(name, request=asked(id="42", parameters={"top_k": 1}))
     assert isinstance(reply, InferenceResponse)
     assert (reply.id, reply.model_name, reply.model_version) == ("42", name, "1")
     assert [each.name for each in reply.outputs] == ["label", "score", "probs"]
-    expected = news.classify(TEXTS).json()["results"]
+    expected = server.classify(TEXTS).json()["results"]
     assert reply.outputs[0].data.__root__ == [each["label"] for each in expected]
     assert client.model_version_infer(name, "1", request=asked(id="42", parameters={"top_k": 1})) == reply
     (only,) = client.model_infer(name, request=asked(outputs=[RequestOutput(name="score")])).outputs
@@ -57,8 +57,8 @@ def test_an_answer_has_the_documents_form(news: Running, client: OpenInferenceCl
     assert bare.id is None
 
 
-def test_refusals_are_the_documents_errors(news: Running, client: OpenInferenceClient) -> None:
-    name = news.service.name
+def test_refusals_are_the_documents_errors(server: RunningServer, client: OpenInferenceClient) -> None:
+    name = server.service.name
     with pytest.raises(BadRequestError) as wrong:
         client.model_infer(name, request=asked("other"))
     assert isinstance(wrong.value.body["error"], str)
@@ -69,7 +69,7 @@ def test_refusals_are_the_documents_errors(news: Running, client: OpenInferenceC
         with pytest.raises(NotFoundError) as gone:
             client.check_model_version_readiness(*missing)
         assert isinstance(gone.value.body["error"], str)
-    news.service.engine.drain()
+    server.service.engine.drain()
     with pytest.raises(ServiceUnavailableError) as draining:
         client.check_server_readiness()
     assert isinstance(draining.value.body["error"], str)

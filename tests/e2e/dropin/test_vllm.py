@@ -5,21 +5,21 @@ from typing import Any
 import jsonschema
 import pytest
 
-from tests.e2e.conftest import LABELS, Running
 from tests.e2e.dropin.protocols import VLLM_CLASSIFIED, VLLM_ERROR, refused
+from tests.servers import LABELS, RunningServer
 
 SHORT = "a goal"
 LONG = "word " * 5000
 
 
-def classify(running: Running, **body: Any) -> Any:
+def classify(running: RunningServer, **body: Any) -> Any:
     reply = running.http.post("/classify", json=body)
     assert reply.status_code == 200, reply.text
     jsonschema.validate(reply.json(), VLLM_CLASSIFIED)
     return reply.json()
 
 
-def refusal(running: Running, status: int, code: str, **body: Any) -> dict[str, Any]:
+def refusal(running: RunningServer, status: int, code: str, **body: Any) -> dict[str, Any]:
     error = refused(running.http.post("/classify", json=body), status, code)
     jsonschema.validate(error, VLLM_ERROR)
     assert error["error"]["code"] == status
@@ -27,60 +27,60 @@ def refusal(running: Running, status: int, code: str, **body: Any) -> dict[str, 
 
 
 @pytest.mark.parametrize("texts", [SHORT, [SHORT], [SHORT, "shares fell", "rain"]])
-def test_probabilities_are_in_the_order_of_the_labels(news: Running, texts: Any) -> None:
-    found = classify(news, input=texts, model=news.service.name)
-    expected = news.classify(texts).json()
+def test_probabilities_are_in_the_order_of_the_labels(server: RunningServer, texts: Any) -> None:
+    found = classify(server, input=texts, model=server.service.name)
+    expected = server.classify(texts).json()
     assert [each["label"] for each in found["data"]] == [each["label"] for each in expected["results"]]
     for index, (each, result) in enumerate(zip(found["data"], expected["results"], strict=True)):
         by_label = {score["label"]: score["score"] for score in result["scores"]}
         assert each["probs"] == pytest.approx([by_label[label] for label in LABELS])
         assert (each["index"], each["num_classes"]) == (index, len(LABELS))
     assert found["usage"]["prompt_tokens"] == found["usage"]["total_tokens"] == expected["usage"]["tokens"]
-    assert found["model"] == news.service.name
+    assert found["model"] == server.service.name
 
 
-def test_its_id_is_that_of_the_request(news: Running) -> None:
-    reply = news.http.post("/classify", json={"input": SHORT}, headers={"X-Request-ID": "abc-1"})
+def test_its_id_is_that_of_the_request(server: RunningServer) -> None:
+    reply = server.http.post("/classify", json={"input": SHORT}, headers={"X-Request-ID": "abc-1"})
     assert reply.json()["id"] == "classify-abc-1"
 
 
 @pytest.mark.parametrize("name", ["use_activation", "activation", "softmax"])
-def test_logits_on_demand(news: Running, name: str) -> None:
-    bare = news.classify(SHORT, activation="none").json()["results"][0]["scores"]
+def test_logits_on_demand(server: RunningServer, name: str) -> None:
+    bare = server.classify(SHORT, activation="none").json()["results"][0]["scores"]
     logits = {each["label"]: each["score"] for each in bare}
-    found = classify(news, input=SHORT, **{name: False})["data"][0]["probs"]
+    found = classify(server, input=SHORT, **{name: False})["data"][0]["probs"]
     assert found == pytest.approx([logits[label] for label in LABELS])
-    usual = classify(news, input=SHORT)
-    assert classify(news, input=SHORT, **{name: True})["data"] == usual["data"]
-    assert classify(news, input=SHORT, **{name: None})["data"] == usual["data"]
+    usual = classify(server, input=SHORT)
+    assert classify(server, input=SHORT, **{name: True})["data"] == usual["data"]
+    assert classify(server, input=SHORT, **{name: None})["data"] == usual["data"]
 
 
-def test_the_newest_name_of_the_activation_wins(news: Running) -> None:
-    both = classify(news, input=SHORT, use_activation=True, softmax=False)
-    assert both["data"] == classify(news, input=SHORT)["data"]
+def test_the_newest_name_of_the_activation_wins(server: RunningServer) -> None:
+    both = classify(server, input=SHORT, use_activation=True, softmax=False)
+    assert both["data"] == classify(server, input=SHORT)["data"]
 
 
-def test_a_long_text_is_refused_or_cut_to_what_the_model_takes(news: Running) -> None:
-    most = news.model.tokens.max_tokens
-    assert refusal(news, 400, "text_too_long", input=LONG)["type"] == "BadRequestError"
+def test_a_long_text_is_refused_or_cut_to_what_the_model_takes(server: RunningServer) -> None:
+    most = server.model.tokens.max_tokens
+    assert refusal(server, 400, "text_too_long", input=LONG)["type"] == "BadRequestError"
     for cut in (-1, most):
-        assert classify(news, input=LONG, truncate_prompt_tokens=cut)["usage"]["prompt_tokens"] == most
-    assert "more than" in refusal(news, 400, "invalid", input=SHORT, truncate_prompt_tokens=most + 1)["message"]
+        assert classify(server, input=LONG, truncate_prompt_tokens=cut)["usage"]["prompt_tokens"] == most
+    assert "more than" in refusal(server, 400, "invalid", input=SHORT, truncate_prompt_tokens=most + 1)["message"]
 
 
-def test_a_text_is_cut_at_the_right_only(news: Running) -> None:
+def test_a_text_is_cut_at_the_right_only(server: RunningServer) -> None:
     for side in ("left", "right", None):
-        assert classify(news, input=SHORT, truncation_side=side)["data"] == classify(news, input=SHORT)["data"]
+        assert classify(server, input=SHORT, truncation_side=side)["data"] == classify(server, input=SHORT)["data"]
     cut = {"input": [SHORT, LONG], "truncate_prompt_tokens": -1}
-    assert "input 1 is too long" in refusal(news, 400, "unsupported", **cut, truncation_side="left")["message"]
-    assert classify(news, **cut, truncation_side="right")["data"] == classify(news, **cut)["data"]
-    refusal(news, 400, "invalid", input=SHORT, truncation_side="middle")
+    assert "input 1 is too long" in refusal(server, 400, "unsupported", **cut, truncation_side="left")["message"]
+    assert classify(server, **cut, truncation_side="right")["data"] == classify(server, **cut)["data"]
+    refusal(server, 400, "invalid", input=SHORT, truncation_side="middle")
 
 
-def test_a_text_is_never_answered_as_if_it_were_another(news: Running) -> None:
-    short = classify(news, input=SHORT)["usage"]["prompt_tokens"]
-    assert classify(news, input=SHORT, truncate_prompt_tokens=short)["data"] == classify(news, input=SHORT)["data"]
-    refusal(news, 400, "unsupported", input=SHORT, truncate_prompt_tokens=short - 1)
+def test_a_text_is_never_answered_as_if_it_were_another(server: RunningServer) -> None:
+    short = classify(server, input=SHORT)["usage"]["prompt_tokens"]
+    assert classify(server, input=SHORT, truncate_prompt_tokens=short)["data"] == classify(server, input=SHORT)["data"]
+    refusal(server, 400, "unsupported", input=SHORT, truncate_prompt_tokens=short - 1)
 
 
 @pytest.mark.parametrize(
@@ -96,13 +96,13 @@ def test_a_text_is_never_answered_as_if_it_were_another(news: Running) -> None:
         ({"input": []}, None),
     ],
 )
-def test_what_is_not_served_is_refused(news: Running, body: Any, param: str | None) -> None:
-    assert refusal(news, 400, "invalid", **body)["param"] == param
+def test_what_is_not_served_is_refused(server: RunningServer, body: Any, param: str | None) -> None:
+    assert refusal(server, 400, "invalid", **body)["param"] == param
 
 
-def test_another_model_is_not_found(news: Running) -> None:
-    assert refusal(news, 404, "unknown_model", input=SHORT, model="another")["type"] == "NotFoundError"
+def test_another_model_is_not_found(server: RunningServer) -> None:
+    assert refusal(server, 404, "unknown_model", input=SHORT, model="another")["type"] == "NotFoundError"
 
 
-def test_fields_without_meaning_here_are_ignored(news: Running) -> None:
-    classify(news, input=SHORT, user="me", priority=3, request_id="x", mm_processor_kwargs={"a": 1})
+def test_fields_without_meaning_here_are_ignored(server: RunningServer) -> None:
+    classify(server, input=SHORT, user="me", priority=3, request_id="x", mm_processor_kwargs={"a": 1})

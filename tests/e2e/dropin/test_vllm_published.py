@@ -8,9 +8,9 @@ import httpx
 import pytest
 from pydantic import BaseModel, TypeAdapter, ValidationError
 
-from tests.e2e.conftest import Running
 from tests.e2e.dropin import protocols, vllm_published
 from tests.e2e.dropin.vllm_published import Published
+from tests.servers import RunningServer
 
 pytestmark = [pytest.mark.long, pytest.mark.timeout(900)]
 TEXTS = ["a goal", "shares fell", "rain"]
@@ -34,13 +34,13 @@ def complete(reply: httpx.Response, model: Any) -> Any:
     return found
 
 
-def test_replies_are_what_vllm_would_send(news: Running, published: Published) -> None:
+def test_replies_are_what_vllm_would_send(server: RunningServer, published: Published) -> None:
     for body in ({"input": TEXTS[0]}, {"input": TEXTS}, {"input": TEXTS, "use_activation": False}):
-        found = complete(news.http.post("/classify", json=body), published.classify.ClassificationResponse)
+        found = complete(server.http.post("/classify", json=body), published.classify.ClassificationResponse)
         assert len(found.data) == (1 if isinstance(body["input"], str) else len(TEXTS))
     for strings in (None, False, True):
         body = {"prompt": TEXTS[0], "return_token_strs": strings}
-        found = complete(news.http.post("/tokenize", json=body), published.tokenize.TokenizeResponse)
+        found = complete(server.http.post("/tokenize", json=body), published.tokenize.TokenizeResponse)
         assert (found.token_strs is not None) == bool(strings)
 
 
@@ -59,16 +59,18 @@ def test_replies_are_what_vllm_would_send(news: Running, published: Published) -
         ("/tokenize", {"messages": [{"role": "user", "content": "a"}]}, 400),
     ],
 )
-def test_refusals_are_its_errors(news: Running, published: Published, path: str, body: Any, status: int) -> None:
-    reply = news.http.post(path, json=body)
+def test_refusals_are_its_errors(
+    server: RunningServer, published: Published, path: str, body: Any, status: int
+) -> None:
+    reply = server.http.post(path, json=body)
     error = published.engine.ErrorResponse.model_validate_json(reply.content, strict=True).error
     assert (reply.status_code, error.code) == (status, status)
     assert reply.json()["error"] == error.model_dump()
 
 
-def test_requests_as_its_models_write_them_are_answered(news: Running, published: Published) -> None:
+def test_requests_as_its_models_write_them_are_answered(server: RunningServer, published: Published) -> None:
     asked = published.classify.ClassificationCompletionRequest
-    usual = news.http.post("/classify", json={"input": TEXTS}).json()["data"]
+    usual = server.http.post("/classify", json={"input": TEXTS}).json()["data"]
     for more in (
         {},
         {"use_activation": True},
@@ -81,9 +83,9 @@ def test_requests_as_its_models_write_them_are_answered(news: Running, published
             request.model_dump(exclude_none=True),
             request.model_dump(exclude_unset=True),
         ):
-            assert news.http.post("/classify", json=body).raise_for_status().json()["data"] == usual
+            assert server.http.post("/classify", json=body).raise_for_status().json()["data"] == usual
     prompt = published.tokenize.TokenizeCompletionRequest(prompt=TEXTS[0], add_special_tokens=False)
-    plain = news.http.post("/tokenize", json=prompt.model_dump()).raise_for_status().json()
+    plain = server.http.post("/tokenize", json=prompt.model_dump()).raise_for_status().json()
     assert plain["count"] == len(plain["tokens"]) > 0
 
 
@@ -99,10 +101,10 @@ def test_requests_as_its_models_write_them_are_answered(news: Running, published
         {"input": "a", "add_special_tokens": "perhaps"},
     ],
 )
-def test_what_its_models_refuse_is_refused(news: Running, published: Published, body: Any) -> None:
+def test_what_its_models_refuse_is_refused(server: RunningServer, published: Published, body: Any) -> None:
     with pytest.raises(ValidationError):
         TypeAdapter(published.classify.ClassificationRequest).validate_python(body)
-    assert news.http.post("/classify", json=body).status_code == 400
+    assert server.http.post("/classify", json=body).status_code == 400
 
 
 def test_the_page_names_every_field_of_its_requests(published: Published) -> None:

@@ -23,9 +23,9 @@ def redis_process(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RedisPro
 
 @pytest.fixture(scope="session")
 def whole_server(redis_process: RedisProcess, model: LoadedModel) -> Iterator[Served]:
-    server = Served(model.source, redis_process.url)
-    yield server
-    server.close()
+    served = Served(model.source, redis_process.url)
+    yield served
+    served.close()
 
 
 @pytest.fixture
@@ -36,7 +36,7 @@ def store(redis_process: RedisProcess, whole_server: Served) -> Iterator[RangeSt
 
 
 @pytest.fixture
-def server(whole_server: Served, store: RangeStore, fitted: Fitted) -> Served:
+def served(whole_server: Served, store: RangeStore, fitted: Fitted) -> Served:
     """The server, with a range set active and Sports erased."""
     store.activate(store.publish(fitted.range_set, fitted.inspect))
     state = store.set_erasures([LiveErasure(erasure=Erasure(concept="Sports"))])

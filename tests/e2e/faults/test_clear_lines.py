@@ -17,10 +17,10 @@ from range_store.archive import write_archive
 from range_store.erasure import Erasure
 from range_store.live import LiveErasure
 from range_store.store import RangeStore
-from tests.e2e.conftest import Running as InProcess
-from tests.e2e.conftest import ready
 from tests.e2e.faults.processes import Forks, RedisProcess
 from tests.processes import Running
+from tests.servers import RunningServer as InProcess
+from tests.servers import with_ranges
 from tests.workers.texts import labelled_texts, write_jsonl
 from workers.fitting.fit import Fitted
 from workers.models.loading import LoadedModel
@@ -190,7 +190,7 @@ def test_a_wrong_password(
 
 def test_a_redis_without_memory(
     redis_of_its_own: Callable[..., RedisProcess],
-    serve: Callable[..., InProcess],
+    start_server: Callable[..., InProcess],
     problem: Callable[[httpx.Response, int, str], dict[str, Any]],
     fitted: Fitted,
     model: LoadedModel,
@@ -201,7 +201,7 @@ def test_a_redis_without_memory(
 ) -> None:
     """What writes is refused with a sentence; what reads, and every answer, goes on."""
     own = redis_of_its_own()
-    running = ready(serve(redis_url=own.url), fitted)
+    running = with_ranges(start_server(redis_url=own.url), fitted)
     name = running.service.name
     running.service.store.set_erasure(LiveErasure(erasure=Erasure(concept="World")))
     running.service.mirror.refresh()

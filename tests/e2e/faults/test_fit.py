@@ -13,9 +13,9 @@ import redis
 
 from range_store.keys import RANGE_SET
 from range_store.store import RangeStore
-from tests.e2e.conftest import LABELS
 from tests.e2e.faults.processes import Forks, RedisProcess, Served
 from tests.range_store.waiting import until
+from tests.servers import LABELS
 from tests.workers.texts import labelled_texts, write_jsonl
 from workers.models.loading import LoadedModel
 
@@ -27,8 +27,8 @@ WHILE_PUBLISHING = 6
 class Watching:
     """Looks at the store without a pause, directly and through a server; a range set that is listed must be whole."""
 
-    def __init__(self, store: RangeStore, server: Served) -> None:
-        self.store, self.server = store, server
+    def __init__(self, store: RangeStore, served: Served) -> None:
+        self.store, self.server = store, served
         self.pause = threading.Lock()
         self.looks = 0
         self.seen: set[str] = set()
@@ -75,18 +75,18 @@ def parts(client: redis.Redis, apart_from: str) -> list[bytes]:
 
 
 def test_a_fit_that_is_killed_leaves_nothing_half_and_ends_in_the_same_range_set(
-    server: Served, store: RangeStore, redis_process: RedisProcess, model: LoadedModel, forks: Forks, tmp_path: Path
+    served: Served, store: RangeStore, redis_process: RedisProcess, model: LoadedModel, forks: Forks, tmp_path: Path
 ) -> None:
     rows = [(text, "Sci/Tech" if label == "SciTech" else label) for text, label in labelled_texts(4000, seed=3)]
     assert {label for _, label in rows} == set(LABELS)
     data = write_jsonl(tmp_path / "train.jsonl", rows)
     checkpoints = tmp_path / "data" / "fits"
     before = str(store.live().range_set)
-    place = ["--redis-url", redis_process.url, "--data-dir", str(tmp_path / "data"), "--name", server.name]
+    place = ["--redis-url", redis_process.url, "--data-dir", str(tmp_path / "data"), "--name", served.name]
     what = ["--model", model.source, "--data", str(data), "--layer", "all", "--threads", "1", "--device", "cpu"]
     command = ["fit", *what, *place]
     said = tmp_path / "said"
-    watching, rng = Watching(store, server), random.Random(5)
+    watching, rng = Watching(store, served), random.Random(5)
     client = redis_process.client()
 
     def listed() -> set[str]:

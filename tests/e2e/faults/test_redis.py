@@ -15,11 +15,11 @@ import pytest
 from range_store.erasure import Erasure
 from range_store.live import LiveErasure
 from range_store.store import RangeStore
-from tests.e2e.conftest import Running as InProcess
-from tests.e2e.conftest import ready
 from tests.e2e.faults.processes import TEXTS, Load, RedisProcess, Served, seconds_until
 from tests.processes import Running
 from tests.range_store.waiting import until
+from tests.servers import RunningServer as InProcess
+from tests.servers import with_ranges
 from workers.fitting.fit import Fitted
 
 RETURN_SECONDS = 2.0
@@ -35,17 +35,17 @@ def unavailable(answer: httpx.Response) -> None:
     assert int(answer.headers["Retry-After"]) >= 1
 
 
-def while_redis_is_away(server: Served) -> None:
+def while_redis_is_away(served: Served) -> None:
     """What holds then: ready, its age told twice alike, changes and reads of the store refused, the rest answered."""
-    until(lambda: not server.ready()["checks"]["store"])
-    age = server.ready()["snapshot_age"]
-    until(lambda: server.ready()["snapshot_age"] > age + 0.5)
-    told = server.metric("neuronlens_snapshot_age_seconds")
-    assert server.ready()["snapshot_age"] >= told > age + 0.5
-    assert "cannot be reached" in server.ready()["problem"]
-    assert "127.0.0.1" not in server.ready()["problem"], "anybody may ask for readiness"
-    assert (server.metric("neuronlens_store_up"), server.metric(PROBLEM % "store_down")) == (0, 1)
-    generation = server.ready()["generation"]
+    until(lambda: not served.ready()["checks"]["store"])
+    age = served.ready()["snapshot_age"]
+    until(lambda: served.ready()["snapshot_age"] > age + 0.5)
+    told = served.metric("neuronlens_snapshot_age_seconds")
+    assert served.ready()["snapshot_age"] >= told > age + 0.5
+    assert "cannot be reached" in served.ready()["problem"]
+    assert "127.0.0.1" not in served.ready()["problem"], "anybody may ask for readiness"
+    assert (served.metric("neuronlens_store_up"), served.metric(PROBLEM % "store_down")) == (0, 1)
+    generation = served.ready()["generation"]
     several = f'"{generation}", "00000000-1"'
     refused: list[tuple[str, str, dict[str, Any]]] = [
         ("PUT", "/v1/erasures/World", {}),
@@ -57,20 +57,20 @@ def while_redis_is_away(server: Served) -> None:
         *(("GET", path, {}) for path in ("/v1/range-sets", "/v1/range-sets/any", "/v1/neurons/2/5")),
     ]
     with ThreadPoolExecutor(len(refused)) as pool:
-        for answer in pool.map(lambda call: server.http.request(call[0], call[1], **call[2]), refused):
+        for answer in pool.map(lambda call: served.http.request(call[0], call[1], **call[2]), refused):
             unavailable(answer)
     for path in ("/livez", "/v1/erasures", "/v1/concepts", "/v1/concepts/Sports/ranges", "/v1/overlap", "/v1/models"):
-        assert server.http.get(path).status_code == 200
-    assert [each["concept"] for each in server.http.get("/v1/erasures").json()["erasures"]] == ["Sports"]
+        assert served.http.get(path).status_code == 200
+    assert [each["concept"] for each in served.http.get("/v1/erasures").json()["erasures"]] == ["Sports"]
 
 
-def after_its_return(server: Served, store: RangeStore) -> None:
+def after_its_return(served: Served, store: RangeStore) -> None:
     """Toggles work again, and what is changed in Redis is followed."""
-    assert server.http.put("/v1/erasures/World").status_code == 200
+    assert served.http.put("/v1/erasures/World").status_code == 200
     state = store.set_erasure(LiveErasure(erasure=Erasure(concept="Business")))
-    until(lambda: server.ready()["generation"] == state.generation)
-    assert server.metric("neuronlens_store_up") == 1
-    erased = server.http.post("/v1/classify", json={"inputs": TEXTS}).json()["erasure"]["concepts"]
+    until(lambda: served.ready()["generation"] == state.generation)
+    assert served.metric("neuronlens_store_up") == 1
+    erased = served.http.post("/v1/classify", json={"inputs": TEXTS}).json()["erasure"]["concepts"]
     assert erased == ["Business", "Sports", "World"]
 
 
@@ -82,31 +82,31 @@ def after_its_return(server: Served, store: RangeStore) -> None:
     ],
 )
 def test_redis_goes_under_load_and_comes_back(
-    server: Served, store: RangeStore, redis_process: RedisProcess, away: Step, back: Step
+    served: Served, store: RangeStore, redis_process: RedisProcess, away: Step, back: Step
 ) -> None:
     took: list[float] = []
-    with Load(server.url) as load:
+    with Load(served.url) as load:
         while len(took) < 2 or (min(took) >= RETURN_SECONDS and len(took) < TRIES):
             load.more()
             away(redis_process)
-            while_redis_is_away(server)
+            while_redis_is_away(served)
             load.more()
             back(redis_process)
-            took.append(seconds_until(server.converged))
+            took.append(seconds_until(served.converged))
         load.more()
         assert load.bad() == []
         assert load.erased() == {("Sports",)}
-        after_its_return(server, store)
+        after_its_return(served, store)
     assert load.bad() == []
     assert min(took) < RETURN_SECONDS
-    assert "Traceback" not in "".join(server.command.stderr)
+    assert "Traceback" not in "".join(served.command.stderr)
 
 
-def test_a_hundred_toggles_that_hang_hold_up_nobody_else(server: Served, redis_process: RedisProcess) -> None:
+def test_a_hundred_toggles_that_hang_hold_up_nobody_else(served: Served, redis_process: RedisProcess) -> None:
     """Whatever waits for the store waits on threads of its own, and not for long."""
     limits = httpx.Limits(max_connections=200)
     rounds = 0
-    with httpx.Client(base_url=server.url, timeout=60, limits=limits, trust_env=False) as many:
+    with httpx.Client(base_url=served.url, timeout=60, limits=limits, trust_env=False) as many:
 
         def toggle(number: int) -> tuple[httpx.Response, float]:
             began = time.monotonic()
@@ -118,8 +118,8 @@ def test_a_hundred_toggles_that_hang_hold_up_nobody_else(server: Served, redis_p
                 toggles = [pool.submit(toggle, number) for number in range(100)]
                 while not all(each.done() for each in toggles):
                     for path in ("/livez", "/readyz", "/metrics", "/v1/erasures", "/v1/concepts", "/v1/overlap"):
-                        assert server.http.get(path).status_code == 200
-                    assert server.http.post("/v1/classify", json={"inputs": TEXTS}).status_code == 200
+                        assert served.http.get(path).status_code == 200
+                    assert served.http.post("/v1/classify", json={"inputs": TEXTS}).status_code == 200
                     rounds += not all(each.done() for each in toggles)
                 for each in toggles:
                     answer, seconds = each.result()
@@ -128,28 +128,28 @@ def test_a_hundred_toggles_that_hang_hold_up_nobody_else(server: Served, redis_p
             finally:
                 redis_process.signal(signal.SIGCONT)
     assert rounds >= 1, "a whole round was answered while toggles hung"
-    until(server.converged)
+    until(served.converged)
 
 
 def test_redis_comes_back_empty_and_what_the_log_says_brings_everything_back(
-    server: Served, store: RangeStore, redis_process: RedisProcess, tmp_path: Path
+    served: Served, store: RangeStore, redis_process: RedisProcess, tmp_path: Path
 ) -> None:
     held = store.set_erasure(LiveErasure(erasure=Erasure(concept="World"), enforced=True, reason="a complaint"))
-    until(lambda: server.ready()["generation"] == held.generation)
+    until(lambda: served.ready()["generation"] == held.generation)
     file = tmp_path / "ranges.safetensors"
     place = ["--redis-url", redis_process.url]
-    assert Running(["ranges", "export", str(held.range_set), file, *place, "--name", server.name]).end() == 0
-    said = len(server.command.stderr)
-    with Load(server.url) as load:
+    assert Running(["ranges", "export", str(held.range_set), file, *place, "--name", served.name]).end() == 0
+    said = len(served.command.stderr)
+    with Load(served.url) as load:
         load.more()
         redis_process.kill()
         redis_process.forget()
         redis_process.start()
-        until(lambda: server.ready()["problem"] and server.ready()["checks"]["store"])
-        assert "has lost the live state" in server.ready()["problem"]
-        assert server.metric(PROBLEM % "lost") == 1
-        until(lambda: any("neuronlens ranges import" in line for line in server.command.stderr[said:]))
-        line = next(line for line in server.command.stderr[said:] if "neuronlens ranges import" in line)
+        until(lambda: served.ready()["problem"] and served.ready()["checks"]["store"])
+        assert "has lost the live state" in served.ready()["problem"]
+        assert served.metric(PROBLEM % "lost") == 1
+        until(lambda: any("neuronlens ranges import" in line for line in served.command.stderr[said:]))
+        line = next(line for line in served.command.stderr[said:] if "neuronlens ranges import" in line)
         advice = re.search(r"`neuronlens (ranges import [^`]+)`", line)
         assert advice is not None
         assert str(held.range_set) in line
@@ -157,27 +157,27 @@ def test_redis_comes_back_empty_and_what_the_log_says_brings_everything_back(
         load.more()
         words = [str(file) if word == "FILE" else word for word in shlex.split(advice[1])]
         assert Running([*words, *place]).end() == 0
-        took = seconds_until(server.converged)
+        took = seconds_until(served.converged)
         load.more()
     assert load.bad() == []
     assert load.erased() == {("Sports", "World")}
     state = store.live()
     assert (state.erasures, state.range_set) == (held.erasures, held.range_set)
     assert [each.action for each in store.audit()].count("restore") == 1
-    after = [each["concept"] for each in server.http.get("/v1/erasures").json()["erasures"]]
+    after = [each["concept"] for each in served.http.get("/v1/erasures").json()["erasures"]]
     assert after == ["Sports", "World"]
-    assert server.metric(PROBLEM % "lost") == 0
+    assert served.metric(PROBLEM % "lost") == 0
     assert took < 10 * RETURN_SECONDS
 
 
 def test_a_snapshot_that_may_not_be_too_old(
-    serve: Callable[..., InProcess],
+    start_server: Callable[..., InProcess],
     fitted: Fitted,
     redis_of_its_own: Callable[..., RedisProcess],
     problem: Callable[[httpx.Response, int, str], dict[str, Any]],
 ) -> None:
     own = redis_of_its_own()
-    running = ready(serve(redis_url=own.url, max_snapshot_age=1.5, poll_seconds=0.2), fitted)
+    running = with_ranges(start_server(redis_url=own.url, max_snapshot_age=1.5, poll_seconds=0.2), fitted)
     until(lambda: running.http.get("/readyz").json()["checks"]["snapshot_fresh"])
     own.kill()
     until(lambda: running.http.get("/readyz").status_code == 503)

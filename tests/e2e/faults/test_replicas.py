@@ -18,30 +18,30 @@ FORGOTTEN_SECONDS = LEASE_SECONDS + 30
 """Generous: a killed replica is forgotten as soon as its report expires."""
 
 
-def toggle(server: Served, on: bool, seconds: float) -> httpx.Response:
+def toggle(served: Served, on: bool, seconds: float) -> httpx.Response:
     waits = {"wait": "all", "wait_seconds": str(seconds)}
-    return server.http.request("PUT" if on else "DELETE", "/v1/erasures/World", params=waits)
+    return served.http.request("PUT" if on else "DELETE", "/v1/erasures/World", params=waits)
 
 
-def answered_under(server: Served) -> str:
-    answer = server.http.post("/v1/classify", json={"inputs": TEXTS[0]})
+def answered_under(served: Served) -> str:
+    answer = served.http.post("/v1/classify", json={"inputs": TEXTS[0]})
     assert answer.status_code == 200, answer.text
     generation: str = answer.json()["erasure"]["generation"]
     return generation
 
 
-def replicas(server: Served) -> dict[str, dict[str, Any]]:
-    return {each["name"]: each for each in server.http.get("/v1/replicas").json()["replicas"]}
+def replicas(served: Served) -> dict[str, dict[str, Any]]:
+    return {each["name"]: each for each in served.http.get("/v1/replicas").json()["replicas"]}
 
 
-def name_of(server: Served) -> str:
-    return next(name for name, each in replicas(server).items() if each["this"])
+def name_of(served: Served) -> str:
+    return next(name for name, each in replicas(served).items() if each["this"])
 
 
 @pytest.fixture
-def two_more(redis_process: RedisProcess, model: LoadedModel, server: Served) -> Iterator[list[Served]]:
+def two_more(redis_process: RedisProcess, model: LoadedModel, served: Served) -> Iterator[list[Served]]:
     with ThreadPoolExecutor(2) as pool:
-        options = ("--name", server.name, "--drain-delay", "30")
+        options = ("--name", served.name, "--drain-delay", "30")
         starting = [pool.submit(Served, model.source, redis_process.url, *options) for _ in range(2)]
         started = [each.result() for each in starting]
     yield started
@@ -49,13 +49,13 @@ def two_more(redis_process: RedisProcess, model: LoadedModel, server: Served) ->
         each.close()
 
 
-def test_toggles_reach_every_process_or_name_it(server: Served, two_more: list[Served], store: RangeStore) -> None:
+def test_toggles_reach_every_process_or_name_it(served: Served, two_more: list[Served], store: RangeStore) -> None:
     paused, killed = two_more
-    until(lambda: len(replicas(server)) == 3)
-    names = {name_of(each): each for each in (server, paused, killed)}
+    until(lambda: len(replicas(served)) == 3)
+    names = {name_of(each): each for each in (served, paused, killed)}
     assert len(names) == 3
     for step in range(20):
-        reply = toggle((server, paused, killed)[step % 3], step % 2 == 0, 20)
+        reply = toggle((served, paused, killed)[step % 3], step % 2 == 0, 20)
         assert reply.status_code == 200, reply.text
         assert {answered_under(each) for each in names.values()} == {reply.json()["generation"]}
 
@@ -64,23 +64,23 @@ def test_toggles_reach_every_process_or_name_it(server: Served, two_more: list[S
     killed_name = name_of(killed)
     paused.command.process.send_signal(signal.SIGSTOP)
     try:
-        reply = toggle(server, True, 4)  # time enough for who lives, and too little for the paused one to be forgotten
+        reply = toggle(served, True, 4)  # time enough for who lives, and too little for the paused one to be forgotten
         assert (reply.status_code, reply.json()["code"]) == (504, "not_everywhere")
         assert reply.json()["missing"] == [paused_name]
         assert reply.headers["etag"] == f'"{reply.json()["generation"]}"'
-        assert not replicas(server)[paused_name]["current"]
+        assert not replicas(served)[paused_name]["current"]
     finally:
         paused.command.process.send_signal(signal.SIGCONT)
-    assert toggle(server, False, 20).status_code == 200
-    assert all(each["current"] for each in replicas(server).values())
+    assert toggle(served, False, 20).status_code == 200
+    assert all(each["current"] for each in replicas(served).values())
 
     # one that is killed, and one that stands still for longer, are forgotten
     paused.command.process.send_signal(signal.SIGSTOP)
     killed.close()
     try:
-        assert set(toggle(server, True, 4).json()["missing"]) == {paused_name, killed_name}
-        until(lambda: len(replicas(server)) == 1, FORGOTTEN_SECONDS)
-        reply = toggle(server, False, 20)
+        assert set(toggle(served, True, 4).json()["missing"]) == {paused_name, killed_name}
+        until(lambda: len(replicas(served)) == 1, FORGOTTEN_SECONDS)
+        reply = toggle(served, False, 20)
         assert reply.status_code == 200, reply.text
         with ThreadPoolExecutor(8) as pool:
             asked = [pool.submit(answered_under, paused) for _ in range(8)]  # they wait in its sockets
@@ -89,11 +89,11 @@ def test_toggles_reach_every_process_or_name_it(server: Served, two_more: list[S
             assert {each.result() for each in asked} == {reply.json()["generation"]}, "it looks before it answers"
     finally:
         paused.command.process.send_signal(signal.SIGCONT)
-    until(lambda: paused_name in replicas(server))
+    until(lambda: paused_name in replicas(served))
 
     # one that drains is out at once, though it is there and would answer for half a minute
     paused.command.process.send_signal(signal.SIGTERM)
-    until(lambda: paused_name not in replicas(server))
-    assert toggle(server, True, 20).status_code == 200
+    until(lambda: paused_name not in replicas(served))
+    assert toggle(served, True, 20).status_code == 200
     assert paused.command.process.poll() is None
-    assert store.live().generation == answered_under(server)
+    assert store.live().generation == answered_under(served)

@@ -9,7 +9,7 @@ from typing import Any
 import httpx
 import pytest
 
-from tests.e2e.conftest import Running
+from tests.servers import RunningServer
 from tests.workers.texts import labelled_texts, write_jsonl
 
 Start = Callable[..., dict[str, Any]]
@@ -35,9 +35,9 @@ MEDIUM = LONG | {"max_rows": 2500}
 
 
 @pytest.fixture
-def fitting(serve: Callable[..., Running], texts: Path) -> Running:
+def fitting(start_server: Callable[..., RunningServer], texts: Path) -> RunningServer:
     """A server that reads those texts."""
-    return serve(fit_dirs=[texts], fit_threads=1, fit_niceness=3, fit_device="cpu")
+    return start_server(fit_dirs=[texts], fit_threads=1, fit_niceness=3, fit_device="cpu")
 
 
 def started(http: httpx.Client, request: dict[str, Any], **headers: str) -> dict[str, Any]:

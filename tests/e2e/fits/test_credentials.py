@@ -3,16 +3,16 @@
 from collections.abc import Callable
 from pathlib import Path
 
-from tests.e2e.conftest import Running
 from tests.e2e.faults.conftest import redis_of_its_own  # noqa: F401 (fixture)
 from tests.e2e.faults.processes import RedisProcess
 from tests.e2e.fits.conftest import MEDIUM, SMALL, over, process_of, started, when
 from tests.range_store.waiting import until
+from tests.servers import RunningServer
 
 
 def test_a_fit_publishes_as_the_user_that_it_was_given(
     redis_of_its_own: Callable[..., RedisProcess],  # noqa: F811
-    serve: Callable[..., Running],
+    start_server: Callable[..., RunningServer],
     texts: Path,
     tmp_path: Path,
 ) -> None:
@@ -24,7 +24,7 @@ def test_a_fit_publishes_as_the_user_that_it_was_given(
     place = {"redis_url": own.url, "redis_username": "service", "redis_password": "service-secret", "name": "tiny"}
     reads = {"fit_dirs": [texts], "fit_threads": 1, "fit_niceness": 0, "fit_device": "cpu"}
 
-    plain = serve(**place, **reads)
+    plain = start_server(**place, **reads)
     failed = over(plain.http, started(plain.http, SMALL)["id"])
     assert (failed["state"], failed["attempts"], failed["range_set"]) == ("failed", 1, None)
     assert "ACL" in failed["error"]
@@ -32,7 +32,7 @@ def test_a_fit_publishes_as_the_user_that_it_was_given(
     plain.service.fits.close()
 
     with_user = {"fit_redis_username": "operator", "fit_redis_password": "operator-secret"}
-    running = serve(**place, **reads, **with_user)
+    running = start_server(**place, **reads, **with_user)
     job = started(running.http, MEDIUM | {"activate": True})["id"]
     when(running.http, job, lambda now: now["state"] == "running")
     words = Path(f"/proc/{process_of(tmp_path, job)}/cmdline").read_text()

@@ -10,16 +10,16 @@ from typing import Any
 import httpx
 import pytest
 
-from tests.e2e.conftest import Running
 from tests.e2e.fits.conftest import LONG, MEDIUM, SECONDS, SMALL, lives, over, process_of, reading, started, when
 from tests.processes import Running as Command
 from tests.range_store.waiting import until
+from tests.servers import RunningServer
 from workers.models.loading import LoadedModel
 
 Problem = Callable[[httpx.Response, int, str], dict[str, Any]]
 
 
-def test_a_fit_is_done_activated_and_used(fitting: Running) -> None:
+def test_a_fit_is_done_activated_and_used(fitting: RunningServer) -> None:
     job = started(fitting.http, SMALL | {"activate": True, "reason": "the first"})
     assert (job["state"], job["kind"], job["by"], job["model"]) == ("queued", "fit", "http", fitting.service.name)
     assert (job["request"]["layers"], job["request"]["activate"]) == ([-1], True)
@@ -35,7 +35,9 @@ def test_a_fit_is_done_activated_and_used(fitting: Running) -> None:
     assert fitting.http.get("/v1/jobs").json() == {"model": fitting.service.name, "jobs": [done]}
 
 
-def test_it_publishes_what_the_command_does(fitting: Running, model: LoadedModel, texts: Path, tmp_path: Path) -> None:
+def test_it_publishes_what_the_command_does(
+    fitting: RunningServer, model: LoadedModel, texts: Path, tmp_path: Path
+) -> None:
     """Bit for bit: the id of a range set is a hash of all that it holds."""
     names = {"Business": "Money"}
     request = SMALL | {
@@ -66,7 +68,7 @@ def test_it_publishes_what_the_command_does(fitting: Running, model: LoadedModel
     assert said["counts"]["Money"] == 15
 
 
-def test_one_that_is_cancelled_leaves_nothing(fitting: Running, problem: Problem, tmp_path: Path) -> None:
+def test_one_that_is_cancelled_leaves_nothing(fitting: RunningServer, problem: Problem, tmp_path: Path) -> None:
     job = started(fitting.http, LONG)["id"]
     waiting = started(fitting.http, SMALL)["id"]
     now = reading(fitting.http, job, 500)
@@ -93,7 +95,7 @@ def test_one_that_is_cancelled_leaves_nothing(fitting: Running, problem: Problem
 
 
 def test_one_that_is_killed_goes_on_and_ends_in_the_same_range_set(
-    fitting: Running, tmp_path: Path, texts: Path
+    fitting: RunningServer, tmp_path: Path, texts: Path
 ) -> None:
     once = over(fitting.http, started(fitting.http, MEDIUM)["id"])["range_set"]
     fitting.service.store.remove(once)
@@ -106,7 +108,7 @@ def test_one_that_is_killed_goes_on_and_ends_in_the_same_range_set(
     assert (done["state"], done["range_set"], done["attempts"], done["error"]) == ("done", once, 2, None)
 
 
-def test_the_same_request_gives_the_same_job(fitting: Running, problem: Problem) -> None:
+def test_the_same_request_gives_the_same_job(fitting: RunningServer, problem: Problem) -> None:
     first = started(fitting.http, LONG)["id"]
     assert started(fitting.http, LONG)["id"] == first
     named = started(fitting.http, SMALL, Idempotency_Key="a")["id"]
@@ -121,8 +123,8 @@ def test_the_same_request_gives_the_same_job(fitting: Running, problem: Problem)
     assert len({first, named, third}) == 3
 
 
-def test_only_so_many_wait(serve: Callable[..., Running], texts: Path, problem: Problem) -> None:
-    running = serve(fit_dirs=[texts], fit_threads=1, fit_niceness=0, fit_queue=1)
+def test_only_so_many_wait(start_server: Callable[..., RunningServer], texts: Path, problem: Problem) -> None:
+    running = start_server(fit_dirs=[texts], fit_threads=1, fit_niceness=0, fit_queue=1)
     jobs = [started(running.http, LONG | {"seed": seed})["id"] for seed in (1, 2)]
     full = running.http.post("/v1/fits", json=LONG | {"seed": 3})
     problem(full, 429, "fit_queue_full")
@@ -135,7 +137,9 @@ def test_only_so_many_wait(serve: Callable[..., Running], texts: Path, problem: 
         assert over(running.http, job)["state"] == "cancelled"
 
 
-def test_texts_that_cannot_be_used_are_one_clear_line(serve: Callable[..., Running], tmp_path: Path) -> None:
+def test_texts_that_cannot_be_used_are_one_clear_line(
+    start_server: Callable[..., RunningServer], tmp_path: Path
+) -> None:
     """That of the command, with the file named as the request did; the queue goes on behind them."""
     texts = tmp_path / "texts"
     texts.mkdir()
@@ -143,7 +147,7 @@ def test_texts_that_cannot_be_used_are_one_clear_line(serve: Callable[..., Runni
         "latin.jsonl": (b'{"text": "caf\xe9 closed", "label": "World"}\n' * 3, "latin.jsonl"),
         "other.jsonl": (b'{"body": "a", "label": "World"}\n', "has no column 'text'"),
     }
-    running = serve(fit_dirs=[texts], fit_threads=1, fit_niceness=0, fit_device="cpu")
+    running = start_server(fit_dirs=[texts], fit_threads=1, fit_niceness=0, fit_device="cpu")
     jobs = {}
     for name, (content, _) in files.items():
         (texts / name).write_bytes(content)
@@ -177,7 +181,7 @@ def test_texts_that_cannot_be_used_are_one_clear_line(serve: Callable[..., Runni
         *("file://{outside}", "imdb", "--help", "~/secret.jsonl", "news/small.jsonl/..", "a" * 5000),
     ],
 )
-def test_hostile_paths(serve: Callable[..., Running], tmp_path: Path, data: str) -> None:
+def test_hostile_paths(start_server: Callable[..., RunningServer], tmp_path: Path, data: str) -> None:
     inside, outside = tmp_path / "in", tmp_path / "secret.jsonl"
     (inside / "news").mkdir(parents=True)
     outside.write_text('{"text": "secret", "label": "World"}\n')
@@ -186,7 +190,7 @@ def test_hostile_paths(serve: Callable[..., Running], tmp_path: Path, data: str)
     os.mkfifo(inside / "pipe.jsonl")
     (inside / "link.jsonl").symlink_to(outside)
     (inside / "linked").symlink_to(tmp_path)
-    running = serve(fit_dirs=[inside])
+    running = start_server(fit_dirs=[inside])
     reply = running.http.post("/v1/fits", json={"data": data.replace("{outside}", str(outside))})
     assert reply.status_code == 422, reply.text
     assert reply.json()["code"] in ("unusable_data", "invalid")
@@ -194,7 +198,7 @@ def test_hostile_paths(serve: Callable[..., Running], tmp_path: Path, data: str)
     assert running.http.get("/v1/jobs").json()["jobs"] == []
 
 
-def test_what_is_asked_is_checked_at_once(fitting: Running, problem: Problem) -> None:
+def test_what_is_asked_is_checked_at_once(fitting: RunningServer, problem: Problem) -> None:
     for wrong in (
         {"data": None},
         {"layers": []},
@@ -221,17 +225,23 @@ def test_what_is_asked_is_checked_at_once(fitting: Running, problem: Problem) ->
     assert fitting.http.get("/v1/jobs").json()["jobs"] == []
 
 
-def test_a_server_takes_fits_only_if_it_is_told_what_they_may_read(news: Running, problem: Problem) -> None:
-    refused = problem(news.http.post("/v1/fits", json=SMALL), 403, "fits_disabled")
+def test_a_server_takes_fits_only_if_it_is_told_what_they_may_read(server: RunningServer, problem: Problem) -> None:
+    refused = problem(server.http.post("/v1/fits", json=SMALL), 403, "fits_disabled")
     assert "NEURONLENS_FIT_DIRS" in refused["detail"]
-    assert news.http.get("/v1/jobs").json()["jobs"] == []
+    assert server.http.get("/v1/jobs").json()["jobs"] == []
 
 
 def test_scopes_and_whose_name_the_audit_has(
-    keyed: tuple[Running, dict[str, str], Any], serve: Callable[..., Running], texts: Path, problem: Problem
+    server_with_keys: tuple[RunningServer, dict[str, str], Any],
+    start_server: Callable[..., RunningServer],
+    texts: Path,
+    problem: Problem,
 ) -> None:
-    settings = keyed[0].service.settings
-    running, tokens = serve(redis_url=settings.redis_url, fit_dirs=[texts], fit_threads=1, fit_niceness=0), keyed[1]
+    settings = server_with_keys[0].service.settings
+    running, tokens = (
+        start_server(redis_url=settings.redis_url, fit_dirs=[texts], fit_threads=1, fit_niceness=0),
+        server_with_keys[1],
+    )
 
     def call(method: str, path: str, scope: str, **more: Any) -> httpx.Response:
         return running.http.request(method, path, headers={"X-API-Key": tokens[scope]}, **more)

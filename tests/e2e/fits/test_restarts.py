@@ -10,11 +10,11 @@ from typing import Any
 import pytest
 from safetensors.numpy import load_file
 
-from tests.e2e.conftest import Running
 from tests.e2e.faults.processes import Served
 from tests.e2e.fits.conftest import LONG, SECONDS, lives, over, process_of, reading, started, when
 from tests.processes import end_redis
 from tests.range_store.waiting import until
+from tests.servers import RunningServer
 from workers.fitting.rows import BLOCK_ROWS
 from workers.models.loading import LoadedModel
 
@@ -86,20 +86,20 @@ def rows_in(checkpoints: Path) -> int:
 
 
 def test_of_two_servers_one_runs_the_fit_and_the_other_takes_over(
-    serve: Callable[..., Running], texts: Path, tmp_path: Path
+    start_server: Callable[..., RunningServer], texts: Path, tmp_path: Path
 ) -> None:
-    one = serve(fit_dirs=[texts], fit_threads=1, fit_niceness=0)
+    one = start_server(fit_dirs=[texts], fit_threads=1, fit_niceness=0)
     until(lambda: one.service.fits.runs)
-    two = serve(fit_dirs=[texts], fit_threads=1, fit_niceness=0, name=one.service.name)
-    job = started(two.http, LONG)["id"]
+    two_models = start_server(fit_dirs=[texts], fit_threads=1, fit_niceness=0, name=one.service.name)
+    job = started(two_models.http, LONG)["id"]
     assert started(one.http, LONG)["id"] == job
-    reading(two.http, job)
+    reading(two_models.http, job)
     pid = process_of(tmp_path, job)
-    assert not two.service.fits.runs
+    assert not two_models.service.fits.runs
 
     def told() -> int:
         """Rows that the streams of the server which does not run it tell of; -1: it does not run."""
-        (newest,) = (json.loads(data) for data in two.service.news.jobs_since(0)[1])
+        (newest,) = (json.loads(data) for data in two_models.service.news.jobs_since(0)[1])
         assert newest["id"] == job
         return newest["progress"]["rows_done"] if newest["state"] == "running" and newest["progress"] else -1
 
@@ -108,8 +108,8 @@ def test_of_two_servers_one_runs_the_fit_and_the_other_takes_over(
     until(lambda: told() > before, SECONDS)
     one.service.fits.close()
     assert not lives(pid)
-    until(lambda: two.service.fits.runs)
-    assert reading(two.http, job)["attempts"] == 1
+    until(lambda: two_models.service.fits.runs)
+    assert reading(two_models.http, job)["attempts"] == 1
     assert lives(process_of(tmp_path, job))
-    two.http.delete(f"/v1/jobs/{job}").raise_for_status()
+    two_models.http.delete(f"/v1/jobs/{job}").raise_for_status()
     assert over(one.http, job)["state"] == "cancelled"

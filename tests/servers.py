@@ -1,17 +1,22 @@
-"""A real service behind a real uvicorn, on a tiny fitted model; tests speak HTTP to it."""
+"""Servers for tests: a real service behind a real uvicorn, on a tiny fitted model; tests speak HTTP to it.
+
+`server` is shared by all tests of a process and is reset before each of them. A test that stops it, breaks it, or
+leaves more behind than a reset clears takes `fresh_server`; one that needs settings of its own calls `start_server`.
+"""
+
+from __future__ import annotations
 
 import threading
 import uuid
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import ExitStack
-from dataclasses import dataclass
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import httpx
 import pytest
 import redis
-import torch
 import uvicorn
 from prometheus_client import CollectorRegistry
 
@@ -20,27 +25,27 @@ from app.protocol import bounded_head
 from app.routes.dropin import dialect_of
 from app.service import Service
 from app.settings import Settings
-from app.wiring import open_service
 from range_store.api_keys import KeyStore
 from range_store.embedded import EmbeddedRedis, connect
 from range_store.range_set import RangeSet
-from range_store.store import RangeStore
-from tests.e2e.on_ray import Opened, cluster, on_fleet  # noqa: F401 (fixtures)
 from tests.processes import end_redis
 from tests.range_store.builders import random_range_set
 from tests.range_store.waiting import until
-from tests.workers.checkpoints import save_tiny
 from tests.workers.texts import labelled_texts, write_jsonl
-from workers.fitting.corpus import load_corpus
-from workers.fitting.fit import Fitted, fit
-from workers.models.loading import LoadedModel, load_model
+
+if TYPE_CHECKING:  # imported by the fixtures that need torch, so that other tests start without it
+    from tests.e2e.on_ray import Opened
+    from workers.fitting.fit import Fitted
+    from workers.models.loading import LoadedModel
 
 LABELS = ("World", "Sports", "Business", "Sci/Tech")
 OTHER_LABELS = ("Cats", "Dogs", "Sports")
 
+Samples = dict[tuple[str, frozenset[tuple[str, str]]], float]
+
 
 @dataclass
-class Running:
+class RunningServer:
     """A server to talk to, and what is behind it: `service` and `model` are the first of several."""
 
     http: httpx.Client
@@ -49,18 +54,46 @@ class Running:
     model: LoadedModel
     services: tuple[Service, ...]
     registry: CollectorRegistry
+    counted: Samples = field(default_factory=dict)
+    """Counters at the last reset: `value` gives the difference."""
 
     def classify(self, inputs: Any, **fields: Any) -> httpx.Response:
         return self.http.post("/v1/classify", json={"inputs": inputs, **fields})
 
     def value(self, name: str, labels: Mapping[str, str] | None = None) -> float | None:
-        """A sample of /metrics: of the first model, or of the process where it has no label for one."""
-        of_model = self.registry.get_sample_value(name, {"model": self.service.name, **(labels or {})})
-        return of_model if of_model is not None else self.registry.get_sample_value(name, dict(labels or {}))
+        """A sample of /metrics, of the first model where it has a label for one; a counter since the last reset."""
+        for chosen in ({"model": self.service.name, **(labels or {})}, dict(labels or {})):
+            value = self.registry.get_sample_value(name, chosen)
+            if value is not None:
+                return value - self.counted.get((name, frozenset(chosen.items())), 0.0)
+        return None
+
+    def reset(self, fitted: Fitted) -> None:
+        """The state of a server that was just started: `fitted` active, nothing erased, counters at zero."""
+        store = self.service.store
+        until(lambda: self.registry.get_sample_value("neuronlens_queue_texts", {"model": self.service.name}) == 0)
+        if store.live().range_set != fitted.range_set.id:
+            store.activate(store.publish(fitted.range_set, fitted.inspect), force=True)
+        if store.live().erasures:
+            store.set_erasures([])
+        self.service.mirror.refresh()
+        self.counted = {
+            (sample.name, frozenset(sample.labels.items())): sample.value
+            for metric in self.registry.collect()
+            if metric.type in ("counter", "histogram", "summary")
+            for sample in metric.samples
+        }
+        ready = self.http.get("/readyz")
+        assert ready.status_code == 200, f"a test broke the shared server; it needs `fresh_server`: {ready.text}"
 
 
 @pytest.fixture(scope="session")
 def model(tmp_path_factory: pytest.TempPathFactory) -> LoadedModel:
+    import torch
+
+    from tests.workers.checkpoints import save_tiny
+    from workers.models.loading import load_model
+
     torch.set_num_threads(1)
     path = save_tiny("bert", tmp_path_factory.mktemp("e2e") / "tiny-news", labels=LABELS)
     return load_model(str(path), device="cpu")
@@ -68,45 +101,46 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> LoadedModel:
 
 @pytest.fixture(scope="session")
 def fitted(model: LoadedModel, tmp_path_factory: pytest.TempPathFactory) -> Fitted:
-    """Ranges of the model at its last two blocks; a concept that is no label among them."""
+    """Ranges of the model at its last two blocks; one concept is no label of the model."""
+    from workers.fitting.corpus import load_corpus
+    from workers.fitting.fit import fit
+
     rows = [(text, "Sci/Tech" if label == "SciTech" else label) for text, label in labelled_texts(90, seed=4)]
     rows += [(f"it rained in {place} all day", "Météo & co") for place in ("Kyiv", "Lima", "Oslo", "Baku")]
     path = write_jsonl(tmp_path_factory.mktemp("data") / "train.jsonl", rows)
     return fit(model, load_corpus(str(path), labels=LABELS), layers=(-2, -1), bins=64)
 
 
-@pytest.fixture
-def serve(
-    request: pytest.FixtureRequest, redis_client: redis.Redis, model: LoadedModel, tmp_path: Path
-) -> Iterator[Callable[..., Running]]:
-    """`serve(*loaded, **settings)`: start a server (default: of `model`); everything is stopped after the test.
+@contextmanager
+def starting(
+    request: pytest.FixtureRequest, redis_client: redis.Redis, model: LoadedModel, data_dir: Path
+) -> Iterator[Callable[..., RunningServer]]:
+    """`start(*loaded, **settings)` inside; leaving stops every server that it started."""
+    from app.wiring import open_service
 
-    Of several models the first has the name that the settings say, the others that and a number.
-    """
     assert isinstance(redis_client, EmbeddedRedis)
     opened: Opened = request.getfixturevalue("on_fleet") if request.config.getoption("--fleet") else open_service
     with ExitStack() as stack:
 
-        def start(*loaded: LoadedModel, **settings: Any) -> Running:
+        def start(*loaded: LoadedModel, **settings: Any) -> RunningServer:
             named: dict[str, Any] = {
                 "name": f"tiny-{uuid.uuid4().hex[:8]}",
                 "redis_url": redis_client.url,
                 "poll_seconds": 0.2,
+                "data_dir": data_dir,
             }
-            named["data_dir"] = tmp_path
             chosen = Settings(**{**named, **settings})
             services = []
             for n, each in enumerate(loaded or (model,)):
                 own = chosen if n == 0 else chosen.model_copy(update={"name": f"{chosen.name}-{n}"})
                 services.append(stack.enter_context(opened(own, each)))
-            protocol = bounded_head(chosen.max_header_bytes, chosen.header_timeout)
             app = create_app(chosen, services)
             config = uvicorn.Config(
                 app,
                 host="127.0.0.1",
                 port=0,
                 log_level="warning",
-                http=protocol,
+                http=bounded_head(chosen.max_header_bytes, chosen.header_timeout),
                 timeout_keep_alive=chosen.keep_alive,
             )
             server = uvicorn.Server(config)
@@ -123,20 +157,52 @@ def serve(
             url = f"http://127.0.0.1:{port}"
             http = stack.enter_context(httpx.Client(base_url=url, timeout=30))
             first = (loaded or (model,))[0]
-            return Running(http, services[0], url, first, tuple(services), app.state.registry)
+            return RunningServer(http, services[0], url, first, tuple(services), app.state.registry)
 
         yield start
 
 
 @pytest.fixture
-def news(serve: Callable[..., Running], fitted: Fitted) -> Running:
-    """A server with an active range set."""
-    return ready(serve(), fitted)
+def start_server(
+    request: pytest.FixtureRequest, redis_client: redis.Redis, model: LoadedModel, tmp_path: Path
+) -> Iterator[Callable[..., RunningServer]]:
+    """`start_server(*loaded, **settings)`: start a server (default: of `model`); all are stopped after the test.
+
+    Of several models the first has the name that the settings say, the others that name and a number.
+    """
+    with starting(request, redis_client, model, tmp_path) as start:
+        yield start
 
 
-def ready(running: Running, fitted: Fitted) -> Running:
+@pytest.fixture(scope="session")
+def shared_server(
+    request: pytest.FixtureRequest,
+    redis_client: redis.Redis,
+    model: LoadedModel,
+    fitted: Fitted,
+    tmp_path_factory: pytest.TempPathFactory,
+) -> Iterator[RunningServer]:
+    """One server for all tests of this process; ask for `server`, which resets it."""
+    with starting(request, redis_client, model, tmp_path_factory.mktemp("shared")) as start:
+        yield with_ranges(start(), fitted)
+
+
+@pytest.fixture
+def server(shared_server: RunningServer, fitted: Fitted) -> RunningServer:
+    """The shared server, with an active range set and nothing erased."""
+    shared_server.reset(fitted)
+    return shared_server
+
+
+@pytest.fixture
+def fresh_server(start_server: Callable[..., RunningServer], fitted: Fitted) -> RunningServer:
+    """A server of this test's own, with an active range set."""
+    return with_ranges(start_server(), fitted)
+
+
+def with_ranges(running: RunningServer, fitted: Fitted) -> RunningServer:
     """Publish and activate ranges for a server."""
-    store: RangeStore = running.service.store
+    store = running.service.store
     store.activate(store.publish(fitted.range_set, fitted.inspect))
     running.service.mirror.refresh()
     return running
@@ -144,7 +210,10 @@ def ready(running: Running, fitted: Fitted) -> Running:
 
 @pytest.fixture(scope="session")
 def other(tmp_path_factory: pytest.TempPathFactory) -> LoadedModel:
-    """Another family, other labels; one concept has the name of one of the first model's."""
+    """Another family, other labels; one label is also one of the first model's."""
+    from tests.workers.checkpoints import save_tiny
+    from workers.models.loading import load_model
+
     path = save_tiny("distilbert", tmp_path_factory.mktemp("several") / "pets", labels=OTHER_LABELS)
     return load_model(str(path), device="cpu")
 
@@ -161,17 +230,16 @@ def ranges_of(service: Service, seed: int) -> RangeSet:
 
 
 @pytest.fixture
-def two(serve: Callable[..., Running], model: LoadedModel, other: LoadedModel) -> Running:
+def two_models(start_server: Callable[..., RunningServer], model: LoadedModel, other: LoadedModel) -> RunningServer:
     """A server of two models, both with active ranges."""
-    running = serve(model, other)
+    running = start_server(model, other)
     for seed, service in enumerate(running.services):
         ranges_of(service, seed)
     return running
 
 
-@pytest.fixture
-def own_redis(tmp_path_factory: pytest.TempPathFactory) -> Iterator[EmbeddedRedis]:
-    """A Redis of its own: keys are of a whole store. Ask for it before `serve`, which must leave it first."""
+@pytest.fixture(scope="module")
+def redis_of_module(tmp_path_factory: pytest.TempPathFactory) -> Iterator[EmbeddedRedis]:
     directory = tmp_path_factory.mktemp("keys-redis")
     with connect(None, directory) as client:
         assert isinstance(client, EmbeddedRedis)
@@ -181,13 +249,23 @@ def own_redis(tmp_path_factory: pytest.TempPathFactory) -> Iterator[EmbeddedRedi
 
 
 @pytest.fixture
-def keyed(
-    own_redis: EmbeddedRedis, serve: Callable[..., Running], fitted: Fitted, tmp_path: Path
-) -> tuple[Running, dict[str, str], KeyStore]:
-    """A server on which keys are in force, a token of each scope, and where keys are made."""
+def own_redis(redis_of_module: EmbeddedRedis) -> EmbeddedRedis:
+    """An empty Redis that no test of another module uses: API keys belong to a whole store.
+
+    A test asks for it before `start_server`, so that the servers stop before it is emptied.
+    """
+    redis_of_module.flushall()
+    return redis_of_module
+
+
+@pytest.fixture
+def server_with_keys(
+    own_redis: EmbeddedRedis, start_server: Callable[..., RunningServer], fitted: Fitted, tmp_path: Path
+) -> tuple[RunningServer, dict[str, str], KeyStore]:
+    """A server on which keys are in force, a token of each scope, and the store of the keys."""
     keys = KeyStore(own_redis)
     tokens = {scope: keys.create(f"the-{scope}", [scope])[1] for scope in ("infer", "read", "admin")}
-    running = ready(serve(redis_url=own_redis.url, data_dir=tmp_path), fitted)
+    running = with_ranges(start_server(redis_url=own_redis.url), fitted)
     return running, tokens, keys
 
 

@@ -1,0 +1,201 @@
+"""Admission on a real Redis: which erasures a request gets, and when plans are reused."""
+
+import asyncio
+import uuid
+from collections.abc import Sequence
+from unittest.mock import AsyncMock
+
+import pytest
+import redis
+import torch
+
+from range_store.erasure import Damp, Erasure
+from range_store.errors import Behind, InvalidErasure, NoRangeSet, StoreUnavailable, UnknownConcept
+from range_store.live import LiveErasure
+from range_store.mirror import Mirror
+from range_store.plan import NO_ERASURE
+from range_store.store import RangeStore
+from tests.range_store.builders import FINGERPRINT, random_range_set
+from workers.engine import admission
+from workers.engine.admission import Admission, Planner
+
+FIRST, SECOND = random_range_set(800), random_range_set(801)
+
+
+@pytest.fixture
+def store(redis_client: redis.Redis) -> RangeStore:
+    return RangeStore(redis_client, f"news-{uuid.uuid4().hex}")
+
+
+@pytest.fixture
+def active(store: RangeStore) -> RangeStore:
+    store.activate(store.publish(*FIRST))
+    return store
+
+
+def planner_of(store: RangeStore, capacity: int = 8, device: str = "cpu") -> Planner:
+    """A planner whose mirror has read the store once and reads again only when a request asks for a generation."""
+    mirror = Mirror(store, FINGERPRINT)
+    mirror.refresh()
+    return Planner(mirror, torch.device(device), capacity)
+
+
+def admit(
+    planner: Planner, erase: Sequence[Erasure] | None, min_generation: str | None = None, timeout: float | None = None
+) -> Admission:
+    return asyncio.run(planner.admit(erase, min_generation, timeout))
+
+
+def live(concept: str, enforced: bool = False, expires_at: float | None = None, tau: float = 2.5) -> LiveErasure:
+    erasure = Erasure(concept=concept, tau=tau)
+    return LiveErasure(erasure=erasure, enforced=enforced, expires_at=expires_at)
+
+
+def planned(admitted: Admission) -> list[tuple[str, float]]:
+    """Concept and tau of the plan's erasures, in order."""
+    return [(erasure.concept, erasure.tau) for erasure in admitted.plan.plan.erasures]
+
+
+def test_request_without_erasures_gets_the_empty_plan(active: RangeStore) -> None:
+    state = active.live()
+    for erase in (None, []):
+        admitted = admit(planner_of(active), erase)
+        assert admitted.plan.plan is NO_ERASURE
+        assert (admitted.source, admitted.enforced) == ("none", frozenset())
+        assert (admitted.range_set, admitted.generation) == (FIRST[0].id, state.generation)
+
+
+def test_request_that_names_no_erasures_gets_the_live_ones(active: RangeStore) -> None:
+    state = active.set_erasures([live("World", tau=1.0), live("Business", enforced=True, tau=2.0)])
+    admitted = admit(planner_of(active), None)
+    assert planned(admitted) == [("Business", 2.0), ("World", 1.0)]
+    assert (admitted.source, admitted.enforced) == ("live", {"Business"})
+    assert (admitted.range_set, admitted.generation) == (FIRST[0].id, state.generation)
+
+
+def test_request_replaces_the_live_erasures_that_are_not_enforced(active: RangeStore) -> None:
+    active.set_erasures([live("World")])
+    planner = planner_of(active)
+    admitted = admit(planner, [Erasure(concept="Sports", tau=3.0)])
+    assert planned(admitted) == [("Sports", 3.0)]
+    assert (admitted.source, admitted.enforced) == ("request", frozenset())
+    assert admit(planner, []).source == "none"
+
+
+def test_enforced_erasures_precede_and_override_those_of_the_request(active: RangeStore) -> None:
+    active.set_erasures([live("World", enforced=True, tau=1.0), live("Sci/Tech", enforced=True), live("Sports")])
+    requested = [Erasure(concept="Business", tau=4.0), Erasure(concept="World", replacement=Damp(damp=1.0))]
+    planner = planner_of(active)
+    admitted = admit(planner, requested)
+    assert planned(admitted) == [("Sci/Tech", 2.5), ("World", 1.0), ("Business", 4.0)]
+    assert admitted.plan.plan.erasures[1].replacement == "zero"
+    assert (admitted.source, admitted.enforced) == ("request", {"World", "Sci/Tech"})
+    refused = admit(planner, [])
+    assert planned(refused) == [("Sci/Tech", 2.5), ("World", 1.0)], "an empty request does not switch them off"
+    assert refused.source == "live"
+
+
+@pytest.mark.parametrize(("now", "expected"), [(99.0, ["Sports", "World"]), (100.0, ["World"]), (101.0, ["World"])])
+def test_expired_erasures_do_not_apply(
+    active: RangeStore, monkeypatch: pytest.MonkeyPatch, now: float, expected: list[str]
+) -> None:
+    raw, state = active._read()
+    assert state is not None
+    after = state.advanced(state.range_set, (live("Sports", enforced=True, expires_at=100.0), live("World")))
+    assert active._write(raw, after, [])
+    planner = planner_of(active)
+    monkeypatch.setattr(admission.time, "time", lambda: now)
+    admitted = admit(planner, None)
+    assert [concept for concept, _ in planned(admitted)] == expected
+    assert ("Sports" in admitted.enforced) == ("Sports" in expected)
+
+
+def test_admission_before_the_first_read_is_refused(active: RangeStore) -> None:
+    planner = Planner(Mirror(active, FINGERPRINT), torch.device("cpu"), 8)
+    for erase in (None, [], [Erasure(concept="World")]):
+        with pytest.raises(StoreUnavailable) as caught:
+            admit(planner, erase)
+        assert str(caught.value) == "the live erasures were never read: the store cannot be reached"
+
+
+def test_erasing_without_a_range_set_is_refused(store: RangeStore) -> None:
+    planner = planner_of(store)
+    admitted = admit(planner, None)
+    assert (admitted.plan.plan, admitted.range_set) == (NO_ERASURE, None)
+    with pytest.raises(NoRangeSet) as caught:
+        admit(planner, [Erasure(concept="World")])
+    assert str(caught.value) == "no range set is active: fit one with `neuronlens fit … --activate`"
+
+
+def test_unresolvable_request_is_refused(active: RangeStore) -> None:
+    planner = planner_of(active)
+    with pytest.raises(UnknownConcept, match="Weather"):
+        admit(planner, [Erasure(concept="Weather")])
+    with pytest.raises(InvalidErasure, match="'World' is named twice"):
+        admit(planner, [Erasure(concept="World"), Erasure(concept="World", tau=1.0)])
+
+
+def test_plan_of_the_same_erasures_is_reused(active: RangeStore) -> None:
+    planner = planner_of(active)
+    one, other = [Erasure(concept="World")], [Erasure(concept="World", tau=1.0)]
+    first = admit(planner, one).plan
+    assert admit(planner, [Erasure(concept="World")]).plan is first
+    assert admit(planner, other).plan is not first
+    assert admit(planner, []).plan is admit(planner, None).plan
+
+
+def test_least_recently_used_plan_is_dropped(active: RangeStore) -> None:
+    planner = planner_of(active, capacity=2)
+    world, sports, business = ([Erasure(concept=concept)] for concept in ("World", "Sports", "Business"))
+    of_world, of_sports = admit(planner, world).plan, admit(planner, sports).plan
+    assert admit(planner, world).plan is of_world, "used again, so it stays"
+    of_business = admit(planner, business).plan
+    assert len(planner._plans) == 2
+    assert admit(planner, world).plan is of_world
+    assert admit(planner, business).plan is of_business
+    again = admit(planner, sports).plan
+    assert again is not of_sports
+    assert again.plan.key == of_sports.plan.key
+
+
+def test_another_range_set_makes_another_plan(active: RangeStore) -> None:
+    mirror = Mirror(active, FINGERPRINT)
+    mirror.refresh()
+    planner = Planner(mirror, torch.device("cpu"), 8)
+    before = admit(planner, [Erasure(concept="World")])
+    active.activate(active.publish(*SECOND))
+    mirror.refresh()
+    after = admit(planner, [Erasure(concept="World")])
+    assert (before.range_set, after.range_set) == (FIRST[0].id, SECOND[0].id)
+    assert before.plan.plan.key != after.plan.plan.key
+
+
+def test_masks_lie_on_the_device_of_the_planner(active: RangeStore) -> None:
+    admitted = admit(planner_of(active, device="meta"), [Erasure(concept="World", layers=(0,))])
+    assert {part.device.type for part in admitted.plan.masks[0].parts} == {"meta"}
+    assert admitted.plan.plan.split == 0
+
+
+def test_request_waits_for_the_generation_that_it_asks_for(active: RangeStore) -> None:
+    planner = planner_of(active)
+    state = active.set_erasure(live("World"))
+    assert planned(admit(planner, None)) == [], "the mirror has not read the change yet"
+    for erase, concepts in ((None, ["World"]), ([Erasure(concept="Sports")], ["Sports"])):
+        admitted = admit(planner, erase, state.generation)
+        assert ([concept for concept, _ in planned(admitted)], admitted.generation) == (concepts, state.generation)
+
+
+def test_request_for_a_future_generation_is_refused(active: RangeStore) -> None:
+    state = active.live()
+    future = state.advanced(None, ()).generation
+    with pytest.raises(Behind) as caught:
+        admit(planner_of(active), None, future, timeout=0.0)
+    assert (caught.value.wanted, caught.value.held) == (future, state.generation)
+
+
+def test_waiting_is_bounded_by_the_time_of_the_request(active: RangeStore, monkeypatch: pytest.MonkeyPatch) -> None:
+    planner = planner_of(active)
+    reach = AsyncMock()
+    monkeypatch.setattr(planner._following, "reach", reach)
+    admit(planner, None, "0123abcd-7", timeout=1.5)
+    reach.assert_awaited_once_with("0123abcd-7", 1.5)
