@@ -1,4 +1,4 @@
-"""The installed command as a process of its own, for tests that send signals or need a whole program."""
+"""Commands as processes of their own, for tests that send signals or need a whole program."""
 
 import os
 import subprocess
@@ -10,6 +10,7 @@ from pathlib import Path
 import redis
 
 from range_store.embedded_server import EmbeddedServer
+from tests.forking import Forked, forker
 from tests.range_store.waiting import until
 
 NEURONLENS = str(Path(sys.executable).parent / "neuronlens")
@@ -32,22 +33,33 @@ def end_redis(directory: Path) -> None:
 
 
 class Running:
-    """A command under way; its lines are collected as they come."""
+    """A `neuronlens` command under way; its lines are collected as they come.
+
+    Args:
+        program: run this instead, a process that starts from nothing: `(NEURONLENS,)` is the installed command.
+            Without it the command is a fork of a process that has loaded torch, and starts at once.
+        code: Python for the fork to run before the command.
+    """
 
     def __init__(
         self,
         arguments: Sequence[object],
-        program: Sequence[str] = (NEURONLENS,),
+        program: Sequence[str] = (),
         environment: Mapping[str, str] | None = None,
+        code: str = "",
     ) -> None:
-        self.process = subprocess.Popen(
-            [*program, *map(str, arguments)],
-            stdin=subprocess.DEVNULL,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
-            env={**os.environ, **(environment or {})},
-        )
+        self.process: subprocess.Popen[str] | Forked
+        if program:
+            self.process = subprocess.Popen(
+                [*program, *map(str, arguments)],
+                stdin=subprocess.DEVNULL,
+                stdout=subprocess.PIPE,
+                stderr=subprocess.PIPE,
+                text=True,
+                env={**os.environ, **(environment or {})},
+            )
+        else:
+            self.process = forker().start(arguments, environment, code)
         self.stdout: list[str] = []
         self.stderr: list[str] = []
         self._readers = [

@@ -138,7 +138,7 @@ def test_it_serves_with_everything_read_only_but_data_and_tmp(running: Callable[
     assert told.stdout.split("\n")[:-1] == ["10001 1", *("Read-only file system" for _ in places)], told.stderr
 
 
-@pytest.mark.long
+@pytest.mark.full
 @pytest.mark.timeout(1200)
 def test_the_steps_of_the_build_stage_make_an_environment_that_serves(
     running: Callable[..., Running], tmp_path: Path

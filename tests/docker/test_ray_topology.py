@@ -112,7 +112,7 @@ def cluster(tmp_path: Path) -> Iterator[Cluster]:
         yield Cluster(Topology(tmp_path, stack), stack)
 
 
-@pytest.mark.long
+@pytest.mark.full
 def test_a_fleet_answers_from_its_nodes_and_outlives_one_of_them(cluster: Cluster) -> None:
     head = cluster.start("ray-head")
     token = cluster.topology.run("cli", "keys", "create", "admin", "--scope", "admin").strip()

@@ -204,7 +204,7 @@ def explore(
     return json.loads(report.read_text("utf-8")), done.stdout
 
 
-LONG = pytest.mark.long
+LONG = pytest.mark.full
 pytestmark = pytest.mark.timeout(1200)
 
 

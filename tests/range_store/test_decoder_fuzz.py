@@ -7,7 +7,7 @@ import sys
 import pytest
 
 KINDS = ("archive", "inspect", "keys", "live", "meta", "serve")
-LONG = [pytest.mark.long, pytest.mark.timeout(1800)]
+LONG = [pytest.mark.full, pytest.mark.timeout(1800)]
 
 
 @pytest.mark.parametrize("inputs", [2_000, pytest.param(100_000, marks=LONG)])

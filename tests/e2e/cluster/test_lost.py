@@ -27,7 +27,7 @@ from workers.models.loading import LoadedModel
 
 from ray.cluster_utils import Cluster  # isort: skip
 
-pytestmark = [pytest.mark.long, pytest.mark.timeout(600)]  # processes that load torch, on a busy machine
+pytestmark = [pytest.mark.full, pytest.mark.timeout(600)]  # processes that load torch, on a busy machine
 
 BUSY_SECONDS = 30.0
 """Added to every limit: the machine may have other work."""

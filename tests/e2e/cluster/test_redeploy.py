@@ -26,7 +26,7 @@ from workers.engine.answers import Answer
 from workers.fitting.fit import Fitted
 from workers.models.errors import ModelError
 
-pytestmark = [pytest.mark.long, pytest.mark.timeout(600)]  # processes that load torch, on a busy machine
+pytestmark = [pytest.mark.full, pytest.mark.timeout(600)]  # processes that load torch, on a busy machine
 TEXTS = [text for text, _ in labelled_texts(24, seed=21)]
 TOLERANCE = 2e-4
 """Largest difference of a logit between two batches that a text is in (promise 2)."""

@@ -28,7 +28,7 @@ from workers.cluster.serve_status import status_of
 from workers.fitting.fit import Fitted
 from workers.models.loading import LoadedModel
 
-pytestmark = [pytest.mark.long, pytest.mark.timeout(600)]  # processes that load torch, on a busy machine
+pytestmark = [pytest.mark.full, pytest.mark.timeout(600)]  # processes that load torch, on a busy machine
 TEXTS = [text for text, _ in labelled_texts(32, seed=9)]
 TOGGLES = 24
 """At each ingress; a third of them before the replica is killed."""

@@ -165,7 +165,7 @@ def test_a_model_that_does_not_load_ends_the_work(cluster: Cluster, tmp_path: Pa
         assert pool.about
 
 
-@pytest.mark.long
+@pytest.mark.full
 def test_the_command_stops_within_seconds_and_goes_on(
     cluster: Cluster, source: str, alone: Fitted, path: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
