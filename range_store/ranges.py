@@ -43,5 +43,4 @@ def overlap_coefficient(
     shorter = np.minimum(high - low, other_high - other_low)
     with np.errstate(divide="ignore", invalid="ignore"):
         ratio = np.where(shorter > 0, shared / shorter, np.where(shared >= 0, 1.0, 0.0))
-    either_empty = (low > high) | (other_low > other_high)
-    return np.where(either_empty, 0.0, np.clip(ratio, 0.0, 1.0))
+    return np.maximum(ratio, 0.0)  # disjoint ranges share a negative length, and so does an empty one with any other
