@@ -5,14 +5,14 @@ BIN := $(VENV)/bin
 ARGS ?=
 WORKERS ?= 3
 
-.PHONY: help setup demo test test-system test-fleet test-long check audit bench bench-rivals soak openapi picture screenshots clean
+.PHONY: help setup demo test test-system test-full test-stress check audit bench bench-rivals soak openapi picture screenshots clean
 
 help:
 	@echo "make demo         train, fit, measure and serve the demo (ARGS=\"--port 8123\" passes arguments on)"
-	@echo "make test         the tests that need no system package"
-	@echo "make test-system  the tests that need packages of the system (.ci/run names them)"
-	@echo "make test-fleet   tests of the HTTP side once more, with the engines on a Ray cluster of two simulated nodes"
-	@echo "make test-long    the tests that take minutes (ARGS=\"--seed 7\" tries other things)"
+	@echo "make test         the tests that need no system package (ARGS=\"-k erasure\" passes arguments to pytest)"
+	@echo "make test-system  the tests that need system packages (.ci/run names them)"
+	@echo "make test-full    every test there is, Ray clusters and a million random inputs included: about an hour"
+	@echo "make test-stress  make test ten times beside two busy loops (ARGS=\"--runs 3\")"
 	@echo "make check        ruff, strict types, import contracts"
 	@echo "make audit        secrets in the tree; known vulnerabilities of what is pinned, where a service can be asked"
 	@echo "make bench        ratios of cost and speed, side by side (ARGS=\"--data texts.jsonl --pairs 20\")"
@@ -36,24 +36,27 @@ demo: setup
 	@$(BIN)/neuronlens demo $(ARGS)
 
 # several processes with as many threads as there are cores: threads that wait spinning would take the others' time
-test test-system test-fleet test-long: export OMP_WAIT_POLICY := passive
+test test-system test-full test-stress mutants: export OMP_WAIT_POLICY := passive
 
-# most tests wait for processes and servers, so several run at once, a file's on one worker; those on Ray come after them,
-# since clusters starve each other (5: ARGS chose none of them)
-ON_RAY := tests/e2e/cluster tests/workers/cluster
+FAST := -n $(WORKERS) --dist worksteal -m "not system and not full"
 test: setup
-	$(BIN)/python -m pytest -n $(WORKERS) --dist loadfile -m "not system and not long" $(ON_RAY:%=--ignore=%) $(ARGS)
-	$(BIN)/python -m pytest -m "not system and not long" $(ON_RAY) $(ARGS) || [ $$? = 5 ]
+	$(BIN)/python -m pytest $(FAST) $(ARGS)
 
 test-system: setup
-	$(BIN)/python -m pytest -n 2 --dist loadfile -m "system and not long" $(ARGS)
+	$(BIN)/python -m pytest -n $(WORKERS) --dist loadfile -m system $(ARGS)
 
-FLEET := tests/e2e/test_classify.py tests/e2e/test_erasures.py tests/e2e/dropin/test_hf.py tests/e2e/dropin/test_tei.py tests/e2e/dropin/test_vllm.py
-test-fleet: setup
-	$(BIN)/python -m pytest --fleet -m "not system and not long" $(FLEET) $(ARGS)
+# tests on Ray come one after the other, since clusters starve each other; FLEET: tests of HTTP with the engines on Ray
+ON_RAY := tests/e2e/cluster tests/workers/cluster
+FLEET := $(addprefix tests/e2e/,test_classify.py test_erasures.py dropin/test_hf.py dropin/test_tei.py dropin/test_vllm.py)
+test-full: setup
+	$(MAKE) test
+	$(MAKE) test-system
+	$(BIN)/python -m pytest -n 2 --dist loadfile -m full $(ON_RAY:%=--ignore=%) $(ARGS)
+	$(BIN)/python -m pytest -m full $(ON_RAY) $(ARGS)
+	$(BIN)/python -m pytest --fleet -m "not system and not full" $(FLEET) $(ARGS)
 
-test-long: setup
-	$(BIN)/python -m pytest -m long $(ARGS)
+test-stress: setup
+	$(BIN)/python tests/stress.py $(FAST) $(ARGS)
 
 check: setup
 	$(BIN)/ruff check .
