@@ -1,75 +1,100 @@
-"""What the tests of all protocols go through: how each asks, and how its clients read an error.
+"""The drop-in protocols as data: their requests, and how to read their replies and errors.
 
-The schemas are ours: they say, in JSON Schema, what the protocols' own documents ask of a reply, and docs/dropin.md
-says which documents these are. None is copied. `test_vllm_published.py` holds vLLM's to what vLLM publishes; the
-others' own clients are driven beside them.
+The schemas are written here from the protocols' own documents, which docs/dropin.md names; none is copied.
+`test_vllm_published.py` compares vLLM's with the models that vLLM publishes; the other protocols are also tested with
+their own clients.
 """
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import httpx
 
+from tests.servers import LABELS
+
 Body = dict[str, Any]
+Scores = list[dict[str, float]]
 
 
 @dataclass(frozen=True)
 class Protocol:
-    """ask: the body that classifies texts; erase: that body with something erased; error: what its clients look for."""
+    """How to send a request in a protocol and read its replies."""
 
     path: Callable[[str], str]
-    ask: Callable[[list[str]], Body]
-    erase: Callable[[Body, Any], Body]
-    labels: Callable[[Any], list[str]]
+    """The route that classifies, by the name of the model."""
+    request: Callable[[list[str]], Body]
+    """A body that classifies texts."""
+    with_erase: Callable[[Body, Any], Body]
+    """That body with erasures."""
+    scores: Callable[[Any], Scores]
+    """The score of each label, for each text of a reply."""
     error: Callable[[Any], str]
+    """The message where clients of the protocol look for it."""
     invalid: int
+    """The status of an invalid request."""
 
 
-def _top(body: Body, erase: Any) -> Body:
+def _at_top(body: Body, erase: Any) -> Body:
     return {**body, "erase": erase}
 
 
-def _best(reply: Any) -> list[str]:
-    return [each[0]["label"] for each in reply]
+def _scores_of_lists(reply: Any) -> Scores:
+    return [{each["label"]: each["score"] for each in text} for text in reply]
 
 
-def _v2(texts: list[str]) -> Body:
+def _by_label(rows: Sequence[Sequence[float]]) -> Scores:
+    return [dict(zip(LABELS, row, strict=True)) for row in rows]
+
+
+def _v2_request(texts: list[str]) -> Body:
     return {"id": "7", "inputs": [{"name": "text", "datatype": "BYTES", "shape": [len(texts)], "data": texts}]}
 
 
 def _in_parameters(body: Body, erase: Any) -> Body:
-    """As JSON in a string, since parameters are strings, numbers or booleans in that protocol."""
+    """JSON in a string: parameters of the Open Inference Protocol are strings, numbers or booleans."""
     return {**body, "parameters": {"erase": json.dumps(erase)}}
 
 
-def _v2_labels(reply: Any) -> list[str]:
-    (labels,) = (each["data"] for each in reply["outputs"] if each["name"] == "label")
-    return list(labels)
+def _v2_scores(reply: Any) -> Scores:
+    (flat,) = (each["data"] for each in reply["outputs"] if each["name"] == "probs")
+    return _by_label([flat[start : start + len(LABELS)] for start in range(0, len(flat), len(LABELS))])
 
 
 PROTOCOLS = {
-    "hf": Protocol(lambda name: "/", lambda texts: {"inputs": texts}, _top, _best, lambda body: body["error"], 422),
+    "hf": Protocol(
+        lambda name: "/", lambda texts: {"inputs": texts}, _at_top, _scores_of_lists, lambda body: body["error"], 422
+    ),
     "tei": Protocol(
-        lambda name: "/predict", lambda texts: {"inputs": texts}, _top, _best, lambda body: body["error"], 422
+        lambda name: "/predict",
+        lambda texts: {"inputs": texts},
+        _at_top,
+        _scores_of_lists,
+        lambda body: body["error"],
+        422,
     ),
     "vllm": Protocol(
         lambda name: "/classify",
         lambda texts: {"input": texts, "truncate_prompt_tokens": -1},
-        _top,
-        lambda reply: [each["label"] for each in reply["data"]],
+        _at_top,
+        lambda reply: _by_label([each["probs"] for each in reply["data"]]),
         lambda body: body["error"]["message"],
         400,
     ),
     "v2": Protocol(
-        lambda name: f"/v2/models/{name}/infer", _v2, _in_parameters, _v2_labels, lambda body: body["error"], 400
+        lambda name: f"/v2/models/{name}/infer",
+        _v2_request,
+        _in_parameters,
+        _v2_scores,
+        lambda body: body["error"],
+        400,
     ),
 }
 
 
 def refused(response: httpx.Response, status: int, code: str) -> dict[str, Any]:
-    """The body of an error: a problem's members, sent as plain JSON."""
+    """The body of an error: the members of a problem document, sent as plain JSON."""
     assert (response.status_code, response.headers["content-type"]) == (status, "application/json"), response.text
     body: dict[str, Any] = response.json()
     assert (body["status"], body["code"]) == (status, code), body

@@ -1,4 +1,4 @@
-"""`POST /` with the client that people have, huggingface_hub's own, and the types it makes of the task's schema."""
+"""`POST /` with the clients of huggingface_hub, and the types that it generates from the schema of the task."""
 
 import asyncio
 from dataclasses import asdict, fields
@@ -14,9 +14,9 @@ from huggingface_hub import (
 )
 from huggingface_hub.errors import HfHubHTTPError
 
-from range_store.api_keys import KeyStore
 from range_store.erasure import Erasure
 from range_store.live import LiveErasure
+from tests.e2e.dropin.conftest import KeyedServer
 from tests.e2e.dropin.protocols import refused
 from tests.servers import LABELS, RunningServer
 from tests.workers.texts import labelled_texts
@@ -25,49 +25,49 @@ TEXT = labelled_texts(1, seed=3)[0][0]
 
 
 def scores(running: RunningServer, **fields: Any) -> dict[str, float]:
-    """Labels, best first, with their scores, as /v1/classify gives them."""
+    """The labels that /v1/classify gives, best first, with their scores."""
     found = running.classify(TEXT, **fields).json()["results"][0]["scores"]
     return {each["label"]: each["score"] for each in found}
 
 
-def asked(client: InferenceClient, **more: Any) -> dict[str, float]:
-    return {each.label: each.score for each in client.text_classification(TEXT, **more)}
+def client_scores(client: InferenceClient, **options: Any) -> dict[str, float]:
+    return {each.label: each.score for each in client.text_classification(TEXT, **options)}
 
 
-@pytest.mark.parametrize("end", ["", "/"])
-def test_the_client_gets_every_label_best_first(server: RunningServer, end: str) -> None:
-    client = InferenceClient(model=server.url + end)
-    assert asked(client) == pytest.approx(scores(server))
-    assert list(asked(client)) == list(scores(server))
-    assert list(asked(client, top_k=2)) == list(scores(server))[:2]
+@pytest.mark.parametrize("slash", ["", "/"])
+def test_the_client_gets_every_label_best_first(server: RunningServer, slash: str) -> None:
+    client = InferenceClient(model=server.url + slash)
+    assert client_scores(client) == pytest.approx(scores(server))
+    assert list(client_scores(client)) == list(scores(server))
+    assert list(client_scores(client, top_k=2)) == list(scores(server))[:2]
 
 
-def test_the_asynchronous_client_gets_the_same(server: RunningServer) -> None:
+def test_the_asynchronous_client_gets_the_same_scores(server: RunningServer) -> None:
     client = AsyncInferenceClient(model=server.url)
     found = asyncio.run(client.text_classification(TEXT, top_k=2, function_to_apply="sigmoid"))
     assert {each.label: each.score for each in found} == pytest.approx(scores(server, top_k=2, activation="sigmoid"))
 
 
 @pytest.mark.parametrize("function", ["softmax", "sigmoid", "none"])
-def test_the_client_chooses_the_function(server: RunningServer, function: Any) -> None:
+def test_the_client_chooses_the_activation_function(server: RunningServer, function: Any) -> None:
     client = InferenceClient(model=server.url)
-    assert asked(client, function_to_apply=function) == pytest.approx(scores(server, activation=function))
+    assert client_scores(client, function_to_apply=function) == pytest.approx(scores(server, activation=function))
 
 
 @pytest.mark.parametrize("function", [None, "sigmoid", "softmax", "none"])
-def test_what_the_tasks_schema_allows_is_answered_as_it_says(server: RunningServer, function: Any) -> None:
+def test_requests_of_the_schema_get_replies_of_the_schema(server: RunningServer, function: Any) -> None:
     names = {each.name for each in fields(TextClassificationOutputElement)}
-    asked = [TextClassificationInput(inputs=TEXT)] + [
+    requests = [TextClassificationInput(inputs=TEXT)] + [
         TextClassificationInput(
             inputs=TEXT, parameters=TextClassificationParameters(function_to_apply=function, top_k=top_k)
         )
         for top_k in (None, 1, 2, 99)
     ]
-    for each in asked:
+    for each in requests:
         for body in (asdict(each), without_nulls(asdict(each))):
             (found,) = server.http.post("/", json=body).raise_for_status().json()
-            most = each.parameters.top_k if each.parameters and each.parameters.top_k else len(LABELS)
-            assert len(found) == min(most, len(LABELS))
+            top_k = each.parameters.top_k if each.parameters and each.parameters.top_k else len(LABELS)
+            assert len(found) == min(top_k, len(LABELS))
             for element in found:
                 assert element.keys() == names
                 assert (type(element["label"]), type(element["score"])) == (str, float)
@@ -79,18 +79,18 @@ def without_nulls(body: Any) -> Any:
     return {name: without_nulls(value) for name, value in body.items() if value is not None}
 
 
-def test_the_client_sees_what_is_erased_live(server: RunningServer) -> None:
+def test_live_erasures_change_the_scores_that_the_client_gets(server: RunningServer) -> None:
     client = InferenceClient(model=server.url)
-    bare = asked(client)
+    bare = client_scores(client)
     server.service.store.set_erasure(LiveErasure(erasure=Erasure(concept="Sports", top_fraction=1.0)))
     server.service.mirror.refresh()
-    erased = asked(client)
+    erased = client_scores(client)
     assert erased == pytest.approx(scores(server))
     assert erased != pytest.approx(bare)
 
 
-def test_the_client_sends_its_token(server_with_keys: tuple[RunningServer, dict[str, str], KeyStore]) -> None:
-    running, tokens, _ = server_with_keys
+def test_the_client_sends_its_token(keyed_server: KeyedServer) -> None:
+    running, tokens = keyed_server
     found = InferenceClient(model=running.url, token=tokens["infer"]).text_classification(TEXT)
     assert {each.label for each in found} == set(LABELS)
     with pytest.raises(HfHubHTTPError, match="needs a key with scope infer") as wrong:
@@ -99,14 +99,14 @@ def test_the_client_sends_its_token(server_with_keys: tuple[RunningServer, dict[
     assert wrong.value.request_id == wrong.value.response.headers["x-request-id"]
 
 
-def test_the_client_tells_why_it_was_refused(server: RunningServer) -> None:
+def test_the_client_reports_why_a_request_was_rejected(server: RunningServer) -> None:
     with pytest.raises(HfHubHTTPError, match="greater than or equal to 1"):
         InferenceClient(model=server.url).text_classification(TEXT, top_k=0)
     with pytest.raises(HfHubHTTPError, match="the limit is 100000"):
         InferenceClient(model=server.url).text_classification("a" * 100_001)
 
 
-def test_a_list_of_texts_and_parameters(server: RunningServer) -> None:
+def test_lists_of_texts_and_parameters_are_accepted(server: RunningServer) -> None:
     def post(**body: Any) -> Any:
         return server.http.post("/", json=body).json()
 
@@ -119,7 +119,7 @@ def test_a_list_of_texts_and_parameters(server: RunningServer) -> None:
     assert [each["label"] for each in erased[0]] == list(scores(server, erase=["Sports"]))
 
 
-def test_pairs_of_texts(server: RunningServer) -> None:
+def test_pairs_of_texts_are_classified(server: RunningServer) -> None:
     def post(inputs: Any) -> Any:
         reply = server.http.post("/", json={"inputs": inputs})
         assert reply.status_code == 200, reply.text
@@ -127,13 +127,13 @@ def test_pairs_of_texts(server: RunningServer) -> None:
 
     pair, other = {"text": TEXT, "text_pair": "a goal"}, {"text": "a goal", "text_pair": TEXT, "unknown": 1}
     together = post([pair, TEXT, other])
-    ((alone,), (theirs,)) = post(pair), server.http.post("/predict", json={"inputs": [[TEXT, "a goal"]]}).json()
-    assert alone == theirs
+    (alone,) = post(pair)
+    assert [alone] == server.http.post("/predict", json={"inputs": [[TEXT, "a goal"]]}).json()
     for found, expected in zip(together, [alone, *post(TEXT), *post(other)], strict=True):
         assert as_scores(found) == pytest.approx(as_scores(expected), abs=1e-5)
     assert as_scores(alone) != pytest.approx(as_scores(post(other)[0]))
     for empty in ({"text": TEXT}, {"text": TEXT, "text_pair": None}, {"text": TEXT, "text_pair": ""}):
-        assert post(empty) == post([empty]) == post(TEXT), "a second text that is empty is none, as in transformers"
+        assert post(empty) == post([empty]) == post(TEXT), "transformers ignores an empty second text"
 
 
 def as_scores(labels: list[dict[str, Any]]) -> dict[str, float]:
@@ -141,18 +141,18 @@ def as_scores(labels: list[dict[str, Any]]) -> dict[str, float]:
 
 
 @pytest.mark.parametrize("inputs", [{}, {"text_pair": "a"}, {"text": 5}, {"text": "a", "text_pair": ["b"]}, [["a"]], 5])
-def test_what_is_no_input(server: RunningServer, inputs: Any) -> None:
+def test_invalid_inputs_are_rejected(server: RunningServer, inputs: Any) -> None:
     assert refused(server.http.post("/", json={"inputs": inputs}), 422, "invalid")["error"].startswith("body.inputs")
 
 
-def test_a_text_that_is_too_long_is_cut_unless_told_otherwise(server: RunningServer) -> None:
+def test_long_texts_are_truncated_unless_truncation_is_off(server: RunningServer) -> None:
     body = {"inputs": "word " * 5000}
     assert server.http.post("/", json=body).status_code == 200
     whole = server.http.post("/", json={**body, "parameters": {"truncation": False}})
     assert refused(whole, 422, "text_too_long")["error"]
 
 
-def test_other_methods_of_the_root_are_not_of_this_protocol(server: RunningServer) -> None:
+def test_other_methods_of_the_root_get_problem_documents(server: RunningServer) -> None:
     reply = server.http.delete("/")
     assert reply.headers["content-type"] == "application/problem+json"
     assert "error" not in reply.json()

@@ -1,48 +1,58 @@
-"""Every block of docs/dropin.md runs as it stands, against a real server that is called as the demo's."""
+"""Every code block of docs/dropin.md runs unchanged, except for the address of the server."""
 
 import re
 import subprocess
-from collections.abc import Callable
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
+from range_store.embedded import EmbeddedRedis
 from tests.docker.conftest import system_program
-from tests.servers import LABELS, RunningServer, with_ranges
+from tests.servers import LABELS, RunningServer, starting, with_ranges
 from workers.fitting.fit import Fitted
+from workers.models.loading import LoadedModel
 
 PAGE = (Path(__file__).parents[3] / "docs/dropin.md").read_text("utf-8")
 BLOCKS = re.findall(r"^```(\w*)\n(.*?)^```$", PAGE, re.MULTILINE | re.DOTALL)
 PYTHON, SHELL = ([code for each, code in BLOCKS if each == language] for language in ("python", "sh"))
 
 
-@pytest.fixture
-def demo(start_server: Callable[..., RunningServer], fitted: Fitted) -> RunningServer:
-    return with_ranges(start_server(name="demo-news"), fitted)
+@pytest.fixture(scope="module")
+def demo(
+    request: pytest.FixtureRequest,
+    redis_client: EmbeddedRedis,
+    model: LoadedModel,
+    fitted: Fitted,
+    tmp_path_factory: pytest.TempPathFactory,
+) -> Iterator[RunningServer]:
+    """A server whose model has the name that the page uses."""
+    with starting(request, redis_client, model, tmp_path_factory.mktemp("demo")) as start:
+        yield with_ranges(start(name="demo-news"), fitted)
 
 
-def test_the_page_has_blocks_of_two_kinds() -> None:
+def test_the_page_has_python_and_shell_blocks_only() -> None:
     assert min(len(PYTHON), len(SHELL)) >= 3
     assert len(BLOCKS) == len(PYTHON) + len(SHELL)
 
 
 @pytest.mark.parametrize("code", PYTHON)
-def test_python(
+def test_python_blocks_run(
     demo: RunningServer, code: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.delenv("NEURONLENS_API_KEY", raising=False)
-    exec(compile(at(demo, code), "block", "exec"), {})
+    exec(compile(with_address(demo, code), "block", "exec"), {})
     printed = capsys.readouterr().out
     assert any(label in printed for label in LABELS), printed
 
 
 @pytest.mark.system
 @pytest.mark.parametrize("code", SHELL)
-def test_shell(demo: RunningServer, code: str) -> None:
+def test_shell_blocks_run(demo: RunningServer, code: str) -> None:
     system_program("curl")
     done = subprocess.run(
         ["bash", "-euo", "pipefail", "-s"],
-        input=at(demo, code),
+        input=with_address(demo, code),
         capture_output=True,
         text=True,
         timeout=60,
@@ -53,7 +63,7 @@ def test_shell(demo: RunningServer, code: str) -> None:
     assert any(f'"{label}"' in done.stdout for label in LABELS)
 
 
-def at(running: RunningServer, code: str) -> str:
-    """A block, for a server at another address than the page says."""
+def with_address(running: RunningServer, code: str) -> str:
+    """A block with the address of the server in place of the documented one."""
     assert "127.0.0.1:8000" in code
     return code.replace("127.0.0.1:8000", running.url.removeprefix("http://"))

@@ -1,5 +1,6 @@
-"""`/predict`, `/info`: what a client of text-embeddings-inference sends and reads."""
+"""`/predict` and `/info`, as clients of text-embeddings-inference use them."""
 
+import functools
 import json
 from typing import Any
 
@@ -9,7 +10,6 @@ import torch
 from tei_client import HttpClient, ModelType
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
-from range_store.api_keys import KeyStore
 from tests.e2e.dropin.protocols import TEI_ERROR, TEI_INFO, TEI_PREDICTIONS, refused
 from tests.servers import LABELS, RunningServer
 from tests.workers.texts import labelled_texts
@@ -25,24 +25,24 @@ def predict(running: RunningServer, **body: Any) -> Any:
     return reply.json()
 
 
-def test_a_string_is_answered_by_one_list(server: RunningServer) -> None:
+def test_a_string_gets_one_list_of_scores(server: RunningServer) -> None:
     assert predict(server, inputs=TEXTS[0]) == server.classify(TEXTS[0]).json()["results"][0]["scores"]
 
 
 @pytest.mark.parametrize("wrap", [lambda text: text, lambda text: [text]])
-@pytest.mark.parametrize("many", [1, 2, 3])
-def test_a_list_is_a_batch_of_any_length(server: RunningServer, wrap: Any, many: int) -> None:
-    found = predict(server, inputs=[wrap(text) for text in TEXTS[:many]])
+@pytest.mark.parametrize("size", [1, 2, 3])
+def test_a_list_is_a_batch(server: RunningServer, wrap: Any, size: int) -> None:
+    found = predict(server, inputs=[wrap(text) for text in TEXTS[:size]])
     assert [each[0]["label"] for each in found] == [
-        each["label"] for each in server.classify(TEXTS[:many]).json()["results"]
+        each["label"] for each in server.classify(TEXTS[:size]).json()["results"]
     ]
 
 
-def test_its_client_classifies(server: RunningServer) -> None:
+def test_the_client_gets_the_scores_of_v1(server: RunningServer) -> None:
     client = HttpClient(server.url)
-    for asked in (TEXTS[0], TEXTS):
-        expected = server.classify(asked).json()["results"]
-        found = client.classify(asked, truncate=True)
+    for inputs in (TEXTS[0], TEXTS):
+        expected = server.classify(inputs).json()["results"]
+        found = client.classify(inputs, truncate=True)
         assert [[score.model_dump() for score in each.scores] for each in found] == [
             [{"score": score["score"], "label": score["label"]} for score in each["scores"]] for each in expected
         ]
@@ -52,7 +52,7 @@ def test_its_client_classifies(server: RunningServer) -> None:
     ]
 
 
-def test_its_client_reads_what_is_served_and_what_tokens_there_are(server: RunningServer) -> None:
+def test_the_client_reads_health_metadata_and_tokens(server: RunningServer) -> None:
     client = HttpClient(server.url)
     assert client.health()
     info = client.info()
@@ -60,14 +60,14 @@ def test_its_client_reads_what_is_served_and_what_tokens_there_are(server: Runni
     assert info.server_model_metadata.id2label == {str(n): label for n, label in enumerate(LABELS)}
     assert client.prompt_names() == []
     for special in (True, False):
-        listed = client.tokenize(TEXTS, add_special_tokens=special)
+        tokenized = client.tokenize(TEXTS, add_special_tokens=special)
         expected = server.http.post("/v1/tokenize", json={"inputs": TEXTS, "add_special_tokens": special}).json()
-        assert [each.get_ids() for each in listed] == [
+        assert [each.get_ids() for each in tokenized] == [
             [token["id"] for token in each["tokens"]] for each in expected["results"]
         ]
 
 
-def test_pairs_are_answered_as_transformers_does(server: RunningServer, model: LoadedModel) -> None:
+def test_scores_of_pairs_equal_those_of_transformers(server: RunningServer, model: LoadedModel) -> None:
     first, second, third = TEXTS
     inputs: list[Any] = [[first, second], [third], second, [second, first], ["", first], [first, ""]]
     found = predict(server, inputs=inputs, raw_scores=True)
@@ -76,32 +76,36 @@ def test_pairs_are_answered_as_transformers_does(server: RunningServer, model: L
         assert {score["label"]: score["score"] for score in scores} == pytest.approx(
             own_logits(model, *parts), abs=1e-5
         )
-    assert found[0] != found[3], "which text is the first one matters"
+    assert found[0] != found[3], "the order of a pair matters"
+
+
+@functools.cache
+def loaded(source: str) -> tuple[Any, Any]:
+    return AutoModelForSequenceClassification.from_pretrained(source).eval(), AutoTokenizer.from_pretrained(source)
 
 
 def own_logits(model: LoadedModel, *parts: str) -> dict[str, float]:
-    """What transformers itself says of a text or a pair."""
-    own = AutoModelForSequenceClassification.from_pretrained(model.source).eval()
-    tokenizer = AutoTokenizer.from_pretrained(model.source)
+    """The logits that transformers itself gives a text or a pair."""
+    own, tokenizer = loaded(model.source)
     tokens = tokenizer(*([part] for part in parts), truncation=True, return_tensors="pt")
     with torch.inference_mode():
         return dict(zip(LABELS, own(**tokens).logits[0].tolist(), strict=True))
 
 
-def test_two_strings_are_a_batch_and_in_a_list_of_their_own_a_pair(server: RunningServer) -> None:
+def test_two_strings_are_a_batch_and_a_nested_list_of_two_is_a_pair(server: RunningServer) -> None:
     assert len(predict(server, inputs=TEXTS[:2])) == 2
     assert len(predict(server, inputs=[TEXTS[:2]])) == 1
 
 
-def test_a_pair_is_erased_as_a_text_is(server: RunningServer) -> None:
-    """Without any neuron of the last block, nothing is left of what the texts say."""
-    nothing = [{"concept": "Sports", "method": "neuron", "top_fraction": 1.0}]
-    pair, text = predict(server, inputs=[TEXTS[:2], TEXTS[2]], erase=nothing)
+def test_erasures_apply_to_pairs(server: RunningServer) -> None:
+    """With every neuron of the last block masked, a pair and a text get the same scores."""
+    everything = [{"concept": "Sports", "method": "neuron", "top_fraction": 1.0}]
+    pair, text = predict(server, inputs=[TEXTS[:2], TEXTS[2]], erase=everything)
     assert pair == text
     assert pair != predict(server, inputs=[TEXTS[:2]])[0]
 
 
-def test_limits_of_pairs_are_those_of_texts(server: RunningServer) -> None:
+def test_limits_of_texts_apply_to_pairs(server: RunningServer) -> None:
     half, long = "a" * 60_000, "word " * 5000
     for inputs, status, code in (
         ([["a", "b"]] * (server.service.settings.max_texts + 1), 413, "too_many_texts"),
@@ -112,14 +116,16 @@ def test_limits_of_pairs_are_those_of_texts(server: RunningServer) -> None:
         jsonschema.validate(body, TEI_ERROR)
         assert "input 1 " in body["error"] or code == "too_many_texts"
     assert len(predict(server, inputs=[[half[:1000], long], ["a", long]])) == 2
-    surrogates = json.dumps({"inputs": [["half of one character: \ud800", "\udc00"]]})
-    assert server.http.post("/predict", content=surrogates, headers={"Content-Type": "application/json"}).is_success
+    lone_surrogates = json.dumps({"inputs": [["half of one character: \ud800", "\udc00"]]})
+    assert server.http.post(
+        "/predict", content=lone_surrogates, headers={"Content-Type": "application/json"}
+    ).is_success
     left = server.http.post("/predict", json={"inputs": ["a", ["b", long]], "truncation_direction": "Left"})
     assert refused(left, 422, "unsupported")["error"].startswith("inputs.1 is too long")
 
 
 @pytest.mark.parametrize("inputs", [[], [[]], [["a", "b", "c"]], 5, [5], [["a", 5]], None, {"text": "a"}])
-def test_what_is_no_input(server: RunningServer, inputs: Any) -> None:
+def test_invalid_inputs_are_rejected(server: RunningServer, inputs: Any) -> None:
     body = refused(server.http.post("/predict", json={"inputs": inputs}), 422, "invalid")
     jsonschema.validate(body, TEI_ERROR)
     assert body["error_type"] == "Validation"
@@ -131,7 +137,7 @@ def test_raw_scores_are_logits(server: RunningServer) -> None:
 
 
 @pytest.mark.parametrize("direction", ["Left", "left", "Right", "right"])
-def test_a_long_text_is_cut_at_the_right_or_refused(server: RunningServer, direction: str) -> None:
+def test_long_texts_are_cut_at_the_right_or_rejected(server: RunningServer, direction: str) -> None:
     long = "word " * 5000
     assert predict(server, inputs=long) == server.classify(long).json()["results"][0]["scores"]
     assert len(predict(server, inputs="short", truncation_direction=direction)) == len(LABELS)
@@ -146,14 +152,16 @@ def test_a_long_text_is_cut_at_the_right_or_refused(server: RunningServer, direc
 
 
 @pytest.mark.local
-def test_a_model_that_fails_is_424(server: RunningServer, model: LoadedModel, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_failure_of_the_model_is_status_424(
+    server: RunningServer, model: LoadedModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
     whole = model.steered._call_packed
     failed: list[int] = []
 
     def fails_once(*args: Any) -> torch.Tensor:
         if not failed:
             failed.append(1)
-            raise ValueError("a fault on a text")
+            raise ValueError("a text that fails")
         return whole(*args)
 
     monkeypatch.setattr(model.steered, "_call_packed", fails_once)
@@ -164,26 +172,15 @@ def test_a_model_that_fails_is_424(server: RunningServer, model: LoadedModel, mo
     assert server.http.post("/predict", json={"inputs": TEXTS[0]}).status_code == 200
 
 
-def test_error_types(server: RunningServer) -> None:
+def test_a_missed_deadline_is_a_backend_error(server: RunningServer) -> None:
     late = server.http.post("/predict", json={"inputs": "a"}, headers={"X-Request-Timeout": "1e-9"})
     assert refused(late, 504, "deadline_exceeded")["error_type"] == "Backend"
-    server.service.engine.drain()
-    stopped = server.http.post("/predict", json={"inputs": "a"})
-    assert refused(stopped, 503, "draining")["error_type"] == "Unhealthy"
 
 
-def test_info(server: RunningServer) -> None:
+def test_info_describes_the_model(server: RunningServer) -> None:
     info = server.http.get("/info").json()
     jsonschema.validate(info, TEI_INFO)
     assert info["model_id"] == server.service.name
     assert info["model_type"]["classifier"]["id2label"] == {str(n): label for n, label in enumerate(LABELS)}
     assert info["model_type"]["classifier"]["label2id"] == {label: n for n, label in enumerate(LABELS)}
     assert info["max_client_batch_size"] == server.service.settings.max_texts
-
-
-def test_info_needs_scope_read(server_with_keys: tuple[RunningServer, dict[str, str], KeyStore]) -> None:
-    running, tokens, _ = server_with_keys
-    jsonschema.validate(refused(running.http.get("/info"), 401, "no_key"), TEI_ERROR)
-    for scope, status in (("infer", 403), ("read", 200)):
-        headers = {"Authorization": f"Bearer {tokens[scope]}"}
-        assert running.http.get("/info", headers=headers).status_code == status

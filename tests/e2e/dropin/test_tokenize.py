@@ -1,4 +1,4 @@
-"""`/tokenize`: told apart by its field, since two servers have it."""
+"""`/tokenize`, which two protocols have: the fields of the body tell which one is meant."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -7,7 +7,6 @@ from typing import Any
 import httpx
 import jsonschema
 
-from range_store.api_keys import KeyStore
 from tests.e2e.dropin.protocols import TEI_ERROR, TEI_TOKENS, VLLM_ERROR, VLLM_TOKENS, refused
 from tests.servers import RunningServer
 from tests.workers.checkpoints import save_tiny
@@ -18,23 +17,23 @@ def post(running: RunningServer, **body: Any) -> httpx.Response:
     return running.http.post("/tokenize", json=body)
 
 
-def shown(running: RunningServer, text: str) -> Any:
+def v1_tokens(running: RunningServer, text: str) -> Any:
     return running.http.post("/v1/tokenize", json={"inputs": text}).json()["results"][0]["tokens"]
 
 
-def test_inputs_are_answered_as_text_embeddings_inference_does(server: RunningServer) -> None:
+def test_inputs_get_the_reply_of_text_embeddings_inference(server: RunningServer) -> None:
     texts = ["a goal", "shares fell"]
     found = post(server, inputs=texts).json()
     jsonschema.validate(found, TEI_TOKENS)
     for tokens, text in zip(found, texts, strict=True):
-        assert [each["id"] for each in tokens] == [each["id"] for each in shown(server, text)]
+        assert [each["id"] for each in tokens] == [each["id"] for each in v1_tokens(server, text)]
     assert post(server, inputs=texts[0]).json() == found[:1]
     plain = post(server, inputs=texts[0], add_special_tokens=False, prompt_name=None).json()
     assert plain[0] == [each for each in found[0] if not each["special"]]
 
 
-def test_its_tokens_are_pieces_of_the_text_by_places_of_its_bytes(server: RunningServer) -> None:
-    """As Rust counts: an é has two bytes, an emoji four; a token's text is the text's, and not the vocabulary's."""
+def test_offsets_of_tokens_count_bytes(server: RunningServer) -> None:
+    """An é has two bytes and an emoji four. The text of a token is a slice of the input, not a vocabulary entry."""
     (tokens,) = post(server, inputs="The émigré 🙂 minerals").json()
     assert [(each["text"], each["start"], each["stop"], each["special"]) for each in tokens] == [
         ("[CLS]", None, None, True),
@@ -50,17 +49,17 @@ def test_its_tokens_are_pieces_of_the_text_by_places_of_its_bytes(server: Runnin
         ("s", 25, 26, False),
         ("[SEP]", None, None, True),
     ]
-    ours = [each["text"] for each in shown(server, "The émigré 🙂 minerals")]
-    assert {"the", "[UNK]", "##al"} <= set(ours), "the vocabulary knows neither capitals nor the emoji"
+    vocabulary_entries = [each["text"] for each in v1_tokens(server, "The émigré 🙂 minerals")]
+    assert {"the", "[UNK]", "##al"} <= set(vocabulary_entries), "the vocabulary has neither capitals nor the emoji"
     as_json = {"Content-Type": "application/json"}
-    half = server.http.post("/tokenize", content=r'{"inputs": "a\ud83d"}', headers=as_json)
-    assert [each["text"] for each in half.json()[0]] == ["[CLS]", "a", "?", "[SEP]"], "half an emoji, and no error"
+    surrogate = server.http.post("/tokenize", content=r'{"inputs": "a\ud83d"}', headers=as_json)
+    assert [each["text"] for each in surrogate.json()[0]] == ["[CLS]", "a", "?", "[SEP]"]
 
 
-def test_a_character_of_several_tokens_is_the_text_of_each(
+def test_tokens_of_one_character_share_its_text_and_offsets(
     start_server: Callable[..., RunningServer], tmp_path: Path
 ) -> None:
-    """Byte-level tokenizers cut characters that they do not know; each part stands where the whole does."""
+    """Byte-level tokenizers split characters that they do not know."""
     running = start_server(load_model(str(save_tiny("gpt2", tmp_path / "tiny")), device="cpu"))
     (tokens,) = post(running, inputs="a 🙂!", add_special_tokens=False).json()
     assert [(each["text"], each["start"], each["stop"]) for each in tokens] == [
@@ -71,10 +70,10 @@ def test_a_character_of_several_tokens_is_the_text_of_each(
     ]
 
 
-def test_a_prompt_is_answered_as_vllm_does(server: RunningServer) -> None:
+def test_a_prompt_gets_the_reply_of_vllm(server: RunningServer) -> None:
     found = post(server, prompt="a goal", model=server.service.name, return_token_strs=True).json()
     jsonschema.validate(found, VLLM_TOKENS)
-    tokens = shown(server, "a goal")
+    tokens = v1_tokens(server, "a goal")
     assert (found["tokens"], found["token_strs"]) == (
         [each["id"] for each in tokens],
         [each["text"] for each in tokens],
@@ -83,7 +82,7 @@ def test_a_prompt_is_answered_as_vllm_does(server: RunningServer) -> None:
     assert post(server, prompt="a goal").json()["token_strs"] is None
 
 
-def test_each_is_refused_in_its_own_words(server: RunningServer) -> None:
+def test_errors_have_the_form_of_the_protocol_of_the_request(server: RunningServer) -> None:
     long = "word " * 5000
     jsonschema.validate(refused(post(server, inputs=long), 422, "unsupported"), TEI_ERROR)
     jsonschema.validate(refused(post(server, prompt=long), 400, "unsupported"), VLLM_ERROR)
@@ -97,11 +96,3 @@ def test_each_is_refused_in_its_own_words(server: RunningServer) -> None:
     jsonschema.validate(refused(server.http.post("/tokenize", json=["a"]), 422, "invalid"), TEI_ERROR)
     refused(post(server, inputs="a", prompt="b"), 400, "invalid")
     refused(post(server, inputs=["a"] * 65), 413, "too_many_texts")
-
-
-def test_it_needs_scope_infer(server_with_keys: tuple[RunningServer, dict[str, str], KeyStore]) -> None:
-    running, tokens, _ = server_with_keys
-    refused(post(running, inputs="a"), 401, "no_key")
-    for scope, status in (("read", 403), ("infer", 200)):
-        headers = {"Authorization": f"Bearer {tokens[scope]}"}
-        assert running.http.post("/tokenize", json={"inputs": "a"}, headers=headers).status_code == status

@@ -1,7 +1,7 @@
-"""`/v2` with Triton's own HTTP client, and against what the Open Inference Protocol asks of a reply."""
+"""`/v2` with Triton's own HTTP client and the schemas of the Open Inference Protocol."""
 
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import Any
 
 import jsonschema
@@ -10,15 +10,17 @@ import pytest
 import tritonclient.http as triton
 from tritonclient.utils import InferenceServerException
 
-from range_store.api_keys import KeyStore
+from range_store.embedded import EmbeddedRedis
 from range_store.erasure import Erasure
 from range_store.live import LiveErasure
+from tests.e2e.dropin.conftest import KeyedServer
 from tests.e2e.dropin.protocols import V2_ERROR, V2_INFERRED, V2_MODEL, V2_SERVER, refused
-from tests.servers import LABELS, RunningServer
+from tests.servers import LABELS, RunningServer, starting
 from tests.workers.texts import labelled_texts
+from workers.models.loading import LoadedModel
 
 TEXTS = [text for text, _ in labelled_texts(3, seed=3)] + ["Ünïcödé 日本"]
-Keyed = tuple[RunningServer, dict[str, str], KeyStore]
+TEXT = {"name": "text", "datatype": "BYTES", "shape": [1], "data": ["a"]}
 
 
 @pytest.fixture
@@ -30,18 +32,18 @@ def client(server: RunningServer) -> Iterator[triton.InferenceServerClient]:
 def tensor(texts: list[str], *, binary: bool, column: bool = False) -> triton.InferInput:
     values = np.array([text.encode() for text in texts], dtype=np.object_)
     values = values[:, None] if column else values
-    asked = triton.InferInput("text", list(values.shape), "BYTES")
-    asked.set_data_from_numpy(values, binary_data=binary)
-    return asked
+    made = triton.InferInput("text", list(values.shape), "BYTES")
+    made.set_data_from_numpy(values, binary_data=binary)
+    return made
 
 
-def words(values: Any) -> list[str]:
+def strings(values: Any) -> list[str]:
     return [each.decode() if isinstance(each, bytes) else each for each in values.ravel()]
 
 
 def infer(running: RunningServer, path: str = "infer", **body: Any) -> Any:
-    asked = {"inputs": [{"name": "text", "datatype": "BYTES", "shape": [len(TEXTS)], "data": TEXTS}], **body}
-    reply = running.http.post(f"/v2/models/{running.service.name}/{path}", json=asked)
+    request = {"inputs": [{"name": "text", "datatype": "BYTES", "shape": [len(TEXTS)], "data": TEXTS}], **body}
+    reply = running.http.post(f"/v2/models/{running.service.name}/{path}", json=request)
     assert reply.status_code == 200, reply.text
     jsonschema.validate(reply.json(), V2_INFERRED)
     return reply.json()
@@ -52,19 +54,19 @@ def output(reply: Any, name: str) -> Any:
     return found
 
 
-def test_health_and_metadata(server: RunningServer, client: triton.InferenceServerClient) -> None:
+def test_the_client_reads_health_and_metadata(server: RunningServer, client: triton.InferenceServerClient) -> None:
     name = server.service.name
     assert client.is_server_live()
     assert client.is_server_ready()
     assert client.is_model_ready(name)
     assert client.is_model_ready(name, "1")
     assert not client.is_model_ready("another")
-    server, model = client.get_server_metadata(), client.get_model_metadata(name)
-    jsonschema.validate(server, V2_SERVER)
+    metadata, model = client.get_server_metadata(), client.get_model_metadata(name)
+    jsonschema.validate(metadata, V2_SERVER)
     jsonschema.validate(model, V2_MODEL)
     assert client.get_model_metadata(name, "1") == model
     assert (model["name"], model["parameters"]["labels"]) == (name, list(LABELS))
-    assert server.http.get("/v2/").json() == server
+    assert server.http.get("/v2/").json() == metadata
 
 
 @pytest.mark.parametrize("binary", [True, False])
@@ -74,7 +76,7 @@ def test_the_client_gets_the_tensors(
 ) -> None:
     reply = client.infer(server.service.name, [tensor(TEXTS, binary=binary, column=column)], request_id="42")
     expected = server.classify(TEXTS).json()["results"]
-    assert words(reply.as_numpy("label")) == [each["label"] for each in expected]
+    assert strings(reply.as_numpy("label")) == [each["label"] for each in expected]
     assert reply.as_numpy("score") == pytest.approx([each["score"] for each in expected], abs=1e-6)
     probs = reply.as_numpy("probs")
     assert probs.shape == (len(TEXTS), len(LABELS))
@@ -85,7 +87,7 @@ def test_the_client_gets_the_tensors(
     jsonschema.validate(reply.get_response(), V2_INFERRED)
 
 
-def test_the_client_steers_by_parameters(server: RunningServer, client: triton.InferenceServerClient) -> None:
+def test_parameters_erase_concepts_and_compare(server: RunningServer, client: triton.InferenceServerClient) -> None:
     erase = [{"concept": "Sports", "top_fraction": 1.0}, "Météo & co"]
     reply = client.infer(
         server.service.name,
@@ -96,14 +98,14 @@ def test_the_client_steers_by_parameters(server: RunningServer, client: triton.I
     expected = server.classify(TEXTS, erase=erase, compare=True).json()
     assert [each["name"] for each in reply.get_response()["outputs"]] == ["baseline_label", "label"]
     best = [score["label"] for each in expected["results"] for score in each["scores"][:2]]
-    assert words(reply.as_numpy("label")) == best
+    assert strings(reply.as_numpy("label")) == best
     assert reply.as_numpy("label").shape == (len(TEXTS), 2)
     bare = [score["label"] for each in expected["results"] for score in each["baseline"]["scores"][:2]]
-    assert words(reply.as_numpy("baseline_label")) == bare
+    assert strings(reply.as_numpy("baseline_label")) == bare
     assert reply.get_response()["parameters"]["erased"] == "Sports,M%C3%A9t%C3%A9o%20%26%20co"
 
 
-def test_erasures_may_be_json_itself_or_in_a_string(server: RunningServer) -> None:
+def test_erasures_are_json_or_json_in_a_string(server: RunningServer) -> None:
     erase = {"concepts": ["Sports"], "top_fraction": 1.0}
     replies = [infer(server, parameters={"erase": form}) for form in (erase, json.dumps(erase))]
     assert replies[0] == replies[1]
@@ -111,38 +113,43 @@ def test_erasures_may_be_json_itself_or_in_a_string(server: RunningServer) -> No
     assert infer(server, parameters={"erase": "null"}) == infer(server) == infer(server, parameters={})
 
 
-def test_an_id_that_no_reply_could_repeat_is_invalid(server: RunningServer) -> None:
-    asked = {"id": "\ud800", "inputs": [{"name": "text", "datatype": "BYTES", "shape": [1], "data": ["a"]}]}
+def test_a_request_id_that_is_not_unicode_is_rejected(server: RunningServer) -> None:
+    request = {"id": "\ud800", "inputs": [TEXT]}
     path, headers = f"/v2/models/{server.service.name}/infer", {"Content-Type": "application/json"}
-    refused(server.http.post(path, content=json.dumps(asked), headers=headers), 400, "invalid")
+    refused(server.http.post(path, content=json.dumps(request), headers=headers), 400, "invalid")
 
 
-def test_what_is_compared_where_nothing_is_erased(server: RunningServer) -> None:
+def test_without_erasures_the_baseline_equals_the_answer(server: RunningServer) -> None:
     reply = infer(server, parameters={"compare": True})
     assert output(reply, "baseline_probs")["data"] == output(reply, "probs")["data"]
 
 
-def test_comparing_needs_admin_where_an_erasure_is_enforced(server_with_keys: Keyed) -> None:
-    running, tokens, _ = server_with_keys
-    running.service.store.set_erasure(LiveErasure(erasure=Erasure(concept="World"), enforced=True))
-    running.service.mirror.refresh()
-    url = running.url.removeprefix("http://")
-    with triton.InferenceServerClient(url) as client:
-        asked = [tensor(TEXTS, binary=False)]
-        headers = {scope: {"Authorization": f"Bearer {token}"} for scope, token in tokens.items()}
-        name = running.service.name
-        with pytest.raises(InferenceServerException, match="only a key with scope admin") as refusal:
-            client.infer(name, asked, headers=headers["infer"], parameters={"compare": True})
-        assert refusal.value.status() == "403"
-        assert client.infer(name, asked, headers=headers["admin"], parameters={"compare": True}) is not None
-        assert client.is_server_ready()  # without a key
-        with pytest.raises(InferenceServerException, match="key") as refusal:
-            client.get_model_metadata(name)
-        assert refusal.value.status() == "401"
-        assert client.get_model_metadata(name, headers=headers["read"])["name"] == name
+def test_comparing_requires_admin_while_an_erasure_is_enforced(keyed_server: KeyedServer) -> None:
+    running, tokens = keyed_server
+    name, store, mirror = running.service.name, running.service.store, running.service.mirror
+    store.set_erasure(LiveErasure(erasure=Erasure(concept="World"), enforced=True))
+    mirror.refresh()
+    texts = [tensor(TEXTS, binary=False)]
+    headers = {scope: {"Authorization": f"Bearer {token}"} for scope, token in tokens.items()}
+    try:
+        with triton.InferenceServerClient(running.url.removeprefix("http://")) as client:
+            with pytest.raises(InferenceServerException, match="only a key with scope admin") as refusal:
+                client.infer(name, texts, headers=headers["infer"], parameters={"compare": True})
+            assert refusal.value.status() == "403"
+            assert client.infer(name, texts, headers=headers["admin"], parameters={"compare": True}) is not None
+            assert client.is_server_ready()  # without a key
+            with pytest.raises(InferenceServerException, match="key") as refusal:
+                client.get_model_metadata(name)
+            assert refusal.value.status() == "401"
+            assert client.get_model_metadata(name, headers=headers["read"])["name"] == name
+    finally:
+        store.set_erasures([])
+        mirror.refresh()
 
 
-def test_the_client_tells_why_it_was_refused(server: RunningServer, client: triton.InferenceServerClient) -> None:
+def test_the_client_reports_why_a_request_was_rejected(
+    server: RunningServer, client: triton.InferenceServerClient
+) -> None:
     with pytest.raises(InferenceServerException, match="no such model") as refusal:
         client.infer("another", [tensor(TEXTS, binary=True)])
     assert refusal.value.status() == "404"
@@ -156,7 +163,7 @@ def test_the_client_tells_why_it_was_refused(server: RunningServer, client: trit
         client.infer(server.service.name, [tensor(TEXTS, binary=True)], parameters={"erase": '["Weather"]'})
 
 
-def test_versions(server: RunningServer) -> None:
+def test_the_only_version_is_1(server: RunningServer) -> None:
     reply = infer(server, "versions/1/infer")
     assert reply == infer(server)
     assert reply["model_version"] == "1"
@@ -165,33 +172,31 @@ def test_versions(server: RunningServer) -> None:
     jsonschema.validate(refused(gone, 404, "unknown_model"), V2_ERROR)
 
 
-def test_a_model_may_have_a_name_with_slashes(start_server: Callable[..., RunningServer]) -> None:
-    running = start_server(name="org/a/model")
+@pytest.fixture(scope="module")
+def slashed_server(
+    request: pytest.FixtureRequest,
+    redis_client: EmbeddedRedis,
+    model: LoadedModel,
+    tmp_path_factory: pytest.TempPathFactory,
+) -> Iterator[RunningServer]:
+    """A server whose model has a name with slashes, and that takes small bodies only."""
+    with starting(request, redis_client, model, tmp_path_factory.mktemp("slashed")) as start:
+        yield start(name="org/a/model", max_body_bytes=2000)
+
+
+def test_a_model_may_have_a_name_with_slashes(slashed_server: RunningServer) -> None:
+    running = slashed_server
     assert running.http.get("/v2/models/org/a/model").json()["name"] == "org/a/model"
     assert running.http.get("/v2/models/org%2Fa%2Fmodel/versions/1").json()["name"] == "org/a/model"
-    asked = {"inputs": [{"name": "text", "datatype": "BYTES", "shape": [1], "data": ["a"]}]}
     for path in ("infer", "versions/1/infer"):
-        assert running.http.post(f"/v2/models/org/a/model/{path}", json=asked).status_code == 200
+        assert running.http.post(f"/v2/models/org/a/model/{path}", json={"inputs": [TEXT]}).status_code == 200
 
 
-def test_a_path_that_infers_is_no_name_of_a_model(server: RunningServer) -> None:
+def test_a_get_of_a_path_that_infers_is_rejected(server: RunningServer) -> None:
     for path in ("infer", "versions/1/infer"):
         gone = server.http.get(f"/v2/models/{server.service.name}/{path}")
         refused(gone, 405, "method_not_allowed")
         assert gone.headers["allow"] == "POST"
-
-
-def test_a_server_that_is_not_ready_says_so(start_server: Callable[..., RunningServer]) -> None:
-    running = start_server()  # no range set is active
-    assert running.http.get("/v2/health/live").json() == {"live": True}
-    for path in ("/v2/health/ready", f"/v2/models/{running.service.name}/ready"):
-        refused(running.http.get(path), 503, "not_ready")
-    with triton.InferenceServerClient(running.url.removeprefix("http://")) as client:
-        assert client.is_server_live()
-        assert not client.is_server_ready()
-
-
-TEXT = {"name": "text", "datatype": "BYTES", "shape": [1], "data": ["a"]}
 
 
 @pytest.mark.parametrize(
@@ -213,13 +218,13 @@ TEXT = {"name": "text", "datatype": "BYTES", "shape": [1], "data": ["a"]}
         {"inputs": [TEXT], "parameters": {"top_k": 0}},
     ],
 )
-def test_what_is_no_request(server: RunningServer, body: Any) -> None:
+def test_invalid_requests_are_rejected(server: RunningServer, body: Any) -> None:
     reply = server.http.post(f"/v2/models/{server.service.name}/infer", json=body)
     jsonschema.validate(refused(reply, 400, "invalid"), V2_ERROR)
 
 
 @pytest.mark.parametrize("length", ["", "x", "-1", "9" * 30, "5", "²", "0"])
-def test_a_length_of_the_header_that_is_wrong(server: RunningServer, length: str) -> None:
+def test_a_wrong_length_of_the_json_header_is_rejected(server: RunningServer, length: str) -> None:
     body = json.dumps({"inputs": [TEXT]}).encode()
     headers = {"Inference-Header-Content-Length": length.encode()}
     reply = server.http.post(f"/v2/models/{server.service.name}/infer", content=body, headers=headers)
@@ -239,7 +244,7 @@ def test_a_length_of_the_header_that_is_wrong(server: RunningServer, length: str
         (True, b"a"),
     ],
 )
-def test_binary_tensors_that_do_not_fit(server: RunningServer, size: Any, raw: bytes) -> None:
+def test_malformed_binary_tensors_are_rejected(server: RunningServer, size: Any, raw: bytes) -> None:
     asked = {"inputs": [{"name": "text", "datatype": "BYTES", "shape": [1], "parameters": {"binary_data_size": size}}]}
     head = json.dumps(asked).encode()
     headers = {"Inference-Header-Content-Length": str(len(head))}
@@ -247,8 +252,8 @@ def test_binary_tensors_that_do_not_fit(server: RunningServer, size: Any, raw: b
     refused(reply, 400, "malformed")
 
 
-def test_binary_tensors_are_bound_by_the_limit_of_bodies(start_server: Callable[..., RunningServer]) -> None:
-    running = start_server(max_body_bytes=2000)
+def test_binary_tensors_count_towards_the_limit_of_bodies(slashed_server: RunningServer) -> None:
+    running = slashed_server
     with (
         triton.InferenceServerClient(running.url.removeprefix("http://")) as client,
         pytest.raises(InferenceServerException, match="larger than 2000 bytes"),

@@ -1,4 +1,4 @@
-"""`/classify`: what a client of vLLM sends and reads."""
+"""`/classify`, as clients of vLLM use it."""
 
 from typing import Any
 
@@ -39,36 +39,36 @@ def test_probabilities_are_in_the_order_of_the_labels(server: RunningServer, tex
     assert found["model"] == server.service.name
 
 
-def test_its_id_is_that_of_the_request(server: RunningServer) -> None:
+def test_the_id_of_a_reply_is_the_request_id(server: RunningServer) -> None:
     reply = server.http.post("/classify", json={"input": SHORT}, headers={"X-Request-ID": "abc-1"})
     assert reply.json()["id"] == "classify-abc-1"
 
 
 @pytest.mark.parametrize("name", ["use_activation", "activation", "softmax"])
-def test_logits_on_demand(server: RunningServer, name: str) -> None:
+def test_logits_are_returned_when_the_activation_is_off(server: RunningServer, name: str) -> None:
     bare = server.classify(SHORT, activation="none").json()["results"][0]["scores"]
     logits = {each["label"]: each["score"] for each in bare}
     found = classify(server, input=SHORT, **{name: False})["data"][0]["probs"]
     assert found == pytest.approx([logits[label] for label in LABELS])
-    usual = classify(server, input=SHORT)
-    assert classify(server, input=SHORT, **{name: True})["data"] == usual["data"]
-    assert classify(server, input=SHORT, **{name: None})["data"] == usual["data"]
+    default = classify(server, input=SHORT)
+    assert classify(server, input=SHORT, **{name: True})["data"] == default["data"]
+    assert classify(server, input=SHORT, **{name: None})["data"] == default["data"]
 
 
-def test_the_newest_name_of_the_activation_wins(server: RunningServer) -> None:
+def test_the_newest_name_of_the_activation_field_wins(server: RunningServer) -> None:
     both = classify(server, input=SHORT, use_activation=True, softmax=False)
     assert both["data"] == classify(server, input=SHORT)["data"]
 
 
-def test_a_long_text_is_refused_or_cut_to_what_the_model_takes(server: RunningServer) -> None:
-    most = server.model.tokens.max_tokens
+def test_long_texts_are_rejected_or_truncated(server: RunningServer) -> None:
+    limit = server.model.tokens.max_tokens
     assert refusal(server, 400, "text_too_long", input=LONG)["type"] == "BadRequestError"
-    for cut in (-1, most):
-        assert classify(server, input=LONG, truncate_prompt_tokens=cut)["usage"]["prompt_tokens"] == most
-    assert "more than" in refusal(server, 400, "invalid", input=SHORT, truncate_prompt_tokens=most + 1)["message"]
+    for cut in (-1, limit):
+        assert classify(server, input=LONG, truncate_prompt_tokens=cut)["usage"]["prompt_tokens"] == limit
+    assert "more than" in refusal(server, 400, "invalid", input=SHORT, truncate_prompt_tokens=limit + 1)["message"]
 
 
-def test_a_text_is_cut_at_the_right_only(server: RunningServer) -> None:
+def test_texts_are_truncated_at_the_right_only(server: RunningServer) -> None:
     for side in ("left", "right", None):
         assert classify(server, input=SHORT, truncation_side=side)["data"] == classify(server, input=SHORT)["data"]
     cut = {"input": [SHORT, LONG], "truncate_prompt_tokens": -1}
@@ -77,7 +77,7 @@ def test_a_text_is_cut_at_the_right_only(server: RunningServer) -> None:
     refusal(server, 400, "invalid", input=SHORT, truncation_side="middle")
 
 
-def test_a_text_is_never_answered_as_if_it_were_another(server: RunningServer) -> None:
+def test_a_text_is_never_truncated_below_the_length_of_the_model(server: RunningServer) -> None:
     short = classify(server, input=SHORT)["usage"]["prompt_tokens"]
     assert classify(server, input=SHORT, truncate_prompt_tokens=short)["data"] == classify(server, input=SHORT)["data"]
     refusal(server, 400, "unsupported", input=SHORT, truncate_prompt_tokens=short - 1)
@@ -96,7 +96,7 @@ def test_a_text_is_never_answered_as_if_it_were_another(server: RunningServer) -
         ({"input": []}, None),
     ],
 )
-def test_what_is_not_served_is_refused(server: RunningServer, body: Any, param: str | None) -> None:
+def test_invalid_requests_are_rejected(server: RunningServer, body: Any, param: str | None) -> None:
     assert refusal(server, 400, "invalid", **body)["param"] == param
 
 
@@ -104,5 +104,5 @@ def test_another_model_is_not_found(server: RunningServer) -> None:
     assert refusal(server, 404, "unknown_model", input=SHORT, model="another")["type"] == "NotFoundError"
 
 
-def test_fields_without_meaning_here_are_ignored(server: RunningServer) -> None:
+def test_fields_without_effect_are_ignored(server: RunningServer) -> None:
     classify(server, input=SHORT, user="me", priority=3, request_id="x", mm_processor_kwargs={"a": 1})

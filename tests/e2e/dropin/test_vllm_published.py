@@ -1,4 +1,4 @@
-"""`/classify` and `/tokenize` against vLLM's own models, which this downloads: some hundred MB."""
+"""`/classify` and `/tokenize` against the pydantic models that vLLM publishes: a download of some hundred MB."""
 
 from collections.abc import Iterator
 from pathlib import Path
@@ -28,13 +28,13 @@ def published(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Published]:
 
 
 def complete(reply: httpx.Response, model: Any) -> Any:
-    """A reply as vLLM's model reads it, having all that vLLM's replies have, and none of it of another type."""
+    """The reply as vLLM's model reads it: it must have every field of the model, with exactly its type."""
     found = model.model_validate_json(reply.raise_for_status().content, strict=True)
     assert reply.json() == found.model_dump()
     return found
 
 
-def test_replies_are_what_vllm_would_send(server: RunningServer, published: Published) -> None:
+def test_replies_are_valid_and_complete_for_vllms_models(server: RunningServer, published: Published) -> None:
     for body in ({"input": TEXTS[0]}, {"input": TEXTS}, {"input": TEXTS, "use_activation": False}):
         found = complete(server.http.post("/classify", json=body), published.classify.ClassificationResponse)
         assert len(found.data) == (1 if isinstance(body["input"], str) else len(TEXTS))
@@ -59,7 +59,7 @@ def test_replies_are_what_vllm_would_send(server: RunningServer, published: Publ
         ("/tokenize", {"messages": [{"role": "user", "content": "a"}]}, 400),
     ],
 )
-def test_refusals_are_its_errors(
+def test_errors_are_valid_for_vllms_models(
     server: RunningServer, published: Published, path: str, body: Any, status: int
 ) -> None:
     reply = server.http.post(path, json=body)
@@ -68,22 +68,22 @@ def test_refusals_are_its_errors(
     assert reply.json()["error"] == error.model_dump()
 
 
-def test_requests_as_its_models_write_them_are_answered(server: RunningServer, published: Published) -> None:
-    asked = published.classify.ClassificationCompletionRequest
-    usual = server.http.post("/classify", json={"input": TEXTS}).json()["data"]
-    for more in (
+def test_requests_written_by_vllms_models_are_accepted(server: RunningServer, published: Published) -> None:
+    completion = published.classify.ClassificationCompletionRequest
+    expected = server.http.post("/classify", json={"input": TEXTS}).json()["data"]
+    for fields in (
         {},
         {"use_activation": True},
         {"truncate_prompt_tokens": -1, "truncation_side": "right"},
         {"user": "me", "padding": "do_not_pad", "cache_salt": "x", "request_id": "1", "mm_processor_kwargs": {"a": 1}},
     ):
-        request = asked(input=TEXTS, **more)
+        request = completion(input=TEXTS, **fields)
         for body in (
             request.model_dump(),
             request.model_dump(exclude_none=True),
             request.model_dump(exclude_unset=True),
         ):
-            assert server.http.post("/classify", json=body).raise_for_status().json()["data"] == usual
+            assert server.http.post("/classify", json=body).raise_for_status().json()["data"] == expected
     prompt = published.tokenize.TokenizeCompletionRequest(prompt=TEXTS[0], add_special_tokens=False)
     plain = server.http.post("/tokenize", json=prompt.model_dump()).raise_for_status().json()
     assert plain["count"] == len(plain["tokens"]) > 0
@@ -101,33 +101,33 @@ def test_requests_as_its_models_write_them_are_answered(server: RunningServer, p
         {"input": "a", "add_special_tokens": "perhaps"},
     ],
 )
-def test_what_its_models_refuse_is_refused(server: RunningServer, published: Published, body: Any) -> None:
+def test_requests_that_vllms_models_reject_are_rejected(server: RunningServer, published: Published, body: Any) -> None:
     with pytest.raises(ValidationError):
         TypeAdapter(published.classify.ClassificationRequest).validate_python(body)
     assert server.http.post("/classify", json=body).status_code == 400
 
 
-def test_the_page_names_every_field_of_its_requests(published: Published) -> None:
+def test_the_page_names_every_field_of_vllms_requests(published: Published) -> None:
     page = PAGE.read_text()
     section = page[page.index("## vLLM") : page.index("## Open Inference Protocol")]
-    asked = [published.classify.ClassificationCompletionRequest, published.tokenize.TokenizeCompletionRequest]
-    assert {name for model in asked for name in model.model_fields if f"`{name}`" not in section} == set()
+    requests = [published.classify.ClassificationCompletionRequest, published.tokenize.TokenizeCompletionRequest]
+    assert {name for model in requests for name in model.model_fields if f"`{name}`" not in section} == set()
 
 
-def test_the_schemas_of_the_other_tests_are_of_its_models(published: Published) -> None:
-    restated = {
+def test_the_schemas_of_the_other_tests_match_vllms_models(published: Published) -> None:
+    schemas = {
         published.classify.ClassificationResponse: protocols.VLLM_CLASSIFIED,
         published.tokenize.TokenizeResponse: protocols.VLLM_TOKENS,
         published.engine.ErrorResponse: protocols.VLLM_ERROR,
     }
-    for model, schema in restated.items():
-        same_fields(schema, model)
-    same_fields(protocols.VLLM_CLASSIFIED["properties"]["data"]["items"], published.classify.ClassificationData)
-    same_fields(protocols.VLLM_CLASSIFIED["properties"]["usage"], published.engine.UsageInfo)
-    same_fields(protocols.VLLM_ERROR["properties"]["error"], published.engine.ErrorInfo)
+    for model, schema in schemas.items():
+        assert_same_fields(schema, model)
+    assert_same_fields(protocols.VLLM_CLASSIFIED["properties"]["data"]["items"], published.classify.ClassificationData)
+    assert_same_fields(protocols.VLLM_CLASSIFIED["properties"]["usage"], published.engine.UsageInfo)
+    assert_same_fields(protocols.VLLM_ERROR["properties"]["error"], published.engine.ErrorInfo)
 
 
-def same_fields(schema: Any, model: type[BaseModel]) -> None:
+def assert_same_fields(schema: Any, model: type[BaseModel]) -> None:
     assert schema["properties"].keys() == model.model_fields.keys()
-    needed = {name for name, field in model.model_fields.items() if field.is_required()}
-    assert needed <= set(schema["required"])
+    required = {name for name, field in model.model_fields.items() if field.is_required()}
+    assert required <= set(schema["required"])

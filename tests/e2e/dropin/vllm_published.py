@@ -1,8 +1,8 @@
-"""vLLM's own pydantic models, out of the wheel that it publishes.
+"""vLLM's own pydantic models, loaded from its published wheel.
 
-The wheel is some hundred MB, and importing all of it needs a GPU's libraries. Its requests and replies are in four
-modules, which are executed as they are; whatever else of vLLM they name is stood in for, since no model of a request
-or reply is made of it, but for the messages of a chat, which are taken as anything.
+The wheel is some hundred MB, and importing all of it needs the libraries of a GPU. The models of requests and replies
+are in four modules, which are executed unchanged. Stand-ins replace every other module of vLLM: the models use none of
+them, except for chat messages, which are accepted as anything.
 """
 
 import importlib
@@ -38,15 +38,15 @@ class Published:
 
 def download(folder: Path) -> Path:
     """Fetch the wheel; returns its path."""
-    what = ["--no-deps", "--only-binary=:all:", "--platform=manylinux_2_28_x86_64", f"vllm=={VERSION}"]
-    subprocess.run([sys.executable, "-m", "pip", "download", "--quiet", "--dest", str(folder), *what], check=True)
+    options = ["--no-deps", "--only-binary=:all:", "--platform=manylinux_2_28_x86_64", f"vllm=={VERSION}"]
+    subprocess.run([sys.executable, "-m", "pip", "download", "--quiet", "--dest", str(folder), *options], check=True)
     (wheel,) = folder.glob("vllm-*.whl")
     return wheel
 
 
 @contextmanager
 def models(wheel: Path, folder: Path) -> Iterator[Published]:
-    """The models, as long as the context lasts; `folder` gets the files."""
+    """The models, for the duration of the context; the files are extracted to `folder`."""
     with zipfile.ZipFile(wheel) as archive:
         for module in _MODULES:
             archive.extract(_file(module), folder)
@@ -66,7 +66,7 @@ def _file(module: str) -> str:
 
 
 class _Finder:
-    """Finds the four modules in a folder, and makes up all others of vLLM."""
+    """Finds the four modules in a folder, and creates a stand-in for every other module of vLLM."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
@@ -85,13 +85,13 @@ class _Finder:
         pass
 
 
-class _Refused(ValueError):
-    def __init__(self, message: str, **more: Any) -> None:
+class _Error(ValueError):
+    def __init__(self, message: str, **fields: Any) -> None:
         super().__init__(message)
 
 
 class _StandIn(ModuleType):
-    """Has any name: errors are errors, functions return a random id, and types are anything."""
+    """A module with every attribute: error classes are errors, functions return a random id, types are `Any`."""
 
     def __getattr__(self, name: str) -> Any:
         if name.startswith("__"):
@@ -99,5 +99,5 @@ class _StandIn(ModuleType):
         if name == "init_logger":
             return logging.getLogger
         if name.endswith("Error"):
-            return _Refused
+            return _Error
         return (lambda *args, **kwargs: uuid.uuid4().hex) if name.islower() else Any
