@@ -21,7 +21,7 @@ if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:  # started in the backgrou
     signal.signal(signal.SIGINT, signal.default_int_handler)
 
 DATA_ABSENT = "no public data sets: $DATA is not a directory"
-NEEDS_THIS_PROCESS = {"own_redis", "server_with_keys"}
+NEEDS_THIS_PROCESS = {"own_redis", "server_with_keys", "keyed_server"}
 """Fixtures whose tests a fleet cannot share: each test would need a fleet of its own."""
 
 
