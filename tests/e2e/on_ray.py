@@ -1,4 +1,4 @@
-"""A Ray cluster of two nodes on this machine; and, with `pytest --fleet`, every server of the tests on fleets there."""
+"""Services whose engines run on a Ray cluster of two nodes; with `pytest --fleet`, every server of the tests is one."""
 
 from __future__ import annotations
 
@@ -6,14 +6,19 @@ import logging
 import os
 import shutil
 import tempfile
+import threading
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from typing import TYPE_CHECKING
 
+import httpx
 import pytest
+import uvicorn
 
+from app.main import create_app
 from app.service import Service
 from app.settings import Settings
+from tests.range_store.waiting import until
 
 if TYPE_CHECKING:
     from workers.models.loading import LoadedModel
@@ -23,31 +28,34 @@ if TYPE_CHECKING:
 
 @pytest.fixture(scope="session")
 def cluster() -> Iterator[str]:
-    """Its address. Two nodes of some CPUs that count, not run: the machine has fewer."""
-    import workers.cluster  # noqa: F401 (says how Ray is to be used)
+    """The address of a cluster. Its two nodes offer more CPUs than the machine has: they are counted, not used."""
+    import workers.cluster  # noqa: F401 (sets environment variables that Ray reads when it is imported)
     import ray  # isort: skip
     from ray.cluster_utils import Cluster
 
-    place = tempfile.mkdtemp(prefix="nl-ray-", dir="/tmp")  # paths of sockets must be short
+    directory = tempfile.mkdtemp(prefix="nl-ray-", dir="/tmp")  # paths of sockets must be short
     patch = pytest.MonkeyPatch()
-    patch.setenv("RAY_TMPDIR", place)  # else "auto" would find this cluster, from other processes too
-    os.mkdir(f"{place}/ray")
+    patch.setenv("RAY_TMPDIR", directory)  # otherwise other processes would find this cluster as "auto"
+    os.mkdir(f"{directory}/ray")
     node = {"num_cpus": 16, "object_store_memory": 100 << 20}
-    made = Cluster(initialize_head=True, head_node_args={**node, "include_dashboard": False})
-    made.add_node(**node)
-    ray.init(address=made.address, log_to_driver=False, logging_level=logging.ERROR)
+    started = Cluster(initialize_head=True, head_node_args={**node, "include_dashboard": False})
+    started.add_node(**node)
+    ray.init(address=started.address, log_to_driver=False, logging_level=logging.ERROR)
     try:
-        yield made.address
+        yield started.address
     finally:
         ray.shutdown()
-        made.shutdown()
+        started.shutdown()
         patch.undo()
-        shutil.rmtree(place, ignore_errors=True)
+        shutil.rmtree(directory, ignore_errors=True)
 
 
 @pytest.fixture(scope="session")
 def on_fleet(cluster: str) -> Opened:
-    """A replica takes seconds to start: servers of the same settings share one, and each begins with nothing live."""
+    """Opens a service in front of a fleet, with nothing erased.
+
+    A replica takes seconds to start, so services with the same settings share a fleet.
+    """
     from app.fleet import open_fleet
 
     names: dict[str, str] = {}
@@ -65,3 +73,23 @@ def on_fleet(cluster: str) -> Opened:
             yield service
 
     return opened
+
+
+@contextmanager
+def over_http(services: list[Service]) -> Iterator[httpx.Client]:
+    """A client of a server in front of these services."""
+    app = create_app(services[0].settings, services)
+    config = uvicorn.Config(
+        app, host="127.0.0.1", port=0, log_level="warning", timeout_keep_alive=services[0].settings.keep_alive
+    )
+    server = uvicorn.Server(config)
+    thread = threading.Thread(target=server.run)
+    thread.start()
+    try:
+        until(lambda: server.started)
+        port = server.servers[0].sockets[0].getsockname()[1]
+        with httpx.Client(base_url=f"http://127.0.0.1:{port}", timeout=120) as client:
+            yield client
+    finally:
+        server.should_exit = True
+        thread.join()
