@@ -1,8 +1,9 @@
 """A fuzz target for everything that is decoded from Redis or from a file: `python -m tests.range_store.decoder_fuzz`.
 
-Hypothesis damages valid bytes, or what they say, and has what a checksum covers vouched for again, so that damage gets
-past it. A decoder may refuse with its documented error, or give something that is itself again when it is encoded:
-anything else, five seconds, or half a gigabyte of memory fails, and Hypothesis prints the smallest such input.
+Hypothesis damages valid bytes, or the JSON or arrays in them, and then often recomputes the checksums, so that the
+damage gets past them. A decoder may refuse with its documented error, or return something whose encoding is the same
+bytes. Anything else fails, and so do five seconds of CPU time or half a gigabyte of memory; Hypothesis then prints the
+smallest such input.
 """
 
 import argparse
@@ -12,13 +13,14 @@ import resource
 import struct
 import sys
 import tempfile
+import time
 from collections import Counter
 from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from hypothesis import HealthCheck, given, seed, settings
+from hypothesis import HealthCheck, Phase, given, seed, settings
 from hypothesis import strategies as st
 from pydantic import ValidationError
 
@@ -47,7 +49,7 @@ from range_store.store import RangeStore
 from tests.range_store.builders import random_range_set
 
 MEMORY = 512 * 1024 * 1024
-SECONDS = 5
+CPU_SECONDS = 5
 
 MADE, INSPECT = random_range_set(3, ("Sci/Tech", "\u2028é'\"\\"), hidden=3, n_layers=2, bins=2)
 OTHER, OTHER_INSPECT = random_range_set(4, ("a",), hidden=1, n_layers=1, bins=1)
@@ -96,28 +98,28 @@ SCALARS = (
 VALUES = st.one_of(
     st.sampled_from(SCALARS),
     st.lists(st.sampled_from(NUMBERS), max_size=4),
-    # new ones each time: further damage is done in place
+    # parsed anew each time, since further damage changes them in place
     st.sampled_from(["{}", "[[]]", '{"": null}', json.dumps([1] * 3000), "[" * 100 + "]" * 100]).map(json.loads),
 )
 
 
 @st.composite
 def damaged_bytes(draw: st.DrawFn, data: bytes) -> bytes:
-    """Bits turned, cut, put in, repeated, spliced with something else, or lengths that lie."""
+    """Flip bits, cut, insert, repeat, splice with other data, or change the length field."""
     place = draw(st.integers(0, max(0, len(data) - 1)))
     length = draw(st.integers(0, 64))
-    match draw(st.sampled_from(("turn", "turn", "cut", "drop", "put", "repeat", "splice", "length", "random"))):
-        case "turn":
-            turned = bytearray(data)
+    match draw(st.sampled_from(("flip", "flip", "cut", "drop", "insert", "repeat", "splice", "length", "random"))):
+        case "flip":
+            flipped = bytearray(data)
             for _ in range(draw(st.integers(1, 4))):
-                if turned:
-                    turned[draw(st.integers(0, len(turned) - 1))] ^= 1 << draw(st.integers(0, 7))
-            return bytes(turned)
+                if flipped:
+                    flipped[draw(st.integers(0, len(flipped) - 1))] ^= 1 << draw(st.integers(0, 7))
+            return bytes(flipped)
         case "cut":
             return data[:place]
         case "drop":
             return data[:place] + data[place + length :]
-        case "put":
+        case "insert":
             return data[:place] + draw(st.binary(max_size=16)) + data[place:]
         case "repeat":
             return data[:place] + data[place : place + length] * draw(st.integers(2, 50)) + data[place + length :]
@@ -134,7 +136,7 @@ def damaged_bytes(draw: st.DrawFn, data: bytes) -> bytes:
 
 @st.composite
 def damaged_json(draw: st.DrawFn, text: bytes) -> bytes:
-    """Values of a document replaced, taken out, moved, added or said twice; blanks where there were none."""
+    """Replace, remove, swap, add or repeat values of a document, or add white space."""
     document = json.loads(text)
     for _ in range(draw(st.integers(1, 3))):
         places = list(_places(document))
@@ -150,12 +152,12 @@ def damaged_json(draw: st.DrawFn, text: bytes) -> bytes:
                 there, other = draw(st.sampled_from(places))
                 with suppress(IndexError):
                     holder[key], there[other] = there[other], holder[key]
-                if _depth(document) > 500:  # one inside itself
+                if _depth(document) > 500:  # a value inside itself
                     return text
             case "add" if isinstance(holder, dict):
                 holder[draw(st.sampled_from(("x", "", key + " ", key.upper(), "__metadata__")))] = draw(VALUES)
     written = json.dumps(document, separators=draw(st.sampled_from(((",", ":"), (", ", ": ")))), ensure_ascii=False)
-    if draw(st.integers(0, 9)) == 0:  # the first field once more, perhaps with another value
+    if draw(st.integers(0, 9)) == 0:  # a field twice, perhaps with another value
         written = written.replace("{", '{"format":1,"id":"a","erasures":[],"mean":{},', 1)
     return written.encode(errors="surrogatepass")
 
@@ -182,7 +184,7 @@ def _depth(document: Any, depth: int = 0) -> int:
 
 @st.composite
 def damaged_header(draw: st.DrawFn, data: bytes) -> bytes:
-    """A safetensors file whose header, of the right length, says something else."""
+    """A safetensors file whose header has the right length and other contents."""
     length = struct.unpack_from("<Q", data)[0]
     header = draw(damaged_json(data[8 : 8 + length].rstrip()))
     header += b" " * (-len(header) % 8 if draw(st.booleans()) else draw(st.integers(0, 9)))
@@ -200,8 +202,8 @@ def damaged_values(draw: st.DrawFn, data: bytes) -> bytes:
     return data
 
 
-def vouched(archive: bytes) -> bytes:
-    """An archive whose entry has its id and digest computed anew, as far as it can be read."""
+def resealed(archive: bytes) -> bytes:
+    """The archive with the id and digest of its entry recomputed, if it can be read."""
     try:
         length = struct.unpack_from("<Q", archive)[0]
         header = json.loads(archive[8 : 8 + length])
@@ -217,7 +219,7 @@ def vouched(archive: bytes) -> bytes:
 
 @st.composite
 def damaged_entry(draw: st.DrawFn, archive: bytes) -> bytes:
-    """An archive with another provenance."""
+    """An archive with a damaged entry in its header: provenance, id or checksums."""
     length = struct.unpack_from("<Q", archive)[0]
     header = json.loads(archive[8 : 8 + length])
     entry = draw(damaged_json(header["__metadata__"][ENTRY].encode()))
@@ -229,7 +231,7 @@ def damaged_entry(draw: st.DrawFn, archive: bytes) -> bytes:
 
 @st.composite
 def damaged(draw: st.DrawFn) -> tuple[str, bytes]:
-    """What is to be decoded, and as what."""
+    """A kind of encoded data, and damaged bytes to decode as that kind."""
     kind = draw(st.sampled_from(sorted(VALID)))
     data = VALID[kind]
     ways: list[Callable[[bytes], st.SearchStrategy[bytes]]] = [damaged_bytes]
@@ -243,14 +245,14 @@ def damaged(draw: st.DrawFn) -> tuple[str, bytes]:
         try:
             data = draw(draw(st.sampled_from(ways))(data))
         except (ValueError, KeyError, TypeError, AttributeError, struct.error, RecursionError):
-            break  # too damaged already to be damaged in that way
+            break  # too damaged for that kind of damage
     if kind == "archive" and draw(st.booleans()):
-        data = vouched(data)
+        data = resealed(data)
     return kind, data
 
 
 class Target:
-    """Decodes, and counts what came of it; raises whatever should not have come."""
+    """Decodes damaged data and counts the outcomes; raises if a decoder misbehaves."""
 
     def __init__(self, store: RangeStore, keys: KeyStore) -> None:
         self.store, self.key_store = store, keys
@@ -258,12 +260,14 @@ class Target:
 
     def __call__(self, kind: str, data: bytes) -> None:
         refusal = InvalidKey if kind == "keys" else InvalidRangeSet
+        began = time.process_time()
         try:
             getattr(self, kind)(data)
         except refusal:
             self.outcomes[f"{kind} refused"] += 1
         else:
             self.outcomes[f"{kind} accepted"] += 1
+        assert time.process_time() - began < CPU_SECONDS
 
     def meta(self, data: bytes) -> None:
         try:
@@ -316,11 +320,14 @@ def _refuses(decode: Callable[[bytes, Meta, int], object], data: bytes, meta: Me
     return False
 
 
-def fuzz(inputs: int, chosen: int) -> Counter[str]:
-    """Try that many inputs, and count what came of them.
+def fuzz(inputs: int, chosen: int, shrink: bool = True) -> Counter[str]:
+    """Try this many inputs with the chosen seed, and count the outcomes.
+
+    Args:
+        shrink: after a failure, search for the smallest input that fails.
 
     Raises:
-        BaseException: what a decoder did wrong; Hypothesis has noted the input that shows it best.
+        BaseException: the failure; Hypothesis adds the input as a note.
     """
     with tempfile.TemporaryDirectory() as folder, connect(None, Path(folder)) as client:
         target = Target(RangeStore(client, "fuzzed"), KeyStore(client))
@@ -331,7 +338,13 @@ def fuzz(inputs: int, chosen: int) -> Counter[str]:
         resource.setrlimit(resource.RLIMIT_AS, (used + MEMORY, used + MEMORY))
 
         @seed(chosen)
-        @settings(max_examples=inputs, database=None, deadline=1000 * SECONDS, suppress_health_check=list(HealthCheck))
+        @settings(
+            max_examples=inputs,
+            database=None,
+            deadline=None,
+            phases=Phase if shrink else [Phase.generate],
+            suppress_health_check=list(HealthCheck),
+        )
         @given(damaged())
         def try_one(made: tuple[str, bytes]) -> None:
             target(*made)
@@ -341,7 +354,7 @@ def fuzz(inputs: int, chosen: int) -> Counter[str]:
 
 
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description="damage what is decoded, and see that it is refused")
+    parser = argparse.ArgumentParser(description="damage encoded data, and check that decoders refuse it")
     parser.add_argument("--inputs", type=int, default=100_000)
     parser.add_argument("--seed", type=int, default=5)
     given_ = parser.parse_args()
