@@ -114,8 +114,10 @@ def densities(
     figure = make_subplots(lines, columns, subplot_titles=titles, vertical_spacing=0.5 / max(lines, 2))
     serve = range_set.layer(layer)
     low, high = bounds("sigma", tau, range_set.counts[:, None], serve.mean, serve.std)
+    lines_at_bounds: list[dict[str, object]] = []  # set at once: each call of add_vline copies all earlier lines
     for place, shown in enumerate(neurons):
         row, column = place // columns + 1, place % columns + 1
+        axis = str(place + 1) if place else ""
         edges = inspect.edges[shown.neuron]
         for number, concept in enumerate(concepts):
             c = range_set.concept_index(concept)
@@ -134,8 +136,12 @@ def densities(
             figure.add_trace(trace, row, column)
             for bound in (low[c, shown.neuron], high[c, shown.neuron]):
                 if np.isfinite(bound):
-                    figure.add_vline(x=bound, line={"color": colour, "width": 1, "dash": "dot"}, row=row, col=column)
-    figure.update_layout(**_LAYOUT, height=90 + 230 * lines, legend={"orientation": "h", "y": -0.1})
+                    line = {"color": colour, "width": 1, "dash": "dot"}
+                    across = {"x0": bound, "x1": bound, "y0": 0, "y1": 1, "xref": f"x{axis}", "yref": f"y{axis} domain"}
+                    lines_at_bounds.append({"type": "line", **across, "line": line})
+    figure.update_layout(
+        **_LAYOUT, shapes=lines_at_bounds, height=90 + 230 * lines, legend={"orientation": "h", "y": -0.1}
+    )
     return figure
 
 
