@@ -1,4 +1,4 @@
-"""`?wait=all`, `min_generation`, `/v1/replicas` on servers of one process; `faults/test_replicas.py` has real ones."""
+"""`?wait=all`, `min_generation` and `/v1/replicas` on servers of one process; `faults/test_replicas.py` has processes."""
 
 import time
 from collections.abc import Callable
@@ -22,142 +22,157 @@ from workers.fitting.fit import Fitted
 Problem = Callable[[httpx.Response, int, str], dict[str, Any]]
 TEXT = "the keeper saved a penalty"
 HEADER = "X-NeuronLens-Min-Generation"
-STRANGER = "elsewhere:1:ab"
-PATIENTLY = {"wait_seconds": "25"}
+SILENT_REPLICA = "elsewhere:1:ab"
+WAIT_LONG = {"wait": "all", "wait_seconds": "25"}
 
 
-def long_since(running: RunningServer) -> RunningServer:
-    """As if its replicas had reported for long: who is not among them is no more."""
+def settle_replicas(running: RunningServer) -> RunningServer:
+    """Date the list of replicas back, so that a replica which is missing from it counts as gone."""
     store = running.service.store
     until(lambda: store.replicas.read().replicas)
     store.client.hset(store.keys.replicas, "since", str(time.time() - 10 * SILENT_SECONDS))
     return running
 
 
-def name_of(running: RunningServer) -> str:
+def replica_name(running: RunningServer) -> str:
     assert running.service.mirror.reporter is not None
     return running.service.mirror.reporter.name
 
 
 def generation(running: RunningServer) -> str:
-    told: str = running.http.get("/v1/erasures").json()["generation"]
-    return told
+    current: str = running.http.get("/v1/erasures").json()["generation"]
+    return current
 
 
-def after(state: str, steps: int) -> str:
-    epoch, counter = state.split("-")
+def advance(generation: str, steps: int) -> str:
+    """The generation that comes `steps` changes later."""
+    epoch, counter = generation.split("-")
     return f"{epoch}-{int(counter) + steps}"
 
 
 @pytest.fixture
-def deaf(start_server: Callable[..., RunningServer], fitted: Fitted, monkeypatch: pytest.MonkeyPatch) -> RunningServer:
-    """A server that does not look for itself, and is told nothing by `unannounced`."""
+def passive_server(
+    start_server: Callable[..., RunningServer], fitted: Fitted, monkeypatch: pytest.MonkeyPatch
+) -> RunningServer:
+    """A server that reads the live state only when a request makes it do so."""
     monkeypatch.setattr(following, "PATIENCE", 25.0)
-    return with_ranges(start_server(poll_seconds=300.0), fitted)
+    monkeypatch.setattr(reporter, "SILENT_SECONDS", 3600.0)
+    running = with_ranges(start_server(), fitted)
+    mirror = running.service.mirror
+    assert mirror._thread is not None
+    mirror._stopping.set()
+    mirror._thread.join()
+    return running
 
 
-def unannounced(running: RunningServer) -> LiveState:
+def change_behind(running: RunningServer, *, enforced: bool = False) -> LiveState:
+    """Erase World directly in the store; gives the new live state."""
     store = running.service.store
     before = store.live()
-    state = before.advanced(before.range_set, (LiveErasure(erasure=Erasure(concept="World")),))
+    erasure = LiveErasure(erasure=Erasure(concept="World"), enforced=enforced)
+    state = before.advanced(before.range_set, (erasure,))
     store.client.set(store.keys.live, state.model_dump_json())
     return state
 
 
-def test_a_change_that_is_waited_for_is_in_force_on_every_server(
+def test_change_with_wait_all_is_in_force_on_every_server(
     start_server: Callable[..., RunningServer], fitted: Fitted
 ) -> None:
-    one = long_since(with_ranges(start_server(), fitted))
-    other = start_server(name=one.service.name)
-    listed = one.http.get("/v1/replicas").json()
+    first = settle_replicas(with_ranges(start_server(), fitted))
+    second = start_server(name=first.service.name)
+    listed = first.http.get("/v1/replicas").json()
     assert {(each["name"], each["this"]) for each in listed["replicas"]} == {
-        (name_of(one), True),
-        (name_of(other), False),
+        (replica_name(first), True),
+        (replica_name(second), False),
     }
     calls: list[tuple[str, str, dict[str, Any]]] = [
         ("PUT", "/v1/erasures/Sports", {}),
         ("PUT", "/v1/erasures", {"erasures": [{"concept": "World"}]}),
         ("PUT", "/v1/range-sets/active", {"id": fitted.range_set.id}),
         ("DELETE", "/v1/erasures/World", {}),
-        ("DELETE", "/v1/erasures/World", {}),  # changes nothing, and waits all the same
+        ("DELETE", "/v1/erasures/World", {}),  # changes nothing, but waits all the same
     ]
     for method, path, body in calls:
-        reply = one.http.request(method, path, json=body or None, params={"wait": "all", **PATIENTLY})
+        reply = first.http.request(method, path, json=body or None, params=WAIT_LONG)
         assert reply.status_code == 200, reply.text
-        assert generation(other) == reply.json()["generation"]
-        assert other.classify(TEXT).json()["erasure"]["generation"] == reply.json()["generation"]
-        listed = other.http.get("/v1/replicas").json()
+        assert generation(second) == reply.json()["generation"]
+        assert second.classify(TEXT).json()["erasure"]["generation"] == reply.json()["generation"]
+        listed = second.http.get("/v1/replicas").json()
         assert all(each["current"] and each["generation"] == listed["generation"] for each in listed["replicas"])
         assert all(0 <= each["age"] < 10 for each in listed["replicas"])
 
 
-def test_who_does_not_follow_is_named_and_the_change_is_made(server: RunningServer, problem: Problem) -> None:
-    store = long_since(server).service.store
-    store.replicas.report(STRANGER, "00000000-1", None, seconds=600)
+def test_timeout_of_wait_all_names_the_missing_replicas(server: RunningServer, problem: Problem) -> None:
+    """The change itself is made."""
+    store = settle_replicas(server).service.store
+    store.replicas.report(SILENT_REPLICA, "00000000-1", None, seconds=600)
     began = time.monotonic()
     reply = server.http.put("/v1/erasures/Sports", params={"wait": "all", "wait_seconds": "0.3"})
-    told = problem(reply, 504, "not_everywhere")
+    body = problem(reply, 504, "not_everywhere")
     assert time.monotonic() - began >= 0.3
-    assert {STRANGER} <= set(told["missing"]) <= {STRANGER, name_of(server)}  # it may not have told of itself yet
-    assert (told["generation"], reply.headers["etag"]) == (generation(server), f'"{generation(server)}"')
-    assert STRANGER in told["detail"]
+    # the server's own report may still be on its way
+    assert {SILENT_REPLICA} <= set(body["missing"]) <= {SILENT_REPLICA, replica_name(server)}
+    assert (body["generation"], reply.headers["etag"]) == (generation(server), f'"{generation(server)}"')
+    assert SILENT_REPLICA in body["detail"]
     assert server.classify(TEXT).json()["erasure"]["concepts"] == ["Sports"]
-    until(lambda: store.replicas.read().missing(generation(server)) == (STRANGER,))
-    again = server.http.delete("/v1/erasures/World", params={"wait": "all", "wait_seconds": "0.05"})  # changes nothing
-    assert problem(again, 504, "not_everywhere")["missing"] == [STRANGER]
-    store.replicas.remove(STRANGER)
-    assert server.http.delete("/v1/erasures/Sports", params={"wait": "all", **PATIENTLY}).status_code == 200
+    until(lambda: store.replicas.read().missing(generation(server)) == (SILENT_REPLICA,))
+    unchanged = server.http.delete("/v1/erasures/World", params={"wait": "all", "wait_seconds": "0.05"})
+    assert problem(unchanged, 504, "not_everywhere")["missing"] == [SILENT_REPLICA]
+    store.replicas.remove(SILENT_REPLICA)
+    assert server.http.delete("/v1/erasures/Sports", params=WAIT_LONG).status_code == 200
 
 
-def test_many_who_wait_hold_up_nobody_else(server: RunningServer, monkeypatch: pytest.MonkeyPatch) -> None:
-    """More of them than there are threads for the store."""
-    monkeypatch.setattr("app.store_calls.PATIENCE", 60.0)  # a slow machine's calls take turns for long
-    long_since(server).service.store.replicas.report(STRANGER, "00000000-1", None, seconds=600)
-    waits = {"wait": "all", "wait_seconds": "50"}
+def test_many_waiting_requests_do_not_block_others(server: RunningServer, monkeypatch: pytest.MonkeyPatch) -> None:
+    """There are more of them than threads for store calls."""
+    monkeypatch.setattr("app.store_calls.PATIENCE", 60.0)
+    store = settle_replicas(server).service.store
+    store.replicas.report(SILENT_REPLICA, "00000000-1", None, seconds=600)
+    waits = {"wait": "all", "wait_seconds": "60"}
     with ThreadPoolExecutor(40) as pool:
         waiting = [pool.submit(server.http.delete, "/v1/erasures/Sports", params=waits, timeout=90) for _ in range(40)]
         for _ in range(20):
             assert server.http.get("/v1/range-sets").status_code == 200
         state = server.http.put("/v1/erasures/World", json={}).json()["generation"]
         assert not any(each.done() for each in waiting)
-        server.service.store.replicas.report(STRANGER, state, None)
+        store.replicas.report(SILENT_REPLICA, state, None)
         assert {each.result().status_code for each in waiting} == {200}
+    store.replicas.remove(SILENT_REPLICA)
 
 
-def test_a_roster_that_was_emptied_is_not_taken_for_everybody(
-    server: RunningServer, problem: Problem, monkeypatch: pytest.MonkeyPatch
+def test_emptied_replica_list_does_not_count_as_complete(
+    fresh_server: RunningServer, problem: Problem, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    store = long_since(server).service.store
-    with monkeypatch.context() as patched:
-        patched.setattr(replicas, "SILENT_SECONDS", 600.0)
-        store.client.delete(store.keys.replicas)
-        reply = server.http.delete("/v1/erasures/Sports", params={"wait": "all", "wait_seconds": "0.05"})
-        problem(reply, 504, "not_everywhere")
-        until(lambda: server.http.get("/v1/replicas").json()["replicas"])
-        reply = server.http.delete("/v1/erasures/Sports", params={"wait": "all", "wait_seconds": "0.2"})
-        assert problem(reply, 504, "not_everywhere")["missing"] == []
-    assert server.http.delete("/v1/erasures/Sports", params={"wait": "all", **PATIENTLY}).status_code == 200
+    http, store = fresh_server.http, settle_replicas(fresh_server).service.store
+    monkeypatch.setattr(replicas, "SILENT_SECONDS", 600.0)
+    store.client.delete(store.keys.replicas)
+    reply = http.delete("/v1/erasures/Sports", params={"wait": "all", "wait_seconds": "0.05"})
+    problem(reply, 504, "not_everywhere")
+    fresh_server.service.mirror.reporter.report()  # type: ignore[union-attr]
+    reply = http.delete("/v1/erasures/Sports", params={"wait": "all", "wait_seconds": "0.05"})
+    assert problem(reply, 504, "not_everywhere")["missing"] == []
+    monkeypatch.setattr(replicas, "SILENT_SECONDS", 0.0)
+    assert http.delete("/v1/erasures/Sports", params=WAIT_LONG).status_code == 200
 
 
-def test_a_server_that_cannot_report_says_so(server: RunningServer, problem: Problem) -> None:
-    store = server.service.store
+def test_server_that_cannot_report_answers_503_but_makes_the_change(
+    fresh_server: RunningServer, problem: Problem
+) -> None:
+    store = fresh_server.service.store
     store.client.delete(store.keys.replicas)
     store.client.set(store.keys.replicas, "another application's")
-    reply = server.http.put("/v1/erasures/Sports", params={"wait": "all", "wait_seconds": "0.2"})
-    assert generation(server) in problem(reply, 503, "store_unavailable")["detail"], "it is made"
-    assert server.classify(TEXT).json()["erasure"]["concepts"] == ["Sports"]
-    problem(server.http.get("/v1/replicas"), 503, "store_unavailable")
+    reply = fresh_server.http.put("/v1/erasures/Sports", params={"wait": "all", "wait_seconds": "0.05"})
+    assert generation(fresh_server) in problem(reply, 503, "store_unavailable")["detail"]
+    assert fresh_server.classify(TEXT).json()["erasure"]["concepts"] == ["Sports"]
+    problem(fresh_server.http.get("/v1/replicas"), 503, "store_unavailable")
 
 
-def test_prometheus_is_told_where_the_replicas_of_a_fleet_have_their_metrics(
-    two_models: RunningServer, problem: Problem
-) -> None:
+def test_prometheus_finds_the_metrics_of_every_replica(two_models: RunningServer, problem: Problem) -> None:
     path = "/v1/replicas/targets"
-    assert two_models.http.get(path).json() == [], "these have none of their own"
+    assert two_models.http.get(path).json() == [], "these servers have no metrics address"
     first, second = two_models.services
     first.store.replicas.report("node-1:7:ab", "00000000-1", None, seconds=600, metrics="10.0.0.1:8002")
-    first.store.replicas.report(STRANGER, "00000000-1", None, seconds=600)
-    second.store.replicas.report("node-2:7:ab", None, None, seconds=1.0, metrics="[fe80::2]:9")
+    first.store.replicas.report(SILENT_REPLICA, "00000000-1", None, seconds=600)
+    second.store.replicas.report("node-2:7:ab", None, None, seconds=600, metrics="[fe80::2]:9")
 
     def target(service: Service, address: str, node: str) -> dict[str, Any]:
         labels = {"model": service.name, "replica": f"{node}:7:ab", "node": node}
@@ -165,19 +180,21 @@ def test_prometheus_is_told_where_the_replicas_of_a_fleet_have_their_metrics(
 
     both = [target(first, "10.0.0.1:8002", "node-1"), target(second, "[fe80::2]:9", "node-2")]
     reply = two_models.http.get(path)
-    assert reply.headers["content-type"] == "application/json", "Prometheus takes no other"
-    assert reply.json() in (both, both[:1])
+    assert reply.headers["content-type"] == "application/json", "Prometheus accepts no other media type"
+    assert reply.json() == both
     assert two_models.http.get(path, params={"model": first.name}).json() == both[:1]
     server, thread = start_metrics_server(0, "127.0.0.1", two_models.registry, two_models.services)
     try:
-        apart = f"http://127.0.0.1:{server.server_port}"
-        assert httpx.get(f"{apart}/metrics").text.count("neuronlens_ready{") == 2
-        until(lambda: httpx.get(f"{apart}{path}").json() == both[:1])  # who is killed is forgotten
+        metrics_url = f"http://127.0.0.1:{server.server_port}"
+        assert httpx.get(f"{metrics_url}/metrics").text.count("neuronlens_ready{") == 2
+        assert httpx.get(f"{metrics_url}{path}").json() == both
+        second.store.replicas.report("node-2:7:ab", None, None, seconds=0.001)
+        until(lambda: httpx.get(f"{metrics_url}{path}").json() == both[:1])  # an expired report is forgotten
         first.store.replicas.remove("node-1:7:ab")
-        assert httpx.get(f"{apart}{path}").json() == two_models.http.get(path).json() == []
+        assert httpx.get(f"{metrics_url}{path}").json() == two_models.http.get(path).json() == []
         first.store.client.delete(first.store.keys.replicas)
         first.store.client.set(first.store.keys.replicas, "another application's")
-        assert httpx.get(f"{apart}{path}").status_code == 503, "then Prometheus keeps those that it knows"
+        assert httpx.get(f"{metrics_url}{path}").status_code == 503, "Prometheus then keeps the targets that it knows"
         problem(two_models.http.get(path), 503, "store_unavailable")
     finally:
         server.shutdown()
@@ -185,19 +202,19 @@ def test_prometheus_is_told_where_the_replicas_of_a_fleet_have_their_metrics(
         thread.join()
 
 
-def test_a_server_that_drains_is_not_waited_for(start_server: Callable[..., RunningServer], fitted: Fitted) -> None:
-    one = long_since(with_ranges(start_server(), fitted))
-    other = start_server(name=one.service.name, poll_seconds=300.0)
-    other.service.drain()
-    until(lambda: len(one.http.get("/v1/replicas").json()["replicas"]) == 1)
-    assert one.http.put("/v1/erasures/Sports", params={"wait": "all", **PATIENTLY}).status_code == 200
-    assert other.http.delete("/v1/erasures/Sports", params={"wait": "all", **PATIENTLY}).status_code == 200
+def test_draining_server_is_not_waited_for(start_server: Callable[..., RunningServer], fitted: Fitted) -> None:
+    first = settle_replicas(with_ranges(start_server(), fitted))
+    draining = start_server(name=first.service.name, poll_seconds=300.0)
+    draining.service.drain()
+    until(lambda: len(first.http.get("/v1/replicas").json()["replicas"]) == 1)
+    assert first.http.put("/v1/erasures/Sports", params=WAIT_LONG).status_code == 200
+    assert draining.http.delete("/v1/erasures/Sports", params=WAIT_LONG).status_code == 200
 
 
 @pytest.mark.parametrize(
     "params", [{"wait": "some"}, {"wait": ""}, {"wait": "all", "wait_seconds": "0"}, {"wait_seconds": "nan"}]
 )
-def test_what_is_no_way_to_wait_changes_nothing(
+def test_invalid_wait_parameters_change_nothing(
     server: RunningServer, problem: Problem, params: dict[str, str]
 ) -> None:
     before = generation(server)
@@ -205,47 +222,42 @@ def test_what_is_no_way_to_wait_changes_nothing(
     assert generation(server) == before
 
 
-def test_a_generation_is_read_at_once_where_a_request_wants_it(deaf: RunningServer) -> None:
-    for ask in (
-        lambda state: deaf.classify(TEXT, min_generation=state),
-        lambda state: deaf.http.post("/v1/classify", json={"inputs": TEXT}, headers={HEADER: state}),
-    ):
-        for _ in range(10):  # it may just be reading what `ready` announced
-            state = unannounced(deaf)
-            if deaf.classify(TEXT).json()["erasure"]["generation"] != state.generation:
-                break
-        else:
-            pytest.fail("it reads by itself")
-        answer = ask(state.generation)
-        assert answer.status_code == 200, answer.text
-        assert answer.json()["erasure"]["generation"] == state.generation
-        assert answer.json()["erasure"]["concepts"] == ["World"]
-        assert deaf.classify(TEXT, min_generation=after(state.generation, -1)).status_code == 200
+@pytest.mark.parametrize("place", ["body", "header"])
+def test_min_generation_makes_the_server_read_the_store(passive_server: RunningServer, place: str) -> None:
+    wanted = change_behind(passive_server).generation
+    assert passive_server.classify(TEXT).json()["erasure"]["generation"] != wanted
+    if place == "body":
+        answer = passive_server.classify(TEXT, min_generation=wanted)
+    else:
+        answer = passive_server.http.post("/v1/classify", json={"inputs": TEXT}, headers={HEADER: wanted})
+    assert answer.status_code == 200, answer.text
+    assert answer.json()["erasure"]["generation"] == wanted
+    assert answer.json()["erasure"]["concepts"] == ["World"]
+    assert passive_server.classify(TEXT, min_generation=advance(wanted, -1)).status_code == 200
 
 
-def test_a_generation_that_comes_while_a_request_waits_is_taken(deaf: RunningServer) -> None:
-    wanted = after(generation(deaf), 1)
+def test_requests_wait_for_a_generation_that_is_yet_to_come(passive_server: RunningServer) -> None:
+    wanted = advance(generation(passive_server), 1)
+    waiting = passive_server.service.engine._planner._following
     with ThreadPoolExecutor(20) as pool:
-        asked = [pool.submit(deaf.classify, TEXT, min_generation=wanted, erase=[]) for _ in range(20)]
-        assert unannounced(deaf).generation == wanted
-        assert {each.result().json()["erasure"]["generation"] for each in asked} == {wanted}
+        replies = [pool.submit(passive_server.classify, TEXT, min_generation=wanted, erase=[]) for _ in range(20)]
+        until(lambda: waiting._waiting == 20)
+        assert change_behind(passive_server).generation == wanted
+        assert {each.result().json()["erasure"]["generation"] for each in replies} == {wanted}
 
 
-def test_who_is_behind_says_what_it_has(
+def test_server_that_is_behind_names_the_generation_it_has(
     server: RunningServer, problem: Problem, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     held = generation(server)
     epoch = held.split("-")[0]
-    anew = f"{(int(epoch, 16) + 1) % 2**32:08x}-0"
-    monkeypatch.setattr(following, "PATIENCE", 25.0)
-    began = time.monotonic()
-    told = problem(server.classify(TEXT, min_generation=anew), 503, "behind")
-    assert time.monotonic() - began < 20, "another epoch's generation never comes"
-    assert (told["generation"], "epoch" in told["detail"]) == (held, True)
-    never = after(held, 7)
-    headers = {HEADER: never}
+    other_epoch = f"{(int(epoch, 16) + 1) % 2**32:08x}-0"
+    monkeypatch.setattr(following, "PATIENCE", 600.0)  # it is not waited for: another epoch never comes
+    body = problem(server.classify(TEXT, min_generation=other_epoch), 503, "behind")
+    assert (body["generation"], "epoch" in body["detail"]) == (held, True)
+    headers = {HEADER: advance(held, 7)}
     monkeypatch.setattr(following, "PATIENCE", 0.1)
-    dropin: list[tuple[str, dict[str, Any]]] = [
+    calls: list[tuple[str, dict[str, Any]]] = [
         ("/v1/classify", {"inputs": TEXT}),
         ("/v1/classify", {"inputs": TEXT, "erase": []}),
         ("/", {"inputs": TEXT}),
@@ -256,42 +268,41 @@ def test_who_is_behind_says_what_it_has(
             {"inputs": [{"name": "text", "datatype": "BYTES", "shape": [1], "data": [TEXT]}]},
         ),
     ]
-    for path, body in dropin:
-        reply = server.http.post(path, json=body, headers=headers)
+    for path, sent in calls:
+        reply = server.http.post(path, json=sent, headers=headers)
         assert problem(reply, 503, "behind")["generation"] == held
         assert int(reply.headers["retry-after"]) >= 1
-        good = server.http.post(path, json=body, headers={HEADER: held})
-        assert good.status_code == 200, good.text
+        accepted = server.http.post(path, json=sent, headers={HEADER: held})
+        assert accepted.status_code == 200, accepted.text
 
 
 @pytest.mark.parametrize("wrong", ["", "7", "00000000-", "0000000g-1", "00000000-01", "00000000-1 ", "00000000-٣"])
-def test_what_is_no_generation_is_refused(server: RunningServer, problem: Problem, wrong: str) -> None:
+def test_malformed_generation_is_rejected(server: RunningServer, problem: Problem, wrong: str) -> None:
     problem(server.classify(TEXT, min_generation=wrong), 422, "invalid")
-    if wrong.strip() == wrong:  # else it is no header
+    if wrong.strip() == wrong:  # HTTP strips a header's value
         reply = server.http.post("/predict", json={"inputs": TEXT}, headers={HEADER: wrong.encode()})
         problem(reply, 422, "invalid")
 
 
-def test_two_generations_at_once_are_refused(server: RunningServer, problem: Problem) -> None:
+def test_different_generations_in_body_and_header_are_rejected(server: RunningServer, problem: Problem) -> None:
     held = generation(server)
     body = {"inputs": TEXT, "min_generation": held}
     assert server.http.post("/v1/classify", json=body, headers={HEADER: held}).status_code == 200
-    problem(server.http.post("/v1/classify", json=body, headers={HEADER: after(held, 1)}), 422, "invalid")
+    problem(server.http.post("/v1/classify", json=body, headers={HEADER: advance(held, 1)}), 422, "invalid")
 
 
-def test_an_enforced_erasure_holds_for_requests_with_erasures_of_their_own(deaf: RunningServer) -> None:
-    store = deaf.service.store
-    before = store.live()
-    enforced = LiveErasure(erasure=Erasure(concept="World"), enforced=True)
-    state = before.advanced(before.range_set, (enforced,))
-    store.client.set(store.keys.live, state.model_dump_json())
-    answer = deaf.classify(TEXT, erase=["Sports"], min_generation=state.generation).json()
+def test_enforced_erasure_applies_to_a_request_with_its_own_erasures(passive_server: RunningServer) -> None:
+    state = change_behind(passive_server, enforced=True)
+    answer = passive_server.classify(TEXT, erase=["Sports"], min_generation=state.generation).json()
     assert answer["erasure"]["concepts"] == ["World", "Sports"]
 
 
-def test_a_server_that_was_silent_reads_before_it_answers(deaf: RunningServer, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Others may have given it up, and been told that a change is everywhere."""
+def test_server_reads_the_store_after_a_silence_before_it_answers(
+    passive_server: RunningServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Others may have stopped waiting for it, and may have reported a change as in force everywhere."""
     monkeypatch.setattr(following, "LAPSED_PATIENCE", 20.0)
+    until(lambda: passive_server.service.mirror.reporter._heard_at)  # type: ignore[union-attr]
     monkeypatch.setattr(reporter, "SILENT_SECONDS", -1.0)
-    state = unannounced(deaf)
-    assert deaf.classify(TEXT).json()["erasure"]["generation"] == state.generation
+    state = change_behind(passive_server)
+    assert passive_server.classify(TEXT).json()["erasure"]["generation"] == state.generation
