@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import threading
 import uuid
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -27,7 +27,7 @@ from app.service import Service
 from app.settings import Settings
 from range_store.api_keys import KeyStore
 from range_store.embedded import EmbeddedRedis, connect
-from range_store.range_set import RangeSet
+from range_store.range_set import InspectLayer, ModelIdentity, RangeSet
 from tests.processes import end_redis
 from tests.range_store.builders import random_range_set
 from tests.range_store.waiting import until
@@ -42,11 +42,12 @@ LABELS = ("World", "Sports", "Business", "Sci/Tech")
 OTHER_LABELS = ("Cats", "Dogs", "Sports")
 
 Samples = dict[tuple[str, frozenset[tuple[str, str]]], float]
+Ranges = tuple[RangeSet, Mapping[int, InspectLayer]]
 
 
 @dataclass
 class RunningServer:
-    """A server to talk to, and what is behind it: `service` and `model` are the first of several."""
+    """A running server and its parts. `service` and `model` are the first ones of a server of several models."""
 
     http: httpx.Client
     service: Service
@@ -54,30 +55,34 @@ class RunningServer:
     model: LoadedModel
     services: tuple[Service, ...]
     registry: CollectorRegistry
-    counted: Samples = field(default_factory=dict)
-    """Counters at the last reset: `value` gives the difference."""
+    initial_ranges: tuple[Ranges, ...] = ()
+    """Ranges that a reset activates, one for each service."""
+    counters_at_reset: Samples = field(default_factory=dict)
+    """Values of all counters at the last reset; `value` subtracts them."""
 
     def classify(self, inputs: Any, **fields: Any) -> httpx.Response:
         return self.http.post("/v1/classify", json={"inputs": inputs, **fields})
 
     def value(self, name: str, labels: Mapping[str, str] | None = None) -> float | None:
-        """A sample of /metrics, of the first model where it has a label for one; a counter since the last reset."""
+        """Return a sample of /metrics, by default of the first model; of a counter, its increase since the reset."""
         for chosen in ({"model": self.service.name, **(labels or {})}, dict(labels or {})):
             value = self.registry.get_sample_value(name, chosen)
             if value is not None:
-                return value - self.counted.get((name, frozenset(chosen.items())), 0.0)
+                return value - self.counters_at_reset.get((name, frozenset(chosen.items())), 0.0)
         return None
 
-    def reset(self, fitted: Fitted) -> None:
-        """The state of a server that was just started: `fitted` active, nothing erased, counters at zero."""
-        store = self.service.store
-        until(lambda: self.registry.get_sample_value("neuronlens_queue_texts", {"model": self.service.name}) == 0)
-        if store.live().range_set != fitted.range_set.id:
-            store.activate(store.publish(fitted.range_set, fitted.inspect), force=True)
-        if store.live().erasures:
-            store.set_erasures([])
-        self.service.mirror.refresh()
-        self.counted = {
+    def reset(self) -> None:
+        """Return to the state after the start: the initial ranges active, nothing erased, counters at zero."""
+        names = [service.name for service in self.services]
+        until(lambda: all(self.value("neuronlens_queue_texts", {"model": name}) == 0 for name in names))
+        for service, (range_set, inspect) in zip(self.services, self.initial_ranges, strict=True):
+            store = service.store
+            if store.live().range_set != range_set.id:
+                store.activate(store.publish(range_set, inspect), force=True)
+            if store.live().erasures:
+                store.set_erasures([])
+            service.mirror.refresh()
+        self.counters_at_reset = {
             (sample.name, frozenset(sample.labels.items())): sample.value
             for metric in self.registry.collect()
             if metric.type in ("counter", "histogram", "summary")
@@ -101,7 +106,7 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> LoadedModel:
 
 @pytest.fixture(scope="session")
 def fitted(model: LoadedModel, tmp_path_factory: pytest.TempPathFactory) -> Fitted:
-    """Ranges of the model at its last two blocks; one concept is no label of the model."""
+    """Ranges of `model` at its last two blocks. The concept "Météo & co" is not a label of the model."""
     from workers.fitting.corpus import load_corpus
     from workers.fitting.fit import fit
 
@@ -115,7 +120,7 @@ def fitted(model: LoadedModel, tmp_path_factory: pytest.TempPathFactory) -> Fitt
 def starting(
     request: pytest.FixtureRequest, redis_client: redis.Redis, model: LoadedModel, data_dir: Path
 ) -> Iterator[Callable[..., RunningServer]]:
-    """`start(*loaded, **settings)` inside; leaving stops every server that it started."""
+    """Yield `start(*models, **settings)`; leaving the context stops every server that it started."""
     from app.wiring import open_service
 
     assert isinstance(redis_client, EmbeddedRedis)
@@ -166,9 +171,9 @@ def starting(
 def start_server(
     request: pytest.FixtureRequest, redis_client: redis.Redis, model: LoadedModel, tmp_path: Path
 ) -> Iterator[Callable[..., RunningServer]]:
-    """`start_server(*loaded, **settings)`: start a server (default: of `model`); all are stopped after the test.
+    """Function `start_server(*models, **settings)` that starts a server, of `model` by default, for this test.
 
-    Of several models the first has the name that the settings say, the others that name and a number.
+    Of several models, the first has the name given in the settings; the others have that name and a number.
     """
     with starting(request, redis_client, model, tmp_path) as start:
         yield start
@@ -182,35 +187,37 @@ def shared_server(
     fitted: Fitted,
     tmp_path_factory: pytest.TempPathFactory,
 ) -> Iterator[RunningServer]:
-    """One server for all tests of this process; ask for `server`, which resets it."""
+    """One server for all tests of this process. Tests use `server`, which is the same server after a reset."""
     with starting(request, redis_client, model, tmp_path_factory.mktemp("shared")) as start:
         yield with_ranges(start(), fitted)
 
 
 @pytest.fixture
-def server(shared_server: RunningServer, fitted: Fitted) -> RunningServer:
-    """The shared server, with an active range set and nothing erased."""
-    shared_server.reset(fitted)
+def server(shared_server: RunningServer) -> RunningServer:
+    """The shared server, with the ranges of `fitted` active and nothing erased."""
+    shared_server.reset()
     return shared_server
 
 
 @pytest.fixture
 def fresh_server(start_server: Callable[..., RunningServer], fitted: Fitted) -> RunningServer:
-    """A server of this test's own, with an active range set."""
+    """A server for this test alone, with the ranges of `fitted` active."""
     return with_ranges(start_server(), fitted)
 
 
-def with_ranges(running: RunningServer, fitted: Fitted) -> RunningServer:
-    """Publish and activate ranges for a server."""
-    store = running.service.store
-    store.activate(store.publish(fitted.range_set, fitted.inspect))
-    running.service.mirror.refresh()
+def with_ranges(running: RunningServer, *ranges: Fitted | Ranges) -> RunningServer:
+    """Publish and activate ranges on a server, one for each of its models. The first ones are those of a reset."""
+    pairs = tuple(each if isinstance(each, tuple) else (each.range_set, each.inspect) for each in ranges)
+    for service, (range_set, inspect) in zip(running.services, pairs, strict=True):
+        service.store.activate(service.store.publish(range_set, inspect))
+        service.mirror.refresh()
+    running.initial_ranges = running.initial_ranges or pairs
     return running
 
 
 @pytest.fixture(scope="session")
 def other(tmp_path_factory: pytest.TempPathFactory) -> LoadedModel:
-    """Another family, other labels; one label is also one of the first model's."""
+    """A model of another family than `model`, with other labels; the two share the label "Sports"."""
     from tests.workers.checkpoints import save_tiny
     from workers.models.loading import load_model
 
@@ -218,41 +225,35 @@ def other(tmp_path_factory: pytest.TempPathFactory) -> LoadedModel:
     return load_model(str(path), device="cpu")
 
 
-def ranges_of(service: Service, seed: int) -> RangeSet:
-    """Made-up ranges of a model's own labels, published and active."""
-    identity = service.model.identity
-    made = random_range_set(
-        seed, identity.labels, hidden=identity.hidden_size, n_layers=identity.n_layers, fingerprint=identity.fingerprint
+def random_ranges(of: ModelIdentity, seed: int, concepts: Sequence[str] = ()) -> Ranges:
+    """Make random ranges of concepts (default: the labels) for a model, at all of its blocks."""
+    return random_range_set(
+        seed, concepts or of.labels, hidden=of.hidden_size, n_layers=of.n_layers, fingerprint=of.fingerprint
     )
-    service.store.activate(service.store.publish(*made))
-    service.mirror.refresh()
-    return made[0]
 
 
 @pytest.fixture
 def two_models(start_server: Callable[..., RunningServer], model: LoadedModel, other: LoadedModel) -> RunningServer:
-    """A server of two models, both with active ranges."""
-    running = start_server(model, other)
-    for seed, service in enumerate(running.services):
-        ranges_of(service, seed)
-    return running
+    """A server of two models for this test alone, with random ranges active for both."""
+    return with_ranges(start_server(model, other), random_ranges(model.identity, 0), random_ranges(other.identity, 1))
 
 
 @pytest.fixture(scope="module")
 def redis_of_module(tmp_path_factory: pytest.TempPathFactory) -> Iterator[EmbeddedRedis]:
+    """A Redis for the tests of one module. Tests use `own_redis`, which empties it."""
     directory = tmp_path_factory.mktemp("keys-redis")
     with connect(None, directory) as client:
         assert isinstance(client, EmbeddedRedis)
-        client.config_set("appendfsync", "no")  # as `redis_client`
+        client.config_set("appendfsync", "no")  # as in `redis_client`
         yield client
     end_redis(directory)
 
 
 @pytest.fixture
 def own_redis(redis_of_module: EmbeddedRedis) -> EmbeddedRedis:
-    """An empty Redis that no test of another module uses: API keys belong to a whole store.
+    """An empty Redis that no other module uses: API keys apply to every server of a Redis.
 
-    A test asks for it before `start_server`, so that the servers stop before it is emptied.
+    Name this fixture before `start_server`, so that the servers stop before the next test empties it.
     """
     redis_of_module.flushall()
     return redis_of_module
@@ -262,7 +263,7 @@ def own_redis(redis_of_module: EmbeddedRedis) -> EmbeddedRedis:
 def server_with_keys(
     own_redis: EmbeddedRedis, start_server: Callable[..., RunningServer], fitted: Fitted, tmp_path: Path
 ) -> tuple[RunningServer, dict[str, str], KeyStore]:
-    """A server on which keys are in force, a token of each scope, and the store of the keys."""
+    """A server that requires API keys, a token for each scope, and the key store."""
     keys = KeyStore(own_redis)
     tokens = {scope: keys.create(f"the-{scope}", [scope])[1] for scope in ("infer", "read", "admin")}
     running = with_ranges(start_server(redis_url=own_redis.url), fitted)
@@ -271,11 +272,12 @@ def server_with_keys(
 
 @pytest.fixture
 def problem() -> Callable[[httpx.Response, int, str], dict[str, Any]]:
-    """`problem(response, status, code)`: the body of an error, checked for its form."""
+    """Function `problem(response, status, code)` that checks the form of an error and returns its body."""
 
     def check(response: httpx.Response, status: int, code: str) -> dict[str, Any]:
-        asked = response.request
-        plain = dialect_of({"method": asked.method, "path": asked.url.path}) is not None  # another protocol's words
+        request = response.request
+        # endpoints of other protocols (Hugging Face, vLLM, …) answer with plain JSON
+        plain = dialect_of({"method": request.method, "path": request.url.path}) is not None
         media_type = "application/json" if plain else "application/problem+json"
         assert (response.status_code, response.headers["content-type"]) == (status, media_type), response.text
         body: dict[str, Any] = response.json()
