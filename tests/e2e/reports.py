@@ -1,4 +1,4 @@
-"""Directories as `neuronlens evaluate` leaves them."""
+"""Directories of reports in the form that `neuronlens evaluate` writes."""
 
 import json
 from pathlib import Path
@@ -13,7 +13,7 @@ PAGE = "<!doctype html><title>A report</title><script>document.title = 'drawn'</
 
 
 def write_report(reports: Path, name: str, **run: Any) -> Path:
-    """A whole report."""
+    """Write a complete report below `reports`; `run` overrides fields of its run.json. Return its directory."""
     directory = reports / name
     directory.mkdir(parents=True, exist_ok=True)
     (directory / "report.html").write_text(PAGE, "utf-8")

@@ -1,8 +1,9 @@
-"""Evaluations' reports over real HTTP: listed as they are, and nothing else is reached through them."""
+"""`/v1/reports` over HTTP: reports are listed and downloaded, and no other file is."""
 
 import os
+import shutil
 import socket
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 from urllib.parse import quote
@@ -18,28 +19,26 @@ NAMES = ["plain", "with space & 'quotes'", "Météo–日本", "100%", "a.b", "x
 
 
 @pytest.fixture
-def reports(tmp_path: Path) -> Path:
-    """The directory that the server looks in; it is not there yet."""
-    return tmp_path / "reports"
+def reports(server: RunningServer) -> Iterator[Path]:
+    """The directory of reports of the shared server; it does not exist before and after the test."""
+    directory = server.service.settings.data_dir / "reports"
+    assert not directory.exists()
+    yield directory
+    shutil.rmtree(directory, ignore_errors=True)
 
 
-@pytest.fixture
-def server(start_server: Callable[..., RunningServer]) -> RunningServer:
-    return start_server()
-
-
-def listed(running: RunningServer) -> list[dict[str, Any]]:
-    answer = running.http.get("/v1/reports")
+def listed(server: RunningServer) -> list[dict[str, Any]]:
+    answer = server.http.get("/v1/reports")
     assert answer.status_code == 200, answer.text
     found: list[dict[str, Any]] = answer.json()["reports"]
     return found
 
 
-def get(running: RunningServer, *segments: str) -> httpx.Response:
-    return running.http.get("/v1/reports/" + "/".join(quote(each, safe="") for each in segments))
+def get(server: RunningServer, *segments: str) -> httpx.Response:
+    return server.http.get("/v1/reports/" + "/".join(quote(each, safe="") for each in segments))
 
 
-def test_reports_are_listed_newest_first_with_what_they_are_of(server: RunningServer, reports: Path) -> None:
+def test_reports_are_listed_newest_first_with_their_run(server: RunningServer, reports: Path) -> None:
     assert listed(server) == []
     for age, name in enumerate(NAMES):
         directory = write_report(reports, name)
@@ -56,7 +55,7 @@ def test_reports_are_listed_newest_first_with_what_they_are_of(server: RunningSe
             assert get(server, each["id"], file).status_code == 200, each["id"]
 
 
-def test_files_come_as_what_they_are_and_a_page_reaches_nothing(server: RunningServer, reports: Path) -> None:
+def test_files_have_their_media_type_and_pages_are_sandboxed(server: RunningServer, reports: Path) -> None:
     write_report(reports, "plain")
     page = get(server, "plain", "report.html")
     assert page.text == PAGE
@@ -75,22 +74,20 @@ def test_files_come_as_what_they_are_and_a_page_reaches_nothing(server: RunningS
 @pytest.mark.parametrize(
     "run",
     [
-        *(
-            b"",
-            b"{",
-            b"null",
-            b"[]",
-            b'"x"',
-            b'{"model": 3}',
-            b"\xff\xfe",
-            b"[" * 100_000,
-            b'{"model": {"id": "\\ud800"}}',
-        ),
+        b"",
+        b"{",
+        b"null",
+        b"[]",
+        b'"x"',
+        b'{"model": 3}',
+        b"\xff\xfe",
+        b"[" * 100_000,
+        b'{"model": {"id": "\\ud800"}}',
         b'{"model": {"id": "m"}, "test": {"name": "t", "rows": "many"}, "settings": {"targets": [], "methods": []}}',
         b'{"model": {"id": "m"}, "test": {"name": "t", "rows": 1e999}, "settings": {"targets": [], "methods": []}}',
     ],
 )
-def test_an_unreadable_one_is_told_as_such(server: RunningServer, reports: Path, run: bytes) -> None:
+def test_report_with_an_unreadable_run_is_listed_as_broken(server: RunningServer, reports: Path, run: bytes) -> None:
     (write_report(reports, "broken") / "run.json").write_bytes(run)
     write_report(reports, "whole")
     states = {each["id"]: (each["state"], each["model"]) for each in listed(server)}
@@ -98,25 +95,25 @@ def test_an_unreadable_one_is_told_as_such(server: RunningServer, reports: Path,
     assert get(server, "broken", "report.html").status_code == 200
 
 
-def test_an_unfinished_one_is_told_as_such_and_what_is_no_report_is_not_listed(
+def test_unfinished_reports_are_incomplete_and_other_entries_are_not_listed(
     server: RunningServer, reports: Path, problem: Problem
 ) -> None:
     (write_report(reports, "half") / "report.html").unlink()
-    (reports / "begun").mkdir()
-    (reports / "begun" / ".checkpoint").write_text("x")
+    (reports / "started").mkdir()
+    (reports / "started" / ".checkpoint").write_text("x")
     (reports / "a file").write_text("x")
     write_report(reports, ".hidden")
     assert {each["id"]: (each["state"], each["files"]) for each in listed(server)} == {
         "half": ("incomplete", ["results.csv", "run.json"]),
-        "begun": ("incomplete", []),
+        "started": ("incomplete", []),
     }
-    for name, file in (("half", "report.html"), ("begun", "run.json"), (".hidden", "run.json"), ("none", "run.json")):
+    for name, file in (("half", "report.html"), ("started", "run.json"), (".hidden", "run.json"), ("none", "run.json")):
         problem(get(server, name, file), 404, "unknown_report")
     for name in ("a file", ".hidden", "none", "x" * 3000, "nul\0"):
         problem(get(server, name), 404, "unknown_report")
 
 
-def test_no_link_and_nothing_special_is_followed(
+def test_links_and_special_files_are_not_followed(
     server: RunningServer, reports: Path, tmp_path: Path, problem: Problem
 ) -> None:
     outside = write_report(tmp_path / "elsewhere", "secret")
@@ -133,32 +130,35 @@ def test_no_link_and_nothing_special_is_followed(
         problem(get(server, "link", file), 404, "unknown_report")
 
 
-def test_no_path_leads_out(server: RunningServer, reports: Path, tmp_path: Path) -> None:
-    write_report(tmp_path, "secret")
+def test_no_path_leads_out_of_the_directory(server: RunningServer, reports: Path) -> None:
+    parent = reports.parent
+    secret = write_report(parent, "secret")
+    (parent / "run.json").write_text('{"secret": true}')
     write_report(reports, "plain")
-    (tmp_path / "run.json").write_text('{"secret": true}')
     url = httpx.URL(server.url)
-    ways = [
+    paths = [
         *("..", "../secret", "%2e%2e", "%2e%2e/run.json", "..%2frun.json", "..%2fsecret/run.json"),
         *("%2e%2e%2fsecret/run.json", "..%5csecret/run.json", "plain/..%2f..%2frun.json"),
         *("plain/../../run.json", "plain/%2e%2e/run.json", "./run.json", "%2e/run.json"),
         *("plain%2f..%2f..%2fsecret/run.json", "%00/run.json", "plain/run.json%00.csv", "//run.json"),
-        *(f"{str(tmp_path).replace('/', '%2f')}%2fsecret/run.json", "plain/results.json", "plain/"),
+        *(f"{str(parent).replace('/', '%2f')}%2fsecret/run.json", "plain/results.json", "plain/"),
         *("plain//run.json", "%c0%ae%c0%ae/run.json", "%ff/run.json", "plain/RUN.JSON"),
     ]
-    for way in ways:
-        with socket.create_connection((url.host, url.port or 80), timeout=10) as connection:
+    for path in paths:
+        with socket.create_connection((url.host, url.port or 80), timeout=60) as connection:
             connection.sendall(
-                f"GET /v1/reports/{way} HTTP/1.1\r\nHost: 127.0.0.1\r\nConnection: close\r\n\r\n".encode()
+                f"GET /v1/reports/{path} HTTP/1.1\r\nHost: 127.0.0.1\r\nConnection: close\r\n\r\n".encode()
             )
             reply = b""
             while received := connection.recv(65536):
                 reply += received
-        assert reply.split(b" ", 2)[1] in (b"400", b"404", b"422"), (way, reply)
-        assert b"tiny-news" not in reply, way
-        assert b'secret": true' not in reply, way
+        assert reply.split(b" ", 2)[1] in (b"400", b"404", b"422"), (path, reply)
+        assert b"tiny-news" not in reply, path
+        assert b'secret": true' not in reply, path
+    (parent / "run.json").unlink()
+    shutil.rmtree(secret)
 
 
-def test_the_directory_is_a_setting(start_server: Callable[..., RunningServer], tmp_path: Path) -> None:
+def test_reports_dir_is_a_setting(start_server: Callable[..., RunningServer], tmp_path: Path) -> None:
     write_report(tmp_path / "mine", "plain")
     assert [each["id"] for each in listed(start_server(reports_dir=tmp_path / "mine"))] == ["plain"]
