@@ -1,4 +1,4 @@
-"""Small random range sets, valid in every part: the statistics of random states."""
+"""Small, valid range sets: the statistics of random hidden states."""
 
 from collections.abc import Sequence
 
@@ -19,7 +19,7 @@ from range_store.rankings import saliency
 
 CONCEPTS = ("Business", "Sci/Tech", "Sports", "World")
 FINGERPRINT = "ab" * 32
-"""Of the model that the random range sets are of, unless told otherwise."""
+"""Default fingerprint of the model of a random range set."""
 
 
 def random_provenance(
@@ -32,7 +32,7 @@ def random_provenance(
     fingerprint: str = FINGERPRINT,
     bins: int = 6,
 ) -> Provenance:
-    """Provenance of a fit on one to forty texts per concept."""
+    """The provenance of a fit on up to 40 texts per concept."""
     rng = np.random.default_rng(seed)
     counts = {concept: int(rng.integers(1, 40)) for concept in concepts}
     return Provenance(
@@ -64,7 +64,7 @@ def random_provenance(
 
 
 def random_layer(seed: int, provenance: Provenance) -> tuple[ServeLayer, InspectLayer]:
-    """Statistics of normal states, another mean and spread for every concept and neuron."""
+    """Statistics of normally distributed states, with a mean and spread per concept and neuron."""
     rng = np.random.default_rng(seed)
     hidden, bins = provenance.model.hidden_size, provenance.settings.bins
     counts = np.array(list(provenance.corpus.counts.values()))
@@ -103,7 +103,7 @@ def random_range_set(
     fingerprint: str = FINGERPRINT,
     bins: int = 6,
 ) -> tuple[RangeSet, dict[int, InspectLayer]]:
-    """A valid range set and the other part of its layers (default: all `n_layers`). Another seed, another id."""
+    """A valid range set and the other part of its layers (default: all `n_layers`). Each seed has another id."""
     provenance = random_provenance(seed, concepts, hidden, n_layers, layers, rankings, fingerprint, bins)
     parts = {layer: random_layer(1000 * seed + layer, provenance) for layer in provenance.settings.layers}
     inspect = {layer: part[1] for layer, part in parts.items()}

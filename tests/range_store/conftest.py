@@ -1,4 +1,4 @@
-"""A fresh model name for every test, on the session's Redis."""
+"""A store with a model name of its own for each test, on the shared Redis."""
 
 import uuid
 

@@ -1,7 +1,6 @@
-"""API keys in the store: shown once, hashed, changed by one at a time."""
+"""API keys in the store: only hashes are stored, and concurrent changes are all kept."""
 
 import time
-from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
@@ -15,9 +14,8 @@ from range_store.keys import API_KEYS
 
 
 @pytest.fixture
-def store(redis_client: redis.Redis) -> Iterator[KeyStore]:
-    yield KeyStore(redis_client)
-    redis_client.delete(API_KEYS)  # the other tests of this Redis need none
+def store(own_redis: redis.Redis) -> KeyStore:
+    return KeyStore(own_redis)
 
 
 def read(store: KeyStore) -> Keys:
@@ -26,11 +24,11 @@ def read(store: KeyStore) -> Keys:
     return keys
 
 
-def test_no_document_means_that_there_never_were_keys(store: KeyStore) -> None:
+def test_store_without_keys_reads_as_none(store: KeyStore) -> None:
     assert store.read() is None
 
 
-def test_a_token_finds_its_key_and_no_other_opens_anything(store: KeyStore) -> None:
+def test_only_the_exact_token_finds_its_key(store: KeyStore) -> None:
     app, app_token = store.create("app", ["infer"])
     ops, ops_token = store.create("ops", ["admin"])
     keys = read(store)
@@ -42,19 +40,19 @@ def test_a_token_finds_its_key_and_no_other_opens_anything(store: KeyStore) -> N
 
 
 @given(st.text(max_size=80))
-def test_no_text_at_all_is_an_error(token: str) -> None:
+def test_unknown_token_of_any_text_finds_no_key(token: str) -> None:
     assert Keys(changed_at=0.0).of_token(token) is None
 
 
-def test_the_store_never_holds_a_token(store: KeyStore, redis_client: redis.Redis) -> None:
+def test_token_is_not_stored(store: KeyStore, own_redis: redis.Redis) -> None:
     _, token = store.create("app", ["infer"])
-    stored = redis_client.get(API_KEYS)
+    stored = own_redis.get(API_KEYS)
     assert isinstance(stored, bytes)
     assert token[12:].encode() not in stored
 
 
 @pytest.mark.parametrize(
-    ("scopes", "may"),
+    ("scopes", "allowed"),
     [
         (["infer"], {"infer"}),
         (["read"], {"read"}),
@@ -62,14 +60,12 @@ def test_the_store_never_holds_a_token(store: KeyStore, redis_client: redis.Redi
         (["admin"], {"infer", "read", "admin"}),
     ],
 )
-def test_admin_may_do_everything_and_the_others_what_they_say(
-    store: KeyStore, scopes: list[str], may: set[str]
-) -> None:
+def test_admin_has_every_scope_and_other_keys_their_own(store: KeyStore, scopes: list[str], allowed: set[str]) -> None:
     key, _ = store.create("a", scopes)  # type: ignore[arg-type]
-    assert {scope for scope in SCOPES if key.may(scope)} == may
+    assert {scope for scope in SCOPES if key.may(scope)} == allowed
 
 
-def test_revoking_the_last_key_leaves_keys_in_force(store: KeyStore) -> None:
+def test_keys_stay_required_after_the_last_is_revoked(store: KeyStore) -> None:
     key, token = store.create("app", ["infer"])
     store.revoke("app", by="ops")
     keys = read(store)
@@ -79,7 +75,7 @@ def test_revoking_the_last_key_leaves_keys_in_force(store: KeyStore) -> None:
     assert (revoked.id, revoked.revoked_by, revoked.good(time.time())) == (key.id, "ops", False)
 
 
-def test_revoking_by_id_or_twice(store: KeyStore) -> None:
+def test_key_is_revoked_by_name_or_id_once(store: KeyStore) -> None:
     key, _ = store.create("app", ["infer"])
     store.revoke(key.id)
     for name in ("app", key.id, "nobody"):
@@ -87,52 +83,50 @@ def test_revoking_by_id_or_twice(store: KeyStore) -> None:
             store.revoke(name)
 
 
-def test_a_name_is_free_again_after_its_key_has_ended(store: KeyStore) -> None:
+def test_name_of_a_revoked_or_expired_key_can_be_used_again(store: KeyStore) -> None:
     store.create("app", ["infer"])
     with pytest.raises(InvalidKey, match="already"):
         store.create("app", ["read"])
     store.revoke("app")
     old, _ = store.create("app", ["read"], expires_at=time.time() - 1)
     new, _ = store.create("app", ["infer"])
-    assert store.revoke("app").id == new.id  # the one that opens something, not the expired one
+    assert store.revoke("app").id == new.id  # the valid key, not the expired one
     assert not old.good(time.time())
 
 
 @pytest.mark.parametrize("name", ["", " ", "-a", "a b", "a\nb", "é", "a" * 65])
-def test_names_are_safe_to_log(store: KeyStore, name: str) -> None:
+def test_unsafe_name_is_refused(store: KeyStore, name: str) -> None:
     with pytest.raises(InvalidKey, match="name"):
         store.create(name, ["infer"])
     assert store.read() is None
 
 
-def test_a_key_needs_a_scope(store: KeyStore) -> None:
+def test_key_without_a_scope_is_refused(store: KeyStore) -> None:
     with pytest.raises(InvalidKey, match="scope"):
         store.create("app", [])
 
 
-def test_many_at_once_lose_nothing(store: KeyStore) -> None:
+def test_concurrently_created_keys_are_all_kept(store: KeyStore) -> None:
     with ThreadPoolExecutor(8) as pool:
         made = list(pool.map(lambda i: store.create(f"k{i}", ["infer"])[0].id, range(24)))
     assert {key.id for key in read(store).keys} == set(made)
 
 
-def test_each_change_is_later_than_the_one_before_whatever_the_clock_says(
-    store: KeyStore, redis_client: redis.Redis
-) -> None:
+def test_change_time_increases_even_if_the_clock_goes_back(store: KeyStore, own_redis: redis.Redis) -> None:
     store.create("a", ["infer"])
     ahead = read(store).model_copy(update={"changed_at": time.time() + 3600})
-    redis_client.set(API_KEYS, ahead.model_dump_json())
+    own_redis.set(API_KEYS, ahead.model_dump_json())
     store.create("b", ["infer"])
     assert read(store).changed_at > ahead.changed_at
 
 
-def test_only_so_many_revoked_keys_are_remembered(store: KeyStore, redis_client: redis.Redis) -> None:
+def test_oldest_revoked_keys_are_forgotten(store: KeyStore, own_redis: redis.Redis) -> None:
     one, _ = store.create("a", ["infer"])
-    gone = [
+    revoked = [
         ApiKey(**{**one.model_dump(), "id": f"{i:08x}", "name": f"old{i}", "revoked_at": float(i)})
         for i in range(REVOKED_KEPT + 50)
     ]
-    redis_client.set(API_KEYS, Keys(changed_at=1.0, keys=(one, *gone)).model_dump_json())
+    own_redis.set(API_KEYS, Keys(changed_at=1.0, keys=(one, *revoked)).model_dump_json())
     store.create("b", ["infer"])
     kept = read(store).keys
     assert {key.name for key in kept if key.revoked_at is None} == {"a", "b"}
@@ -140,10 +134,8 @@ def test_only_so_many_revoked_keys_are_remembered(store: KeyStore, redis_client:
 
 
 @pytest.mark.parametrize("stored", [b"", b"{}", b"\xff", b'{"changed_at": 1, "keys": [{}]}', b"[]"])
-def test_an_unreadable_document_is_an_error_and_never_no_keys(
-    store: KeyStore, redis_client: redis.Redis, stored: bytes
-) -> None:
-    redis_client.set(API_KEYS, stored)
+def test_unreadable_document_is_an_error(store: KeyStore, own_redis: redis.Redis, stored: bytes) -> None:
+    own_redis.set(API_KEYS, stored)
     with pytest.raises(InvalidKey, match="unreadable"):
         store.read()
     with pytest.raises(InvalidKey):

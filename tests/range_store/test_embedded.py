@@ -1,4 +1,4 @@
-"""The private Redis: shared by processes, ended by the last, and never two on one directory."""
+"""The private Redis: processes share it, the last one ends it, and a directory never has two."""
 
 import os
 import signal
@@ -20,21 +20,21 @@ from range_store.errors import StoreUnavailable
 from range_store.failures import reaching_redis
 from tests.range_store.waiting import until
 
-USER = """
+CLIENT_PROGRAM = """
 import sys
 from pathlib import Path
 from range_store.embedded import connect
 with connect(None, Path(sys.argv[1])) as client:
-    print(client.incr("users"), client.info("server")["process_id"], flush=True)
+    print(client.incr("processes"), client.info("server")["process_id"], flush=True)
     sys.stdin.readline()
 """
 
 
 @contextmanager
 def another_process(directory: Path) -> Iterator[tuple[subprocess.Popen[str], int, int]]:
-    """A process that uses the server of `directory` until a line comes; with what it counted, and the server's pid."""
+    """A process that uses the server of `directory`, its count of processes so far, and the server's process id."""
     process = subprocess.Popen(
-        [sys.executable, "-c", USER, str(directory)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+        [sys.executable, "-c", CLIENT_PROGRAM, str(directory)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
     )
     try:
         assert process.stdout is not None
@@ -57,7 +57,7 @@ def running(directory: Path) -> bool:
     return EmbeddedServer(directory).running()
 
 
-def test_what_is_written_is_there_the_next_time(tmp_path: Path) -> None:
+def test_data_survives_the_end_of_the_server(tmp_path: Path) -> None:
     with connect(None, tmp_path / "new" / "redis") as client:
         client.set("kept", "1")
         assert running(tmp_path / "new" / "redis")
@@ -66,7 +66,7 @@ def test_what_is_written_is_there_the_next_time(tmp_path: Path) -> None:
         assert client.get("kept") == b"1"
 
 
-def test_nobody_else_can_come_in(tmp_path: Path) -> None:
+def test_only_its_user_can_connect(tmp_path: Path) -> None:
     directory = tmp_path / "redis"
     with EmbeddedRedis.open(directory) as client:
         assert client.config_get("port") == {"port": "0"}
@@ -76,7 +76,7 @@ def test_nobody_else_can_come_in(tmp_path: Path) -> None:
         assert stat.S_IMODE((directory / "appendonly.aof").stat().st_mode) == 0o600
 
 
-def test_a_toggle_that_was_answered_is_on_disk(tmp_path: Path) -> None:
+def test_acknowledged_write_survives_a_kill(tmp_path: Path) -> None:
     with connect(None, tmp_path) as client:
         client.set("kept", "1")
         os.kill(server_pid(client), signal.SIGKILL)
@@ -86,14 +86,14 @@ def test_a_toggle_that_was_answered_is_on_disk(tmp_path: Path) -> None:
 
 def test_two_processes_share_one_server_and_the_last_ends_it(tmp_path: Path) -> None:
     with connect(None, tmp_path) as client:
-        assert client.incr("users") == 1
+        assert client.incr("processes") == 1
         with another_process(tmp_path) as (_, count, pid):
             assert (count, pid) == (2, server_pid(client))
-        assert server_pid(client) == pid, "the first one still uses it"
+        assert server_pid(client) == pid, "the first process still uses it"
     assert not running(tmp_path)
 
 
-def test_the_first_to_come_need_not_be_the_last_to_go(tmp_path: Path) -> None:
+def test_server_outlives_the_process_that_started_it(tmp_path: Path) -> None:
     with another_process(tmp_path) as (process, _, pid):
         with connect(None, tmp_path) as client:
             leave(process)
@@ -101,7 +101,7 @@ def test_the_first_to_come_need_not_be_the_last_to_go(tmp_path: Path) -> None:
         assert not running(tmp_path)
 
 
-def test_a_killed_user_leaves_the_server_to_the_next(tmp_path: Path) -> None:
+def test_server_of_a_killed_process_is_used_by_the_next(tmp_path: Path) -> None:
     with another_process(tmp_path) as (process, _, pid):
         process.kill()
         process.wait()
@@ -111,7 +111,7 @@ def test_a_killed_user_leaves_the_server_to_the_next(tmp_path: Path) -> None:
     assert not running(tmp_path)
 
 
-def test_a_server_that_was_killed_is_started_again_by_who_needs_it(tmp_path: Path) -> None:
+def test_killed_server_is_started_again_by_the_next_command(tmp_path: Path) -> None:
     with connect(None, tmp_path) as client:
         for _ in range(3):
             pid = server_pid(client)
@@ -121,7 +121,7 @@ def test_a_server_that_was_killed_is_started_again_by_who_needs_it(tmp_path: Pat
     assert not running(tmp_path)
 
 
-def test_a_client_that_was_closed_starts_nothing(tmp_path: Path) -> None:
+def test_closed_client_starts_no_server(tmp_path: Path) -> None:
     client = connect(None, tmp_path)
     client.close()
     client.close()
@@ -130,7 +130,7 @@ def test_a_client_that_was_closed_starts_nothing(tmp_path: Path) -> None:
     assert not running(tmp_path)
 
 
-def test_what_a_killed_server_left_behind_is_no_obstacle(tmp_path: Path) -> None:
+def test_stale_files_of_a_killed_server_do_not_prevent_a_start(tmp_path: Path) -> None:
     client = connect(None, tmp_path)
     os.kill(server_pid(client), signal.SIGKILL)
     until(lambda: not running(tmp_path))
@@ -141,7 +141,7 @@ def test_what_a_killed_server_left_behind_is_no_obstacle(tmp_path: Path) -> None
         assert second.ping()
 
 
-def test_a_server_whose_socket_was_removed_is_replaced_and_not_doubled(tmp_path: Path) -> None:
+def test_server_whose_socket_was_removed_is_replaced(tmp_path: Path) -> None:
     with connect(None, tmp_path) as client:
         client.set("kept", "1")
         pid = server_pid(client)
@@ -149,10 +149,10 @@ def test_a_server_whose_socket_was_removed_is_replaced_and_not_doubled(tmp_path:
         with connect(None, tmp_path) as second:
             assert second.get("kept") == b"1"
             assert server_pid(second) != pid
-            assert client.get("kept") == b"1", "who was there follows"
+            assert client.get("kept") == b"1", "the older client uses the new server"
 
 
-def test_many_come_at_once_and_find_one_server(tmp_path: Path) -> None:
+def test_concurrent_connects_start_one_server(tmp_path: Path) -> None:
     clients: list[redis.Redis] = []
     threads = [threading.Thread(target=lambda: clients.append(connect(None, tmp_path))) for _ in range(6)]
     for thread in threads:
@@ -168,7 +168,7 @@ def test_many_come_at_once_and_find_one_server(tmp_path: Path) -> None:
     assert not running(tmp_path)
 
 
-def test_a_connection_by_url_keeps_the_server_up(tmp_path: Path) -> None:
+def test_connection_by_url_keeps_the_server_up(tmp_path: Path) -> None:
     client = EmbeddedRedis.open(tmp_path)
     by_url = connect(client.url, tmp_path / "unused")
     assert by_url.ping()
@@ -181,14 +181,14 @@ def test_a_connection_by_url_keeps_the_server_up(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("name", ["with space 'and \"quotes", "größe", "--port 6379"])
-def test_a_directory_may_have_any_name(tmp_path: Path, name: str) -> None:
+def test_directory_may_have_any_name(tmp_path: Path, name: str) -> None:
     with EmbeddedRedis.open(tmp_path / name) as client:
         client.set("kept", name)
         with connect(client.url, tmp_path) as by_url:
             assert by_url.get("kept") == name.encode()
 
 
-def test_a_long_path_gets_a_short_socket(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_directory_with_a_long_path_gets_a_short_socket_path(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     directory = tmp_path / ("d" * 120)
     with connect(None, directory) as client:
         socket = EmbeddedServer(directory).socket
@@ -196,11 +196,13 @@ def test_a_long_path_gets_a_short_socket(tmp_path: Path, monkeypatch: pytest.Mon
         assert stat.S_IMODE(socket.parent.stat().st_mode) == 0o700
         monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
         with connect(None, directory) as second:
-            assert server_pid(second) == server_pid(client), "found although it would itself look elsewhere"
+            assert server_pid(second) == server_pid(client), "found although a new server would use another path"
     assert not socket.exists()
 
 
-def test_a_short_directory_that_others_can_enter_is_not_used(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_short_socket_directory_that_others_can_enter_is_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     home = tmp_path / "t"
     monkeypatch.setattr("tempfile.tempdir", str(home))
     monkeypatch.setattr(embedded_server, "SOCKET_PATH_LIMIT", len(os.fsencode(home)) + 45)
@@ -210,14 +212,14 @@ def test_a_short_directory_that_others_can_enter_is_not_used(tmp_path: Path, mon
         connect(None, tmp_path / ("d" * 120))
 
 
-def test_a_directory_that_cannot_be_used_is_a_clear_error(tmp_path: Path) -> None:
+def test_unusable_directory_is_named_in_the_error(tmp_path: Path) -> None:
     (tmp_path / "file").touch()
     for directory in (tmp_path / "file", tmp_path / "file" / "redis"):
         with pytest.raises(StoreUnavailable, match=r"cannot keep a private Redis in .*file"):
             connect(None, directory)
 
 
-def test_a_server_that_does_not_start_says_why(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_error_says_why_the_server_did_not_start(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "appendonly.aof").write_bytes(b"not what Redis writes")
     with pytest.raises(StoreUnavailable, match=r"did not start: Bad file format"):
         connect(None, tmp_path)
@@ -233,7 +235,7 @@ def test_a_server_that_does_not_start_says_why(tmp_path: Path, monkeypatch: pyte
         assert client.ping()
 
 
-def test_a_url_that_is_none_is_refused_without_its_password() -> None:
+def test_invalid_url_is_refused_without_its_password() -> None:
     # pragma: allowlist nextline secret
     for url in ("http://ann:secret@host", "secret", "redis://ann:secret@host:port/0", "redis://ann:secret@host?db=x"):
         with pytest.raises(StoreUnavailable, match=r"redis://") as caught:
@@ -241,21 +243,21 @@ def test_a_url_that_is_none_is_refused_without_its_password() -> None:
         assert "secret" not in str(caught.value)
 
 
-def test_a_redis_that_is_away_is_no_error_until_it_is_needed() -> None:
+def test_unreachable_redis_is_an_error_only_when_used() -> None:
     client = connect("redis://:secret@127.0.0.1:1/0", Path("unused"))
     with pytest.raises(StoreUnavailable, match="cannot be reached") as caught, reaching_redis():
         client.ping()
     assert "secret" not in str(caught.value)
 
 
-def test_refusals_of_redis_are_told_apart(tmp_path: Path) -> None:
+def test_each_refusal_of_redis_has_its_own_message(tmp_path: Path) -> None:
     with EmbeddedRedis.open(tmp_path) as client:
-        says = {}
+        messages = {}
 
         def refused(name: str, by: redis.Redis = client) -> None:
             with pytest.raises(StoreUnavailable) as caught, reaching_redis():
                 by.set("key", "value")
-            says[name] = str(caught.value)
+            messages[name] = str(caught.value)
 
         client.config_set("maxmemory", "1")
         refused("OOM")
@@ -279,4 +281,4 @@ def test_refusals_of_redis_are_told_apart(tmp_path: Path) -> None:
         ("WRONGPASS", "refuses the user name or password"),
         ("NOPERM", "ACL"),
     ):
-        assert sentence in says[name], name
+        assert sentence in messages[name], name

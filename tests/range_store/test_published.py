@@ -1,4 +1,4 @@
-"""Range sets on a real Redis: seen whole or not at all, kept while new or in use."""
+"""Range sets on a real Redis: readers see them complete or not at all; old ones are removed unless active."""
 
 import dataclasses
 import threading
@@ -36,7 +36,7 @@ def keys_of(client: redis.Redis, id_: str) -> list[bytes]:
     return sorted(client.scan_iter(f"neuronlens:rangeset:{id_}:*"))
 
 
-def test_what_is_published_is_read_as_it_was(store: RangeStore) -> None:
+def test_published_range_set_is_read_unchanged(store: RangeStore) -> None:
     range_set, inspect = random_range_set(100)
     assert store.publish(range_set, inspect) == range_set.id
     back = store.read(range_set.id)
@@ -48,7 +48,7 @@ def test_what_is_published_is_read_as_it_was(store: RangeStore) -> None:
         store.read_inspect(range_set.id, 7)
 
 
-def test_the_list_begins_with_the_newest_and_marks_the_active_one(store: RangeStore) -> None:
+def test_list_begins_with_the_newest_and_marks_the_active_one(store: RangeStore) -> None:
     assert store.list() == ()
     ids = [store.publish(*small(seed)) for seed in (101, 102, 103)]
     store.activate(ids[1])
@@ -57,7 +57,7 @@ def test_the_list_begins_with_the_newest_and_marks_the_active_one(store: RangeSt
     assert listed[0].published_at > listed[1].published_at > listed[2].published_at
 
 
-def test_publishing_again_makes_it_the_newest_and_changes_nothing_else(store: RangeStore) -> None:
+def test_publishing_again_makes_a_range_set_the_newest_and_changes_nothing_else(store: RangeStore) -> None:
     first, inspect = small(104)
     store.publish(first, inspect)
     store.publish(*small(105))
@@ -69,7 +69,7 @@ def test_publishing_again_makes_it_the_newest_and_changes_nothing_else(store: Ra
     assert store.provenance(first.id) == first.provenance
 
 
-def test_a_publisher_that_dies_leaves_nothing_to_see_and_nothing_that_lasts(store: RangeStore) -> None:
+def test_unfinished_publication_is_invisible_and_expires(store: RangeStore) -> None:
     range_set, inspect = small(106)
     put = store.client.register_script(PUT_PART)
     for name, data in encode_parts(range_set.provenance, range_set.layers, inspect):
@@ -87,11 +87,11 @@ def test_a_publisher_that_dies_leaves_nothing_to_see_and_nothing_that_lasts(stor
     assert all(0 < store.client.ttl(key) <= UNPUBLISHED_SECONDS for key in keys)
     store.publish(range_set, inspect)
     for name, data in encode_parts(range_set.provenance, range_set.layers, inspect):
-        put([part_key(range_set.id, name)], [data, UNPUBLISHED_SECONDS])  # another dies, publishing it again
+        put([part_key(range_set.id, name)], [data, UNPUBLISHED_SECONDS])  # another publication of it is not finished
     assert {store.client.ttl(key) for key in keys_of(store.client, range_set.id)} == {-1}
 
 
-def test_the_last_step_refuses_while_a_part_is_missing_or_short(store: RangeStore) -> None:
+def test_publication_with_a_missing_or_short_part_is_refused(store: RangeStore) -> None:
     range_set, inspect = small(107)
     key = part_key(range_set.id, serve_part(0))
     original = store._put_part
@@ -111,7 +111,7 @@ def test_the_last_step_refuses_while_a_part_is_missing_or_short(store: RangeStor
     assert store.read(range_set.id).id == range_set.id
 
 
-def test_publishing_again_repairs_what_was_damaged(store: RangeStore) -> None:
+def test_publishing_again_repairs_damaged_parts(store: RangeStore) -> None:
     range_set, inspect = random_range_set(108)
     store.publish(range_set, inspect)
     key = part_key(range_set.id, serve_part(1))
@@ -139,7 +139,7 @@ def test_publishing_again_repairs_what_was_damaged(store: RangeStore) -> None:
     assert store.list() == ()
 
 
-def test_the_last_ten_are_kept_and_the_active_one(store: RangeStore) -> None:
+def test_last_ten_range_sets_and_the_active_one_are_kept(store: RangeStore) -> None:
     made = [small(200 + n) for n in range(KEPT + 4)]
     active = store.publish(*made[0])
     store.activate(active)
@@ -147,16 +147,16 @@ def test_the_last_ten_are_kept_and_the_active_one(store: RangeStore) -> None:
     kept = [*reversed(ids[-KEPT:]), active]
     assert [each.id for each in store.list()] == kept
     assert all(store.read(each).id == each for each in kept)
-    for gone in set(ids) - set(kept):
-        assert keys_of(store.client, gone) == []
+    for removed in set(ids) - set(kept):
+        assert keys_of(store.client, removed) == []
         with pytest.raises(UnknownRangeSet):
-            store.activate(gone)
+            store.activate(removed)
     store.activate(ids[-1])
     store.publish(*made[-1])
     assert active not in [each.id for each in store.list()], "no longer active, and not among the last ten"
 
 
-def test_an_unreadable_live_state_removes_nothing(store: RangeStore) -> None:
+def test_nothing_is_removed_while_the_live_state_is_unreadable(store: RangeStore) -> None:
     made = [small(300 + n) for n in range(KEPT + 1)]
     first = store.publish(*made[0])
     store.client.set(store.keys.live, b"not JSON")
@@ -167,7 +167,7 @@ def test_an_unreadable_live_state_removes_nothing(store: RangeStore) -> None:
         store.remove(first)
 
 
-def test_the_active_range_set_cannot_be_removed(store: RangeStore) -> None:
+def test_active_range_set_cannot_be_removed(store: RangeStore) -> None:
     first, second = (store.publish(*small(seed)) for seed in (109, 110))
     store.activate(first)
     with pytest.raises(RangeSetInUse, match="activate another"):
@@ -179,7 +179,7 @@ def test_the_active_range_set_cannot_be_removed(store: RangeStore) -> None:
         store.remove(second)
 
 
-def test_two_models_share_the_bytes_and_the_last_to_let_go_deletes_them(store: RangeStore) -> None:
+def test_models_share_a_range_set_until_the_last_removes_it(store: RangeStore) -> None:
     other = RangeStore(store.client, f"{store.model}-other")
     range_set, inspect = small(111)
     for each in (store, other):
@@ -192,7 +192,7 @@ def test_two_models_share_the_bytes_and_the_last_to_let_go_deletes_them(store: R
     assert keys_of(store.client, range_set.id) == []
 
 
-def test_an_id_that_is_not_that_of_the_contents_is_not_published(store: RangeStore) -> None:
+def test_range_set_whose_id_does_not_fit_its_contents_is_not_published(store: RangeStore) -> None:
     range_set, inspect = small(112)
     with pytest.raises(InvalidRangeSet, match="altered"):
         store.publish(RangeSet("0" * 20, range_set.provenance, range_set.layers), inspect)
@@ -202,7 +202,7 @@ def test_an_id_that_is_not_that_of_the_contents_is_not_published(store: RangeSto
     assert store.list() == ()
 
 
-def test_a_range_set_travels_in_one_file(store: RangeStore, tmp_path: Path) -> None:
+def test_range_set_is_exported_and_imported_as_one_file(store: RangeStore, tmp_path: Path) -> None:
     range_set, inspect = random_range_set(113)
     store.publish(range_set, inspect)
     store.export(range_set.id, tmp_path / "ranges.safetensors")
@@ -216,8 +216,8 @@ def test_a_range_set_travels_in_one_file(store: RangeStore, tmp_path: Path) -> N
         store.import_file(tmp_path / "absent")
 
 
-def test_whoever_reads_while_others_publish_and_remove_sees_whole_range_sets(store: RangeStore) -> None:
-    """Promise 6: at every moment, what is listed can be read, or is gone; it is never half there."""
+def test_readers_see_complete_range_sets_while_others_publish_and_remove(store: RangeStore) -> None:
+    """At every moment a listed range set can be read completely or is unknown; it is never there in part."""
     made = [small(400 + n) for n in range(4)]
     stop = threading.Event()
     wrong: list[BaseException] = []
@@ -254,16 +254,16 @@ def test_whoever_reads_while_others_publish_and_remove_sees_whole_range_sets(sto
     assert wrong == []
 
 
-def test_activation_and_pruning_never_leave_an_active_range_set_without_its_bytes(store: RangeStore) -> None:
-    """Old range sets are activated while new ones push them out: one of the two wins, whichever thread is first.
+def test_active_range_set_is_complete_while_new_ones_replace_old_ones(store: RangeStore) -> None:
+    """Activating an old range set and removing it to make room for a new one exclude each other.
 
-    One is active from the start, since the other thread may push all others out before a single activation.
+    One is active from the start, because the publisher may remove all others before the first activation.
     """
     made = [small(500 + n) for n in range(2 * KEPT)]
     ids = [store.publish(*each) for each in made[:KEPT]]
     store.activate(ids[0])
-    pushed = threading.Thread(target=lambda: [store.publish(*each) for each in made[KEPT:]])
-    pushed.start()
+    publisher = threading.Thread(target=lambda: [store.publish(*each) for each in made[KEPT:]])
+    publisher.start()
     for id_ in ids * 3:
         try:
             store.activate(id_)
@@ -271,7 +271,7 @@ def test_activation_and_pruning_never_leave_an_active_range_set_without_its_byte
             continue
         assert store.read(id_).id == id_
         store.set_erasures([LiveErasure(erasure=Erasure(concept="World", layers=(0,)))])
-    pushed.join()
+    publisher.join()
     active = store.live().range_set
     assert active is not None
     assert store.read(active).id == active

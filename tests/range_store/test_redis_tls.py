@@ -1,4 +1,4 @@
-"""A Redis of the operating system behind TLS, with users and passwords: reached, or refused in a clear sentence."""
+"""A Redis with TLS, users and passwords: a connection works, or the error says what is wrong."""
 
 import shutil
 import socket
@@ -27,7 +27,7 @@ PASSWORD = "a-password-that-is/odd@here"
 
 @dataclass(frozen=True)
 class Secured:
-    """Where it listens, and the certificates that vouch for it."""
+    """Its port, and the file of the authority that signed its certificate."""
 
     port: int
     ca_file: Path
@@ -72,7 +72,7 @@ def secured(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Secured]:
     process.wait()
 
 
-def test_a_store_behind_tls_with_a_user_and_a_password(secured: Secured, tmp_path: Path) -> None:
+def test_store_works_with_tls_user_and_password(secured: Secured, tmp_path: Path) -> None:
     with connect(**secured.settings(tmp_path).redis) as client:
         store = RangeStore(client, "tls")
         store.activate(store.publish(*random_range_set(1)))
@@ -81,7 +81,7 @@ def test_a_store_behind_tls_with_a_user_and_a_password(secured: Secured, tmp_pat
 
 
 @pytest.mark.parametrize("user", ["service", "nobody"])
-def test_credentials_may_stand_in_the_url(secured: Secured, tmp_path: Path, user: str) -> None:
+def test_credentials_can_be_given_in_the_url(secured: Secured, tmp_path: Path, user: str) -> None:
     from urllib.parse import quote
 
     url = f"rediss://{user}:{quote(PASSWORD, safe='')}@127.0.0.1:{secured.port}?ssl_ca_certs={secured.ca_file}"
@@ -97,7 +97,7 @@ def test_credentials_may_stand_in_the_url(secured: Secured, tmp_path: Path, user
 
 
 @pytest.mark.parametrize(
-    ("changed", "says"),
+    ("changed", "message"),
     [
         ({"redis_password": "wrong-secret"}, "user name or password"),
         ({"redis_username": "default"}, "user name or password"),
@@ -106,18 +106,18 @@ def test_credentials_may_stand_in_the_url(secured: Secured, tmp_path: Path, user
         ({"redis_ca_file": Path("/nowhere/ca.pem")}, "NEURONLENS_REDIS_CA_FILE"),
     ],
 )
-def test_what_is_wrong_is_said_and_no_secret_is(
-    secured: Secured, tmp_path: Path, changed: dict[str, Any], says: str
+def test_error_names_the_cause_and_no_secret(
+    secured: Secured, tmp_path: Path, changed: dict[str, Any], message: str
 ) -> None:
     settings = secured.settings(tmp_path, **changed)
-    with pytest.raises(StoreUnavailable, match=says) as caught, connect(**settings.redis) as client:
+    with pytest.raises(StoreUnavailable, match=message) as caught, connect(**settings.redis) as client:
         RangeStore(client, "tls").live()
-    said = repr(caught.value) + repr(settings)
-    assert PASSWORD not in said
-    assert "wrong-secret" not in said
+    shown = repr(caught.value) + repr(settings)
+    assert PASSWORD not in shown
+    assert "wrong-secret" not in shown
 
 
-def test_plain_text_to_a_tls_port_is_refused(secured: Secured, tmp_path: Path) -> None:
+def test_plain_connection_to_a_tls_port_is_refused(secured: Secured, tmp_path: Path) -> None:
     settings = secured.settings(tmp_path, redis_url=f"redis://127.0.0.1:{secured.port}", redis_ca_file=None)
     with pytest.raises(StoreUnavailable), connect(**settings.redis) as client:
         RangeStore(client, "tls").live()

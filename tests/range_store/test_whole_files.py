@@ -1,4 +1,4 @@
-"""A file is there whole or not at all, and what a killed process left behind goes."""
+"""Files are replaced atomically, and partial files of killed processes are removed."""
 
 import subprocess
 import sys
@@ -13,7 +13,7 @@ from safetensors.numpy import save_file
 from range_store.whole_files import remove_leftovers, written_whole
 
 
-def test_what_is_written_is_there_at_the_end_and_nothing_else(tmp_path: Path) -> None:
+def test_file_is_replaced_when_writing_ends(tmp_path: Path) -> None:
     path = tmp_path / "results.json"
     path.write_text("old")
     with written_whole(path) as partial:
@@ -23,7 +23,7 @@ def test_what_is_written_is_there_at_the_end_and_nothing_else(tmp_path: Path) ->
     assert list(tmp_path.iterdir()) == [path]
 
 
-def test_an_error_leaves_what_was_there(tmp_path: Path) -> None:
+def test_error_keeps_the_old_file(tmp_path: Path) -> None:
     path = tmp_path / "results.json"
     path.write_text("old")
     with pytest.raises(UnicodeEncodeError), written_whole(path) as partial, partial.open("w", encoding="ascii") as file:
@@ -32,41 +32,41 @@ def test_an_error_leaves_what_was_there(tmp_path: Path) -> None:
     assert list(tmp_path.iterdir()) == [path]
 
 
-def test_an_error_of_the_system_names_the_file_whoever_met_it(tmp_path: Path) -> None:
-    nowhere = tmp_path / "no" / "such" / "file"
-    with pytest.raises(FileNotFoundError) as caught, written_whole(nowhere) as partial:
+def test_system_error_names_the_target_file(tmp_path: Path) -> None:
+    absent = tmp_path / "no" / "such" / "file"
+    with pytest.raises(FileNotFoundError) as caught, written_whole(absent) as partial:
         partial.write_text("")
-    assert caught.value.filename == str(nowhere)
+    assert caught.value.filename == str(absent)
     path = tmp_path / "arrays.safetensors"
     with pytest.raises(FileNotFoundError) as caught, written_whole(path) as partial:
-        save_file({"a": np.zeros(3)}, partial / "below" / "nothing")  # it has an error of its own for that
+        save_file({"a": np.zeros(3)}, partial / "below" / "nothing")  # raises an error of its own
     assert caught.value.filename == str(path)
 
 
-def test_leftovers_of_the_dead_go_and_those_of_the_living_stay(tmp_path: Path) -> None:
+def test_partial_files_of_killed_processes_are_removed(tmp_path: Path) -> None:
     killed = (
         "import os, sys; from pathlib import Path; from range_store.whole_files import written_whole\n"
         "with written_whole(Path(sys.argv[1])) as partial: partial.write_text('half'); os.kill(os.getpid(), 9)"
     )
     for name in ("fit-1.safetensors", "other"):
         assert subprocess.run([sys.executable, "-c", killed, tmp_path / name], check=False).returncode == -9
-    with written_whole(tmp_path / "fit-2.safetensors") as living:
+    with written_whole(tmp_path / "fit-2.safetensors") as partial_in_use:
         assert len(list(tmp_path.iterdir())) == 3
         remove_leftovers(tmp_path, "fit-*")
-        assert living.parent.is_dir()
+        assert partial_in_use.parent.is_dir()
         left = sorted(path.name.split(".")[1] for path in tmp_path.iterdir())
         assert left == ["fit-2", "other"]
-        living.write_text("whole")
+        partial_in_use.write_text("whole")
     assert (tmp_path / "fit-2.safetensors").read_text() == "whole"
 
 
-def test_two_threads_may_write_the_same_file(tmp_path: Path) -> None:
+def test_threads_can_write_the_same_file(tmp_path: Path) -> None:
     path = tmp_path / "job.json"
     barrier = threading.Barrier(2)
 
     def write(name: str) -> None:
         with written_whole(path) as partial:
-            barrier.wait(60)  # both have begun
+            barrier.wait(60)  # both are writing
             partial.write_text(name)
             if name == "first":
                 second_ended.wait(60)
