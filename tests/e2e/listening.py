@@ -1,4 +1,4 @@
-"""A client of `/v1/events` that reads in a thread, as a browser's window does."""
+"""A client of `/v1/events` that reads in a thread, as a browser window does."""
 
 import http.client
 import json
@@ -22,11 +22,14 @@ class Event:
 
 
 class Listener:
-    """Opens a stream, and collects what comes. `ended`: how the stream did, once it has: "whole" or "broken"."""
+    """Opens a stream and collects its events and comments.
+
+    `ended` is None while the stream is open, then "complete" or "broken".
+    """
 
     def __init__(self, url: str, headers: Mapping[str, str] | None = None) -> None:
-        where = httpx.URL(url)
-        self.connection = http.client.HTTPConnection(where.host, where.port, timeout=60)
+        address = httpx.URL(url)
+        self.connection = http.client.HTTPConnection(address.host, address.port, timeout=60)
         self.connection.request("GET", "/v1/events", headers=dict(headers or {}))
         assert isinstance(self.connection.sock, socket.socket)
         self.socket = self.connection.sock
@@ -45,26 +48,28 @@ class Listener:
                 if name == "" and value:
                     self.comments.append(value)
                 elif name:
-                    assert name not in fields, "an event's data is one line"
+                    assert name not in fields, "the data of an event must be one line"
                     fields[name] = value
                 elif "event" in fields:
                     self.events.append(Event(fields["event"], fields.get("id"), json.loads(fields["data"])))
                     fields = {}
                 else:
                     fields = {}
-            self.ended = "whole"
+            self.ended = "complete"
         except (OSError, http.client.HTTPException):
             self.ended = "broken"
 
     def of(self, kind: str) -> list[Event]:
+        """The events of one kind so far."""
         return [each for each in self.events if each.kind == kind]
 
     def last(self) -> Any:
-        """Data of the last `live` event, as soon as there is one."""
+        """The data of the last `live` event; waits for the first."""
         until(lambda: self.of("live"))
         return self.of("live")[-1].data
 
     def erased(self) -> list[str]:
+        """The concepts that the last `live` event names."""
         return [each["concept"] for each in self.last()["erasures"]]
 
     def close(self) -> None:

@@ -1,4 +1,4 @@
-"""`?wait=all`, `min_generation` and `/v1/replicas` on servers of one process; `faults/test_replicas.py` has processes."""
+"""`?wait=all`, `min_generation`, `/v1/replicas` on servers of one process; `faults/test_replicas.py` has processes."""
 
 import time
 from collections.abc import Callable
