@@ -1,7 +1,7 @@
 """Commands as processes of their own that start at once: forks of a process that has torch and the product loaded.
 
 Loading takes seconds of a core; tests that start many servers and fits pay it once per test process. A fork is a
-process like any other: it has its own arguments, environment, directory, streams, signals and end.
+process like any other: it has its own arguments, environment, directory, streams, signals and exit code.
 """
 
 import atexit
@@ -15,18 +15,22 @@ import socket
 import subprocess
 import sys
 import threading
+import uuid
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
-from typing import IO
+from pathlib import Path
+from typing import IO, Any
 
 MESSAGE_BYTES = 1 << 17
 
 
 class Forked:
-    """A process under way, with the parts of `subprocess.Popen` that the tests use."""
+    """A running process, with the parts of `subprocess.Popen` that are used."""
 
-    def __init__(self, pid: int, status: int, stdout: IO[str], stderr: IO[str]) -> None:
-        self.pid, self.stdout, self.stderr = pid, stdout, stderr
+    def __init__(
+        self, pid: int, status: int, stdout: IO[str] | None, stderr: IO[str] | None, stdin: IO[bytes] | None = None
+    ) -> None:
+        self.pid, self.stdin, self.stdout, self.stderr = pid, stdin, stdout, stderr
         self.returncode: int | None = None
         self._status = status
         self._lock = threading.Lock()
@@ -37,10 +41,10 @@ class Forked:
             if self.returncode is None:
                 if not select.select([self._status], [], [], timeout)[0]:
                     raise subprocess.TimeoutExpired(f"process {self.pid}", timeout or 0.0)
-                said = os.read(self._status, 16)
+                status = os.read(self._status, 16)
                 os.close(self._status)
-                assert said, "the process that forks is gone"
-                self.returncode = int(said)
+                assert status, "the process that forks is gone"
+                self.returncode = int(status)
             return self.returncode
 
     def poll(self) -> int | None:
@@ -61,22 +65,23 @@ class Forked:
 
 
 class Forker:
-    """The process that is loaded, as its user sees it."""
+    """The process that is loaded and forks."""
 
     def __init__(self) -> None:
-        self._socket, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-        self._socket.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, MESSAGE_BYTES)
-        self._lock = threading.Lock()
-        with theirs:
-            quiet = {"HF_HUB_DISABLE_PROGRESS_BARS": "1", "HF_HUB_VERBOSITY": "error"}  # as the command sets them
-            quiet |= {"HF_DATASETS_DISABLE_PROGRESS_BARS": "1", "TOKENIZERS_PARALLELISM": "false"}
-            environment = {**os.environ, **quiet, "OMP_NUM_THREADS": "1"}
+        self.address = f"\0neuronlens-tests-{uuid.uuid4().hex}"
+        """Any process of this machine may ask for a fork here; an abstract address leaves no file."""
+        quiet = {"HF_HUB_DISABLE_PROGRESS_BARS": "1", "HF_HUB_VERBOSITY": "error"}  # as the command sets them
+        quiet |= {"HF_DATASETS_DISABLE_PROGRESS_BARS": "1", "TOKENIZERS_PARALLELISM": "false"}
+        with socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as listener:
+            listener.bind(self.address)
+            listener.listen(64)
             self._process = subprocess.Popen(
-                [sys.executable, "-m", "tests.forking", str(theirs.fileno())],
-                pass_fds=[theirs.fileno()],
-                stdin=subprocess.DEVNULL,
+                [sys.executable, "-m", "tests.forking", str(listener.fileno())],
+                pass_fds=[listener.fileno()],
+                stdin=subprocess.PIPE,  # the forker ends when this process does
                 stdout=subprocess.DEVNULL,
-                env=environment,
+                env={**os.environ, **quiet, "OMP_NUM_THREADS": "1"},
+                cwd=Path(__file__).parents[1],
             )
         atexit.register(self.close)
 
@@ -86,32 +91,98 @@ class Forker:
         """Run `neuronlens` with these arguments.
 
         Args:
-            environment: variables beside those of this process.
+            environment: variables in addition to those of this process.
             code: Python to run first in the new process; it may replace parts of the product, or end the process.
         """
-        request = {
-            "arguments": [str(each) for each in arguments],
-            "environment": {**os.environ, **(environment or {})},
-            "directory": os.getcwd(),
-            "code": code,
-        }
         out, their_out = os.pipe()
         err, their_err = os.pipe()
-        status, their_status = os.pipe()
-        theirs = [their_out, their_err, their_status]
-        with self._lock:
+        with open(os.devnull, "rb") as nothing:
             try:
-                socket.send_fds(self._socket, [json.dumps(request).encode()], theirs)
+                streams = (nothing.fileno(), their_out, their_err)
+                pid, status = _fork(self.address, arguments, {**os.environ, **(environment or {})}, code, streams)
             finally:
-                for each in theirs:
-                    os.close(each)
-            pid = int(self._socket.recv(16))
+                os.close(their_out)
+                os.close(their_err)
         return Forked(pid, status, os.fdopen(out, "r", encoding="utf-8"), os.fdopen(err, "r", encoding="utf-8"))
 
     def close(self) -> None:
-        self._socket.close()
         self._process.kill()
         self._process.wait()
+
+
+class ForkedFits:
+    """Stands in for the module `subprocess` in `app.fit_process`: the fits of a server become forks.
+
+    They get the arguments, environment, streams, descriptors and process group that a real start gives them.
+
+    Args:
+        address: of a forker.
+        code: for each fit to run first.
+    """
+
+    PIPE, TimeoutExpired = subprocess.PIPE, subprocess.TimeoutExpired
+
+    def __init__(self, address: str, code: str = "") -> None:
+        self._address, self._code = address, code
+        self.commands: list[list[str]] = []
+        """The command of each fit that was started."""
+
+    def Popen(  # noqa: N802  the name of what it stands in for
+        self,
+        command: Sequence[str],
+        *,
+        stdin: int,
+        stdout: IO[bytes],
+        stderr: IO[bytes],
+        env: Mapping[str, str],
+        process_group: int,
+        pass_fds: Sequence[int],
+    ) -> Forked:
+        assert list(command[:4]) == [sys.executable, "-P", "-m", "app.cli"], "start `neuronlens` as the forks do"
+        assert (stdin, process_group) == (subprocess.PIPE, 0)
+        self.commands.append(list(command))
+        their_stdin, held = os.pipe()
+        try:
+            streams = (their_stdin, stdout.fileno(), stderr.fileno())
+            pid, status = _fork(self._address, command[4:], env, self._code, streams, pass_fds, own_group=True)
+        except BaseException:
+            os.close(held)
+            raise
+        finally:
+            os.close(their_stdin)
+        return Forked(pid, status, None, None, os.fdopen(held, "wb"))
+
+
+def _fork(
+    address: str,
+    arguments: Sequence[object],
+    environment: Mapping[str, str],
+    code: str,
+    streams: tuple[int, int, int],
+    kept: Sequence[int] = (),
+    own_group: bool = False,
+) -> tuple[int, int]:
+    """Ask for a fork; gives its pid and the descriptor that its exit code comes from."""
+    request = {
+        "arguments": [str(each) for each in arguments],
+        "environment": dict(environment),
+        "directory": os.getcwd(),
+        "code": code,
+        "own_group": own_group,
+    }
+    status, their_status = os.pipe()
+    try:
+        with socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as connection:
+            connection.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, MESSAGE_BYTES)
+            connection.connect(address)
+            socket.send_fds(connection, [json.dumps(request).encode()], [their_status, *streams, *kept])
+            pid = int(connection.recv(16))
+    except BaseException:
+        os.close(status)
+        raise
+    finally:
+        os.close(their_status)
+    return pid, status
 
 
 @functools.cache
@@ -132,24 +203,24 @@ def _load() -> None:
     gc.freeze()
 
 
-def _become(request: dict[str, object], out: int, err: int) -> None:
+def _become(request: dict[str, Any], streams: Sequence[int]) -> None:
     """Turn this fork into the process that was asked for, up to its command."""
     signal.set_wakeup_fd(-1)
     signal.signal(signal.SIGCHLD, signal.SIG_DFL)
     signal.signal(signal.SIGINT, signal.default_int_handler)
-    os.dup2(out, 1)
-    os.dup2(err, 2)
-    environment, arguments = request["environment"], request["arguments"]
-    assert isinstance(environment, dict)
-    assert isinstance(arguments, list)
+    if request["own_group"]:
+        os.setpgid(0, 0)
+    for number, stream in enumerate(streams):
+        os.dup2(stream, number)
+        os.close(stream)
     os.environ.clear()
-    os.environ.update(environment)
-    os.chdir(str(request["directory"]))
-    sys.argv = ["neuronlens", *arguments]
+    os.environ.update(request["environment"])
+    os.chdir(request["directory"])
+    sys.argv = ["neuronlens", *request["arguments"]]
 
 
-def _main(connection: socket.socket) -> None:
-    """Fork for each request until its user has gone; the exit code of a fork goes to the pipe that came with it."""
+def _main(listener: socket.socket) -> None:
+    """Fork for each request until stdin is closed; the exit code of a fork goes to the pipe that came with it."""
     _load()
     ends: dict[int, int] = {}
     wake_read, wake_write = os.pipe()
@@ -158,7 +229,9 @@ def _main(connection: socket.socket) -> None:
     signal.signal(signal.SIGCHLD, lambda *_: None)
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the tests
     while True:
-        ready, _, _ = select.select([connection, wake_read], [], [])
+        ready, _, _ = select.select([listener, wake_read, 0], [], [])
+        if 0 in ready:
+            return
         if wake_read in ready:
             os.read(wake_read, 512)
             for pid in list(ends):
@@ -167,17 +240,19 @@ def _main(connection: socket.socket) -> None:
                     with suppress(BrokenPipeError):
                         os.write(status, str(os.waitstatus_to_exitcode(ended[1])).encode())
                     os.close(status)
-        if connection not in ready:
+        if listener not in ready:
             continue
-        message, descriptors, _, _ = socket.recv_fds(connection, MESSAGE_BYTES, 3)
-        if not message:
-            return
-        out, err, status = descriptors
+        connection, _ = listener.accept()
+        message, descriptors, _, _ = socket.recv_fds(connection, MESSAGE_BYTES, 8)
+        if not message:  # whoever asked is gone
+            connection.close()
+            continue
+        status, *rest = descriptors  # stdin, stdout, stderr, and what else the new process keeps open
         request = json.loads(message)
         pid = os.fork()
         if pid == 0:
-            _become(request, out, err)
-            for each in (connection.detach(), out, err, status, wake_read, wake_write, *ends.values()):
+            _become(request, rest[:3])
+            for each in (connection.detach(), listener.detach(), status, wake_read, wake_write, *ends.values()):
                 os.close(each)
             if request["code"]:
                 exec(compile(request["code"], "<code of the test>", "exec"), {"__name__": "__test__"})
@@ -185,10 +260,12 @@ def _main(connection: socket.socket) -> None:
 
             main()
             raise SystemExit(0)
-        os.close(out)
-        os.close(err)
+        for each in rest:
+            os.close(each)
         ends[pid] = status
-        connection.send(str(pid).encode())
+        with suppress(BrokenPipeError):
+            connection.send(str(pid).encode())
+        connection.close()
 
 
 if __name__ == "__main__":

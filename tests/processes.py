@@ -17,7 +17,7 @@ NEURONLENS = str(Path(sys.executable).parent / "neuronlens")
 
 
 def answers(client: redis.Redis) -> bool:
-    """Whether its Redis does."""
+    """Whether Redis answers."""
     try:
         return bool(client.ping())
     except redis.RedisError:
@@ -25,7 +25,7 @@ def answers(client: redis.Redis) -> bool:
 
 
 def end_redis(directory: Path) -> None:
-    """End the private Redis of a directory, if there is one: whoever is killed leaves it to the next."""
+    """End the private Redis of a directory, if there is one: a killed command leaves it running."""
     private = EmbeddedServer(directory)
     with private.locked():
         if private.running():
@@ -33,11 +33,11 @@ def end_redis(directory: Path) -> None:
 
 
 class Running:
-    """A `neuronlens` command under way; its lines are collected as they come.
+    """A running `neuronlens` command; the lines of its output are collected as they come.
 
     Args:
-        program: run this instead, a process that starts from nothing: `(NEURONLENS,)` is the installed command.
-            Without it the command is a fork of a process that has loaded torch, and starts at once.
+        program: start this program with the arguments, such as `(NEURONLENS,)` for the installed command. Without it,
+            the command is a fork of a process that has loaded torch, and starts at once.
         code: Python for the fork to run before the command.
     """
 
@@ -71,21 +71,21 @@ class Running:
             reader.start()
 
     def says(self, lines: list[str], words: str) -> str:
-        """The line that holds `words`, as soon as it is there."""
+        """Wait for a line that contains `words`, and give it."""
         until(lambda: any(words in line for line in lines) or self.process.poll() is not None, 120)
         if self.process.poll() is not None:
             self.end()  # its last lines may not have been read yet
-        assert any(words in line for line in lines), f"it ended and never said {words!r}: {self.stdout} {self.stderr}"
+        assert any(words in line for line in lines), f"no line contains {words!r}: {self.stdout} {self.stderr}"
         return next(line for line in lines if words in line)
 
     def end(self) -> int:
-        """Wait until it has ended; gives its exit code."""
+        """Wait for its end, and give its exit code."""
         code = self.process.wait(120)
         for reader in self._readers:
             reader.join()
         return code
 
     def kill(self) -> None:
-        """End it at once, whatever it does."""
+        """End it with SIGKILL."""
         self.process.kill()
         self.end()

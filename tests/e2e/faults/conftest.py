@@ -1,4 +1,4 @@
-"""A served model and its Redis, one pair for all tests that leave it as it was."""
+"""A server process and its Redis, shared by all tests of a process that leave them running."""
 
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -8,7 +8,7 @@ import pytest
 from range_store.erasure import Erasure
 from range_store.live import LiveErasure
 from range_store.store import RangeStore
-from tests.e2e.faults.processes import Forks, RedisProcess, Served
+from tests.e2e.faults.processes import RedisProcess, Served
 from tests.range_store.waiting import until
 from workers.fitting.fit import Fitted
 from workers.models.loading import LoadedModel
@@ -22,31 +22,31 @@ def redis_process(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RedisPro
 
 
 @pytest.fixture(scope="session")
-def whole_server(redis_process: RedisProcess, model: LoadedModel) -> Iterator[Served]:
+def server_process(redis_process: RedisProcess, model: LoadedModel) -> Iterator[Served]:
     served = Served(model.source, redis_process.url)
     yield served
     served.close()
 
 
 @pytest.fixture
-def store(redis_process: RedisProcess, whole_server: Served) -> Iterator[RangeStore]:
-    """The server's store, reached directly, as another process would."""
+def store(redis_process: RedisProcess, server_process: Served) -> Iterator[RangeStore]:
+    """The store of the server process, reached directly, as another process would."""
     with redis_process.client() as client:
-        yield RangeStore(client, whole_server.name)
+        yield RangeStore(client, server_process.name)
 
 
 @pytest.fixture
-def served(whole_server: Served, store: RangeStore, fitted: Fitted) -> Served:
-    """The server, with a range set active and Sports erased."""
+def served(server_process: Served, store: RangeStore, fitted: Fitted) -> Served:
+    """The server process, with an active range set and Sports erased."""
     store.activate(store.publish(fitted.range_set, fitted.inspect))
     state = store.set_erasures([LiveErasure(erasure=Erasure(concept="Sports"))])
-    until(lambda: whole_server.http.get("/readyz").json().get("generation") == state.generation)
-    return whole_server
+    until(lambda: server_process.http.get("/readyz").json().get("generation") == state.generation)
+    return server_process
 
 
 @pytest.fixture
-def redis_of_its_own(tmp_path: Path) -> Iterator[Callable[..., RedisProcess]]:
-    """`redis_of_its_own("--maxmemory", "1mb")`: one more Redis, for one test."""
+def start_redis(tmp_path: Path) -> Iterator[Callable[..., RedisProcess]]:
+    """`start_redis("--maxmemory", "1mb")`: another Redis server, for one test."""
     started: list[RedisProcess] = []
 
     def start(*arguments: str) -> RedisProcess:
@@ -56,10 +56,3 @@ def redis_of_its_own(tmp_path: Path) -> Iterator[Callable[..., RedisProcess]]:
     yield start
     for each in started:
         each.kill()
-
-
-@pytest.fixture(scope="session")
-def forks() -> Iterator[Forks]:
-    process = Forks()
-    yield process
-    process.close()

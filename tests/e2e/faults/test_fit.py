@@ -1,142 +1,199 @@
-"""`neuronlens fit` is killed again and again (DESIGN promise 6): a range set is there whole or not at all."""
+"""`neuronlens fit` is killed: a range set is there whole or not at all, and the next run goes on from a checkpoint."""
 
-import os
 import random
 import signal
 import threading
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
+from typing import cast
 
+import pytest
 import redis
 
 from range_store.keys import RANGE_SET
 from range_store.store import RangeStore
-from tests.e2e.faults.processes import Forks, RedisProcess, Served
-from tests.range_store.waiting import until
+from tests.e2e.faults.processes import RedisProcess, Served
+from tests.processes import Running
 from tests.servers import LABELS
 from tests.workers.texts import labelled_texts, write_jsonl
 from workers.models.loading import LoadedModel
 
-KILLS = 20
-WHILE_PUBLISHING = 6
-"""Of these kills, so many as soon as the first part of the range set is in Redis, or more until one left a half."""
+FREQUENT_CHECKPOINTS = "import app.wiring; app.wiring.CHECKPOINT_SECONDS = {seconds}\n"
+DIE_WHILE_FITTING = """
+import os, signal
+from app import wiring
+
+fit = wiring._fit
+
+def fit_and_die(*arguments, progress, **choices):
+    def die(now):
+        if now.rows_done >= {rows}:
+            os.kill(os.getpid(), signal.SIGKILL)
+    return fit(*arguments, progress=die, **choices)
+
+wiring._fit = fit_and_die
+"""
+DIE_WHILE_PUBLISHING = """
+import os, signal
+from range_store import published
+
+encode = published.encode_parts
+
+def encode_and_die(*arguments):
+    for number, part in enumerate(encode(*arguments)):
+        if number == {parts}:
+            os.kill(os.getpid(), signal.SIGKILL)
+        yield part
+
+published.encode_parts = encode_and_die
+"""
 
 
-class Watching:
-    """Looks at the store without a pause, directly and through a server; a range set that is listed must be whole."""
+@dataclass
+class FitCommand:
+    """`neuronlens fit` for the model of the server process, again and again."""
 
-    def __init__(self, store: RangeStore, served: Served) -> None:
-        self.store, self.server = store, served
-        self.pause = threading.Lock()
-        self.looks = 0
-        self.seen: set[str] = set()
-        self.wrong: list[str] = []
+    arguments: list[object]
+    checkpoints: Path
+    store: RangeStore
+    client: redis.Redis
+    active: str
+    """The range set that was there before."""
 
-    def look(self) -> None:
-        for found in self.store.list():
-            whole = self.store.read(found.id)
-            for layer in whole.layers:
-                self.store.read_inspect(found.id, layer)
-            assert found.provenance == whole.provenance
-            self.seen.add(found.id)
-        answer = self.server.http.get("/v1/range-sets")
-        assert answer.status_code == 200, answer.text
-        self.seen.update(each["id"] for each in answer.json()["range_sets"])
-        self.looks += 1
+    def start(self, code: str = "", checkpoint_seconds: float = 0.0) -> Running:
+        return Running(self.arguments, code=FREQUENT_CHECKPOINTS.format(seconds=checkpoint_seconds) + code)
 
-    @contextmanager
-    def always(self) -> Iterator[None]:
-        stopping = threading.Event()
+    def run(self, code: str = "") -> int:
+        """Run it until it ends; gives its exit code."""
+        running = self.start(code)
+        exit_code = running.end()
+        assert "Traceback" not in "".join(running.stderr)
+        return exit_code
 
-        def watch() -> None:
-            while not stopping.wait(0.005):
-                with self.pause:
-                    try:
-                        self.look()
-                    except Exception as error:
-                        self.wrong.append(repr(error))
+    def published(self) -> set[str]:
+        """Ids of the range sets that fits published."""
+        return {found.id for found in self.store.list()} - {self.active}
 
-        thread = threading.Thread(target=watch)
-        thread.start()
-        try:
-            yield
-        finally:
-            stopping.set()
-            thread.join()
+    def stored_parts(self) -> list[bytes]:
+        """Keys of range sets that fits wrote, published or not."""
+        keys = cast("list[bytes]", self.client.keys(f"{RANGE_SET}*"))
+        return [key for key in keys if self.active.encode() not in key]
+
+    def remove_published(self) -> None:
+        """Remove what fits wrote, so that the next one publishes again."""
+        for id_ in self.published():
+            self.store.remove(id_)
+        if leftover := self.stored_parts():
+            self.client.delete(*leftover)
+
+    def has_checkpoint(self) -> bool:
+        return any(self.checkpoints.glob("fit-*.safetensors"))
 
 
-def parts(client: redis.Redis, apart_from: str) -> list[bytes]:
-    """Keys of range sets that are not `apart_from`."""
-    keys = client.keys(f"{RANGE_SET}*")
-    assert isinstance(keys, list)
-    return [key for key in keys if apart_from.encode() not in key]
-
-
-def test_a_fit_that_is_killed_leaves_nothing_half_and_ends_in_the_same_range_set(
-    served: Served, store: RangeStore, redis_process: RedisProcess, model: LoadedModel, forks: Forks, tmp_path: Path
-) -> None:
-    rows = [(text, "Sci/Tech" if label == "SciTech" else label) for text, label in labelled_texts(4000, seed=3)]
+@pytest.fixture
+def fit_command(
+    served: Served, store: RangeStore, redis_process: RedisProcess, model: LoadedModel, tmp_path: Path
+) -> Iterator[FitCommand]:
+    rows = [(text, "Sci/Tech" if label == "SciTech" else label) for text, label in labelled_texts(1500, seed=3)]
     assert {label for _, label in rows} == set(LABELS)
     data = write_jsonl(tmp_path / "train.jsonl", rows)
-    checkpoints = tmp_path / "data" / "fits"
-    before = str(store.live().range_set)
-    place = ["--redis-url", redis_process.url, "--data-dir", str(tmp_path / "data"), "--name", served.name]
-    what = ["--model", model.source, "--data", str(data), "--layer", "all", "--threads", "1", "--device", "cpu"]
-    command = ["fit", *what, *place]
-    said = tmp_path / "said"
-    watching, rng = Watching(store, served), random.Random(5)
-    client = redis_process.client()
+    place = ["--redis-url", redis_process.url, "--data-dir", tmp_path / "data", "--name", served.name]
+    what = ["--model", model.source, "--data", data, "--layer", "all", "--threads", "1", "--device", "cpu"]
+    with redis_process.client() as client:
+        active = str(store.live().range_set)
+        fit = FitCommand(["fit", *what, *place], tmp_path / "data" / "fits", store, client, active)
+        yield fit
+        fit.remove_published()
 
-    def listed() -> set[str]:
-        return {found.id for found in store.list()} - {before}
 
-    def take_out() -> None:
-        """So that the next fit has something to publish."""
-        with watching.pause:
-            for id_ in listed():
-                store.remove(id_)
-            if leftover := parts(client, before):
-                client.delete(*leftover)
+def read_everything(store: RangeStore, served: Served) -> set[str]:
+    """Ids of all range sets that are listed; each must be whole, for other processes and over HTTP."""
+    seen = set()
+    for found in store.list():
+        whole = store.read(found.id)
+        for layer in whole.layers:
+            store.read_inspect(found.id, layer)
+        assert found.provenance == whole.provenance
+        seen.add(found.id)
+    answer = served.http.get("/v1/range-sets")
+    assert answer.status_code == 200, answer.text
+    return seen | {each["id"] for each in answer.json()["range_sets"]}
 
+
+def test_killed_fit_publishes_nothing_and_resumes_to_the_same_range_set(
+    fit_command: FitCommand, served: Served, store: RangeStore
+) -> None:
+    """It is killed while it reads texts, and while it writes the parts of the range set."""
+    assert fit_command.run() == 0
+    (undisturbed,) = fit_command.published()
+    fit_command.remove_published()
+    assert not list(fit_command.checkpoints.iterdir()), "the checkpoint of a published fit is discarded"
+    for code, parts in ((DIE_WHILE_FITTING.format(rows=1100), 0), (DIE_WHILE_PUBLISHING.format(parts=1), 1)):
+        assert fit_command.run(code) == -signal.SIGKILL
+        assert fit_command.has_checkpoint()
+        assert len(fit_command.stored_parts()) == parts
+        assert read_everything(store, served) == {fit_command.active}
+    resumes = DIE_WHILE_FITTING.format(rows=0).replace("now.rows_done >= 0", "not now.resumed_rows")
+    assert fit_command.run(resumes) == 0, "a fit that starts anew is killed"
+    assert fit_command.published() == {undisturbed}
+    assert read_everything(store, served) == {fit_command.active, undisturbed}
+    assert not list(fit_command.checkpoints.iterdir())
+
+
+@contextmanager
+def reading_all_the_time(store: RangeStore, served: Served, pause: threading.Lock) -> Iterator[set[str]]:
+    """Read everything again and again in a thread, except while `pause` is held; gives the ids seen so far."""
+    seen: set[str] = set()
+    errors: list[str] = []
+    stopping = threading.Event()
+
+    def read() -> None:
+        while not stopping.wait(0.005):
+            with pause:
+                try:
+                    seen.update(read_everything(store, served))
+                except Exception as error:
+                    errors.append(repr(error))
+
+    thread = threading.Thread(target=read)
+    thread.start()
     try:
-        began = time.monotonic()
-        forks.start(command, said)
-        assert forks.end() == 0
-        took = time.monotonic() - began
-        (undisturbed,) = listed()
-        take_out()
-        killed = resumed = halves = 0
-        with watching.always():
-            while killed < KILLS or not halves:
-                resumed += any(checkpoints.iterdir())
-                pid = forks.start(command, said)
-                if killed < WHILE_PUBLISHING or not halves:
-                    until(lambda: parts(client, before), 120)
-                    time.sleep(rng.choice([0, 0, 0.002, 0.01]))
-                else:
-                    time.sleep(rng.uniform(0, took))
-                with suppress(ProcessLookupError):
-                    os.kill(pid, signal.SIGKILL)
-                code = forks.end()
-                assert code in (0, -signal.SIGKILL)
-                killed += code != 0
-                halves += not listed() and bool(parts(client, before))
-                assert listed() <= {undisturbed}
-                if listed():
-                    take_out()
-            forks.start(command, said)
-            assert forks.end() == 0
-            assert listed() == {undisturbed}
-            with watching.pause:
-                watching.look()
-        assert watching.wrong == []
-        assert watching.seen == {before, undisturbed}
-        assert watching.looks > KILLS
-        assert resumed > KILLS / 4, "kills came while there was something to go on from"
-        assert "Traceback" not in said.read_text()
-        assert not list(checkpoints.iterdir()), "nothing is kept of what is published, nor of what was half written"
+        yield seen
     finally:
-        client.close()
-        take_out()
+        stopping.set()
+        thread.join()
+    assert errors == []
+
+
+@pytest.mark.full
+def test_fits_killed_at_any_moment_never_show_a_partial_range_set(
+    fit_command: FitCommand, served: Served, store: RangeStore, pytestconfig: pytest.Config
+) -> None:
+    """After each part of the range set, and at random times; somebody reads the store all the time."""
+    rng = random.Random(pytestconfig.getoption("--seed"))
+    began = time.monotonic()
+    assert fit_command.run() == 0
+    took = time.monotonic() - began
+    (undisturbed,) = fit_command.published()
+    parts = len(fit_command.stored_parts()) - 1  # without the metadata, which are written last
+    fit_command.remove_published()
+    pause = threading.Lock()
+    with reading_all_the_time(store, served, pause) as seen:
+        for number in range(parts):
+            assert fit_command.run(DIE_WHILE_PUBLISHING.format(parts=number)) == -signal.SIGKILL
+            assert fit_command.published() == set()
+            assert len(fit_command.stored_parts()) == number
+        for _ in range(14):
+            fit = fit_command.start(checkpoint_seconds=0.1)
+            time.sleep(rng.uniform(0, took))
+            fit.kill()
+            with pause:
+                assert fit_command.published() <= {undisturbed}
+                fit_command.remove_published()
+        assert fit_command.run() == 0
+        assert fit_command.published() == {undisturbed}
+    assert seen <= {fit_command.active, undisturbed}
+    assert not list(fit_command.checkpoints.iterdir())

@@ -1,9 +1,9 @@
-"""Redis dies, hangs or forgets under a server at work (DESIGN promise 5)."""
+"""Redis is killed, hangs or loses its data while a server works: no erasure is dropped, no request unanswered."""
 
 import re
 import shlex
 import signal
-import time
+import threading
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -12,38 +12,36 @@ from typing import Any
 import httpx
 import pytest
 
+from app import store_calls
+from app.cli import run
+from app.store_calls import AT_ONCE
 from range_store.erasure import Erasure
-from range_store.live import LiveErasure
+from range_store.live import LiveErasure, LiveState
 from range_store.store import RangeStore
-from tests.e2e.faults.processes import TEXTS, Load, RedisProcess, Served, seconds_until
+from tests.e2e.faults.processes import TEXTS, Load, RedisProcess, Served
 from tests.processes import Running
 from tests.range_store.waiting import until
 from tests.servers import RunningServer as InProcess
 from tests.servers import with_ranges
 from workers.fitting.fit import Fitted
 
-RETURN_SECONDS = 2.0
-"""Everything converges so soon after Redis is back."""
-TRIES = 6
-"""Of these one must; the others may meet a machine that is busy with something else."""
-Step = Callable[[RedisProcess], None]
 PROBLEM = 'neuronlens_live_state_problem{problem="%s"}'
 
 
-def unavailable(answer: httpx.Response) -> None:
+def assert_unavailable(answer: httpx.Response) -> None:
     assert (answer.status_code, answer.json()["code"]) == (503, "store_unavailable"), answer.text
     assert int(answer.headers["Retry-After"]) >= 1
 
 
-def while_redis_is_away(served: Served) -> None:
-    """What holds then: ready, its age told twice alike, changes and reads of the store refused, the rest answered."""
+def check_while_redis_is_away(served: Served) -> None:
+    """It stays ready and tells the age of its state; calls that need the store are refused, the others answered."""
     until(lambda: not served.ready()["checks"]["store"])
     age = served.ready()["snapshot_age"]
     until(lambda: served.ready()["snapshot_age"] > age + 0.5)
     told = served.metric("neuronlens_snapshot_age_seconds")
     assert served.ready()["snapshot_age"] >= told > age + 0.5
     assert "cannot be reached" in served.ready()["problem"]
-    assert "127.0.0.1" not in served.ready()["problem"], "anybody may ask for readiness"
+    assert "127.0.0.1" not in served.ready()["problem"], "readiness needs no API key, and must not tell addresses"
     assert (served.metric("neuronlens_store_up"), served.metric(PROBLEM % "store_down")) == (0, 1)
     generation = served.ready()["generation"]
     several = f'"{generation}", "00000000-1"'
@@ -58,14 +56,14 @@ def while_redis_is_away(served: Served) -> None:
     ]
     with ThreadPoolExecutor(len(refused)) as pool:
         for answer in pool.map(lambda call: served.http.request(call[0], call[1], **call[2]), refused):
-            unavailable(answer)
+            assert_unavailable(answer)
     for path in ("/livez", "/v1/erasures", "/v1/concepts", "/v1/concepts/Sports/ranges", "/v1/overlap", "/v1/models"):
         assert served.http.get(path).status_code == 200
     assert [each["concept"] for each in served.http.get("/v1/erasures").json()["erasures"]] == ["Sports"]
 
 
-def after_its_return(served: Served, store: RangeStore) -> None:
-    """Toggles work again, and what is changed in Redis is followed."""
+def check_after_its_return(served: Served, store: RangeStore) -> None:
+    """Toggles work again, and the server follows changes in Redis."""
     assert served.http.put("/v1/erasures/World").status_code == 200
     state = store.set_erasure(LiveErasure(erasure=Erasure(concept="Business")))
     until(lambda: served.ready()["generation"] == state.generation)
@@ -78,60 +76,69 @@ def after_its_return(served: Served, store: RangeStore) -> None:
     ("away", "back"),
     [
         pytest.param(RedisProcess.kill, RedisProcess.start, id="killed"),
-        pytest.param(lambda it: it.signal(signal.SIGSTOP), lambda it: it.signal(signal.SIGCONT), id="hangs"),
+        pytest.param(lambda it: it.signal(signal.SIGSTOP), lambda it: it.signal(signal.SIGCONT), id="hanging"),
     ],
 )
-def test_redis_goes_under_load_and_comes_back(
-    served: Served, store: RangeStore, redis_process: RedisProcess, away: Step, back: Step
+def test_server_answers_without_redis_and_follows_it_after_its_return(
+    served: Served,
+    store: RangeStore,
+    redis_process: RedisProcess,
+    away: Callable[[RedisProcess], None],
+    back: Callable[[RedisProcess], None],
 ) -> None:
-    took: list[float] = []
+    """Every request is answered under the last live state, at all times."""
     with Load(served.url) as load:
-        while len(took) < 2 or (min(took) >= RETURN_SECONDS and len(took) < TRIES):
+        for _ in range(2):
             load.more()
             away(redis_process)
-            while_redis_is_away(served)
-            load.more()
-            back(redis_process)
-            took.append(seconds_until(served.converged))
+            try:
+                check_while_redis_is_away(served)
+                load.more()
+            finally:
+                back(redis_process)
+            until(served.converged)
         load.more()
         assert load.bad() == []
         assert load.erased() == {("Sports",)}
-        after_its_return(served, store)
+        check_after_its_return(served, store)
     assert load.bad() == []
-    assert min(took) < RETURN_SECONDS
     assert "Traceback" not in "".join(served.command.stderr)
 
 
-def test_a_hundred_toggles_that_hang_hold_up_nobody_else(served: Served, redis_process: RedisProcess) -> None:
-    """Whatever waits for the store waits on threads of its own, and not for long."""
-    limits = httpx.Limits(max_connections=200)
-    rounds = 0
-    with httpx.Client(base_url=served.url, timeout=60, limits=limits, trust_env=False) as many:
+def test_hanging_toggles_delay_no_other_request(server: InProcess, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Calls of the store have threads of their own; a call that gets none of them is refused."""
+    others = 50
+    """More than the threads that all other routes share."""
+    store, change, release = server.service.store, server.service.store.set_erasure, threading.Event()
 
-        def toggle(number: int) -> tuple[httpx.Response, float]:
-            began = time.monotonic()
-            return many.put("/v1/erasures/World"), time.monotonic() - began
+    def hang(*arguments: Any) -> LiveState:
+        assert release.wait(300)
+        return change(*arguments)
 
-        with ThreadPoolExecutor(100) as pool:
-            redis_process.signal(signal.SIGSTOP)
-            try:
-                toggles = [pool.submit(toggle, number) for number in range(100)]
-                while not all(each.done() for each in toggles):
-                    for path in ("/livez", "/readyz", "/metrics", "/v1/erasures", "/v1/concepts", "/v1/overlap"):
-                        assert served.http.get(path).status_code == 200
-                    assert served.http.post("/v1/classify", json={"inputs": TEXTS}).status_code == 200
-                    rounds += not all(each.done() for each in toggles)
-                for each in toggles:
-                    answer, seconds = each.result()
-                    unavailable(answer)
-                    assert seconds < 15, "a socket's patience and the queue's, not a hundred times that"
-            finally:
-                redis_process.signal(signal.SIGCONT)
-    assert rounds >= 1, "a whole round was answered while toggles hung"
-    until(served.converged)
+    monkeypatch.setattr(store, "set_erasure", hang)
+    monkeypatch.setattr(store_calls, "PATIENCE", 0.1)
+    limits = httpx.Limits(max_connections=AT_ONCE + others)
+    with (
+        httpx.Client(base_url=server.url, timeout=300, limits=limits, trust_env=False) as client,
+        ThreadPoolExecutor(AT_ONCE + others) as pool,
+    ):
+        toggles = [pool.submit(client.put, "/v1/erasures/World") for _ in range(AT_ONCE + others)]
+        try:
+            until(lambda: sum(each.done() for each in toggles) == others)
+            for path in ("/livez", "/readyz", "/metrics", "/v1/erasures", "/v1/concepts", "/v1/overlap"):
+                assert server.http.get(path).status_code == 200
+            assert server.classify(TEXTS).status_code == 200
+            for each in toggles:
+                if each.done():
+                    assert_unavailable(each.result())
+            assert sum(each.done() for each in toggles) == others, "the toggles still hang"
+        finally:
+            release.set()
+        codes = [each.result().status_code for each in toggles]
+    assert (codes.count(200), codes.count(503)) == (AT_ONCE, others)
 
 
-def test_redis_comes_back_empty_and_what_the_log_says_brings_everything_back(
+def test_advice_in_the_log_restores_everything_after_redis_lost_its_data(
     served: Served, store: RangeStore, redis_process: RedisProcess, tmp_path: Path
 ) -> None:
     held = store.set_erasure(LiveErasure(erasure=Erasure(concept="World"), enforced=True, reason="a complaint"))
@@ -153,11 +160,11 @@ def test_redis_comes_back_empty_and_what_the_log_says_brings_everything_back(
         advice = re.search(r"`neuronlens (ranges import [^`]+)`", line)
         assert advice is not None
         assert str(held.range_set) in line
-        assert held.generation in line, "it says what stays in force"
+        assert held.generation in line, "the log says which state stays in force"
         load.more()
         words = [str(file) if word == "FILE" else word for word in shlex.split(advice[1])]
         assert Running([*words, *place]).end() == 0
-        took = seconds_until(served.converged)
+        until(served.converged)
         load.more()
     assert load.bad() == []
     assert load.erased() == {("Sports", "World")}
@@ -167,16 +174,15 @@ def test_redis_comes_back_empty_and_what_the_log_says_brings_everything_back(
     after = [each["concept"] for each in served.http.get("/v1/erasures").json()["erasures"]]
     assert after == ["Sports", "World"]
     assert served.metric(PROBLEM % "lost") == 0
-    assert took < 10 * RETURN_SECONDS
 
 
-def test_a_snapshot_that_may_not_be_too_old(
+def test_server_is_not_ready_while_its_snapshot_is_older_than_allowed(
     start_server: Callable[..., InProcess],
     fitted: Fitted,
-    redis_of_its_own: Callable[..., RedisProcess],
+    start_redis: Callable[..., RedisProcess],
     problem: Callable[[httpx.Response, int, str], dict[str, Any]],
 ) -> None:
-    own = redis_of_its_own()
+    own = start_redis()
     running = with_ranges(start_server(redis_url=own.url, max_snapshot_age=1.5, poll_seconds=0.2), fitted)
     until(lambda: running.http.get("/readyz").json()["checks"]["snapshot_fresh"])
     own.kill()
@@ -184,14 +190,12 @@ def test_a_snapshot_that_may_not_be_too_old(
     body = problem(running.http.get("/readyz"), 503, "not_ready")
     assert {name for name, good in body["checks"].items() if not good} == {"snapshot_fresh"}
     assert "the store cannot be reached" in body["detail"]
-    assert running.classify(TEXTS).status_code == 200, "who asks nevertheless is answered as before"
+    assert running.classify(TEXTS).status_code == 200, "requests are answered all the same"
     own.start()
     until(lambda: running.http.get("/readyz").status_code == 200)
 
 
 @pytest.mark.parametrize("age", ["0.5", "2"])
-def test_an_age_below_the_time_between_two_reads_is_refused(age: str) -> None:
-    command = Running(["serve", "--model", "any", "--max-snapshot-age", age])
-    assert command.end() == 2
-    (line,) = command.stderr
-    assert "must be more than poll_seconds" in line
+def test_max_snapshot_age_below_the_poll_interval_is_rejected(age: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run(["serve", "--model", "any", "--max-snapshot-age", age]) == 2
+    assert "must be more than poll_seconds" in capsys.readouterr().err
