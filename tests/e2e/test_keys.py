@@ -1,4 +1,4 @@
-"""Keys over real HTTP: who comes in, what each scope may do, and who the audit names."""
+"""API keys over real HTTP: authentication, scopes, rate limits, and the names in the audit."""
 
 import json
 import socket
@@ -8,7 +8,6 @@ from typing import Any
 
 import httpx
 import pytest
-import redis
 
 from app.auth import scope_of
 from app.cli import run
@@ -21,14 +20,15 @@ from workers.fitting.fit import Fitted
 
 Problem = Callable[[httpx.Response, int, str], dict[str, Any]]
 Serve = Callable[..., RunningServer]
+ServerWithKeys = tuple[RunningServer, dict[str, str], KeyStore]
 
 
 def bearer(token: str) -> dict[str, str]:
     return {"Authorization": f"Bearer {token}"}
 
 
-def test_every_call_of_the_document_takes_the_keys_of_its_scope_and_no_others(
-    server_with_keys: tuple[RunningServer, dict[str, str], KeyStore], problem: Problem
+def test_every_documented_call_accepts_only_keys_of_its_scope(
+    server_with_keys: ServerWithKeys, problem: Problem
 ) -> None:
     running, tokens, _ = server_with_keys
     document = running.http.get("/openapi.json").json()
@@ -44,7 +44,7 @@ def test_every_call_of_the_document_takes_the_keys_of_its_scope_and_no_others(
             problem(running.http.request(method, url, json={}, headers=bearer("nl_no")), 401, "bad_key")
             for scope, token in tokens.items():
                 with running.http.stream(method, url, json={}, headers={"X-API-Key": token}) as answer:
-                    if not answer.headers["content-type"].startswith("text/event-stream"):  # that does not end
+                    if not answer.headers["content-type"].startswith("text/event-stream"):  # which does not end
                         answer.read()
                 if scope in (needed, "admin"):
                     assert answer.status_code not in (401, 403), (method, path, scope)
@@ -53,8 +53,8 @@ def test_every_call_of_the_document_takes_the_keys_of_its_scope_and_no_others(
                     assert "insufficient_scope" in answer.headers["www-authenticate"]
 
 
-def test_a_fault_before_the_routes_is_a_problem_too(
-    server_with_keys: tuple[RunningServer, dict[str, str], KeyStore],
+def test_error_during_authentication_is_a_problem_reply_without_the_token(
+    server_with_keys: ServerWithKeys,
     problem: Problem,
     caplog: pytest.LogCaptureFixture,
     monkeypatch: pytest.MonkeyPatch,
@@ -69,30 +69,25 @@ def test_a_fault_before_the_routes_is_a_problem_too(
     assert tokens["read"] not in caplog.text
 
 
-@pytest.mark.parametrize("rate", ["now and then", "", "0/minute", "-1/second", "9" * 5000 + "/day"])
-def test_a_key_with_an_unreadable_rate_opens_nothing_and_the_log_says_what_to_do(
-    server_with_keys: tuple[RunningServer, dict[str, str], KeyStore],
-    problem: Problem,
-    caplog: pytest.LogCaptureFixture,
-    rate: str,
+def test_key_with_an_unreadable_rate_limit_is_rejected_and_logged_once(
+    server_with_keys: ServerWithKeys, problem: Problem, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """As another version may write it."""
+    """Another version of the program may have written it."""
     running, tokens, keys = server_with_keys
-    key, token = keys.create("of-tomorrow", ["read"], rate_limit=rate)
-    for _ in range(3):
+    for number, rate in enumerate(("now and then", "", "0/minute", "-1/second", "9" * 5000 + "/day")):
+        key, token = keys.create(f"newer-version-{number}", ["read"], rate_limit=rate)
+        for _ in range(3):
+            running.service.keyring.refresh()
+        assert "damaged" in problem(running.http.get("/v1/models", headers=bearer(token)), 401, "bad_key")["detail"]
+        assert running.http.get("/v1/models", headers=bearer(tokens["read"])).status_code == 200
+        assert caplog.text.count(f"neuronlens keys revoke {key.id}") == 1
+        assert token not in caplog.text
+        keys.revoke(key.id)
         running.service.keyring.refresh()
-    assert "damaged" in problem(running.http.get("/v1/models", headers=bearer(token)), 401, "bad_key")["detail"]
-    assert running.http.get("/v1/models", headers=bearer(tokens["read"])).status_code == 200
-    assert caplog.text.count(f"neuronlens keys revoke {key.id}") == 1
-    assert token not in caplog.text
-    keys.revoke(key.id)
-    running.service.keyring.refresh()
-    assert "revoked" in problem(running.http.get("/v1/models", headers=bearer(token)), 401, "bad_key")["detail"]
+        assert "revoked" in problem(running.http.get("/v1/models", headers=bearer(token)), 401, "bad_key")["detail"]
 
 
-def test_a_key_is_asked_for_before_a_body_is_read(
-    server_with_keys: tuple[RunningServer, dict[str, str], KeyStore], problem: Problem
-) -> None:
+def test_missing_key_is_reported_before_the_body_is_read(server_with_keys: ServerWithKeys, problem: Problem) -> None:
     running, _, _ = server_with_keys
     port = httpx.URL(running.url).port or 0
     with socket.create_connection(("127.0.0.1", port), timeout=10) as connection:
@@ -102,10 +97,10 @@ def test_a_key_is_asked_for_before_a_body_is_read(
     problem(running.http.get("/v1/nothing-there"), 401, "no_key")
 
 
-def test_the_audit_and_the_list_name_the_key(server_with_keys: tuple[RunningServer, dict[str, str], KeyStore]) -> None:
+def test_audit_and_erasures_name_the_key(server_with_keys: ServerWithKeys) -> None:
     running, tokens, _ = server_with_keys
     headers = bearer(tokens["admin"])
-    state = running.http.put("/v1/erasures/Sports", json={"reason": "why not"}, headers=headers).json()
+    state = running.http.put("/v1/erasures/Sports", json={"reason": "a reason"}, headers=headers).json()
     assert [each["by"] for each in state["erasures"]] == ["key:the-admin"]
     running.http.delete("/v1/erasures/Sports", headers=headers)
     running.http.put("/v1/erasures", json={"erasures": [{"concept": "World"}]}, headers=headers)
@@ -115,9 +110,7 @@ def test_the_audit_and_the_list_name_the_key(server_with_keys: tuple[RunningServ
     assert [entry.action for entry in changes] == ["activate", "replace", "remove", "set"]
 
 
-def test_an_enforced_erasure_is_not_looked_behind_without_admin(
-    server_with_keys: tuple[RunningServer, dict[str, str], KeyStore], problem: Problem
-) -> None:
+def test_baseline_of_an_enforced_erasure_requires_admin(server_with_keys: ServerWithKeys, problem: Problem) -> None:
     running, tokens, _ = server_with_keys
     admin, infer = bearer(tokens["admin"]), bearer(tokens["infer"])
     body = {"inputs": "The striker scored twice.", "compare": True, "erase": []}
@@ -132,8 +125,8 @@ def test_an_enforced_erasure_is_not_looked_behind_without_admin(
     assert plain["results"][0]["baseline"] is None
 
 
-def test_a_revoked_key_opens_nothing_within_moments(
-    server_with_keys: tuple[RunningServer, dict[str, str], KeyStore],
+def test_revoked_key_is_rejected_by_a_running_server(
+    server_with_keys: ServerWithKeys,
 ) -> None:
     running, tokens, keys = server_with_keys
     headers = bearer(tokens["read"])
@@ -145,7 +138,7 @@ def test_a_revoked_key_opens_nothing_within_moments(
     until(lambda: running.http.get("/v1/models", headers=bearer(tokens["admin"])).status_code == 401)
 
 
-def test_the_first_key_closes_a_server_that_runs_already(
+def test_first_key_puts_a_running_server_under_authentication(
     own_redis: EmbeddedRedis, start_server: Serve, fitted: Fitted, tmp_path: Any
 ) -> None:
     running = with_ranges(start_server(redis_url=own_redis.url, data_dir=tmp_path), fitted)
@@ -153,11 +146,11 @@ def test_the_first_key_closes_a_server_that_runs_already(
     _, token = KeyStore(own_redis).create("app", ["infer"])
     until(lambda: running.classify("a").status_code == 401)
     assert running.http.post("/v1/classify", json={"inputs": "a"}, headers=bearer(token)).status_code == 200
-    # now that a key is needed, no page can trick a browser, and a proxy may use any name
+    # with keys in force, DNS rebinding is harmless, and a proxy may use any host name
     assert running.http.get("/livez", headers={"Host": "neuronlens.example"}).status_code == 200
 
 
-def test_an_emptied_redis_opens_nothing_not_even_after_a_restart(
+def test_emptied_redis_does_not_disable_authentication(
     own_redis: EmbeddedRedis, start_server: Serve, fitted: Fitted, tmp_path: Any, problem: Problem
 ) -> None:
     running = with_ranges(start_server(redis_url=own_redis.url, data_dir=tmp_path, name="one"), fitted)
@@ -176,29 +169,27 @@ def test_an_emptied_redis_opens_nothing_not_even_after_a_restart(
     assert again.http.get("/livez").status_code == 200
 
 
-def test_a_key_has_a_rate_and_others_do_not_share_it(
-    server_with_keys: tuple[RunningServer, dict[str, str], KeyStore], problem: Problem
-) -> None:
+def test_rate_limit_applies_to_its_key_only(server_with_keys: ServerWithKeys, problem: Problem) -> None:
     running, tokens, keys = server_with_keys
     _, slow = keys.create("slow", ["read"], rate_limit="3/day")
-    until(lambda: running.http.get("/v1/models", headers=bearer(slow)).status_code == 200)
-    statuses = [running.http.get("/v1/models", headers=bearer(slow)).status_code for _ in range(3)]
-    assert statuses == [200, 200, 429]
+    running.service.keyring.refresh()
+    statuses = [running.http.get("/v1/models", headers=bearer(slow)).status_code for _ in range(4)]
+    assert statuses == [200, 200, 200, 429]
     refused = running.http.get("/v1/models", headers=bearer(slow))
     assert "3 per 1 day" in problem(refused, 429, "rate_limited")["detail"]
     assert 0 < int(refused.headers["retry-after"]) <= 86400
     assert running.http.get("/v1/models", headers=bearer(tokens["read"])).status_code == 200
 
 
-def test_a_rate_without_keys_is_of_an_address(start_server: Serve, fitted: Fitted, problem: Problem) -> None:
+def test_rate_limit_without_keys_applies_to_an_address(start_server: Serve, fitted: Fitted, problem: Problem) -> None:
     running = with_ranges(start_server(rate_limit="2/day"), fitted)
     assert [running.classify("a").status_code for _ in range(2)] == [200, 200]
     problem(running.classify("a"), 429, "rate_limited")
     assert running.http.get("/readyz").status_code == 200
 
 
-def test_refusals_are_counted_and_no_key_is_a_label(
-    server_with_keys: tuple[RunningServer, dict[str, str], KeyStore],
+def test_rejections_are_counted_without_naming_keys(
+    server_with_keys: ServerWithKeys,
 ) -> None:
     running, tokens, _ = server_with_keys
     running.http.get("/v1/models")
@@ -209,8 +200,8 @@ def test_refusals_are_counted_and_no_key_is_a_label(
     assert not any(word in exposed for word in (*tokens.values(), *(f"the-{scope}" for scope in tokens)))
 
 
-def test_what_is_refused_on_the_way_is_counted_under_its_route(
-    server_with_keys: tuple[RunningServer, dict[str, str], KeyStore],
+def test_rejected_requests_are_counted_under_their_route(
+    server_with_keys: ServerWithKeys,
 ) -> None:
     running, tokens, _ = server_with_keys
     refused = {
@@ -237,12 +228,12 @@ def test_what_is_refused_on_the_way_is_counted_under_its_route(
         )
 
     for method, _, template, _, status in [*refused, ("POST", "", "/v1/classify", None, 413)]:
-        until(lambda asked=(method, template, status): counted(*asked))  # type: ignore[misc]
+        until(lambda request=(method, template, status): counted(*request))  # type: ignore[misc]
     assert "a-private-name" not in running.http.get("/metrics").text
 
 
-def test_the_checkpoint_path_is_told_to_admin_alone(
-    server_with_keys: tuple[RunningServer, dict[str, str], KeyStore],
+def test_only_admin_sees_the_checkpoint_path(
+    server_with_keys: ServerWithKeys,
 ) -> None:
     running, tokens, _ = server_with_keys
     paths = {
@@ -253,36 +244,36 @@ def test_the_checkpoint_path_is_told_to_admin_alone(
     assert paths["admin"]
 
 
-def test_no_origin_may_call_unless_it_is_named(start_server: Serve) -> None:
+def test_cross_origin_requests_need_a_configured_origin(start_server: Serve) -> None:
     origin = {"Origin": "https://console.example"}
-    asks = {**origin, "Access-Control-Request-Method": "POST", "Access-Control-Request-Headers": "authorization"}
+    preflight = {**origin, "Access-Control-Request-Method": "POST", "Access-Control-Request-Headers": "authorization"}
     closed = start_server()
-    assert closed.http.options("/v1/classify", headers=asks).status_code != 200
+    assert closed.http.options("/v1/classify", headers=preflight).status_code != 200
     assert "access-control-allow-origin" not in closed.http.get("/livez", headers=origin).headers
     named = start_server(cors_origins=["https://console.example"])
-    assert named.http.options("/v1/classify", headers=asks).headers["access-control-allow-origin"] == origin["Origin"]
+    allowed = named.http.options("/v1/classify", headers=preflight)
+    assert allowed.headers["access-control-allow-origin"] == origin["Origin"]
     other = named.http.get("/livez", headers={"Origin": "https://elsewhere.example"})
     assert "access-control-allow-origin" not in other.headers
 
 
-def test_a_key_that_expires_while_a_server_runs(
-    server_with_keys: tuple[RunningServer, dict[str, str], KeyStore], own_redis: redis.Redis
-) -> None:
+def test_expired_key_is_rejected(server_with_keys: ServerWithKeys, monkeypatch: pytest.MonkeyPatch) -> None:
     running, _, keys = server_with_keys
-    _, token = keys.create("brief", ["read"], expires_at=time.time() + 5)
+    expires_at = time.time() + 3600
+    _, token = keys.create("brief", ["read"], expires_at=expires_at)
     running.service.keyring.refresh()
-    until(lambda: running.http.get("/v1/models", headers=bearer(token)).status_code == 200)
-    until(lambda: running.http.get("/v1/models", headers=bearer(token)).status_code == 401)
+    assert running.http.get("/v1/models", headers=bearer(token)).status_code == 200
+    monkeypatch.setattr(time, "time", lambda: expires_at)
+    assert running.http.get("/v1/models", headers=bearer(token)).status_code == 401
 
 
-def test_the_document_says_how_to_send_a_key(server_with_keys: tuple[RunningServer, dict[str, str], KeyStore]) -> None:
-    running, _, _ = server_with_keys
-    schemes = json.loads(running.http.get("/openapi.json").text)["components"]["securitySchemes"]
+def test_openapi_document_describes_how_to_send_a_key(server: RunningServer) -> None:
+    schemes = json.loads(server.http.get("/openapi.json").text)["components"]["securitySchemes"]
     assert {scheme["type"] for scheme in schemes.values()} == {"http", "apiKey"}
 
 
-def test_the_command_line_takes_its_key_from_the_environment(
-    server_with_keys: tuple[RunningServer, dict[str, str], KeyStore],
+def test_command_line_reads_its_key_from_the_environment(
+    server_with_keys: ServerWithKeys,
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
