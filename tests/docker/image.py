@@ -1,4 +1,4 @@
-"""What the Dockerfile says, instruction by instruction, and a command run as its container would run it."""
+"""The instructions of the Dockerfile, and a sandbox that runs a command as its container would."""
 
 import json
 import os
@@ -12,7 +12,7 @@ from tests.docker.conftest import DOCKER, ROOT, system_program
 
 
 def instructions() -> list[tuple[str, str]]:
-    """(word, argument) of every instruction, with continued lines joined."""
+    """(keyword, argument) of every instruction, with continued lines joined."""
     text = (DOCKER / "Dockerfile").read_text()
     lines = [line for line in text.splitlines() if line and not line.startswith("#")]
     joined = re.sub(r"\\\n\s*", " ", "\n".join(lines))
@@ -33,7 +33,7 @@ def variables() -> dict[str, str]:
 
 
 def health_check() -> list[str]:
-    """The command that tells whether the container is healthy."""
+    """The command of the HEALTHCHECK instruction."""
     (argument,) = [argument for word, argument in instructions() if word == "HEALTHCHECK"]
     command = json.loads(argument.split("CMD", 1)[1])
     assert isinstance(command, list)
@@ -41,10 +41,10 @@ def health_check() -> list[str]:
 
 
 def sandboxed(command: list[str], venv: Path, data: Path, files: Path, environment: dict[str, str]) -> list[str]:
-    """`command` as it runs in the container: as user 10001, without capabilities, everything read-only but /data, /tmp.
+    """The command as the container runs it: user 10001, no capabilities, only /data and /tmp writable.
 
-    The root is this machine's /usr and /etc, the environment `venv` (in the container, /opt/neuronlens) and this
-    project, which a development environment imports from its place; the network is this machine's.
+    The root holds this machine's /usr and /etc, the virtual environment `venv` (/opt/neuronlens in the container) and
+    this project, which an editable installation imports. The network is this machine's.
     """
     read_only = [Path(each) for each in ("/usr", "/etc", "/bin", "/lib", "/lib64", "/sbin") if Path(each).exists()]
     read_only += [Path(os.path.realpath(venv / "bin" / "python")).parents[1], ROOT, venv]
@@ -53,22 +53,22 @@ def sandboxed(command: list[str], venv: Path, data: Path, files: Path, environme
     options = ["--die-with-parent", "--unshare-pid", "--as-pid-1", "--unshare-ipc", "--clearenv", "--tmpfs", "/"]
     options += ["--tmpfs", "/tmp", "--chmod", "1777", "/tmp"]
     for each in dict.fromkeys(read_only):
-        for parent in reversed(each.parents[:-1]):  # else only root could pass through them
+        for parent in reversed(each.parents[:-1]):  # otherwise only root could enter them
             options += ["--perms", "0755", "--dir", str(parent)]
         options += ["--ro-bind", str(each), str(each)]
     options += ["--proc", "/proc", "--dev", "/dev", "--perms", "1777", "--tmpfs", "/dev/shm"]
     options += ["--bind", str(data), "/data", "--ro-bind", str(files), "/files", "--remount-ro", "/", "--chdir", "/tmp"]
     options += [word for name, value in within.items() for word in ("--setenv", name, value)]
-    if os.geteuid() != 0:  # then the user is 10001 only to itself
+    if os.geteuid() != 0:  # user 10001 inside the namespace only
         return [system_program("bwrap"), *options, "--unshare-user", "--uid", "10001", "--gid", "10001", *command]
     become = ["--reuid=10001", "--regid=10001", "--clear-groups", "--bounding-set=-all", "--no-new-privs"]
     return [system_program("bwrap"), *options, system_program("setpriv"), *become, *command]
 
 
-def signalled(container: subprocess.Popen[bytes], number: signal.Signals) -> None:
-    """Send a signal to process 1 of what `sandboxed` started; SIGKILL ends all that runs in it.
+def send_signal(container: subprocess.Popen[bytes], number: signal.Signals) -> None:
+    """Send a signal to process 1 of the sandbox; SIGKILL ends every process in it.
 
-    Ending bwrap itself would not: who becomes another user loses the wish to die with its parent.
+    Ending bwrap itself would not: changing the user clears the parent-death signal.
     """
     if container.poll() is None:
         children = Path(f"/proc/{container.pid}/task/{container.pid}/children").read_text().split()

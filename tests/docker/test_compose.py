@@ -1,4 +1,4 @@
-"""The compose files: their schema, and that what they name exists and says the same everywhere."""
+"""The compose files fit their schema, name only things that exist, and agree with each other."""
 
 import os
 import re
@@ -35,11 +35,12 @@ def seconds(duration: str) -> int:
 
 
 @pytest.mark.parametrize("file", [MAIN, GPU], ids=lambda file: file.name)
-def test_the_files_keep_the_schema_of_compose(file: Path) -> None:
-    assert _schema_check(file).returncode == 0, _schema_check(file).stdout
+def test_file_fits_the_compose_schema(file: Path) -> None:
+    checked = _schema_check(file)
+    assert checked.returncode == 0, checked.stdout
 
 
-def test_a_wrong_file_is_noticed(tmp_path: Path) -> None:
+def test_file_that_violates_the_schema_is_noticed(tmp_path: Path) -> None:
     wrong = tmp_path / "docker-compose.yml"
     wrong.write_text(MAIN.read_text().replace("cap_drop", "capdrop"))
     assert _schema_check(wrong).returncode == 1
@@ -50,41 +51,41 @@ def _schema_check(file: Path) -> subprocess.CompletedProcess[str]:
     return subprocess.run(command, capture_output=True, text=True)
 
 
-def test_the_example_of_env_has_each_variable_with_its_default() -> None:
-    asked: dict[str, set[str | None]] = {}
+def test_env_example_lists_every_variable_with_its_default() -> None:
+    used: dict[str, set[str | None]] = {}
     for found in VARIABLE.finditer(_without_comments(MAIN) + _without_comments(GPU)):
-        asked.setdefault(found["name"], set()).add(found["rest"] if found["kind"] == ":-" else None)
+        used.setdefault(found["name"], set()).add(found["rest"] if found["kind"] == ":-" else None)
     example = EXAMPLE.read_text()
-    told = {found["name"]: found for found in LINE.finditer(example)}
-    assert asked.keys() == told.keys()
-    for name, defaults in asked.items():
+    listed = {found["name"]: found for found in LINE.finditer(example)}
+    assert used.keys() == listed.keys()
+    for name, defaults in used.items():
         assert len(defaults) == 1, f"{name} has two defaults"
         (default,) = defaults
         if default is None:
-            assert not told[name][0].startswith("#"), f"{name} must be set, so it is not commented out"
+            assert not listed[name][0].startswith("#"), f"{name} must be set, so it must not be commented out"
         else:
-            assert told[name][0] == f"#{name}={default}"
+            assert listed[name][0] == f"#{name}={default}"
 
 
 def _without_comments(file: Path) -> str:
     return "\n".join(line for line in file.read_text().splitlines() if not line.lstrip().startswith("#"))
 
 
-def test_each_variable_without_a_default_says_what_to_do() -> None:
+def test_required_variable_says_how_to_set_it() -> None:
     for found in VARIABLE.finditer(_without_comments(MAIN) + _without_comments(GPU)):
         assert found["kind"] in (":-", ":?"), found[0]
         assert found["kind"] == ":-" or found["rest"].startswith("set it in .env"), found[0]
     for name in FILLED_IN:
-        assert f"\n{name}=\n" in EXAMPLE.read_text(), f"{name} must not have a value that somebody forgets to change"
+        assert f"\n{name}=\n" in EXAMPLE.read_text(), f"{name} must be empty, so that nobody forgets to set it"
 
 
-def test_settings_are_real() -> None:
+def test_settings_exist() -> None:
     for file in (MAIN, GPU):
         for each in yaml.safe_load(file.read_text())["services"].values():
             check_settings(list(each.get("environment", {})))
 
 
-def test_what_is_mounted_exists() -> None:
+def test_mounted_files_exist_and_are_read_only() -> None:
     for name, service in services().items():
         for volume in service.get("volumes", []):
             source = volume["source"] if isinstance(volume, dict) else volume.split(":")[0]
@@ -93,14 +94,14 @@ def test_what_is_mounted_exists() -> None:
                 assert volume.endswith(":ro")
 
 
-def test_images_are_pinned_and_ours_are_built() -> None:
+def test_foreign_images_are_pinned_and_own_ones_built() -> None:
     for name, service in services().items():
         ours = service["image"].startswith("${NEURONLENS_IMAGE:-neuronlens:")
         assert ours or re.search(r":[\w.-]+@sha256:[0-9a-f]{64}$", service["image"]), name
         assert ours == ("build" in service), name
 
 
-def test_containers_may_do_little() -> None:
+def test_containers_have_few_privileges() -> None:
     for name, service in services().items():
         assert service["read_only"] is True, name
         assert service["cap_drop"] == ["ALL"], name
@@ -110,7 +111,7 @@ def test_containers_may_do_little() -> None:
         assert not any("docker.sock" in str(volume) for volume in service.get("volumes", []))
 
 
-def test_only_this_machine_reaches_what_is_published_and_redis_is_not() -> None:
+def test_ports_are_published_to_this_machine_only_and_redis_has_none() -> None:
     published = {name: each["ports"] for name, each in services().items() if "ports" in each}
     assert published.keys() == {"service", "ingress", "prometheus", "grafana"}
     for ports in published.values():
@@ -123,21 +124,21 @@ def test_only_this_machine_reaches_what_is_published_and_redis_is_not() -> None:
     assert reach_redis == {"service", "fit", "cli", "ingress", "ray-worker", "ray-fit"}
 
 
-def test_only_the_operator_s_commands_hold_the_operator_s_password() -> None:
+def test_only_operator_commands_have_the_operator_password() -> None:
     for name, service in services().items():
         environment = str(service.get("environment", {}))
         assert ("REDIS_OPERATOR_PASSWORD" in environment) == (name in ("fit", "ray-fit", "cli", "redis")), name
         assert ("GRAFANA_ADMIN_PASSWORD" in environment) == (name == "grafana")
 
 
-def test_prometheus_scrapes_the_service_where_its_metrics_are() -> None:
+def test_prometheus_scrapes_the_metrics_port_of_the_service() -> None:
     (job,) = yaml.safe_load((DOCKER / "prometheus" / "prometheus.yml").read_text())["scrape_configs"]
     (found,) = job["dns_sd_configs"]
     (name,) = found["names"]
     scraped = services()[name]
-    assert name in services()["ingress"]["networks"]["watch"]["aliases"], "both are found under one name"
+    assert name in services()["ingress"]["networks"]["watch"]["aliases"], "service and ingress have one name"
     assert str(found["port"]) == scraped["environment"]["NEURONLENS_METRICS_PORT"]
-    assert not any(str(found["port"]) in port for port in scraped["ports"]), "metrics are not for those outside"
+    assert not any(str(found["port"]) in port for port in scraped["ports"]), "metrics are not published"
     (engines,) = job["http_sd_configs"]
     assert engines["url"] == f"http://{name}:{found['port']}{TARGETS}"
     assert set(services()["ray-worker"]["networks"]) & set(services()["prometheus"]["networks"])
@@ -149,32 +150,32 @@ def test_prometheus_scrapes_the_service_where_its_metrics_are() -> None:
     assert any(volume.endswith(f":{path}:ro") for volume in services()["grafana"]["volumes"])
 
 
-def test_a_stop_waits_longer_than_the_drain() -> None:
+def test_stop_grace_period_exceeds_the_drain_time() -> None:
     service = services()["service"]
     environment = service["environment"]
     assert seconds(service["stop_grace_period"]) >= int(environment["NEURONLENS_DRAIN_SECONDS"]) + 5
 
 
-def test_the_service_waits_for_a_healthy_store_and_needs_keys() -> None:
+def test_service_waits_for_a_healthy_store_and_requires_keys() -> None:
     service = services()["service"]
     assert service["depends_on"] == {"redis": {"condition": "service_healthy"}}
     assert service["environment"]["NEURONLENS_REQUIRE_KEYS"] == "true"
     assert service["environment"]["NEURONLENS_HOST"] == "0.0.0.0"
     assert "healthcheck" in services()["redis"]
-    assert "healthcheck" not in service, "the image's own"
+    assert "healthcheck" not in service, "the image has one"
 
 
-def test_the_cluster_starts_when_asked_and_its_nodes_are_for_each_other() -> None:
+def test_cluster_is_a_profile_with_a_private_network() -> None:
     networks = yaml.safe_load(MAIN.read_text())["networks"]
     assert networks["ray"]["internal"] is True
     nodes = {name for name, each in services().items() if "ray" in each["networks"]}
     assert nodes == {"ray-head", "ray-worker", "ingress", "ray-fit", "prometheus"}
-    nodes -= {"prometheus"}  # which is no node: it reaches the engines' metrics there
+    nodes -= {"prometheus"}  # not a node: it scrapes the engines
     for name, each in services().items():
         in_profile = {"ray-fit": ["fit"], "fit": ["fit"], "cli": ["cli"]}.get(name, ["cluster"] * (name in nodes))
         assert each.get("profiles", []) == in_profile, name
     reached = {name for name in nodes if {"front", "watch"} & set(services()[name]["networks"])}
-    assert reached == {"ingress"}, "whoever reaches a port of Ray needs only the token to run code there"
+    assert reached == {"ingress"}, "a holder of the token can run code through any port of Ray"
     for name in nodes:
         node = services()[name]
         assert node["environment"]["RAY_AUTH_TOKEN"] == "${RAY_AUTH_TOKEN:-}"
@@ -186,7 +187,7 @@ def test_the_cluster_starts_when_asked_and_its_nodes_are_for_each_other() -> Non
     assert "ports" not in services()["ray-head"] | services()["ray-worker"]
 
 
-def test_each_node_of_the_cluster_has_the_checkpoints_and_room_for_an_engine() -> None:
+def test_cluster_nodes_have_the_checkpoints_and_cpus_for_an_engine() -> None:
     worker, ingress = services()["ray-worker"], services()["ingress"]
     assert [each for each in worker["volumes"] if "/files" in str(each)] == [
         each for each in ingress["volumes"] if "/files" in str(each)
@@ -194,30 +195,31 @@ def test_each_node_of_the_cluster_has_the_checkpoints_and_room_for_an_engine() -
     engine = ingress["environment"]["NEURONLENS_THREADS"]
     assert worker["environment"]["RAY_CPUS"] == worker["deploy"]["resources"]["limits"]["cpus"]
     assert int(engine.split(":-")[1][:-1]) <= int(worker["environment"]["RAY_CPUS"].split(":-")[1][:-1])
-    told = services()["service"]["environment"]
-    assert told | {"NEURONLENS_THREADS": engine} == {
+    environment_of_service = services()["service"]["environment"]
+    assert environment_of_service | {"NEURONLENS_THREADS": engine} == {
         name: value for name, value in ingress["environment"].items() if name.startswith("NEURONLENS_")
     }
 
 
-def test_a_node_does_not_start_without_the_token() -> None:
+def test_ray_node_does_not_start_without_a_token() -> None:
     script = DOCKER / "ray" / "node.sh"
-    assert os.access(script, os.X_OK), "the image takes it as it is"
+    assert os.access(script, os.X_OK), "the image copies its mode"
     for token in ({}, {"RAY_AUTH_TOKEN": ""}):
         run = subprocess.run([script, "head", "127.0.0.1:6379"], env=token, capture_output=True, text=True)
         assert run.returncode != 0
         assert "set it in .env to the output of openssl rand -hex 32" in run.stderr
 
 
-def test_files_that_are_no_part_of_an_image_stay_out_of_git_too() -> None:
+def test_local_files_are_ignored_by_git() -> None:
     ignored = (ROOT / ".gitignore").read_text().splitlines()
     assert {".env", "files/"} <= set(ignored)
 
 
 @pytest.mark.system
-@pytest.mark.parametrize("profile", [[], ["--profile", "fit"], ["--profile", "cluster"]])
-@pytest.mark.parametrize("files", [[MAIN], [MAIN, GPU]])
-def test_docker_compose_takes_the_files(files: list[Path], profile: list[str], tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("files", "profile"), [([MAIN], []), ([MAIN], ["--profile", "fit"]), ([MAIN, GPU], ["--profile", "cluster"])]
+)
+def test_docker_compose_accepts_the_files(files: list[Path], profile: list[str], tmp_path: Path) -> None:
     made = configured(files, tmp_path, profile)
     ray = {"ray-head", "ray-worker", "ray-fit", "ingress"}
     assert made["services"].keys() == {"redis", "service", "fit", "cli", "prometheus", "grafana"} | ray
@@ -239,7 +241,7 @@ def test_docker_compose_takes_the_files(files: list[Path], profile: list[str], t
 
 
 @pytest.mark.system
-def test_a_password_that_is_missing_is_one_clear_line(tmp_path: Path) -> None:
+def test_missing_password_is_reported_clearly(tmp_path: Path) -> None:
     compose = system_program("docker-compose")
     command = [compose, "--env-file", str(EXAMPLE), "-f", str(MAIN), "config", "--quiet"]
     run = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, env={"PATH": os.defpath})
@@ -249,7 +251,7 @@ def test_a_password_that_is_missing_is_one_clear_line(tmp_path: Path) -> None:
 
 
 def configured(files: list[Path], directory: Path, options: list[str], **more: str) -> dict[str, Any]:
-    """The files as docker-compose puts them together, with `.env` filled in, and `more` added to it."""
+    """The combined files as docker-compose resolves them, with `.env` filled in and extended by `more`."""
     env_file = directory / "filled.env"
     lines = [line for line in EXAMPLE.read_text().splitlines() if not line.endswith("=")]
     env_file.write_text("\n".join([*lines, *(f"{name}={value}" for name, value in (FILLED_IN | more).items())]) + "\n")

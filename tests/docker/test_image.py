@@ -1,5 +1,6 @@
-"""The image's promises without an image: the same user, environment and read-only root, by bubblewrap."""
+"""The image without Docker: bubblewrap gives its user, environment and read-only root."""
 
+import json
 import os
 import shutil
 import signal
@@ -13,16 +14,13 @@ import httpx
 import pytest
 
 from tests.docker.conftest import ROOT
-from tests.docker.image import health_check, instructions, sandboxed, signalled
+from tests.docker.image import health_check, instructions, sandboxed, send_signal
 from tests.ports import free_port
 from tests.range_store.waiting import until
 from tests.workers.checkpoints import save_tiny
 from tests.workers.texts import labelled_texts, write_jsonl
 
-pytestmark = pytest.mark.system
-
-Sandbox = Callable[..., list[str]]
-SOON = 120.0
+TIMEOUT = 120.0
 WRITES = """
 import os, sys
 print(os.getuid(), os.getpid())
@@ -33,12 +31,12 @@ for place in sys.argv[1:]:
         print(error.strerror)
 """
 DEVELOPMENT = Path(sys.prefix).resolve()
-"""The environment that the tests run in: the packages of the image and some more."""
+"""The virtual environment of the tests, which has the packages of the image and more."""
 
 
 @pytest.fixture
 def data(tmp_path: Path) -> Path:
-    """What the volume at /data is: empty, and the user's."""
+    """The volume at /data: empty, owned by the image's user."""
     directory = tmp_path / "data"
     directory.mkdir(mode=0o750)
     if os.geteuid() == 0:
@@ -59,7 +57,7 @@ def files(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def running(data: Path, files: Path) -> Iterator[Callable[..., "Running"]]:
-    """`running(venv)`: the image's own command, serving."""
+    """`running(venv)`: start the image's command."""
     with ExitStack() as stack:
 
         def start(venv: Path, **environment: str) -> Running:
@@ -71,21 +69,21 @@ def running(data: Path, files: Path) -> Iterator[Callable[..., "Running"]]:
 
 
 class Running:
-    """The container's process, and others beside it in the same volume."""
+    """The container's process, and further commands on the same volume."""
 
     def __init__(self, venv: Path, data: Path, files: Path, environment: dict[str, str]) -> None:
         self._where = (venv, data, files)
         self.environment = {"NEURONLENS_PORT": str(free_port()), "NEURONLENS_MODEL": "/files/model", **environment}
         self.url = f"http://127.0.0.1:{self.environment['NEURONLENS_PORT']}"
         words = {word: argument for word, argument in instructions() if word in ("ENTRYPOINT", "CMD")}
-        self._entry = [*eval(words["ENTRYPOINT"]), *eval(words["CMD"])]
+        self._entry = [*json.loads(words["ENTRYPOINT"]), *json.loads(words["CMD"])]
         self.process = subprocess.Popen(self.command(self._entry), stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
 
     def command(self, command: list[str]) -> list[str]:
         return sandboxed(command, *self._where, self.environment)
 
     def run(self, *command: str) -> subprocess.CompletedProcess[str]:
-        return subprocess.run(self.command([*command]), capture_output=True, text=True, timeout=SOON)
+        return subprocess.run(self.command([*command]), capture_output=True, text=True, timeout=TIMEOUT)
 
     def answers(self) -> bool:
         assert self.process.poll() is None, self.process.stdout.read().decode() if self.process.stdout else ""
@@ -95,32 +93,40 @@ class Running:
             return False
 
     def stop(self) -> int:
-        """As Docker does: SIGTERM to process 1 of the container. Gives its exit status."""
-        signalled(self.process, signal.SIGTERM)
-        return self.process.wait(SOON)
+        """Send SIGTERM to process 1, as Docker does; returns the exit code."""
+        send_signal(self.process, signal.SIGTERM)
+        return self.process.wait(TIMEOUT)
 
     def end(self) -> None:
-        signalled(self.process, signal.SIGKILL)
+        send_signal(self.process, signal.SIGKILL)
         self.process.wait()
 
 
-def _serves(running: Running) -> None:
-    """From an empty volume to an answer, and a clean end."""
+def check_health(running: Running) -> None:
     elsewhere = running.run("env", f"NEURONLENS_PORT={free_port()}", *health_check())
-    assert elsewhere.returncode != 0, "not healthy where nothing answers"
-    until(running.answers, SOON)
+    assert elsewhere.returncode != 0, "healthy although nothing listens"
+    until(running.answers, TIMEOUT)
     assert running.run(*health_check()).returncode == 0
-    assert httpx.get(f"{running.url}/readyz").status_code == 503, "nothing is fitted, and yet the container is healthy"
+
+
+def serve_and_stop(running: Running) -> None:
+    """Check the server from an empty volume to a classification and a clean stop."""
+    check_health(running)
+    assert httpx.get(f"{running.url}/readyz").status_code == 503, (
+        "nothing is fitted yet; the container is healthy all the same"
+    )
     refused = httpx.get(f"{running.url}/v1/models")
-    assert (refused.status_code, refused.json()["code"]) == (503, "keys_unavailable"), "before the first key, nobody"
+    assert (refused.status_code, refused.json()["code"]) == (503, "keys_unavailable"), (
+        "nobody has access before the first key"
+    )
     made = running.run("neuronlens", "keys", "create", "first", "--scope", "admin")
     assert made.returncode == 0, made.stderr
     fit = ("neuronlens", "fit", "--model", "/files/model", "--data", "/files/train.jsonl", "--activate")
     fitted = running.run(*fit)
     assert fitted.returncode == 0, fitted.stderr
-    until(lambda: httpx.get(f"{running.url}/readyz", timeout=SOON).status_code == 200, SOON)
+    until(lambda: httpx.get(f"{running.url}/readyz", timeout=TIMEOUT).status_code == 200, TIMEOUT)
     key = {"Authorization": f"Bearer {made.stdout.strip()}"}
-    with httpx.Client(base_url=running.url, headers=key, timeout=SOON) as http:
+    with httpx.Client(base_url=running.url, headers=key, timeout=TIMEOUT) as http:
         until(lambda: http.get("/v1/models").status_code == 200)
         answer = http.post("/v1/classify", json={"inputs": "The striker scored twice.", "erase": ["Sports"]})
         assert answer.status_code == 200, answer.text
@@ -128,22 +134,24 @@ def _serves(running: Running) -> None:
     assert running.stop() == 0
 
 
-def test_it_serves_with_everything_read_only_but_data_and_tmp(running: Callable[..., Running], data: Path) -> None:
+@pytest.mark.system
+def test_image_is_healthy_and_writes_only_to_data_and_tmp(running: Callable[..., Running], data: Path) -> None:
     served = running(DEVELOPMENT, PYTHONPATH=str(ROOT))
-    _serves(served)
+    check_health(served)
+    assert served.stop() == 0
     assert {each.name for each in data.iterdir()} <= {"neuronlens", "huggingface", "cache"}
-    assert (data / "neuronlens" / "redis").is_dir(), "the store without a URL is in the volume"
+    assert (data / "neuronlens" / "redis").is_dir(), "the embedded store is in the volume"
     places = ["/", "/usr", "/etc", "/files", str(ROOT), str(DEVELOPMENT)]
-    told = served.run("python", "-c", WRITES, *places)
-    assert told.stdout.split("\n")[:-1] == ["10001 1", *("Read-only file system" for _ in places)], told.stderr
+    written = served.run("python", "-c", WRITES, *places)
+    assert written.stdout.split("\n")[:-1] == ["10001 1", *("Read-only file system" for _ in places)], written.stderr
 
 
 @pytest.mark.full
 @pytest.mark.timeout(1200)
-def test_the_steps_of_the_build_stage_make_an_environment_that_serves(
+def test_the_steps_of_the_build_stage_make_an_environment_thatserve_and_stop(
     running: Callable[..., Running], tmp_path: Path
 ) -> None:
-    """In an empty directory, from just the build context."""
+    """The steps run in an empty directory that holds only the build context."""
     source, venv = tmp_path / "src", tmp_path / "neuronlens"
     source.mkdir()
     (extras,) = [argument for word, argument in instructions() if word == "ARG" and argument.startswith("EXTRAS=")]
@@ -162,11 +170,11 @@ def test_the_steps_of_the_build_stage_make_an_environment_that_serves(
             run = subprocess.run(steps[-1], cwd=source, env=environment, capture_output=True, text=True)
             assert run.returncode == 0, run.stdout[-2000:] + run.stderr[-2000:]
     assert [step[1] for step in steps] == ["dependencies", "package"]
-    _serves(running(venv))
+    serve_and_stop(running(venv))
 
 
 def _bare() -> dict[str, str]:
-    """This environment, but for what leads to this project; python3 is the one that the tests run on."""
+    """The environment variables without those that lead to this project; python3 is the tests' interpreter."""
     base = Path(sys.base_prefix) / "bin"
     kept = {name: value for name, value in os.environ.items() if name not in ("PYTHONPATH", "VIRTUAL_ENV")}
     return {**kept, "PATH": f"{base}:{os.defpath}", "PIP_NO_CACHE_DIR": "1"}

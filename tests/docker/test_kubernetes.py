@@ -1,4 +1,4 @@
-"""The Kubernetes manifests: what kustomize makes of them holds against the schemas of several versions."""
+"""The Kubernetes manifests, as committed and as rendered by kustomize, fit the schemas of several versions."""
 
 import re
 import shutil
@@ -15,7 +15,7 @@ KUBERNETES = ROOT / "docker" / "kubernetes"
 VERSIONS = ("1.30", "1.34", "1.37")
 OVERLAYS = ("base", "cli", "fit", "gpu", "ray", "ray-fit", "trial")
 CUSTOM = ("Kustomization", "RayCluster", "ScrapeConfig", "ServiceMonitor")
-"""Kinds that Kubernetes itself does not know; they have no schema there (RayCluster's: test_ray_cluster.py)."""
+"""Kinds without a schema in Kubernetes itself (for RayCluster's see test_ray_cluster.py)."""
 WORKLOADS = ("Deployment", "StatefulSet", "Job", "Pod")
 
 Manifest = dict[str, Any]
@@ -33,9 +33,9 @@ def committed() -> list[tuple[str, Manifest]]:
 
 
 def patches() -> list[str]:
-    """Files that hold a patch each, which is no whole object."""
-    asked = [yaml.safe_load(file.read_text()) for file in KUBERNETES.rglob("kustomization.yaml")]
-    return [patch["path"] for each in asked for patch in each.get("patches", [])]
+    """Files that hold a patch each, not a whole object."""
+    kustomizations = [yaml.safe_load(file.read_text()) for file in KUBERNETES.rglob("kustomization.yaml")]
+    return [patch["path"] for each in kustomizations for patch in each.get("patches", [])]
 
 
 def check(manifest: Manifest) -> None:
@@ -45,15 +45,15 @@ def check(manifest: Manifest) -> None:
 
 @pytest.fixture(scope="module")
 def rendered(tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[Manifest]]:
-    """What kustomize makes of every overlay, by name."""
+    """The rendered manifests of every overlay by name."""
     kubectl = system_program("kubectl")
     directory = tmp_path_factory.mktemp("manifests")
     for name in ("kubernetes", "redis"):
         shutil.copytree(ROOT / "docker" / name, directory / name)
-    about = subprocess.run([kubectl, "version", "--client"], capture_output=True, text=True).stdout
-    if "Kustomize Version" not in about:  # the kustomize 2 of Debian's kubectl has older words for the same
+    version = subprocess.run([kubectl, "version", "--client"], capture_output=True, text=True).stdout
+    if "Kustomize Version" not in version:  # Debian's kubectl has kustomize 2, whose fields have older names
         for file in directory.rglob("kustomization.yaml"):
-            file.write_text(_in_older_words(file.read_text()))
+            file.write_text(_for_kustomize_2(file.read_text()))
     made = {}
     for name in (*OVERLAYS, "monitoring"):
         run = subprocess.run(
@@ -64,22 +64,24 @@ def rendered(tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[Manifes
     return made
 
 
-def _in_older_words(text: str) -> str:
-    asked = yaml.safe_load(text)
-    folders = [each for each in asked["resources"] if not each.endswith(".yaml")]
-    asked["bases"], asked["resources"] = folders, [each for each in asked["resources"] if each not in folders]
-    asked["patchesStrategicMerge"] = [each["path"] for each in asked.pop("patches", [])]
-    return yaml.safe_dump({key: value for key, value in asked.items() if value})
+def _for_kustomize_2(text: str) -> str:
+    document = yaml.safe_load(text)
+    folders = [each for each in document["resources"] if not each.endswith(".yaml")]
+    document["bases"], document["resources"] = folders, [each for each in document["resources"] if each not in folders]
+    document["patchesStrategicMerge"] = [each["path"] for each in document.pop("patches", [])]
+    return yaml.safe_dump({key: value for key, value in document.items() if value})
 
 
-@pytest.mark.parametrize(("name", "manifest"), committed())
-def test_each_manifest_keeps_its_schema(name: str, manifest: Manifest) -> None:
-    if manifest["kind"] in CUSTOM or name.split(":")[0] in patches():
-        return
+def has_schema(name: str, manifest: Manifest) -> bool:
+    return manifest["kind"] not in CUSTOM and name.split(":")[0] not in patches()
+
+
+@pytest.mark.parametrize(("name", "manifest"), [each for each in committed() if has_schema(*each)])
+def test_manifest_fits_its_schema(name: str, manifest: Manifest) -> None:
     check(manifest)
 
 
-def test_a_wrong_manifest_is_noticed() -> None:
+def test_manifest_that_violates_the_schema_is_noticed() -> None:
     (deployment,) = documents((KUBERNETES / "base" / "deployment.yaml").read_text())
     deployment["spec"]["template"]["spec"]["containers"][0]["readinessprobe"] = {}
     with pytest.raises(kubernetes_validate.ValidationError):
@@ -88,7 +90,7 @@ def test_a_wrong_manifest_is_noticed() -> None:
 
 @pytest.mark.system
 @pytest.mark.parametrize("overlay", OVERLAYS)
-def test_what_is_rendered_keeps_its_schema(rendered: dict[str, list[Manifest]], overlay: str) -> None:
+def test_rendered_manifests_fit_their_schema(rendered: dict[str, list[Manifest]], overlay: str) -> None:
     assert (
         len(rendered[overlay])
         == {"base": 7, "cli": 1, "fit": 1, "gpu": 7, "ray": 12, "ray-fit": 1, "trial": 11}[overlay]
@@ -100,8 +102,8 @@ def test_what_is_rendered_keeps_its_schema(rendered: dict[str, list[Manifest]], 
 
 
 @pytest.mark.system
-def test_what_is_rendered_fits_together(rendered: dict[str, list[Manifest]]) -> None:
-    """Selectors choose the pods, images are named, names that are referred to exist."""
+def test_rendered_manifests_fit_together(rendered: dict[str, list[Manifest]]) -> None:
+    """Selectors match the pods, and every name that is referred to exists."""
     trial = {(each["kind"], each["metadata"]["name"]): each for each in rendered["trial"]}
     pods = {
         each["metadata"]["name"]: each["spec"]["template"]["metadata"]["labels"]
@@ -127,10 +129,10 @@ def test_what_is_rendered_fits_together(rendered: dict[str, list[Manifest]]) -> 
     url = trial["ConfigMap", "neuronlens"]["data"]["NEURONLENS_REDIS_URL"]
     assert re.fullmatch(r"redis://(.+):6379/0", url)[1] == "neuronlens-redis"  # type: ignore[index]
     (rule,) = trial["NetworkPolicy", "neuronlens-redis"]["spec"]["ingress"]
-    (let_in,) = rule["from"][0]["podSelector"]["matchExpressions"]  # the second: test_ray_cluster.py
+    (allowed,) = rule["from"][0]["podSelector"]["matchExpressions"]  # for the second see test_ray_cluster.py
     clients = [each for each in (*rendered["trial"], *rendered["fit"], *rendered["cli"]) if each["kind"] in WORKLOADS]
     using = {each["metadata"]["name"] for each in clients} - {"neuronlens-redis"}
-    assert using == set(let_in["values"])
+    assert using == set(allowed["values"])
     (gpu,) = [each for each in rendered["gpu"] if each["kind"] == "Deployment"]
     assert _container(gpu)["resources"]["limits"]["nvidia.com/gpu"] == "1"
     assert {"name": "NEURONLENS_DEVICE", "value": "cuda"} in _container(gpu)["env"]
@@ -138,7 +140,7 @@ def test_what_is_rendered_fits_together(rendered: dict[str, list[Manifest]]) -> 
 
 
 @pytest.mark.system
-def test_the_ingress_of_a_fleet_is_the_base_with_other_words(rendered: dict[str, list[Manifest]]) -> None:
+def test_ray_overlay_extends_the_base(rendered: dict[str, list[Manifest]]) -> None:
     ray, base = (
         {(each["kind"], each["metadata"]["name"]): each for each in rendered[name]} for name in ("ray", "base")
     )
@@ -147,7 +149,7 @@ def test_the_ingress_of_a_fleet_is_the_base_with_other_words(rendered: dict[str,
     nodes = [cluster["headGroupSpec"], *cluster["workerGroupSpecs"]]
     images = {each["template"]["spec"]["containers"][0]["image"] for each in nodes}
     assert images == {_container(ray["Deployment", "neuronlens"])["image"]}, "all nodes need the same versions"
-    assert "/" in images.pop(), "where it was pushed"
+    assert "/" in images.pop(), "the image is in a registry"
     pod = _pod(ray["Deployment", "neuronlens"])
     assert {each["mountPath"] for each in _container(ray["Deployment", "neuronlens"])["volumeMounts"]} >= {
         "/dev/shm",
@@ -166,7 +168,7 @@ def test_the_ingress_of_a_fleet_is_the_base_with_other_words(rendered: dict[str,
     assert budget.items() <= cluster["workerGroupSpecs"][0]["template"]["metadata"]["labels"].items()
 
 
-def test_pods_are_locked_down_and_told_of_their_end() -> None:
+def test_pods_are_locked_down_and_have_time_to_drain() -> None:
     for name, manifest in committed():
         if manifest["kind"] not in WORKLOADS or name.split(":")[0] in patches():
             continue
@@ -184,14 +186,14 @@ def test_pods_are_locked_down_and_told_of_their_end() -> None:
     (deployment,) = documents((KUBERNETES / "base" / "deployment.yaml").read_text())
     (settings,) = documents((KUBERNETES / "base" / "configmap.yaml").read_text())
     probes = _container(deployment)
-    forgetting = probes["lifecycle"]["preStop"]["sleep"]["seconds"]
-    needed = forgetting + int(settings["data"]["NEURONLENS_DRAIN_SECONDS"])
+    before_stop = probes["lifecycle"]["preStop"]["sleep"]["seconds"]
+    needed = before_stop + int(settings["data"]["NEURONLENS_DRAIN_SECONDS"])
     assert deployment["spec"]["template"]["spec"]["terminationGracePeriodSeconds"] >= needed + 5
     assert probes["readinessProbe"]["httpGet"]["path"] == "/readyz"
     assert {probes[f"{kind}Probe"]["httpGet"]["path"] for kind in ("startup", "liveness")} == {"/livez"}
 
 
-def test_settings_are_real_and_no_secret_stands_there() -> None:
+def test_settings_exist_and_no_secret_is_committed() -> None:
     for _, manifest in committed():
         assert manifest["kind"] != "Secret"
         if manifest["kind"] == "ConfigMap":
@@ -202,7 +204,7 @@ def test_settings_are_real_and_no_secret_stands_there() -> None:
                 assert "value" not in each or "PASSWORD" not in each["name"]
 
 
-def test_the_autoscaler_and_the_adapter_mean_a_metric_that_is_served() -> None:
+def test_autoscaler_and_adapter_use_a_metric_of_the_server() -> None:
     (scaler,) = documents((KUBERNETES / "base" / "horizontalpodautoscaler.yaml").read_text())
     (adapter,) = documents((KUBERNETES / "monitoring" / "prometheus-adapter.yaml").read_text())
     (metric,) = [each["pods"]["metric"]["name"] for each in scaler["spec"]["metrics"]]
@@ -227,5 +229,5 @@ def test_images_are_pinned() -> None:
             assert "@sha256:" in _container(manifest)["image"], name
 
 
-def test_overlays_are_all_of_them() -> None:
+def test_every_overlay_is_tested() -> None:
     assert {each.parent.name for each in KUBERNETES.rglob("kustomization.yaml")} == {*OVERLAYS, "monitoring"}

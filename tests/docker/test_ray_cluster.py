@@ -1,4 +1,4 @@
-"""The RayCluster that KubeRay is given: its own schema, the pods in it, and what must be the same in several places."""
+"""The RayCluster fits KubeRay's schema, its pods fit Kubernetes', and values in several files are equal."""
 
 import copy
 import re
@@ -53,7 +53,7 @@ def _patched(file: Path, label: str) -> Manifest:
     return dict(only)
 
 
-def test_the_schema_is_one_and_the_cluster_keeps_it(cluster: Manifest) -> None:
+def test_cluster_fits_the_schema(cluster: Manifest) -> None:
     jsonschema.Draft202012Validator.check_schema(SCHEMA)
     jsonschema.validate(cluster, SCHEMA)
 
@@ -68,7 +68,7 @@ def test_the_schema_is_one_and_the_cluster_keeps_it(cluster: Manifest) -> None:
         (["rayVersion"], 2.6),
     ],
 )
-def test_a_wrong_cluster_is_noticed(cluster: Manifest, path: list[str | int], value: Any) -> None:
+def test_cluster_that_violates_the_schema_is_noticed(cluster: Manifest, path: list[str | int], value: Any) -> None:
     wrong = copy.deepcopy(cluster)
     place: Any = wrong["spec"]
     for step in path[:-1]:
@@ -79,20 +79,20 @@ def test_a_wrong_cluster_is_noticed(cluster: Manifest, path: list[str | int], va
 
 
 @pytest.mark.parametrize("name", ["head", "worker"])
-def test_its_pods_keep_kubernetes_schema_and_are_locked_down(cluster: Manifest, name: str) -> None:
+def test_pods_fit_the_schema_and_are_locked_down(cluster: Manifest, name: str) -> None:
     template = groups(cluster)[name]["template"]
     metadata = {"name": name, "labels": template["metadata"]["labels"]}
-    # the autoscaler is KubeRay's container beside the head, with what is said of it here
+    # KubeRay adds the autoscaler's container to the head, with these options
     options = cluster["spec"]["autoscalerOptions"]
-    beside = {key: options[key] for key in ("resources", "securityContext", "volumeMounts")}
+    autoscaler = {key: options[key] for key in ("resources", "securityContext", "volumeMounts")}
     containers = [container(groups(cluster)[name])]
-    containers += [{"name": "autoscaler", "image": "neuronlens", **beside}] if name == "head" else []
+    containers += [{"name": "autoscaler", "image": "neuronlens", **autoscaler}] if name == "head" else []
     pod = {**template["spec"], "containers": containers}
     check({"apiVersion": "v1", "kind": "Pod", "metadata": metadata, "spec": pod})
     assert pod["enableServiceLinks"] is False
     assert pod["securityContext"]["runAsNonRoot"] is True
     assert pod["securityContext"]["runAsUser"] == 10001
-    assert pod.get("automountServiceAccountToken", True) is (name == "head"), "only the autoscaler asks the API"
+    assert pod.get("automountServiceAccountToken", True) is (name == "head"), "only the autoscaler needs the API"
     volumes = {volume["name"] for volume in pod["volumes"]}
     for each in containers:
         assert each["securityContext"]["readOnlyRootFilesystem"] is True
@@ -102,19 +102,19 @@ def test_its_pods_keep_kubernetes_schema_and_are_locked_down(cluster: Manifest, 
         mounted = {mount["mountPath"]: mount["name"] for mount in each["volumeMounts"]}
         assert "/tmp" in mounted
         assert set(mounted.values()) <= volumes
-    # KubeRay's own probes call wget, which the image has not
+    # KubeRay's default probes call wget, which the image does not have
     assert {"readinessProbe", "livenessProbe"} <= containers[0].keys()
     assert pod["terminationGracePeriodSeconds"] >= 30 + 15, "a node drains for up to 30 s"
 
 
-def test_nobody_gets_in_without_the_token(cluster: Manifest) -> None:
+def test_cluster_needs_a_token_and_clients_have_it(cluster: Manifest) -> None:
     assert cluster["spec"]["authOptions"] == {"mode": "token"}
     for each in (ingress(), fit()):
         (token,) = [variable for variable in each["env"] if variable["name"] == "RAY_AUTH_TOKEN"]
         assert token["valueFrom"]["secretKeyRef"] == {"name": cluster["metadata"]["name"], "key": "auth_token"}
 
 
-def test_what_stands_in_several_places_is_the_same(cluster: Manifest) -> None:
+def test_values_in_several_files_are_equal(cluster: Manifest) -> None:
     pinned = re.search(r"^ray==(.+)$", (ROOT / "constraints.txt").read_text(), re.MULTILINE)
     assert pinned is not None
     assert cluster["spec"]["rayVersion"] == pinned[1]
@@ -127,7 +127,7 @@ def test_what_stands_in_several_places_is_the_same(cluster: Manifest) -> None:
     assert cpus == container(worker)["resources"]["limits"]["cpu"]
     assert cpus == argument(ingress()["args"], "--threads") == argument(fit()["args"], "--threads")
     assert int(argument(ingress()["args"], "--max-replicas")) == worker["maxReplicas"]
-    assert groups(cluster)["head"]["rayStartParams"]["num-cpus"] == "0", "an engine there would end with the head"
+    assert groups(cluster)["head"]["rayStartParams"]["num-cpus"] == "0", "the head must not run engines"
     for name, group in groups(cluster).items():
         assert group["template"]["metadata"]["labels"] == {NODE: name}
         shm = next(each for each in group["template"]["spec"]["volumes"] if each["name"] == "shm")
@@ -139,7 +139,7 @@ def test_what_stands_in_several_places_is_the_same(cluster: Manifest) -> None:
     assert images[0] == images[1]
 
 
-def test_ray_s_ports_are_for_ray_s_nodes_only() -> None:
+def test_only_ray_nodes_reach_the_ports_of_ray() -> None:
     policies = {each["metadata"]["name"]: each["spec"] for each in documents((RAY / "networkpolicy.yaml").read_text())}
     nodes = {"podSelector": {"matchExpressions": [{"key": NODE, "operator": "Exists"}]}}
     assert {"podSelector": policies["neuronlens-ray"]["podSelector"]} == nodes
@@ -154,21 +154,23 @@ def test_ray_s_ports_are_for_ray_s_nodes_only() -> None:
     (_, workers) = redis["spec"]["ingress"][0]["from"]
     assert workers == {"podSelector": {"matchLabels": {NODE: "worker"}}}
     (reaching,) = policies["neuronlens-ray-store"]["podSelector"]["matchExpressions"]
-    assert reaching["values"] == ["worker", "fit"], "a fit is let in by its name"
+    assert reaching["values"] == ["worker", "fit"], "Redis admits a fit by its name"
 
 
-def test_the_monitoring_reaches_the_engines_metrics_and_nothing_else_of_ray(cluster: Manifest) -> None:
+def test_monitoring_reaches_only_the_metrics_of_engines(cluster: Manifest) -> None:
     policies = {each["metadata"]["name"]: each["spec"] for each in documents((RAY / "networkpolicy.yaml").read_text())}
-    (told,) = [each["value"] for each in ingress()["env"] if each["name"] == "NEURONLENS_REPLICA_METRICS_PORT"]
+    (setting,) = [each["value"] for each in ingress()["env"] if each["name"] == "NEURONLENS_REPLICA_METRICS_PORT"]
     (port,) = [each for each in container(groups(cluster)["worker"])["ports"] if each["name"] == "engine-metrics"]
-    let_in = policies["neuronlens-ray-metrics"]
-    (rule,) = let_in["ingress"]
+    policy = policies["neuronlens-ray-metrics"]
+    (rule,) = policy["ingress"]
     (ports,) = rule["ports"]
-    assert let_in["podSelector"] == {"matchLabels": {NODE: "worker"}}
-    assert int(told) == port["containerPort"] == ports["port"]
-    assert ports["endPort"] < 8080, "Ray's own begin there"
+    assert policy["podSelector"] == {"matchLabels": {NODE: "worker"}}
+    assert int(setting) == port["containerPort"] == ports["port"]
+    assert ports["endPort"] < 8080, "Ray's own ports begin at 8080"
     (base,) = documents((KUBERNETES / "base" / "networkpolicy.yaml").read_text())
-    assert rule["from"] in [each["from"] for each in base["spec"]["ingress"]], "as for the service's metrics"
+    assert rule["from"] in [each["from"] for each in base["spec"]["ingress"]], (
+        "the same sources as for the service's metrics"
+    )
     (scraped,) = documents((KUBERNETES / "monitoring" / "scrapeconfig.yaml").read_text())
     (service,) = documents((KUBERNETES / "base" / "service.yaml").read_text())
     (found,) = scraped["spec"]["httpSDConfigs"]

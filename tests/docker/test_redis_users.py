@@ -1,4 +1,4 @@
-"""The committed users of Redis, on a Redis 7 of the system: each may do its work, and nothing else."""
+"""The committed Redis users on a Redis 7 of the system: each can do its work, and nothing else."""
 
 import time
 from collections.abc import Callable, Iterator
@@ -26,7 +26,7 @@ Client = Callable[[str], redis.Redis]
 
 @pytest.fixture
 def client(store_server: Store, tmp_path: Path) -> Iterator[Client]:
-    """`client("operator")`: as a process with that user's password has it."""
+    """`client("operator")`: a client with that user's password."""
     opened: list[redis.Redis] = []
 
     def open_(user: str) -> redis.Redis:
@@ -38,7 +38,7 @@ def client(store_server: Store, tmp_path: Path) -> Iterator[Client]:
         each.close()
 
 
-def test_the_operator_does_all_that_the_store_can(client: Client, tmp_path: Path) -> None:
+def test_operator_can_do_everything_with_the_store(client: Client, tmp_path: Path) -> None:
     store = RangeStore(client("operator"), "news")
     range_set, inspect = random_range_set(1)
     published = store.publish(range_set, inspect)
@@ -57,13 +57,13 @@ def test_the_operator_does_all_that_the_store_can(client: Client, tmp_path: Path
     assert [each.id for each in store.list()] == [published]
     assert store.read_inspect(published, next(iter(range_set.layers))) is not None
     assert list(store.client.scan_iter("neuronlens:rangesets:*")) == [b"neuronlens:rangesets:news"]
-    # API keys are one document, changed by a script
+    # API keys are one document that a script changes
     put = store.client.register_script("return redis.call('SET', KEYS[1], ARGV[1])")
     put(["neuronlens:keys"], ["{}"])
     assert client("service").get("neuronlens:keys") == b"{}"
 
 
-def test_the_service_serves_toggles_and_follows_but_publishes_nothing(client: Client) -> None:
+def test_service_toggles_and_follows_but_cannot_publish(client: Client) -> None:
     operator = RangeStore(client("operator"), "news")
     range_set, inspect = random_range_set(1)
     published = operator.publish(range_set, inspect)
@@ -80,12 +80,12 @@ def test_the_service_serves_toggles_and_follows_but_publishes_nothing(client: Cl
             until(lambda replicas=replicas: not replicas.read().missing(store.live().generation))
             assert [each.name for each in replicas.read().replicas] == [replica]
 
-        def hinted() -> bool:  # the first hints may come before it has subscribed
+        def notified() -> bool:  # the mirror may not have subscribed yet at the first change
             soon = time.time() + 3600
             operator.set_erasure(LiveErasure(erasure=Erasure(concept=range_set.concepts[0]), expires_at=soon))
             return mirror.snapshot is not None and bool(mirror.snapshot.live.erasures)
 
-        until(hinted)
+        until(notified)
         assert mirror.problem is None
         store.expire(time.time() + 7200)
         store.set_erasures([LiveErasure(erasure=Erasure(concept=range_set.concepts[1]))], by="key:someone")
@@ -105,75 +105,76 @@ def test_the_service_serves_toggles_and_follows_but_publishes_nothing(client: Cl
             put([key], ["{}"])
         with pytest.raises(redis.exceptions.NoPermissionError):
             store.client.set(key, "{}")
-    assert operator.read(published).layers.keys() == range_set.layers.keys(), "nothing was harmed"
+    assert operator.read(published).layers.keys() == range_set.layers.keys(), "the range set is intact"
 
 
 REFUSED: dict[str, tuple[Any, ...]] = {
-    "empty it": ("FLUSHALL",),
+    "empty all databases": ("FLUSHALL",),
     "empty one database": ("FLUSHDB",),
-    "reconfigure it": ("CONFIG", "SET", "appendonly", "no"),
-    "read its configuration": ("CONFIG", "GET", "*"),
+    "change the configuration": ("CONFIG", "SET", "appendonly", "no"),
+    "read the configuration": ("CONFIG", "GET", "*"),
     "list all keys": ("KEYS", "*"),
-    "stop it": ("SHUTDOWN", "NOSAVE"),
-    "look into it": ("DEBUG", "OBJECT", "neuronlens:live:news"),
-    "listen to everybody": ("MONITOR",),
-    "make users": ("ACL", "SETUSER", "me", "on", "nopass", "+@all", "~*"),
-    "see users": ("ACL", "LIST"),
-    "make it a copy of another": ("REPLICAOF", "192.0.2.1", "6379"),
-    "load code": ("MODULE", "LOAD", "/tmp/evil.so"),
-    "see others' connections": ("CLIENT", "LIST"),
-    "close others' connections": ("CLIENT", "KILL", "TYPE", "normal"),
+    "shut it down": ("SHUTDOWN", "NOSAVE"),
+    "debug objects": ("DEBUG", "OBJECT", "neuronlens:live:news"),
+    "monitor all commands": ("MONITOR",),
+    "create users": ("ACL", "SETUSER", "me", "on", "nopass", "+@all", "~*"),
+    "list users": ("ACL", "LIST"),
+    "make it a replica of another": ("REPLICAOF", "192.0.2.1", "6379"),
+    "load a module": ("MODULE", "LOAD", "/tmp/evil.so"),
+    "list connections": ("CLIENT", "LIST"),
+    "close connections": ("CLIENT", "KILL", "TYPE", "normal"),
     "run any script": ("EVAL", "return 1", "0"),
     "read other keys": ("GET", "session:42"),
     "write other keys": ("SET", "session:42", "x"),
-    "remove its own keys one by one": ("DEL", "neuronlens:live:news"),
-    "tell other channels": ("PUBLISH", "__keyspace@0__:x", "x"),
-    "hear other channels": ("SUBSCRIBE", "news"),
+    "delete its own keys": ("DEL", "neuronlens:live:news"),
+    "publish to other channels": ("PUBLISH", "__keyspace@0__:x", "x"),
+    "subscribe to other channels": ("SUBSCRIBE", "news"),
 }
 
 
-@pytest.mark.parametrize("what", REFUSED)
+@pytest.mark.parametrize("action", REFUSED)
 @pytest.mark.parametrize("user", ["service", "operator", "monitor"])
-def test_nobody_may(store_server: Store, user: str, what: str) -> None:
-    refused = "no permissions|not allowed|permissions to"  # by the user's rules, or by the configuration for everybody
-    with redis.Redis.from_url(store_server.url(user)) as each, pytest.raises(redis.ResponseError, match=refused):
-        each.execute_command(*REFUSED[what])
+def test_no_user_can(shared_store_server: Store, user: str, action: str) -> None:
+    refusal = "no permissions|not allowed|permissions to"  # of the user's rules, or of the configuration
+    with redis.Redis.from_url(shared_store_server.url(user)) as each, pytest.raises(redis.ResponseError, match=refusal):
+        each.execute_command(*REFUSED[action])
 
 
-def test_a_script_reaches_no_other_keys(client: Client) -> None:
-    for user in ("service", "operator"):
-        sneak = client(user).register_script("return redis.call('SET', ARGV[1], 'x')")
+@pytest.mark.parametrize("user", ["service", "operator"])
+def test_script_cannot_access_other_keys(shared_store_server: Store, user: str) -> None:
+    with redis.Redis.from_url(shared_store_server.url(user)) as each:
+        script = each.register_script("return redis.call('SET', ARGV[1], 'x')")
         with pytest.raises(redis.ResponseError, match="can't access"):
-            sneak(["neuronlens:live:news"], ["session:42"])
+            script(["neuronlens:live:news"], ["session:42"])
 
 
-def test_who_does_not_log_in_is_refused(store_server: Store) -> None:
-    where = f"127.0.0.1:{store_server.port}/0"
-    with redis.Redis.from_url(f"redis://{where}") as nobody, pytest.raises(redis.AuthenticationError):
+def test_login_is_required(shared_store_server: Store) -> None:
+    address = f"127.0.0.1:{shared_store_server.port}/0"
+    with redis.Redis.from_url(f"redis://{address}") as nobody, pytest.raises(redis.AuthenticationError):
         nobody.ping()
-    for wrong in (f"redis://default:x@{where}", f"redis://service:{PASSWORDS['operator']}@{where}"):
+    for wrong in (f"redis://default:x@{address}", f"redis://service:{PASSWORDS['operator']}@{address}"):
         with redis.Redis.from_url(wrong) as nobody, pytest.raises(redis.AuthenticationError):
             nobody.ping()
-    with redis.Redis.from_url(store_server.url("monitor")) as monitor:
+    with redis.Redis.from_url(shared_store_server.url("monitor")) as monitor:
         assert monitor.ping()
         assert monitor.info("persistence")["aof_enabled"] == 1
 
 
-def test_passwords_are_kept_as_hashes_only(store_server: Store) -> None:
-    written = (store_server.directory / "users.acl").read_text()
-    assert "@" not in written.replace("+@", ""), "every password was put in"
+def test_passwords_are_stored_as_hashes_only(shared_store_server: Store) -> None:
+    written = (shared_store_server.directory / "users.acl").read_text()
+    assert "@" not in written.replace("+@", ""), "a password was not filled in"
     committed = (DOCKER / "redis" / "users.acl").read_text()
     for password in PASSWORDS.values():
         assert password not in written + committed
-    assert (store_server.directory / "users.acl").stat().st_mode & 0o077 == 0
+    assert (shared_store_server.directory / "users.acl").stat().st_mode & 0o077 == 0
 
 
-def test_an_acknowledged_toggle_outlives_kill_9(store_server: Store, client: Client) -> None:
+def test_acknowledged_toggle_survives_sigkill(store_server: Store, client: Client) -> None:
     range_set, inspect = random_range_set(1)
     operator = RangeStore(client("operator"), "news")
     operator.activate(operator.publish(range_set, inspect))
     store = RangeStore(client("service"), "news")
-    for turn in range(5):
+    for turn in range(2):
         acknowledged = store.set_erasure(LiveErasure(erasure=Erasure(concept=range_set.concepts[0], tau=1.0 + turn)))
         store_server.kill()
         store_server.start()

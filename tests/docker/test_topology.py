@@ -1,5 +1,7 @@
-"""What docker-compose.yml describes, as plain processes: its own commands and environment, with only the names of hosts
-and the places of directories put in other words; from an empty store to a toggle that changes an answer."""
+"""The services of docker-compose.yml as plain processes, from an empty store to an erasure that changes an answer.
+
+Commands and environment are those of the file; only hosts, ports and directories are replaced.
+"""
 
 import os
 import signal
@@ -13,17 +15,18 @@ from typing import Any
 import httpx
 import pytest
 
-from tests.docker.conftest import DOCKER, PASSWORDS, ROOT, Store
+from tests.docker.conftest import DOCKER, PASSWORDS, Store
 from tests.docker.image import health_check, variables
-from tests.docker.test_compose import MAIN, configured, seconds
+from tests.docker.test_compose import MAIN, configured
 from tests.ports import free_port
+from tests.processes import Running
 from tests.range_store.waiting import until
 from tests.workers.checkpoints import save_tiny
 from tests.workers.texts import labelled_texts, write_jsonl
 
 pytestmark = pytest.mark.system
 
-SOON = 120.0
+TIMEOUT = 120.0
 TEXT = "The striker scored twice in extra time."
 
 
@@ -43,42 +46,38 @@ class Topology:
         self.ports = {"8000": str(free_port()), "8001": str(free_port())}
         self.url, self.metrics = (f"http://127.0.0.1:{self.ports[port]}" for port in ("8000", "8001"))
 
-    def start(self, name: str, *arguments: str) -> subprocess.Popen[str]:
-        """A service's process; `arguments` stand for its command, as in `docker compose run`."""
+    def start(self, name: str, *arguments: str) -> Running:
+        """Start a service's process; `arguments` replace its command, as in `docker compose run`."""
         service = self.services[name]
-        entry = self._there(service.get("entrypoint") or ["neuronlens"])
-        command = [*entry, *(arguments or self._there(service["command"]))]
-        process = subprocess.Popen(
-            [sys.executable, "-c", "from app.cli import main; main()", *command[1:]],
-            env=self.environment(name),
-            stdout=subprocess.PIPE,
-            stderr=(self.directory / f"{name}.log").open("a"),
-            text=True,
-            cwd=self.directory,
-        )
-        self._stack.callback(process.wait)
-        self._stack.callback(process.kill)
-        return process
+        entry = self._replaced(service.get("entrypoint") or ["neuronlens"])
+        assert entry[0] == "neuronlens"
+        command = [*entry[1:], *(arguments or self._replaced(service["command"]))]
+        code = f"import os; os.chdir({str(self.directory)!r})"
+        running = Running(command, environment=self.environment(name), code=code)
+        self._stack.callback(running.kill)
+        return running
 
     def run(self, name: str, *arguments: str) -> str:
-        """What a one-shot service prints."""
-        process = self.start(name, *arguments)
-        output, _ = process.communicate(timeout=SOON)
-        assert process.returncode == 0, (self.directory / f"{name}.log").read_text()
-        return output
+        """Run a one-shot service; returns its output."""
+        running = self.start(name, *arguments)
+        assert running.end() == 0, running.stderr
+        return "".join(running.stdout)
 
     def environment(self, name: str) -> dict[str, str]:
-        """The image's variables, then the service's, as Docker has it; and what Python needs to find this project."""
-        within = variables() | {key: str(value) for key, value in self.services[name]["environment"].items()}
-        there = dict(zip(within, self._there(list(within.values())), strict=True))
-        return there | {"PATH": os.environ["PATH"], "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+        """The variables of the image and of the service, as Docker combines them."""
+        combined = variables() | {key: str(value) for key, value in self.services[name]["environment"].items()}
+        replaced = dict(zip(combined, self._replaced(list(combined.values())), strict=True))
+        return replaced | {"PATH": os.environ["PATH"], "OMP_NUM_THREADS": "1"}
 
-    def _there(self, words: list[str]) -> list[str]:
-        moved = {"/data": str(self.directory / "data"), "/files": str(self.directory / "files")}
-        moved |= {"redis:6379": f"127.0.0.1:{self.store.port}", "0.0.0.0": "127.0.0.2"}  # loopback, but not by name
+    def _replaced(self, words: list[str]) -> list[str]:
+        replacements = {"/data": str(self.directory / "data"), "/files": str(self.directory / "files")}
+        replacements |= {
+            "redis:6379": f"127.0.0.1:{self.store.port}",
+            "0.0.0.0": "127.0.0.2",
+        }  # loopback, but not `localhost`
         found = []
         for word in words:
-            for before, after in moved.items():
+            for before, after in replacements.items():
                 word = word.replace(before, after)
             found.append(self.ports.get(word, word))
         return found
@@ -98,53 +97,52 @@ def topology(tmp_path: Path) -> Iterator[Topology]:
         yield Topology(tmp_path, stack)
 
 
-def test_from_an_empty_store_to_an_erasure(topology: Topology) -> None:
+def test_compose_services_work_together(topology: Topology) -> None:
     url, metrics = (each.replace("127.0.0.1", "127.0.0.2") for each in (topology.url, topology.metrics))
     assert _redis_is_healthy(topology)
     service = topology.start("service")
-    until(lambda: _lives(service, topology) and topology.healthy(), SOON)
+    until(lambda: _alive(service) and topology.healthy(), TIMEOUT)
     assert httpx.get(f"{url}/readyz").status_code == 503, "nothing is fitted yet"
     assert httpx.get(f"{url}/v1/models").json()["code"] == "keys_unavailable"
 
     token = topology.run("cli", "keys", "create", "admin", "--scope", "admin").strip()
     topology.run("fit")
-    until(lambda: httpx.get(f"{url}/readyz").status_code == 200, SOON)
-    until(lambda: httpx.get(f"{url}/v1/models").status_code == 401, SOON)
+    until(lambda: httpx.get(f"{url}/readyz").status_code == 200, TIMEOUT)
+    until(lambda: httpx.get(f"{url}/v1/models").status_code == 401, TIMEOUT)
 
     with httpx.Client(base_url=url, headers={"Authorization": f"Bearer {token}"}, timeout=30) as http:
         before = _classified(http)
         assert before["erasure"]["concepts"] == []
-        # by the operator's command, on the store
+        # the operator's command changes the store
         topology.run("cli", "erase", "on", "Sports", "--top-fraction", "1.0", "--reason", "a trial")
-        until(lambda: _classified(http)["erasure"]["concepts"] == ["Sports"], SOON)
+        until(lambda: _classified(http)["erasure"]["concepts"] == ["Sports"], TIMEOUT)
         after = _classified(http)
         assert after["results"][0]["masked_neurons"] > 0
         assert after["results"][0]["scores"] != before["results"][0]["scores"]
-        # by the service's own user, over HTTP
+        # the service's user changes it over HTTP
         assert http.delete("/v1/erasures/Sports").status_code == 200
         assert _classified(http)["results"] == before["results"]
         switched = http.put("/v1/erasures/World", json={"top_fraction": 1.0})
         assert switched.status_code == 200
-        # an acknowledged toggle is not lost with Redis
+        # an acknowledged change survives the end of Redis
         topology.store.kill()
         topology.store.start()
-        until(lambda: httpx.get(f"{url}/readyz").json().get("checks", {}).get("store") is True, SOON)
+        until(lambda: httpx.get(f"{url}/readyz").json().get("checks", {}).get("store") is True, TIMEOUT)
         assert _classified(http)["erasure"]["generation"] == switched.json()["generation"]
         assert _classified(http)["erasure"]["concepts"] == ["World"]
 
-    assert httpx.get(f"{url}/metrics").status_code == 404, "metrics are on their own port only"
+    assert httpx.get(f"{url}/metrics").status_code == 404, "metrics have their own port"
     assert "neuronlens_queue_tokens" in httpx.get(f"{metrics}/metrics").text
     listed = topology.run("cli", "keys", "list")
     assert "admin" in listed
     assert token not in listed
-    service.send_signal(signal.SIGTERM)
-    grace = seconds(topology.services["service"]["stop_grace_period"])
-    assert service.wait(grace) == 0, "before Docker would kill it"
-    logs = (topology.directory / "service.log").read_text()
+    service.process.send_signal(signal.SIGTERM)
+    assert service.end() == 0
+    logs = "".join(service.stderr)
     for secret in (*PASSWORDS.values(), token, TEXT):
         assert secret not in logs
     assert "NOPERM" not in logs
-    assert "ACL" not in logs, "the service's user may do all that the service does"
+    assert "ACL" not in logs, "the service's user has every permission that it needs"
 
 
 def _classified(http: httpx.Client) -> dict[str, Any]:
@@ -153,21 +151,21 @@ def _classified(http: httpx.Client) -> dict[str, Any]:
     return dict(answer.json())
 
 
-def _lives(process: subprocess.Popen[str], topology: Topology) -> bool:
-    assert process.poll() is None, (topology.directory / "service.log").read_text()
+def _alive(running: Running) -> bool:
+    assert running.process.poll() is None, running.stderr
     return True
 
 
 def _redis_is_healthy(topology: Topology) -> bool:
-    """The compose file's own check, told the port."""
+    """Run the health check of the compose file; a wrong password fails it."""
     kind, test = topology.services["redis"]["healthcheck"]["test"]
     assert kind == "CMD-SHELL"
     command = test.replace("$$", "$").replace("redis-cli", f"redis-cli -p {topology.store.port}")
     environment = topology.services["redis"]["environment"] | {"PATH": "/usr/bin:/bin"}
     wrong = environment | {"REDIS_MONITOR_PASSWORD": "wrong"}
-    right, refused = (
+    right, wrong_password = (
         subprocess.run(["/bin/sh", "-c", command], env=each, capture_output=True).returncode
         for each in (environment, wrong)
     )
-    assert refused != 0
+    assert wrong_password != 0
     return right == 0

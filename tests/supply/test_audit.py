@@ -1,4 +1,4 @@
-"""What `make audit` finds, and what it says where it could not look."""
+"""`make audit` finds secrets and vulnerable packages, and says if it could not look."""
 
 import json
 import runpy
@@ -18,7 +18,7 @@ def audit() -> dict[str, Any]:
     return runpy.run_path(str(ROOT / ".ci" / "audit.py"))
 
 
-def test_a_secret_that_git_tracks_is_found(audit: dict[str, Any], tmp_path: Path) -> None:
+def test_tracked_secret_is_found(audit: dict[str, Any], tmp_path: Path) -> None:
     key = f"nl_{secrets.token_hex(4)}_{secrets.token_urlsafe(32)}"
     planted = {
         "app/settings.py": f'API_KEY = "{key}"\n',
@@ -42,14 +42,19 @@ def test_a_secret_that_git_tracks_is_found(audit: dict[str, Any], tmp_path: Path
     found = audit["secrets"](tmp_path)
     assert {place.split(":")[0] for place in found} == set(planted)
     assert "docs/notes.md:3: NeuronLens key" in found
-    assert not any(key in place or "tr0ub4dor" in place for place in found), "a finding is no second copy"
+    assert not any(key in place or "tr0ub4dor" in place for place in found), "a finding does not repeat the secret"
 
 
-def test_a_report_that_audited_nothing_is_not_taken_for_a_good_one(audit: dict[str, Any]) -> None:
-    """As pip-audit writes them, with exit code 0 and "No known vulnerabilities found" where a service has no answer."""
-    away = {"dependencies": [{"name": "torch", "skip_reason": "Dependency not found on PyPI and could not be audited"}]}
-    assert audit["verdict"](away) == ([], ["torch"], 0)
-    good = {"dependencies": [{"name": "jinja2", "version": "3.1.6", "vulns": []}, *away["dependencies"]], "fixes": []}
+def test_report_without_audited_packages_is_not_a_success(audit: dict[str, Any]) -> None:
+    """pip-audit exits with 0 and "No known vulnerabilities found" if the advisory service does not answer."""
+    unknown = {
+        "dependencies": [{"name": "torch", "skip_reason": "Dependency not found on PyPI and could not be audited"}]
+    }
+    assert audit["verdict"](unknown) == ([], ["torch"], 0)
+    good = {
+        "dependencies": [{"name": "jinja2", "version": "3.1.6", "vulns": []}, *unknown["dependencies"]],
+        "fixes": [],
+    }
     assert audit["verdict"](good) == ([], ["torch"], 1)
     known = {"id": "PYSEC-2021-66", "fix_versions": ["2.11.3"], "aliases": [], "description": ""}
     bad = {"dependencies": [{"name": "jinja2", "version": "2.11.2", "vulns": [known]}]}
@@ -68,9 +73,9 @@ def test_a_report_that_audited_nothing_is_not_taken_for_a_good_one(audit: dict[s
             "t 1: X (fixed in no version yet)",
         ),
     ],
-    ids=["nothing known to it", "unreachable", "good", "vulnerable"],
+    ids=["no package known", "unreachable", "good", "vulnerable"],
 )
-def test_an_audit_that_was_not_done_says_so_and_a_bad_one_fails(
+def test_missing_audit_is_reported_and_a_vulnerability_fails(
     audit: dict[str, Any], tmp_path: Path, capsys: pytest.CaptureFixture[str], prints: str, code: int, says: str
 ) -> None:
     stand_in = tmp_path / "pip-audit"

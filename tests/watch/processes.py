@@ -1,9 +1,7 @@
-"""The processes of a run: a Redis of the system, and replicas of the service that one can hurt."""
+"""Processes that a test can break: a Redis of the system, and replicas of the service."""
 
-import os
 import signal
 import subprocess
-import sys
 from pathlib import Path
 
 import httpx
@@ -12,20 +10,14 @@ import redis
 
 from range_store.store import RangeStore
 from tests.ports import free_port
-from tests.processes import answers
+from tests.processes import Running, answers
 from tests.range_store.waiting import until
 
 NAME = "watched"
-SERVE = """
-import sys
-from app import cli
-sys.exit(cli.run(["serve"]))
-"""
-SERVE_A_MODEL_THAT_FAILS_ON_LONG_TEXTS = """
-import sys
+FAIL_ON_LONG_TEXTS = """
 import app.wiring
-opened = app.wiring.open_service
 from contextlib import contextmanager
+opened = app.wiring.open_service
 @contextmanager
 def open_service(settings):
     with opened(settings) as service:
@@ -37,11 +29,9 @@ def open_service(settings):
         service.engine._forward = failing
         yield service
 app.wiring.open_service = open_service
-from app import cli
-sys.exit(cli.run(["serve"]))
 """
-SERVE_A_FLEET_THAT_LOSES_REQUESTS = """
-import os, sys
+LOSE_REQUESTS = """
+import os
 from workers.cluster.fleet import Fleet
 from workers.engine.errors import ReplicaLost
 remote = Fleet._remote
@@ -50,22 +40,17 @@ async def losing(self, method, *arguments, **named):
         raise ReplicaLost("as if it was killed")
     return await remote(self, method, *arguments, **named)
 Fleet._remote = losing
-from app import cli
-sys.exit(cli.run(["serve"]))
 """
-LONG = "the keeper saved a penalty and " * 40
+LONG_TEXT = "the keeper saved a penalty and " * 40
 
 
 class Redis:
-    """A redis-server process, which has every acknowledged change when it is started again.
-
-    Each replica has a user of its own.
-    """
+    """A redis-server process that keeps acknowledged changes across restarts; each replica has its own user."""
 
     def __init__(self, directory: Path) -> None:
         binary = Path("/usr/bin/redis-server")
         if not binary.exists():
-            pytest.skip("no redis-server on this machine")
+            pytest.skip("redis-server is not installed")
         self._directory, self.port = directory, free_port()
         self._command = [binary, "--port", str(self.port), "--bind", "127.0.0.1", "--dir", directory, "--save", ""]
         self._command += ["--appendonly", "yes", "--appendfsync", "no", "--loglevel", "warning"]
@@ -78,12 +63,13 @@ class Redis:
             self.process = subprocess.Popen(self._command, stdout=log, stderr=log)
         until(lambda: answers(self.client), 60)
 
-    def let_in(self, user: str, *, in_: bool) -> None:
-        """Let a user in, or throw it out and close its connections."""
-        state = ["on", "nopass", "~*", "&*", "+@all"] if in_ else ["off"]
-        self.client.execute_command("ACL", "SETUSER", user, *state)
-        if not in_:
-            self.client.execute_command("CLIENT", "KILL", "USER", user)
+    def allow(self, user: str) -> None:
+        self.client.execute_command("ACL", "SETUSER", user, "on", "nopass", "~*", "&*", "+@all")
+
+    def deny(self, user: str) -> None:
+        """Disable a user and close its connections."""
+        self.client.execute_command("ACL", "SETUSER", user, "off")
+        self.client.execute_command("CLIENT", "KILL", "USER", user)
 
     def kill(self) -> None:
         self.process.kill()
@@ -91,16 +77,19 @@ class Redis:
 
 
 class Replica:
-    """A `neuronlens serve` process on a fixed port, as a user of its own in Redis."""
+    """A `neuronlens serve` process on a fixed port, with its own user in Redis.
+
+    Args:
+        code: Python that the process runs first, to break something in it.
+    """
 
     def __init__(
-        self, user: str, model: Path, store: Redis, directory: Path, *, script: str, **settings: object
+        self, user: str, model: Path, store: Redis, directory: Path, *, code: str = "", **settings: object
     ) -> None:
         self.target = f"127.0.0.1:{free_port()}"
-        self._script = script
-        self._log = directory / f"{user}.log"
-        store.let_in(user, in_=True)
-        given = {
+        self._code = code
+        store.allow(user)
+        values = {
             "model": model,
             "name": NAME,
             "host": "127.0.0.1",
@@ -113,20 +102,16 @@ class Replica:
             "watched_batches": 0.5,
             **settings,
         }
-        kept = {name: value for name, value in os.environ.items() if not name.startswith("NEURONLENS_")}
-        self._environment = kept | {f"NEURONLENS_{name.upper()}": str(value) for name, value in given.items()}
+        self._environment = {f"NEURONLENS_{name.upper()}": str(value) for name, value in values.items()}
         self.http = httpx.Client(base_url=f"http://{self.target}", timeout=300, trust_env=False)
         self.start()
 
     def start(self) -> None:
-        with self._log.open("a") as log:
-            self.process = subprocess.Popen(
-                [sys.executable, "-c", self._script], env=self._environment, stdout=log, stderr=log
-            )
+        self.running = Running(["serve"], environment=self._environment, code=self._code)
 
     @property
     def alive(self) -> bool:
-        assert self.process.poll() is None, self._log.read_text("utf-8")[-3000:]
+        assert self.running.process.poll() is None, self.running.stderr[-30:]
         try:
             return self.http.get("/livez").status_code == 200
         except httpx.HTTPError:
@@ -137,13 +122,14 @@ class Replica:
         return self.alive and self.http.get("/readyz").status_code == 200
 
     def classify(self, inputs: object, timeout: str | None = None, **fields: object) -> int:
-        """Ask; gives the status."""
+        """Classify; returns the status code."""
         headers = {} if timeout is None else {"X-Request-Timeout": timeout}
         return self.http.post("/v1/classify", json={"inputs": inputs, **fields}, headers=headers).status_code
 
-    def signal(self, which: signal.Signals) -> None:
-        self.process.send_signal(which)
+    def stop(self) -> None:
+        """End it by SIGTERM."""
+        self.running.process.send_signal(signal.SIGTERM)
+        self.running.end()
 
     def kill(self) -> None:
-        self.process.kill()
-        self.process.wait()
+        self.running.kill()

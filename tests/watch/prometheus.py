@@ -1,4 +1,4 @@
-"""Debian's Prometheus and promtool, and the committed configuration, mapped to seconds where a test cannot wait."""
+"""Debian's Prometheus and promtool with the committed configuration, in which minutes become seconds."""
 
 import json
 import re
@@ -21,40 +21,39 @@ RULES = CONFIG / "rules.yml"
 DASHBOARDS = sorted((ROOT / "docker" / "grafana" / "dashboards").glob("*.json"))
 
 WINDOWS = {"[5m]": "[5s]", "[10m]": "[10s]", "[30m]": "[8s]", "[1h]": "[8s]", "[6h]": "[15s]"}
-"""Windows of the rules, and what stands for them where a minute is a second."""
-QUICKER = {
+"""Windows of the rules, and their replacements in tests."""
+QUICK_THRESHOLDS = {
     "NeuronLensSnapshotOld": ("> 60", "> 2"),
     "NeuronLensRestarting": ("[30m]) > 2", "[5m]) > 0"),
 }
-"""Alerts whose threshold is a time or a number of deaths that a test does not wait for."""
+"""Alerts whose threshold is a time or a number of restarts that a test does not wait for."""
 
 
 def binary(name: str) -> str:
-    """Where a program of Debian's package `prometheus` lies; the test is skipped where it is not installed."""
+    """Path of a program of Debian's package `prometheus`; the test is skipped if it is not installed."""
     found = shutil.which(name)
     if found is None:
-        pytest.skip(f"no {name} on this machine")
+        pytest.skip(f"{name} is not installed")
     return found
 
 
 def promtool(*arguments: object, stdin: str | None = None) -> subprocess.CompletedProcess[str]:
-    """Run promtool; its exit code and what it said."""
     command = [binary("promtool"), *map(str, arguments)]
-    return subprocess.run(command, input=stdin, capture_output=True, text=True, timeout=60)
+    return subprocess.run(command, input=stdin, capture_output=True, text=True, timeout=300)
 
 
 def rules(kind: str) -> dict[str, dict[str, Any]]:
-    """The committed rules of a kind ("alert", "record"), by name."""
+    """The committed rules of a kind ("alert" or "record") by name."""
     groups = yaml.safe_load(RULES.read_text("utf-8"))["groups"]
     return {rule[kind]: rule for group in groups for rule in group["rules"] if kind in rule}
 
 
 def quick(rule: dict[str, Any]) -> dict[str, Any]:
-    """A committed rule with windows and waits of seconds; nothing else of it changes."""
+    """A committed rule with windows and delays of seconds; nothing else of it changes."""
     expr = rule["expr"]
-    if rule.get("alert") in QUICKER:
-        slow, fast = QUICKER[rule["alert"]]
-        assert slow in expr, f"{rule['alert']} has changed: change QUICKER too"
+    if rule.get("alert") in QUICK_THRESHOLDS:
+        slow, fast = QUICK_THRESHOLDS[rule["alert"]]
+        assert slow in expr, f"{rule['alert']} has changed: change QUICK_THRESHOLDS too"
         expr = expr.replace(slow, fast)
     else:
         for window in re.findall(r"\[\w+\]", expr):
@@ -63,10 +62,10 @@ def quick(rule: dict[str, Any]) -> dict[str, Any]:
 
 
 class Prometheus:
-    """A Prometheus process with the committed configuration: only its targets and intervals are others.
+    """A Prometheus process with the committed configuration except for its targets and intervals.
 
     Args:
-        ingress: `host:port` of a server that is asked for the engines of its fleet, if there is one.
+        ingress: `host:port` of the server that lists the engines of its fleet.
     """
 
     def __init__(self, directory: Path, targets: Sequence[str], ingress: str | None = None) -> None:
@@ -109,7 +108,7 @@ class Prometheus:
             return False
 
     def watch(self, targets: Sequence[str]) -> None:
-        """Replace the targets; Prometheus notices by itself, as it notices what a name resolves to."""
+        """Replace the targets; Prometheus reads the new list by itself."""
         new = self._targets.with_suffix(".new")
         new.write_text(json.dumps([{"targets": list(targets)}] if targets else []), "utf-8")
         new.rename(self._targets)
@@ -120,11 +119,11 @@ class Prometheus:
         return answer["data"]
 
     def firing(self) -> set[str]:
-        """Names of the alerts that fire now."""
+        """Names of the alerts that are firing."""
         return {each["labels"]["alertname"] for each in self._get("alerts")["alerts"] if each["state"] == "firing"}
 
     def over(self, expr: str, start: float, end: float) -> list[tuple[dict[str, str], list[float]]]:
-        """What an expression gave at each second from `start` to `end`: labels and values of every series."""
+        """Labels and values of every series of an expression, evaluated each second from `start` to `end`."""
         found = self._get("query_range", query=expr, start=start, end=end, step=1)["result"]
         return [(series["metric"], [float(value) for _, value in series["values"]]) for series in found]
 

@@ -1,7 +1,7 @@
-"""The committed dashboards: what the generator writes, in Grafana's model, and legible without its author.
+"""The committed dashboards: the generator's output, valid in Grafana's model, and documented.
 
-Grafana itself is not run here. Its own SDK reads the JSON into Grafana 11.6's model and writes it again: a field that
-the model does not know does not come back.
+Grafana itself is not run. Its SDK reads the JSON into the model of Grafana 11.6 and writes it again: a field that the
+model does not know is lost.
 """
 
 import json
@@ -25,7 +25,7 @@ ANNOTATIONS_OF_THE_PROMETHEUS_PLUGIN = {"step", "titleFormat", "textFormat", "ta
 each = pytest.mark.parametrize("path", DASHBOARDS, ids=lambda path: path.stem)
 
 
-def test_the_committed_json_is_what_the_generator_writes(tmp_path: Path) -> None:
+def test_committed_json_is_the_output_of_the_generator(tmp_path: Path) -> None:
     subprocess.run([sys.executable, GRAFANA / "generate.py", tmp_path], check=True, timeout=60)
     assert {path.name for path in DASHBOARDS} == {path.name for path in tmp_path.glob("*.json")}
     for path in DASHBOARDS:
@@ -33,10 +33,10 @@ def test_the_committed_json_is_what_the_generator_writes(tmp_path: Path) -> None
 
 
 @each
-def test_grafanas_model_knows_every_field(path: Path) -> None:
+def test_grafana_model_keeps_every_field(path: Path) -> None:
     register_default_plugins()
     written = json.loads(path.read_text("utf-8"))
-    for mark in written["annotations"]["list"]:  # the plugin's own, which the model of a dashboard leaves out
+    for mark in written["annotations"]["list"]:  # fields of the plugin, which the model of a dashboard leaves out
         assert mark.keys() >= ANNOTATIONS_OF_THE_PROMETHEUS_PLUGIN
         for field in ANNOTATIONS_OF_THE_PROMETHEUS_PLUGIN:
             del mark[field]
@@ -45,7 +45,7 @@ def test_grafanas_model_knows_every_field(path: Path) -> None:
 
 
 def lost(written: Any, again: Any, at: str) -> Iterator[str]:
-    """Where something that was written did not come back; what is null or empty may stay away."""
+    """Places of values that are lost or changed; null and empty values may be lost."""
     if isinstance(written, dict) and isinstance(again, dict):
         for key, value in written.items():
             if key in again:
@@ -60,7 +60,7 @@ def lost(written: Any, again: Any, at: str) -> Iterator[str]:
 
 
 @each
-def test_a_panel_can_be_read_without_its_author(path: Path) -> None:
+def test_every_panel_has_description_unit_and_legend(path: Path) -> None:
     dashboard = json.loads(path.read_text("utf-8"))
     panels = [panel for panel in dashboard["panels"] if panel["type"] != "row"]
     assert len({panel["title"] for panel in panels}) == len(panels)
@@ -72,11 +72,11 @@ def test_a_panel_can_be_read_without_its_author(path: Path) -> None:
         if panel["type"] in ("timeseries", "stat"):
             assert defaults["unit"], title
         if panel["type"] == "timeseries" and defaults["unit"] in ("none", "cps"):
-            assert defaults["custom"]["axisLabel"], f"{title}: a number of what?"
+            assert defaults["custom"]["axisLabel"], f"{title}: a number without an axis label"
         for target in panel["targets"]:
             assert "$job" in target["expr"] or "ALERTS" in target["expr"], title
             if panel["type"] == "timeseries" and target["legendFormat"] == "__auto":
-                pytest.fail(f"{title}: a line without a name")
+                pytest.fail(f"{title}: a line without a legend")
 
 
 @each
@@ -89,7 +89,7 @@ def test_panels_do_not_overlap(path: Path) -> None:
             assert taken.setdefault(cell, panel["title"]) == panel["title"]
 
 
-def test_what_is_provisioned_names_what_is_there() -> None:
+def test_provisioned_datasource_and_links_match_the_configuration() -> None:
     provisioning = GRAFANA / "provisioning"
     (source,) = yaml.safe_load((provisioning / "datasources" / "prometheus.yml").read_text("utf-8"))["datasources"]
     scrape = yaml.safe_load((ROOT / "docker" / "prometheus" / "prometheus.yml").read_text("utf-8"))

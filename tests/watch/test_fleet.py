@@ -1,4 +1,4 @@
-"""A real Prometheus on a fleet: it finds the replicas by itself, and nothing is silent since engines are elsewhere."""
+"""A real Prometheus watches a fleet: it finds the replicas by itself, and every panel and alert has its data."""
 
 import math
 import os
@@ -12,22 +12,22 @@ import pytest
 
 from tests.range_store.waiting import until
 from tests.servers import LABELS
-from tests.watch.expressions import Asked, asked, selectors
-from tests.watch.processes import NAME, SERVE_A_FLEET_THAT_LOSES_REQUESTS, Redis, Replica
+from tests.watch.expressions import Query, queries, selectors
+from tests.watch.processes import LOSE_REQUESTS, NAME, Redis, Replica
 from tests.watch.prometheus import Prometheus
-from tests.watch.test_live import TEXTS
+from tests.watch.test_faults import TEXTS
 from tests.workers.checkpoints import save_tiny
 from tests.workers.texts import labelled_texts, write_jsonl
 from workers.fitting.corpus import load_corpus
 from workers.fitting.fit import fit
 from workers.models.loading import load_model
 
-pytestmark = [pytest.mark.system, pytest.mark.full, pytest.mark.timeout(600)]
+pytestmark = [pytest.mark.full, pytest.mark.timeout(600)]
 
 
 @dataclass
 class Watched:
-    """A fleet of two replicas under traffic, one of which was killed; then one that lost requests."""
+    """A fleet of two replicas under traffic: one replica is killed, then a request is lost."""
 
     prometheus: Prometheus
     began: float
@@ -52,14 +52,13 @@ def watched(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Watched]:
             checkpoint,
             store,
             directory,
-            script=SERVE_A_FLEET_THAT_LOSES_REQUESTS,
+            code=LOSE_REQUESTS,
             ray="local",
             replicas=2,
             trunk_cache_mb=1,
         )
         stack.callback(ingress.kill)
-        stack.callback(lambda: ingress.process.wait(120))
-        stack.callback(ingress.signal, signal.SIGTERM)  # its cluster ends with it
+        stack.callback(ingress.stop)  # its cluster ends with it
         prometheus = Prometheus(directory, [ingress.target], ingress.target)
         stack.callback(prometheus.stop)
         until(lambda: ingress.ready, 240)
@@ -82,7 +81,7 @@ def watched(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Watched]:
         ingress.http.put("/v1/erasures/World", json={}, params={"wait": "all"}).raise_for_status()
         run.killed = min(first)
         weights = checkpoint / "model.safetensors"
-        aside = weights.rename(directory / "aside")  # without them nobody takes its place
+        aside = weights.rename(directory / "aside")  # without weights no replica can replace it
         os.kill(int(run.killed.split(":")[1]), signal.SIGKILL)
         until(lambda: "NeuronLensFleetShort" in prometheus.firing(), 60)
         aside.rename(weights)
@@ -99,11 +98,11 @@ def watched(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Watched]:
         yield run
 
 
-def test_what_engines_tell_is_told_of_a_fleet_and_of_each_of_its_replicas(watched: Watched) -> None:
+def test_engine_metrics_are_labelled_by_model_node_and_replica(watched: Watched) -> None:
     found = watched.prometheus.over("neuronlens_texts_total", watched.began, watched.ended)
     assert {labels["model"] for labels, _ in found} == {NAME}
     assert not any("exported_model" in labels for labels, _ in found)
-    assert len({labels["replica"] for labels, _ in found}) == 3, "two, and the one that took the place of one"
+    assert len({labels["replica"] for labels, _ in found}) == 3, "two replicas and a replacement"
     assert all(labels["replica"].startswith(labels["node"]) for labels, _ in found)
     by_replica = {labels["instance"] for labels, values in found if max(values) > 0}
     assert len(by_replica) == 3
@@ -111,21 +110,21 @@ def test_what_engines_tell_is_told_of_a_fleet_and_of_each_of_its_replicas(watche
     assert both[0][1][-1] == 3, "an ingress and two replicas"
 
 
-def test_who_was_killed_is_no_target_any_more(watched: Watched) -> None:
+def test_killed_replica_is_no_longer_a_target(watched: Watched) -> None:
     ((_, values),) = watched.prometheus.over('count(up{replica!=""})', watched.ended - 1, watched.ended)
     assert values[-1] == 2
     assert not watched.prometheus.over(f'up{{replica="{watched.killed}"}}', watched.ended, watched.ended)
 
 
-@pytest.mark.parametrize("query", [each for each in asked() if each.of_a_fleet], ids=str)
-def test_every_query_about_fleets_gave_data(watched: Watched, query: Asked) -> None:
+@pytest.mark.parametrize("query", [each for each in queries() if each.reads_fleet], ids=str)
+def test_every_query_about_fleets_gave_data(watched: Watched, query: Query) -> None:
     found = watched.prometheus.over(query.expr, watched.began, watched.ended)
     assert [value for _, values in found for value in values if math.isfinite(value)], query.expr
     assert not query.labels - {name for labels, _ in found for name in labels}, query.expr
 
 
-def test_no_panel_and_no_alert_is_silent_on_a_fleet(watched: Watched) -> None:
-    names = {name.partition("{")[0] for each in asked() for name in selectors(each.expr)}
+def test_every_series_of_panels_and_alerts_exists_on_a_fleet(watched: Watched) -> None:
+    names = {name.partition("{")[0] for each in queries() for name in selectors(each.expr)}
     there = {
         name for name in names if watched.prometheus.over(f"last_over_time({name}[10m])", watched.ended, watched.ended)
     }

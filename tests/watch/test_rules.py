@@ -1,4 +1,4 @@
-"""The committed rules: sound for promtool, and each alert is one that its unit tests would miss."""
+"""The committed rules: promtool accepts them, unit tests cover each alert, and they read metrics that exist."""
 
 import re
 from pathlib import Path
@@ -9,6 +9,8 @@ from fastapi.routing import iter_route_contexts
 
 from app.main import CLASSIFYING, create_app
 from app.settings import Settings
+from tests.servers import RunningServer
+from tests.watch.expressions import queries, selectors
 from tests.watch.prometheus import CONFIG, DASHBOARDS, ROOT, RULES, promtool, rules
 
 ALERTS = rules("alert")
@@ -26,9 +28,20 @@ def test_unit_tests_of_the_rules_pass() -> None:
     assert tested.returncode == 0, tested.stdout + tested.stderr
 
 
-@pytest.mark.system
+def test_every_alert_has_a_unit_test_in_which_it_fires() -> None:
+    document = yaml.safe_load((CONFIG / "rules_test.yml").read_text("utf-8"))
+    samples = [
+        sample["labels"]
+        for test in document["tests"]
+        for expected in test["promql_expr_test"]
+        for sample in expected.get("exp_samples", [])
+    ]
+    assert {name for labels in samples for name in re.findall(r'alertname="(\w+)"', labels)} == ALERTS.keys()
+
+
+@pytest.mark.full
 @pytest.mark.parametrize(("instead", "seen_as"), [("vector(0) > 1", "exp"), ("vector(1)", "got")])
-def test_unit_tests_notice_every_alert_that_never_fires_or_always(tmp_path: Path, instead: str, seen_as: str) -> None:
+def test_unit_tests_notice_an_alert_that_never_or_always_fires(tmp_path: Path, instead: str, seen_as: str) -> None:
     document = yaml.safe_load(RULES.read_text("utf-8"))
     for rule in (rule for group in document["groups"] for rule in group["rules"] if "alert" in rule):
         rule["expr"] = instead
@@ -42,22 +55,30 @@ def test_unit_tests_notice_every_alert_that_never_fires_or_always(tmp_path: Path
 
 
 @pytest.mark.parametrize("alert", ALERTS)
-def test_an_alert_says_how_bad_it_is_and_what_to_do(alert: str) -> None:
+def test_alert_has_severity_description_and_runbook(alert: str) -> None:
     rule = ALERTS[alert]
     assert rule["labels"]["severity"] in ("critical", "warning")
     assert rule["annotations"].keys() == {"summary", "description", "runbook_url"}
     assert rule["annotations"]["runbook_url"] == f"docs/operations.md#alert-{alert.lower()}"
 
 
-def test_the_runbook_has_a_section_for_every_alert_and_no_other() -> None:
-    """Of the page that `runbook_url` leads to, as soon as it has a section for one."""
+def test_runbook_has_a_section_for_every_alert_and_no_other() -> None:
     page = (ROOT / "docs" / "operations.md").read_text("utf-8")
     sections = set(re.findall(r"^### Alert: (\w+)$", page, re.MULTILINE))
     assert sections == ALERTS.keys()
 
 
-def posted() -> dict[str, bool]:
-    """Template of every route that takes a POST, and whether its function answers with the model."""
+def test_rules_and_dashboards_read_only_metrics_that_exist(server: RunningServer) -> None:
+    """Metrics of a fleet exist only on one; `test_fleet.py` reads them there."""
+    exposed = set(re.findall(r"^# TYPE (\S+)", server.http.get("/metrics").text, re.MULTILINE))
+    known = exposed | rules("record").keys() | {"up", "ALERTS"}
+    read = {name.partition("{")[0] for query in queries() for name in selectors(query.expr)}
+    missing = {name for name in read if not {name, re.sub("_(bucket|count|sum|total)$", "", name)} & known}
+    assert {name for name in missing if not name.startswith("neuronlens_fleet")} == set()
+
+
+def post_routes() -> dict[str, bool]:
+    """Template of every POST route, and whether its function classifies."""
     found = {}
     for route in iter_route_contexts(create_app(Settings(model="any")).routes):
         if route.path_format and "POST" in (route.methods or ()):
@@ -66,13 +87,13 @@ def posted() -> dict[str, bool]:
     return found
 
 
-def test_rules_and_dashboards_select_what_classifies_and_nothing_else(monkeypatch: pytest.MonkeyPatch) -> None:
-    assert {template for template, classifies in posted().items() if classifies} == set(CLASSIFYING)
+def test_rules_and_dashboards_select_exactly_the_classifying_routes(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert {template for template, classifies in post_routes().items() if classifies} == set(CLASSIFYING)
     monkeypatch.syspath_prepend(ROOT / "docker" / "grafana")
     selector = __import__("queries").CLASSIFYING
     method, routes = re.fullmatch(r'method="(\w+)",route=~"([^"]+)"', selector).groups()
     assert method == "POST"
-    assert {template for template in posted() if re.fullmatch(routes, template)} == set(CLASSIFYING)
+    assert {template for template in post_routes() if re.fullmatch(routes, template)} == set(CLASSIFYING)
 
     expressions = [rule["expr"] for rule in rules("record").values()]
     for path in DASHBOARDS:
