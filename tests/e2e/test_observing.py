@@ -1,4 +1,4 @@
-"""Logs and traces of real server processes, under callers who would like to write into them."""
+"""Logs and traces of real server processes: complete, and free of what callers send."""
 
 import json
 import re
@@ -7,7 +7,7 @@ import socket
 import sys
 import threading
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
@@ -19,7 +19,7 @@ from opentelemetry.proto.collector.trace.v1.trace_service_pb2 import ExportTrace
 from app.cli import run
 from app.logs import FIELDS, configured
 from app.settings import Settings
-from tests import processes
+from tests.processes import Running
 from tests.servers import RunningServer
 from tests.workers.checkpoints import save_tiny
 
@@ -30,7 +30,7 @@ PAGE = Path(__file__).parents[2] / "docs" / "observing.md"
 
 
 class Collector:
-    """Takes traces by OTLP over HTTP, as a real one would."""
+    """Receives traces by OTLP over HTTP, as a real collector does."""
 
     def __init__(self) -> None:
         self.bodies: list[bytes] = []
@@ -72,8 +72,8 @@ def collector() -> Iterator[Collector]:
     thread.join()
 
 
-class Server(processes.Running):
-    """`neuronlens serve` under way in a process of its own."""
+class ServeProcess(Running):
+    """`neuronlens serve` in a process of its own."""
 
     def client(self) -> httpx.Client:
         address = self.says(self.stdout, "serving ").split()[-1]
@@ -85,43 +85,32 @@ class Server(processes.Running):
 
 
 @pytest.fixture(scope="module")
-def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return save_tiny("bert", tmp_path_factory.mktemp("observing") / "tiny-news")
 
 
 @pytest.fixture
-def server(tiny: Path, tmp_path: Path) -> Iterator[Callable[..., Server]]:
-    """`server("--access-log", OTEL_…="…")`: start one."""
-    started: list[Server] = []
+def serve(checkpoint: Path, tmp_path: Path) -> Iterator[Callable[..., ServeProcess]]:
+    """`serve("--access-log", OTEL_…="…")`: start a server; `code` is Python that runs before it."""
+    with ExitStack() as stack:
 
-    def start(*arguments: str, **environment: str) -> Server:
-        place = ("--port", "0", "--data-dir", tmp_path / f"data-{len(started)}")
-        options = ("--model", tiny, "--threads", "1", "--device", "cpu", *place, *arguments)
-        started.append(Server(["serve", *options], environment=environment))
-        return started[-1]
+        def start(*arguments: str, code: str = "", **environment: str) -> ServeProcess:
+            options = ("--model", checkpoint, "--threads", "1", "--device", "cpu", "--port", "0")
+            options += ("--data-dir", tmp_path / "data", *arguments)
+            process = ServeProcess(["serve", *options], environment=environment, code=code)
+            stack.callback(process.kill)
+            return process
 
-    yield start
-    for each in started:
-        each.kill()
+        yield start
 
 
-def test_hostile_callers_stay_out_of_logs_and_traces(
-    server: Callable[..., Server], collector: Collector, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+def test_callers_cannot_write_into_logs_and_traces(
+    serve: Callable[..., ServeProcess], collector: Collector, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    create = [
-        "keys",
-        "create",
-        "news-desk",
-        "--scope",
-        "infer",
-        "--scope",
-        "read",
-        "--data-dir",
-        str(tmp_path / "data-0"),
-    ]
-    assert run(create) == 0
+    scopes = ("--scope", "infer", "--scope", "read")
+    assert run(["keys", "create", "news-desk", *scopes, "--data-dir", str(tmp_path / "data")]) == 0
     token = capsys.readouterr().out.strip()
-    served = server(
+    served = serve(
         "--access-log", "--log-level", "debug",
         OTEL_EXPORTER_OTLP_ENDPOINT=collector.url,
         OTEL_EXPORTER_OTLP_HEADERS=f"authorization=Bearer%20{SECRET}-of-the-operator",
@@ -132,12 +121,9 @@ def test_hostile_callers_stay_out_of_logs_and_traces(
     forged = '{"level":"error"}'
     with served.client() as client:
         client.headers["X-API-Key"] = token
-        mine = {"traceparent": TRACEPARENT, "tracestate": f"a={SECRET}", "X-Request-ID": "mine-1", "User-Agent": SECRET}
-        good = client.post(
-            "/v1/classify",
-            json={"inputs": [f"my {SECRET}\n{forged}", "\x1b[31m"]},
-            headers=mine,
-        )
+        own = {"traceparent": TRACEPARENT, "tracestate": f"a={SECRET}", "X-Request-ID": "own-1", "User-Agent": SECRET}
+        body = {"inputs": [f"my {SECRET}\n{forged}", "\x1b[31m"]}
+        good = client.post("/v1/classify", json=body, headers=own)
         assert good.status_code == 200
         for path in (f"/v1/concepts/{SECRET}/ranges", f"/{SECRET}%0A{forged}", f"/v1/concepts?{SECRET}=1"):
             assert client.get(path).status_code >= 400
@@ -159,10 +145,10 @@ def test_hostile_callers_stay_out_of_logs_and_traces(
         assert {"timestamp", "level", "logger", "message"} <= line.keys() <= FIELDS.keys()
     assert SECRET not in "".join(served.stderr)
     assert token not in "".join(served.stderr)
-    (answered,) = [line for line in lines if line.get("request_id") == "mine-1" and "status" in line]
+    (answered,) = [line for line in lines if line.get("request_id") == "own-1" and "status" in line]
     assert answered["generation"] == good.json()["erasure"]["generation"]
-    told = {name: answered[name] for name in ("method", "route", "status", "texts", "key", "client", "trace_id")}
-    assert told == {
+    logged = {name: answered[name] for name in ("method", "route", "status", "texts", "key", "client", "trace_id")}
+    assert logged == {
         "method": "POST", "route": "/v1/classify", "status": 200, "texts": 2, "key": "news-desk", "client": "127.0.0.1",
         "trace_id": TRACE,
     }  # fmt: skip
@@ -186,15 +172,15 @@ def test_hostile_callers_stay_out_of_logs_and_traces(
     assert parts.keys() == {"queue", "model"}
     assert top.start_time_unix_nano <= step.start_time_unix_nano <= step.end_time_unix_nano <= top.end_time_unix_nano
     assert parts["queue"].start_time_unix_nano <= parts["model"].start_time_unix_nano
-    listed = set(re.findall(r"^\| `([\w.]+)` \|", PAGE.read_text("utf-8").partition("## Traces")[2], re.MULTILINE))
-    assert {each.key for span in spans for each in span.attributes} <= listed
+    documented = set(re.findall(r"^\| `([\w.]+)` \|", PAGE.read_text("utf-8").partition("## Traces")[2], re.MULTILINE))
+    assert {each.key for span in spans for each in span.attributes} <= documented
     others = [span for span in spans if span.trace_id != top.trace_id]
-    assert len({span.trace_id for span in others}) == 11, "a new trace for each request that names none"
+    assert len({span.trace_id for span in others}) == 11, "a request without a traceparent begins a trace of its own"
     assert not any("livez" in span.name for span in spans)
 
 
 @contextmanager
-def nobody() -> Iterator[str]:
+def closed_port() -> Iterator[str]:
     """An address where nothing listens."""
     with socket.socket() as held:
         held.bind(("127.0.0.1", 0))
@@ -202,25 +188,29 @@ def nobody() -> Iterator[str]:
 
 
 @contextmanager
-def silence() -> Iterator[str]:
-    """A collector that takes a connection and never says anything."""
+def silent_listener() -> Iterator[str]:
+    """A collector that accepts connections and never replies."""
     with socket.create_server(("127.0.0.1", 0)) as listening:
         yield f"http://127.0.0.1:{listening.getsockname()[1]}/{SECRET}"
 
 
-@pytest.mark.parametrize("collector_of", [nobody, silence])
-def test_a_collector_that_is_away_costs_no_request_and_no_end(
-    server: Callable[..., Server], collector_of: Callable[[], Any]
+@pytest.mark.parametrize("unreachable", [closed_port, silent_listener])
+def test_unreachable_collector_delays_neither_requests_nor_shutdown(
+    serve: Callable[..., ServeProcess], unreachable: Callable[[], AbstractContextManager[str]]
 ) -> None:
-    with collector_of() as url:
-        served = server(OTEL_EXPORTER_OTLP_ENDPOINT=url, OTEL_BSP_SCHEDULE_DELAY="50", OTEL_EXPORTER_OTLP_TIMEOUT="600")
+    with unreachable() as url:
+        served = serve(
+            code="import app.tracing; app.tracing.FLUSH_SECONDS = 0.2",
+            OTEL_EXPORTER_OTLP_ENDPOINT=url,
+            OTEL_BSP_SCHEDULE_DELAY="50",
+            OTEL_EXPORTER_OTLP_TIMEOUT="600",
+        )
         with served.client() as client:
-            for _ in range(20):
+            for _ in range(5):
                 assert client.post("/v1/classify", json={"inputs": "a text"}).status_code == 200
-        assert served.stop() == 0  # within two minutes, or that raises: it does not wait for the collector's timeout
+        assert served.stop() == 0  # `stop` gives up after 120 s, long before the timeout of the collector
     lines = [json.loads(line) for line in served.stderr]
-    about = [line for line in lines if line["logger"] == "app.tracing"]
-    assert about
+    assert any(line["logger"] == "app.tracing" for line in lines)
     assert not any("exception" in line for line in lines)
     assert SECRET not in "".join(served.stderr)
 
@@ -233,11 +223,11 @@ def test_a_collector_that_is_away_costs_no_request_and_no_end(
         ({"OTEL_EXPORTER_OTLP_ENDPOINT": "http://x", "OTEL_BSP_MAX_QUEUE_SIZE": "-1"}, "OTEL_"),
     ],
 )
-def test_traces_that_cannot_be_exported_are_one_line(
+def test_unusable_trace_settings_are_one_line(
     environment: dict[str, str], says: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:  # fmt: skip
-    if "pip" in says:  # as if it were not installed
+    if "pip" in says:  # as if the extra were not installed
         monkeypatch.setitem(sys.modules, "opentelemetry.sdk.trace.export", None)
     for name, value in environment.items():
         monkeypatch.setenv(name, value)
@@ -248,16 +238,16 @@ def test_traces_that_cannot_be_exported_are_one_line(
     assert SECRET not in line
 
 
-def test_without_export_the_callers_trace_is_in_the_log_all_the_same(
+def test_log_names_the_trace_of_the_caller_without_an_export(
     server: RunningServer, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """And what the engine's thread says of a text that it fails on names the request, but not the text."""
+    """What the engine's thread logs about a failed text names the request, but not the text."""
 
-    def broken(batch: Any) -> None:
+    def fail(batch: Any) -> None:
         raise ValueError(batch[0].request.texts[0])
 
     with configured(Settings(log_format="json")):
-        monkeypatch.setattr(server.service.engine, "_forward", broken)
+        monkeypatch.setattr(server.service.engine, "_forward", fail)
         failed = server.http.post("/v1/classify", json={"inputs": SECRET}, headers={"traceparent": TRACEPARENT})
         server.http.get("/livez")  # answered only after the request before it was logged
     assert failed.status_code == 500

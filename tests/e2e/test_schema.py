@@ -1,6 +1,6 @@
-"""Whatever is sent, the reply is one that the committed `openapi.json` documents: status, headers, media type, body.
+"""Every reply matches the committed `openapi.json`: status, headers, media type and body.
 
-Schemathesis makes the requests, valid and invalid, from the document; Hypothesis those that no document describes.
+Schemathesis derives valid and invalid requests from the document; Hypothesis sends bytes that it does not describe.
 """
 
 import functools
@@ -18,10 +18,11 @@ from typing import Any
 import httpx
 import pytest
 import schemathesis
-from hypothesis import HealthCheck, example, given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from app.auth import scope_of
+from app.fit_runner import FitRunner
 from range_store.api_keys import KeyStore
 from range_store.erasure import Erasure
 from range_store.live import LiveErasure
@@ -31,7 +32,7 @@ from tests.workers.texts import labelled_texts, write_jsonl
 from workers.fitting.fit import Fitted
 
 DOCUMENT = Path(__file__).parents[2] / "openapi.json"
-# not use_after_free: a job that was cancelled is still there, and says so
+# without use_after_free: a cancelled job can still be read
 CHECKS = (
     "not_a_server_error",
     "status_code_conformance",
@@ -45,7 +46,7 @@ CHECKS = (
     "missing_required_header",
     "ignored_auth",
 )
-# most requests name things that exist, else all that is seen of an operation is its 404
+# most requests name things that exist: otherwise most replies would be 404
 CONFIG = """
 request-timeout = 60
 continue-on-failure = true
@@ -56,10 +57,10 @@ database = "none"
 with-security-parameters = {auth}
 [checks.positive_data_acceptance]
 expected-statuses = [200, 202, 401, 403, 404, 409, 412, 422]
-[[operations]]  # it does not end; `test_events.py` has its replies
+[[operations]]  # the stream does not end; test_events.py tests it
 include-path = "/v1/events"
 enabled = false
-[[operations]]  # a request may ask for an answer within no time at all, or under another generation
+[[operations]]  # a request may set a tiny timeout, or another generation
 include-path = "/v1/classify"
 [operations.checks]
 not_a_server_error = {{ expected-statuses = ["2XX", "4XX", 503, 504] }}
@@ -76,7 +77,7 @@ include-path = "/v1/activations"
 not_a_server_error = {{ expected-statuses = ["2XX", "4XX", 504] }}
 positive_data_acceptance = {{ expected-statuses = [200, 401, 403, 404, 422, 504] }}
 {waited}
-[[operations]]  # the queue of fits is full at some time
+[[operations]]  # the queue of fits may be full
 include-path = "/v1/fits"
 [operations.checks]
 positive_data_acceptance = {{ expected-statuses = [202, 401, 403, 404, 409, 422, 429] }}
@@ -117,7 +118,7 @@ reports = {{ values = ["the-last"] }}
 """
 
 
-# what is refused as unsupported, or with the model's name in the path, is valid by the document
+# unsupported options and other model names in the path are valid by the document
 DROPIN = """
 [[operations]]
 include-path = "{path}"
@@ -125,7 +126,7 @@ include-path = "{path}"
 not_a_server_error = {{ expected-statuses = ["2XX", "4XX", 503, 504] }}
 positive_data_acceptance = {{ expected-statuses = [200, 400, 401, 403, 404, 413, 422, 503, 504] }}
 """
-# so is a change that is waited for for no time at all
+# so is a tiny `wait_seconds`
 WAITED = """
 [[operations]]
 include-path = "{path}"
@@ -133,10 +134,10 @@ include-path = "{path}"
 not_a_server_error = {{ expected-statuses = ["2XX", "4XX", 504] }}
 positive_data_acceptance = {{ expected-statuses = [200, 401, 403, 404, 409, 412, 422, 504] }}
 """
-WAITEDS = ("/v1/erasures", "/v1/erasures/{concept}", "/v1/range-sets/active")
+WAITING_PATHS = ("/v1/erasures", "/v1/erasures/{concept}", "/v1/range-sets/active")
 CONSOLE = (("UnsupportedMethodResponse", ["GET /"]), ("AllowHeaderMismatch", ["OPTIONS /"]))
-"""Found because GET / is the console's page, which is no call of the document, beside POST /, which is one."""
-DROPINS = (
+"""Expected: `POST /` is in the document, and `GET /`, the console, is not."""
+DROPIN_PATHS = (
     "/",
     "/predict",
     "/tokenize",
@@ -144,140 +145,142 @@ DROPINS = (
     "/v2/models/{model}/infer",
     "/v2/models/{model}/versions/{model_version}/infer",
 )
-
-
 AUTH = """
 [auth.openapi]
 bearer = {{ bearer = "{token}" }}
 """
 
 
+FULL = pytest.mark.full
+pytestmark = pytest.mark.timeout(1200)
+ServerWithKeys = tuple[RunningServer, dict[str, str], KeyStore]
+
+
 @pytest.fixture
-def start_server(start_server: Callable[..., RunningServer], tmp_path: Path) -> Callable[..., RunningServer]:
-    """Servers that take fits."""
+def start_server(
+    start_server: Callable[..., RunningServer], tmp_path: Path, request: pytest.FixtureRequest
+) -> Callable[..., RunningServer]:
+    """Start servers that accept fits; news/long.jsonl takes long only in the full tier."""
     texts = tmp_path / "texts"
     (texts / "news").mkdir(parents=True)
     write_jsonl(texts / "news/train.jsonl", labelled_texts(30, seed=3))
-    write_jsonl(texts / "news/long.jsonl", labelled_texts(5000, seed=4) * 12)
+    long = request.node.get_closest_marker("full") is not None
+    write_jsonl(texts / "news/long.jsonl", labelled_texts(5000, seed=4) * 12 if long else labelled_texts(30, seed=4))
     return functools.partial(start_server, fit_dirs=[texts], fit_threads=1, fit_niceness=0)
 
 
-Keyed = tuple[RunningServer, dict[str, str], KeyStore]
+@pytest.fixture
+def fits_stay_queued(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Fits are accepted and can be cancelled, but never start: they would take the processor from the requests."""
+    monkeypatch.setattr(FitRunner, "_start", lambda *_: None)
 
 
 def explore(
     running: RunningServer, folder: Path, document: Path, *options: str, token: str | None = None, auth: bool = False
 ) -> tuple[dict[str, Any], str]:
-    """Have Schemathesis try every operation of a document: its report, and what it found in words, with curl lines.
+    """Run Schemathesis on every operation of a document; gives its report and its output.
 
     Args:
-        token: sent with most requests.
-        auth: whether keys are in force, so that a call without one, or with a wrong one, must be refused.
+        token: the key that most requests send.
+        auth: whether keys are in force; requests without a valid key must then be rejected.
     """
     write_report(running.service.settings.reports, "the-last")
     config, report = folder / "schemathesis.toml", folder / "report.json"
     store = running.service.store
-    store.client.hset(store.keys.replicas, "since", "0")  # so that all who live have reported
+    store.client.hset(store.keys.replicas, "since", "0")  # the list of replicas counts as complete
     live = store.live()
-    # by a key each, else they were one job; the second waits, so that it can be cancelled whatever the machine's speed
+    # different keys make two jobs of the same request; the second one is still queued when it is cancelled
     first, job = (running.service.jobs.take({"data": "news/long.jsonl"}, "test", key, 1000).id for key in "ab")
     assert first != job
-    dropin = "".join(DROPIN.format(path=path) for path in DROPINS)
-    waited = "".join(WAITED.format(path=path) for path in WAITEDS)
-    about = {
-        "waited": waited,
-        "range_set": live.range_set,
-        "epoch": live.epoch,
-        "model": running.service.name,
-        "auth": str(auth).lower(),
-        "dropin": dropin,
-    }
-    settled = CONFIG.format(job=job, **about)
-    config.write_text(settled + (AUTH.format(token=token) if token else ""), "utf-8")
+    settings_of_schemathesis = CONFIG.format(
+        job=job,
+        waited="".join(WAITED.format(path=path) for path in WAITING_PATHS),
+        range_set=live.range_set,
+        epoch=live.epoch,
+        model=running.service.name,
+        auth=str(auth).lower(),
+        dropin="".join(DROPIN.format(path=path) for path in DROPIN_PATHS),
+    )
+    config.write_text(settings_of_schemathesis + (AUTH.format(token=token) if token else ""), "utf-8")
     checks = CHECKS if auth else tuple(check for check in CHECKS if check != "ignored_auth")
     command = [Path(sys.executable).parent / "schemathesis", "--config-file", config, "run", document, "--no-color"]
     command += ["--url", running.url, "--checks", ",".join(checks), *options]
     command += ["--report", "json", "--report-json-path", report]
-    same = os.environ | {"PYTHONHASHSEED": "0"}
-    done = subprocess.run(list(map(str, command)), capture_output=True, text=True, cwd=folder, env=same)
+    environment = os.environ | {"PYTHONHASHSEED": "0"}  # the same requests every time
+    done = subprocess.run(list(map(str, command)), capture_output=True, text=True, cwd=folder, env=environment)
     assert report.exists(), done.stdout + done.stderr
     return json.loads(report.read_text("utf-8")), done.stdout
 
 
-LONG = pytest.mark.full
-pytestmark = pytest.mark.timeout(1200)
-
-
-@pytest.mark.parametrize(("examples", "at_least"), [(60, 1_500), pytest.param(600, 8_000, marks=LONG)])
-def test_every_reply_is_as_documented(
-    server: RunningServer, tmp_path: Path, pytestconfig: pytest.Config, examples: int, at_least: int
-) -> None:
-    accepted = check_replies(server, tmp_path, pytestconfig, examples, at_least)
-    assert accepted == set(calls()), "of the others only refusals were seen"
-
-
-@pytest.mark.parametrize(("examples", "at_least"), [(20, 800), pytest.param(600, 8_000, marks=LONG)])
-def test_every_reply_to_a_key_is_as_documented(
-    server_with_keys: Keyed, tmp_path: Path, pytestconfig: pytest.Config, examples: int, at_least: int
-) -> None:
-    running, tokens, _ = server_with_keys
-    accepted = check_replies(running, tmp_path, pytestconfig, examples, at_least, token=tokens["admin"], auth=True)
-    assert accepted == set(calls()), "of the others only refusals were seen"
-
-
-@pytest.mark.parametrize("scope", ["infer", "read", None])
-@pytest.mark.parametrize(("examples", "mode"), [(5, "positive"), pytest.param(300, "all", marks=LONG)])
-def test_a_key_opens_what_its_scope_says_and_nothing_else(
-    server_with_keys: Keyed, tmp_path: Path, pytestconfig: pytest.Config, examples: int, mode: str, scope: str | None
-) -> None:
-    running, tokens, _ = server_with_keys
-    enforced = LiveErasure(erasure=Erasure(concept="World"), enforced=True)  # then `compare` is for admins
-    running.service.store.set_erasure(enforced)
-    running.service.mirror.refresh()
-    token = tokens[scope] if scope else None
-    accepted = check_replies(
-        running, tmp_path, pytestconfig, examples, 200, "--mode", mode, token=token, auth=token is not None
-    )
-    hidden = {"POST /v1/activations"}  # by the enforced erasure
-    assert accepted == {call for call, needed in calls().items() if needed in (None, scope)} - hidden
-
-
-def check_replies(
-    running: RunningServer,
-    folder: Path,
-    pytestconfig: pytest.Config,
-    examples: int,
-    at_least: int,
-    *more: str,
-    **caller: Any,
-) -> set[str]:
-    """Explore, and fail with what Schemathesis says about a wrong reply: the calls that were answered with 200."""
-    seed = pytestconfig.getoption("--seed")
-    options = ("--seed", str(seed), "--max-examples", str(examples), *more)
-    found, said = explore(running, folder, DOCUMENT, *options, **caller)
-    assert not [each for each in found["failures"] if (each["type"], each["operations"]) not in CONSOLE], said
-    assert not found["errors"], said
-    assert found["complete"], said
+def check_replies(running: RunningServer, folder: Path, *options: str, **caller: Any) -> set[str]:
+    """Explore the whole document and fail on a wrong reply; gives the calls that accepted a request."""
+    found, output = explore(running, folder, DOCUMENT, *options, **caller)
+    assert not [each for each in found["failures"] if (each["type"], each["operations"]) not in CONSOLE], output
+    assert not found["errors"], output
+    assert found["complete"], output
     assert found["operations"]["tested"] == len(calls())
-    assert found["test_cases"]["generated"] >= at_least, said
     return {call for call, phases in found["valid_rates"].items() if sum(each["accepted"] for each in phases.values())}
 
 
+@pytest.mark.usefixtures("fits_stay_queued")
+def test_every_call_accepts_valid_requests_and_replies_as_documented(
+    fresh_server: RunningServer, tmp_path: Path
+) -> None:
+    few_valid = ("--phases", "fuzzing", "--mode", "positive", "--max-examples", "8", "--seed", "5")
+    assert check_replies(fresh_server, tmp_path, *few_valid) == set(calls())
+
+
+@pytest.mark.usefixtures("fits_stay_queued")
+def test_replies_to_invalid_requests_and_keys_are_as_documented(
+    server_with_keys: ServerWithKeys, tmp_path: Path
+) -> None:
+    running, tokens, _ = server_with_keys
+    few = ("--phases", "fuzzing", "--max-examples", "3", "--seed", "5")
+    check_replies(running, tmp_path, *few, token=tokens["admin"], auth=True)
+
+
+@FULL
+def test_replies_to_many_requests_are_as_documented(
+    fresh_server: RunningServer, tmp_path: Path, pytestconfig: pytest.Config
+) -> None:
+    many = ("--max-examples", "600", "--seed", str(pytestconfig.getoption("--seed")))
+    assert check_replies(fresh_server, tmp_path, *many) == set(calls())
+
+
+@FULL
+@pytest.mark.parametrize("scope", ["admin", "infer", "read", None])
+def test_replies_to_many_requests_with_a_key_are_as_documented(
+    server_with_keys: ServerWithKeys, tmp_path: Path, pytestconfig: pytest.Config, scope: str | None
+) -> None:
+    """A key opens the calls of its scope and no others."""
+    running, tokens, _ = server_with_keys
+    many = ("--max-examples", "600", "--seed", str(pytestconfig.getoption("--seed")))
+    expected = set(calls())
+    if scope != "admin":
+        # only admins may then compare, or read activations
+        running.service.store.set_erasure(LiveErasure(erasure=Erasure(concept="World"), enforced=True))
+        running.service.mirror.refresh()
+        expected = {call for call, needed in calls().items() if needed in (None, scope)} - {"POST /v1/activations"}
+    token = tokens[scope] if scope else None
+    assert check_replies(running, tmp_path, *many, token=token, auth=token is not None) == expected
+
+
 def calls() -> dict[str, str | None]:
-    """The scope that every call of the document needs, but for those whose reply does not end."""
+    """The scope that each call of the document needs, without the event stream, which does not end."""
     paths = json.loads(DOCUMENT.read_text("utf-8"))["paths"]
     named = ((method.upper(), path) for path, methods in paths.items() for method in methods)
     return {f"{method} {path}": scope_of(method, path) for method, path in named if path != "/v1/events"}
 
 
-def test_a_reply_that_is_not_documented_would_be_found(server: RunningServer, tmp_path: Path) -> None:
-    poorer = json.loads(DOCUMENT.read_text("utf-8"))
-    poorer["paths"] = {path: poorer["paths"][path] for path in ("/v1/overlap", "/v1/models")}
-    del poorer["paths"]["/v1/overlap"]["get"]["responses"]["422"]
-    model = poorer["components"]["schemas"]["ModelOut"]["properties"]
+@pytest.mark.usefixtures("fits_stay_queued")
+def test_undocumented_replies_are_detected(fresh_server: RunningServer, tmp_path: Path) -> None:
+    document = json.loads(DOCUMENT.read_text("utf-8"))
+    document["paths"] = {path: document["paths"][path] for path in ("/v1/overlap", "/v1/models")}
+    del document["paths"]["/v1/overlap"]["get"]["responses"]["422"]
+    model = document["components"]["schemas"]["ModelOut"]["properties"]
     model["layers"] = {"type": "string"}
-    (tmp_path / "poorer.json").write_text(json.dumps(poorer), "utf-8")
-    found, _ = explore(server, tmp_path, tmp_path / "poorer.json", "--phases", "coverage", "--seed", "5")
+    (tmp_path / "changed.json").write_text(json.dumps(document), "utf-8")
+    found, _ = explore(fresh_server, tmp_path, tmp_path / "changed.json", "--phases", "coverage", "--seed", "5")
     assert {each["type"] for each in found["failures"]} == {"UndefinedStatusCode", "JsonSchemaError"}
 
 
@@ -316,9 +319,13 @@ PRINTABLE = st.binary(max_size=20).map(lambda value: bytes(byte for byte in valu
 HEADER = st.tuples(st.sampled_from(NAMES), st.sampled_from(VALUES) | PRINTABLE)
 
 
+DamagedRequest = tuple[str, str, str, bytes, list[tuple[bytes, bytes]]]
+"""Method, path, path in the document, body, headers."""
+
+
 @st.composite
-def damaged(draw: st.DrawFn) -> tuple[str, str, str, bytes, list[tuple[bytes, bytes]]]:
-    """Method, path, path of the document, body with something put in its place somewhere, and odd headers."""
+def damaged_requests(draw: st.DrawFn) -> DamagedRequest:
+    """A valid request with a part of its body replaced, and with unusual headers."""
     method, path, documented, body = draw(st.sampled_from(VALID))
     if draw(st.booleans()):
         start = draw(st.integers(0, len(body)))
@@ -333,26 +340,29 @@ def operations() -> Any:
     return schemathesis.openapi.from_path(DOCUMENT)
 
 
-@settings(max_examples=1000, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
-@given(request=damaged())
-@example(request=("POST", "/v1/classify", "/v1/classify", b"9" * 5000, [(b"Content-Type", b"application/json")]))
-def test_bytes_that_no_document_describes_get_a_documented_reply(
-    server: RunningServer, operations: Any, request: tuple[str, str, str, bytes, list[tuple[bytes, bytes]]]
-) -> None:
-    method, path, documented, body, headers = request
-    reply = server.http.request(method, path, content=body, headers=headers)
-    assert reply.status_code != 500, reply.text
-    plain = httpx.Response(reply.status_code, headers=reply.headers, content=reply.content)
-    plain.request, plain.elapsed = httpx.Request(method, reply.request.url), reply.elapsed  # without the odd headers
-    operations[documented][method].validate_response(plain)
+@pytest.mark.parametrize("examples", [100, pytest.param(2000, marks=FULL)])
+def test_damaged_requests_get_documented_replies(server: RunningServer, operations: Any, examples: int) -> None:
+    @settings(max_examples=examples, derandomize=True)
+    @given(request=damaged_requests())
+    @example(request=("POST", "/v1/classify", "/v1/classify", b"9" * 5000, [(b"Content-Type", b"application/json")]))
+    def check(request: DamagedRequest) -> None:
+        method, path, documented, body, headers = request
+        reply = server.http.request(method, path, content=body, headers=headers)
+        assert reply.status_code != 500, reply.text
+        plain = httpx.Response(reply.status_code, headers=reply.headers, content=reply.content)
+        # Schemathesis cannot read the unusual headers of the request
+        plain.request, plain.elapsed = httpx.Request(method, reply.request.url), reply.elapsed
+        operations[documented][method].validate_response(plain)
+
+    check()
 
 
-@pytest.mark.parametrize("method", ["TRACE", "OPTIONS", "PATCH", "PROPFIND"])
-def test_a_method_that_is_none_here_is_refused(server: RunningServer, problem: Any, method: str) -> None:
-    for path in ("/v1/classify", "/livez", "/v1/erasures/Sports"):
-        refused = server.http.request(method, path)
-        problem(refused, 405, "method_not_allowed")
-        assert method not in refused.headers["allow"].split(", ")
+def test_unsupported_method_is_rejected_with_405(server: RunningServer, problem: Any) -> None:
+    for method in ("TRACE", "OPTIONS", "PATCH", "PROPFIND"):
+        for path in ("/v1/classify", "/livez", "/v1/erasures/Sports"):
+            refused = server.http.request(method, path)
+            problem(refused, 405, "method_not_allowed")
+            assert method not in refused.headers["allow"].split(", ")
 
 
 REQUEST = (
@@ -367,8 +377,8 @@ LINES = (
 
 
 @st.composite
-def no_quite_http(draw: st.DrawFn) -> bytes:
-    """A request with other lines in its head, and bytes put in their place anywhere."""
+def malformed_http(draw: st.DrawFn) -> bytes:
+    """A request with unusual lines in its head, and with some bytes replaced."""
     head, _, body = REQUEST.partition(b"\r\n\r\n")
     lines = head.split(b"\r\n")
     for line in draw(st.lists(st.sampled_from(LINES), max_size=2)):
@@ -380,33 +390,31 @@ def no_quite_http(draw: st.DrawFn) -> bytes:
     return raw
 
 
-@pytest.fixture
-def hasty(start_server: Callable[..., RunningServer], fitted: Fitted) -> RunningServer:
-    """A server that does not wait long for the rest of a request."""
-    return with_ranges(start_server(header_timeout=2.0, body_timeout=0.2), fitted)
-
-
-@settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
-@given(raw=no_quite_http())
-@example(raw=REQUEST)
-def test_bytes_that_are_hardly_http_are_answered_too(hasty: RunningServer, raw: bytes) -> None:
-    """With an answer or an error of the client, or by hanging up; never later than the server's limits."""
-    url = httpx.URL(hasty.url)
-    reply = b""
-    with socket.create_connection((url.host, url.port or 0), timeout=30) as connection, suppress(ConnectionError):
-        connection.sendall(raw)
-        while received := connection.recv(65536):
-            reply += received
-            if b"\r\n\r\n" in reply and b"connection: close" not in reply.lower():
-                break  # the server would take more
-    assert re.match(rb"HTTP/1\.1 (100|200|4\d\d) ", reply) or not reply, reply[:500]
-    assert reply.startswith(b"HTTP/1.1 200 ") or raw != REQUEST
-    assert hasty.http.get("/livez").status_code == 200
-
-
-def test_what_is_no_http_is_a_problem_too(
-    server: RunningServer, problem: Callable[[httpx.Response, int, str], object]
+@pytest.mark.parametrize("examples", [60, pytest.param(600, marks=FULL)])
+def test_malformed_http_gets_a_client_error_or_a_closed_connection(
+    start_server: Callable[..., RunningServer], fitted: Fitted, examples: int
 ) -> None:
-    """The parser answers, before there is a request whose reply a document could describe."""
+    running = with_ranges(start_server(header_timeout=2.0, body_timeout=0.2), fitted)
+    url = httpx.URL(running.url)
+
+    @settings(max_examples=examples, derandomize=True)
+    @given(raw=malformed_http())
+    @example(raw=REQUEST)
+    def check(raw: bytes) -> None:
+        reply = b""
+        with socket.create_connection((url.host, url.port or 0), timeout=60) as connection, suppress(ConnectionError):
+            connection.sendall(raw)
+            while received := connection.recv(65536):
+                reply += received
+                if b"\r\n\r\n" in reply and b"connection: close" not in reply.lower():
+                    break  # the server keeps the connection open for another request
+        assert re.match(rb"HTTP/1\.1 (100|200|4\d\d) ", reply) or not reply, reply[:500]
+        assert reply.startswith(b"HTTP/1.1 200 ") or raw != REQUEST
+        assert running.http.get("/livez").status_code == 200
+
+    check()
+
+
+def test_parser_rejects_an_unknown_method_with_a_problem(server: RunningServer, problem: Any) -> None:
     problem(server.http.request("BREW", "/v1/classify"), 400, "malformed")
     assert server.http.get("/livez").status_code == 200
