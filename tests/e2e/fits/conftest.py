@@ -1,6 +1,8 @@
-"""Servers that take fits, and texts for them; every fit is a real process on a tiny model."""
+"""Servers that take fits, and texts for them; every fit is a process of its own, on a tiny model."""
 
+import json
 import os
+import subprocess
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -9,40 +11,85 @@ from typing import Any
 import httpx
 import pytest
 
+from app import fit_process
+from tests.forking import ForkedFits, forker
 from tests.servers import RunningServer
 from tests.workers.texts import labelled_texts, write_jsonl
 
 Start = Callable[..., dict[str, Any]]
 SECONDS = 300.0
-"""Fits are the last that a busy machine gives time to."""
+"""A busy machine gives little time to fits, which are nice."""
 
 
 @pytest.fixture(scope="session")
 def texts(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A directory with `small.jsonl`, done in a moment, and `long.jsonl`, which lets one look at a fit under way."""
+    """A directory with files of texts in `news`: `small` and `medium` are fitted in a moment, `long` in seconds."""
     directory = tmp_path_factory.mktemp("texts")
     (directory / "news").mkdir()
-    for name, rows in (("small", 90), ("long", 20_000)):
-        found = [(text, "Sci/Tech" if label == "SciTech" else label) for text, label in labelled_texts(rows, seed=3)]
+    rows = [(text, "Sci/Tech" if label == "SciTech" else label) for text, label in labelled_texts(2000, seed=3)]
+    for name, found in (("small", rows[:90]), ("medium", rows[:MEDIUM_ROWS]), ("long", 10 * rows)):
         write_jsonl(directory / "news" / f"{name}.jsonl", found)
     return directory
 
 
 SMALL = {"data": "news/small.jsonl", "bins": 16, "rankings": ["max"]}
+MEDIUM_ROWS = 1200
+"""More than one block."""
+MEDIUM = SMALL | {"data": "news/medium.jsonl", "layers": "all", "batch_tokens": 1024}
 LONG = {"data": "news/long.jsonl", "bins": 16, "rankings": ["max"], "layers": "all", "batch_tokens": 256}
-"""Small batches: they make it slow, whatever the machine."""
-MEDIUM = LONG | {"max_rows": 2500}
+"""Small batches make it slow on any machine."""
+HOLD_ROWS = 500
+"""Rows after which a fit waits, while it is held."""
+HOLDING = """
+import time
+from pathlib import Path
+from app import fit_child
+
+report = fit_child.JobProgress.__call__
+
+def report_and_wait(self, what, done, total):
+    report(self, what, done, total)
+    while what == "fitting" and done >= {rows} and Path({hold!r}).exists():
+        time.sleep(0.01)
+
+fit_child.JobProgress.__call__ = report_and_wait
+fit_child.EVERY = fit_child.CHECKPOINT_SECONDS = 0.0
+"""
+"""Makes a fit wait while a file exists, and write its progress and a checkpoint after every batch."""
 
 
 @pytest.fixture
-def fitting(start_server: Callable[..., RunningServer], texts: Path) -> RunningServer:
-    """A server that reads those texts."""
+def hold(tmp_path: Path) -> Path:
+    """While this file exists, forked fits do not get beyond `HOLD_ROWS`."""
+    return tmp_path / "hold"
+
+
+@pytest.fixture(autouse=True)
+def forked_fits(monkeypatch: pytest.MonkeyPatch, hold: Path) -> ForkedFits:
+    """Servers of this process start fits as forks."""
+    return fork_fits(monkeypatch, HOLDING.format(rows=HOLD_ROWS, hold=str(hold)))
+
+
+def fork_fits(monkeypatch: pytest.MonkeyPatch, code: str = "") -> ForkedFits:
+    """Have the servers of this process start fits as forks, which run `code` first."""
+    forks = ForkedFits(forker().address, code)
+    monkeypatch.setattr(fit_process, "subprocess", forks)
+    return forks
+
+
+@pytest.fixture
+def fitting(start_server: Callable[..., RunningServer], texts: Path, monkeypatch: pytest.MonkeyPatch) -> RunningServer:
+    """A server that takes fits of those texts; each fit is a fork."""
+    if fit_process.subprocess is subprocess:  # else `forked_fits` has done so
+        fork_fits(monkeypatch)
     return start_server(fit_dirs=[texts], fit_threads=1, fit_niceness=3, fit_device="cpu")
 
 
 def started(http: httpx.Client, request: dict[str, Any], **headers: str) -> dict[str, Any]:
-    """The job of a fit that the server took."""
-    reply = http.post("/v1/fits", json=request, headers={name.replace("_", "-"): it for name, it in headers.items()})
+    """Ask for a fit, and give its job."""
+    reply = http.post(
+        "/v1/fits", json=request, headers={name.replace("_", "-"): value for name, value in headers.items()}
+    )
     assert reply.status_code == 202, reply.text
     job: dict[str, Any] = reply.json()
     assert reply.headers["location"] == f"/v1/jobs/{job['id']}"
@@ -50,6 +97,7 @@ def started(http: httpx.Client, request: dict[str, Any], **headers: str) -> dict
 
 
 def look(http: httpx.Client, job: str) -> dict[str, Any]:
+    """A job as it is now."""
     reply = http.get(f"/v1/jobs/{job}")
     assert reply.status_code == 200, reply.text
     body: dict[str, Any] = reply.json()
@@ -57,7 +105,7 @@ def look(http: httpx.Client, job: str) -> dict[str, Any]:
 
 
 def when(http: httpx.Client, job: str, condition: Callable[[dict[str, Any]], bool]) -> dict[str, Any]:
-    """The job as soon as it is so."""
+    """The job, as soon as the condition holds."""
     give_up = time.monotonic() + SECONDS
     while not condition(now := look(http, job)):
         assert time.monotonic() < give_up, now
@@ -66,12 +114,12 @@ def when(http: httpx.Client, job: str, condition: Callable[[dict[str, Any]], boo
 
 
 def over(http: httpx.Client, job: str) -> dict[str, Any]:
-    """The job when nothing more happens to it."""
+    """The job, once it has ended."""
     return when(http, job, lambda now: now["state"] in ("done", "failed", "cancelled"))
 
 
 def reading(http: httpx.Client, job: str, rows: int = 1) -> dict[str, Any]:
-    """The job when it has fitted so many rows, and is not over."""
+    """The running job, once it has fitted so many rows."""
     now = when(http, job, lambda now: now["progress"] is not None and now["progress"]["rows_done"] >= rows)
     assert now["state"] == "running", now
     return now
@@ -79,15 +127,13 @@ def reading(http: httpx.Client, job: str, rows: int = 1) -> dict[str, Any]:
 
 def process_of(directory: Path, job: str) -> int:
     """The pid of the process of a job."""
-    import json
-
     pid = json.loads((directory / "jobs" / job / "job.json").read_text())["pid"]
     assert isinstance(pid, int)
     return pid
 
 
 def lives(pid: int) -> bool:
-    """Whether a process is there, and no zombie."""
+    """Whether a process exists and is not a zombie."""
     try:
         os.kill(pid, 0)
         return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"

@@ -1,25 +1,43 @@
-"""`POST /v1/fits` and `/v1/jobs` over HTTP, with real processes."""
+"""Fits over HTTP: `POST /v1/fits` and `/v1/jobs`, with real processes."""
 
 import json
 import os
 import signal
-from collections.abc import Callable
+import subprocess
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import httpx
 import pytest
+import redis
 
-from tests.e2e.fits.conftest import LONG, MEDIUM, SECONDS, SMALL, lives, over, process_of, reading, started, when
+from app import fit_process, fit_runner
+from range_store.api_keys import KeyStore
+from range_store.embedded import EmbeddedRedis
+from tests.e2e.fits.conftest import (
+    HOLD_ROWS,
+    MEDIUM,
+    MEDIUM_ROWS,
+    SECONDS,
+    SMALL,
+    lives,
+    over,
+    process_of,
+    reading,
+    started,
+    when,
+)
 from tests.processes import Running as Command
 from tests.range_store.waiting import until
-from tests.servers import RunningServer
+from tests.servers import RunningServer, starting
 from workers.models.loading import LoadedModel
 
 Problem = Callable[[httpx.Response, int, str], dict[str, Any]]
 
 
-def test_a_fit_is_done_activated_and_used(fitting: RunningServer) -> None:
+def test_fit_is_published_activated_and_used(fitting: RunningServer, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(fit_process, "subprocess", subprocess)  # here the process is started as it is in production
     job = started(fitting.http, SMALL | {"activate": True, "reason": "the first"})
     assert (job["state"], job["kind"], job["by"], job["model"]) == ("queued", "fit", "http", fitting.service.name)
     assert (job["request"]["layers"], job["request"]["activate"]) == ([-1], True)
@@ -35,10 +53,10 @@ def test_a_fit_is_done_activated_and_used(fitting: RunningServer) -> None:
     assert fitting.http.get("/v1/jobs").json() == {"model": fitting.service.name, "jobs": [done]}
 
 
-def test_it_publishes_what_the_command_does(
+def test_fit_publishes_the_same_range_set_as_the_command(
     fitting: RunningServer, model: LoadedModel, texts: Path, tmp_path: Path
 ) -> None:
-    """Bit for bit: the id of a range set is a hash of all that it holds."""
+    """The id of a range set is a hash of its contents."""
     names = {"Business": "Money"}
     request = SMALL | {
         "layers": [-1, 0],
@@ -63,24 +81,27 @@ def test_it_publishes_what_the_command_does(
     command += ["--name", fitting.service.name]
     ended = Command(command)
     assert ended.end() == 0, ended.stderr
-    said = json.loads("".join(ended.stdout))
-    assert over(fitting.http, job["id"])["range_set"] == said["id"]
-    assert said["counts"]["Money"] == 15
+    printed = json.loads("".join(ended.stdout))
+    assert over(fitting.http, job["id"])["range_set"] == printed["id"]
+    assert printed["counts"]["Money"] == 15
 
 
-def test_one_that_is_cancelled_leaves_nothing(fitting: RunningServer, problem: Problem, tmp_path: Path) -> None:
-    job = started(fitting.http, LONG)["id"]
+def test_cancelled_fit_publishes_nothing_and_leaves_no_checkpoint(
+    fitting: RunningServer, problem: Problem, hold: Path, tmp_path: Path
+) -> None:
+    hold.touch()
+    job = started(fitting.http, MEDIUM)["id"]
     waiting = started(fitting.http, SMALL)["id"]
-    now = reading(fitting.http, job, 500)
+    now = reading(fitting.http, job, HOLD_ROWS)
     assert now["progress"]["phase"] == "fitting"
-    assert now["progress"]["rows_done"] < now["progress"]["rows_total"] == 20_000
+    assert now["progress"]["rows_done"] < now["progress"]["rows_total"] == MEDIUM_ROWS
     assert now["progress"]["rows_per_second"] > 0
     assert now["progress"]["seconds_left"] > 0
     assert [fitting.value("neuronlens_fit_jobs", {"state": state}) for state in ("running", "queued")] == [1, 1]
     assert fitting.value("neuronlens_fit_progress_ratio") != 0
     pid = process_of(tmp_path, job)
-    assert os.getpriority(os.PRIO_PROCESS, pid) == fitting.service.settings.fit_niceness == 3
-    fitting.http.delete(f"/v1/jobs/{waiting}").raise_for_status()  # first: it begins as soon as the other is over
+    assert os.getpriority(os.PRIO_PROCESS, pid) == min(19, os.getpriority(os.PRIO_PROCESS, 0) + 3)
+    fitting.http.delete(f"/v1/jobs/{waiting}").raise_for_status()  # first, since it begins as soon as the other ends
     asked = fitting.http.delete(f"/v1/jobs/{job}")
     assert (asked.status_code, asked.json()["state"]) == (200, "cancelling")
     ended = over(fitting.http, job)
@@ -89,58 +110,63 @@ def test_one_that_is_cancelled_leaves_nothing(fitting: RunningServer, problem: P
     assert over(fitting.http, waiting)["started_at"] is None
     assert fitting.http.get("/v1/range-sets").json()["range_sets"] == []
     kept = {"job.json", "log", "progress.json", "result.json"}
-    until(lambda: {path.name for path in (tmp_path / "jobs" / job).iterdir()} == kept)  # no checkpoint
+    until(lambda: {path.name for path in (tmp_path / "jobs" / job).iterdir()} == kept)
     assert (tmp_path / "jobs" / job / "result.json").read_bytes() == b""
     problem(fitting.http.delete(f"/v1/jobs/{job}"), 409, "job_over")
 
 
-def test_one_that_is_killed_goes_on_and_ends_in_the_same_range_set(
-    fitting: RunningServer, tmp_path: Path, texts: Path
+def test_killed_fit_is_started_again(
+    fitting: RunningServer, hold: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    once = over(fitting.http, started(fitting.http, MEDIUM)["id"])["range_set"]
-    fitting.service.store.remove(once)
-    job = started(fitting.http, MEDIUM | {"reason": "again"})["id"]
-    when(fitting.http, job, lambda now: now["state"] == "running")
+    monkeypatch.setattr(fit_runner, "PAUSE", 0.0)
+    hold.touch()
+    job = started(fitting.http, MEDIUM)["id"]
+    reading(fitting.http, job, HOLD_ROWS)
     os.kill(process_of(tmp_path, job), signal.SIGKILL)
-    again = when(fitting.http, job, lambda now: now["error"] is not None or now["state"] == "done")
+    again = when(fitting.http, job, lambda now: now["error"] is not None)
     assert "killed by signal 9" in again["error"]
+    hold.unlink()
     done = over(fitting.http, job)
-    assert (done["state"], done["range_set"], done["attempts"], done["error"]) == ("done", once, 2, None)
+    assert (done["state"], done["attempts"], done["error"]) == ("done", 2, None)
 
 
-def test_the_same_request_gives_the_same_job(fitting: RunningServer, problem: Problem) -> None:
-    first = started(fitting.http, LONG)["id"]
-    assert started(fitting.http, LONG)["id"] == first
+def test_repeated_request_gives_the_same_job(fitting: RunningServer, problem: Problem, hold: Path) -> None:
+    hold.touch()
+    first = started(fitting.http, MEDIUM)["id"]
+    assert started(fitting.http, MEDIUM)["id"] == first
     named = started(fitting.http, SMALL, Idempotency_Key="a")["id"]
     assert started(fitting.http, SMALL, Idempotency_Key="a")["id"] == named != first
     assert started(fitting.http, SMALL, Idempotency_Key="b")["id"] not in (first, named)
-    other = fitting.http.post("/v1/fits", json=LONG, headers={"Idempotency-Key": "a"})
+    other = fitting.http.post("/v1/fits", json=MEDIUM, headers={"Idempotency-Key": "a"})
     problem(other, 409, "idempotency_key_reused")
     fitting.http.delete(f"/v1/jobs/{named}").raise_for_status()
     assert over(fitting.http, named)["state"] == "cancelled"
-    assert started(fitting.http, SMALL, Idempotency_Key="a")["id"] == named, "whatever became of it"
-    third = started(fitting.http, LONG | {"seed": 1})["id"]
+    assert started(fitting.http, SMALL, Idempotency_Key="a")["id"] == named, "also after it was cancelled"
+    third = started(fitting.http, MEDIUM | {"seed": 1})["id"]
     assert len({first, named, third}) == 3
 
 
-def test_only_so_many_wait(start_server: Callable[..., RunningServer], texts: Path, problem: Problem) -> None:
+def test_full_fit_queue_rejects_requests(
+    start_server: Callable[..., RunningServer], texts: Path, problem: Problem, hold: Path
+) -> None:
+    hold.touch()
     running = start_server(fit_dirs=[texts], fit_threads=1, fit_niceness=0, fit_queue=1)
-    jobs = [started(running.http, LONG | {"seed": seed})["id"] for seed in (1, 2)]
-    full = running.http.post("/v1/fits", json=LONG | {"seed": 3})
+    jobs = [started(running.http, MEDIUM | {"seed": seed})["id"] for seed in (1, 2)]
+    full = running.http.post("/v1/fits", json=MEDIUM | {"seed": 3})
     problem(full, 429, "fit_queue_full")
     assert int(full.headers["retry-after"]) > 0
     running.http.delete(f"/v1/jobs/{jobs[1]}").raise_for_status()
     over(running.http, jobs[1])
-    third = started(running.http, LONG | {"seed": 3})["id"]
+    third = started(running.http, MEDIUM | {"seed": 3})["id"]
     for job in (jobs[0], third):
         running.http.delete(f"/v1/jobs/{job}").raise_for_status()
         assert over(running.http, job)["state"] == "cancelled"
 
 
-def test_texts_that_cannot_be_used_are_one_clear_line(
+def test_unusable_texts_give_the_error_line_of_the_command(
     start_server: Callable[..., RunningServer], tmp_path: Path
 ) -> None:
-    """That of the command, with the file named as the request did; the queue goes on behind them."""
+    """The file has the name that the request used; the next job in the queue is run."""
     texts = tmp_path / "texts"
     texts.mkdir()
     files = {
@@ -162,8 +188,32 @@ def test_texts_that_cannot_be_used_are_one_clear_line(
     command = ["fit", "--model", running.service.model.source, "--data", texts / "latin.jsonl"]
     ended = Command([*command, "--data-dir", tmp_path / "own", "--threads", "1", "--device", "cpu"])
     assert ended.end() == 2
-    said = ended.stderr[-1].strip().replace(f"{texts}/", "")
-    assert said == f"error: {over(running.http, jobs['latin.jsonl'])['error']}"
+    line = ended.stderr[-1].strip().replace(f"{texts}/", "")
+    assert line == f"error: {over(running.http, jobs['latin.jsonl'])['error']}"
+
+
+@pytest.fixture(scope="module")
+def outside(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A file beside the directory `in`, which fits may read, and which has links to it."""
+    path = tmp_path_factory.mktemp("hostile")
+    inside, outside = path / "in", path / "secret.jsonl"
+    (inside / "news").mkdir(parents=True)
+    outside.write_text('{"text": "secret", "label": "World"}\n')
+    for name in ("news/small.jsonl", "news/notes.txt", "*.jsonl"):
+        (inside / name).write_text(outside.read_text())
+    os.mkfifo(inside / "pipe.jsonl")
+    (inside / "link.jsonl").symlink_to(outside)
+    (inside / "linked").symlink_to(path)
+    return outside
+
+
+@pytest.fixture(scope="module")
+def idle(
+    request: pytest.FixtureRequest, redis_client: redis.Redis, model: LoadedModel, outside: Path
+) -> Iterator[RunningServer]:
+    """A server of which no test of this module starts a fit."""
+    with starting(request, redis_client, model, outside.parent / "data") as start:
+        yield start(fit_dirs=[outside.parent / "in"])
 
 
 @pytest.mark.parametrize(
@@ -181,24 +231,15 @@ def test_texts_that_cannot_be_used_are_one_clear_line(
         *("file://{outside}", "imdb", "--help", "~/secret.jsonl", "news/small.jsonl/..", "a" * 5000),
     ],
 )
-def test_hostile_paths(start_server: Callable[..., RunningServer], tmp_path: Path, data: str) -> None:
-    inside, outside = tmp_path / "in", tmp_path / "secret.jsonl"
-    (inside / "news").mkdir(parents=True)
-    outside.write_text('{"text": "secret", "label": "World"}\n')
-    for name in ("news/small.jsonl", "news/notes.txt", "*.jsonl"):
-        (inside / name).write_text(outside.read_text())
-    os.mkfifo(inside / "pipe.jsonl")
-    (inside / "link.jsonl").symlink_to(outside)
-    (inside / "linked").symlink_to(tmp_path)
-    running = start_server(fit_dirs=[inside])
-    reply = running.http.post("/v1/fits", json={"data": data.replace("{outside}", str(outside))})
+def test_path_outside_the_fit_directories_is_rejected(idle: RunningServer, outside: Path, data: str) -> None:
+    reply = idle.http.post("/v1/fits", json={"data": data.replace("{outside}", str(outside))})
     assert reply.status_code == 422, reply.text
     assert reply.json()["code"] in ("unusable_data", "invalid")
-    assert str(tmp_path) not in reply.text
-    assert running.http.get("/v1/jobs").json()["jobs"] == []
+    assert str(outside.parent) not in reply.text
+    assert idle.http.get("/v1/jobs").json()["jobs"] == []
 
 
-def test_what_is_asked_is_checked_at_once(fitting: RunningServer, problem: Problem) -> None:
+def test_invalid_requests_are_rejected_at_once(idle: RunningServer, problem: Problem) -> None:
     for wrong in (
         {"data": None},
         {"layers": []},
@@ -212,36 +253,31 @@ def test_what_is_asked_is_checked_at_once(fitting: RunningServer, problem: Probl
         {"batch_tokens": 10**9},
         {"layers": -1},
     ):
-        problem(fitting.http.post("/v1/fits", json=SMALL | wrong), 422, "invalid")
-    problem(fitting.http.post("/v1/fits", json=SMALL | {"layers": [99]}), 422, "invalid_erasure")
-    problem(fitting.http.post("/v1/fits", json=SMALL | {"dataset": "none"}), 422, "unusable_data")
-    problem(fitting.http.post("/v1/fits", json={"dataset": "ag_news"}), 403, "fits_disabled")
-    problem(fitting.http.post("/v1/fits", json=SMALL | {"model": "other"}), 404, "unknown_model")
+        problem(idle.http.post("/v1/fits", json=SMALL | wrong), 422, "invalid")
+    problem(idle.http.post("/v1/fits", json=SMALL | {"layers": [99]}), 422, "invalid_erasure")
+    problem(idle.http.post("/v1/fits", json=SMALL | {"dataset": "none"}), 422, "unusable_data")
+    problem(idle.http.post("/v1/fits", json={"dataset": "ag_news"}), 403, "fits_disabled")
+    problem(idle.http.post("/v1/fits", json=SMALL | {"model": "other"}), 404, "unknown_model")
     for id_ in ("0123456789abcdef", "..", "%2E%2E", "a" * 300):
         for method in ("GET", "DELETE"):
-            reply = fitting.http.request(method, f"/v1/jobs/{id_}")
+            reply = idle.http.request(method, f"/v1/jobs/{id_}")
             assert reply.status_code in (404, 405), reply.text
-    problem(fitting.http.get("/v1/jobs/0123456789abcdef"), 404, "unknown_job")
-    assert fitting.http.get("/v1/jobs").json()["jobs"] == []
+    problem(idle.http.get("/v1/jobs/0123456789abcdef"), 404, "unknown_job")
+    assert idle.http.get("/v1/jobs").json()["jobs"] == []
 
 
-def test_a_server_takes_fits_only_if_it_is_told_what_they_may_read(server: RunningServer, problem: Problem) -> None:
+def test_server_without_fit_directories_refuses_fits(server: RunningServer, problem: Problem) -> None:
     refused = problem(server.http.post("/v1/fits", json=SMALL), 403, "fits_disabled")
     assert "NEURONLENS_FIT_DIRS" in refused["detail"]
     assert server.http.get("/v1/jobs").json()["jobs"] == []
 
 
-def test_scopes_and_whose_name_the_audit_has(
-    server_with_keys: tuple[RunningServer, dict[str, str], Any],
-    start_server: Callable[..., RunningServer],
-    texts: Path,
-    problem: Problem,
+def test_fits_need_scopes_and_the_audit_names_the_key(
+    own_redis: EmbeddedRedis, start_server: Callable[..., RunningServer], texts: Path, problem: Problem
 ) -> None:
-    settings = server_with_keys[0].service.settings
-    running, tokens = (
-        start_server(redis_url=settings.redis_url, fit_dirs=[texts], fit_threads=1, fit_niceness=0),
-        server_with_keys[1],
-    )
+    keys = KeyStore(own_redis)
+    tokens = {scope: keys.create(f"the-{scope}", [scope])[1] for scope in ("infer", "read", "admin")}
+    running = start_server(redis_url=own_redis.url, fit_dirs=[texts], fit_threads=1, fit_niceness=0)
 
     def call(method: str, path: str, scope: str, **more: Any) -> httpx.Response:
         return running.http.request(method, path, headers={"X-API-Key": tokens[scope]}, **more)
@@ -255,4 +291,4 @@ def test_scopes_and_whose_name_the_audit_has(
     until(lambda: call("GET", f"/v1/jobs/{job}", "read").json()["state"] in ("done", "failed"), SECONDS)
     entries = call("GET", "/v1/audit", "admin").json()["entries"]
     assert entries[0]["by"] == "key:the-admin"
-    assert "nl_" not in (settings.data_dir / "jobs" / job / "job.json").read_text()
+    assert "nl_" not in (running.service.settings.data_dir / "jobs" / job / "job.json").read_text()
