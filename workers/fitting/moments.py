@@ -50,15 +50,13 @@ class Moments:
         mean = mean + (apart - mean).mean(axis=0)  # a second pass takes out the rounding of the first
         deviation = apart - mean
         square = deviation * deviation
-        constant = (apart == 0).all(axis=0)
-        m2, m3, m4 = square.sum(axis=0), (square * deviation).sum(axis=0), (square * square).sum(axis=0)
         return cls(
             len(states),
             shift,
-            np.where(constant, 0.0, mean),
-            np.where(constant, 0.0, m2),
-            np.where(constant, 0.0, m3),
-            np.where(constant, 0.0, m4),
+            mean,
+            square.sum(axis=0),
+            (square * deviation).sum(axis=0),
+            (square * square).sum(axis=0),
             np.abs(values).sum(axis=0),
             values.min(axis=0),
             values.max(axis=0),
