@@ -13,6 +13,7 @@ help:
 	@echo "make test-system  the tests that need system packages (.ci/run names them)"
 	@echo "make test-full    every test there is, Ray clusters and a million random inputs included: about an hour"
 	@echo "make test-stress  make test ten times beside two busy loops (ARGS=\"--runs 3\")"
+	@echo "make mutants      mutation tests of the core: the share of mutants that its tests kill"
 	@echo "make check        ruff, strict types, import contracts"
 	@echo "make audit        secrets in the tree; known vulnerabilities of what is pinned, where a service can be asked"
 	@echo "make bench        ratios of cost and speed, side by side (ARGS=\"--data texts.jsonl --pairs 20\")"
@@ -57,6 +58,11 @@ test-full: setup
 
 test-stress: setup
 	$(BIN)/python tests/stress.py $(FAST) $(ARGS)
+
+# what was tested and how lies in a folder of the same name
+.PHONY: mutants
+mutants: setup
+	$(BIN)/python -m tests.mutants
 
 check: setup
 	$(BIN)/ruff check .
@@ -105,4 +111,4 @@ screenshots: setup
 	$(BIN)/python docs/draw_console.py
 
 clean:
-	rm -rf $(VENV) .pytest_cache .mypy_cache .ruff_cache .hypothesis build *.egg-info
+	rm -rf $(VENV) .pytest_cache .mypy_cache .ruff_cache .hypothesis build mutants *.egg-info
