@@ -1,24 +1,28 @@
-"""A real server, a scripted one that answers badly first, and both clients behind one face."""
+"""Servers, a scripted HTTP server, a clock, and both clients behind one interface."""
 
 import asyncio
 import contextvars
 import inspect
 import json
 import threading
-import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
 from neuronlens import AsyncClient, Client
+from tests.e2e.dropin.conftest import KeyedServer, serving_with_keys
+from tests.servers import RunningServer, starting, with_ranges
+from workers.fitting.fit import Fitted
+from workers.models.loading import LoadedModel
 
 
 class Awaited:
-    """An AsyncClient whose methods block: each runs in one event loop, in the caller's context."""
+    """An AsyncClient with blocking methods: each runs in one event loop, in the context of the caller."""
 
     def __init__(self, client: AsyncClient, runner: asyncio.Runner) -> None:
         self._client, self._runner = client, runner
@@ -49,7 +53,7 @@ class Awaited:
 
 @pytest.fixture(params=["sync", "async"])
 def client_of(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[..., Any]]:
-    """`client_of(url, **options)`: a client, blocking or not; closed after the test."""
+    """`client_of(url, **options)`: a synchronous or asynchronous client; closed after the test."""
     monkeypatch.delenv("NEURONLENS_API_KEY", raising=False)
     with ExitStack() as stack:
 
@@ -64,39 +68,74 @@ def client_of(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -
         yield make
 
 
+@dataclass
+class Clock:
+    """The time of the clients: pauses end at once and move the clock; their random parts are at the maximum."""
+
+    now: float = 1000.0
+    pauses: list[float] = field(default_factory=list)
+    on_pause: Callable[[], None] = lambda: None
+    """Called during each pause."""
+
+    def monotonic(self) -> float:
+        return self.now
+
+    def sleep(self, seconds: float) -> None:
+        self.pauses.append(seconds)
+        self.now += seconds
+        self.on_pause()
+
+
+@pytest.fixture
+def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
+    made = Clock()
+
+    async def sleep(seconds: float) -> None:
+        made.sleep(seconds)
+        await asyncio.sleep(0)
+
+    for module in ("client", "calls", "events", "api"):
+        monkeypatch.setattr(f"neuronlens.{module}.time", made)
+    monkeypatch.setattr("neuronlens.async_client.asyncio", SimpleNamespace(**{**vars(asyncio), "sleep": sleep}))
+    monkeypatch.setattr("neuronlens.calls.random", SimpleNamespace(uniform=lambda low, high: high))
+    return made
+
+
 @dataclass(frozen=True)
-class Asked:
+class Received:
     """A request as it arrived."""
 
     method: str
     path: str
     headers: dict[str, str]
     body: Any
-    at: float
 
 
 @dataclass
 class Scripted:
-    """A server that answers what it is told to, in turn, and the last of it for ever after.
+    """A server that gives its answers in turn and repeats the last one.
 
-    An answer is (status, headers, JSON), or "cut": the connection is closed without one.
+    An answer is (status, headers, JSON), a function from the request to that, or "cut": the connection is closed.
     """
 
     url: str = ""
     answers: list[Any] = field(default_factory=list)
-    asked: list[Asked] = field(default_factory=list)
+    received: list[Received] = field(default_factory=list)
     lock: threading.Lock = field(default_factory=threading.Lock)
+    listen: Callable[[], None] = lambda: None
+    """Accept connections from now on."""
 
 
 @pytest.fixture
 def scripted() -> Iterator[Scripted]:
     with answering() as script:
+        script.listen()
         yield script
 
 
 @contextmanager
-def answering(after: float = 0.0) -> Iterator[Scripted]:
-    """A scripted server, which refuses connections for the first `after` seconds."""
+def answering() -> Iterator[Scripted]:
+    """A scripted server that refuses connections until `listen` is called."""
     script = Scripted()
 
     class Handler(BaseHTTPRequestHandler):
@@ -106,16 +145,14 @@ def answering(after: float = 0.0) -> Iterator[Scripted]:
         def handle_any(self) -> None:
             body = self.rfile.read(int(self.headers.get("content-length") or 0))
             headers = {name.lower(): value for name, value in self.headers.items()}
-            decoded = json.loads(body) if body else None
             with script.lock:
-                script.asked.append(Asked(self.command, self.path, headers, decoded, time.monotonic()))
+                script.received.append(Received(self.command, self.path, headers, json.loads(body) if body else None))
                 answer = script.answers[0] if len(script.answers) == 1 else script.answers.pop(0)
+                request = script.received[-1]
             if answer == "cut":
                 self.close_connection = True
                 return
-            if callable(answer):
-                answer = answer(script.asked[-1])
-            status, headers, content = answer
+            status, headers, content = answer(request) if callable(answer) else answer
             sent = content if isinstance(content, bytes) else json.dumps(content).encode()
             self.send_response(status)
             for name, value in {"Content-Length": str(len(sent)), **headers}.items():
@@ -128,44 +165,74 @@ def answering(after: float = 0.0) -> Iterator[Scripted]:
         def log_message(self, *args: Any) -> None:
             pass
 
-    def start_server() -> None:
-        if after:
-            time.sleep(after)
-            server.server_activate()
-        server.serve_forever(poll_interval=0.05)
-
     server = ThreadingHTTPServer(("127.0.0.1", 0), Handler, bind_and_activate=False)
-    server.server_bind()  # its port is its own from now on
+    server.server_bind()  # reserves the port
     server.daemon_threads = True
-    if not after:
+    thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01})
+
+    def listen() -> None:
         server.server_activate()
-    thread = threading.Thread(target=start_server)
-    thread.start()
+        thread.start()
+
+    script.listen = listen
     script.url = f"http://127.0.0.1:{server.server_address[1]}"
     try:
         yield script
     finally:
-        server.shutdown()
-        thread.join()
+        if thread.ident is not None:
+            server.shutdown()
+            thread.join()
         server.server_close()
 
 
 def refusal(status: int, code: str, headers: dict[str, str] | None = None, **members: Any) -> Any:
-    """A problem as the server says it."""
+    """An error answer, as the server writes it."""
     problem = {"status": status, "code": code, "detail": f"because of {code}", "request_id": "r", **members}
     return status, {"Content-Type": "application/problem+json", **(headers or {})}, problem
 
 
-def classified(asked: Asked) -> Any:
-    """A well-formed reply to `POST /v1/classify`: every text's label is the text."""
-    given = asked.body["inputs"]
+def classified(request: Received) -> Any:
+    """A well-formed reply to `POST /v1/classify`: the label of each text is the text."""
+    inputs = request.body["inputs"]
     score = [{"label": "A", "score": 1.0}]
     results = [
         {"label": text, "score": 1.0, "scores": score, "masked_neurons": 0, "truncated": False, "baseline": None}
-        for text in ([given] if isinstance(given, str) else given)
+        for text in ([inputs] if isinstance(inputs, str) else inputs)
     ]
     plan = {"source": "none", "concepts": [], "erasures": [], "range_set": None, "generation": "00000000-1"}
     return 200, {}, {"model": "m", "results": results, "erasure": plan, "usage": {"tokens": len(results)}}
 
 
 LIVE = (200, {}, {"model": "m", "generation": "00000000-2", "range_set": None, "erasures": []})
+
+
+@pytest.fixture(scope="package")
+def shared_keyed_server(
+    request: pytest.FixtureRequest, model: LoadedModel, fitted: Fitted, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[KeyedServer]:
+    with serving_with_keys(request, model, fitted, tmp_path_factory.mktemp("keyed")) as found:
+        yield found
+
+
+@pytest.fixture
+def keyed_server(shared_keyed_server: KeyedServer) -> KeyedServer:
+    """A server that requires API keys, and a token of each scope; nothing is erased."""
+    shared_keyed_server[0].reset()
+    return shared_keyed_server
+
+
+@pytest.fixture(scope="package")
+def start_shared(
+    request: pytest.FixtureRequest, redis_client: Any, model: LoadedModel, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[Callable[..., RunningServer]]:
+    """`start_shared(**settings)`: a server of these settings, the same one for every test of the package."""
+    found: dict[str, RunningServer] = {}
+    with starting(request, redis_client, model, tmp_path_factory.mktemp("shared")) as start:
+
+        def same(fitted: Fitted | None = None, **settings: Any) -> RunningServer:
+            key = repr((fitted is None, settings))
+            if key not in found:
+                found[key] = with_ranges(start(**settings), fitted) if fitted else start(**settings)
+            return found[key]
+
+        yield same

@@ -1,16 +1,16 @@
-"""Both clients against a real server: each call, its errors, long lists, keys."""
+"""Both clients against a real server: calls, errors, long lists, keys."""
 
-import asyncio
 import inspect
 import json
 import math
 import pickle
+import shutil
 import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
-from pathlib import Path
-from typing import Any, get_args, get_type_hints
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any, get_args, get_overloads, get_type_hints
 
 import httpx
 import pytest
@@ -19,7 +19,6 @@ from pydantic import BaseModel
 import neuronlens.api
 from app import requests
 from neuronlens import (
-    AsyncClient,
     Conflict,
     DeadlineExceeded,
     ErasureSettings,
@@ -40,15 +39,18 @@ from neuronlens import (
 )
 from neuronlens.erasing import ErasuresSpec
 from range_store.erasure import RANKINGS
+from tests.e2e.dropin.conftest import KeyedServer
 from tests.e2e.reports import write_report
+from tests.neuronlens.conftest import Clock
+from tests.range_store.builders import random_range_set
 from tests.range_store.waiting import until
-from tests.servers import RunningServer, with_ranges
-from tests.workers.texts import labelled_texts, write_jsonl
-from workers.fitting.corpus import load_corpus
-from workers.fitting.fit import Fitted, fit
+from tests.servers import RunningServer
+from tests.workers.texts import labelled_texts
+from workers.fitting.fit import Fitted
 
 ClientOf = Callable[..., Any]
-ERRORS: list[tuple[Callable[[Any], Any], type[NeuronLensError], str | None]] = [
+StartShared = Callable[..., RunningServer]
+ERRORS: list[tuple[Callable[[Any], Any], type[NeuronLensError], str]] = [
     (lambda client: client.classify("a", erase="Nonsense"), NotFound, "unknown_concept"),
     (lambda client: client.switch_on(".."), NotFound, "unknown_concept"),
     (lambda client: client.neuron(-1, 10**6), NotFound, "unknown_neuron"),
@@ -60,19 +62,18 @@ ERRORS: list[tuple[Callable[[Any], Any], type[NeuronLensError], str | None]] = [
     (lambda client: client.classify("a", erase=["Sports", "Sports"]), Invalid, "invalid_erasure"),
     (lambda client: client.ranges("Sports", layer=0), Invalid, "not_fitted"),
     (lambda client: client.classify("x" * 200_000), TooLarge, "text_too_large"),
-    (lambda client: client.classify("a " * 300, timeout=0.0001), DeadlineExceeded, None),
 ]
 TEXTS = [text for text, _ in labelled_texts(12, seed=8)]
 
 
-def unknown(reply: BaseModel) -> Iterator[str]:
-    """Fields that the client keeps without knowing them."""
+def unknown_fields(reply: BaseModel) -> Iterator[str]:
+    """Fields of a reply that the client does not declare."""
     yield from (f"{type(reply).__name__}.{name}" for name in reply.model_extra or {})
     for name in type(reply).model_fields:
         value = getattr(reply, name)
         for each in value if isinstance(value, tuple) else (value,):
             if isinstance(each, BaseModel):
-                yield from unknown(each)
+                yield from unknown_fields(each)
 
 
 def assert_same_answers(ones: Any, others: Any) -> None:
@@ -83,19 +84,19 @@ def assert_same_answers(ones: Any, others: Any) -> None:
         assert one.masked_neurons == other.masked_neurons
 
 
-def test_an_answer_holds_what_the_server_says(client_of: ClientOf, server: RunningServer) -> None:
+def test_answers_equal_the_replies_of_the_server(client_of: ClientOf, server: RunningServer) -> None:
     client = client_of(server.url)
     fields: dict[str, Any] = {"erase": ["Sports"], "compare": True, "top_k": 2, "activation": "none"}
     raw = server.classify(TEXTS[:3], **fields).json()
     found = client.classify(TEXTS[:3], **fields)
-    assert not list(unknown(found))
+    assert not list(unknown_fields(found))
     assert [each.model_dump(mode="json") for each in found.results] == raw["results"]
     assert [each.model_dump(mode="json") for each in found.plans] == [raw["erasure"]]
     assert found.erasure.source == "request"
     assert (found.model, found.usage.tokens) == (raw["model"], raw["usage"]["tokens"])
     one = client.classify(TEXTS[0], **fields)
     assert isinstance(one, Result)
-    assert not list(unknown(one))
+    assert not list(unknown_fields(one))
     assert_same_answers([one], found.results[:1])
     assert one.baseline is not None
     assert one.erasure == found.erasure
@@ -103,28 +104,29 @@ def test_an_answer_holds_what_the_server_says(client_of: ClientOf, server: Runni
     assert client.classify([]).results == ()
 
 
-def test_reports_are_listed_and_read(
-    client_of: ClientOf, start_server: Callable[..., RunningServer], tmp_path: Path
-) -> None:
-    client = client_of(start_server().url)
+def test_reports_are_listed_and_read(client_of: ClientOf, server: RunningServer) -> None:
+    client, reports = client_of(server.url), server.service.settings.reports
     assert client.reports().reports == ()
     name = "50 % of “what?”, a.b"
-    directory = write_report(tmp_path / "reports", name)
-    (found,) = client.reports().reports
-    assert not list(unknown(found))
-    assert (found.id, found.state, found.model, found.texts) == (name, "complete", "tiny-news", 7)
-    assert client.report(name) == found
-    for file in found.files:
-        assert client.report_file(name, file) == (directory / file).read_bytes()
-    (directory / "report.html").unlink()
-    assert client.report(name).state == "incomplete"
-    for ask in (lambda: client.report(".."), lambda: client.report_file(name, "report.html")):
-        with pytest.raises(NotFound) as missing:
-            ask()
-        assert missing.value.code == "unknown_report"
+    directory = write_report(reports, name)
+    try:
+        (found,) = client.reports().reports
+        assert not list(unknown_fields(found))
+        assert (found.id, found.state, found.model, found.texts) == (name, "complete", "tiny-news", 7)
+        assert client.report(name) == found
+        for file in found.files:
+            assert client.report_file(name, file) == (directory / file).read_bytes()
+        (directory / "report.html").unlink()
+        assert client.report(name).state == "incomplete"
+        for call in (lambda: client.report(".."), lambda: client.report_file(name, "report.html")):
+            with pytest.raises(NotFound) as missing:
+                call()
+            assert missing.value.code == "unknown_report"
+    finally:
+        shutil.rmtree(reports)
 
 
-def test_a_block_erases_and_leaves_what_is_live_alone(client_of: ClientOf, server: RunningServer) -> None:
+def test_a_block_erases_without_changing_live_erasures(client_of: ClientOf, server: RunningServer) -> None:
     client = client_of(server.url)
     client.switch_on("World")
     before = client.erasures()
@@ -142,7 +144,7 @@ def test_a_block_erases_and_leaves_what_is_live_alone(client_of: ClientOf, serve
 
 
 @pytest.mark.parametrize("size", [1, 5, 12, 100])
-def test_a_list_in_parts_is_answered_as_the_whole(client_of: ClientOf, server: RunningServer, size: int) -> None:
+def test_a_list_in_parts_gets_the_answers_of_the_whole(client_of: ClientOf, server: RunningServer, size: int) -> None:
     whole = client_of(server.url).classify(TEXTS, erase=["Sports"])
     parts = client_of(server.url, batch_size=size).classify(TEXTS, erase=["Sports"])
     assert_same_answers(parts.results, whole.results)
@@ -151,30 +153,26 @@ def test_a_list_in_parts_is_answered_as_the_whole(client_of: ClientOf, server: R
     assert all(plan == whole.erasure for plan in parts.plans)
 
 
-def test_a_list_goes_through_however_little_the_server_takes(
-    client_of: ClientOf, start_server: Callable[..., RunningServer], fitted: Fitted
+def test_a_list_is_split_into_parts_that_the_server_takes(
+    client_of: ClientOf, start_shared: StartShared, server: RunningServer, fitted: Fitted
 ) -> None:
-    small = with_ranges(start_server(max_texts=5, max_queue_tokens=100), fitted)
-    whole = with_ranges(start_server(), fitted)
+    small = start_shared(fitted, max_texts=5)
     found = client_of(small.url).classify(TEXTS, erase=["Sports"])
-    assert_same_answers(found.results, client_of(whole.url).classify(TEXTS, erase=["Sports"]).results)
+    assert_same_answers(found.results, client_of(server.url).classify(TEXTS, erase=["Sports"]).results)
+    assert len(found.plans) == 4  # halved twice
+    assert len(client_of(small.url).classify(["a"] * 300).plans) == 60  # lists of this length ask for the limit first
+
+
+def test_a_single_text_that_is_too_large_is_an_error(
+    client_of: ClientOf, start_shared: StartShared, fitted: Fitted
+) -> None:
+    small = start_shared(fitted, max_queue_tokens=16)
     with pytest.raises(TooLarge) as raised:
-        client_of(with_ranges(start_server(max_queue_tokens=16), fitted).url).classify(["word " * 300])
+        client_of(small.url).classify(["word " * 300])
     assert raised.value.code == "request_too_large"
 
 
-def test_a_long_list_goes_in_parts_as_large_as_the_server_takes(
-    client_of: ClientOf, start_server: Callable[..., RunningServer], fitted: Fitted
-) -> None:
-    running = with_ranges(start_server(max_texts=280), fitted)
-    answers = client_of(running.url).classify([TEXTS[0], TEXTS[1]] * 300, erase=[])
-    assert (len(answers.results), len(answers.plans)) == (600, 3)
-    assert len(set(answers.labels[::2])) == len(set(answers.labels[1::2])) == 1
-
-
-def test_every_reply_is_what_the_server_says_and_every_field_is_known(
-    client_of: ClientOf, server: RunningServer
-) -> None:
+def test_every_reply_equals_the_json_of_the_server(client_of: ClientOf, server: RunningServer) -> None:
     client = client_of(server.url, model=server.service.name)
     client.switch_on("Sports", tau=2, layer=[-2, -1], replacement={"damp": 0.5}, reason="a try", expires_in=600)
     range_set = client.range_sets().active
@@ -190,20 +188,20 @@ def test_every_reply_is_what_the_server_says_and_every_field_is_known(
         (client.models(), "/v1/models"),
         (client.capabilities(), "/v1/capabilities"),
     ]
-    until(lambda: all(each.current for each in client.replicas().replicas))  # it reports by itself, when it can
-    listed, there = client.replicas(), server.http.get("/v1/replicas").json()  # ages differ
-    assert not list(unknown(listed))
+    until(lambda: all(each.current for each in client.replicas().replicas))  # a server reports at intervals
+    listed, expected = client.replicas(), server.http.get("/v1/replicas").json()  # ages differ
+    assert not list(unknown_fields(listed))
     assert listed.model_dump(mode="json", exclude={"replicas": {0: {"age"}}}) == {
-        **there,
-        "replicas": [{name: value for name, value in there["replicas"][0].items() if name != "age"}],
+        **expected,
+        "replicas": [{name: value for name, value in expected["replicas"][0].items() if name != "age"}],
     }
     for reply, path in replies:
         assert reply.model_dump(mode="json") == server.http.get(path).json(), path
-        assert not list(unknown(reply)), path
+        assert not list(unknown_fields(reply)), path
     assert client.ready().checks["store"] is True
 
 
-def test_what_the_model_makes_of_a_text_is_what_the_server_says(client_of: ClientOf, server: RunningServer) -> None:
+def test_tokens_and_activations_equal_the_json_of_the_server(client_of: ClientOf, server: RunningServer) -> None:
     client = client_of(server.url)
     for reply, path, body in (
         (client.tokenize("a goal 🎉"), "/v1/tokenize", {"inputs": "a goal 🎉"}),
@@ -219,22 +217,21 @@ def test_what_the_model_makes_of_a_text_is_what_the_server_says(client_of: Clien
         ),
     ):
         assert reply.model_dump(mode="json") == server.http.post(path, json=body).json()
-        assert not list(unknown(reply))
+        assert not list(unknown_fields(reply))
 
 
-def test_what_may_be_named_is_what_the_server_takes() -> None:
-    """Settings of an erasure, as a type checker knows them, are those of the server."""
-    for known, taken in (
+def test_typed_settings_are_the_fields_that_the_server_accepts() -> None:
+    for typed, model in (
         (ErasureSettings, requests.ErasureSettings),
         (ErasureSpec, requests.ErasureIn),
         (ErasuresSpec, requests.ErasuresIn),
         (LiveSpec, requests.NamedLiveIn),
     ):
-        assert set(known.__annotations__) == set(taken.model_fields)
+        assert set(typed.__annotations__) == set(model.model_fields)
     assert get_args(get_type_hints(ErasureSettings)["ranking"]) == RANKINGS
 
 
-def test_all_neurons_come_page_by_page(
+def test_neurons_are_read_page_by_page(
     client_of: ClientOf, server: RunningServer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     client = client_of(server.url)
@@ -248,7 +245,7 @@ def test_all_neurons_come_page_by_page(
 
 
 @pytest.mark.parametrize("concept", ["Sports", "Sci/Tech", "Météo & co"])
-def test_what_is_live_is_switched(client_of: ClientOf, server: RunningServer, concept: str) -> None:
+def test_live_erasures_are_switched_on_and_off(client_of: ClientOf, server: RunningServer, concept: str) -> None:
     client = client_of(server.url)
     on = client.switch_on(concept, tau=3, reason="a try", enforced=True)
     assert on.concepts == (concept,)
@@ -264,18 +261,20 @@ def test_what_is_live_is_switched(client_of: ClientOf, server: RunningServer, co
     assert [entry.reason for entry in client.audit(3).entries] == [None, "enough", "a try"]
 
 
-def test_a_change_is_waited_for_everywhere_and_then_insisted_on(client_of: ClientOf, server: RunningServer) -> None:
-    client, store = client_of(server.url), server.service.store
+def test_a_change_waits_for_all_replicas_and_requests_insist_on_it(
+    client_of: ClientOf, fresh_server: RunningServer
+) -> None:
+    client, store = client_of(fresh_server.url), fresh_server.service.store
     since = store.keys.replicas, "since"
-    store.client.hset(*since, str(time.time() + 3600))  # who else reports is not certain, however slow this is
+    store.client.hset(*since, str(time.time() + 3600))  # too early to know which replicas report
     with pytest.raises(NotEverywhere, match="is made") as raised:
         client.switch_on("Sports", wait="all", wait_seconds=0.01)
     own = {each.name for each in client.replicas().replicas if each.this}
     assert raised.value.status == 504
-    assert set(raised.value.missing) <= own  # it may not have read its own change yet
+    assert set(raised.value.missing) <= own  # the server may not have read its own change yet
     assert raised.value.generation == client.erasures().generation
-    store.client.hset(*since, "0")  # from here on, whoever lives has reported
-    client.replace(["World"], wait="all", wait_seconds=30)
+    store.client.hset(*since, "0")  # from now on, all live replicas have reported
+    client.replace(["World"], wait="all", wait_seconds=60)
     store.replicas.report("elsewhere:1:ab", "00000000-1", None, seconds=600)
     with pytest.raises(NotEverywhere) as raised:
         client.switch_off("World", wait="all", wait_seconds=0.2)
@@ -283,17 +282,22 @@ def test_a_change_is_waited_for_everywhere_and_then_insisted_on(client_of: Clien
     listed = client.replicas()
     assert {each.name: each.current for each in listed.replicas if not each.this} == {"elsewhere:1:ab": False}
     store.replicas.remove("elsewhere:1:ab")
-    state = client.activate(listed.replicas[0].range_set or client.erasures().range_set, wait="all", wait_seconds=30)
+    state = client.activate(listed.replicas[0].range_set or client.erasures().range_set, wait="all", wait_seconds=60)
     assert client.classify("a goal", min_generation=state.generation).erasure.generation == state.generation
     with pytest.raises(Unavailable) as behind:
-        client_of(server.url, retries=0).classify("a goal", min_generation="00000000-1")
+        client_of(fresh_server.url, retries=0).classify("a goal", min_generation="00000000-1")
     assert (behind.value.code, behind.value.problem["generation"]) == ("behind", state.generation)
 
 
-def test_range_sets_are_switched(client_of: ClientOf, server: RunningServer, tmp_path: Any) -> None:
-    client = client_of(server.url)
+def test_range_sets_are_listed_and_activated(client_of: ClientOf, fresh_server: RunningServer) -> None:
+    client, store = client_of(fresh_server.url), fresh_server.service.store
+    identity = fresh_server.model.identity
+    last = identity.n_layers - 1
+    made = random_range_set(
+        1, identity.labels, identity.hidden_size, identity.n_layers, [last], fingerprint=identity.fingerprint
+    )
     (first,) = client.range_sets().range_sets
-    last_only = refit(server, tmp_path)
+    last_only = store.publish(*made)
     client.switch_on("Sports", layer=-2)
     with pytest.raises(Conflict) as raised:
         client.activate(last_only)
@@ -303,23 +307,14 @@ def test_range_sets_are_switched(client_of: ClientOf, server: RunningServer, tmp
     assert client.activate(first.id, if_match=state.generation).range_set == first.id
 
 
-def refit(running: RunningServer, tmp_path: Any) -> str:
-    """The id of a range set of the last block alone, published and not active."""
-    rows = [(text, label) for text, label in labelled_texts(40, seed=4) if label != "SciTech"]
-    model = running.model
-    corpus = load_corpus(str(write_jsonl(tmp_path / "again.jsonl", rows)), labels=model.identity.labels)
-    made = fit(model, corpus, layers=(-1,), bins=8)
-    return running.service.store.publish(made.range_set, made.inspect)
-
-
-def test_errors_are_what_the_server_says(client_of: ClientOf, server: RunningServer) -> None:
+def test_errors_have_the_code_of_the_server(client_of: ClientOf, server: RunningServer) -> None:
     client = client_of(server.url, headers={"X-Request-ID": "mine"})
     for call, kind, code in ERRORS:
         with pytest.raises(kind) as raised:
             call(client)
         error = raised.value
         assert type(error) is kind
-        assert code in (None, error.code)
+        assert error.code == code
         assert error.request_id == "mine"
         if isinstance(error, NotFound) and error.code == "unknown_concept":
             assert "Sci/Tech" in error.known
@@ -329,9 +324,9 @@ def test_errors_are_what_the_server_says(client_of: ClientOf, server: RunningSer
             assert error.problem["fitted"]
 
 
-def test_any_text_is_sent_as_it_is(client_of: ClientOf, server: RunningServer) -> None:
+def test_any_text_is_sent_unchanged(client_of: ClientOf, server: RunningServer) -> None:
     client = client_of(server.url)
-    for text in ("", "\0", "half a pair: \ud800", "\u2028 日本語 🎉", "a" * 5000):
+    for text in ("", "\0", "a lone surrogate: \ud800", "\u2028 日本語 🎉", "a" * 5000):
         raw = server.http.post(
             "/v1/classify", content=json.dumps({"inputs": text}), headers={"Content-Type": "application/json"}
         )
@@ -351,29 +346,27 @@ def test_another_model_is_not_found(client_of: ClientOf, server: RunningServer) 
         assert raised.value.code == "unknown_model"
 
 
-def test_a_server_without_a_range_set_says_so_at_once(
-    client_of: ClientOf, start_server: Callable[..., RunningServer]
-) -> None:
-    client = client_of(start_server().url, retries=1000)
+def test_a_missing_range_set_is_an_error_without_retries(client_of: ClientOf, start_shared: StartShared) -> None:
+    client = client_of(start_shared().url, retries=1000)
     assert client.classify("a").label
     with pytest.raises(Unavailable) as raised:
         client.classify("a", erase="Sports")
     assert raised.value.code == "no_range_set"
 
 
-def test_ready_is_asked_once(client_of: ClientOf, server: RunningServer) -> None:
-    client = client_of(server.url, retries=1000)
+def test_readiness_is_requested_once(client_of: ClientOf, fresh_server: RunningServer) -> None:
+    client = client_of(fresh_server.url, retries=1000)
     assert client.ready().problem is None
-    server.service.engine.drain()
+    fresh_server.service.engine.drain()
     with pytest.raises(Unavailable) as raised:
         client.ready()
     assert raised.value.problem["checks"]
 
 
-def test_keys(
-    client_of: ClientOf, server_with_keys: tuple[RunningServer, dict[str, str], Any], monkeypatch: pytest.MonkeyPatch
+def test_keys_are_sent_and_never_shown(
+    client_of: ClientOf, keyed_server: KeyedServer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    running, tokens, _ = server_with_keys
+    running, tokens = keyed_server
     infer, admin = client_of(running.url, tokens["infer"]), client_of(running.url, tokens["admin"])
     assert infer.classify(TEXTS).results
     assert admin.switch_on("Sports").erasures[0].by == "key:the-admin"
@@ -394,49 +387,66 @@ def test_keys(
         client_of(running.url, "").erasures()
 
 
-def test_a_key_that_may_only_infer_classifies_long_lists(
-    client_of: ClientOf, server_with_keys: tuple[RunningServer, dict[str, str], Any]
-) -> None:
-    running, tokens, _ = server_with_keys
+def test_a_key_without_the_scope_read_can_classify_long_lists(client_of: ClientOf, keyed_server: KeyedServer) -> None:
+    running, tokens = keyed_server
     assert len(client_of(running.url, tokens["infer"]).classify(["a"] * 300).results) == 300
 
 
-def test_more_than_the_server_takes_at_once_comes_through_all_the_same(
-    start_server: Callable[..., RunningServer], fitted: Fitted
+def test_a_missed_deadline_is_an_error(client_of: ClientOf, server: RunningServer) -> None:
+    with server.model.steered._lock, pytest.raises(DeadlineExceeded):  # the model answers nothing meanwhile
+        client_of(server.url).classify("a", timeout=0.05)
+
+
+def test_a_call_waits_while_the_queue_is_full(
+    client_of: ClientOf, start_shared: StartShared, fitted: Fitted, clock: Clock
 ) -> None:
-    """Twenty users of a server whose queue holds three of their requests: some are refused, and wait for their turn."""
-    running = with_ranges(start_server(max_queue_texts=12, max_batch_tokens=64), fitted)
+    running = start_shared(fitted, max_queue_texts=4)
+    engine, lock, value = running.service.engine, running.model.steered._lock, running.value
+    expected = running.classify(TEXTS[:4]).json()["results"]
 
-    async def main() -> list[tuple[str, ...]]:
-        async with AsyncClient(running.url, retries=1000, timeout=120) as client:
-            known = (await client.classify(TEXTS[:4])).labels
-            found = await asyncio.gather(*(client.classify(TEXTS[:4]) for _ in range(20)))
-            assert all(each.labels == known for each in found)
-        async with AsyncClient(running.url, retries=0) as impatient:
-            kinds: set[type] = set()
-            while Overloaded not in kinds:  # who is faster, it or the server, is the machine's business
-                many = (impatient.classify(TEXTS[:4]) for _ in range(40))
-                kinds |= {type(each) for each in await asyncio.gather(*many, return_exceptions=True)}
-                assert kinds <= {neuronlens.Answers, Overloaded}
-        return [each.labels for each in found]
+    def release() -> None:
+        if len(clock.pauses) == 1:
+            lock.release()
+            until(lambda: value("neuronlens_queue_texts") == 0)
 
-    assert len(asyncio.run(main())) == 20
-    refused = running.value("neuronlens_rejections_total", {"reason": "queue_full"})
-    assert refused
+    clock.on_pause = release
+    with ThreadPoolExecutor(2) as pool:
+        lock.acquire()  # the model answers nothing until the first pause of the client
+        accepted = [pool.submit(running.classify, TEXTS[:4])]
+        until(lambda: engine._running)
+        accepted.append(pool.submit(running.classify, TEXTS[:4]))
+        until(lambda: value("neuronlens_queue_texts") == 4)
+        with pytest.raises(Overloaded):
+            client_of(running.url, retries=0).classify(TEXTS[:4])
+        assert clock.pauses == []
+        found = client_of(running.url).classify(TEXTS[:4])
+        assert [each.result().status_code for each in accepted] == [200, 200]
+    assert_same_answers(found.results, [Result.model_validate(each) for each in expected])
+    assert len(clock.pauses) == 1
+    assert clock.pauses[0] >= 1
 
 
-def test_one_httpx_client_may_be_shared_and_stays_open(server: RunningServer) -> None:
+def test_a_given_httpx_client_stays_open(server: RunningServer) -> None:
     with httpx.Client() as http:
         for _ in range(2):
             with neuronlens.Client(server.url, http=http) as client:
                 assert client.ready().status == "ready"
 
 
-def test_a_closed_client_says_so(server: RunningServer) -> None:
+def test_a_closed_client_raises(server: RunningServer) -> None:
     client = neuronlens.Client(server.url)
     client.close()
     with pytest.raises(RuntimeError, match="closed"):
         client.ready()
+
+
+def test_the_type_of_an_answer_follows_the_type_of_the_inputs() -> None:
+    """mypy checks the types of all calls in `test_typing.py`, which takes longer."""
+    for client in (neuronlens.Client, neuronlens.AsyncClient):
+        hints = [get_type_hints(overload) for overload in get_overloads(client.classify)]
+        returned = {str(hint["inputs"]): hint["return"] for hint in hints}
+        assert returned[str(str)] is neuronlens.Answer
+        assert neuronlens.Answers in returned.values()
 
 
 def test_both_clients_have_the_same_methods() -> None:
@@ -450,7 +460,7 @@ def test_both_clients_have_the_same_methods() -> None:
     assert len(blocking) > 10
 
 
-def test_every_public_name_is_exported_and_every_error_stands_in_the_tree() -> None:
+def test_public_names_are_exported_and_errors_are_documented() -> None:
     kinds = [each for each in vars(errors).values() if isinstance(each, type) and issubclass(each, NeuronLensError)]
     assert len(kinds) > 10
     for kind in kinds:
@@ -460,7 +470,7 @@ def test_every_public_name_is_exported_and_every_error_stands_in_the_tree() -> N
     assert issubclass(NoAnswer, NeuronLensError)
 
 
-def test_the_client_brings_in_nothing_of_the_service() -> None:
+def test_the_client_imports_nothing_of_the_service() -> None:
     code = "import sys, neuronlens; print(' '.join({name.partition('.')[0] for name in sys.modules}))"
     loaded = set(
         subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.split()
@@ -469,7 +479,7 @@ def test_the_client_brings_in_nothing_of_the_service() -> None:
     assert not loaded & {"app", "workers", "range_store", "torch", "numpy", "redis", "fastapi", "starlette"}
 
 
-def test_errors_survive_a_process_pool() -> None:
+def test_errors_can_be_pickled() -> None:
     error = Stale("gone", status=412, code="stale_generation", request_id="r", problem={"generation": "00000000-2"})
     again = pickle.loads(pickle.dumps(error))
     assert (str(again), again.generation, again.request_id) == (str(error), "00000000-2", "r")

@@ -1,4 +1,4 @@
-"""Blocks of code in which concepts are erased: what a request then carries, whatever nests, in threads and in tasks."""
+"""Blocks of code in which concepts are erased: what requests carry in nested blocks, threads and tasks."""
 
 import asyncio
 import threading
@@ -7,6 +7,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from typing import Any
 
+import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
@@ -18,16 +19,20 @@ BLOCKS = st.lists(st.dictionaries(st.sampled_from("abcd"), st.sampled_from([1.0,
 
 
 def sent(script: Scripted) -> Any:
-    """`erase` of the last request; "live" if it named nothing."""
-    return script.asked[-1].body.get("erase", "live")
+    """`erase` of the last request; "live" if it has none."""
+    return script.received[-1].body.get("erase", "live")
+
+
+@pytest.fixture
+def client(client_of: ClientOf, scripted: Scripted) -> Any:
+    scripted.answers = [classified]
+    return client_of(scripted.url)
 
 
 @settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(blocks=BLOCKS)
-def test_inner_blocks_add_to_outer_ones_and_win(client_of: ClientOf, scripted: Scripted, blocks: Any) -> None:
-    """`blocks`, outermost first: each is {concept: tau}."""
-    scripted.answers = [classified]
-    client = client_of(scripted.url)
+def test_inner_blocks_add_to_outer_blocks_and_take_precedence(client: Any, scripted: Scripted, blocks: Any) -> None:
+    """`blocks` are {concept: tau}, outermost first."""
     with ExitStack() as entered:
         for block in blocks:
             entered.enter_context(client.erase(*({"concept": each, "tau": tau} for each, tau in block.items())))
@@ -47,18 +52,14 @@ def test_inner_blocks_add_to_outer_ones_and_win(client_of: ClientOf, scripted: S
     assert sent(scripted) == "live"
 
 
-def test_settings_go_with_the_concepts(client_of: ClientOf, scripted: Scripted) -> None:
-    scripted.answers = [classified]
-    client = client_of(scripted.url)
+def test_settings_of_a_block_apply_to_its_concepts(client: Any, scripted: Scripted) -> None:
     with client.erase("a", {"concept": "b", "tau": 4}, tau=2, layer=[0, 1], replacement={"damp": 0.5}):
         client.classify("t")
     shared = {"layer": [0, 1], "replacement": {"damp": 0.5}}
     assert sent(scripted) == [{"concept": "a", "tau": 2, **shared}, {"concept": "b", "tau": 4, **shared}]
 
 
-def test_what_a_call_names_wins(client_of: ClientOf, scripted: Scripted) -> None:
-    scripted.answers = [classified]
-    client = client_of(scripted.url)
+def test_erase_of_a_call_takes_precedence_over_blocks(client: Any, scripted: Scripted) -> None:
     forms: list[Any] = [
         ("b", ["b"]),
         (["b", {"concept": "c", "tau": 1}], ["b", {"concept": "c", "tau": 1}]),
@@ -76,7 +77,7 @@ def test_what_a_call_names_wins(client_of: ClientOf, scripted: Scripted) -> None
             assert sent(scripted) == [{"concept": "a"}]
 
 
-def test_a_block_is_of_one_client_and_ends_with_an_exception(client_of: ClientOf, scripted: Scripted) -> None:
+def test_a_block_applies_to_one_client_and_ends_with_an_exception(client_of: ClientOf, scripted: Scripted) -> None:
     scripted.answers = [classified]
     one, other = client_of(scripted.url), client_of(scripted.url)
     try:
@@ -92,9 +93,7 @@ def test_a_block_is_of_one_client_and_ends_with_an_exception(client_of: ClientOf
     assert sent(scripted) == "live"
 
 
-def test_a_block_can_be_entered_again_within_itself(client_of: ClientOf, scripted: Scripted) -> None:
-    scripted.answers = [classified]
-    client = client_of(scripted.url)
+def test_a_block_can_be_reentered(client: Any, scripted: Scripted) -> None:
     block = client.erase("a")
     with block:
         with block, client.erase("b"):
@@ -105,8 +104,8 @@ def test_a_block_can_be_entered_again_within_itself(client_of: ClientOf, scripte
     assert sent(scripted) == "live"
 
 
-def test_threads_do_not_see_each_others_blocks(scripted: Scripted) -> None:
-    """Each erases what its texts name, all at once, through one client; a text tells whose request it was."""
+def test_threads_do_not_share_blocks(scripted: Scripted) -> None:
+    """All threads use one client; the text of a request names the thread."""
     scripted.answers = [classified]
     together = threading.Barrier(4)
     with Client(scripted.url) as client, ThreadPoolExecutor(4) as pool:
@@ -122,12 +121,12 @@ def test_threads_do_not_see_each_others_blocks(scripted: Scripted) -> None:
         with client.erase("elsewhere"):
             for done in [pool.submit(work, name) for name in "abcd"]:
                 done.result()
-    for each in scripted.asked:
+    for each in scripted.received:
         (text,) = each.body["inputs"]
         assert each.body.get("erase", "live") == ("live" if text == "live" else [{"concept": text}])
 
 
-def test_tasks_see_the_block_that_they_began_in_and_not_each_others(scripted: Scripted) -> None:
+def test_tasks_inherit_blocks_and_do_not_share_their_own(scripted: Scripted) -> None:
     scripted.answers = [classified]
 
     async def main() -> None:
@@ -144,14 +143,14 @@ def test_tasks_see_the_block_that_they_began_in_and_not_each_others(scripted: Sc
                     group.create_task(work(name))
 
     asyncio.run(main())
-    assert len(scripted.asked) == 80
-    for each in scripted.asked:
+    assert len(scripted.received) == 80
+    for each in scripted.received:
         (text,) = each.body["inputs"]
         assert {one["concept"] for one in each.body["erase"]} == set(text.split(","))
 
 
-def test_a_call_that_was_begun_in_a_block_keeps_it(scripted: Scripted) -> None:
-    """The parts of a long list are sent later, by tasks of their own."""
+def test_a_call_keeps_the_block_that_it_began_in(scripted: Scripted) -> None:
+    """The parts of a long list are sent by tasks of their own."""
     scripted.answers = [classified]
 
     async def main() -> None:
@@ -160,21 +159,21 @@ def test_a_call_that_was_begun_in_a_block_keeps_it(scripted: Scripted) -> None:
                 await client.classify([str(n) for n in range(10)])
 
     asyncio.run(main())
-    assert all(each.body["erase"] == [{"concept": "a"}] for each in scripted.asked)
+    assert all(each.body["erase"] == [{"concept": "a"}] for each in scripted.received)
 
 
-def test_no_more_requests_at_once_than_allowed(scripted: Scripted) -> None:
-    at_once, most = [0], [0]
-    lock, both = threading.Lock(), threading.Barrier(3)
+def test_concurrency_bounds_the_requests_under_way(scripted: Scripted) -> None:
+    under_way, most = [0], [0]
+    lock, three = threading.Lock(), threading.Barrier(3)
 
-    def counting(asked: Any) -> Any:
+    def counting(request: Any) -> Any:
         with lock:
-            at_once[0] += 1
-            most[0] = max(most[0], at_once[0])
-        both.wait(30)  # nobody is answered before three are there
+            under_way[0] += 1
+            most[0] = max(most[0], under_way[0])
+        three.wait(60)  # no answer before three requests are there
         with lock:
-            at_once[0] -= 1
-        return classified(asked)
+            under_way[0] -= 1
+        return classified(request)
 
     scripted.answers = [counting]
 

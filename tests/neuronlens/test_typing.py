@@ -1,14 +1,16 @@
-"""Types as users see them: mypy, strict, on a page of their code."""
+"""The types of the client as mypy in strict mode sees them."""
 
 from pathlib import Path
 
+import pytest
 from mypy import api
 
 HERE = Path(__file__).parent
 
 
-def test_types_are_what_a_caller_expects() -> None:
-    """`typed.py` says of each call what it gives, and which calls are wrong: an error too few is one too."""
+@pytest.mark.full
+def test_mypy_infers_the_documented_types() -> None:
+    """`typed.py` declares the type of each call and which calls are errors: a missing error is an error too."""
     options = ["--strict", "--no-incremental", "--config-file=", "--explicit-package-bases", "--follow-imports=silent"]
     out, err, status = api.run([*options, str(HERE / "typed.py")])
     assert status == 0, f"{out}{err}"

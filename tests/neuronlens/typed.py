@@ -1,4 +1,4 @@
-"""What a type checker knows of the client: checked by mypy, never run."""
+"""Calls of the client with the types that mypy must infer; this module is checked and never run."""
 
 from typing import assert_type
 
