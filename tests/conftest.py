@@ -2,7 +2,7 @@
 
 import os
 import signal
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 
 import pytest
 import redis
@@ -20,6 +20,7 @@ settings.load_profile("unhurried")
 if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:  # started in the background: commands under test would ignore it
     signal.signal(signal.SIGINT, signal.default_int_handler)
 
+TIERS = {"system", "full"}
 DATA_ABSENT = "no public data sets: $DATA is not a directory"
 NEEDS_THIS_PROCESS = {"own_redis", "server_with_keys", "keyed_server"}
 """Fixtures whose tests a fleet cannot share: each test would need a fleet of its own."""
@@ -29,6 +30,17 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--fail-on-skip", action="store_true", help="fail if a test is skipped (CI)")
     parser.addoption("--fleet", action="store_true", help="run the engines of the servers on Ray")
     parser.addoption("--seed", type=int, default=5, help="seed of randomized tests")
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_make_collect_report() -> Generator[None, pytest.CollectReport, pytest.CollectReport]:
+    """A test with the markers of two tiers is an error of its file."""
+    report = yield
+    for item in report.result or ():
+        if isinstance(item, pytest.Item) and {mark.name for mark in item.iter_markers()} >= TIERS:
+            report.outcome = "failed"
+            report.longrepr = f"{item.nodeid} is marked `system` and `full`: a test belongs to one tier"
+    return report
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
