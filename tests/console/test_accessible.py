@@ -1,22 +1,18 @@
-"""axe finds no serious fault on any part and in any state of it, in light and dark, wide and narrow."""
+"""axe finds no serious fault in any part of the console, in any of its states.
 
-from collections.abc import Callable
-from pathlib import Path
+`make test-system` checks the dark, narrow look; `make test-full` checks the other three.
+"""
 
 import pytest
 from axe_playwright_python.sync_playwright import Axe
 from playwright.sync_api import Route, expect
 
 from range_store.api_keys import KeyStore
-from tests.console.conftest import NARROW, WIDE, Window
-from tests.e2e.fits.conftest import LONG, fitting, started, texts  # noqa: F401  fixtures
+from tests.console.conftest import NARROW, WIDE, OpenWindow, Window, start_long_fit
 from tests.range_store.builders import random_range_set
-from tests.servers import RunningServer, with_ranges
-from workers.fitting.fit import Fitted
+from tests.servers import RunningServer
 
-pytestmark = pytest.mark.system
-Open = Callable[..., Window]
-
+Look = dict[str, object]
 PARTS = {
     "#/try": "Nothing to classify yet",
     "#/try?text=a+goal+in+the+last+minute&erase=Sports": "masked at the read position",
@@ -24,113 +20,124 @@ PARTS = {
     "#/neurons": "Which part of a concept",
     "#/evaluation": "Reports",
 }
-LOOKS = [
-    pytest.param({"color_scheme": scheme, "viewport": size, "reduced_motion": "reduce"}, id=f"{scheme}-{name}")
-    for scheme in ("light", "dark")
-    for name, size in (("wide", WIDE), ("narrow", NARROW))
-]
-Look = dict[str, object]
 
 
-def check(window: Window, where: str) -> None:
-    found = Axe().run(window.page).response["violations"]
+def look(scheme: str, size: dict[str, int], mark: pytest.MarkDecorator) -> object:
+    options = {"color_scheme": scheme, "viewport": size, "reduced_motion": "reduce"}
+    return pytest.param(options, id=f"{scheme}-{'narrow' if size is NARROW else 'wide'}", marks=mark)
+
+
+in_each_look = pytest.mark.parametrize(
+    "options",
+    [
+        look("dark", NARROW, pytest.mark.system),
+        look("dark", WIDE, pytest.mark.full),
+        look("light", NARROW, pytest.mark.full),
+        look("light", WIDE, pytest.mark.full),
+    ],
+)
+
+
+def check(window: Window, state: str) -> None:
+    violations = Axe().run(window.page).response["violations"]
     serious = [
         f"{each['id']}: {each['help']}: {[node['html'] for node in each['nodes']][:3]}"
-        for each in found
+        for each in violations
         if each["impact"] in ("serious", "critical")
     ]
-    assert not serious, (where, serious)
+    assert not serious, (state, serious)
 
 
-@pytest.mark.parametrize("look", LOOKS)
-def test_no_serious_fault(server: RunningServer, window: Open, look: Look) -> None:
+@in_each_look
+def test_parts_are_accessible(server: RunningServer, window: OpenWindow, options: Look) -> None:
     server.http.put("/v1/erasures/Business", json={"reason": "why not", "enforced": True})
-    mine = window(server, **look)
-    for address, words in PARTS.items():
-        page = mine.open(address)
-        page.reload()  # the part after # alone loads nothing anew
-        expect(page.locator("main")).to_contain_text(words)
+    opened = window(server, **options)
+    for address, text in PARTS.items():
+        page = opened.open(address)
+        page.reload()  # a new fragment alone does not load the page again
+        expect(page.locator("main")).to_contain_text(text)
         if "neurons" in address:
             expect(page.locator(".js-plotly-plot .main-svg").first).to_be_visible()
         for summary in page.locator("main summary").all():
             summary.click()
-        check(mine, address)
-    mine.open("#/live").get_by_role("button", name="Change Business").click()
-    expect(mine.page.get_by_role("dialog")).to_be_visible()
-    check(mine, "dialog")
+        check(opened, address)
+    opened.open("#/live").get_by_role("button", name="Change Business").click()
+    expect(opened.page.get_by_role("dialog")).to_be_visible()
+    check(opened, "dialog")
 
 
-@pytest.mark.parametrize("look", LOOKS)
-def test_nor_where_something_is_wrong_or_on_its_way(server: RunningServer, window: Open, look: Look) -> None:
-    mine = window(server, **look)
-    page = mine.page
-    refusal = '{"code": "store_unavailable", "detail": "the store is away", "status": 503, "request_id": "abc"}'
+@in_each_look
+def test_errors_and_loading_states_are_accessible(server: RunningServer, window: OpenWindow, options: Look) -> None:
+    opened = window(server, **options)
+    page = opened.page
+    problem = '{"code": "store_unavailable", "detail": "the store is away", "status": 503, "request_id": "abc"}'
     page.route("**/v1/events", lambda route: route.fulfill(status=404, body="{}"))
-    page.route("**/v1/range-sets", lambda route: route.fulfill(status=503, body=refusal))
-    mine.open("#/live")
+    page.route("**/v1/range-sets", lambda route: route.fulfill(status=503, body=problem))
+    opened.open("#/live")
     expect(page.get_by_role("alert").filter(has_text="the store is away")).to_be_visible()
-    check(mine, "an error")
+    check(opened, "an error")
 
-    held: list[Route] = []
-    page.route("**/v1/neurons/**", lambda route: held.append(route))
+    waiting: list[Route] = []
+    page.route("**/v1/neurons/**", lambda route: waiting.append(route))
     page.get_by_role("link", name="Neurons").click()
     expect(page.get_by_text("Loading the neuron")).to_be_visible()
     expect(page.locator(".ranked")).to_be_visible()
-    check(mine, "loading")
+    check(opened, "loading")
 
-    mine.away = True
-    page.context.set_offline(True)
+    opened.disconnect()
     page.get_by_role("link", name="Evaluation").click()
     expect(page.locator("#lost")).to_be_visible()
     expect(page.locator("main .problem")).to_be_visible()
-    check(mine, "lost")
+    check(opened, "connection lost")
 
 
-@pytest.mark.parametrize("look", LOOKS)
-def test_nor_where_a_key_is_asked_for(
-    server_with_keys: tuple[RunningServer, dict[str, str], KeyStore], window: Open, look: Look
+@in_each_look
+def test_key_dialog_is_accessible(
+    server_with_keys: tuple[RunningServer, dict[str, str], KeyStore], window: OpenWindow, options: Look
 ) -> None:
-    mine = window(server_with_keys[0], **look)
-    expect(mine.open("#/live").get_by_role("dialog", name="API key")).to_be_visible()
-    check(mine, "key")
+    opened = window(server_with_keys[0], **options)
+    expect(opened.open("#/live").get_by_role("dialog", name="API key")).to_be_visible()
+    check(opened, "key dialog")
 
 
-@pytest.mark.parametrize("look", LOOKS)
-def test_nor_on_a_server_without_ranges_with_a_fit_under_way(
-    fitting: RunningServer,  # noqa: F811
-    window: Open,
-    look: Look,
+@pytest.mark.full
+@pytest.mark.parametrize("options", [{"color_scheme": "dark", "viewport": NARROW}, {"color_scheme": "light"}])
+def test_empty_server_with_a_running_fit_is_accessible(
+    fitting_server: RunningServer, window: OpenWindow, options: Look
 ) -> None:
-    job = started(fitting.http, LONG | {"batch_tokens": 64})["id"]
-    mine = window(fitting, **look)
-    for address, words in {
+    job = start_long_fit(fitting_server)
+    opened = window(fitting_server, **options)
+    for address, text in {
         "#/live": "news/long.jsonl",
         "#/try": "None are known",
         "#/neurons": "No range set is active",
         "#/evaluation": "No reports yet",
     }.items():
-        expect(mine.open(address).locator("main")).to_contain_text(words)
-        check(mine, f"{address} of an empty server")
-    assert fitting.http.delete(f"/v1/jobs/{job}").status_code in (200, 409)  # 409: it is over already
+        expect(opened.open(address).locator("main")).to_contain_text(text)
+        check(opened, f"{address} of an empty server")
+    assert fitting_server.http.delete(f"/v1/jobs/{job}").status_code in (200, 409)  # 409: it has ended already
 
 
-@pytest.mark.parametrize("look", LOOKS)
-def test_nor_with_two_range_sets_compared_and_a_report_opened(
-    start_server: Callable[..., RunningServer], fitted: Fitted, report: Path, window: Open, look: Look
-) -> None:
-    running = with_ranges(start_server(reports_dir=report), fitted)
-    identity = running.service.model.identity
-    other = random_range_set(7, ("Sports", "World"), hidden=32, n_layers=3, fingerprint=identity.fingerprint)
-    running.service.store.publish(*other)
-    mine = window(running, **look)
-    page = mine.open("#/live")
+@in_each_look
+def test_comparison_is_accessible(fresh_server: RunningServer, window: OpenWindow, options: Look) -> None:
+    service = fresh_server.service
+    fingerprint = service.model.identity.fingerprint
+    service.store.publish(*random_range_set(7, ("Sports", "World"), hidden=32, n_layers=3, fingerprint=fingerprint))
+    opened = window(fresh_server, **options)
+    page = opened.open("#/live")
     expect(page.get_by_label("Compare")).to_have_count(2)
     for box in page.get_by_label("Compare").all():
         box.check()
     page.get_by_text("Provenance", exact=True).first.click()
     expect(page.get_by_role("region", name="Comparison")).to_be_visible()
-    check(mine, "comparison")
-    page.get_by_role("link", name="Evaluation").click()
+    check(opened, "comparison")
+
+
+@pytest.mark.full
+@pytest.mark.parametrize("scheme", ["dark", "light"])
+def test_report_is_accessible(server_with_evaluation: RunningServer, window: OpenWindow, scheme: str) -> None:
+    opened = window(server_with_evaluation, color_scheme=scheme)
+    page = opened.open("#/evaluation")
     page.get_by_role("button", name="Open tiny").click()
     expect(page.frame_locator("iframe").locator("h1")).to_be_visible()
-    check(mine, "report")
+    check(opened, "report")

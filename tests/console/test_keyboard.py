@@ -1,19 +1,15 @@
-"""Every part by keyboard alone: Tab leads to everything, and nothing takes the focus away."""
-
-from collections.abc import Callable
-from pathlib import Path
+"""The keyboard alone operates every part: Tab reaches everything, and nothing takes the focus away."""
 
 import pytest
 from playwright.sync_api import expect
 
-from tests.console.conftest import Window, tab_to
+from tests.console.conftest import OpenWindow, tab_to
 from tests.servers import RunningServer
 
 pytestmark = pytest.mark.system
-Open = Callable[..., Window]
 
 
-def test_try(server: RunningServer, window: Open) -> None:
+def test_keyboard_operates_try(server: RunningServer, window: OpenWindow) -> None:
     page = window(server).open()
     press = page.keyboard.press
     tab_to(page, page.get_by_label("Text", exact=True))
@@ -39,7 +35,7 @@ def test_try(server: RunningServer, window: Open) -> None:
     tab_to(page, page.get_by_role("button", name="Copy link"))
 
 
-def test_neurons(server: RunningServer, window: Open) -> None:
+def test_keyboard_operates_neurons(server: RunningServer, window: OpenWindow) -> None:
     page = window(server).open("#/neurons")
     press = page.keyboard.press
     caption = page.locator(".ranked caption")
@@ -50,11 +46,11 @@ def test_neurons(server: RunningServer, window: Open) -> None:
     tab_to(page, page.get_by_label("τ", exact=True))
     press("Home")
     expect(page.get_by_text("Range, ±0 σ")).to_be_visible()
-    following = page.get_by_role("button", name="Next")
-    tab_to(page, following)
+    next_page = page.get_by_role("button", name="Next")
+    tab_to(page, next_page)
     press("Enter")
     expect(page.locator(".ranked tbody th").first).to_have_text("13")
-    expect(following).to_be_focused()
+    expect(next_page).to_be_focused()
     chosen = page.locator(".ranked [data-neuron]").nth(2)
     tab_to(page, chosen)
     press("Enter")
@@ -70,8 +66,8 @@ def test_neurons(server: RunningServer, window: Open) -> None:
     expect(region.get_by_role("cell").first).to_be_visible()
 
 
-def test_evaluation(start_server: Callable[..., RunningServer], report: Path, window: Open) -> None:
-    page = window(start_server(reports_dir=report)).open("#/evaluation")
+def test_keyboard_operates_evaluation(server_with_report: RunningServer, window: OpenWindow) -> None:
+    page = window(server_with_report).open("#/evaluation")
     opener = page.get_by_role("button", name="Open tiny")
     tab_to(page, opener)
     page.keyboard.press("Enter")
@@ -80,3 +76,38 @@ def test_evaluation(start_server: Callable[..., RunningServer], report: Path, wi
     page.keyboard.press("Enter")
     expect(page.locator("iframe")).to_have_count(0)
     expect(opener).to_be_focused()
+
+
+def test_keyboard_operates_live(server: RunningServer, window: OpenWindow) -> None:
+    page = window(server).open("#/try")
+    expect(page.get_by_label("Text")).to_be_visible()
+    page.keyboard.press("Tab")
+    expect(page.get_by_text("Skip to the content")).to_be_focused()
+    page.get_by_role("link", name="Live").focus()
+    page.keyboard.press("Enter")
+    expect(page.get_by_text("Nothing is erased", exact=True)).to_be_visible()
+    expect(page.locator("main")).to_be_focused()
+    page.keyboard.press("Tab")
+    expect(page.get_by_role("button", name="Switch on…")).to_be_focused()
+    page.keyboard.press("Enter")
+    dialog = page.get_by_role("dialog", name="Switch an erasure on")
+    expect(dialog.get_by_label("Concept")).to_be_focused()
+    page.keyboard.press("Escape")
+    expect(dialog).to_be_hidden()
+    expect(page.get_by_role("button", name="Switch on…")).to_be_focused()
+    page.keyboard.press("Enter")
+    expect(dialog.get_by_label("Concept")).to_be_focused()
+    tab_to(page, dialog.get_by_label("Reason"))
+    page.keyboard.type("by hand")
+    page.keyboard.press("Enter")
+    expect(page.get_by_text("by hand")).to_be_visible()
+    expect(dialog).to_be_hidden()
+    page.get_by_role("button", name="Change World").focus()
+    page.keyboard.press("Enter")
+    expect(dialog).to_be_hidden()
+    expect(page.get_by_role("dialog", name="Change World")).to_be_visible()
+    page.keyboard.press("Tab")
+    page.get_by_role("button", name="Change it for everybody").focus()
+    page.keyboard.press("Enter")
+    expect(page.get_by_role("dialog")).to_have_count(0)
+    expect(page.get_by_role("button", name="Change World")).to_be_focused()

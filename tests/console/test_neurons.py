@@ -1,4 +1,4 @@
-"""Neurons: the table, the densities and the heat map are those of the API."""
+"""Neurons: the table, the densities and the heat map show what the API returns."""
 
 from collections.abc import Callable
 from html import escape
@@ -7,16 +7,15 @@ from itertools import permutations
 import pytest
 from playwright.sync_api import Page, expect
 
-from tests.console.conftest import NARROW, Window, held, tab_to
+from tests.console.conftest import NARROW, WIDE, OpenWindow, assert_no_horizontal_scroll, tab_to, unanswered
 from tests.range_store.builders import random_range_set
 from tests.servers import RunningServer
 
 pytestmark = pytest.mark.system
-Open = Callable[..., Window]
 
 
 def traces(page: Page, region: str) -> list[dict[str, object]]:
-    """What plotly was given for a region's chart, once it is drawn."""
+    """The data of a region's chart, once plotly has drawn it."""
     plot = page.get_by_role("region", name=region).locator(".js-plotly-plot")
     expect(plot.locator(".main-svg").first).to_be_visible()
     found: list[dict[str, object]] = plot.evaluate(
@@ -25,11 +24,14 @@ def traces(page: Page, region: str) -> list[dict[str, object]]:
     return found
 
 
-@pytest.mark.parametrize("width", [NARROW, None])
-def test_neurons_by_rank_and_what_one_looks_like(
-    server: RunningServer, window: Open, no_sideways: Callable[[Page], None], width: dict[str, int] | None
-) -> None:
-    page = window(server, **({"viewport": width} if width else {})).open("#/neurons?concept=Sports&ranking=selectivity")
+def assert_layout(page: Page) -> None:
+    for size in (NARROW, WIDE):
+        page.set_viewport_size(size)  # type: ignore[arg-type]
+        assert_no_horizontal_scroll(page)
+
+
+def test_ranking_densities_and_overlap_are_those_of_the_api(server: RunningServer, window: OpenWindow) -> None:
+    page = window(server, viewport=NARROW).open("#/neurons?concept=Sports&ranking=selectivity")
     first = server.http.get("/v1/concepts/Sports/ranges", params={"ranking": "selectivity", "limit": 12}).json()
     picks = page.locator(".ranked [data-neuron]")
     expect(picks.first).to_have_text(str(first["neurons"][0]["neuron"]))
@@ -53,10 +55,10 @@ def test_neurons_by_rank_and_what_one_looks_like(
         assert [each["low"], each["high"]] in ranges or each["low"] is None
     overlap = server.http.get("/v1/overlap", params={"ranking": "selectivity"}).json()
     assert traces(page, "Overlap")[0]["z"] == overlap["share"]
-    no_sideways(page)
+    assert_layout(page)
 
 
-def test_a_link_leads_to_the_same_neuron_and_a_slider_moves_the_ranges(server: RunningServer, window: Open) -> None:
+def test_link_opens_the_same_neuron_and_the_slider_moves_its_ranges(server: RunningServer, window: OpenWindow) -> None:
     page = window(server).open("#/neurons?concept=World&layer=1&neuron=5&tau=1")
     expect(page.get_by_role("heading", name="Neuron 5 of block 1")).to_be_visible()
     with page.expect_response(lambda reply: "/v1/neurons/1/5?tau=0" in reply.url):
@@ -67,8 +69,7 @@ def test_a_link_leads_to_the_same_neuron_and_a_slider_moves_the_ranges(server: R
     page.wait_for_function("() => location.hash.includes('layer=2')")
 
 
-def test_a_choice_drops_what_was_asked_before(server: RunningServer, window: Open) -> None:
-    """An answer about another concept, which comes late, chooses no neuron."""
+def test_late_response_about_another_concept_is_dropped(server: RunningServer, window: OpenWindow) -> None:
     page = window(server).open("#/neurons?concept=World&ranking=selectivity")
     expect(page.get_by_role("region", name="One neuron").get_by_role("heading")).to_be_visible()
     query = {"ranking": "selectivity", "limit": 1}
@@ -79,7 +80,7 @@ def test_a_choice_drops_what_was_asked_before(server: RunningServer, window: Ope
     dropped, chosen = next((one, other) for one, other in permutations(tops, 2) if tops[one] != tops[other])
     concept = page.get_by_label("Concept", exact=True)
     concept.select_option(label="Météo & co")
-    with held(page, f"**/v1/concepts/{dropped}/ranges*"):
+    with unanswered(page, f"**/v1/concepts/{dropped}/ranges*"):
         with page.expect_request(f"**/v1/concepts/{dropped}/ranges*"):
             concept.select_option(dropped)
         concept.select_option(chosen)
@@ -88,28 +89,22 @@ def test_a_choice_drops_what_was_asked_before(server: RunningServer, window: Ope
     assert f"neuron={tops[chosen]}" in str(page.get_by_role("link", name="Neurons").get_attribute("href"))
 
 
-@pytest.mark.parametrize("width", [NARROW, None])
-def test_where_there_are_many_concepts_one_chooses_which_are_drawn(
-    start_server: Callable[..., RunningServer],
-    window: Open,
-    no_sideways: Callable[[Page], None],
-    width: dict[str, int] | None,
+def test_drawn_concepts_are_chosen_if_there_are_many(
+    start_server: Callable[..., RunningServer], window: OpenWindow
 ) -> None:
-    """By keyboard too; rows of ranges are there for those that are drawn, and the chosen concept always is."""
+    """The keyboard operates the choice. The chosen concept is always drawn, and each drawn concept has its ranges."""
     running = start_server()
     names = [f"Concept {at}" for at in range(16)]
     fingerprint = running.service.model.identity.fingerprint
     fitted = random_range_set(3, names, hidden=32, n_layers=3, fingerprint=fingerprint)
     running.service.store.activate(running.service.store.publish(*fitted))
     running.service.mirror.refresh()
-    page = window(running, **({"viewport": width} if width else {})).open(
-        "#/neurons?concept=Concept+15&layer=2&neuron=3"
-    )
+    page = window(running, viewport=NARROW).open("#/neurons?concept=Concept+15&layer=2&neuron=3")
 
     def drawn() -> set[object]:
         return {trace["name"] for trace in traces(page, "One neuron") if trace["yaxis"] is None}
 
-    def rows() -> float:
+    def rows_of_ranges() -> float:
         plot = page.get_by_role("region", name="One neuron").locator(".js-plotly-plot")
         return float(plot.evaluate("(plot) => plot.layout.yaxis2.range[0]")) + 0.4
 
@@ -117,7 +112,7 @@ def test_where_there_are_many_concepts_one_chooses_which_are_drawn(
     choice = region.get_by_text("Drawn: 14 of 16 concepts")
     expect(choice).to_be_visible()
     assert drawn() == {"Concept 15", *names[:13]}
-    assert rows() == 14
+    assert rows_of_ranges() == 14
     tab_to(page, region.locator("summary").first)
     page.keyboard.press("Enter")
     tab_to(page, region.get_by_label("Concept 14", exact=True))
@@ -127,15 +122,15 @@ def test_where_there_are_many_concepts_one_chooses_which_are_drawn(
     assert drawn() == {"Concept 15", *names[:13], "Concept 14"}
     expect(region.get_by_label("Concept 15", exact=True)).to_be_disabled()
     page.keyboard.press("Space")
-    page.get_by_label("τ", exact=True).fill("1")  # drawn anew: the choice stays, open and with its focus
+    page.get_by_label("τ", exact=True).fill("1")  # redrawing keeps the choice and its open list
     expect(region).to_contain_text("(mean ± 1 σ)")
     expect(region.get_by_text("Drawn: 14 of 16 concepts")).to_be_visible()
     expect(region.get_by_label("Concept 14", exact=True)).to_be_attached()
     assert drawn() == {"Concept 15", *names[:13]}
-    no_sideways(page)
+    assert_layout(page)
 
 
-def test_where_the_text_under_try_falls(server: RunningServer, window: Open) -> None:
+def test_value_of_the_text_under_try_is_marked(server: RunningServer, window: OpenWindow) -> None:
     text = "The keeper saved a penalty."
     page = window(server).open(f"#/try?text={text}")
     expect(page.locator(".scores")).to_be_visible()
@@ -145,15 +140,15 @@ def test_where_the_text_under_try_falls(server: RunningServer, window: Open) -> 
     traces(page, "One neuron")
     neuron = int(page.locator("[data-neuron][aria-pressed=true]").inner_text())
     body = {"inputs": text, "layer": 2, "neurons": [neuron]}
-    (told,) = server.http.post("/v1/activations", json=body).json()["results"]
+    (activations,) = server.http.post("/v1/activations", json=body).json()["results"]
     plot = region.locator(".js-plotly-plot")
-    assert plot.evaluate("(plot) => plot.layout.shapes.map(({ x0 }) => x0)") == told["values"]
-    server.http.put("/v1/erasures/World", json={"enforced": True})  # whoever may change may still see
+    assert plot.evaluate("(plot) => plot.layout.shapes.map(({ x0 }) => x0)") == activations["values"]
+    server.http.put("/v1/erasures/World", json={"enforced": True})  # an admin may still see the value
     page.reload()
     expect(region).to_contain_text("The text under Try has the value")
 
 
-def test_charts_change_with_light_and_dark(server: RunningServer, window: Open) -> None:
+def test_charts_follow_the_color_scheme(server: RunningServer, window: OpenWindow) -> None:
     page = window(server).open("#/neurons")
     traces(page, "One neuron")
     plot = page.get_by_role("region", name="One neuron").locator(".js-plotly-plot")
