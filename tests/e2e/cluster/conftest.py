@@ -1,6 +1,5 @@
 """Services whose engines run on a Ray cluster."""
 
-import os
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from typing import Any
@@ -12,6 +11,7 @@ from app.fleet import end_fleet, fleets, open_fleet
 from app.service import Service
 from app.settings import Settings
 from range_store.embedded import EmbeddedRedis
+from workers.cluster.serve_status import status_of
 from workers.fitting.fit import Fitted
 from workers.models.loading import LoadedModel
 
@@ -20,7 +20,7 @@ from workers.models.loading import LoadedModel
 def open_services(
     cluster: str, redis_client: redis.Redis, model: LoadedModel, tmp_path_factory: pytest.TempPathFactory
 ) -> Iterator[Callable[..., list[Service]]]:
-    """`open_services(name, …settings)`: in front of fleets, of one replica each; fleets end with the module."""
+    """`open_services(name, **settings)`: services in front of fleets of one replica each, which end with the module."""
     assert isinstance(redis_client, EmbeddedRedis)
     with ExitStack() as stack:
 
@@ -48,13 +48,15 @@ def open_services(
 
 
 def activated(service: Service, fitted: Fitted) -> Service:
-    """Publish and activate ranges, and have every replica follow."""
+    """Publish and activate ranges."""
     service.store.activate(service.store.publish(fitted.range_set, fitted.inspect))
     service.mirror.refresh()
     return service
 
 
 def pids(service: Service) -> dict[int, str]:
-    """Process and name of each replica that reports; ingresses of this process left out."""
+    """Process id and name of each replica of the fleet in the roster: Serve knows the last parts of their names."""
+    status = status_of(f"neuronlens:{service.name}")
+    ids = status.replicas if status is not None else ()
     names = [each.name for each in service.store.replicas.read().replicas]
-    return {pid: name for name in names if (pid := int(name.split(":")[1])) != os.getpid()}
+    return {int(name.split(":")[1]): name for name in names if name.split(":")[2] in ids}

@@ -1,4 +1,4 @@
-"""A fault costs what it must and no more: one request, one look at the cluster. No cluster is needed to see that."""
+"""A fault in a fleet fails one request or one look at the cluster, and nothing else. These tests need no cluster."""
 
 import asyncio
 from collections.abc import Iterator
@@ -27,26 +27,26 @@ from workers.models.loading import LoadedModel
 SECRET = "the striker's secret"  # pragma: allowlist secret
 
 
-def test_a_request_that_was_long_under_way_is_sent_anew_when_it_comes_back(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_returned_request_is_retried_however_long_it_was_under_way(monkeypatch: pytest.MonkeyPatch) -> None:
     clock = SimpleNamespace(now=0.0)
     monkeypatch.setattr(fleet, "time", SimpleNamespace(monotonic=lambda: clock.now))
     metrics = FleetMetrics(CollectorRegistry(), lambda: 1, lambda: 1)
 
-    async def trials() -> None:
-        made = _Trials(metrics)
+    async def send_back() -> None:
+        trials = _Trials(metrics)
         clock.now += 60.0
         for _ in range(2):
-            await made.again(_SentBack("it leaves"))
+            await trials.again(_SentBack("it drains"))
             clock.now += 0.6 * LEAVING_SECONDS
-        with pytest.raises(ReplicaLost, match="it leaves"):
-            await made.again(_SentBack("it leaves"))
+        with pytest.raises(ReplicaLost, match="it drains"):
+            await trials.again(_SentBack("it drains"))
 
-    asyncio.run(trials())
+    asyncio.run(send_back())
 
 
 @pytest.fixture
 def replica(model: LoadedModel, redis_client: redis.Redis) -> Iterator[Replica]:
-    """One that joined, in this process."""
+    """A replica that has joined its fleet, in this process."""
     assert isinstance(redis_client, EmbeddedRedis)
     engine = {"max_batch_tokens": 1024, **engine_limits(Settings())}
     of_model = {"source": model.source, "device": "cpu"}
@@ -56,18 +56,18 @@ def replica(model: LoadedModel, redis_client: redis.Redis) -> Iterator[Replica]:
     made.__del__()
 
 
-def test_a_fault_with_one_request_fails_no_other_of_the_same_call(
+def test_fault_in_one_request_fails_no_other_of_the_same_call(
     replica: Replica, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     assert replica._engine is not None
     classify = replica._engine.classify
 
-    async def stumbling(texts: Any, *arguments: Any, **named: Any) -> Any:
+    async def failing(texts: Any, *arguments: Any, **named: Any) -> Any:
         if SECRET in texts:
             raise KeyError(SECRET)
         return await classify(texts, *arguments, **named)
 
-    monkeypatch.setattr(replica._engine, "classify", stumbling)
+    monkeypatch.setattr(replica._engine, "classify", failing)
     calls = [Wanted([text], None, False, True, None, None) for text in ("one", SECRET, "two")]
     first, fault, second = asyncio.run(replica.classify(calls)).outcomes
     assert isinstance(first, Answered)
@@ -75,15 +75,15 @@ def test_a_fault_with_one_request_fails_no_other_of_the_same_call(
     assert isinstance(fault, Refused)
     assert isinstance(fault.error(), EngineFailed)
     assert SECRET not in str(fault.error())
-    said = [each.getMessage() for each in caplog.records if each.name == "workers.cluster.replica"]
-    assert said == ["a request failed: KeyError"]
+    logged = [each.getMessage() for each in caplog.records if each.name == "workers.cluster.replica"]
+    assert logged == ["a request failed: KeyError"]
 
 
-def test_a_watch_that_stumbles_goes_on(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
-    told: list[FleetStatus | Exception] = []
+def test_watch_continues_after_an_error(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
+    seen: list[FleetStatus | Exception] = []
 
     def status(name: str) -> FleetStatus:
-        found = told.pop(0) if len(told) > 1 else told[0]
+        found = seen.pop(0) if len(seen) > 1 else seen[0]
         if isinstance(found, Exception):
             raise found
         return found
@@ -91,7 +91,7 @@ def test_a_watch_that_stumbles_goes_on(monkeypatch: pytest.MonkeyPatch, caplog: 
     def running(replicas: int) -> FleetStatus:
         return FleetStatus(ApplicationStatus.RUNNING, replicas, 2, frozenset(), frozenset(), None, "RUNNING")
 
-    told += [running(2), ClusterError("it is replaced"), KeyError("replicas"), RuntimeError("changed"), running(1)]
+    seen += [running(2), ClusterError("it is replaced"), KeyError("replicas"), RuntimeError("changed"), running(1)]
     monkeypatch.setattr(serve_status, "status_of", status)
     monkeypatch.setattr(Watch, "SECONDS", 0.01)
     watch = Watch("neuronlens:news", lambda replica: True)

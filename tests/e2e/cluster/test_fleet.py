@@ -1,4 +1,4 @@
-"""Engines on a Ray cluster answer as the engine of one process does, whichever of them is killed meanwhile."""
+"""A fleet of two replicas on two nodes answers as the engine of one process does, also when a replica is killed."""
 
 import asyncio
 import os
@@ -40,11 +40,11 @@ from workers.fitting.fit import Fitted
 from workers.models.errors import TextTooLong
 from workers.models.loading import LoadedModel
 
-pytestmark = pytest.mark.timeout(600)  # processes that load torch, on a busy machine
+pytestmark = [pytest.mark.full, pytest.mark.timeout(600)]
 TOLERANCE = 2e-4
-"""Largest difference of a logit between two batches that a text is in (promise 2)."""
+"""Largest difference of a logit of the same text in two batches."""
 PATIENT = {"max_queue_seconds": 600.0}
-"""A slow machine is no reason to refuse anything here."""
+"""No request is refused because the machine is slow."""
 TEXTS = [text for text, _ in labelled_texts(60, seed=12)]
 METRICS_PAGE = Path(__file__).parents[3] / "docs" / "metrics.md"
 CONCEPTS = ("World", "Sports", "Business", "Sci/Tech", "Météo & co")
@@ -52,7 +52,7 @@ CONCEPTS = ("World", "Sports", "Business", "Sci/Tech", "Météo & co")
 
 @pytest.fixture(scope="module")
 def stops(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A file: while it is there, the next engine that gets several requests at once takes it away, and stops."""
+    """A file: the next engine that receives several requests in one call renames it and stops itself."""
     return tmp_path_factory.mktemp("stopping") / "stops"
 
 
@@ -71,17 +71,18 @@ def fleet(open_services: Callable[..., list[Service]], fitted: Fitted, stops: Pa
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("app.fleet.LoggedReplica", Stopping)
         service = activated(open_services("two", replicas=2, **PATIENT)[0], fitted)
-        until(lambda: len(pids(service)) == 2 and not who_is_behind(service), 300)
+        until(lambda: len(pids(service)) == 2 and not behind(service), 300)
         return service
 
 
-def who_is_behind(service: Service) -> tuple[str, ...]:
+def behind(service: Service) -> tuple[str, ...]:
+    """Names of the replicas that do not report the live generation."""
     return roster(service).missing(service.store.live().generation)
 
 
 @pytest.fixture
 def engine(fleet: Service, model: LoadedModel) -> Iterator[Engine]:
-    """The engine of one process, on the same store."""
+    """An engine in this process, on the same store."""
     mirror = Mirror(fleet.store, model.identity.fingerprint, poll=0.2)
     mirror.start()
     made = Engine(model, mirror, EngineSettings(**PATIENT), CollectorRegistry())
@@ -112,7 +113,7 @@ def random_request(
 
 
 def same(one: Answer, other: Answer) -> bool:
-    """Whether both did the same to the same texts, within what two batches may differ by."""
+    """Whether both answers agree, within what two batches of the same text may differ by."""
     assert (one.source, one.erasures, one.enforced, one.range_set) == (
         other.source,
         other.erasures,
@@ -135,54 +136,54 @@ async def all_of(answerer: Any, requests: list[Any]) -> list[Answer]:
     )
 
 
-def test_a_fleet_answers_as_one_engine_does(fleet: Service, engine: Engine) -> None:
+def test_fleet_answers_as_one_engine_does(fleet: Service, engine: Engine) -> None:
     requests = [random_request(random.Random(seed)) for seed in range(120)]
     expected = asyncio.run(all_of(engine, requests))
-    # a state within rounding of a bound may fall on either side of it, and hardly ever does
+    # a state within rounding of a bound of a range may be inside in one batch and outside in another
     differ = [not same(*pair) for pair in zip(asyncio.run(all_of(fleet.engine, requests)), expected, strict=True)]
     assert sum(differ) <= 2
     calls = fleet.registry.get_sample_value("neuronlens_fleet_call_requests_count")
     assert calls is not None
-    assert calls < 120 / 2, "what arrives together travels together"
+    assert calls < 120 / 2, "requests that arrive together are sent in one call"
 
 
-def told_by(target: TargetsOut) -> list[Metric]:
+def metrics_of(target: TargetsOut) -> list[Metric]:
     return list(text_string_to_metric_families(httpx.get(f"http://{target.targets[0]}/metrics", timeout=60).text))
 
 
-def sum_of(name: str, told: list[Metric]) -> float:
-    return sum(each.value for family in told for each in family.samples if each.name == name)
+def sum_of(name: str, families: list[Metric]) -> float:
+    return sum(each.value for family in families for each in family.samples if each.name == name)
 
 
-def test_each_replica_tells_of_its_engine_what_one_process_does(fleet: Service) -> None:
-    """Together with the ingress' own these are all metrics, none of them twice."""
+def test_replicas_serve_the_metrics_of_their_engines(fleet: Service) -> None:
+    """Together with the metrics of the ingress these are all metrics, none of them twice."""
     found = targets_of([fleet])
     assert {each.labels["replica"] for each in found} == set(pids(fleet).values())
-    before, names = sum(sum_of("neuronlens_texts_total", told_by(target)) for target in found), set()
+    before, names = sum(sum_of("neuronlens_texts_total", metrics_of(target)) for target in found), set()
     asyncio.run(all_of(fleet.engine, [([text], [], False) for text in TEXTS]))
     texts = 0.0
     for target in found:
-        told = told_by(target)
-        names |= {family.name for family in told}
-        of_model = [each for family in told for each in family.samples if each.name.startswith("neuronlens")]
+        families = metrics_of(target)
+        names |= {family.name for family in families}
+        of_model = [each for family in families for each in family.samples if each.name.startswith("neuronlens")]
         assert {each.labels["model"] for each in of_model if "build_info" not in each.name} == {"two"}
-        texts += sum_of("neuronlens_texts_total", told)
+        texts += sum_of("neuronlens_texts_total", families)
         (generation,) = [each.value for each in of_model if each.name == "neuronlens_generation"]
         assert fleet.mirror.snapshot is not None
         assert generation == fleet.mirror.snapshot.live.counter
-        assert any(family.name == "process_resident_memory_bytes" for family in told)
+        assert any(family.name == "process_resident_memory_bytes" for family in families)
     assert texts - before == len(TEXTS)
     rows = re.findall(r"^\| `(neuronlens_\w+)`", METRICS_PAGE.read_text("utf-8"), re.MULTILINE)
     documented = {name.removesuffix("_total") for name in rows}
     assert {name for name in names if name.startswith("neuronlens")} <= documented
     assert {"neuronlens_forward_seconds", "neuronlens_queue_tokens", "neuronlens_live_erasures"} <= names
-    assert not {"neuronlens_rejections", "neuronlens_ready"} & names, "who answers over HTTP counts and tells these"
+    assert not {"neuronlens_rejections", "neuronlens_ready"} & names, "the ingress counts these"
 
 
-def test_errors_come_back_as_they_were_and_fail_their_own_request_alone(fleet: Service) -> None:
+def test_errors_of_a_replica_reach_only_their_own_request(fleet: Service) -> None:
     async def ask() -> list[Any]:
         answering = fleet.engine.classify
-        wanted = (
+        requests = (
             answering(["fine"], []),
             answering(["x"], [Erasure(concept="Weather")]),
             answering(["x"], [Erasure(concept="Sports", layers=(0,))]),
@@ -191,7 +192,7 @@ def test_errors_come_back_as_they_were_and_fail_their_own_request_alone(fleet: S
             answering(["fine too"], []),
             answering(["late"], [], timeout=1e-9),
         )
-        return list(await asyncio.gather(*wanted, return_exceptions=True))
+        return list(await asyncio.gather(*requests, return_exceptions=True))
 
     fine, unknown, missing, too_long, too_large, too, late = asyncio.run(ask())
     assert isinstance(fine, Answer)
@@ -212,7 +213,7 @@ def fleet_concepts(fleet: Service) -> tuple[str, ...]:
     return tuple(fleet.mirror.snapshot.range_set.concepts)
 
 
-def test_who_gives_up_takes_nobody_with_him(fleet: Service) -> None:
+def test_cancelled_request_cancels_no_other(fleet: Service) -> None:
     async def ask() -> list[Any]:
         tasks = [asyncio.ensure_future(fleet.engine.classify([text], [])) for text in TEXTS]
         await asyncio.sleep(0)
@@ -225,7 +226,7 @@ def test_who_gives_up_takes_nobody_with_him(fleet: Service) -> None:
     assert all(isinstance(answer, Answer) for answer in answers[1::2])
 
 
-def test_tokens_and_states_are_those_of_one_engine(fleet: Service, engine: Engine) -> None:
+def test_fleet_shows_the_tokens_and_states_of_one_engine(fleet: Service, engine: Engine) -> None:
     async def look(looker: Any) -> Any:
         return await looker.tokens(TEXTS[:3]), await looker.states(TEXTS[:3], 1)
 
@@ -234,14 +235,14 @@ def test_tokens_and_states_are_those_of_one_engine(fleet: Service, engine: Engin
     np.testing.assert_allclose(states, own_states, atol=1e-5)
 
 
-def test_who_changes_something_is_answered_under_the_change(fleet: Service) -> None:
+def test_ingress_answers_under_its_own_change_at_once(fleet: Service) -> None:
     async def ask() -> list[Answer]:
         return list(await asyncio.gather(*(fleet.engine.classify([text], None) for text in TEXTS[:8])))
 
     for top_fraction in (0.1, 0.2, 0.3, 0.4, 0.5):
         live = LiveErasure(erasure=Erasure(concept="Sports", top_fraction=top_fraction))
         generation = fleet.store.set_erasure(live).generation
-        fleet.mirror.refresh()  # as a route does after its change; nobody waits for the replicas
+        fleet.mirror.refresh()  # as a route does after its change; it does not wait for the replicas
         assert {answer.generation for answer in asyncio.run(ask())} == {generation}
     fleet.store.set_erasures([])
     fleet.mirror.refresh()
@@ -251,10 +252,10 @@ def roster(service: Service) -> Roster:
     return service.store.replicas.read()
 
 
-def test_a_killed_replica_costs_no_request(fleet: Service, engine: Engine, stops: Path) -> None:
-    # whole neurons: what has no bounds has no state within rounding of one
+def test_killed_replica_loses_no_request(fleet: Service, engine: Engine, stops: Path) -> None:
+    # neuron masking only: it has no bounds that a state could be within rounding of
     requests = [random_request(random.Random(seed), ["neuron"]) for seed in range(40)]
-    long: Any = (TEXTS * 8, None, True)  # a call by itself, and it fits into one queue
+    long: Any = (TEXTS * 8, None, True)  # long enough for a call of its own, and short enough for one queue
     whole, *expected = asyncio.run(all_of(engine, [long, *requests]))
     retried = fleet.registry.get_sample_value("neuronlens_fleet_retried_total") or 0.0
     stops.touch()
@@ -276,14 +277,14 @@ def test_a_killed_replica_costs_no_request(fleet: Service, engine: Engine, stops
     assert len(agree) == 4 * 41 + 12 * 40
     assert all(agree)
     sent_again = (fleet.registry.get_sample_value("neuronlens_fleet_retried_total") or 0.0) - retried
-    assert sent_again >= 2, "it had several requests in hand"
+    assert sent_again >= 2, "it was processing several requests"
     assert fleet.registry.get_sample_value("neuronlens_fleet_lost_total") == 0.0
-    # another takes its place, and follows before it takes requests
+    # another replica replaces it
     until(lambda: len(set(pids(fleet)) - {victim}) == 2, 120)
 
 
 def stopped(stops: Path) -> int | None:
-    """The process of the engine that has stopped, with requests in hand."""
+    """The process id of the engine that has stopped while it processed requests."""
     for each in stops.parent.glob(f"{stops.name}.*"):
         victim = int(each.suffix[1:])
         if psutil.Process(victim).status() == psutil.STATUS_STOPPED:
@@ -291,7 +292,7 @@ def stopped(stops: Path) -> int | None:
     return None
 
 
-def test_a_second_ingress_finds_the_fleet_and_other_settings_do_not(
+def test_second_ingress_finds_the_fleet_unless_its_settings_differ(
     fleet: Service, open_services: Callable[..., list[Service]], fitted: Fitted
 ) -> None:
     (second,) = open_services("two", **PATIENT)

@@ -1,24 +1,20 @@
-"""Several fleets on one cluster: each model under its own name, replicas by the load, never one of a wrong model."""
+"""Two fleets on one cluster: names, live erasures, queues, autoscaling, and a checkpoint that changes."""
 
 import asyncio
 import os
 import re
 import shutil
 import signal
-import threading
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import httpx
 import psutil
 import pytest
-import uvicorn
 
-from app.main import create_app
 from app.service import Service
 from tests.e2e.cluster.conftest import activated, pids
+from tests.e2e.on_ray import over_http
 from tests.range_store.waiting import until
 from tests.workers.checkpoints import save_tiny
 from tests.workers.texts import labelled_texts
@@ -31,7 +27,7 @@ from workers.engine.errors import QueueFull, ReplicaLost
 from workers.fitting.fit import Fitted
 from workers.models.loading import LoadedModel
 
-pytestmark = pytest.mark.timeout(600)  # processes that load torch, on a busy machine
+pytestmark = [pytest.mark.full, pytest.mark.timeout(600)]
 QUICK = {
     "upscale_delay_s": 0.2,
     "downscale_delay_s": 0.5,
@@ -44,7 +40,7 @@ TEXTS = [text for text, _ in labelled_texts(64, seed=3)]
 
 @pytest.fixture(scope="module")
 def checkpoint(model: LoadedModel, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A copy of the model's, to be changed."""
+    """A copy of the checkpoint of the model, which a test changes."""
     return Path(shutil.copytree(model.source, tmp_path_factory.mktemp("changing") / "tiny"))
 
 
@@ -55,7 +51,7 @@ Opening = Callable[[], list[Service]]
 def ingress(
     open_services: Callable[..., list[Service]], checkpoint: Path, tmp_path_factory: pytest.TempPathFactory
 ) -> Opening:
-    """Opens an ingress to two models; each has one or two replicas, which hold few texts."""
+    """Opens an ingress of two models, each with one or two replicas and a short queue."""
     other = save_tiny("distilbert", tmp_path_factory.mktemp("other") / "other", labels=("Cats", "Dogs"))
     return lambda: open_services(
         "first",
@@ -76,26 +72,7 @@ def both(ingress: Opening, fitted: Fitted) -> list[Service]:
     return services
 
 
-@contextmanager
-def over_http(services: list[Service]) -> Iterator[httpx.Client]:
-    app = create_app(services[0].settings, services)
-    config = uvicorn.Config(
-        app, host="127.0.0.1", port=0, log_level="warning", timeout_keep_alive=services[0].settings.keep_alive
-    )
-    server = uvicorn.Server(config)
-    thread = threading.Thread(target=server.run)
-    thread.start()
-    try:
-        until(lambda: server.started)
-        port = server.servers[0].sockets[0].getsockname()[1]
-        with httpx.Client(base_url=f"http://127.0.0.1:{port}", timeout=60) as client:
-            yield client
-    finally:
-        server.should_exit = True
-        thread.join()
-
-
-def test_each_model_has_its_name_and_its_own_live_erasures(both: list[Service], ingress: Opening) -> None:
+def test_each_model_has_its_own_live_erasures(both: list[Service], ingress: Opening) -> None:
     with over_http(both) as http, over_http(ingress()) as other_ingress:
         switched = http.put("/v1/erasures/Sports?wait=all&wait_seconds=50", json={"top_fraction": 1.0})
         assert switched.status_code == 200, switched.text
@@ -123,7 +100,7 @@ def test_each_model_has_its_name_and_its_own_live_erasures(both: list[Service], 
         assert http.delete("/v1/erasures/Sports?wait=all&wait_seconds=50").status_code == 200
 
 
-def test_more_than_the_fleet_holds_is_refused_with_a_time_to_wait(both: list[Service]) -> None:
+def test_full_fleet_refuses_requests_with_a_retry_time(both: list[Service]) -> None:
     engine = both[1].engine
 
     async def flood() -> list[Any]:
@@ -141,7 +118,7 @@ def test_more_than_the_fleet_holds_is_refused_with_a_time_to_wait(both: list[Ser
     assert isinstance(asyncio.run(engine.classify(["again"], [])), Answer)
 
 
-def test_there_are_more_replicas_while_tokens_wait_and_fewer_afterwards(both: list[Service]) -> None:
+def test_fleet_scales_up_under_load_and_down_afterwards(both: list[Service]) -> None:
     engine, registry = both[0].engine, both[0].registry
 
     def two_are_seen() -> bool:
@@ -162,7 +139,7 @@ def test_there_are_more_replicas_while_tokens_wait_and_fewer_afterwards(both: li
     until(lambda: len(pids(both[0])) == 1, 120)
 
 
-def test_a_replica_of_another_fingerprint_never_joins(both: list[Service], checkpoint: Path, tmp_path: Path) -> None:
+def test_replica_of_a_changed_checkpoint_never_joins(both: list[Service], checkpoint: Path, tmp_path: Path) -> None:
     before = asyncio.run(both[0].engine.classify(TEXTS[:4], []))
     kept = Path(shutil.copytree(checkpoint, tmp_path / "kept"))
     others = save_tiny("bert", tmp_path / "others", labels=both[0].model.identity.labels, seed=7)
@@ -170,14 +147,14 @@ def test_a_replica_of_another_fingerprint_never_joins(both: list[Service], check
     (victim,) = pids(both[0])
     seen: set[int] = set()
 
-    def some_came_and_went() -> bool:
+    def two_have_failed() -> bool:
         now = replica_processes("first") - {victim}
         seen.update(now)
         return len(seen - now) >= 2
 
     os.kill(victim, signal.SIGKILL)
-    until(some_came_and_went, 240)
-    assert not both[0].engine.ready
+    until(two_have_failed, 240)
+    until(lambda: not both[0].engine.ready)
     with pytest.raises((ReplicaLost, TimeoutError)):
         asyncio.run(asyncio.wait_for(both[0].engine.classify(TEXTS[:4], []), 2))
     shutil.copy(kept / "model.safetensors", checkpoint)
@@ -186,7 +163,7 @@ def test_a_replica_of_another_fingerprint_never_joins(both: list[Service], check
     assert [text.logits.tolist() for text in after.texts] == [text.logits.tolist() for text in before.texts]
 
 
-def test_who_finds_no_room_says_so(
+def test_fleet_without_room_says_how_much_is_missing(
     both: list[Service],
     open_services: Callable[..., list[Service]],
     monkeypatch: pytest.MonkeyPatch,
@@ -196,18 +173,19 @@ def test_who_finds_no_room_says_so(
     monkeypatch.setattr(launching, "FIRST_SECONDS", 1.0)
     with pytest.raises(ClusterError, match=r"^no replica of 'large' came up in 1 s: "):
         open_services("large", threads=17, drain_seconds=1)  # more than a node has
-    (said,) = [line for line in caplog.messages if "engines run yet" in line]
+    (message,) = [each for each in caplog.messages if "engines run yet" in each]
     until(lambda: "large" not in names(), 60)
-    assert re.fullmatch(r"0 of 1 engines run yet: each asks for 17 CPUs, \d+ CPUs and 0 GPUs are free on all .*", said)
+    free = r"\d+ CPUs and 0 GPUs are free on all .*"
+    assert re.fullmatch(f"0 of 1 engines run yet: each asks for 17 CPUs, {free}", message)
 
 
 def running(name: str) -> int:
-    """Replicas that take requests."""
+    """Number of replicas that take requests."""
     status = status_of(f"neuronlens:{name}")
     return status.running if status is not None else 0
 
 
 def replica_processes(name: str) -> set[int]:
-    """Processes of a fleet's replicas, of those too that have not joined; Serve does not always tell of them."""
+    """Process ids of the replicas of a fleet, including those that have not joined."""
     title = f"ServeReplica:neuronlens:{name}:"
     return {each.pid for each in psutil.process_iter(["cmdline"]) if title in "".join(each.info["cmdline"] or ())}

@@ -1,4 +1,4 @@
-"""`--redeploy`: engines are replaced while requests are under way, and none of those is lost or answered wrongly."""
+"""`--redeploy` replaces the engines under load: no request is lost or answered wrongly."""
 
 import asyncio
 import os
@@ -26,17 +26,18 @@ from workers.engine.answers import Answer
 from workers.fitting.fit import Fitted
 from workers.models.errors import ModelError
 
-pytestmark = [pytest.mark.full, pytest.mark.timeout(600)]  # processes that load torch, on a busy machine
+pytestmark = [pytest.mark.full, pytest.mark.timeout(600)]
 TEXTS = [text for text, _ in labelled_texts(24, seed=21)]
 TOLERANCE = 2e-4
-"""Largest difference of a logit between two batches that a text is in (promise 2)."""
+"""Largest difference of a logit of the same text in two batches."""
 PATIENT = {"max_queue_seconds": 600.0}
-NEVER = 888
+BROKEN = 888
+"""As `max_queue_texts`: engines with this setting do not come up."""
 
 
 @contextmanager
-def under_way(service: Service) -> Iterator[list[Answer]]:
-    """Eight clients ask all the while; gives their answers, and raises what any of them met."""
+def load_on(service: Service) -> Iterator[list[Answer]]:
+    """Eight clients send requests all the time. Yields their answers; an error of a client is raised at the end."""
     stop = threading.Event()
     answers: list[Answer] = []
 
@@ -61,8 +62,8 @@ def under_way(service: Service) -> Iterator[list[Answer]]:
             asking.result(120)
 
 
-def same(answers: list[Answer], expected: list[Answer], generation: str) -> None:
-    """Every answer is one that the fleet gave before, under the live erasures."""
+def check(answers: list[Answer], expected: list[Answer], generation: str) -> None:
+    """Every answer has the logits of an expected one, and the generation."""
     assert {answer.generation for answer in answers} == {generation}
     known = np.stack([answer.texts[0].logits for answer in expected])
     for answer in answers:
@@ -73,23 +74,23 @@ Opening = Callable[..., list[Service]]
 
 
 @pytest.fixture(scope="module", autouse=True)
-def never_join() -> Iterator[None]:
-    """Engines that are to hold `NEVER` texts do not come up; of the same class as those that do, as everywhere."""
+def break_some_engines() -> Iterator[None]:
+    """Let engines with the setting `BROKEN` fail when they start."""
 
-    class Choosy(LoggedReplica):
+    class SometimesBroken(LoggedReplica):
         async def reconfigure(self, config: dict[str, Any]) -> None:
-            if self._settings.engine["max_queue_texts"] == NEVER:
-                raise ClusterError("this one never joins")
+            if self._settings.engine["max_queue_texts"] == BROKEN:
+                raise ClusterError("it is broken")
             await super().reconfigure(config)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("app.fleet.LoggedReplica", Choosy)
+        patch.setattr("app.fleet.LoggedReplica", SometimesBroken)
         yield
 
 
 @pytest.fixture(scope="module")
 def fleet(open_services: Opening, fitted: Fitted) -> Service:
-    """Of two replicas, with something erased."""
+    """A fleet of two replicas, with a live erasure."""
     service = activated(open_services("rolling", replicas=2, **PATIENT)[0], fitted)
     service.store.set_erasure(LiveErasure(erasure=Erasure(concept="Sports", top_fraction=1.0)))
     service.mirror.refresh()
@@ -108,22 +109,22 @@ def expected(fleet: Service) -> list[Answer]:
     return each_alone(fleet)
 
 
-def test_other_settings_replace_every_engine_and_lose_no_request(
+def test_redeploy_with_other_settings_replaces_every_engine(
     fleet: Service, expected: list[Answer], open_services: Opening
 ) -> None:
     before = set(pids(fleet))
-    with under_way(fleet) as answers:
+    with load_on(fleet) as answers:
         (second,) = open_services("rolling", redeploy=True, max_queue_texts=777, **PATIENT)
         until(lambda: len(set(pids(fleet))) == 2)
         assert not before & set(pids(fleet)), "every engine was replaced before the new ingress answers"
-    same(answers, expected, fleet.store.live().generation)
+    check(answers, expected, fleet.store.live().generation)
     assert fleet.registry.get_sample_value("neuronlens_fleet_lost_total") == 0.0
     assert second.engine.settings.max_queue_texts == 777
     with pytest.raises(OtherFleet, match="engine"):
         open_services("rolling", **PATIENT)
 
 
-def test_another_number_or_the_same_settings_replace_nobody(
+def test_redeploy_with_the_same_settings_replaces_no_engine(
     fleet: Service, expected: list[Answer], open_services: Opening
 ) -> None:
     before = set(pids(fleet))
@@ -135,13 +136,13 @@ def test_another_number_or_the_same_settings_replace_nobody(
     until(lambda: len(set(pids(fleet))) == 2, 60)
 
 
-def test_another_checkpoint_is_refused_before_any_engine_goes(
+def test_redeploy_with_another_checkpoint_is_refused(
     fleet: Service, expected: list[Answer], open_services: Opening, tmp_path: Path
 ) -> None:
     before = set(pids(fleet))
     other = save_tiny("bert", tmp_path / "other", labels=fleet.model.identity.labels, seed=7)
     (tmp_path / "none").mkdir()
-    with under_way(fleet) as answers:
+    with load_on(fleet) as answers:
         with pytest.raises(
             OtherFleet, match=f"^the fleet of 'rolling' serves another checkpoint than {other}, .* --name"
         ):
@@ -149,33 +150,38 @@ def test_another_checkpoint_is_refused_before_any_engine_goes(
         with pytest.raises(ModelError):
             open_services("rolling", redeploy=True, model=str(tmp_path / "none"), max_queue_texts=777, **PATIENT)
     assert set(pids(fleet)) == before
-    same(answers, expected, fleet.store.live().generation)
+    check(answers, expected, fleet.store.live().generation)
 
 
-def test_without_room_for_one_more_an_engine_ends_before_another_starts(open_services: Opening, fitted: Fitted) -> None:
+def test_redeploy_without_spare_room_ends_an_engine_before_it_starts_another(
+    open_services: Opening, fitted: Fitted
+) -> None:
     choices: dict[str, Any] = {"replicas": 2, "threads": 9, **PATIENT}  # of the 16 CPUs of each of two nodes
     full = activated(open_services("full", **choices)[0], fitted)
     expected, before = each_alone(full), set(pids(full))
-    with under_way(full) as answers:
+    with load_on(full) as answers:
         open_services("full", redeploy=True, max_queue_texts=777, **choices)
         until(lambda: len(set(pids(full))) == 2)
         assert not before & set(pids(full))
-    same(answers, expected, full.store.live().generation)
+    check(answers, expected, full.store.live().generation)
     assert full.registry.get_sample_value("neuronlens_fleet_lost_total") == 0.0
 
 
-def test_engines_that_do_not_come_up_leave_the_old_ones_and_their_settings(
+def test_failed_redeploy_keeps_the_old_engines_and_settings(
     fleet: Service, expected: list[Answer], open_services: Opening
 ) -> None:
     before = set(pids(fleet))
-    with under_way(fleet) as answers, pytest.raises(ClusterError, match=r"those that are left go on: .*never joins"):
-        open_services("rolling", redeploy=True, max_queue_texts=NEVER, **PATIENT)
+    with (
+        load_on(fleet) as answers,
+        pytest.raises(ClusterError, match=r"those that are left go on: .*it is broken"),
+    ):
+        open_services("rolling", redeploy=True, max_queue_texts=BROKEN, **PATIENT)
     assert set(pids(fleet)) == before
-    same(answers, expected, fleet.store.live().generation)
-    with under_way(fleet) as answers:
+    check(answers, expected, fleet.store.live().generation)
+    with load_on(fleet) as answers:
         victim = min(before)
         os.kill(victim, signal.SIGKILL)
         until(lambda: len(set(pids(fleet)) - {victim}) == 2, 120)
-    assert before - {victim} < set(pids(fleet)), "what took its place has the settings that were, and joined"
-    same(answers, expected, fleet.store.live().generation)
+    assert before - {victim} < set(pids(fleet)), "its replacement has the old settings, and joined"
+    check(answers, expected, fleet.store.live().generation)
     open_services("rolling", max_queue_texts=777, **PATIENT)  # its settings are what they were

@@ -1,7 +1,6 @@
-"""On a cluster: every number is that of one process, whatever the actors, the files, and whoever died meanwhile.
+"""Fits and evaluations on a cluster give the numbers of one process, also when actors or nodes are lost.
 
-One cluster of two simulated nodes, and one pool of three actors, for all tests of this file; the last test takes a
-node away.
+All tests of this file share a cluster of two simulated nodes and a pool of three actors; the last one removes a node.
 """
 
 import csv
@@ -36,7 +35,7 @@ from tests.workers.checkpoints import LABELS, save_tiny
 from tests.workers.texts import labelled_texts, write_jsonl
 from workers.cluster import nodes
 from workers.cluster.connection import KEEP_WORKERS, connected
-from workers.cluster.errors import ClusterError, ClusterUnavailable
+from workers.cluster.errors import ClusterError
 from workers.cluster.evaluation import measure_on
 from workers.cluster.fitting import fit_on
 from workers.cluster.nodes import Job, Layout, ModelPool
@@ -49,17 +48,18 @@ from workers.fitting.fit import FitCancelled, FitChoices, FitProgress, Fitted, f
 from workers.models.errors import CheckpointError
 from workers.models.loading import LoadedModel, load_model
 
+pytestmark = pytest.mark.full
 ROOT = Path(__file__).parents[3]
 ROWS = labelled_texts(7 * 1024 + 300, seed=8)
 
 
 @pytest.fixture(scope="module")
 def cluster() -> Iterator[Cluster]:
-    """Two nodes on this machine: the head with one CPU, another with two."""
+    """Two nodes on this machine: the head with one CPU, another with two CPUs."""
     place = tempfile.mkdtemp(prefix="nlr-", dir="/tmp")
     patched = pytest.MonkeyPatch()
-    patched.setenv("PYTHONPATH", str(ROOT))  # what actors import
-    patched.setenv("RAY_TMPDIR", place)  # where a cluster on this machine is looked for
+    patched.setenv("PYTHONPATH", str(ROOT))  # where actors find the modules of the tests
+    patched.setenv("RAY_TMPDIR", place)  # where "auto" finds this cluster
     Path(place, "ray").mkdir()
     sizes: dict[str, Any] = {"object_store_memory": 150 << 20, "include_dashboard": False}
     started = Cluster(True, head_node_args={"num_cpus": 1, "_system_config": KEEP_WORKERS, **sizes})
@@ -71,12 +71,6 @@ def cluster() -> Iterator[Cluster]:
         started.shutdown()
         shutil.rmtree(place, ignore_errors=True)
         patched.undo()
-
-
-@pytest.mark.parametrize("address", ["127.0.0.1:1", "ray://127.0.0.1:1"])
-def test_an_address_without_a_cluster_is_refused_at_once(address: str) -> None:
-    with pytest.raises(ClusterUnavailable, match=f"^no Ray cluster at {address}: "), connected(address):
-        pass
 
 
 @pytest.fixture(scope="module")
@@ -110,13 +104,13 @@ CHOICES: FitChoices = {"layers": "all", "bins": 32, "batch_tokens": 2048}
 
 
 @pytest.fixture(scope="module")
-def alone(model: LoadedModel, corpus: Corpus) -> Fitted:
-    """What one process finds."""
+def local_fit(model: LoadedModel, corpus: Corpus) -> Fitted:
+    """The fit of one process."""
     return fit(model, corpus, **CHOICES)
 
 
 def numbers(fitted: Fitted) -> dict[str, bytes]:
-    """Every array of a fit, bit for bit, by name."""
+    """The bytes of every array of a fit, by name."""
     found = {}
     for layer, serve in fitted.range_set.layers.items():
         found |= {f"{layer}.saliency.{name}": values.tobytes() for name, values in serve.saliency.items()}
@@ -156,7 +150,7 @@ WRITERS: dict[str, Callable[[Path, Sequence[tuple[str, str]]], Path]] = {
 }
 
 
-def test_a_model_that_does_not_load_ends_the_work(cluster: Cluster, tmp_path: Path) -> None:
+def test_model_that_does_not_load_is_an_error(cluster: Cluster, tmp_path: Path) -> None:
     missing = str(tmp_path / "missing")
     with (
         ModelPool(missing, {"device": "cpu"}, Layout(1, 1, gpu=False)) as pool,
@@ -165,11 +159,10 @@ def test_a_model_that_does_not_load_ends_the_work(cluster: Cluster, tmp_path: Pa
         assert pool.about
 
 
-@pytest.mark.full
-def test_the_command_stops_within_seconds_and_goes_on(
-    cluster: Cluster, source: str, alone: Fitted, path: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+def test_interrupted_command_ends_its_cluster_and_can_be_resumed(
+    cluster: Cluster, source: str, local_fit: Fitted, path: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """On a private cluster, interrupted; then on the one of this file. Nothing but the result is on stdout."""
+    """Interrupted on a private cluster, resumed on that of this file. Only the result is on stdout."""
     command = ["fit", "--model", source, "--data", str(path), "--layer", "all", "--bins", "32", "--threads", "1"]
     command += ["--batch-tokens", "2048", "--data-dir", str(tmp_path), "--json"]
     process = subprocess.Popen(
@@ -188,22 +181,22 @@ def test_the_command_stops_within_seconds_and_goes_on(
     own = psutil.Process(process.pid).children(recursive=True)
     places = set(re.findall(r"/tmp/neuronlens-\w{8}", " ".join(word for each in own for word in each.cmdline())))
     process.send_signal(signal.SIGINT)
-    out, rest = process.communicate(timeout=120)  # seconds, where the machine is not busy
+    out, rest = process.communicate(timeout=120)
     assert process.returncode == 130, "".join(lines) + rest
     assert out == ""
     assert "interrupted: the same command resumes" in rest
     assert "Traceback" not in rest
-    assert own, "the cluster's processes"
+    assert own, "the processes of the cluster"
     until(lambda: not any(each.is_running() and each.status() != psutil.STATUS_ZOMBIE for each in own), 60)
     assert [Path(place).exists() for place in places] == [False]
     assert list((tmp_path / "fits").iterdir()), "a checkpoint"
     capsys.readouterr()
     assert run([*command, "--ray", "auto", "--actors", "1"]) == 0
     said = capsys.readouterr()
-    assert json.loads(said.out)["id"] == alone.range_set.id
+    assert json.loads(said.out)["id"] == local_fit.range_set.id
 
 
-def test_evaluate_writes_the_same_results(
+def test_evaluate_writes_the_results_of_one_process(
     cluster: Cluster, source: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     write_jsonl(tmp_path / "learned.jsonl", ROWS[:600])
@@ -221,21 +214,21 @@ def test_evaluate_writes_the_same_results(
 
 
 @pytest.mark.parametrize("written", WRITERS)
-def test_any_files_give_what_one_file_gives_in_one_process(
-    pool: ModelPool, alone: Fitted, corpus: Corpus, written: str, tmp_path: Path
+def test_fit_is_that_of_one_process_for_every_file_format(
+    pool: ModelPool, local_fit: Fitted, corpus: Corpus, written: str, tmp_path: Path
 ) -> None:
     found = on_cluster(WRITERS[written](tmp_path / written, ROWS))
     assert (found.sha256, found.counts, found.odd, len(found)) == (corpus.sha256, corpus.counts, 0, len(ROWS))
-    told: list[FitProgress] = []
-    fitted = fit_on(pool, found, progress=told.append, **CHOICES)
-    assert numbers(fitted) == numbers(alone)
-    assert told[-1].rows_done == told[-1].rows_total == len(ROWS)
-    own, other = fitted.range_set.provenance, alone.range_set.provenance
+    progress: list[FitProgress] = []
+    fitted = fit_on(pool, found, progress=progress.append, **CHOICES)
+    assert numbers(fitted) == numbers(local_fit)
+    assert progress[-1].rows_done == progress[-1].rows_total == len(ROWS)
+    own, other = fitted.range_set.provenance, local_fit.range_set.provenance
     assert own.corpus.model_copy(update={"name": other.corpus.name}) == other.corpus
     assert (own.model, own.settings, own.versions) == (other.model, other.settings, other.versions)
 
 
-def test_where_no_node_can_take_an_actor_one_is_waited_for_if_its_size_is_known(cluster: Cluster) -> None:
+def test_layout_without_a_suitable_node_needs_actors_and_threads(cluster: Cluster) -> None:
     with pytest.raises(
         ClusterError, match=r"^no node of the cluster has a GPU: --device cpu; --actors and --threads wait"
     ):
@@ -244,36 +237,36 @@ def test_where_no_node_can_take_an_actor_one_is_waited_for_if_its_size_is_known(
     assert Layout.of(2, None, "auto") == Layout(2, 1, gpu=False)
 
 
-def test_who_waits_for_cpus_that_others_hold_says_so(
+def test_pool_that_waits_for_cpus_logs_what_is_free(
     pool: ModelPool, source: str, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     until(lambda: ray.available_resources().get("CPU", 0) == 0, 120)
     monkeypatch.setattr(nodes, "TELL_SECONDS", 0.1)
 
-    def said() -> list[str]:
+    def logged() -> list[str]:
         return [each.getMessage() for each in caplog.records if each.name == nodes.logger.name]
 
-    def enough() -> None:
-        if said():
+    def cancel_once_logged() -> None:
+        if logged():
             raise FitCancelled
 
-    waiting = ModelPool(source, {"device": "cpu"}, Layout(1, 2, gpu=False), enough)
+    waiting = ModelPool(source, {"device": "cpu"}, Layout(1, 2, gpu=False), cancel_once_logged)
     with waiting, pytest.raises(FitCancelled):
         assert waiting.about
     asked = "no model is loaded: 1 × 2 CPUs were asked for, 0 CPUs and 0 GPUs are free on all nodes together"
-    assert said() == [asked]
+    assert logged() == [asked]
 
 
-def test_caps_probe_and_correct_texts_are_those_of_one_process(
+def test_caps_probe_and_correct_only_give_the_fit_of_one_process(
     pool: ModelPool, model: LoadedModel, corpus: Corpus, path: Path
 ) -> None:
     choices: FitChoices = {**CHOICES, "rankings": ("max", "probe"), "correct_only": True, "rows_per_class": 1200}
     fitted = fit_on(pool, on_cluster(path), **choices)
-    assert 1200 in fitted.range_set.counts, "a cap must be met, or this shows nothing"
+    assert 1200 in fitted.range_set.counts, "a cap takes effect"
     assert fitted.range_set.id == fit(model, corpus, **choices).range_set.id
 
 
-def test_the_same_rows_are_drawn(cluster: Cluster, path: Path, tmp_path: Path) -> None:
+def test_sampling_draws_the_rows_that_one_process_draws(cluster: Cluster, path: Path, tmp_path: Path) -> None:
     several = five_files(tmp_path / "several", ROWS)
     for choices in ({"max_rows": 1500, "seed": 3}, {"rows_per_class": 300}, {"max_rows": 2000, "rows_per_class": 200}):
         own, other = on_cluster(several, **choices), load_corpus(str(path), labels=LABELS, **choices)
@@ -282,7 +275,7 @@ def test_the_same_rows_are_drawn(cluster: Cluster, path: Path, tmp_path: Path) -
         assert [part.sha256 for part in parts] == [part.sha256 for part in others]
 
 
-def test_an_address_is_read_wherever_a_node_has_a_cpu(cluster: Cluster, corpus: Corpus, path: Path) -> None:
+def test_corpus_is_read_from_a_url(cluster: Cluster, corpus: Corpus, path: Path) -> None:
     handler = functools.partial(_Quiet, directory=str(path.parent))
     with http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
         threading.Thread(target=server.serve_forever, daemon=True).start()
@@ -296,13 +289,13 @@ class _Quiet(http.server.SimpleHTTPRequestHandler):
         pass
 
 
-def test_bad_rows_are_named_by_their_file(cluster: Cluster, tmp_path: Path) -> None:
+def test_error_names_the_file_and_row(cluster: Cluster, tmp_path: Path) -> None:
     for number in range(3):
         write_jsonl(tmp_path / f"part-{number}.jsonl", ROWS[:50])
     with pytest.raises(CorpusError, match=r"no such files: .*other"):
         on_cluster(tmp_path / "other")
     bad = tmp_path / "part-1.jsonl"
-    for line, said in (
+    for line, message in (
         ({"label": "World"}, "part-1.jsonl: row 51 has no text"),
         ({"text": None, "label": "World"}, "part-1.jsonl: row 51 has no text"),
         ({"text": "a goal", "label": 7}, "part-1.jsonl: row 51 has label 7, there are names for 0 to 3"),
@@ -313,12 +306,12 @@ def test_bad_rows_are_named_by_their_file(cluster: Cluster, tmp_path: Path) -> N
         write_jsonl(bad, rows)
         with bad.open("a") as stream:
             stream.write(line if isinstance(line, str) else json.dumps(line) + "\n")
-        with pytest.raises(CorpusError, match=said.replace("51", str(len(rows) + 1))):
+        with pytest.raises(CorpusError, match=message.replace("51", str(len(rows) + 1))):
             on_cluster(tmp_path)
 
 
-def test_a_stopped_fit_goes_on_here_and_in_one_process(
-    pool: ModelPool, model: LoadedModel, alone: Fitted, corpus: Corpus, path: Path, tmp_path: Path
+def test_cancelled_fit_resumes_on_the_cluster_and_in_one_process(
+    pool: ModelPool, model: LoadedModel, local_fit: Fitted, corpus: Corpus, path: Path, tmp_path: Path
 ) -> None:
     seen: list[FitProgress] = []
     own = on_cluster(path)
@@ -333,22 +326,22 @@ def test_a_stopped_fit_goes_on_here_and_in_one_process(
         )
     (checkpoint,) = tmp_path.iterdir()
     kept = checkpoint.read_bytes()
-    told: list[FitProgress] = []
-    resumed = fit_on(pool, own, checkpoint_dir=tmp_path, progress=told.append, **CHOICES)
-    assert 2048 <= told[0].resumed_rows < len(ROWS)
-    assert resumed.range_set.id == alone.range_set.id
-    assert numbers(resumed) == numbers(alone)
+    progress: list[FitProgress] = []
+    resumed = fit_on(pool, own, checkpoint_dir=tmp_path, progress=progress.append, **CHOICES)
+    assert 2048 <= progress[0].resumed_rows < len(ROWS)
+    assert resumed.range_set.id == local_fit.range_set.id
+    assert numbers(resumed) == numbers(local_fit)
     checkpoint.write_bytes(kept)
-    told.clear()
-    resumed = fit(model, corpus, checkpoint_dir=tmp_path, progress=told.append, **CHOICES)
-    assert told[0].resumed_rows >= 2048
-    assert numbers(resumed) == numbers(alone)
+    progress.clear()
+    resumed = fit(model, corpus, checkpoint_dir=tmp_path, progress=progress.append, **CHOICES)
+    assert progress[0].resumed_rows >= 2048
+    assert numbers(resumed) == numbers(local_fit)
 
 
 class _Victim:
-    """An actor that is stopped now, so that it ends no work, and killed once it has some in hand.
+    """An actor that is stopped at once, so that it finishes no work, and killed as soon as it has been given some.
 
-    Called as `cancelled` of a fit or evaluation, which it never is.
+    An instance is passed as `cancelled` of a fit or evaluation, and always says no.
     """
 
     def __init__(self, pool: ModelPool) -> None:
@@ -360,40 +353,40 @@ class _Victim:
 
     def __call__(self) -> bool:
         if self._member.in_hand:
-            with suppress(ProcessLookupError):  # it is dead already
+            with suppress(ProcessLookupError):  # it has ended already
                 os.kill(self.pid, signal.SIGKILL)
         return False
 
 
 def all_ready(pool: ModelPool) -> bool:
-    """Whether all actors answer: who died is found out, and replaced."""
+    """Whether all actors answer; the work that this sends makes the pool replace those that have died."""
     done = list(pool.in_order(Job[int, int].of(_Squares, 0), iter(range(30))))
     return bool(done) and all(member.ready for member in pool._members)
 
 
-def test_a_killed_actor_costs_only_its_part(
-    pool: ModelPool, alone: Fitted, path: Path, caplog: pytest.LogCaptureFixture
+def test_killed_actor_does_not_change_the_fit(
+    pool: ModelPool, local_fit: Fitted, path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     own = on_cluster(path)
     victim = _Victim(pool)
     fitted = fit_on(pool, own, cancelled=victim, **CHOICES)
     assert f"an actor was lost, process {victim.pid} of node" in caplog.text
-    assert fitted.range_set.id == alone.range_set.id
-    assert numbers(fitted) == numbers(alone)
+    assert fitted.range_set.id == local_fit.range_set.id
+    assert numbers(fitted) == numbers(local_fit)
 
 
-def test_an_evaluation_is_that_of_one_process_whoever_dies_and_whoever_goes_on(
-    pool: ModelPool, model: LoadedModel, alone: Fitted, path: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+def test_evaluation_is_that_of_one_process_after_a_kill_and_a_resume(
+    pool: ModelPool, model: LoadedModel, local_fit: Fitted, path: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     settings = EvaluationSettings(top_fractions=(0.3, 1.0), positions=("all", "read"), resamples=20, batch_tokens=2048)
     corpus = load_corpus(str(path), labels=LABELS, max_rows=5000)
-    expected = repr(evaluate(model, alone.range_set, corpus, settings).rows)
+    expected = repr(evaluate(model, local_fit.range_set, corpus, settings).rows)
     seen: list[MeasureProgress] = []
 
     def on_pool(**choices: Unpack[EvaluationChoices]) -> str:
         by = functools.partial(measure_on, pool)
         drawn = on_cluster(path, max_rows=5000)
-        return repr(evaluate_by(by, pool.about.identity, alone.range_set, drawn, settings, **choices).rows)
+        return repr(evaluate_by(by, pool.about.identity, local_fit.range_set, drawn, settings, **choices).rows)
 
     victim = _Victim(pool)
     assert on_pool(progress=lambda what, now: seen.append(now), cancelled=victim) == expected
@@ -412,10 +405,10 @@ def test_an_evaluation_is_that_of_one_process_whoever_dies_and_whoever_goes_on(
     assert on_pool(checkpoint_dir=tmp_path, progress=lambda what, now: seen.append(now)) == expected
     assert 2048 <= seen[0].resumed_rows < 5000
     checkpoint.write_bytes(kept)
-    assert repr(evaluate(model, alone.range_set, corpus, settings, checkpoint_dir=tmp_path).rows) == expected
+    assert repr(evaluate(model, local_fit.range_set, corpus, settings, checkpoint_dir=tmp_path).rows) == expected
 
 
-def test_work_is_given_in_order_and_taken_no_further_ahead_than_a_bound(pool: ModelPool) -> None:
+def test_pool_gives_results_in_order_and_takes_few_tasks_ahead(pool: ModelPool) -> None:
     taken: list[int] = []
 
     def numbers_to_square() -> Iterator[int]:
@@ -434,7 +427,7 @@ def test_work_is_given_in_order_and_taken_no_further_ahead_than_a_bound(pool: Mo
 
 
 class _Squares:
-    """Work that fails at -1, and dies at -2."""
+    """Squares numbers; -1 raises an error, -2 ends the process."""
 
     def __init__(self, model: LoadedModel, plus: int) -> None:
         self._plus = plus
@@ -447,16 +440,16 @@ class _Squares:
         return number**2 + self._plus
 
 
-def test_who_ends_half_way_leaves_every_actor_free(pool: ModelPool) -> None:
+def test_abandoned_work_leaves_every_actor_free(pool: ModelPool) -> None:
     job = Job[int, int].of(_Squares, 0)
-    for left in (pool.in_order(job, iter(range(100))), pool.in_order(job, iter([1, -1, 2, 3, 4, 5]))):
+    for results in (pool.in_order(job, iter(range(100))), pool.in_order(job, iter([1, -1, 2, 3, 4, 5]))):
         with suppress(ClusterError):
-            next(left), next(left)
-        left.close()
+            next(results), next(results)
+        results.close()
         assert [member.in_hand for member in pool._members] == [0] * 3
 
 
-def test_what_goes_wrong_on_an_actor_is_one_line(pool: ModelPool, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_error_of_an_actor_is_one_line(pool: ModelPool, monkeypatch: pytest.MonkeyPatch) -> None:
     job = Job[int, int].of(_Squares, 0)
     with pytest.raises(ClusterError, match=r"^an actor failed: RuntimeError: not this one$"):
         pool.call(job, -1)
@@ -467,27 +460,27 @@ def test_what_goes_wrong_on_an_actor_is_one_line(pool: ModelPool, monkeypatch: p
             pool.call(job, -2)
 
 
-def test_a_node_that_is_taken_away_costs_only_its_part(
-    pool: ModelPool, cluster: Cluster, alone: Fitted, path: Path, caplog: pytest.LogCaptureFixture
+def test_removed_node_does_not_change_the_fit(
+    pool: ModelPool, cluster: Cluster, local_fit: Fitted, path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    gone: list[Any] = []
+    removed: list[Any] = []
     until(lambda: all_ready(pool), 300)
 
-    def take_away() -> bool:
+    def remove_node_once() -> bool:
         busy = [member.about.pid for member in pool._members if member.in_hand and member.about]
-        if not gone and len(busy) >= 2:  # one of them is on that node; what it has is not done before it is gone
+        if not removed and len(busy) >= 2:  # the node runs one of them, and is removed before that one finishes
             for pid in busy:
                 os.kill(pid, signal.SIGSTOP)
-            gone.append(next(node for node in cluster.list_all_nodes() if not node.head))
-            cluster.remove_node(gone[0], allow_graceful=False)
+            removed.append(next(node for node in cluster.list_all_nodes() if not node.head))
+            cluster.remove_node(removed[0], allow_graceful=False)
             for pid in busy:
                 with suppress(ProcessLookupError):
                     os.kill(pid, signal.SIGCONT)
         return False
 
-    fitted = fit_on(pool, on_cluster(path), cancelled=take_away, **CHOICES)
-    assert gone, "it was taken away while two actors had work in hand"
+    fitted = fit_on(pool, on_cluster(path), cancelled=remove_node_once, **CHOICES)
+    assert removed, "two actors had work at the same time"
     assert "an actor was lost" in caplog.text
     until(lambda: len([node for node in ray.nodes() if node["Alive"]]) == 1, 240)
-    assert fitted.range_set.id == alone.range_set.id
-    assert numbers(fitted) == numbers(alone)
+    assert fitted.range_set.id == local_fit.range_set.id
+    assert numbers(fitted) == numbers(local_fit)
