@@ -1,4 +1,4 @@
-"""Engines on real Redis and tiny models whose ranges are fitted."""
+"""Engines on a real Redis and tiny models with fitted ranges."""
 
 import uuid
 from collections.abc import Callable, Iterator
@@ -37,6 +37,7 @@ def fitted(tiny: Tiny, tmp_path_factory: pytest.TempPathFactory) -> Callable[[st
 
 @pytest.fixture
 def start(redis_client: redis.Redis, tiny: Tiny, fitted: Callable[[str], Fitted]) -> Iterator[Callable[..., Running]]:
+    """`start(family, **settings)` starts an engine with a store of its own."""
     running: list[Running] = []
 
     def make(family: str = "bert", publish: bool = True, **limits: Any) -> Running:

@@ -1,4 +1,4 @@
-"""An engine at work in tests, requests to throw at it, and what one text answers by itself."""
+"""A running engine for tests, random erasures, and the reference answer of a single text."""
 
 import asyncio
 import random
@@ -25,9 +25,9 @@ from workers.models.loading import LoadedModel
 from workers.models.texts import TextOrPair
 
 TOLERANCE = 2e-4
-"""Promise 2 in fp32: largest difference of a logit between a text in a batch and the same text alone."""
+"""Largest difference of a logit in float32 between a text in a batch and the same text alone."""
 NEAR = 1e-4
-"""ε of promise 2: a state this near to a bound may fall on either side of it."""
+"""A state this near to a bound of a range may fall on either side of it, by rounding."""
 TEXTS = [text for text, _ in labelled_texts(40, seed=9)]
 
 
@@ -51,7 +51,7 @@ class Running:
 
     @asynccontextmanager
     async def held(self) -> AsyncIterator[None]:
-        """Keep the model busy with a text of its own: whatever is sent meanwhile waits in the queue."""
+        """Keep the model busy with a text of its own, so that later requests wait in the queue."""
         waited = self.engine.metrics.queue_wait._sum.get()
         with self.model.steered._lock:
             busy = asyncio.create_task(self.engine.classify(["busy"], []))
@@ -77,7 +77,7 @@ def random_erasures(rng: random.Random) -> list[Erasure]:
 
 
 def alone(service: Running, text: TextOrPair, erasures: list[Erasure]) -> tuple[np.ndarray, float]:
-    """Logits of one text or pair by itself, and how near one of its states comes to a bound of the plan."""
+    """Logits of one text or pair by itself, and the smallest distance of its states to a bound of the plan."""
     model = service.model
     batch = model.tokens.batch(model.tokens.encode([text]))
     plan = resolve(service.range_set, erasures)

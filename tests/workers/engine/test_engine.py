@@ -1,4 +1,4 @@
-"""The engine on real Redis and real (tiny) models: promises 1, 2, 4, and that nothing is left hanging."""
+"""The engine on a real Redis and tiny models: exact answers, stable admissions, and no request left hanging."""
 
 import asyncio
 import random
@@ -15,8 +15,7 @@ import redis
 import torch
 from prometheus_client import CollectorRegistry
 
-from range_store.erasure import Damp, Erasure
-from range_store.errors import NoRangeSet, StoreUnavailable, UnknownConcept
+from range_store.erasure import Erasure
 from range_store.live import LiveErasure
 from range_store.mirror import Mirror
 from range_store.store import RangeStore
@@ -34,10 +33,10 @@ from workers.models.loading import load_model
 from workers.models.texts import TextOrPair
 
 BF16_TOLERANCE = 0.05
-"""The same in bfloat16, whose spacing is 0.004 to 0.008 around 1."""
+"""Largest difference of a logit in bfloat16, whose spacing is 0.008 between 1 and 2."""
 
 
-def test_no_erasure_is_the_bare_model_bit_for_bit(start: Callable[..., Running]) -> None:
+def test_no_erasure_equals_the_bare_model_bit_for_bit(start: Callable[..., Running]) -> None:
     service = start(max_batch_tokens=4096)  # all texts in one batch
     answer = service.ask(TEXTS, [])
     encoded = sorted((len(e.ids), n) for n, e in enumerate(service.model.tokens.encode(TEXTS)))
@@ -51,8 +50,8 @@ def test_no_erasure_is_the_bare_model_bit_for_bit(start: Callable[..., Running])
         assert answer.texts[n].masked_neurons == 0
 
 
-def test_a_baseline_beside_an_erased_answer_is_the_bare_model_bit_for_bit(start: Callable[..., Running]) -> None:
-    service = start(max_batch_tokens=65536)  # the same texts make one batch, compared or not
+def test_baseline_of_an_erased_answer_equals_the_bare_model_bit_for_bit(start: Callable[..., Running]) -> None:
+    service = start(max_batch_tokens=65536)  # one batch with and without comparison
     bare = service.ask(TEXTS, [])
     for layer in range(3):
         erasure = Erasure(concept="Sports", top_fraction=1.0, layers=(layer,))
@@ -64,9 +63,17 @@ def test_a_baseline_beside_an_erased_answer_is_the_bare_model_bit_for_bit(start:
         assert sum(text.masked_neurons for text in compared.texts) > 0
 
 
-@pytest.mark.parametrize(("family", "number"), [("bert", 3000), ("gpt2", 600)])
-def test_mixed_requests_at_once_answer_as_each_alone(start: Callable[..., Running], family: str, number: int) -> None:
-    """Promise 2, on random requests: texts, pairs, lengths, counts, plans, with and without the bare answer beside."""
+@pytest.mark.parametrize(
+    ("family", "number"),
+    [
+        ("bert", 150),
+        ("gpt2", 60),
+        pytest.param("bert", 3000, marks=pytest.mark.full),
+        pytest.param("gpt2", 600, marks=pytest.mark.full),
+    ],
+)
+def test_concurrent_requests_answer_as_each_alone(start: Callable[..., Running], family: str, number: int) -> None:
+    """Random requests of texts and pairs, with random plans, some with the baseline beside the erased answer."""
     service = start(family, max_batch_tokens=400, max_batch_plans=3, max_queue_seconds=600.0, max_queue_tokens=10**7)
     rng = random.Random(5)
     texts: list[TextOrPair] = [*TEXTS, "Goal", *(" ".join(rng.sample(TEXTS, n)) for n in (2, 3, 4, 5))]
@@ -94,7 +101,7 @@ def test_mixed_requests_at_once_answer_as_each_alone(start: Callable[..., Runnin
             logits, gap = by_itself(text, plan)
             if np.abs(logits - given.logits).max() > TOLERANCE:
                 beyond += 1
-                assert gap < NEAR, "an answer differs, and no state lies near a bound"
+                assert gap < NEAR, "an answer differs although no state lies near a bound"
             elif np.diff(np.sort(logits)[-2:])[0] > 2 * TOLERANCE:
                 assert given.logits.argmax() == logits.argmax()
             assert (given.baseline is not None) == compare
@@ -105,8 +112,8 @@ def test_mixed_requests_at_once_answer_as_each_alone(start: Callable[..., Runnin
     assert plans_of_batches == service.metric("neuronlens_batch_plans_count")
 
 
-def test_bfloat16_has_a_tolerance_of_its_own(redis_client: redis.Redis, tmp_path: Path) -> None:
-    """In bf16 a state may round to either side of a bound, so this is about neuron masking, which has none."""
+def test_bfloat16_answers_agree_within_its_tolerance(redis_client: redis.Redis, tmp_path: Path) -> None:
+    """Uses neuron masking: it has no bounds, to either side of which a bfloat16 state could round."""
     model = load_model(str(save_tiny("bert", tmp_path / "model")), device="cpu", dtype="bfloat16")
     data = write_jsonl(tmp_path / "train.jsonl", labelled_texts(60, seed=1))
     made = fit(model, load_corpus(str(data), labels=LABELS), layers="all")
@@ -125,7 +132,7 @@ def test_bfloat16_has_a_tolerance_of_its_own(redis_client: redis.Redis, tmp_path
     ]
 
     async def all_at_once() -> list[Answer]:
-        async with service.held():  # so that the same texts share a batch each time
+        async with service.held():  # the same texts share a batch in every run
             asked = [asyncio.create_task(engine.classify([text], erase)) for text, erase in requests]
             while len(engine._queue) < len(asked):
                 await asyncio.sleep(0)
@@ -141,63 +148,36 @@ def test_bfloat16_has_a_tolerance_of_its_own(redis_client: redis.Redis, tmp_path
     mirror.close()
 
 
-def test_a_toggle_never_changes_a_request_that_waits(start: Callable[..., Running]) -> None:
+def test_toggle_does_not_change_a_waiting_request(start: Callable[..., Running]) -> None:
     service = start()
-    service.store.set_erasures([LiveErasure(erasure=Erasure(concept="Sports", top_fraction=1.0))])
+    sports, world = Erasure(concept="Sports", top_fraction=1.0), Erasure(concept="World", method="neuron")
+    clear = [text for text in TEXTS if alone(service, text, [sports])[1] >= NEAR][:3]
+    service.store.set_erasures([LiveErasure(erasure=sports)])
     service.mirror.refresh()
     before = service.store.live().generation
 
     async def toggle_while_waiting() -> tuple[Answer, Answer]:
         async with service.held():
-            first = asyncio.create_task(service.engine.classify(TEXTS[:3], None))
+            first = asyncio.create_task(service.engine.classify(clear, None))
             while not len(service.engine._queue):
                 await asyncio.sleep(0)
-            service.store.set_erasures([LiveErasure(erasure=Erasure(concept="World", method="neuron"))])
+            service.store.set_erasures([LiveErasure(erasure=world)])
             service.mirror.refresh()
-            second = asyncio.create_task(service.engine.classify(TEXTS[:3], None))
-            while len(service.engine._queue) < 3:
+            second = asyncio.create_task(service.engine.classify(clear, None))
+            while len(service.engine._queue) < 6:
                 await asyncio.sleep(0)
         return await first, await second
 
     first, second = asyncio.run(toggle_while_waiting())
     assert (first.generation, [e.concept for e in first.erasures]) == (before, ["Sports"])
     assert (second.generation, [e.concept for e in second.erasures]) == (service.store.live().generation, ["World"])
-    for answer, erasure in ((first, first.erasures[0]), (second, second.erasures[0])):
-        for text, given in zip(TEXTS, answer.texts, strict=False):
-            logits, gap = alone(service, text, [erasure])
-            assert np.abs(logits - given.logits).max() < TOLERANCE or gap < NEAR
+    for text, before_toggle, after_toggle in zip(clear, first.texts, second.texts, strict=True):
+        assert np.abs(alone(service, text, [sports])[0] - before_toggle.logits).max() < TOLERANCE
+        assert np.abs(alone(service, text, [world])[0] - after_toggle.logits).max() < TOLERANCE
+        assert np.abs(before_toggle.logits - after_toggle.logits).max() > 0.01, "the toggle has no effect on the text"
 
 
-def test_what_an_operator_enforces_joins_every_plan(start: Callable[..., Running]) -> None:
-    service = start()
-    enforced = Erasure(concept="Sports", top_fraction=1.0, replacement=Damp(damp=0.1))
-    optional = Erasure(concept="World")
-    service.store.set_erasures([LiveErasure(erasure=enforced, enforced=True), LiveErasure(erasure=optional)])
-    service.mirror.refresh()
-    none = service.ask(["a goal"], [])
-    assert ([e.concept for e in none.erasures], none.source, none.enforced) == (["Sports"], "live", {"Sports"})
-    own = service.ask(["a goal"], [Erasure(concept="Sports", top_fraction=0.1), Erasure(concept="Business")])
-    assert [e.concept for e in own.erasures] == ["Sports", "Business"]
-    assert own.erasures[0].replacement == Damp(damp=0.1), "a request cannot weaken what is enforced"
-    live = service.ask(["a goal"], None)
-    assert ({e.concept for e in live.erasures}, live.source) == ({"Sports", "World"}, "live")
-
-
-def test_what_cannot_be_resolved_is_an_error_and_never_dropped(start: Callable[..., Running]) -> None:
-    service = start()
-    with pytest.raises(UnknownConcept, match="Weather"):
-        service.ask(["a goal"], [Erasure(concept="Weather")])
-    empty = start(publish=False)
-    with pytest.raises(NoRangeSet):
-        empty.ask(["a goal"], [Erasure(concept="Sports")])
-    assert empty.ask(["a goal"], None).source == "none"
-    never_read = Mirror(service.store, service.model.identity.fingerprint)
-    engine = Engine(service.model, never_read, EngineSettings(), CollectorRegistry())
-    with pytest.raises(StoreUnavailable):
-        asyncio.run(engine.classify(["a goal"], []))
-
-
-def test_a_failing_text_fails_alone(start: Callable[..., Running], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_failing_text_fails_alone(start: Callable[..., Running], monkeypatch: pytest.MonkeyPatch) -> None:
     service = start()
     poison = service.model.tokens.encode(["telescope"])[0].ids
     good = service.model.steered.trunk
@@ -224,7 +204,7 @@ def test_a_failing_text_fails_alone(start: Callable[..., Running], monkeypatch: 
 
 
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
-def test_if_the_engines_thread_dies_nobody_waits_for_ever(
+def test_requests_fail_when_the_engine_thread_dies(
     start: Callable[..., Running], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     service = start(max_batch_texts=1)
@@ -239,13 +219,13 @@ def test_if_the_engines_thread_dies_nobody_waits_for_ever(
             *(service.engine.classify([text], []) for text in TEXTS[:5]), return_exceptions=True
         )
 
-    answers = asyncio.run(asyncio.wait_for(ask(), 20))
+    answers = asyncio.run(asyncio.wait_for(ask(), 60))
     assert all(isinstance(answer, EngineFailed | Draining) for answer in answers)
     assert any(isinstance(answer, EngineFailed) for answer in answers)
     assert not service.engine.ready
 
 
-def test_an_abandoned_request_costs_no_forward_pass(start: Callable[..., Running]) -> None:
+def test_abandoned_request_costs_no_forward_pass(start: Callable[..., Running]) -> None:
     service = start()
 
     async def give_up() -> None:
@@ -267,7 +247,7 @@ def test_an_abandoned_request_costs_no_forward_pass(start: Callable[..., Running
     assert service.engine.metrics.tokens._value.get() - before == short
 
 
-def test_admission_takes_a_whole_request_or_none_of_it(start: Callable[..., Running]) -> None:
+def test_queue_tokens_bound_whole_requests(start: Callable[..., Running]) -> None:
     sizes = [len(e.ids) for e in start().model.tokens.encode(TEXTS[:4])]
     service = start(max_queue_tokens=sum(sizes))
 
@@ -287,7 +267,7 @@ def test_admission_takes_a_whole_request_or_none_of_it(start: Callable[..., Runn
     asyncio.run(fill())
 
 
-def test_texts_are_bounded_as_tokens_are(start: Callable[..., Running]) -> None:
+def test_queue_texts_bound_whole_requests(start: Callable[..., Running]) -> None:
     service = start(max_queue_texts=4)
 
     async def fill() -> None:
@@ -308,7 +288,7 @@ def test_texts_are_bounded_as_tokens_are(start: Callable[..., Running]) -> None:
     asyncio.run(fill())
 
 
-def test_draining_answers_what_was_accepted(start: Callable[..., Running]) -> None:
+def test_draining_engine_answers_accepted_requests(start: Callable[..., Running]) -> None:
     service = start()
 
     async def drain() -> None:
@@ -328,7 +308,7 @@ def test_draining_answers_what_was_accepted(start: Callable[..., Running]) -> No
     asyncio.run(drain())
 
 
-def test_long_texts_and_no_texts(start: Callable[..., Running], tmp_path: Path) -> None:
+def test_long_texts_are_truncated_or_rejected(start: Callable[..., Running]) -> None:
     service = start()
     long = "goal " * 500
     assert [text.truncated for text in service.ask([long, "goal"], []).texts] == [True, False]
@@ -337,7 +317,7 @@ def test_long_texts_and_no_texts(start: Callable[..., Running], tmp_path: Path) 
     assert service.ask([], []).texts == ()
 
 
-def test_long_pairs_are_cut_or_refused_as_texts_are(start: Callable[..., Running]) -> None:
+def test_long_pairs_are_truncated_or_rejected(start: Callable[..., Running]) -> None:
     service = start()
     long = "goal " * 500
     pairs = [(long, "goal"), ("goal", long), ("goal", "goal"), ("", "")]

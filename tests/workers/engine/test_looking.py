@@ -1,4 +1,4 @@
-"""Looking at texts on the engine's threads: it ends with the engine, and nobody waits for ever."""
+"""Reading states and tokens of texts on the engine's threads: requests end when the engine ends."""
 
 import asyncio
 from collections.abc import Callable
@@ -25,8 +25,7 @@ def test_states_do_not_depend_on_how_they_are_batched(start: Start) -> None:
     np.testing.assert_allclose(together, np.concatenate(alone), atol=1e-5)
 
 
-def test_an_engine_that_closes_leaves_nobody_waiting(start: Start) -> None:
-    """What was accepted is answered, or told that it is too late."""
+def test_closing_engine_answers_or_rejects_every_request(start: Start) -> None:
     running = start(max_batch_tokens=16)
 
     async def ask() -> list[object]:
@@ -49,7 +48,7 @@ def test_an_engine_that_closes_leaves_nobody_waiting(start: Start) -> None:
 
 
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
-def test_an_engine_that_dies_tells_whoever_looks(start: Start, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_requests_fail_when_the_engine_dies(start: Start, monkeypatch: pytest.MonkeyPatch) -> None:
     running = start()
 
     def broken(*_: object, **__: object) -> None:

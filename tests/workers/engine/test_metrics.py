@@ -1,4 +1,4 @@
-"""What the engine counts is what it did."""
+"""The engine's metrics agree with its answers."""
 
 from collections.abc import Callable
 
@@ -27,7 +27,7 @@ def test_masked_and_maskable_neurons_are_counted_by_concept(start: Callable[...,
 
 
 @pytest.mark.parametrize("layer", [-1, 0])
-def test_changed_labels_are_counted_where_the_bare_answer_is_known(start: Callable[..., Running], layer: int) -> None:
+def test_changed_labels_are_counted_where_the_baseline_is_known(start: Callable[..., Running], layer: int) -> None:
     erasure = Erasure(concept="SciTech", top_fraction=1.0, tau=5.0, layers=(layer,))
     compared, sampled, blind = (start(watched_batches=share) for share in (0.0, 1.0, 0.0))
     answer = compared.ask(TEXTS, [erasure], compare=True)
@@ -41,14 +41,17 @@ def test_changed_labels_are_counted_where_the_bare_answer_is_known(start: Callab
     assert blind.registry.get_sample_value("neuronlens_concept_watched_texts_total", {"concept": "SciTech"}) is None
 
 
-def test_a_share_of_the_batches_is_watched(start: Callable[..., Running]) -> None:
+def test_configured_share_of_batches_is_watched(start: Callable[..., Running], monkeypatch: pytest.MonkeyPatch) -> None:
+    """A batch is watched if its draw is below the share."""
     service = start(watched_batches=0.25, max_batch_texts=1)
-    service.ask(TEXTS * 10, [SPORTS])
-    seen = service.metric("neuronlens_concept_watched_texts_total", concept="Sports")
-    assert 0.15 < seen / (10 * len(TEXTS)) < 0.35
+    draws = iter([0.0, 0.9, 0.24, 0.25] * 5)
+    monkeypatch.setattr(service.engine._watch, "random", lambda: next(draws))
+    service.ask(TEXTS[:20], [SPORTS])
+    assert list(draws) == []
+    assert service.metric("neuronlens_concept_watched_texts_total", concept="Sports") == 10
 
 
-def test_tokens_waits_and_stages_are_counted(start: Callable[..., Running]) -> None:
+def test_tokens_queue_waits_and_stages_are_counted(start: Callable[..., Running]) -> None:
     service = start(max_batch_tokens=200)
     answer = service.ask(TEXTS, [SPORTS])
     tokens = sum(text.tokens for text in answer.texts)
@@ -58,14 +61,14 @@ def test_tokens_waits_and_stages_are_counted(start: Callable[..., Running]) -> N
     batches = service.metric("neuronlens_batch_texts_count")
     assert batches > 1
     padded = service.metric("neuronlens_padded_tokens_total")
-    assert tokens <= padded < tokens + batches * STEP + tokens / 16, "texts are packed: there is hardly any padding"
+    assert tokens <= padded < tokens + batches * STEP + tokens / 16, "packed texts need hardly any padding"
     for stage in ("trunk", "tail", "reply"):
         assert service.metric("neuronlens_stage_seconds_count", stage=stage) == batches
     assert service.metric("neuronlens_stage_seconds_count", stage="tokenize") == 1
     assert service.metric("neuronlens_batch_plans_sum") == batches
 
 
-def test_series_are_bounded_whatever_concepts_there_are(start: Callable[..., Running]) -> None:
+def test_number_of_concept_series_is_bounded(start: Callable[..., Running]) -> None:
     metrics = start().engine.metrics
     for n in range(3 * MOST_CONCEPTS):
         metrics.count(metrics.masked, {f"concept {n}": 1})

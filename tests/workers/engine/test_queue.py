@@ -1,4 +1,4 @@
-"""Batches: limits hold, nothing is lost, the oldest text is served, splits do not mix."""
+"""Batches keep their limits, lose no text, serve the oldest text first and do not mix splits."""
 
 from dataclasses import dataclass
 
@@ -55,7 +55,7 @@ def test_every_text_is_batched_once_within_the_limits(
     served: list[int] = []
     while batch := queue.take():
         oldest = min(item.number for item in items if not item.abandoned and item.number not in served)
-        assert oldest in [item.number for item in batch], "the oldest text waits for nobody"
+        assert oldest in [item.number for item in batch], "the oldest text is in every batch"
         assert len(batch) <= max_texts
         padded = max(item.tokens for item in batch) * sum(item.variants for item in batch)
         if batch[0].packed:
@@ -66,20 +66,20 @@ def test_every_text_is_batched_once_within_the_limits(
         newest = max(item.number for item in batch)
         before = [item for item in items if item.split == batch[0].split and oldest <= item.number < newest]
         ahead = sum(item.tokens * item.variants for item in before if not item.abandoned and item.number not in served)
-        assert ahead < window * max_tokens, "a text overtakes those of a few batches, not more"
+        assert ahead < window * max_tokens, "a text overtakes at most the texts of a window of batches"
         served += [item.number for item in batch]
     assert sorted(served) == [item.number for item in items if not item.abandoned]
     assert (len(queue), queue.tokens) == (0, 0)
 
 
-def test_a_text_longer_than_a_batch_still_runs_alone() -> None:
+def test_text_longer_than_a_batch_runs_alone() -> None:
     queue: BatchQueue[Waiting] = BatchQueue(EngineSettings(max_batch_tokens=10))
     for number, tokens in enumerate((50, 3)):
         queue.add(Waiting(number, tokens))
     assert [[item.number for item in queue.take()] for _ in range(2)] == [[0], [1]]
 
 
-def test_texts_of_like_length_go_together() -> None:
+def test_texts_of_similar_length_share_a_batch() -> None:
     queue: BatchQueue[Waiting] = BatchQueue(EngineSettings(max_batch_tokens=40))
     for number, tokens in enumerate((10, 40, 11, 39, 9)):
         queue.add(Waiting(number, tokens))

@@ -1,10 +1,10 @@
-"""What comes all at once: cancellations, toggles under load, more than there is room for. Nothing is left hanging."""
+"""Bursts of requests: cancellations, toggles under load, and more than the queue holds. No request is left hanging."""
 
 import asyncio
 import gc
+import itertools
 import random
-import threading
-import time
+from collections import defaultdict
 from collections.abc import Callable
 from typing import Any
 
@@ -13,7 +13,6 @@ import pytest
 
 from range_store.erasure import Erasure
 from range_store.live import LiveErasure
-from tests.workers.checkpoints import LABELS
 from tests.workers.engine.running import NEAR, TEXTS, TOLERANCE, Running, alone
 from tests.workers.texts import labelled_texts
 from workers.engine.answers import Answer
@@ -23,20 +22,29 @@ from workers.models.errors import TextTooLong
 
 
 def waiting(service: Running) -> tuple[int, int, int]:
-    """Texts and tokens in the queue, and texts that are still to be tokenized."""
+    """Texts and tokens in the queue, and texts that are not yet tokenized."""
     engine = service.engine
     return len(engine._queue), engine._queue.tokens, engine._untokenized
 
 
-def test_a_storm_of_cancellations_leaves_nothing_behind(start: Callable[..., Running]) -> None:
-    """Clients that hang up at any moment, and deadlines of any length: the others are answered rightly."""
+def kept_requests() -> int:
+    gc.collect()
+    return sum(type(each) in (Request, Text) for each in gc.get_objects())
+
+
+def test_cancelled_and_late_requests_leave_nothing_behind(start: Callable[..., Running]) -> None:
+    """A third of the requests is cancelled, a third has a short deadline, and a third must be answered.
+
+    While the model is held, none of the first two thirds can be answered; later rounds leave that to chance.
+    """
     service = start(max_batch_tokens=300, max_queue_seconds=1e9)
     rng = random.Random(1)
     known = {text: alone(service, text, [])[0] for text in TEXTS}
+    kept_before = kept_requests()
 
-    async def one(number: int) -> str:
+    async def request(number: int) -> str:
         texts = rng.choices(TEXTS, k=rng.randrange(1, 4))
-        timeout = rng.choice([None, None, 0.0005, 0.005, 0.05])
+        timeout = rng.choice([0.0005, 0.005, 0.05]) if number % 3 == 1 else None
         task = asyncio.create_task(service.engine.classify(texts, [], timeout=timeout))
         if number % 3 == 0:
             for _ in range(rng.randrange(1, 40)):
@@ -53,95 +61,102 @@ def test_a_storm_of_cancellations_leaves_nothing_behind(start: Callable[..., Run
         return "answered"
 
     async def storm() -> list[str]:
-        found: list[str] = []
-        for _ in range(4):
-            found += await asyncio.gather(*(one(number) for number in range(500)))
-        for _ in range(2):  # whatever was given up is behind the first, or dropped by it; the second is read alone
-            last = await service.engine.classify(TEXTS[:3], [])
-            assert len(last.texts) == 3
-        return found
+        async with service.held():
+            tasks = [asyncio.create_task(request(number)) for number in range(150)]
+            await asyncio.gather(*tasks[0::3], *tasks[1::3])
+        ends = await asyncio.gather(*tasks)
+        assert ends == ["cancelled", "late", "answered"] * 50
+        for _ in range(3):
+            raced = await asyncio.gather(*(request(number) for number in range(150)))
+            assert raced[2::3] == ["answered"] * 50
+            ends += raced
+        for _ in range(2):  # abandoned texts leave the queue before the first; the second runs alone
+            assert len((await service.engine.classify(TEXTS[:3], [])).texts) == 3
+        return ends
 
     ends = asyncio.run(storm())
-    assert set(ends) == {"answered", "cancelled", "late"}
     assert waiting(service) == (0, 0, 0)
     assert service.metric("neuronlens_queue_texts") == service.metric("neuronlens_queue_tokens") == 0
     given_up = [service.metric("neuronlens_cancellations_total", stage=s) for s in ("tokenizing", "queued", "running")]
     assert sum(given_up) == ends.count("cancelled") + ends.count("late")
     assert service.engine.ready
-    gc.collect()
-    left = [each for each in gc.get_objects() if type(each) in (Request, Text)]
-    assert len(left) <= 8, "requests that ended are kept"
+    assert kept_requests() - kept_before <= 8, "ended requests are kept"
 
 
-def test_a_toggle_storm_under_load_changes_no_request_that_was_admitted(start: Callable[..., Running]) -> None:
-    """Promise 4: every answer is that of the erasures of the generation that it names."""
+def test_toggles_under_load_change_no_admitted_request(start: Callable[..., Running]) -> None:
+    """Every answer is that of the erasures of the generation it names, while live erasures change ten times.
+
+    The next change waits until a request has been answered with the last one.
+    """
     service = start(max_batch_tokens=300, max_queue_seconds=1e9, max_batch_plans=2, plan_cache=4)
+    settings = [
+        [],
+        [Erasure(concept="World")],
+        [Erasure(concept="Sports")],
+        [Erasure(concept="Business", method="neuron")],
+        [Erasure(concept="Business", method="neuron"), Erasure(concept="Sports")],
+    ]
+    reference: dict[str, list[np.ndarray]] = {}
+    for text in TEXTS[:16]:
+        logits, gaps = zip(*(alone(service, text, erasures) for erasures in settings), strict=True)
+        closest = min(np.abs(one - other).max() for one, other in itertools.combinations(logits, 2))
+        if min(gaps) >= NEAR and closest > 10 * TOLERANCE:
+            reference[text] = list(logits)
+    assert len(reference) >= 8, "too few texts tell all settings apart"
+    setting_of: dict[str | None, int] = {service.store.live().generation: 0}
+    answered: defaultdict[str | None, asyncio.Event] = defaultdict(asyncio.Event)
+    found: list[tuple[list[str], Answer]] = []
     rng = random.Random(2)
-    by_generation: dict[str, list[Erasure]] = {service.store.live().generation: []}
-    over = threading.Event()
 
-    def toggle() -> None:
-        while not over.is_set():
-            wanted = [
-                Erasure(concept=concept, tau=rng.choice([0.5, 1.0, 2.5]), top_fraction=rng.choice([0.3, 1.0]))
-                for concept in sorted(rng.sample(LABELS, rng.randrange(0, 3)))
-            ]
-            live = service.store.set_erasures([LiveErasure(erasure=erasure) for erasure in wanted])
-            by_generation[live.generation] = wanted
-            service.mirror.refresh()
+    def toggle(setting: int) -> str:
+        live = service.store.set_erasures([LiveErasure(erasure=erasure) for erasure in settings[setting]])
+        service.mirror.refresh()
+        return live.generation
 
-    seen: set[str | None] = set()
-    give_up = time.monotonic() + 60
+    async def toggle_ten_times() -> None:
+        for setting in (1, 2, 3, 4, 0) * 2:
+            generation = await asyncio.to_thread(toggle, setting)
+            setting_of[generation] = setting
+            await asyncio.wait_for(answered[generation].wait(), 60)
 
-    async def load() -> list[tuple[list[str], Answer]]:
-        async def ask() -> list[tuple[list[str], Answer]]:
-            found = []
-            while len(found) < 25 or (len(seen) <= 5 and time.monotonic() < give_up):
-                texts = rng.choices(TEXTS, k=2)
+    async def load() -> None:
+        async def send() -> None:
+            while not toggles.done():
+                texts = rng.choices(list(reference), k=2)
                 found.append((texts, await service.engine.classify(texts, None)))
-                seen.add(found[-1][1].generation)
-            return found
+                answered[found[-1][1].generation].set()
 
-        return [each for some in await asyncio.gather(*(ask() for _ in range(24))) for each in some]
+        toggles = asyncio.create_task(toggle_ten_times())
+        await asyncio.gather(toggles, *(send() for _ in range(12)))
 
-    operator = threading.Thread(target=toggle)
-    operator.start()
-    try:
-        answers = asyncio.run(load())
-    finally:
-        over.set()
-        operator.join()
-    assert len(seen) > 5, "toggles came between requests"
-    known: dict[tuple[str, str], tuple[np.ndarray, float]] = {}
-    for texts, answer in answers:
-        assert answer.generation is not None
-        erasures = by_generation[answer.generation]
-        assert [e.concept for e in answer.erasures] == [e.concept for e in erasures]
+    asyncio.run(load())
+    assert len(setting_of) == 11
+    for texts, answer in found:
+        setting = setting_of[answer.generation]
+        assert {e.concept for e in answer.erasures} == {e.concept for e in settings[setting]}
         for text, given in zip(texts, answer.texts, strict=True):
-            key = (answer.generation, text)
-            if key not in known:
-                known[key] = alone(service, text, erasures)
-            logits, gap = known[key]
-            assert np.abs(logits - given.logits).max() < TOLERANCE or gap < NEAR
+            assert np.abs(reference[text][setting] - given.logits).max() < TOLERANCE
     assert service.metric("neuronlens_batch_plans_bucket", le="2.0") == service.metric("neuronlens_batch_plans_count")
     assert len(service.engine._planner._plans) <= 4
 
 
-def test_more_than_there_is_room_for_is_refused_whole_and_the_rest_answered(start: Callable[..., Running]) -> None:
-    """Many times what the queue may hold: it never holds more, and each request is answered or refused, never half."""
+def test_requests_beyond_the_queue_limit_are_rejected_whole(start: Callable[..., Running]) -> None:
+    """The queue never exceeds its limits, and each request is answered or rejected as a whole."""
     service = start(max_batch_tokens=300, max_queue_tokens=2000, max_queue_texts=100)
-    seen = [0, 0]
+    largest_texts = largest_tokens = 0
     add = service.engine._queue.add
 
     def watched(text: Any) -> None:
+        nonlocal largest_texts, largest_tokens
         add(text)
-        seen[0], seen[1] = max(seen[0], len(service.engine._queue)), max(seen[1], service.engine._queue.tokens)
+        largest_texts = max(largest_texts, len(service.engine._queue))
+        largest_tokens = max(largest_tokens, service.engine._queue.tokens)
 
     service.engine._queue.add = watched  # type: ignore[method-assign]
     rng = random.Random(3)
 
     async def flood() -> list[Any]:
-        asks = [service.engine.classify(rng.choices(TEXTS, k=rng.randrange(1, 6)), []) for _ in range(1500)]
+        asks = [service.engine.classify(rng.choices(TEXTS, k=rng.randrange(1, 6)), []) for _ in range(400)]
         return await asyncio.gather(*asks, return_exceptions=True)
 
     ends = asyncio.run(flood())
@@ -151,47 +166,49 @@ def test_more_than_there_is_room_for_is_refused_whole_and_the_rest_answered(star
     assert refused
     assert answered
     assert all(end.retry_after >= 1 for end in refused)
-    assert seen[0] <= 100
-    assert seen[1] <= 2000
+    assert 0 < largest_texts <= 100
+    assert 0 < largest_tokens <= 2000
     assert waiting(service) == (0, 0, 0)
     assert service.metric("neuronlens_rejections_total", reason="queue_full") == len(refused)
     assert len(asyncio.run(service.engine.classify(TEXTS[:4], [])).texts) == 4
 
 
-def test_how_long_what_waits_may_take_is_bounded_at_the_measured_rate(start: Callable[..., Running]) -> None:
+def test_queue_time_is_bounded_at_the_measured_rate(start: Callable[..., Running]) -> None:
     service = start(max_queue_seconds=0.01)
-    texts = [text for text, _ in labelled_texts(400, seed=2)]
-    service.ask(texts[:300], [])  # a backlog of several batches: the rate is known now
-    rate = service.engine._tokens_per_second
-    assert rate > 0
+    texts = [text for text, _ in labelled_texts(100, seed=2)]
+    service.ask(texts, [])  # several batches: the engine has measured its rate
+    assert service.engine._tokens_per_second > 0
 
-    async def flood() -> list[Any]:
+    async def flood() -> float:
         async with service.held():
+            service.engine._tokens_per_second = 100.0
             first = asyncio.create_task(service.engine.classify(texts, []))
             while not len(service.engine._queue):
                 await asyncio.sleep(0)
             with pytest.raises(QueueFull) as full:
                 await service.engine.classify(["one more"], [])
         await first
-        return [full.value.retry_after]
+        return full.value.retry_after
 
-    (seconds,) = asyncio.run(flood())
     tokens = sum(len(each.ids) for each in service.model.tokens.encode(texts))
-    assert seconds == max(1.0, np.ceil((tokens - 0.01 * rate) / rate))
+    assert tokens > 1000
+    assert asyncio.run(flood()) == np.ceil((tokens - 0.01 * 100) / 100)
 
 
-def test_what_is_compared_above_the_split_counts_twice(start: Callable[..., Running]) -> None:
+def test_compared_texts_count_twice_below_the_last_block(start: Callable[..., Running]) -> None:
     tokens = sum(len(each.ids) for each in start().model.tokens.encode(TEXTS[:3]))
     service = start(max_queue_tokens=2 * tokens - 1)
     deep = [Erasure(concept="Sports", layers=(0,))]
     assert len(service.ask(TEXTS[:3], deep).texts) == 3
-    assert len(service.ask(TEXTS[:3], [Erasure(concept="Sports")], compare=True).texts) == 3, "no block above the split"
+    assert len(service.ask(TEXTS[:3], [Erasure(concept="Sports")], compare=True).texts) == 3, (
+        "no block follows the last one"
+    )
     with pytest.raises(RequestTooLarge, match=f"{2 * tokens} tokens"):
         service.ask(TEXTS[:3], deep, compare=True)
 
 
-def test_a_request_that_cannot_be_tokenized_fails_alone(start: Callable[..., Running]) -> None:
-    """Requests are tokenized together; one with a text that is too long touches no other."""
+def test_request_with_a_too_long_text_fails_alone(start: Callable[..., Running]) -> None:
+    """Requests are tokenized together; one that fails does not affect the others."""
     service = start()
     short = [" ".join(text.split()[:5]) for text in TEXTS[:5]]
 

@@ -1,7 +1,6 @@
-"""Kept trunk states: the same answers, fewer passes, bounded bytes."""
+"""Cached trunk states give the same answers with fewer passes, in bounded memory."""
 
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -24,7 +23,7 @@ def batch_of(model: LoadedModel, texts: list[str]) -> tuple[TokenBatch, list[Enc
 
 @pytest.mark.parametrize("family", ["bert", "gpt2"])
 @pytest.mark.parametrize("whole", [False, True])
-def test_a_kept_trunk_is_the_one_that_was_run(tiny: Tiny, family: str, whole: bool) -> None:
+def test_cached_trunk_equals_the_computed_one(tiny: Tiny, family: str, whole: bool) -> None:
     model = tiny(family)
     for split in range(3):
         cache = TrunkCache(model.steered, model.tokens, 1 << 24)  # type: ignore[arg-type]
@@ -46,7 +45,7 @@ def test_a_kept_trunk_is_the_one_that_was_run(tiny: Tiny, family: str, whole: bo
         torch.testing.assert_close(again.hidden[4, :width], expected.hidden[4, :width], atol=1e-5, rtol=0)
 
 
-def test_a_pair_and_a_text_of_the_same_tokens_have_states_of_their_own(tiny: Tiny) -> None:
+def test_pair_and_text_of_the_same_tokens_are_cached_apart(tiny: Tiny) -> None:
     model = tiny("bert")
     (pair,) = model.tokens.encode([("she won", "the cup")])
     text = Encoded(pair.ids)
@@ -61,7 +60,7 @@ def test_a_pair_and_a_text_of_the_same_tokens_have_states_of_their_own(tiny: Tin
     assert (cache.misses, cache.hits) == (2, 6)
 
 
-def test_bytes_are_bounded_and_the_least_recently_used_goes_first(tiny: Tiny) -> None:
+def test_cache_is_bounded_and_evicts_the_least_recently_used(tiny: Tiny) -> None:
     model = tiny("bert")
     one, ids = batch_of(model, TEXTS[:1])
     probe = TrunkCache(model.steered, model.tokens, 1 << 20)  # type: ignore[arg-type]
@@ -74,12 +73,12 @@ def test_bytes_are_bounded_and_the_least_recently_used_goes_first(tiny: Tiny) ->
         assert 0 < cache.nbytes <= limit
     assert 0 < len(cache) < len(texts)
     cache.trunk(*batch_of(model, texts[-1:]), 0, whole=False)
-    assert cache.hits == 1, "the newest is there"
+    assert cache.hits == 1, "the newest entry is cached"
     cache.trunk(*batch_of(model, texts[:1]), 0, whole=False)
-    assert cache.hits == 1, "the oldest is not"
+    assert cache.hits == 1, "the oldest entry was evicted"
 
 
-def test_a_state_without_bare_logits_does_not_answer_for_them(tiny: Tiny) -> None:
+def test_entry_without_bare_logits_is_no_hit_for_them(tiny: Tiny) -> None:
     model = tiny("bert")
     cache = TrunkCache(model.steered, model.tokens, 1 << 20)  # type: ignore[arg-type]
     batch, ids = batch_of(model, TEXTS[:2])
@@ -90,7 +89,7 @@ def test_a_state_without_bare_logits_does_not_answer_for_them(tiny: Tiny) -> Non
     assert cache.hits == 2
 
 
-def test_trying_settings_on_one_text_costs_only_tails(
+def test_trying_settings_on_cached_texts_runs_only_tails(
     start: Callable[..., Running], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     cached, bare = start(trunk_cache_bytes=1 << 24), start()
@@ -115,8 +114,7 @@ def test_trying_settings_on_one_text_costs_only_tails(
     assert metrics.trunk_cache_bytes._value.get() > 0
 
 
-def test_a_model_of_another_type_has_states_of_its_own(tiny: Tiny, tmp_path: Path) -> None:
-    """A cache belongs to one loaded model: what it keeps is in that model's type."""
+def test_cached_states_have_the_type_of_their_model(tiny: Tiny) -> None:
     full = tiny("bert")
     half = load_model(full.source, device="cpu", dtype="bfloat16")
     for model, dtype in ((full, torch.float32), (half, torch.bfloat16)):
