@@ -1,4 +1,4 @@
-"""The few-shot kind against plain passes that are written here, with the raw transformers model."""
+"""Few-shot classifiers equal plain passes of the raw transformers model."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -73,7 +73,7 @@ def plan(seed: int, layers: Sequence[int], site: Site = "block_output") -> Devic
 def reference(
     lm: Any, family: str, text: Sequence[int], of: DevicePlan | None, positions: Positions = "all"
 ) -> tuple[list[float], Tensor]:
-    """Scores of one text, label by label, with hooks that say what METHOD "Masking" says; and its states."""
+    """Scores of one text, one pass per label, masked by hooks written without the code under test; and its states."""
     scores, states = [], []
     prompt = [*PREFIX, *text]
     for label in LABELS:
@@ -114,7 +114,7 @@ def close(actual: Tensor, expected: Sequence[Sequence[float]]) -> None:
 
 
 @families
-def test_scores_are_sums_of_log_probabilities_of_the_label_strings(lms: dict[str, Any], family: str) -> None:
+def test_scores_are_log_probabilities_of_the_label_strings(lms: dict[str, Any], family: str) -> None:
     model = few_shot(lms[family], family)
     batch = padded()
     model.check(batch)
@@ -127,7 +127,7 @@ def test_scores_are_sums_of_log_probabilities_of_the_label_strings(lms: dict[str
 
 @families
 @pytest.mark.parametrize("positions", ["all", "read"])
-def test_steering_equals_hooks_at_every_block_with_two_plans_in_a_batch(
+def test_steering_with_two_plans_in_a_batch_equals_hooks(
     lms: dict[str, Any], family: str, positions: Positions
 ) -> None:
     lm = lms[family]
@@ -148,16 +148,14 @@ def test_steering_equals_hooks_at_every_block_with_two_plans_in_a_batch(
         counted = table.masked // 2
         plain = MaskTable(plans, torch.tensor(slots), positions)
         close(model.hooked(batch.rows(rows), plain), expected)
-        assert torch.equal(plain.masked, counted), "each text is counted once, however many passes it takes"
+        assert torch.equal(plain.masked, counted), "a text is counted more than once"
         assert trunk.logits is not None
         assert torch.equal(trunk.logits, bare)
-        assert (torch.tensor(expected) - bare[rows]).abs().max() > 1e-2, (
-            "the masking must matter, or this shows nothing"
-        )
+        assert (torch.tensor(expected) - bare[rows]).abs().max() > 1e-2, "the masking has no effect"
 
 
 @families
-def test_the_prefix_is_kept_per_plan_within_its_bound(lms: dict[str, Any], family: str) -> None:
+def test_prefix_cache_keeps_its_bound(lms: dict[str, Any], family: str) -> None:
     lm = lms[family]
     batch = padded()
     rows = torch.arange(len(TEXTS))
@@ -177,7 +175,7 @@ def test_the_prefix_is_kept_per_plan_within_its_bound(lms: dict[str, Any], famil
 
 
 @families
-def test_a_prefix_of_a_known_plan_is_not_run_again(lms: dict[str, Any], family: str) -> None:
+def test_cached_prefix_of_a_plan_is_not_run_again(lms: dict[str, Any], family: str) -> None:
     model = few_shot(lms[family], family)
     batch = padded()
     rows = torch.arange(len(TEXTS))
@@ -190,11 +188,11 @@ def test_a_prefix_of_a_known_plan_is_not_run_again(lms: dict[str, Any], family: 
         for _ in range(3):
             model.steer(batch, trunk, rows, MaskTable([plan(1, (0,))], torch.zeros(4, dtype=torch.int64)))
             model.logits(batch)
-        assert widths.count(len(PREFIX)) == 2, "once bare, once under the plan"
+        assert widths.count(len(PREFIX)) == 2, "the prefix runs once bare and once under the plan"
         last = model.trunk(batch, 2, whole=False)
         widths.clear()
         model.steer(batch, last, rows, MaskTable([plan(2, (2,))], torch.zeros(4, dtype=torch.int64)))
-        assert widths == [], "at the last block no block runs at all"
+        assert widths == [], "a block runs although only the last one is masked"
     finally:
         handle.remove()
 
@@ -224,7 +222,7 @@ def test_recorded_states_are_those_of_the_last_prompt_token(lms: dict[str, Any],
 
 
 @families
-def test_masks_inside_a_block_take_the_plain_way(lms: dict[str, Any], family: str) -> None:
+def test_masks_inside_a_block_are_applied_by_full_passes(lms: dict[str, Any], family: str) -> None:
     model = few_shot(lms[family], family)
     batch = padded()
     of = plan(3, (1,), "mlp_output")
@@ -238,7 +236,7 @@ def words(ids: list[int]) -> str:
 
 
 @families
-def test_greedy_scoring_is_what_generate_decodes(lms: dict[str, Any], family: str) -> None:
+def test_greedy_scoring_equals_generate(lms: dict[str, Any], family: str) -> None:
     lm = lms[family]
     said = [
         lm.generate(
@@ -256,7 +254,7 @@ def test_greedy_scoring_is_what_generate_decodes(lms: dict[str, Any], family: st
         if matching:
             expected[max(matching, key=lambda k: len(folded[k]))] = 0.0
         assert torch.equal(found[row], expected)
-    assert found[0, 1] == 0.0, "the longer of two that fit"
+    assert found[0, 1] == 0.0, "the longer of two matching labels does not win"
     of = plan(1, (0, 2))
     table = MaskTable([of], torch.zeros(4, dtype=torch.int64))
     steered = model.steer(padded(), model.trunk(padded(), 0, whole=True), torch.arange(4), table)
@@ -264,7 +262,7 @@ def test_greedy_scoring_is_what_generate_decodes(lms: dict[str, Any], family: st
     assert torch.equal(table.masked > 0, torch.ones(4, dtype=torch.bool))
 
 
-def test_a_sliding_window_takes_the_plain_way() -> None:
+def test_sliding_window_model_is_scored_by_full_passes() -> None:
     lm = language_model(
         "qwen2",
         layer_types=["full_attention", "sliding_attention", "full_attention"],
@@ -280,7 +278,7 @@ def test_a_sliding_window_takes_the_plain_way() -> None:
 
 
 class OwnMask(GPT2Model):
-    """A model that makes a causal mask of its own, whatever whole mask it is given: branches see each other."""
+    """A model that replaces a given mask by a causal one, so that branches attend to each other."""
 
     def forward(self, *args: Any, attention_mask: Tensor, **kwargs: Any) -> Any:
         if attention_mask.ndim == 4:
@@ -290,21 +288,21 @@ class OwnMask(GPT2Model):
         return super().forward(*args, attention_mask=attention_mask, **kwargs)
 
 
-def test_a_model_that_gets_branches_wrong_takes_the_plain_way() -> None:
+def test_model_that_gets_branches_wrong_is_scored_by_full_passes() -> None:
     lm = language_model("gpt2")
     lm.transformer.__class__ = OwnMask
-    labels = ((20,), (21,), (22,), (20, 23, 24))  # the first three have no branch to go wrong
+    labels = ((20,), (21,), (22,), (20, 23, 24))  # only the last one has several tokens, so a branch
     model = FewShotModel(lm, FAMILIES["gpt2"], PREFIX, labels)
     split = model.logits(padded())
     model.check(padded())
     assert not model.splits
     plain = model.logits(padded())
     torch.testing.assert_close(split[:, :3], plain[:, :3], atol=2e-5, rtol=1e-5)
-    assert (split[:, 3] - plain[:, 3]).abs().max() > 1e-2, "else there was nothing to find"
+    assert (split[:, 3] - plain[:, 3]).abs().max() > 1e-2, "branches are right: nothing to detect"
 
 
 @families
-def test_greedy_at_the_last_block_keeps_nothing_for_a_plan(lms: dict[str, Any], family: str) -> None:
+def test_greedy_scoring_at_the_last_block_caches_no_prefix(lms: dict[str, Any], family: str) -> None:
     model = few_shot(lms[family], family, scoring="greedy", decode=words, label_texts=("a", "b", "c", "d"))
     widths: list[int] = []
     handle = model.blocks[LAYERS - 1].register_forward_hook(lambda module, args, out: widths.append(out.shape[1]))
@@ -314,22 +312,22 @@ def test_greedy_at_the_last_block_keeps_nothing_for_a_plan(lms: dict[str, Any], 
             model.steer(padded(), model.trunk(padded(), LAYERS - 1, whole=False), torch.arange(4), table)
     finally:
         handle.remove()
-    assert not model._prefixes._plans, "an entry of no bytes would never be evicted"
+    assert not model._prefixes._plans, "an entry of zero bytes would never be evicted"
     assert widths.count(len(PREFIX)) == 1
 
 
 @pytest.mark.parametrize(("labels", "named"), [(LABELS, "'d'"), (LABELS[1:], None)])
-def test_a_label_that_can_never_lose_to_another_is_reported(
+def test_label_that_is_a_prefix_of_another_is_reported(
     lms: dict[str, Any], caplog: pytest.LogCaptureFixture, labels: tuple[tuple[int, ...], ...], named: str | None
 ) -> None:
-    """Its string begins another's, so that its sum of log-probabilities is never the smaller one."""
+    """The sum of log-probabilities of a prefix is never the smaller one, so the longer label never wins."""
     texts = ("d", "e", "f", "g")[: len(labels)]
     model = FewShotModel(lms["gpt2"], FAMILIES["gpt2"], PREFIX, labels, label_texts=texts)
     model.check(padded())
-    said = [record.message for record in caplog.records if record.name == "workers.models.few_shot"]
-    assert [named in message for message in said] == ([] if named is None else [True])
+    messages = [record.message for record in caplog.records if record.name == "workers.models.few_shot"]
+    assert [named in message for message in messages] == ([] if named is None else [True])
 
 
-def test_a_label_without_tokens_is_refused(lms: dict[str, Any]) -> None:
+def test_label_without_tokens_is_rejected(lms: dict[str, Any]) -> None:
     with pytest.raises(ValueError, match="no token"):
         FewShotModel(lms["gpt2"], FAMILIES["gpt2"], PREFIX, ((1,), ()))

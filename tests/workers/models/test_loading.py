@@ -1,4 +1,4 @@
-"""Loading: safetensors only, a trained head, a fingerprint that knows config and weights, clear errors."""
+"""Loading takes safetensors with a trained head, gives a fingerprint of config and weights, and has clear errors."""
 
 import json
 import shutil
@@ -22,14 +22,14 @@ def checkpoint(tmp_path: Path) -> Path:
     return save_tiny("bert", tmp_path / "tiny-bert")
 
 
-def test_identity_says_what_was_loaded(checkpoint: Path) -> None:
+def test_identity_describes_the_checkpoint(checkpoint: Path) -> None:
     identity = load_model(str(checkpoint), device="cpu").identity
     assert identity.id == "tiny-bert"
     assert identity.labels == LABELS
     assert (identity.n_layers, identity.hidden_size, identity.family) == (3, 32, "bert")
 
 
-def test_fingerprint_follows_config_and_weights_not_the_place(checkpoint: Path, tmp_path: Path) -> None:
+def test_fingerprint_depends_on_config_and_weights_only(checkpoint: Path, tmp_path: Path) -> None:
     copy = shutil.copytree(checkpoint, tmp_path / "elsewhere")
     first = load_model(str(checkpoint), device="cpu").identity.fingerprint
     assert load_model(str(copy), device="cpu").identity.fingerprint == first
@@ -41,7 +41,7 @@ def test_fingerprint_follows_config_and_weights_not_the_place(checkpoint: Path, 
     assert load_model(str(other), device="cpu").identity.fingerprint != first
 
 
-def test_pickled_weights_are_refused_unless_allowed(checkpoint: Path) -> None:
+def test_pickled_weights_are_rejected_unless_allowed(checkpoint: Path) -> None:
     torch.save(load_file(checkpoint / "model.safetensors"), checkpoint / "pytorch_model.bin")
     expected = load_model(str(checkpoint), device="cpu")
     (checkpoint / "model.safetensors").unlink()
@@ -67,7 +67,7 @@ def test_remote_code_is_never_run(checkpoint: Path, tmp_path: Path) -> None:
     assert not ran.exists()
 
 
-def test_a_model_without_a_trained_head_is_refused(checkpoint: Path, tmp_path: Path) -> None:
+def test_model_without_a_trained_head_is_rejected(checkpoint: Path, tmp_path: Path) -> None:
     bare = tmp_path / "bare"
     AutoModel.from_pretrained(checkpoint).save_pretrained(bare)
     for file in checkpoint.glob("tokenizer*"):
@@ -76,7 +76,7 @@ def test_a_model_without_a_trained_head_is_refused(checkpoint: Path, tmp_path: P
         load_model(str(bare), device="cpu")
 
 
-def test_other_families_and_missing_paths_are_one_clear_line(checkpoint: Path, tmp_path: Path) -> None:
+def test_unsupported_missing_and_corrupt_models_give_one_line_errors(checkpoint: Path, tmp_path: Path) -> None:
     config = AutoConfig.for_model("albert", vocab_size=50, hidden_size=32, num_attention_heads=4)
     config.save_pretrained(tmp_path / "albert")
     with pytest.raises(UnsupportedModel, match=r"albert.*supported: bert"):
@@ -90,7 +90,7 @@ def test_other_families_and_missing_paths_are_one_clear_line(checkpoint: Path, t
     assert "\n" not in str(corrupt.value)
 
 
-def test_bfloat16_is_served_in_bfloat16(checkpoint: Path) -> None:
+def test_bfloat16_model_gives_bfloat16_logits(checkpoint: Path) -> None:
     model = load_model(str(checkpoint), device="cpu", dtype="bfloat16")
     assert model.dtype == "bfloat16"
     assert model.steered.splits
@@ -98,7 +98,7 @@ def test_bfloat16_is_served_in_bfloat16(checkpoint: Path) -> None:
     assert model.steered.logits(batch).dtype == torch.bfloat16
 
 
-def test_long_texts_are_cut_where_the_model_ends_or_refused(tiny: Tiny) -> None:
+def test_long_texts_are_truncated_to_the_model_or_rejected(tiny: Tiny) -> None:
     for family in ("bert", "roberta", "gpt2"):
         model = tiny(family)
         long = "goal " * 500
@@ -113,20 +113,20 @@ def test_long_texts_are_cut_where_the_model_ends_or_refused(tiny: Tiny) -> None:
             model.tokens.encode(["goal", long], truncate=False)
 
 
-def test_a_text_without_tokens(tiny: Tiny) -> None:
+def test_empty_text_is_rejected_by_models_without_special_tokens(tiny: Tiny) -> None:
     assert len(tiny("bert").tokens.encode([""])[0].ids) == 2
     with pytest.raises(EmptyText, match="input 1"):
         tiny("llama").tokens.encode(["goal", ""])
 
 
-def test_odd_characters_do_not_stop_the_tokenizer(tiny: Tiny) -> None:
+def test_tokenizer_accepts_odd_characters(tiny: Tiny) -> None:
     for family in ("bert", "qwen2"):
         texts = ["\ud800 lone", "nul \x00 byte", "emoji 🏆", "\u202e right to left", " \t\n goal "]
         assert all(text.ids for text in tiny(family).tokens.encode(texts))
 
 
-def test_read_position_where_pad_and_eos_are_one_id(tiny: Tiny) -> None:
-    """A text that ends in the eos token itself: the head of transformers reads the token before it, and so do we."""
+def test_read_position_when_pad_and_eos_are_the_same_id(tiny: Tiny) -> None:
+    """Of a text that ends in the eos token, the head of transformers reads the token before it."""
     model = tiny("gpt2")
     eos = model.tokens.pad_id
     ids = model.tokens.encode(["Voters queued before dawn"])[0].ids

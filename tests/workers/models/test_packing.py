@@ -1,4 +1,4 @@
-"""Texts end to end answer as padded ones do."""
+"""Packed texts answer as padded texts do."""
 
 import itertools
 from collections.abc import Callable
@@ -28,8 +28,8 @@ def batch_of(model: LoadedModel, texts: tuple[str, ...]) -> TokenBatch:
 
 
 @families
-@pytest.mark.parametrize("texts", [MIXED, ALIKE, MIXED[:1]], ids=["mixed", "one length", "alone"])
-def test_packed_logits_and_states_are_those_of_padded_texts(tiny: Tiny, family: str, texts: tuple[str, ...]) -> None:
+@pytest.mark.parametrize("texts", [MIXED, ALIKE, MIXED[:1]], ids=["mixed", "one length", "single"])
+def test_packed_logits_and_states_equal_those_of_padded_texts(tiny: Tiny, family: str, texts: tuple[str, ...]) -> None:
     model = tiny(family)
     assert model.steered.packs
     batch = batch_of(model, texts)
@@ -59,12 +59,12 @@ def test_packed_trunks_and_their_tails_equal_hooked_full_passes(tiny: Tiny, fami
             torch.testing.assert_close(actual, expected, atol=1e-5, rtol=0)
             if whole:
                 assert trunk.logits is not None
-                assert torch.equal(trunk.logits, bare), "the bare answer beside an erased one is the bare answer"
+                assert torch.equal(trunk.logits, bare), "the baseline is not the bare answer"
 
 
 @families
-def test_a_broken_text_touches_no_other(tiny: Tiny, family: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Values that are no number, in one text's states, must not reach the texts that lie beside it."""
+def test_non_finite_text_does_not_affect_others(tiny: Tiny, family: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """NaN in the states of one text must not reach the texts packed beside it."""
     model = tiny(family)
     batch = batch_of(model, MIXED)
     assert batch.packing is not None
@@ -86,7 +86,7 @@ def test_a_broken_text_touches_no_other(tiny: Tiny, family: str, monkeypatch: py
     assert torch.equal(after[others], before[others])
 
 
-def test_a_plain_model_is_transformers_own_bit_for_bit(tmp_path: Path) -> None:
+def test_plain_model_equals_transformers_bit_for_bit(tmp_path: Path) -> None:
     path = str(save_tiny("bert", tmp_path))
     model = load_model(path, device="cpu", plain=True)
     assert not model.steered.packs
@@ -99,20 +99,22 @@ def test_a_plain_model_is_transformers_own_bit_for_bit(tmp_path: Path) -> None:
     torch.testing.assert_close(packed.steered.logits(batch), expected, atol=1e-5, rtol=0)
 
 
-def test_a_packing_says_where_each_token_lies() -> None:
+def test_packing_locates_every_token() -> None:
     ids = torch.tensor([[5, 6, 7], [8, 0, 0], [9, 10, 0]])
     mask = torch.tensor([[1, 1, 1], [1, 0, 0], [1, 1, 0]]).bool()
     packing = Packing.of(ids, mask, torch.tensor([2, 0, 0]))
-    assert packing.ids.tolist() == [[5, 6, 7, 8, 9, 10, 0, 0]], "filled up to one of few sizes"
+    assert packing.ids.tolist() == [[5, 6, 7, 8, 9, 10, 0, 0]], "the length is not rounded up"
     assert packing.positions.tolist() == [[0, 1, 2, 0, 0, 1, 0, 0]]
     assert packing.filling == 2
     assert packing.reads.tolist() == [2, 3, 4]
-    assert [group.places.tolist() for group in packing.groups] == [[0, 1, 2, 3, 6, 7]], "all are of like length"
+    assert [group.places.tolist() for group in packing.groups] == [[0, 1, 2, 3, 6, 7]], (
+        "texts of similar length are not one group"
+    )
     states = packing.ids.unsqueeze(-1)
     assert torch.equal(packing.padded(states).squeeze(-1)[mask], ids[mask])
 
 
-def test_texts_of_like_length_are_one_group_of_attention() -> None:
+def test_texts_of_similar_length_are_one_attention_group() -> None:
     lengths = torch.tensor([5, 9, 40, 50, 50, 6])
     mask = torch.arange(50) < lengths[:, None]
     packing = Packing.of(mask.long(), mask, lengths - 1)
@@ -123,10 +125,10 @@ def test_texts_of_like_length_are_one_group_of_attention() -> None:
 
 
 @families
-def test_one_kernel_for_texts_of_varying_length_gives_what_text_by_text_gives(
+def test_kernel_for_varying_lengths_equals_attention_text_by_text(
     tiny: Tiny, family: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """That kernel is CUDA's; here stands the same in plain words, so that what is handed to it is tested."""
+    """The kernel needs CUDA; a plain implementation in its place checks the arguments it gets."""
     calls = []
 
     def by_text(
@@ -144,7 +146,7 @@ def test_one_kernel_for_texts_of_varying_length_gives_what_text_by_text_gives(
     ) -> torch.Tensor:
         assert torch.equal(starts, key_starts)
         assert starts.dtype is torch.int32
-        assert (int(starts[0]), int(starts[-1])) == (0, len(query)), "every token belongs to some text"
+        assert (int(starts[0]), int(starts[-1])) == (0, len(query)), "a token belongs to no text"
         assert longest == longest_key == int(starts.diff().max())
         assert all(states.is_contiguous() for states in (query, key, value))
         calls.append(len(query))

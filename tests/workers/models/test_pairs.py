@@ -1,4 +1,4 @@
-"""Pairs of texts answer as transformers answers them, for every family, alone and among texts."""
+"""Pairs of texts answer as in transformers, for every family, alone and among single texts."""
 
 from collections.abc import Callable
 from dataclasses import replace
@@ -34,9 +34,9 @@ MIXED: tuple[TextOrPair, ...] = ("Short.", *PAIRS[:5], SENTENCES[0], *PAIRS[5:],
 
 
 def own_tokens(model: LoadedModel, text: TextOrPair) -> dict[str, torch.Tensor]:
-    """What transformers' own tokenizer makes of it; a lone surrogate it does not take.
+    """Tokens from the tokenizer of transformers, which rejects lone surrogates.
 
-    Given lists it makes a pair of whatever it is given; given two strings, it drops a second one that is empty.
+    It is given lists: of two strings it would drop an empty second one.
     """
     tokenizer = AutoTokenizer.from_pretrained(model.source)
     parts = (text,) if isinstance(text, str) else text
@@ -45,7 +45,7 @@ def own_tokens(model: LoadedModel, text: TextOrPair) -> dict[str, torch.Tensor]:
 
 
 def own_logits(model: LoadedModel, texts: tuple[TextOrPair, ...], layer: int | None = None) -> torch.Tensor:
-    """Transformers' own forward of each text by itself; the band of `ZeroBand` becomes 0 after block `layer`."""
+    """Forward pass of transformers for each text by itself; the band of `ZeroBand` becomes 0 after block `layer`."""
     own = AutoModelForSequenceClassification.from_pretrained(model.source).eval()
     own.config.pad_token_id = model.tokens.pad_id
     band = ZeroBand([])
@@ -60,7 +60,7 @@ def own_logits(model: LoadedModel, texts: tuple[TextOrPair, ...], layer: int | N
 
 
 @families
-def test_a_pairs_tokens_are_the_tokenizers_own(tiny: Tiny, family: str) -> None:
+def test_tokens_of_a_pair_equal_those_of_transformers(tiny: Tiny, family: str) -> None:
     model = tiny(family)
     for text, encoded in zip(MIXED, model.tokens.encode(MIXED), strict=True):
         expected = own_tokens(model, text)
@@ -74,7 +74,7 @@ def test_a_pairs_tokens_are_the_tokenizers_own(tiny: Tiny, family: str) -> None:
 
 
 @families
-def test_pairs_among_texts_answer_as_transformers_does(tiny: Tiny, family: str) -> None:
+def test_pairs_among_texts_answer_as_in_transformers(tiny: Tiny, family: str) -> None:
     model = tiny(family)
     packed = model.tokens.batch(model.tokens.encode(MIXED))
     padded = replace(packed, packing=None)
@@ -84,7 +84,7 @@ def test_pairs_among_texts_answer_as_transformers_does(tiny: Tiny, family: str) 
     rows = torch.arange(len(MIXED))
     for layer in range(model.identity.n_layers):
         erased, masking = own_logits(model, MIXED, layer), ZeroBand([layer])
-        assert (erased - expected).abs().max() > 1e-3, "the masking must matter, or this shows nothing"
+        assert (erased - expected).abs().max() > 1e-3, "the masking has no effect"
         torch.testing.assert_close(model.steered.hooked(padded, masking), erased, atol=2e-5, rtol=0)
         for batch in (packed, padded):
             for whole in (True, False):
@@ -94,7 +94,7 @@ def test_pairs_among_texts_answer_as_transformers_does(tiny: Tiny, family: str) 
 
 
 @pytest.mark.parametrize("family", ["bert", "electra"])
-def test_which_text_a_token_is_of_matters(tiny: Tiny, family: str) -> None:
+def test_token_types_change_the_answer(tiny: Tiny, family: str) -> None:
     model = tiny(family)
     batch = model.tokens.batch(model.tokens.encode([PAIRS[1]]))
     assert batch.type_ids is not None
@@ -102,8 +102,8 @@ def test_which_text_a_token_is_of_matters(tiny: Tiny, family: str) -> None:
     assert (model.steered.logits(batch) - model.steered.logits(untyped)).abs().max() > 1e-3
 
 
-def test_masks_inside_blocks_see_pairs_too(tiny: Tiny) -> None:
-    """There every variant is a full pass of its rows."""
+def test_masks_inside_blocks_apply_to_pairs(tiny: Tiny) -> None:
+    """With masks inside a block every variant is a full pass of its rows."""
     model = tiny("bert")
     batch = model.tokens.batch(model.tokens.encode(MIXED))
     masking = ZeroBand([1])
@@ -115,8 +115,7 @@ def test_masks_inside_blocks_see_pairs_too(tiny: Tiny) -> None:
 
 
 @families
-def test_without_a_pair_nothing_is_said_of_types(tiny: Tiny, family: str) -> None:
-    """Then a pass is bit for bit what it was before there were pairs."""
+def test_single_texts_are_passed_without_token_types(tiny: Tiny, family: str) -> None:
     model = tiny(family)
     called: list[Any] = []
     handle = model.steered._sited.register_forward_pre_hook(
@@ -131,8 +130,8 @@ def test_without_a_pair_nothing_is_said_of_types(tiny: Tiny, family: str) -> Non
     assert not any("token_type_ids" in given for given in called)
 
 
-def test_a_model_with_one_type_is_told_of_none(tmp_path: Path) -> None:
-    """RoBERTa's tokenizers may give type ids that its model has no embedding for."""
+def test_model_with_one_token_type_gets_no_type_ids(tmp_path: Path) -> None:
+    """Tokenizers of RoBERTa may give type ids for which its model has no embedding."""
     path = save_tiny("roberta", tmp_path, type_vocab_size=1)
     tokenizer = AutoTokenizer.from_pretrained(path)
     tokenizer.model_input_names = ["input_ids", "token_type_ids", "attention_mask"]
@@ -143,13 +142,13 @@ def test_a_model_with_one_type_is_told_of_none(tmp_path: Path) -> None:
     assert model.steered.logits(batch).isfinite().all()
 
 
-def test_a_pair_without_any_token_is_empty(tiny: Tiny) -> None:
+def test_pair_without_tokens_is_rejected(tiny: Tiny) -> None:
     assert len(tiny("bert").tokens.encode([("", "")])[0].ids) == 3
     with pytest.raises(EmptyText, match="input 1"):
         tiny("llama").tokens.encode([("", "a"), ("", "")])
 
 
-def test_where_a_token_closes_one_text_a_pair_has_no_place(tmp_path: Path) -> None:
+def test_label_token_model_rejects_pairs(tmp_path: Path) -> None:
     model = load_model(str(save_label_token("gpt2", tmp_path)), device="cpu")
     with pytest.raises(PairUnsupported, match="input 1 is a pair of texts, and a label-token or few-shot classifier"):
         model.tokens.encode(["one", ("two", "three")])

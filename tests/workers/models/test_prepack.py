@@ -1,4 +1,4 @@
-"""Linear layers laid out once give what torch's own give."""
+"""Prepacked linear layers give the products of torch's own layers."""
 
 from pathlib import Path
 
@@ -19,7 +19,7 @@ TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 2e-2}
 @pytest.mark.parametrize("dtype", list(TOLERANCE))
 @pytest.mark.parametrize("shape", [(1, 5), (7, 5), (3, 4, 5)])
 @pytest.mark.parametrize("layer", [nn.Linear(5, 6), nn.Linear(5, 6, bias=False), Conv1D(6, 5)])
-def test_it_multiplies_as_the_layer_that_it_replaces(
+def test_prepacked_layer_multiplies_as_the_original(
     layer: nn.Module, shape: tuple[int, ...], dtype: torch.dtype
 ) -> None:
     blocks = nn.Sequential(layer).to(dtype)
@@ -34,7 +34,7 @@ def test_it_multiplies_as_the_layer_that_it_replaces(
         torch.testing.assert_close(blocks(x), expected, atol=TOLERANCE[dtype], rtol=TOLERANCE[dtype])
 
 
-def test_a_layer_that_would_answer_otherwise_stays() -> None:
+def test_layer_with_a_different_product_is_kept() -> None:
     broken = nn.Linear(4, 4)
     with torch.no_grad():
         broken.weight[0, 0] = torch.nan
@@ -44,7 +44,7 @@ def test_a_layer_that_would_answer_otherwise_stays() -> None:
     assert isinstance(blocks[1], PrepackedLinear)
 
 
-def test_other_types_stay() -> None:
+def test_unsupported_types_are_kept() -> None:
     blocks = nn.Sequential(nn.Linear(4, 4).half())
     assert prepack(blocks, torch.float16) == 0
     assert isinstance(blocks[0], nn.Linear)
@@ -60,18 +60,17 @@ def test_every_linear_layer_of_a_block_is_replaced(tmp_path: Path, family: str, 
 
 
 @given(st.integers(0, 1 << 20))
-def test_rounding_adds_little_and_leaves_few_sizes(rows: int) -> None:
+def test_rounding_adds_few_rows(rows: int) -> None:
     size = rounded(rows)
     assert rows <= size < rows + max(STEP, rows / 16)
     assert rounded(size) == size
 
 
-def test_batches_of_every_size_up_to_a_thousand_rows_have_less_than_a_hundred_sizes() -> None:
+def test_rounding_gives_fewer_than_a_hundred_sizes_up_to_1024_rows() -> None:
     assert len({rounded(rows) for rows in range(1, 1025)}) < 100
 
 
-def test_rows_that_fill_up_a_batch_touch_no_other() -> None:
-    """Whatever the number of rows, a row's product is its own."""
+def test_product_of_a_row_does_not_depend_on_the_number_of_rows() -> None:
     blocks = nn.Sequential(nn.Linear(16, 16))
     x = torch.randn(70, 16, generator=torch.Generator().manual_seed(1))
     with torch.inference_mode():

@@ -1,4 +1,4 @@
-"""Prompt templates: the built-in ones, files, and what is wrong with them; a prompted model, loaded as users do."""
+"""Prompt templates, built in and from files, their errors, and models prompted with them."""
 
 import json
 from pathlib import Path
@@ -31,7 +31,7 @@ def write(path: Path, **changes: Any) -> str:
 
 
 @pytest.mark.parametrize("name", sorted(KNOWN))
-def test_every_known_data_set_has_a_template_with_the_hubs_labels(name: str) -> None:
+def test_every_known_data_set_has_a_template_with_its_labels(name: str) -> None:
     template = load_template(name)
     assert tuple(each.label for each in template.labels) == KNOWN[name].labels
     assert {exemplar.label for exemplar in template.exemplars} == set(KNOWN[name].labels)
@@ -41,13 +41,13 @@ def test_every_known_data_set_has_a_template_with_the_hubs_labels(name: str) -> 
         assert exemplar.text in template.prefix()
 
 
-def test_built_in_files_are_named_by_what_they_hold() -> None:
+def test_built_in_files_are_named_after_template_and_version() -> None:
     for path in TEMPLATES.glob("*.json"):
         template = load_template(str(path))
         assert path.name == f"{template.name}.v{template.version}.json"
 
 
-def test_a_prompt_reads_as_written(tmp_path: Path) -> None:
+def test_prompt_has_the_layout_of_its_template(tmp_path: Path) -> None:
     template = load_template(write(tmp_path / "small.json"))
     assert template.prefix() + "he lost" + template.suffix() == (
         "Say it.\n\nItem: she won\nKind: cup\n\nItem: he lost\nKind:"
@@ -55,7 +55,7 @@ def test_a_prompt_reads_as_written(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("changes", "said"),
+    ("changes", "message"),
     [
         ({"labels": SMALL["labels"][:1]}, "labels"),
         ({"labels": [*SMALL["labels"], {"label": "Sports", "text": " x"}]}, "'Sports' stands there twice"),
@@ -66,8 +66,8 @@ def test_a_prompt_reads_as_written(tmp_path: Path) -> None:
         ({"colour": "red"}, "colour"),
     ],
 )
-def test_what_is_wrong_with_a_template_is_said(tmp_path: Path, changes: dict[str, Any], said: str) -> None:
-    with pytest.raises(CheckpointError, match=said):
+def test_error_names_the_fault_of_a_template(tmp_path: Path, changes: dict[str, Any], message: str) -> None:
+    with pytest.raises(CheckpointError, match=message):
         load_template(write(tmp_path / "bad.json", **changes))
 
 
@@ -87,7 +87,7 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return save_language_model("gpt2", tmp_path_factory.mktemp("lm") / "lm")
 
 
-def test_a_language_model_is_loaded_as_a_few_shot_classifier(checkpoint: Path, tmp_path: Path) -> None:
+def test_prompted_language_model_is_a_few_shot_classifier(checkpoint: Path, tmp_path: Path) -> None:
     template = write(tmp_path / "small.json")
     model = load_model(str(checkpoint), device="cpu", template=template)
     assert (model.identity.kind, model.identity.labels) == ("few-shot", ("Sports", "World"))
@@ -112,7 +112,7 @@ def test_a_language_model_is_loaded_as_a_few_shot_classifier(checkpoint: Path, t
     torch.testing.assert_close(found, torch.tensor(expected), atol=1e-4, rtol=1e-5)
 
 
-def test_another_template_or_scoring_is_another_model(checkpoint: Path, tmp_path: Path) -> None:
+def test_fingerprint_depends_on_template_and_scoring(checkpoint: Path, tmp_path: Path) -> None:
     template = write(tmp_path / "a.json")
     fingerprints = {
         load_model(str(checkpoint), device="cpu", template=template).identity.fingerprint,
@@ -124,7 +124,7 @@ def test_another_template_or_scoring_is_another_model(checkpoint: Path, tmp_path
     assert len(fingerprints) == 3
 
 
-def test_long_texts_are_cut_and_long_prompts_refused(checkpoint: Path, tmp_path: Path) -> None:
+def test_long_texts_are_truncated_and_long_prompts_rejected(checkpoint: Path, tmp_path: Path) -> None:
     model = load_model(str(checkpoint), device="cpu", template=write(tmp_path / "a.json"))
     suffix = model.tokens.suffix
     (text,) = model.tokens.encode(["word " * 500])
@@ -137,7 +137,7 @@ def test_long_texts_are_cut_and_long_prompts_refused(checkpoint: Path, tmp_path:
         load_model(str(checkpoint), device="cpu", template=write(tmp_path / "b.json", instruction="word " * 300))
 
 
-def test_a_prompt_needs_a_language_model(tmp_path: Path) -> None:
+def test_prompt_requires_a_language_model(tmp_path: Path) -> None:
     bert = save_tiny("bert", tmp_path / "bert")
     with pytest.raises(CheckpointError, match="no causal language model"):
         load_model(str(bert), device="cpu", template=write(tmp_path / "a.json"))

@@ -1,6 +1,6 @@
-"""Trunk and tail against hooked full passes (promise 3), bare answers bit for bit (promise 1).
+"""A trunk with a tail equals a hooked full pass, and bare answers equal the bare model bit for bit.
 
-A batch without a packing is run as transformers does it; with one, its trunk is packed: `test_packing.py`.
+The batches here are padded, as in transformers; packed trunks are tested in `test_packing.py`.
 """
 
 from collections.abc import Callable
@@ -26,7 +26,7 @@ TEXTS = ("Short.", *SENTENCES, "One more, of middling length, about rain.")
 
 def padded(model: LoadedModel) -> TokenBatch:
     batch = model.tokens.pad([text.ids for text in model.tokens.encode(TEXTS)])
-    assert not batch.mask.all(), "the batch must have padding in it"
+    assert not batch.mask.all(), "the batch has no padding"
     return replace(batch, packing=None)
 
 
@@ -46,11 +46,11 @@ def test_tail_equals_hooked_full_pass_at_every_layer(tiny: Tiny, family: str) ->
         expected = model.steered.hooked(batch, masking)[rows]
         actual = model.steered.steer(batch, model.steered.trunk(batch, layer, whole=False), rows, masking)
         torch.testing.assert_close(actual, expected, atol=1e-5, rtol=0)
-        assert (expected - bare[rows]).abs().max() > 1e-3, "the masking must matter, or this shows nothing"
+        assert (expected - bare[rows]).abs().max() > 1e-3, "the masking has no effect"
 
 
 @families
-def test_several_layers_masked_in_one_tail(tiny: Tiny, family: str) -> None:
+def test_tail_masks_several_layers(tiny: Tiny, family: str) -> None:
     model = tiny(family)
     batch = padded(model)
     rows = torch.arange(len(TEXTS))
@@ -62,7 +62,7 @@ def test_several_layers_masked_in_one_tail(tiny: Tiny, family: str) -> None:
 
 
 @families
-def test_a_whole_trunk_gives_the_bare_models_logits_bit_for_bit(tiny: Tiny, family: str) -> None:
+def test_whole_trunk_gives_the_bare_logits_bit_for_bit(tiny: Tiny, family: str) -> None:
     model = tiny(family)
     batch = padded(model)
     with torch.inference_mode():
@@ -78,7 +78,7 @@ def test_a_whole_trunk_gives_the_bare_models_logits_bit_for_bit(tiny: Tiny, fami
 
 
 @families
-def test_recorded_states_are_the_blocks_output_at_the_read_position(tiny: Tiny, family: str) -> None:
+def test_recorded_states_are_block_outputs_at_the_read_position(tiny: Tiny, family: str) -> None:
     model = tiny(family)
     batch = padded(model)
     outputs: dict[int, torch.Tensor] = {}
@@ -99,7 +99,7 @@ def test_recorded_states_are_the_blocks_output_at_the_read_position(tiny: Tiny, 
 
 
 @families
-def test_the_read_position_is_what_the_head_reads(tiny: Tiny, family: str) -> None:
+def test_head_reads_the_read_position_only(tiny: Tiny, family: str) -> None:
     """At the last block, changing the state at the read position changes the logits, and no other position does."""
     model = tiny(family)
     batch = padded(model)
@@ -123,7 +123,7 @@ def test_the_read_position_is_what_the_head_reads(tiny: Tiny, family: str) -> No
 
 
 @families
-def test_padding_changes_nothing_beyond_rounding(tiny: Tiny, family: str) -> None:
+def test_padding_changes_answers_by_rounding_only(tiny: Tiny, family: str) -> None:
     model = tiny(family)
     batch = padded(model)
     for layer in range(model.identity.n_layers):
@@ -138,7 +138,7 @@ def test_padding_changes_nothing_beyond_rounding(tiny: Tiny, family: str) -> Non
 
 
 def test_qwen2_keeps_its_layer_types_in_the_tail(tmp_path: Path) -> None:
-    """A sliding-window block in the tail must get the sliding mask: the block list keeps its length and order."""
+    """A sliding-window block in the tail must get the sliding mask."""
     types = ["full_attention", "sliding_attention", "full_attention"]
     model = load_model(
         str(save_tiny("qwen2", tmp_path, layer_types=types, use_sliding_window=True, sliding_window=4)), device="cpu"
@@ -154,7 +154,7 @@ def test_qwen2_keeps_its_layer_types_in_the_tail(tmp_path: Path) -> None:
 
 
 class _TupleBlock(nn.Module):
-    """A block of the old kind: it returns a tuple."""
+    """A block that returns a tuple, as blocks of older models do."""
 
     def __init__(self, block: nn.Module) -> None:
         super().__init__()
@@ -179,7 +179,7 @@ class _OldEncoder(nn.Module):
         return BaseModelOutputWithPastAndCrossAttentions(last_hidden_state=hidden)
 
 
-def test_a_model_that_does_not_fit_takes_the_whole_pass_and_answers_the_same(tmp_path: Path) -> None:
+def test_model_that_cannot_be_split_answers_the_same_by_full_passes(tmp_path: Path) -> None:
     path = str(save_tiny("bert", tmp_path))
     fits, misfit = load_model(path, device="cpu"), load_model(path, device="cpu")
     bert = misfit.steered.model
@@ -198,7 +198,7 @@ def test_a_model_that_does_not_fit_takes_the_whole_pass_and_answers_the_same(tmp
     torch.testing.assert_close(old.record(batch, [1])[1][1], fits.steered.record(batch, [1])[1][1])
 
 
-def test_the_bare_model_is_left_alone(tiny: Tiny) -> None:
+def test_steering_does_not_change_the_bare_model(tiny: Tiny) -> None:
     model = tiny("gpt2")
     names = set(model.steered.model.state_dict())
     batch = padded(model)
