@@ -1,8 +1,7 @@
-"""The demo, made once for all tests that look at it."""
+"""The real demo, made once for all tests that look at it."""
 
 import os
 from collections.abc import Iterator
-from pathlib import Path
 
 import pytest
 import redis
@@ -14,7 +13,7 @@ from workers.demo.demo import Demo, prepare
 
 @pytest.fixture(scope="package")
 def every_core() -> Iterator[None]:
-    """Training takes a while: here, and only here, torch may use every core."""
+    """Let torch use every core: this training takes a minute."""
     before = torch.get_num_threads()
     torch.set_num_threads(os.cpu_count() or 1)
     yield
@@ -22,7 +21,6 @@ def every_core() -> Iterator[None]:
 
 
 @pytest.fixture(scope="package")
-def made(tmp_path_factory: pytest.TempPathFactory, redis_client: redis.Redis, every_core: None) -> tuple[Path, Demo]:
-    """The demo's directory, and what `prepare` made in it."""
-    directory = tmp_path_factory.mktemp("demo")
-    return directory, prepare(directory, RangeStore(redis_client, "demo-test"), lambda *now: None)
+def made(tmp_path_factory: pytest.TempPathFactory, redis_client: redis.Redis, every_core: None) -> Demo:
+    """The demo as `neuronlens demo` makes it."""
+    return prepare(tmp_path_factory.mktemp("demo"), RangeStore(redis_client, "demo-test"), lambda *now: None)

@@ -1,4 +1,4 @@
-"""The demo's corpus: enough of it, every sentence of its own, and nothing of the test half in the training half."""
+"""The demo's corpus is large enough, and its sentences differ, also between the training and the test half."""
 
 import json
 import re
@@ -27,7 +27,7 @@ def test_each_concept_has_enough_sentences(split: str, least: int) -> None:
 
 
 def test_no_two_sentences_share_a_run_of_five_words() -> None:
-    """A template with swapped words would."""
+    """Sentences made from one template with swapped words would share such runs."""
     owners: dict[tuple[str, ...], int] = {}
     for number, row in enumerate(rows("train") + rows("test")):
         own = words(row["text"])
@@ -36,15 +36,15 @@ def test_no_two_sentences_share_a_run_of_five_words() -> None:
             assert owners.setdefault(run, number) == number, f"two sentences hold {' '.join(run)!r}"
 
 
-def test_sentences_begin_in_many_ways() -> None:
+def test_sentences_begin_with_many_different_words() -> None:
     for concept in CONCEPTS:
         openings = Counter(words(row["text"])[0] for row in rows("train") + rows("test") if row["label"] == concept)
         assert openings.most_common(1)[0][1] <= 12
         assert len(openings) >= 120
 
 
-def test_no_two_sentences_are_made_of_the_same_words() -> None:
-    """Word overlap (Jaccard) of any two sentences stays far below what a rewording would have."""
+def test_no_two_sentences_consist_of_the_same_words() -> None:
+    """The word overlap (Jaccard) of any two sentences stays far below that of a rewording."""
     holders: dict[str, set[int]] = defaultdict(set)
     bags = [set(words(row["text"])) for row in rows("train") + rows("test")]
     for number, bag in enumerate(bags):
