@@ -1,4 +1,4 @@
-"""Each claim can be found to hold, not to hold, and not to have been measured."""
+"""Each claim can hold, not hold, or not be measured."""
 
 from dataclasses import replace
 from typing import Any
@@ -37,7 +37,7 @@ def row(method: str, fraction: float, cacc: float, acc: float = -0.6, layer: int
 
 
 def separated(apart: bool) -> RangeSet:
-    """Ranges that are apart at the neurons of high saliency, or at those of low."""
+    """Ranges that do not overlap at the neurons of high saliency (`apart`), or at those of low saliency."""
     template, _ = random_range_set(2, hidden=100, concepts=("a", "b"), layers=(2,), rankings=("max",))
     mean = np.zeros((2, 100))
     mean[0, :50], mean[1, :50] = 50.0, -50.0
@@ -49,7 +49,7 @@ def verdicts(rows: list[Row], range_set: RangeSet | None = None) -> list[str]:
     return [claim.verdict for claim in claims(rows, range_set or separated(True), {})]
 
 
-def test_all_four_hold() -> None:
+def test_all_claims_hold() -> None:
     rows = [row("neuron", 1.0, -0.5), row("range", 1.0, -0.01), row("range", 1.0, -0.2, layer=1)]
     found = claims(rows, separated(True), {})
     assert [claim.verdict for claim in found] == ["yes"] * 4
@@ -57,17 +57,17 @@ def test_all_four_hold() -> None:
     assert all(isinstance(claim, Claim) and claim.evidence.endswith(".") for claim in found)
 
 
-def test_none_holds() -> None:
+def test_no_claim_holds() -> None:
     rows = [row("neuron", 1.0, -0.02), row("range", 1.0, -0.03), row("range", 1.0, 0.1, layer=1)]
     assert verdicts(rows, separated(False)) == ["no"] * 4
 
 
 @pytest.mark.parametrize(("ranged", "verdict"), [(-0.045, "no"), (-0.005, "yes")])
-def test_a_gain_within_the_intervals_is_no_gain(ranged: float, verdict: str) -> None:
+def test_gain_within_the_intervals_does_not_count(ranged: float, verdict: str) -> None:
     assert verdicts([row("neuron", 0.3, -0.05), row("range", 0.3, ranged)])[0] == verdict
 
 
-def test_what_was_not_measured_is_not_decided() -> None:
+def test_claims_without_measurements_are_undecided() -> None:
     assert verdicts([row("neuron", 0.3, -0.1)]) == ["not measured", "not measured", "yes", "not measured"]
     one = random_range_set(3, concepts=("a",), layers=(2,))[0]
     assert verdicts([row("range", 0.6, -0.1)], one) == ["not measured"] * 4
@@ -83,7 +83,7 @@ def test_collapse_is_judged_at_the_last_measured_layer() -> None:
     assert verdicts(rows)[1] == "no"
 
 
-def test_a_collapse_at_all_neurons_alone_is_no_collapse_past_the_half() -> None:
+def test_collapse_at_all_neurons_only_does_not_count() -> None:
     fractions = (0.6, 0.7, 0.8, 0.9, 1.0)
     ranged = [row("range", fraction, 0.0) for fraction in fractions]
     late = [row("neuron", fraction, -0.6 if fraction == 1.0 else 0.01) for fraction in fractions]

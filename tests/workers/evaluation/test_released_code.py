@@ -1,4 +1,4 @@
-"""The same masks as the authors' released code make, on the same GPT-2 weights, give the same logits.
+"""On the same GPT-2 weights, logits equal those of the masks of the authors' released code.
 
 The reference is written here in a few plain lines of torch and numpy, without any code of this project: a hook on a
 block's output, every position, `np.std`, the floor of p·D, one text at a time.
@@ -84,4 +84,4 @@ def test_masked_logits_equal_those_of_the_released_implementation(tmp_path: Path
         (turn,) = sweep.turns(model.steered, batch, trunk, 4096)
         measured = sweep.logits(model.steered, batch, trunk, turn)
         np.testing.assert_allclose(measured[0].numpy(), expected, atol=1e-5)
-        assert np.abs(expected - bare).max() > 1e-2, "the masking must matter, or this shows nothing"
+        assert np.abs(expected - bare).max() > 1e-2, "the masking has no effect"

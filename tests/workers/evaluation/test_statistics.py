@@ -1,4 +1,4 @@
-"""Shapes of activations against scipy on the values themselves."""
+"""Statistics of activations equal those that scipy computes from the values."""
 
 import numpy as np
 import pytest
@@ -46,7 +46,7 @@ def moments_of(values: np.ndarray) -> Moments:
 
 @given(seed=st.integers(0, 2**32 - 1), n=st.integers(2, 60), m=st.integers(2, 60), apart=st.floats(-50, 50))
 @settings(max_examples=60, deadline=None)
-def test_pooled_moments_are_those_of_all_values_together(seed: int, n: int, m: int, apart: float) -> None:
+def test_pooled_moments_equal_those_of_all_values(seed: int, n: int, m: int, apart: float) -> None:
     rng = np.random.default_rng(seed)
     one, other = rng.normal(size=(n, 3)), rng.exponential(2.0, size=(m, 3)) + apart
     found, expected = pooled(moments_of(one), moments_of(other)), moments_of(np.concatenate([one, other]))
@@ -60,7 +60,7 @@ def test_pooled_moments_are_those_of_all_values_together(seed: int, n: int, m: i
 
 @pytest.mark.parametrize("name", sorted(SAMPLERS))
 @pytest.mark.parametrize("bins", [16, 512])
-def test_the_ks_distance_lies_within_its_bounds(name: str, bins: int) -> None:
+def test_ks_distance_lies_within_its_bounds(name: str, bins: int) -> None:
     rng = np.random.default_rng(0)
     values = np.stack([SAMPLERS[name](rng, 3000) for _ in range(4)], axis=1).astype(np.float32).astype(np.float64)
     fitter = fitted(values, bins)
@@ -74,7 +74,7 @@ def test_the_ks_distance_lies_within_its_bounds(name: str, bins: int) -> None:
         assert (high - low).max() < 0.02
 
 
-def test_table_2_per_concept_and_pooled() -> None:
+def test_shapes_per_concept_and_pooled() -> None:
     rng = np.random.default_rng(1)
     concepts = [["a", "b"][number] for number in rng.integers(0, 2, size=4000)]
     is_a = np.array(concepts) == "a"
@@ -99,10 +99,10 @@ def test_table_2_per_concept_and_pooled() -> None:
     assert rows["a"].gaussian_possibly == 0.5, "the normal neuron, and not the exponential one"
 
 
-def test_ranges_that_are_apart_at_the_top_are_seen() -> None:
+def test_ranges_apart_at_the_top_neurons_are_found() -> None:
     template, inspect = random_range_set(2, hidden=100, concepts=("a", "b"), layers=(0,), n_layers=1)
     mean = np.zeros((2, 100))
-    mean[0, :5], mean[1, :5] = 50.0, -50.0  # the first neurons tell the concepts apart
+    mean[0, :5], mean[1, :5] = 50.0, -50.0  # the first five neurons separate the concepts
     serve = type(template.layers[0])(mean, np.ones((2, 100)), {"max": np.abs(mean) + 1e-3})
     range_set = type(template)(template.id, template.provenance, {0: serve})
     found = range_overlap(range_set, 0, "max")
