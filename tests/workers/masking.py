@@ -11,7 +11,7 @@ from workers.models.tokens import TokenBatch
 
 
 class Alike:
-    """What `Masking` needs beside layers and a call, where all variants are masked alike, at every real token."""
+    """Base of maskings that mask all variants alike, at every real token."""
 
     site: Site = "block_output"
     positions: Positions = "all"

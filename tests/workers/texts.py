@@ -1,4 +1,4 @@
-"""Labelled sentences for tests, put together from clauses so that there can be any number of them."""
+"""Labelled sentences for tests, any number of them, put together from clauses."""
 
 import json
 from collections.abc import Sequence

@@ -1,4 +1,4 @@
-"""Corpora: every format reads alike, blocks cover every row once, and bad input is one clear line."""
+"""Every format gives the same corpus, blocks cover every row once, and bad input gives a one-line error."""
 
 import json
 from pathlib import Path
@@ -22,7 +22,7 @@ def jsonl(tmp_path: Path) -> Path:
     return write_jsonl(tmp_path / "rows.jsonl", ROWS)
 
 
-def test_jsonl_csv_and_parquet_are_one_corpus(jsonl: Path, tmp_path: Path) -> None:
+def test_jsonl_csv_and_parquet_give_the_same_corpus(jsonl: Path, tmp_path: Path) -> None:
     table = datasets.Dataset.from_list([{"text": text, "label": label} for text, label in ROWS])
     table.to_csv(tmp_path / "rows.csv", index=False)
     table.to_parquet(tmp_path / "rows.parquet")
@@ -32,14 +32,14 @@ def test_jsonl_csv_and_parquet_are_one_corpus(jsonl: Path, tmp_path: Path) -> No
     assert len({corpus.sha256 for corpus in corpora}) == 1
 
 
-def test_concepts_stand_in_the_models_order_then_by_name(tmp_path: Path) -> None:
+def test_concepts_are_in_model_order_then_by_name(tmp_path: Path) -> None:
     rows = [("a", "Zebra"), ("b", "Sports"), ("c", "World"), ("d", "Apple"), ("e", "Sports")]
     corpus = load_corpus(str(write_jsonl(tmp_path / "rows.jsonl", rows)), labels=LABELS)
     assert corpus.concepts == ("World", "Sports", "Apple", "Zebra")
     assert corpus.counts == {"World": 1, "Sports": 2, "Apple": 1, "Zebra": 1}
 
 
-def test_blocks_have_1024_rows_and_can_start_anywhere(tmp_path: Path) -> None:
+def test_blocks_have_1024_rows_and_can_start_at_any_block(tmp_path: Path) -> None:
     rows = [(f"text {n}", LABELS[n % 4]) for n in range(2500)]
     corpus = load_corpus(str(write_jsonl(tmp_path / "rows.jsonl", rows)), labels=LABELS)
     assert [(block.index, len(block.texts)) for block in corpus.blocks()] == [(0, 1024), (1, 1024), (2, 452)]
@@ -47,7 +47,7 @@ def test_blocks_have_1024_rows_and_can_start_anywhere(tmp_path: Path) -> None:
     assert pairs(corpus) == rows
 
 
-def test_the_hash_knows_every_text_label_and_their_order(tmp_path: Path) -> None:
+def test_hash_depends_on_texts_labels_and_their_order(tmp_path: Path) -> None:
     def digest(rows: list[tuple[str, str]]) -> str:
         return load_corpus(str(write_jsonl(tmp_path / "rows.jsonl", rows))).sha256
 
@@ -58,14 +58,14 @@ def test_the_hash_knows_every_text_label_and_their_order(tmp_path: Path) -> None
     )
 
 
-def test_max_rows_is_a_sample_that_a_seed_decides(tmp_path: Path) -> None:
-    """A file may be sorted by class: its first rows would be one class only."""
+def test_max_rows_draws_a_seeded_sample(tmp_path: Path) -> None:
+    """The first rows of a file sorted by class would have a single class."""
     rows = [(f"text {n}", LABELS[n // 250]) for n in range(1000)]
     path = str(write_jsonl(tmp_path / "rows.jsonl", rows))
     sample = load_corpus(path, labels=LABELS, max_rows=100)
     assert (len(sample), sample.selection) == (100, "100 of 1000 rows, drawn with seed 0")
     assert set(sample.concepts) == set(LABELS)
-    assert pairs(sample) == sorted(pairs(sample), key=rows.index), "rows keep their order"
+    assert pairs(sample) == sorted(pairs(sample), key=rows.index), "the order of the rows changed"
     assert load_corpus(path, labels=LABELS, max_rows=100).sha256 == sample.sha256
     assert load_corpus(path, labels=LABELS, max_rows=100, seed=1).sha256 != sample.sha256
     assert len(load_corpus(path, max_rows=5000)) == 1000
@@ -83,7 +83,7 @@ def test_class_numbers_get_names(tmp_path: Path) -> None:
         load_corpus(str(tmp_path / "plain.csv"), labels=("no", "yes"))
 
 
-def test_other_columns_and_other_names(tmp_path: Path) -> None:
+def test_columns_and_labels_can_be_renamed(tmp_path: Path) -> None:
     path = tmp_path / "rows.jsonl"
     path.write_text('{"body": "a goal", "topic": "sport", "id": 7}\n{"body": "a vote", "topic": "world", "id": 8}\n')
     label_map = tmp_path / "map.json"
@@ -111,14 +111,14 @@ def test_other_columns_and_other_names(tmp_path: Path) -> None:
         ("broken.parquet", b"PAR1 and then nothing", "cannot read"),
     ],
 )
-def test_bad_files_are_one_clear_line(tmp_path: Path, name: str, content: bytes, says: str) -> None:
+def test_bad_file_gives_a_one_line_error(tmp_path: Path, name: str, content: bytes, says: str) -> None:
     (tmp_path / name).write_bytes(content)
     with pytest.raises(CorpusError, match=says) as error:
         load_corpus(str(tmp_path / name))
     assert "\n" not in str(error.value)
 
 
-def test_a_missing_file_is_said_to_be_missing(tmp_path: Path) -> None:
+def test_missing_file_is_an_error(tmp_path: Path) -> None:
     with pytest.raises(CorpusError, match="no such file"):
         load_corpus(str(tmp_path / "nothing.jsonl"))
 
@@ -130,7 +130,7 @@ def test_unmatched_labels_list_both_sides() -> None:
 
 
 @pytest.mark.parametrize("content", ["[1]", '{"a": 1}', "{", ""])
-def test_a_label_map_must_be_one_object_of_names(tmp_path: Path, content: str) -> None:
+def test_label_map_must_be_an_object_of_names(tmp_path: Path, content: str) -> None:
     (tmp_path / "map.json").write_text(content)
     with pytest.raises(CorpusError, match="label map"):
         load_label_map(tmp_path / "map.json")

@@ -1,4 +1,4 @@
-"""Histograms: every finite value is in the bin that its edges say, and none is lost."""
+"""Histograms count every finite value in the bin between its edges."""
 
 import numpy as np
 from hypothesis import given, settings
@@ -14,7 +14,7 @@ from workers.fitting.histograms import count, edges_from
     offset=st.sampled_from([0.0, -3.0, 1e4]),
 )
 @settings(deadline=None)
-def test_counts_are_those_of_a_search_in_the_edges(seed: int, bins: int, scale: float, offset: float) -> None:
+def test_counts_equal_a_binary_search_in_the_edges(seed: int, bins: int, scale: float, offset: float) -> None:
     rng = np.random.default_rng(seed)
     first = ((rng.normal(size=(40, 3)) + offset) * scale).astype(np.float32)
     edges = edges_from(first, bins)
@@ -27,7 +27,7 @@ def test_counts_are_those_of_a_search_in_the_edges(seed: int, bins: int, scale: 
     assert counted.sum() == later.size
 
 
-def test_edges_ascend_and_hold_the_first_block() -> None:
+def test_edges_ascend_and_enclose_the_first_block() -> None:
     rng = np.random.default_rng(0)
     states = rng.normal(size=(100, 6)).astype(np.float32)
     states[:, 1] = 3.5  # constant
@@ -43,6 +43,6 @@ def test_edges_ascend_and_hold_the_first_block() -> None:
     assert counted[3, -1] == 50, "infinity lies above every edge"
 
 
-def test_no_rows_count_nothing() -> None:
+def test_no_rows_give_empty_counts() -> None:
     edges = edges_from(np.ones((3, 2), dtype=np.float32), 4)
     assert count(np.empty((0, 2), dtype=np.float32), edges).sum() == 0

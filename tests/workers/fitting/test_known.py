@@ -1,4 +1,4 @@
-"""The paper's data sets by name: files of them get the hub's class names."""
+"""The paper's data sets are known by name, and their files get the class names of the hub."""
 
 import json
 import os
@@ -10,7 +10,7 @@ from workers.fitting.corpus import CorpusError, load_corpus
 from workers.fitting.known import KNOWN
 
 
-def test_the_papers_five_are_known_with_as_many_classes_as_they_have() -> None:
+def test_known_data_sets_have_their_number_of_classes() -> None:
     assert {name: len(known.labels) for name, known in KNOWN.items()} == {
         "imdb": 2,
         "sst2": 2,
@@ -23,7 +23,7 @@ def test_the_papers_five_are_known_with_as_many_classes_as_they_have() -> None:
         assert not set(known.aliases) & {label.casefold() for label in known.labels}
 
 
-def test_a_file_of_a_known_data_set_gets_the_hubs_names(tmp_path: Path) -> None:
+def test_labels_of_a_known_data_set_get_the_names_of_the_hub(tmp_path: Path) -> None:
     path = tmp_path / "reviews.jsonl"
     path.write_text(
         "".join(json.dumps({"text": "t", "label": label}) + "\n" for label in ("negative", "Pos", "neg", "odd"))
@@ -33,8 +33,8 @@ def test_a_file_of_a_known_data_set_gets_the_hubs_names(tmp_path: Path) -> None:
     assert load_corpus(str(path)).counts == {"Pos": 1, "neg": 1, "negative": 1, "odd": 1}
 
 
-def test_names_that_a_model_has_for_the_classes_are_kept(tmp_path: Path) -> None:
-    """A model that was trained on a file calls its labels as that did; hub numbers and names must find them."""
+def test_class_names_of_the_model_are_kept(tmp_path: Path) -> None:
+    """A model has the label names of the file it was trained on; numbers and names of the hub map to them."""
     path = tmp_path / "reviews.jsonl"
     path.write_text("".join(json.dumps({"text": "t", "label": label}) + "\n" for label in ("neg", "positive", "neg")))
     assert load_corpus(str(path), dataset="imdb", labels=("positive", "negative")).counts == {
@@ -48,7 +48,7 @@ def test_names_that_a_model_has_for_the_classes_are_kept(tmp_path: Path) -> None
     }
 
 
-def test_class_numbers_and_columns_are_those_of_the_hub(tmp_path: Path) -> None:
+def test_class_numbers_and_columns_equal_those_of_the_hub(tmp_path: Path) -> None:
     path = tmp_path / "sst.csv"
     path.write_text("idx,sentence,label\n0,fine,1\n1,dull,0\n2,bad,0\n")
     corpus = load_corpus(str(path), dataset="sst2")
@@ -56,7 +56,7 @@ def test_class_numbers_and_columns_are_those_of_the_hub(tmp_path: Path) -> None:
     assert next(corpus.blocks()).texts == ("fine", "dull", "bad")
 
 
-def test_rows_per_class_cap_every_class(tmp_path: Path) -> None:
+def test_rows_per_class_limits_every_class(tmp_path: Path) -> None:
     path = tmp_path / "some.jsonl"
     rows = [{"text": f"{label} {n}", "label": label} for label, count in (("a", 50), ("b", 7)) for n in range(count)]
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
@@ -65,10 +65,10 @@ def test_rows_per_class_cap_every_class(tmp_path: Path) -> None:
     assert corpus.sha256 == load_corpus(str(path), rows_per_class=10, seed=1).sha256
     assert corpus.sha256 != load_corpus(str(path), rows_per_class=10, seed=2).sha256
     texts = next(corpus.blocks()).texts
-    assert list(texts) == [row["text"] for row in rows if row["text"] in set(texts)], "the order stays"
+    assert list(texts) == [row["text"] for row in rows if row["text"] in set(texts)], "the order of the rows changed"
 
 
-def test_unknown_names_and_missing_data_say_what_there_is() -> None:
+def test_error_for_an_unknown_data_set_lists_the_known_ones() -> None:
     with pytest.raises(CorpusError, match="ag_news"):
         load_corpus("somewhere.jsonl", dataset="news")
     with pytest.raises(CorpusError, match="no data"):
@@ -77,7 +77,7 @@ def test_unknown_names_and_missing_data_say_what_there_is() -> None:
 
 @pytest.mark.data
 @pytest.mark.skipif(not os.environ.get("DATA"), reason="set DATA to the directory of the public data sets")
-def test_published_files_get_the_hubs_names() -> None:
+def test_published_files_get_the_names_of_the_hub() -> None:
     data_dir = Path(os.environ["DATA"])
     imdb = load_corpus(str(data_dir / "imdb" / "test.jsonl"), dataset="imdb")
     assert imdb.counts == {"neg": 2500, "pos": 2500}

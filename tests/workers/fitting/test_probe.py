@@ -1,4 +1,4 @@
-"""The probe: it minimises what it says, finds the neurons that tell concepts apart, and does not depend on order."""
+"""The probe minimises its objective, finds the neurons that separate concepts, and ignores the order of rows."""
 
 import numpy as np
 import pytest
@@ -14,7 +14,7 @@ def filled(settings: ProbeSettings, rows: int = 600, hidden: int = 5, seed: int 
     rng = np.random.default_rng(seed)
     concept = rng.integers(0, 3, size=rows)
     centres = np.zeros((3, hidden))
-    centres[0, 0], centres[1, 1] = 2.0, -2.0  # neuron 0 tells a, neuron 1 tells b; the rest is noise
+    centres[0, 0], centres[1, 1] = 2.0, -2.0  # neuron 0 separates a, neuron 1 separates b; the rest is noise
     states = (centres[concept] + rng.normal(size=(rows, hidden))) * np.array([1, 100, 1e-3, 1, 1])[:hidden] + 7
     sample = ProbeSample.drawn(rows, 1, hidden, settings)
     for start in range(0, rows, 250):
@@ -23,7 +23,7 @@ def filled(settings: ProbeSettings, rows: int = 600, hidden: int = 5, seed: int 
     return sample
 
 
-def test_the_neurons_that_tell_concepts_apart_rank_first_whatever_their_scale() -> None:
+def test_separating_neurons_rank_first_at_any_scale() -> None:
     settings = ProbeSettings(rows=600)
     weights = probe_saliency(filled(settings), 0, CONCEPTS, CONCEPTS, settings)
     assert weights.shape == (3, 5)
@@ -32,7 +32,7 @@ def test_the_neurons_that_tell_concepts_apart_rank_first_whatever_their_scale() 
     assert set(np.argsort(-weights[2])[:2]) == {0, 1}
 
 
-def test_it_minimises_log_loss_with_the_two_penalties() -> None:
+def test_probe_minimises_log_loss_with_both_penalties() -> None:
     settings = ProbeSettings(l1=0.01, l2=0.02, rows=600, iterations=5000)
     sample = filled(settings)
     found = probe_saliency(sample, 0, CONCEPTS, CONCEPTS, settings)
@@ -52,7 +52,7 @@ def test_it_minimises_log_loss_with_the_two_penalties() -> None:
     np.testing.assert_allclose(found, np.abs(best.x[:15].reshape(3, 5)), atol=0.02)
 
 
-def test_the_sample_depends_on_row_numbers_alone() -> None:
+def test_sample_depends_on_row_numbers_only() -> None:
     settings = ProbeSettings(rows=100, seed=3)
     whole, parts = ProbeSample.drawn(500, 2, 4, settings), ProbeSample.drawn(500, 2, 4, settings)
     states = np.random.default_rng(0).normal(size=(500, 2, 4)).astype(np.float32)
@@ -68,7 +68,7 @@ def test_the_sample_depends_on_row_numbers_alone() -> None:
 
 
 @pytest.mark.parametrize("broken", [np.nan, np.inf, 5.0])
-def test_a_constant_or_broken_neuron_has_no_weight(broken: float) -> None:
+def test_constant_or_non_finite_neuron_has_no_weight(broken: float) -> None:
     settings = ProbeSettings(rows=600)
     sample = filled(settings)
     sample.states[:, 0, 4] = broken
@@ -77,7 +77,7 @@ def test_a_constant_or_broken_neuron_has_no_weight(broken: float) -> None:
     assert (weights[:, 4] == 0).all()
 
 
-def test_two_concepts_share_their_weights_and_one_has_none() -> None:
+def test_two_concepts_share_weights_and_a_single_one_has_none() -> None:
     settings = ProbeSettings(rows=600)
     sample = filled(settings)
     weights = probe_saliency(sample, 0, ("a", "b"), CONCEPTS, settings)
