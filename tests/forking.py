@@ -244,7 +244,7 @@ def _main(listener: socket.socket) -> None:
             continue
         connection, _ = listener.accept()
         message, descriptors, _, _ = socket.recv_fds(connection, MESSAGE_BYTES, 8)
-        if not message:  # whoever asked is gone
+        if not message:  # the process that asked has ended
             connection.close()
             continue
         status, *rest = descriptors  # stdin, stdout, stderr, and what else the new process keeps open

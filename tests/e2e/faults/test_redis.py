@@ -110,20 +110,25 @@ def test_hanging_toggles_delay_no_other_request(server: InProcess, monkeypatch: 
     others = 50
     """More than the threads that all other routes share."""
     store, change, release = server.service.store, server.service.store.set_erasure, threading.Event()
+    hanging: list[object] = []
 
     def hang(*arguments: Any) -> LiveState:
+        hanging.append(arguments)
         assert release.wait(300)
         return change(*arguments)
 
     monkeypatch.setattr(store, "set_erasure", hang)
-    monkeypatch.setattr(store_calls, "PATIENCE", 0.1)
+    monkeypatch.setattr(store_calls, "PATIENCE", 60.0)
     limits = httpx.Limits(max_connections=AT_ONCE + others)
     with (
         httpx.Client(base_url=server.url, timeout=300, limits=limits, trust_env=False) as client,
         ThreadPoolExecutor(AT_ONCE + others) as pool,
     ):
-        toggles = [pool.submit(client.put, "/v1/erasures/World") for _ in range(AT_ONCE + others)]
+        toggles = [pool.submit(client.put, "/v1/erasures/World") for _ in range(AT_ONCE)]
         try:
+            until(lambda: len(hanging) == AT_ONCE)
+            monkeypatch.setattr(store_calls, "PATIENCE", 0.1)
+            toggles += [pool.submit(client.put, "/v1/erasures/World") for _ in range(others)]
             until(lambda: sum(each.done() for each in toggles) == others)
             for path in ("/livez", "/readyz", "/metrics", "/v1/erasures", "/v1/concepts", "/v1/overlap"):
                 assert server.http.get(path).status_code == 200
