@@ -1,4 +1,4 @@
-"""Which call needs which scope; the documentation and the OpenAPI document say the same."""
+"""The scope that each call requires, also in the documentation and the OpenAPI document."""
 
 import re
 from pathlib import Path
@@ -7,9 +7,8 @@ import pytest
 from starlette.datastructures import Headers
 
 from app.auth import scope_of, token_of
-from app.main import create_app
 from app.rates import rate
-from app.settings import Settings
+from tests.app.openapi import operations
 
 PAGE = Path(__file__).parents[2] / "docs" / "http.md"
 
@@ -18,30 +17,25 @@ PAGE = Path(__file__).parents[2] / "docs" / "http.md"
 @pytest.mark.parametrize(
     "path", ["/console", "/v1", "/v1/", "/v2/x", "/metrics/", "/livez/..", "/v1/classify/", "/docsx", ""]
 )
-def test_what_is_not_known_to_be_open_needs_a_key(method: str, path: str) -> None:
+def test_unknown_calls_require_a_key(method: str, path: str) -> None:
     assert scope_of(method, path) is not None
 
 
-def test_the_console_is_open_to_look_at_only() -> None:
+def test_the_console_is_open_for_reading_only() -> None:
     for path in ("/", "/console/main.js"):
         scopes = {method: scope_of(method, path) for method in ("GET", "HEAD", "POST", "PUT", "DELETE", "OPTIONS")}
         assert {method for method, scope in scopes.items() if scope is None} == {"GET", "HEAD"}
 
 
 def test_the_openapi_document_names_the_scope_of_every_call() -> None:
-    for path, operations in create_app(Settings()).openapi()["paths"].items():
-        for method, operation in operations.items():
-            scope = scope_of(method.upper(), path)
-            expected = None if scope is None else [{"bearer": [scope]}, {"apiKey": [scope]}]
-            assert operation.get("security") == expected, (method, path)
+    for call, operation in operations().items():
+        scope = scope_of(*call)
+        expected = None if scope is None else [{"bearer": [scope]}, {"apiKey": [scope]}]
+        assert operation.get("security") == expected, call
 
 
-def test_changes_need_admin_and_looking_does_not() -> None:
-    scopes = {
-        (method.upper(), path): scope_of(method.upper(), path)
-        for path, operations in create_app(Settings()).openapi()["paths"].items()
-        for method in operations
-    }
+def test_changes_require_admin_and_reading_does_not() -> None:
+    scopes = {call: scope_of(*call) for call in operations()}
     assert {call for call, scope in scopes.items() if scope is None} == {
         ("GET", "/livez"),
         ("GET", "/readyz"),
@@ -64,7 +58,7 @@ def test_changes_need_admin_and_looking_does_not() -> None:
     assert {scope for (method, _), scope in scopes.items() if method in ("PUT", "DELETE")} == {"admin"}
 
 
-def test_the_page_has_the_table_of_calls_and_scopes() -> None:
+def test_the_page_lists_every_call_with_its_scope() -> None:
     rows = re.findall(r"^\| `(\w+)` \| (.+) \|$", PAGE.read_text("utf-8"), re.MULTILINE)
     listed = {
         (method, path): scope if scope != "open" else None
@@ -73,13 +67,8 @@ def test_the_page_has_the_table_of_calls_and_scopes() -> None:
         for methods, path in re.findall(r"`((?:GET|POST|PUT|DELETE)(?:, (?:GET|POST|PUT|DELETE))*) (/[^`]*)`", calls)
         for method in methods.split(", ")
     }
-    document = create_app(Settings()).openapi()["paths"]
-    real = {
-        (method.upper(), path): scope_of(method.upper(), path)
-        for path, operations in document.items()
-        for method in operations
-    }
-    assert {call: scope for call, scope in listed.items() if call in real} == real
+    expected = {call: scope_of(*call) for call in operations()}
+    assert {call: scope for call, scope in listed.items() if call in expected} == expected
     assert all(scope_of(*call) == scope for call, scope in listed.items())
 
 
@@ -97,15 +86,15 @@ def test_the_page_has_the_table_of_calls_and_scopes() -> None:
         ({"Authorization": "Bearer abc", "X-API-Key": "other"}, "abc"),
     ],
 )
-def test_a_token_is_found_in_either_header(headers: dict[str, str], token: str | None) -> None:
+def test_a_token_is_read_from_either_header(headers: dict[str, str], token: str | None) -> None:
     assert token_of(Headers(headers)) == token
 
 
 @pytest.mark.parametrize("text", ["", "5", "minute", "0/minute", "-1/second", "5/fortnight", "a/b"])
-def test_a_rate_that_is_none(text: str) -> None:
+def test_an_invalid_rate_is_rejected(text: str) -> None:
     with pytest.raises(ValueError, match="no rate"):
         rate(text)
 
 
-def test_rates() -> None:
+def test_rates_are_an_amount_per_period() -> None:
     assert (rate("600/minute").amount, rate("10 per 5 second").get_expiry()) == (600, 5)

@@ -1,4 +1,4 @@
-"""Which data a fit over HTTP may name."""
+"""The data that a fit over HTTP may name."""
 
 from pathlib import Path
 
@@ -10,7 +10,7 @@ from app.settings import Settings
 
 @pytest.fixture
 def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A working directory with things in it, and beside it a directory whose files may be read."""
+    """A working directory with some files, and beside it a directory whose files may be read."""
     (tmp_path / "work" / "app" / "console").mkdir(parents=True)
     (tmp_path / "work" / "LICENSE").write_text("a license")
     (tmp_path / "work" / "gone").symlink_to("nowhere")
@@ -26,7 +26,7 @@ def with_hub(place: Path) -> Settings:
 
 
 @pytest.mark.parametrize("name", ["ag_news", "fancyzhx/ag_news", "app/news", "some-one/a.b_c"])
-def test_names_of_the_hub_pass_where_it_is_allowed(place: Path, name: str) -> None:
+def test_names_of_the_hub_are_accepted_where_it_is_allowed(place: Path, name: str) -> None:
     assert source_of(FitIn(data=name), with_hub(place)) == name
     assert source_of(FitIn(data="train.jsonl"), with_hub(place)) == str(place / "allowed" / "train.jsonl")
     assert source_of(FitIn(dataset="ag_news"), with_hub(place)) is None
@@ -66,8 +66,8 @@ def test_names_of_the_hub_pass_where_it_is_allowed(place: Path, name: str) -> No
         "a\\b",
     ],
 )
-def test_whatever_else_is_refused_alike(place: Path, name: str) -> None:
-    """In the words for a file that is not there, whether something has that name or not."""
+def test_other_names_are_rejected_like_missing_files(place: Path, name: str) -> None:
+    """The message must not reveal whether a file of that name exists."""
     with pytest.raises(DataUnusable) as refused:
         source_of(FitIn(data=name), with_hub(place))
     with pytest.raises(DataUnusable) as missing:

@@ -1,4 +1,4 @@
-"""What a log line may hold, whoever writes it, and that nothing else reaches stderr."""
+"""The form and content of log lines, and of everything else that is written to stderr."""
 
 import asyncio
 import gc
@@ -23,7 +23,7 @@ from app.cli import run
 from app.logs import FIELDS, JsonLines, RequestFacts, TextLines, begin, configured, note
 from app.settings import Settings
 
-SECRET = "a confession nobody must read"
+SECRET = "a text that no log may contain"
 HOSTILE = st.text(st.characters(), max_size=60) | st.sampled_from(
     ['\n{"level": "error"}', "\r\n2026-01-01 00:00:00 error    app: forged", "\x1b[31m", "\u2028", "\ud800", '"', "%s"]
 )
@@ -50,19 +50,22 @@ def test_a_record_is_one_json_object_on_one_line(name: str, message: str, value:
     line = JsonLines().format(made)
     assert line.isascii()
     assert line.isprintable()
-    told = json.loads(line)
-    assert list(told) == [field for field in FIELDS if field in told]
-    assert told["message"] == message
-    assert told.get("route") == (value if name == "app.x" else None)
+    fields = json.loads(line)
+    assert list(fields) == [field for field in FIELDS if field in fields]
+    assert fields["message"] == message
+    assert fields.get("route") == (value if name == "app.x" else None)
     assert SECRET not in line
-    assert datetime.fromisoformat(told["timestamp"]).utcoffset() == timedelta(0)
+    assert datetime.fromisoformat(fields["timestamp"]).utcoffset() == timedelta(0)
     if failed:
-        assert (told["exception"]["type"], told["exception"]["cause"]["type"]) == ("FileNotFoundError", "ValueError")
-        assert told["exception"]["reason"] == os.strerror(2)
+        assert (fields["exception"]["type"], fields["exception"]["cause"]["type"]) == (
+            "FileNotFoundError",
+            "ValueError",
+        )
+        assert fields["exception"]["reason"] == os.strerror(2)
 
 
 @given(message=HOSTILE, value=HOSTILE, failed=st.booleans())
-def test_a_readable_record_forges_no_second_one(message: str, value: str, failed: bool) -> None:
+def test_a_text_record_cannot_forge_another_one(message: str, value: str, failed: bool) -> None:
     made = record("app.x", message, {"route": value}, raised(message) if failed else None)
     first, *more = TextLines(colour=False).format(made).split("\n")
     assert first.isprintable()
@@ -72,8 +75,8 @@ def test_a_readable_record_forges_no_second_one(message: str, value: str, failed
 
 
 @contextmanager
-def heard(monkeypatch: pytest.MonkeyPatch, **settings: Any) -> Iterator[list[str]]:
-    """Lines that go to stderr while logs are configured."""
+def stderr_lines(monkeypatch: pytest.MonkeyPatch, **settings: Any) -> Iterator[list[str]]:
+    """The lines written to stderr while logs are configured."""
     stream, lines = io.StringIO(), []
     monkeypatch.setattr(sys, "stderr", stream)
     with configured(Settings(**settings)):
@@ -83,12 +86,12 @@ def heard(monkeypatch: pytest.MonkeyPatch, **settings: Any) -> Iterator[list[str
 
 
 @pytest.mark.filterwarnings("default")
-def test_whoever_writes_to_stderr_writes_json(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_everything_on_stderr_is_json(monkeypatch: pytest.MonkeyPatch) -> None:
     def fail() -> None:
         raise ValueError(SECRET)
 
     before = (sys.excepthook, threading.excepthook, sys.unraisablehook, warnings.showwarning)
-    with heard(monkeypatch) as lines:
+    with stderr_lines(monkeypatch) as lines:
         sys.stderr.write("a library's\rprogress\n")
         sys.stderr.write("no end of line")
         warnings.warn("old", DeprecationWarning, stacklevel=1)
@@ -102,9 +105,9 @@ def test_whoever_writes_to_stderr_writes_json(monkeypatch: pytest.MonkeyPatch) -
             fail()
         except ValueError as error:
             sys.excepthook(ValueError, error, error.__traceback__)
-        asyncio.run(forgotten(fail))
-    told = [json.loads(line) for line in lines]
-    messages = [each["message"] for each in told]
+        asyncio.run(task_with_unread_error(fail))
+    records = [json.loads(line) for line in lines]
+    messages = [each["message"] for each in records]
     assert messages[:2] == ["a library's", "progress"]
     assert messages[-1] == "no end of line"
     assert sum("DeprecationWarning" in each for each in messages) == 1
@@ -115,9 +118,9 @@ def test_whoever_writes_to_stderr_writes_json(monkeypatch: pytest.MonkeyPatch) -
     assert before == (sys.excepthook, threading.excepthook, sys.unraisablehook, warnings.showwarning)
 
 
-async def forgotten(fail: Any) -> None:
-    async def work(said: str) -> None:
-        raise ValueError(said)
+async def task_with_unread_error(fail: Any) -> None:
+    async def work(message: str) -> None:
+        raise ValueError(message)
 
     task = asyncio.create_task(work(SECRET))
     await asyncio.wait([task])
@@ -125,8 +128,8 @@ async def forgotten(fail: Any) -> None:
     gc.collect()
 
 
-def test_others_are_not_heard_at_debug(monkeypatch: pytest.MonkeyPatch) -> None:
-    with heard(monkeypatch, log_level="debug") as lines:
+def test_debug_logs_are_those_of_this_package_only(monkeypatch: pytest.MonkeyPatch) -> None:
+    with stderr_lines(monkeypatch, log_level="debug") as lines:
         for name in ("redis", "httpx", "urllib3.connectionpool", "uvicorn.access", "opentelemetry.exporter", "asyncio"):
             logging.getLogger(name).debug(SECRET)
             logging.getLogger(name).info(SECRET)
@@ -135,7 +138,7 @@ def test_others_are_not_heard_at_debug(monkeypatch: pytest.MonkeyPatch) -> None:
     assert [json.loads(line)["logger"] for line in lines] == ["app.x", "workers.x", "range_store.x"]
 
 
-def test_a_request_is_named_also_by_what_runs_elsewhere_for_it(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_log_lines_of_other_threads_name_their_request(monkeypatch: pytest.MonkeyPatch) -> None:
     log = logging.getLogger("app.x")
 
     async def serve(request_id: str) -> None:
@@ -148,34 +151,32 @@ def test_a_request_is_named_also_by_what_runs_elsewhere_for_it(monkeypatch: pyte
         await asyncio.gather(serve("a"), serve("b"))
         log.warning("alone")
 
-    with heard(monkeypatch) as lines:
+    with stderr_lines(monkeypatch) as lines:
         asyncio.run(two())
-    told = [json.loads(line) for line in lines]
+    records = [json.loads(line) for line in lines]
     for request_id in ("a", "b"):
-        own = [(each["message"], each["generation"]) for each in told if each.get("request_id") == request_id]
+        own = [(each["message"], each["generation"]) for each in records if each.get("request_id") == request_id]
         assert own == [("begins", "epoch-1"), ("on a thread", "epoch-2")]
-    assert "request_id" not in told[-1]
+    assert "request_id" not in records[-1]
 
 
 @pytest.mark.parametrize(("settings", "coloured"), [({}, True), ({"log_format": "json"}, False)])
-def test_a_terminal_gets_readable_lines(
-    monkeypatch: pytest.MonkeyPatch, settings: dict[str, Any], coloured: bool
-) -> None:
+def test_a_terminal_gets_text_lines(monkeypatch: pytest.MonkeyPatch, settings: dict[str, Any], coloured: bool) -> None:
     monkeypatch.delenv("NO_COLOR", raising=False)
     ours, theirs = pty.openpty()
     with os.fdopen(theirs, "w") as terminal:
         monkeypatch.setattr(sys, "stderr", terminal)
         with configured(Settings(**settings)):
             logging.getLogger("app.x").warning("it happens")
-            assert sys.stderr.isatty() is coloured  # progress bars only where they harm nothing
-    said = os.read(ours, 4096).decode()
+            assert sys.stderr.isatty() is coloured  # progress bars would break JSON lines
+    written = os.read(ours, 4096).decode()
     os.close(ours)
-    assert "it happens" in said
-    assert ("\x1b[" in said) is coloured
-    assert said.startswith("{") is not coloured
+    assert "it happens" in written
+    assert ("\x1b[" in written) is coloured
+    assert written.startswith("{") is not coloured
 
 
-def test_a_fault_of_the_program_is_a_log_line_and_one_line_of_error(
+def test_an_unexpected_error_is_one_log_line_and_one_error_line(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Any
 ) -> None:
     def broken(*_: object) -> None:
@@ -186,7 +187,7 @@ def test_a_fault_of_the_program_is_a_log_line_and_one_line_of_error(
     *lines, last = capsys.readouterr().err.splitlines()
     assert code == 1
     assert last.startswith("error: a fault of the program (ZeroDivisionError)")
-    told = [json.loads(line) for line in lines]
-    assert told[-1]["level"] == "critical"
-    assert any("in broken" in frame for frame in told[-1]["exception"]["frames"])
+    records = [json.loads(line) for line in lines]
+    assert records[-1]["level"] == "critical"
+    assert any("in broken" in frame for frame in records[-1]["exception"]["frames"])
     assert SECRET not in "".join([*lines, last])

@@ -1,4 +1,4 @@
-"""Backup and restore as docs/operations.md tells it: its very commands, on a Redis of the operating system."""
+"""The commands of docs/operations.md for backup and restore, on the Redis of the operating system."""
 
 import re
 import subprocess
@@ -27,7 +27,7 @@ Start = Callable[[Path], redis.Redis]
 
 
 def commands(name: str) -> str:
-    """The shell block of the page that follows the comment `<!-- name -->`."""
+    """The shell block that follows the comment `<!-- name -->` on the page."""
     found = re.search(rf"<!-- {name} -->\n```\n(.*?)```", PAGE.read_text("utf-8"), re.DOTALL)
     assert found is not None
     return found[1]
@@ -35,7 +35,7 @@ def commands(name: str) -> str:
 
 @pytest.fixture
 def start() -> Iterator[Start]:
-    """`start(directory)`: a Redis there, set up as the committed configuration does; gives a client."""
+    """`start(directory)`: start a Redis with the persistence of the committed configuration; gives a client."""
     running: list[subprocess.Popen[bytes]] = []
     clients: list[redis.Redis] = []
 
@@ -60,7 +60,7 @@ def shell(script: str, directory: Path) -> None:
     subprocess.run(["bash", "-euc", script], cwd=directory, check=True, timeout=60, stdout=subprocess.DEVNULL)
 
 
-def test_what_is_backed_up_comes_back_and_a_server_that_knows_more_puts_it_back(start: Start, tmp_path: Path) -> None:
+def test_a_backup_is_restored_and_a_server_puts_a_later_state_back(start: Start, tmp_path: Path) -> None:
     old, new = tmp_path / "old", tmp_path / "new"
     old.mkdir()
     new.mkdir()
@@ -88,7 +88,7 @@ def test_what_is_backed_up_comes_back_and_a_server_that_knows_more_puts_it_back(
     assert known is not None
     assert known.of_token(token) is not None
 
-    mirror._store = again  # a server that still knows the later state finds the older one in its place
+    mirror._store = again  # a server that knows the later state finds the older one
     state = mirror.refresh().live
     assert (state.erasures, state.counter) == ((), later.counter + 1)
     assert again.audit(1)[0].action == "restore"
