@@ -60,10 +60,10 @@ def test_streams_of_every_server_show_a_change(
     for window in windows:
         assert window.last() == running.http.get("/v1/erasures").json(), "a stream begins with the current state"
         assert window.of("live")[0].id == window.last()["generation"]
-    body = {"tau": 1.5, "reason": "they asked"}
+    body = {"tau": 1.5, "reason": "on request"}
     changed = running.http.put("/v1/erasures/Sci%2FTech", json=body).json()
     until(lambda: all(window.last() == changed for window in windows))
-    assert windows[2].last()["erasures"][0]["reason"] == "they asked"
+    assert windows[2].last()["erasures"][0]["reason"] == "on request"
     running.http.delete("/v1/erasures/Sci%2FTech").raise_for_status()
     until(lambda: all(window.erased() == [] for window in windows))
 

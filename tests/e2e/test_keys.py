@@ -125,9 +125,7 @@ def test_baseline_of_an_enforced_erasure_requires_admin(server_with_keys: Server
     assert plain["results"][0]["baseline"] is None
 
 
-def test_revoked_key_is_rejected_by_a_running_server(
-    server_with_keys: ServerWithKeys,
-) -> None:
+def test_revoked_key_is_rejected_by_a_running_server(server_with_keys: ServerWithKeys) -> None:
     running, tokens, keys = server_with_keys
     headers = bearer(tokens["read"])
     assert running.http.get("/v1/models", headers=headers).status_code == 200
@@ -188,9 +186,7 @@ def test_rate_limit_without_keys_applies_to_an_address(start_server: Serve, fitt
     assert running.http.get("/readyz").status_code == 200
 
 
-def test_rejections_are_counted_without_naming_keys(
-    server_with_keys: ServerWithKeys,
-) -> None:
+def test_rejections_are_counted_without_naming_keys(server_with_keys: ServerWithKeys) -> None:
     running, tokens, _ = server_with_keys
     running.http.get("/v1/models")
     running.http.get("/v1/models", headers=bearer(tokens["infer"]))
@@ -200,9 +196,7 @@ def test_rejections_are_counted_without_naming_keys(
     assert not any(word in exposed for word in (*tokens.values(), *(f"the-{scope}" for scope in tokens)))
 
 
-def test_rejected_requests_are_counted_under_their_route(
-    server_with_keys: ServerWithKeys,
-) -> None:
+def test_rejected_requests_are_counted_under_their_route(server_with_keys: ServerWithKeys) -> None:
     running, tokens, _ = server_with_keys
     refused = {
         ("POST", "/v1/classify", "/v1/classify", None, 401),
@@ -232,9 +226,7 @@ def test_rejected_requests_are_counted_under_their_route(
     assert "a-private-name" not in running.http.get("/metrics").text
 
 
-def test_only_admin_sees_the_checkpoint_path(
-    server_with_keys: ServerWithKeys,
-) -> None:
+def test_only_admin_sees_the_checkpoint_path(server_with_keys: ServerWithKeys) -> None:
     running, tokens, _ = server_with_keys
     paths = {
         scope: running.http.get("/v1/models", headers=bearer(tokens[scope])).json()["models"][0].get("path")

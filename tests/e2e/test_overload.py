@@ -148,8 +148,8 @@ def test_clients_that_hang_up_do_not_disturb_other_clients(server: RunningServer
         async with httpx.AsyncClient(base_url=server.url, timeout=60) as http:
             answers: list[httpx.Response] = []
             for _ in range(6):
-                asked = [http.post("/v1/classify", json={"inputs": TEXTS[:3], "erase": []}) for _ in range(3)]
-                ends = await asyncio.gather(*asked, *(hang_up() for _ in range(20)))
+                complete = [http.post("/v1/classify", json={"inputs": TEXTS[:3], "erase": []}) for _ in range(3)]
+                ends = await asyncio.gather(*complete, *(hang_up() for _ in range(20)))
                 answers += [end for end in ends if end is not None]
         return answers
 
