@@ -1,4 +1,4 @@
-"""The command line, run in this process on a real store."""
+"""Fixtures that run the command line in this process on a real store."""
 
 import json
 import uuid
@@ -17,7 +17,7 @@ from tests.range_store.builders import random_range_set
 
 @dataclass(frozen=True)
 class Ended:
-    """What a command left behind."""
+    """Exit code and output of a command."""
 
     exit_code: int
     stdout: str
@@ -25,7 +25,7 @@ class Ended:
 
     @property
     def json(self) -> Any:
-        """stdout, which must be JSON and nothing else."""
+        """The parsed stdout, which must be JSON only."""
         return json.loads(self.stdout)
 
 
@@ -34,7 +34,7 @@ Cli = Callable[..., Ended]
 
 @pytest.fixture
 def cli(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> Cli:
-    """`cli("erase", "list")` runs a command, and checks what holds for all: no control characters, no traceback."""
+    """`cli("erase", "list")`: run a command and check that it prints no control characters and no traceback."""
     for name in ("NEURONLENS_URL", "NEURONLENS_REDIS_URL", "NEURONLENS_DATA_DIR"):
         monkeypatch.delenv(name, raising=False)
 
@@ -56,7 +56,7 @@ def cli(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> 
 
 @dataclass(frozen=True)
 class Prepared:
-    """A model of three blocks whose first range set holds all of them, and whose second, the last, only block 2."""
+    """A model of three blocks with two range sets: `whole` of all blocks (active), and `last_only` of block 2."""
 
     store: RangeStore
     options: tuple[str, ...]

@@ -1,4 +1,4 @@
-"""Off a terminal, nothing but plain text leaves the console."""
+"""Without a terminal, the console prints plain text only."""
 
 import json
 
@@ -7,7 +7,7 @@ import pytest
 from app.cli import console
 
 
-def test_tables_are_plain_whole_and_aligned_off_a_terminal(capsys: pytest.CaptureFixture[str]) -> None:
+def test_tables_are_plain_and_aligned_without_a_terminal(capsys: pytest.CaptureFixture[str]) -> None:
     console.table(("concept", "texts"), [("Sci/Tech [bold]", 9), ("x" * 300, 12)])
     out, err = capsys.readouterr()
     assert err == ""
@@ -19,15 +19,13 @@ def test_tables_are_plain_whole_and_aligned_off_a_terminal(capsys: pytest.Captur
     assert len(first.rstrip()) == len(second.rstrip()) == len(header.rstrip())
 
 
-def test_what_others_wrote_gives_a_terminal_no_orders(
-    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    order, lines, turned = "\x1b]0;owned\x07", "one\ntwo", "\u202eabc 🎈"
+def test_control_characters_are_escaped(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    control, lines, reversed_text = "\x1b]0;owned\x07", "one\ntwo", "\u202eabc 🎈"
     for terminal in (False, True):
         monkeypatch.setattr(console.Console, "is_terminal", terminal)
-        console.say(order + lines)
-        console.hint(turned)
-        console.table(("reason",), [(order,), (lines,), (turned,)])
+        console.say(control + lines)
+        console.hint(reversed_text)
+        console.table(("reason",), [(control,), (lines,), (reversed_text,)])
         out, err = capsys.readouterr()
         assert "\x1b]" not in out + err
         assert "\x07" not in out + err
@@ -37,7 +35,7 @@ def test_what_others_wrote_gives_a_terminal_no_orders(
         assert len(out.splitlines()) == 5
 
 
-def test_progress_off_a_terminal_is_plain_lines_on_stderr(capsys: pytest.CaptureFixture[str]) -> None:
+def test_progress_is_plain_lines_on_stderr_without_a_terminal(capsys: pytest.CaptureFixture[str]) -> None:
     with console.progress("rows") as report:
         for done in range(0, 2001, 100):
             report("fitting [x]", done, 2000)
@@ -52,14 +50,14 @@ def test_progress_off_a_terminal_is_plain_lines_on_stderr(capsys: pytest.Capture
     assert lines[2] == "publishing: 1/1 rows"
 
 
-def test_errors_are_one_line_whatever_they_hold(capsys: pytest.CaptureFixture[str]) -> None:
+def test_an_error_is_always_one_line(capsys: pytest.CaptureFixture[str]) -> None:
     console.error_line("two\nlines [red]and[/red] \x1b[31mcolour\x1b[0m")
     out, err = capsys.readouterr()
     assert out == ""
     assert err == "error: two lines [red]and[/red] [31mcolour [0m\n"
 
 
-def test_json_is_all_that_is_printed(capsys: pytest.CaptureFixture[str]) -> None:
+def test_json_is_the_only_output(capsys: pytest.CaptureFixture[str]) -> None:
     value = {"concept": "Météo 天気", "delta": None}
     console.print_json(value)
     assert json.loads(capsys.readouterr().out) == value

@@ -12,7 +12,7 @@ from range_store.erasure import RANKINGS, STATISTICAL, Damp, Erasure
 from tests.app.cli.conftest import Cli, Prepared
 
 
-def test_on_sets_exactly_what_was_asked_for(cli: Cli, prepared: Prepared) -> None:
+def test_on_sets_every_option(cli: Cli, prepared: Prepared) -> None:
     before = time.time()
     ended = cli(
         "erase", "on", "Sci/Tech", "--method", "range", "--tau", "1.5", "--top-fraction", "0.5", "--ranking",
@@ -37,13 +37,13 @@ def test_on_sets_exactly_what_was_asked_for(cli: Cli, prepared: Prepared) -> Non
     assert "damp:0.25" in ended.stdout
 
 
-def test_on_takes_every_ranking_that_there_is(cli: Cli, prepared: Prepared) -> None:
-    for ranking in STATISTICAL:  # a range set of builders has these
+def test_on_accepts_every_ranking(cli: Cli, prepared: Prepared) -> None:
+    for ranking in STATISTICAL:  # the range sets of this test have these rankings only
         assert cli("erase", "on", "World", "--ranking", ranking, *prepared.options).exit_code == 0
         assert [live.erasure.ranking for live in prepared.store.live().erasures] == [ranking]
     for ranking in set(RANKINGS) - set(STATISTICAL):
         ended = cli("erase", "on", "World", "--ranking", ranking, *prepared.options)
-        assert f"ranking {ranking} not fitted" in ended.stderr  # known, and not there
+        assert f"ranking {ranking} not fitted" in ended.stderr
 
 
 def test_list_on_and_off_agree_with_the_store(cli: Cli, prepared: Prepared) -> None:
@@ -62,7 +62,7 @@ def test_list_on_and_off_agree_with_the_store(cli: Cli, prepared: Prepared) -> N
     assert prepared.store.audit(1)[0].reason == "done"
 
 
-def test_off_all_is_one_generation(cli: Cli, prepared: Prepared) -> None:
+def test_off_all_is_one_change(cli: Cli, prepared: Prepared) -> None:
     for concept in ("World", "Sports"):
         cli("erase", "on", concept, *prepared.options)
     before = prepared.store.live()
@@ -72,7 +72,7 @@ def test_off_all_is_one_generation(cli: Cli, prepared: Prepared) -> None:
     assert after.counter == before.counter + 1
 
 
-def test_if_match_guards(cli: Cli, prepared: Prepared) -> None:
+def test_if_match_rejects_a_stale_generation(cli: Cli, prepared: Prepared) -> None:
     generation = prepared.store.live().generation
     assert cli("erase", "on", "World", "--if-match", generation, *prepared.options).exit_code == 0
     stale = cli("erase", "on", "Sports", "--if-match", generation, *prepared.options)
@@ -82,7 +82,7 @@ def test_if_match_guards(cli: Cli, prepared: Prepared) -> None:
 
 
 @pytest.mark.parametrize(
-    ("arguments", "exit_code", "said"),
+    ("arguments", "exit_code", "message"),
     [
         (["on", "Weather"], 4, "'Business'"),
         (["off", "Weather"], 4, "'Business'"),
@@ -100,30 +100,30 @@ def test_if_match_guards(cli: Cli, prepared: Prepared) -> None:
         (["off", "World", "--all"], 2, "--all"),
     ],
 )
-def test_what_cannot_be_done_is_one_line_and_changes_nothing(
-    cli: Cli, prepared: Prepared, arguments: list[str], exit_code: int, said: str
+def test_an_error_is_one_line_and_changes_nothing(
+    cli: Cli, prepared: Prepared, arguments: list[str], exit_code: int, message: str
 ) -> None:
     before = prepared.store.live()
     ended = cli("erase", *arguments, *prepared.options)
     assert ended.exit_code == exit_code
-    assert said in ended.stderr
+    assert message in ended.stderr
     assert ended.stdout == ""
     assert prepared.store.live() == before
 
 
-def test_a_store_that_is_away_is_exit_3(cli: Cli) -> None:
+def test_an_unreachable_store_is_exit_3(cli: Cli) -> None:
     ended = cli("erase", "list", "--redis-url", "redis://127.0.0.1:1/0", "--name", "news")
     assert ended.exit_code == 3
     assert "Redis cannot be reached" in ended.stderr
 
 
-def test_a_redis_url_that_is_none_is_exit_3_and_keeps_its_password(cli: Cli) -> None:
+def test_an_invalid_redis_url_is_exit_3_and_its_password_is_not_shown(cli: Cli) -> None:
     ended = cli("erase", "list", "--redis-url", "http://user:s3cret@host", "--name", "news")
     assert ended.exit_code == 3
     assert "s3cret" not in ended.stderr
 
 
-def test_the_audit_names_every_change_newest_first(cli: Cli, prepared: Prepared) -> None:
+def test_the_audit_lists_changes_newest_first(cli: Cli, prepared: Prepared) -> None:
     cli("erase", "on", "World", "--reason", "first", *prepared.options)
     cli("ranges", "activate", prepared.last_only, *prepared.options)
     entries = cli("audit", "--json", *prepared.options).json
@@ -137,7 +137,7 @@ def test_the_audit_names_every_change_newest_first(cli: Cli, prepared: Prepared)
     assert cli("audit", "--limit", 0, *prepared.options).exit_code == 2
 
 
-def test_nothing_was_ever_changed(cli: Cli, redis_client: redis.Redis) -> None:
+def test_an_empty_audit_is_no_error(cli: Cli, redis_client: redis.Redis) -> None:
     assert isinstance(redis_client, EmbeddedRedis)
     ended = cli("audit", "--redis-url", redis_client.url, "--name", f"never-{uuid.uuid4().hex}")
     assert (ended.exit_code, ended.stdout) == (0, "")

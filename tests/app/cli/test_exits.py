@@ -1,4 +1,4 @@
-"""Exit codes: every expected error has one, and only those."""
+"""Every expected error has an exit code, and no other error has."""
 
 import pkgutil
 from importlib import import_module
@@ -17,12 +17,12 @@ def test_every_named_class_exists() -> None:
         assert issubclass(getattr(import_module(module), kind), BaseException), name
 
 
-def test_every_meaning_is_used_or_ok() -> None:
+def test_every_documented_code_is_used() -> None:
     assert set(EXIT_CODES.values()) | {0} == set(MEANINGS)
 
 
 def test_every_error_of_store_and_workers_has_an_exit_code() -> None:
-    """A new kind of error must be entered in the table, or its users get a traceback."""
+    """An error without an exit code would show users a traceback."""
     modules = [errors] + [
         import_module(found.name) for found in pkgutil.walk_packages(workers.__path__, "workers.") if not found.ispkg
     ]
@@ -48,5 +48,5 @@ def test_every_error_of_store_and_workers_has_an_exit_code() -> None:
         (ValueError("a bug"), None),
     ],
 )
-def test_the_nearest_class_decides(error: BaseException, code: int | None) -> None:
+def test_the_nearest_class_decides_the_exit_code(error: BaseException, code: int | None) -> None:
     assert exit_code_of(error) == code

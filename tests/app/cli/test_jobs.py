@@ -10,7 +10,7 @@ import pytest
 import redis
 import torch
 import typer
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
 
 from app.cli import options
 from app.reports import list_reports
@@ -41,7 +41,7 @@ def held_out(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return write_jsonl(tmp_path_factory.mktemp("data") / "test.jsonl", labelled_texts(40, seed=2))
 
 
-def test_fit_publishes_and_activates_what_it_says(
+def test_fit_publishes_and_activates_the_range_set_that_it_reports(
     cli: Cli, tiny: Path, corpus: Path, redis_client: redis.Redis, tmp_path: Path
 ) -> None:
     assert isinstance(redis_client, EmbeddedRedis)
@@ -53,11 +53,11 @@ def test_fit_publishes_and_activates_what_it_says(
     assert "fitting: 80/80 rows" in ended.stderr
     store = RangeStore(redis_client, name)
     (published,) = store.list()
-    said = ended.json
-    assert (said["id"], said["model"], said["activated"]) == (published.id, name, True)
-    assert (said["layers"], said["rankings"]) == ([0, 2], ["max"])
-    assert said["counts"] == published.provenance.corpus.counts
-    assert said["generation"] == store.live().generation
+    reported = ended.json
+    assert (reported["id"], reported["model"], reported["activated"]) == (published.id, name, True)
+    assert (reported["layers"], reported["rankings"]) == ([0, 2], ["max"])
+    assert reported["counts"] == published.provenance.corpus.counts
+    assert reported["generation"] == store.live().generation
     assert store.live().range_set == published.id
     assert not list((tmp_path / "fits").iterdir())  # the checkpoint is gone with the fit
 
@@ -68,7 +68,7 @@ def test_fit_publishes_and_activates_what_it_says(
     assert "neuronlens ranges activate" in again.stderr
 
 
-def test_fit_takes_other_field_names_and_a_label_map(cli: Cli, tiny: Path, tmp_path: Path) -> None:
+def test_fit_reads_other_field_names_and_a_label_map(cli: Cli, tiny: Path, tmp_path: Path) -> None:
     with (tmp_path / "rows.csv").open("w", newline="") as stream:
         csv.writer(stream).writerows(
             [("body", "kind"), *((text, label.upper()) for text, label in labelled_texts(30, 3))]
@@ -84,7 +84,7 @@ def test_fit_takes_other_field_names_and_a_label_map(cli: Cli, tiny: Path, tmp_p
 
 
 @pytest.mark.parametrize(
-    ("arguments", "exit_code", "said"),
+    ("arguments", "exit_code", "message"),
     [
         (["--layer", "3"], 2, "3 blocks"),
         (["--layer", "x"], 2, "'x' is not a block"),
@@ -97,18 +97,18 @@ def test_fit_takes_other_field_names_and_a_label_map(cli: Cli, tiny: Path, tmp_p
         (["--redis-url", "redis://127.0.0.1:1"], 3, "Redis cannot be reached"),
     ],
 )
-def test_a_fit_that_cannot_be_done_publishes_nothing(
-    cli: Cli, tiny: Path, corpus: Path, tmp_path: Path, arguments: list[str], exit_code: int, said: str
+def test_an_invalid_fit_reports_why_and_publishes_nothing(
+    cli: Cli, tiny: Path, corpus: Path, tmp_path: Path, arguments: list[str], exit_code: int, message: str
 ) -> None:
     place = ["--data-dir", tmp_path, "--name", "none"]
     ended = cli("fit", "--model", tiny, "--data", corpus, *place, *arguments)
     assert ended.exit_code == exit_code
-    assert said in ended.stderr
+    assert message in ended.stderr
     assert ended.stdout == ""
     assert cli("ranges", "list", "--json", *place).json == []
 
 
-def test_train_makes_a_checkpoint_that_evaluate_measures(
+def test_train_writes_a_checkpoint_that_evaluate_measures(
     cli: Cli, tiny: Path, corpus: Path, held_out: Path, tmp_path: Path
 ) -> None:
     made, out = tmp_path / "made", tmp_path / "out"
@@ -116,18 +116,18 @@ def test_train_makes_a_checkpoint_that_evaluate_measures(
     trained = cli(*train, "--eval-data", held_out, "--threads", "1", "--json")
     assert trained.exit_code == 0
     assert trained.json["rows"] == 60
-    assert 0 <= trained.json["accuracy"] <= 1
+    assert trained.json["accuracy"] == pytest.approx(accuracy_of(made, held_out))
     assert trained.json["out"] == str(made)
     assert (made / "model.safetensors").is_file()
-    in_the_way = cli(*train, "--threads", "1")
-    assert in_the_way.exit_code == 2
-    assert "--overwrite" in in_the_way.stderr
+    again = cli(*train, "--threads", "1")
+    assert again.exit_code == 2
+    assert "--overwrite" in again.stderr
 
     evaluate = ["evaluate", "--model", made, "--data", corpus, "--test-data", held_out, "--threads", "1", "--out", out]
     grid = ["--method", "neuron,range", "--top-fraction", "0.3,1.0", "--tau", "1,2.5", "--layer", "all"]
     measured = cli(*evaluate, *grid, "--json")
     assert measured.exit_code == 0
-    # per layer and fraction: neuron masking once, range masking at two τ; each for four targets and their mean
+    # for each layer and fraction: neuron masking, and range masking at two τ; each for four targets and their mean
     assert len(measured.json) == 3 * 2 * 3 * 5
     assert measured.json == json.loads((out / "results.json").read_text())
     assert json.loads((out / "run.json").read_text())["settings"]["top_fractions"] == [0.3, 1.0]
@@ -137,8 +137,21 @@ def test_train_makes_a_checkpoint_that_evaluate_measures(
     assert [line.split()[0] for line in table[1:]] == ["target", "Sports", "mean"]
 
 
+def accuracy_of(checkpoint: Path, texts: Path) -> float:
+    """The accuracy of a checkpoint, computed with transformers alone."""
+    model = AutoModelForSequenceClassification.from_pretrained(checkpoint).eval()
+    tokenizer = AutoTokenizer.from_pretrained(checkpoint)
+    rows = [json.loads(line) for line in texts.read_text().splitlines()]
+    with torch.inference_mode():
+        logits = model(
+            **tokenizer([row["text"] for row in rows], padding=True, truncation=True, return_tensors="pt")
+        ).logits
+    labels = [model.config.id2label[index] for index in logits.argmax(-1).tolist()]
+    return sum(label == row["label"] for label, row in zip(labels, rows, strict=True)) / len(rows)
+
+
 @pytest.mark.parametrize(
-    ("arguments", "said"),
+    ("arguments", "message"),
     [
         (["--top-fraction", "0.3,x"], "--top-fraction: 'x' is not a number"),
         (["--method", "rnage"], "'rnage' is not one of neuron, range"),
@@ -147,20 +160,20 @@ def test_train_makes_a_checkpoint_that_evaluate_measures(
         (["--out", "{file}"], "is a file"),
     ],
 )
-def test_an_evaluation_that_cannot_be_done_says_why(
-    cli: Cli, tiny: Path, corpus: Path, held_out: Path, tmp_path: Path, arguments: list[str], said: str
+def test_an_invalid_evaluation_reports_why(
+    cli: Cli, tiny: Path, corpus: Path, held_out: Path, tmp_path: Path, arguments: list[str], message: str
 ) -> None:
-    usual = ["evaluate", "--model", tiny, "--data", corpus, "--test-data", held_out, "--out", tmp_path / "out"]
-    ended = cli(*usual, *(each.format(file=corpus) for each in arguments))
+    evaluate = ["evaluate", "--model", tiny, "--data", corpus, "--test-data", held_out, "--out", tmp_path / "out"]
+    ended = cli(*evaluate, *(each.format(file=corpus) for each in arguments))
     assert ended.exit_code == 2
-    assert said in ended.stderr
+    assert message in ended.stderr
     assert not (tmp_path / "out").exists()
 
 
-def test_a_new_language_model_is_trained_served_with_ranges_and_measured(
+def test_a_new_language_model_is_trained_fitted_and_evaluated(
     cli: Cli, corpus: Path, held_out: Path, redis_client: redis.Redis, tmp_path: Path
 ) -> None:
-    """The label-token kind, and an evaluation of ranges that are published already."""
+    """A label-token classifier, and an evaluation of ranges that are already published."""
     assert isinstance(redis_client, EmbeddedRedis)
     made = tmp_path / "made"
     sizes = ["--layers", "2", "--hidden", "32", "--vocabulary", "400"]
@@ -196,15 +209,15 @@ def test_a_new_language_model_is_trained_served_with_ranges_and_measured(
     assert "not on the model in use" in foreign.stderr
 
 
-def test_a_prompted_language_model_is_measured_with_perplexity(
+def test_a_prompted_language_model_is_evaluated_with_perplexity(
     cli: Cli, corpus: Path, held_out: Path, tmp_path: Path
 ) -> None:
     source = save_language_model("gpt2", tmp_path / "lm")
     (tmp_path / "tiny.json").write_text(json.dumps(TEMPLATE))
     evaluate = ["evaluate", "--model", source, "--data", corpus, "--test-data", held_out, "--threads", "1"]
-    usual = [*evaluate, "--template", tmp_path / "tiny.json", "--max-rows", "40", "--max-test-rows", "12"]
+    prompted = [*evaluate, "--template", tmp_path / "tiny.json", "--max-rows", "40", "--max-test-rows", "12"]
     grid = ["--top-fraction", "0.3,1", "--target", "Sports"]
-    measured = cli(*usual, *grid, "--perplexity", "--out", tmp_path / "out", "--json")
+    measured = cli(*prompted, *grid, "--perplexity", "--out", tmp_path / "out", "--json")
     assert measured.exit_code == 0, measured.stderr
     assert {row["base_perplexity"] for row in measured.json} == {measured.json[0]["base_perplexity"]}
     lm, tokenizer = AutoModelForCausalLM.from_pretrained(source).eval(), AutoTokenizer.from_pretrained(source)
@@ -221,31 +234,31 @@ def test_a_prompted_language_model_is_measured_with_perplexity(
     refused = cli(*evaluate, "--template", "ag_news", "--perplexity", "--out", tmp_path / "other")
     assert refused.exit_code == 2
     bert = save_tiny("bert", tmp_path / "bert")
-    no_language = cli(
+    classifier = cli(
         "evaluate", "--model", bert, "--data", corpus, "--test-data", held_out, "--perplexity", "--out", tmp_path / "no"
     )
-    assert no_language.exit_code == 2
-    assert "pretrained language models" in no_language.stderr
+    assert classifier.exit_code == 2
+    assert "pretrained language models" in classifier.stderr
 
 
-def test_settings_are_chosen_on_texts_that_are_named_or_kept(
+def test_settings_are_selected_on_given_or_held_out_texts(
     cli: Cli, tiny: Path, corpus: Path, held_out: Path, tmp_path: Path
 ) -> None:
     evaluate = ["evaluate", "--model", tiny, "--data", corpus, "--test-data", held_out, "--threads", "1"]
-    grid = ["--top-fraction", "0.3,1.0", "--out", tmp_path / "kept"]
-    kept = cli(*evaluate, *grid)
-    assert kept.exit_code == 0, kept.stderr
-    assert "chosen for range masking out of 2" in kept.stdout
-    run = json.loads((tmp_path / "kept" / "run.json").read_text())
+    grid = ["--top-fraction", "0.3,1.0", "--out", tmp_path / "split"]
+    split = cli(*evaluate, *grid)
+    assert split.exit_code == 0, split.stderr
+    assert "chosen for range masking out of 2" in split.stdout
+    run = json.loads((tmp_path / "split" / "run.json").read_text())
     assert (run["range_set"]["corpus"]["rows"], run["selection"]["rows"]) == (72, 8)
-    named = write_jsonl(tmp_path / "choose.jsonl", labelled_texts(20, seed=9))
-    cli(*evaluate, *grid[:-1], tmp_path / "named", "--select-on", named)
-    run = json.loads((tmp_path / "named" / "run.json").read_text())
+    given = write_jsonl(tmp_path / "choose.jsonl", labelled_texts(20, seed=9))
+    cli(*evaluate, *grid[:-1], tmp_path / "given", "--select-on", given)
+    run = json.loads((tmp_path / "given" / "run.json").read_text())
     assert (run["range_set"]["corpus"]["rows"], run["selection"]["rows"]) == (80, 20)
     assert run["selection"]["name"] == "choose.jsonl"
 
 
-def test_a_data_set_by_name_needs_no_label_map(cli: Cli, corpus: Path, held_out: Path, tmp_path: Path) -> None:
+def test_a_known_data_set_needs_no_label_map(cli: Cli, corpus: Path, held_out: Path, tmp_path: Path) -> None:
     model = save_tiny("bert", tmp_path / "tiny", labels=("World", "Sports", "Business", "Sci/Tech"))
     files = ["--data", corpus, "--test-data", held_out, "--threads", "1"]
     measured = cli("evaluate", "--model", model, "--dataset", "ag_news", *files, "--out", tmp_path / "out", "--json")
@@ -272,26 +285,26 @@ def test_a_sweep_can_be_written_with_an_ellipsis(text: str, numbers: tuple[float
 
 
 @pytest.mark.parametrize("text", ["…,1.0", "0.1,…", "0.5,…,0.1", "0.1,…,…,1", "0.00001,…,1"])
-def test_an_ellipsis_that_leads_nowhere_is_an_error(text: str) -> None:
+def test_an_invalid_ellipsis_is_rejected(text: str) -> None:
     with pytest.raises(typer.BadParameter, match="…"):
         options.fractions(text)
 
 
-def test_layers_are_groups() -> None:
+def test_layers_are_grouped_by_plus_signs() -> None:
     assert options.layer_groups("-1, 0+2,1") == ((-1,), (0, 2), (1,))
     assert options.layer_groups("all") == "all"
     with pytest.raises(typer.BadParameter, match="4\\+5"):
         options.layer_groups("4+")
 
 
-def test_without_out_a_report_lies_where_a_server_looks_and_the_same_command_goes_on_there(
+def test_reports_go_to_the_data_directory_one_per_command(
     cli: Cli, tiny: Path, corpus: Path, held_out: Path, tmp_path: Path
 ) -> None:
     evaluate = ["evaluate", "--model", tiny, "--data", corpus, "--test-data", held_out, "--threads", "1"]
-    usual = [*evaluate, "--data-dir", tmp_path, "--max-test-rows", "20", "--resamples", "0"]
-    assert cli(*usual).exit_code == 0
-    assert cli(*usual).exit_code == 0
+    command = [*evaluate, "--data-dir", tmp_path, "--max-test-rows", "20", "--resamples", "0"]
+    for _ in range(2):
+        assert cli(*command).exit_code == 0
     (first,) = list_reports(tmp_path / "reports")
     assert (first.state, first.run and first.run.model.id) == ("complete", tiny.name)
-    assert cli(*usual, "--method", "range").exit_code == 0
-    assert len(list_reports(tmp_path / "reports")) == 2, "another command is another report"
+    assert cli(*command, "--method", "range").exit_code == 0
+    assert len(list_reports(tmp_path / "reports")) == 2

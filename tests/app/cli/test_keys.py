@@ -12,7 +12,7 @@ from range_store.embedded import connect
 from tests.app.cli.conftest import Cli
 
 
-def test_a_key_is_shown_once_and_then_never(cli: Cli, tmp_path: Path) -> None:
+def test_a_key_is_shown_only_when_it_is_created(cli: Cli, tmp_path: Path) -> None:
     where = ("--data-dir", tmp_path)
     empty = cli("keys", "list", *where)
     assert "whoever reaches a server may call it" in empty.stdout
@@ -36,7 +36,7 @@ def test_a_key_is_shown_once_and_then_never(cli: Cli, tmp_path: Path) -> None:
     assert "sha256" not in again.json
 
 
-def test_a_revoked_key_is_listed_only_when_asked_for(cli: Cli, tmp_path: Path) -> None:
+def test_revoked_keys_are_listed_with_all_only(cli: Cli, tmp_path: Path) -> None:
     where = ("--data-dir", tmp_path)
     cli("keys", "create", "shop", "--scope", "infer,read", "--expires-in", "30d", "--rate-limit", "5/minute", *where)
     revoked = cli("keys", "revoke", "shop", *where)
@@ -50,7 +50,7 @@ def test_a_revoked_key_is_listed_only_when_asked_for(cli: Cli, tmp_path: Path) -
 
 
 @pytest.mark.parametrize(
-    ("arguments", "code", "says"),
+    ("arguments", "code", "message"),
     [
         (("create", "a"), 2, "--scope"),
         (("create", "a", "--scope", "root"), 2, "infer, read, admin"),
@@ -60,19 +60,21 @@ def test_a_revoked_key_is_listed_only_when_asked_for(cli: Cli, tmp_path: Path) -
         (("revoke", "nobody"), 4, "keys list"),
     ],
 )
-def test_errors_say_what_to_do(cli: Cli, tmp_path: Path, arguments: tuple[str, ...], code: int, says: str) -> None:
+def test_an_invalid_command_reports_why_and_changes_nothing(
+    cli: Cli, tmp_path: Path, arguments: tuple[str, ...], code: int, message: str
+) -> None:
     ended = cli("keys", *arguments, "--data-dir", tmp_path)
     assert ended.exit_code == code
-    assert says in ended.stderr
+    assert message in ended.stderr
     assert cli("keys", "list", "--json", "--data-dir", tmp_path).json == {"in_force": False, "keys": []}
 
 
-def test_a_store_that_is_away(cli: Cli, tmp_path: Path) -> None:
+def test_an_unreachable_store_is_exit_3(cli: Cli, tmp_path: Path) -> None:
     ended = cli("keys", "list", "--redis-url", f"unix://{tmp_path}/no.sock")
     assert ended.exit_code == 3
 
 
-def test_what_a_server_says_to_fit_with_leads_to_its_own_model_and_store(tmp_path: Path) -> None:
+def test_the_suggested_fit_command_names_the_model_and_the_store(tmp_path: Path) -> None:
     usual = Settings()
     assert fit_command(usual, "my/model", "model") == "neuronlens fit --model my/model --data FILE --activate"
     own = fit_command(Settings(data_dir=tmp_path / "a place"), "my/model", "news")
@@ -80,16 +82,16 @@ def test_what_a_server_says_to_fit_with_leads_to_its_own_model_and_store(tmp_pat
     assert shlex.split(own)[-2:] == ["--data-dir", str(tmp_path / "a place")]
 
 
-def test_an_open_host_needs_keys(cli: Cli, tmp_path: Path) -> None:
+def test_an_open_host_requires_keys(cli: Cli, tmp_path: Path) -> None:
     arguments = ("serve", "--model", tmp_path / "none", "--host", "0.0.0.0", "--port", "0", "--data-dir", tmp_path)
     refused = cli(*arguments)
     assert refused.exit_code == 2
     assert f"keys create NAME --scope infer --data-dir {tmp_path}" in refused.stderr
     cli("keys", "create", "app", "--scope", "infer", "--data-dir", tmp_path)
-    assert "no API key" not in cli(*arguments).stderr  # it goes on to the model, which is not there
+    assert "no API key" not in cli(*arguments).stderr  # fails at the model, which does not exist
 
 
-def test_an_open_host_whose_store_is_away_is_closed_until_keys_are_known(cli: Cli, tmp_path: Path) -> None:
+def test_an_open_host_with_an_unreachable_store_rejects_every_call(cli: Cli, tmp_path: Path) -> None:
     url = f"unix://{tmp_path}/no.sock"
     ended = cli("serve", "--model", tmp_path / "none", "--host", "0.0.0.0", "--port", "0", "--redis-url", url)
     assert "every call is refused until" in ended.stderr

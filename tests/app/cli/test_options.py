@@ -1,4 +1,4 @@
-"""Comma lists, replacements and durations: what goes in comes out, and everything else is an error that says why."""
+"""Comma lists, replacements and durations are read exactly or rejected with the reason."""
 
 import pytest
 import typer
@@ -14,7 +14,7 @@ ENTRIES = st.text(st.characters(exclude_categories=("Cs", "Cc")), min_size=1).ma
 
 
 @given(st.lists(ENTRIES, min_size=1, unique=True))
-def test_any_names_survive_a_comma_list(names: list[str]) -> None:
+def test_any_names_can_be_quoted_in_a_comma_list(names: list[str]) -> None:
     written = ",".join('"' + name.replace('"', '""') + '"' for name in names)
     assert options.words(written, "--target") == tuple(names)
 
@@ -25,7 +25,7 @@ def test_fractions_are_read_exactly(values: list[float]) -> None:
 
 
 @pytest.mark.parametrize(
-    ("text", "said"),
+    ("text", "message"),
     [
         ("0.3,x", "'x' is not a number"),
         ("0.3,,1", "empty entry"),
@@ -38,8 +38,8 @@ def test_fractions_are_read_exactly(values: list[float]) -> None:
         ("-0.3", "out of bounds"),
     ],
 )
-def test_fractions_that_are_none_say_why(text: str, said: str) -> None:
-    with pytest.raises(typer.BadParameter, match=said) as raised:
+def test_invalid_fractions_report_why(text: str, message: str) -> None:
+    with pytest.raises(typer.BadParameter, match=message) as raised:
         options.fractions(text)
     assert "--top-fraction" in raised.value.format_message()
 
@@ -49,7 +49,7 @@ def test_layers_are_read_exactly(values: list[int]) -> None:
     assert options.layers(",".join(map(str, values))) == tuple(values)
 
 
-def test_layers_take_all_and_refuse_what_is_no_block() -> None:
+def test_layers_are_all_or_different_blocks() -> None:
     assert options.layers(" all ") == "all"
     with pytest.raises(typer.BadParameter, match="'last' is not a block"):
         options.layers("4,last")
@@ -57,30 +57,30 @@ def test_layers_take_all_and_refuse_what_is_no_block() -> None:
         options.layers("4,4")
 
 
-def test_choices_name_those_that_there_are() -> None:
+def test_an_invalid_choice_lists_the_valid_ones() -> None:
     assert options.choices("selectivity, max", "--ranking", RANKINGS) == ("selectivity", "max")
     with pytest.raises(typer.BadParameter, match="'best' is not one of max, probe, probeless"):
         options.choices("max,best", "--ranking", RANKINGS)
 
 
-def test_taus_may_be_zero_but_not_less() -> None:
+def test_taus_are_zero_or_more() -> None:
     assert options.taus("0,2.5") == (0.0, 2.5)
     with pytest.raises(typer.BadParameter, match="from 0 up"):
         options.taus("-1")
 
 
 @given(st.floats(0, 1))
-def test_damping_is_read_exactly(factor: float) -> None:
+def test_damping_factors_are_read_exactly(factor: float) -> None:
     assert options.replacement(f"damp:{factor!r}") == Damp(damp=factor)
 
 
 @pytest.mark.parametrize("text", ["", "Zero", "damp", "damp:", "damp:2", "damp:x", "damp:-0.1", "mean:1"])
-def test_replacements_that_are_none_are_refused(text: str) -> None:
+def test_invalid_replacements_are_rejected(text: str) -> None:
     with pytest.raises(typer.BadParameter):
         options.replacement(text)
 
 
-def test_durations() -> None:
+def test_durations_have_one_unit() -> None:
     assert [duration(text) for text in ("90", "90s", "1.5m", "2h", "1d")] == [90, 90, 90, 7200, 86400]
     for text in ("", "soon", "-1", "0", "5 minutes", "1h30m"):
         with pytest.raises(typer.BadParameter, match="no duration"):
@@ -98,16 +98,16 @@ def test_durations() -> None:
         (("--ray=host:6379",), "host:6379", None),
     ],
 )
-def test_ray_may_stand_alone_or_have_an_address(given: tuple[str, ...], ray: str | None, rest: str | None) -> None:
-    said: list[object] = []
+def test_the_address_of_ray_is_optional(given: tuple[str, ...], ray: str | None, rest: str | None) -> None:
+    parsed: list[object] = []
     app = typer.Typer()
 
     @app.command(cls=options.RayCommand)
     def command(ray: options.Ray = None, data: options.Data = None) -> None:
-        said.extend((ray, data))
+        parsed.extend((ray, data))
 
     ended = CliRunner().invoke(app, given)
     assert ended.exit_code == 0, ended.output
-    assert said == [ray, rest]
+    assert parsed == [ray, rest]
     assert "--ray" in CliRunner().invoke(app, ["--help"]).output
     assert "[ADDRESS]" in CliRunner().invoke(app, ["--help"]).output

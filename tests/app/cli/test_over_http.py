@@ -1,4 +1,4 @@
-"""`ranges` and `erase` through a running server: the same commands, the same results."""
+"""`ranges`, `erase` and `audit` through a running server give the same results as on the store."""
 
 import threading
 from collections.abc import Iterator
@@ -27,7 +27,7 @@ from workers.models.loading import load_model
 
 @dataclass(frozen=True)
 class Server:
-    """A running server's URL, its store, and two range sets of it: all layers (active), and the last alone."""
+    """A running server, its store and two range sets: `whole` of all layers, which is active, and `last_only`."""
 
     url: str
     store: RangeStore
@@ -80,7 +80,7 @@ def test_the_audit_is_the_same_through_a_server(cli: Cli, server: Server) -> Non
     assert len(table) == 3
 
 
-def test_an_erasure_goes_on_and_off_as_on_the_store(cli: Cli, server: Server) -> None:
+def test_an_erasure_is_switched_on_and_off(cli: Cli, server: Server) -> None:
     settings = ["--layer", "0,2", "--tau", "1.5", "--replacement", "damp:0.5", "--reason", "incident", "--enforced"]
     on = cli("erase", "on", "Sci/Tech %", *settings, "--expires-in", "1h", "--json", "--url", server.url)
     assert on.exit_code == 0
@@ -97,25 +97,27 @@ def test_an_erasure_goes_on_and_off_as_on_the_store(cli: Cli, server: Server) ->
     assert server.store.audit(1)[0].reason == "over"
 
 
-def test_a_change_is_waited_for_on_the_server_and_on_the_store(cli: Cli, server: Server) -> None:
+def test_a_change_waits_for_all_replicas(cli: Cli, server: Server) -> None:
     redis_url = server.store.client.url  # type: ignore[attr-defined]
-    stranger = "elsewhere:1:ab"
-    server.store.client.hset(server.store.keys.replicas, "since", "0")  # so everybody who lives has reported
+    behind = "elsewhere:1:ab"
+    server.store.client.hset(
+        server.store.keys.replicas, "since", "0"
+    )  # so long ago that every live replica has reported since
     for options in (["--url", server.url], ["--redis-url", redis_url, "--name", server.store.model]):
-        server.store.replicas.report(stranger, "00000000-1", None, seconds=600)
+        server.store.replicas.report(behind, "00000000-1", None, seconds=600)
         late = cli("erase", "on", "World", "--wait", "all", "--wait-seconds", "0.2", *options)
         assert late.exit_code == 3
-        assert live(server).generation in late.stderr, "it is made"
-        assert stranger in late.stderr
+        assert live(server).generation in late.stderr, "the change is made"
+        assert behind in late.stderr
         assert [each.concept for each in live(server).erasures] == ["World"]
-        server.store.replicas.remove(stranger)
-        off = cli("erase", "off", "World", "--wait", "all", "--wait-seconds", "20", "--json", *options)
+        server.store.replicas.remove(behind)
+        off = cli("erase", "off", "World", "--wait", "all", "--wait-seconds", "60", "--json", *options)
         assert off.exit_code == 0, off.stderr
         assert not server.store.replicas.read().missing(off.json["generation"])
     assert cli("erase", "on", "World", "--wait", "some", "--url", server.url).exit_code == 2
 
 
-def test_all_off_is_one_generation(cli: Cli, server: Server) -> None:
+def test_off_all_is_one_change(cli: Cli, server: Server) -> None:
     for concept in ("World", "Sports"):
         cli("erase", "on", concept, "--url", server.url)
     before = live(server)
@@ -138,11 +140,11 @@ def test_range_sets_are_listed_shown_and_activated(cli: Cli, server: Server) -> 
     assert cli("ranges", "activate", server.whole, "--url", server.url).exit_code == 0
 
 
-def test_the_environment_may_name_the_server(cli: Cli, server: Server, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_environment_names_server_and_model(cli: Cli, server: Server, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("NEURONLENS_URL", server.url + "/")
     assert len(cli("ranges", "list", "--json").json) == 2
     monkeypatch.setenv("NEURONLENS_NAME", "other")
-    assert "unknown_model" in cli("ranges", "list").stderr, "the model too"
+    assert "unknown_model" in cli("ranges", "list").stderr
 
 
 @pytest.mark.parametrize(
@@ -156,7 +158,7 @@ def test_the_environment_may_name_the_server(cli: Cli, server: Server, monkeypat
         (["ranges", "activate", ""], 4, "begins several ids"),
     ],
 )
-def test_problems_of_the_server_are_one_line(
+def test_an_error_of_the_server_is_one_line(
     cli: Cli, server: Server, arguments: list[str], exit_code: int, code: str
 ) -> None:
     before = live(server)
@@ -166,20 +168,20 @@ def test_problems_of_the_server_are_one_line(
     assert live(server) == before
 
 
-def test_nobody_there_is_exit_3(cli: Cli) -> None:
+def test_an_unreachable_server_is_exit_3(cli: Cli) -> None:
     ended = cli("erase", "list", "--url", "http://127.0.0.1:1")
     assert ended.exit_code == 3
     assert "is the server running?" in ended.stderr
 
 
 @pytest.mark.parametrize("url", ["127.0.0.1:8000", "ftp://here", "http://", "http://[::1"])
-def test_a_url_that_is_none_is_exit_2(cli: Cli, url: str) -> None:
+def test_an_invalid_url_is_exit_2(cli: Cli, url: str) -> None:
     assert cli("erase", "list", "--url", url).exit_code == 2
 
 
 @pytest.mark.parametrize("body", [b"<html>", b"{}", b"[1]", b""])
 @pytest.mark.parametrize("status", [200, 404, 500])
-def test_a_server_of_something_else_is_told_apart(cli: Cli, status: int, body: bytes) -> None:
+def test_another_kind_of_server_is_recognised(cli: Cli, status: int, body: bytes) -> None:
     class Other(BaseHTTPRequestHandler):
         def do_GET(self) -> None:
             self.send_response(status)

@@ -18,7 +18,7 @@ def test_list_is_newest_first_and_marks_the_active_one(cli: Cli, prepared: Prepa
     assert [line.split()[0] for line in lines[1:]] == [prepared.last_only, prepared.whole]
 
 
-def test_show_gives_provenance_by_the_beginning_of_an_id(cli: Cli, prepared: Prepared) -> None:
+def test_show_prints_provenance_for_a_prefix_of_an_id(cli: Cli, prepared: Prepared) -> None:
     shown = cli("ranges", "show", prepared.whole[:12], "--json", *prepared.options).json
     assert shown["id"] == prepared.whole
     assert shown["provenance"] == prepared.store.provenance(prepared.whole).model_dump(mode="json")
@@ -29,7 +29,7 @@ def test_show_gives_provenance_by_the_beginning_of_an_id(cli: Cli, prepared: Pre
     assert cli("ranges", "show", "", *prepared.options).exit_code == 4
 
 
-def test_activate_and_roll_back(cli: Cli, prepared: Prepared) -> None:
+def test_activate_switches_and_rolls_back(cli: Cli, prepared: Prepared) -> None:
     assert cli("ranges", "activate", prepared.last_only, *prepared.options).exit_code == 0
     assert prepared.store.live().range_set == prepared.last_only
     back = cli("ranges", "activate", prepared.whole, "--json", *prepared.options).json
@@ -37,7 +37,7 @@ def test_activate_and_roll_back(cli: Cli, prepared: Prepared) -> None:
     assert prepared.store.live().range_set == prepared.whole
 
 
-def test_activation_that_would_drop_an_erasure_needs_force(cli: Cli, prepared: Prepared) -> None:
+def test_an_activation_that_drops_an_erasure_requires_force(cli: Cli, prepared: Prepared) -> None:
     prepared.store.set_erasure(LiveErasure(erasure=Erasure(concept="World", layers=(0,))))
     refused = cli("ranges", "activate", prepared.last_only, *prepared.options)
     assert refused.exit_code == 4
@@ -48,7 +48,7 @@ def test_activation_that_would_drop_an_erasure_needs_force(cli: Cli, prepared: P
     assert prepared.store.live().erasures == ()
 
 
-def test_export_and_import_carry_a_range_set_to_another_store(cli: Cli, prepared: Prepared, tmp_path: Path) -> None:
+def test_export_and_import_copy_a_range_set_to_another_store(cli: Cli, prepared: Prepared, tmp_path: Path) -> None:
     file = tmp_path / "ranges.safetensors"
     assert cli("ranges", "export", prepared.whole, file, *prepared.options).exit_code == 0
     other = ("--data-dir", tmp_path / "other")
@@ -61,7 +61,7 @@ def test_export_and_import_carry_a_range_set_to_another_store(cli: Cli, prepared
     assert (live["range_set"], live["generation"]) == (prepared.whole, activated["generation"])
 
 
-def test_export_overwrites_only_when_told_to(cli: Cli, prepared: Prepared, tmp_path: Path) -> None:
+def test_export_overwrites_with_overwrite_only(cli: Cli, prepared: Prepared, tmp_path: Path) -> None:
     file = tmp_path / "kept.safetensors"
     file.write_text("mine")
     assert cli("ranges", "export", prepared.whole, file, *prepared.options).exit_code == 4
@@ -70,7 +70,7 @@ def test_export_overwrites_only_when_told_to(cli: Cli, prepared: Prepared, tmp_p
     assert cli("ranges", "export", prepared.whole, tmp_path / "no" / "x", *prepared.options).exit_code == 2
 
 
-def test_import_of_something_else_is_refused(cli: Cli, prepared: Prepared, tmp_path: Path) -> None:
+def test_import_rejects_a_damaged_file(cli: Cli, prepared: Prepared, tmp_path: Path) -> None:
     file = tmp_path / "ranges.safetensors"
     prepared.store.export(prepared.whole, file)
     data = bytearray(file.read_bytes())
@@ -82,7 +82,7 @@ def test_import_of_something_else_is_refused(cli: Cli, prepared: Prepared, tmp_p
     assert cli("ranges", "import", tmp_path / "none", *prepared.options).exit_code == 2
 
 
-def test_remove_takes_all_but_the_active_one(cli: Cli, prepared: Prepared) -> None:
+def test_remove_rejects_the_active_range_set(cli: Cli, prepared: Prepared) -> None:
     active = cli("ranges", "remove", prepared.whole, *prepared.options)
     assert active.exit_code == 4
     assert "active" in active.stderr
@@ -90,7 +90,7 @@ def test_remove_takes_all_but_the_active_one(cli: Cli, prepared: Prepared) -> No
     assert [each.id for each in prepared.store.list()] == [prepared.whole]
 
 
-def test_without_a_name_the_only_model_is_meant(cli: Cli, tmp_path: Path) -> None:
+def test_the_name_is_optional_with_one_model(cli: Cli, tmp_path: Path) -> None:
     place = ("--data-dir", tmp_path)
     none = cli("ranges", "list", *place)
     assert none.exit_code == 4
@@ -113,12 +113,12 @@ def write(file: Path, seed: int) -> None:
 
 
 @pytest.mark.parametrize("command", [["export", "abc", "x"], ["remove", "abc"]])
-def test_what_has_no_http_route_says_so(cli: Cli, command: list[str]) -> None:
+def test_commands_without_an_http_route_reject_a_url(cli: Cli, command: list[str]) -> None:
     ended = cli("ranges", *command, "--url", "http://127.0.0.1:1")
     assert ended.exit_code == 2
     assert "no HTTP route" in ended.stderr
 
 
-def test_a_server_and_a_store_at_once_is_a_question(cli: Cli) -> None:
+def test_url_and_redis_url_exclude_each_other(cli: Cli) -> None:
     ended = cli("ranges", "list", "--url", "http://127.0.0.1:1", "--redis-url", "redis://127.0.0.1:1")
     assert ended.exit_code == 2
