@@ -326,7 +326,7 @@ def test_cancelled_evaluation_resumes_to_the_same_result(
     settings = EvaluationSettings(batch_tokens=150, top_fractions=(0.3, 1.0))
     whole = evaluate(model, range_set, held_out, settings)
     grid_of = list(grid(settings, settings.resolved_layers(3), range_set.concepts))
-    told: list[MeasureProgress] = []
+    first_run: list[MeasureProgress] = []
     with pytest.raises(MeasureCancelled):
         measure(
             model,
@@ -336,8 +336,8 @@ def test_cancelled_evaluation_resumes_to_the_same_result(
             settings,
             checkpoint_dir=tmp_path,
             checkpoint_seconds=0,
-            progress=told.append,
-            cancelled=lambda: len(told) == 3,
+            progress=first_run.append,
+            cancelled=lambda: len(first_run) == 3,
         )
     resumed: list[MeasureProgress] = []
     again = evaluate(
@@ -348,7 +348,7 @@ def test_cancelled_evaluation_resumes_to_the_same_result(
         checkpoint_dir=tmp_path,
         progress=lambda what, now: resumed.append(now),
     )
-    assert 0 < resumed[0].resumed_rows <= told[-1].rows_done
+    assert 0 < resumed[0].resumed_rows <= first_run[-1].rows_done
     assert repr(again.rows) == repr(whole.rows)
     assert len(again.checkpoints) == 1
     again.discard_checkpoints()

@@ -102,7 +102,7 @@ def test_id_depends_on_the_settings_only(tiny: Tiny, corpus: Corpus) -> None:
 def test_cancelled_fit_resumes_where_it_stopped(tiny: Tiny, corpus: Corpus, tmp_path: Path) -> None:
     model = tiny("bert")
     whole = fit(model, corpus, layers="all", bins=16)
-    told: list[FitProgress] = []
+    progress: list[FitProgress] = []
     seen: list[int] = []
 
     def in_the_second_block() -> bool:
@@ -120,9 +120,9 @@ def test_cancelled_fit_resumes_where_it_stopped(tiny: Tiny, corpus: Corpus, tmp_
             cancelled=in_the_second_block,
         )
     assert len(list(tmp_path.iterdir())) == 1
-    resumed = fit(model, corpus, layers="all", bins=16, checkpoint_dir=tmp_path, progress=told.append)
-    assert told[0].resumed_rows > 0
-    assert told[-1].rows_done == ROWS
+    resumed = fit(model, corpus, layers="all", bins=16, checkpoint_dir=tmp_path, progress=progress.append)
+    assert progress[0].resumed_rows > 0
+    assert progress[-1].rows_done == ROWS
     assert resumed.range_set.id == whole.range_set.id
     resumed.discard_checkpoint()
     assert list(tmp_path.iterdir()) == []
@@ -140,9 +140,9 @@ def test_damaged_checkpoint_is_ignored(tiny: Tiny, corpus: Corpus, tmp_path: Pat
 def test_checkpoint_of_other_settings_is_ignored(tiny: Tiny, corpus: Corpus, tmp_path: Path) -> None:
     model = tiny("bert")
     fit(model, corpus, bins=16, checkpoint_dir=tmp_path, checkpoint_seconds=0)
-    told: list[FitProgress] = []
-    fit(model, corpus, bins=18, checkpoint_dir=tmp_path, progress=told.append)
-    assert told[0].resumed_rows == 0
+    progress: list[FitProgress] = []
+    fit(model, corpus, bins=18, checkpoint_dir=tmp_path, progress=progress.append)
+    assert progress[0].resumed_rows == 0
 
 
 DIES_IN_THE_SECOND_BLOCK = """
@@ -207,9 +207,9 @@ def test_unfinished_block_is_resumed(tiny: Tiny, corpus: Corpus, tmp_path: Path)
             cancelled=lambda: len(seen) > 30,
         )
     assert seen[-1] < 1024
-    told: list[FitProgress] = []
-    resumed = fit(model, corpus, bins=16, batch_tokens=500, checkpoint_dir=tmp_path, progress=told.append)
-    assert 0 < told[0].resumed_rows < 1024
+    progress: list[FitProgress] = []
+    resumed = fit(model, corpus, bins=16, batch_tokens=500, checkpoint_dir=tmp_path, progress=progress.append)
+    assert 0 < progress[0].resumed_rows < 1024
     assert bits(resumed) == bits(fit(model, corpus, bins=16, batch_tokens=500))
 
 

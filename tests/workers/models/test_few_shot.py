@@ -238,17 +238,17 @@ def words(ids: list[int]) -> str:
 @families
 def test_greedy_scoring_equals_generate(lms: dict[str, Any], family: str) -> None:
     lm = lms[family]
-    said = [
+    generated = [
         lm.generate(
             torch.tensor([[*PREFIX, *text]]), max_new_tokens=5, min_new_tokens=5, do_sample=False, eos_token_id=None
         )[0, -5:].tolist()
         for text in TEXTS
     ]
-    texts = (f"W{said[0][0]}", words(said[0][:2]), " " + words(said[1]), "never")
+    texts = (f"W{generated[0][0]}", words(generated[0][:2]), " " + words(generated[1]), "never")
     model = few_shot(lm, family, scoring="greedy", decode=words, label_texts=texts)
     found = model.logits(padded())
     folded = [text.strip().casefold() for text in texts]
-    for row, ids in enumerate(said):
+    for row, ids in enumerate(generated):
         matching = [k for k, text in enumerate(folded) if words(ids).startswith(text)]
         expected = torch.full((len(LABELS),), UNSAID)
         if matching:

@@ -22,7 +22,7 @@ from workers.training.scratch import NewModel
 from workers.training.train import TrainingCancelled, TrainProgress, TrainSettings, train
 
 LEARNED = 0.9
-"""Accuracy to reach; every training here reaches 1.0, whatever the tokenizer learns from the texts."""
+"""Accuracy to reach; every training here reached 1.0."""
 
 
 @pytest.fixture(scope="module")
