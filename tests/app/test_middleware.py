@@ -130,13 +130,13 @@ def test_the_timeout_of_a_body_ends_with_the_body() -> None:
 
     async def once() -> None:
         async def receive() -> dict[str, object]:
-            if not asked:
-                asked.append(True)
+            if not received:
+                received.append(True)
                 return {"type": "http.request", "body": b"", "more_body": False}
             await asyncio.sleep(0.05)
             return {"type": "http.disconnect"}
 
-        asked: list[bool] = []
+        received: list[bool] = []
         scope = {"type": "http", "method": "POST", "path": "/", "headers": [], "state": {}}
         await BodyLimit(waiting, 100, 0.01)(scope, receive, None)  # type: ignore[arg-type]
 

@@ -1,4 +1,4 @@
-"""`/tokenize`, which two protocols have: the fields of the body tell which one is meant."""
+"""`/tokenize`, which two protocols have: the fields of the body select one."""
 
 from collections.abc import Callable
 from pathlib import Path

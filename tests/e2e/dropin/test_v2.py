@@ -241,8 +241,10 @@ def test_a_wrong_length_of_the_json_header_is_rejected(server: RunningServer, le
     ],
 )
 def test_malformed_binary_tensors_are_rejected(server: RunningServer, size: Any, raw: bytes) -> None:
-    asked = {"inputs": [{"name": "text", "datatype": "BYTES", "shape": [1], "parameters": {"binary_data_size": size}}]}
-    head = json.dumps(asked).encode()
+    request = {
+        "inputs": [{"name": "text", "datatype": "BYTES", "shape": [1], "parameters": {"binary_data_size": size}}]
+    }
+    head = json.dumps(request).encode()
     headers = {"Inference-Header-Content-Length": str(len(head))}
     reply = server.http.post(f"/v2/models/{server.service.name}/infer", content=head + raw, headers=headers)
     refused(reply, 400, "malformed")
