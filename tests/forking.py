@@ -229,7 +229,8 @@ def _main(listener: socket.socket) -> None:
     signal.signal(signal.SIGCHLD, lambda *_: None)
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the tests
     while True:
-        ready, _, _ = select.select([listener, wake_read, 0], [], [])
+        sources: list[Any] = [listener, wake_read, 0]
+        ready, _, _ = select.select(sources, [], [])
         if 0 in ready:
             return
         if wake_read in ready:

@@ -2,7 +2,6 @@
 
 import json
 import os
-import subprocess
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -23,11 +22,11 @@ SECONDS = 300.0
 
 @pytest.fixture(scope="session")
 def texts(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A directory with files of texts in `news`: `small` and `medium` are fitted in a moment, `long` in seconds."""
+    """A directory with files of texts in `news`, both fitted in a moment."""
     directory = tmp_path_factory.mktemp("texts")
     (directory / "news").mkdir()
-    rows = [(text, "Sci/Tech" if label == "SciTech" else label) for text, label in labelled_texts(2000, seed=3)]
-    for name, found in (("small", rows[:90]), ("medium", rows[:MEDIUM_ROWS]), ("long", 10 * rows)):
+    rows = [(text, "Sci/Tech" if label == "SciTech" else label) for text, label in labelled_texts(MEDIUM_ROWS, seed=3)]
+    for name, found in (("small", rows[:90]), ("medium", rows)):
         write_jsonl(directory / "news" / f"{name}.jsonl", found)
     return directory
 
@@ -36,8 +35,6 @@ SMALL = {"data": "news/small.jsonl", "bins": 16, "rankings": ["max"]}
 MEDIUM_ROWS = 1200
 """More than one block."""
 MEDIUM = SMALL | {"data": "news/medium.jsonl", "layers": "all", "batch_tokens": 1024}
-LONG = {"data": "news/long.jsonl", "bins": 16, "rankings": ["max"], "layers": "all", "batch_tokens": 256}
-"""Small batches make it slow on any machine."""
 HOLD_ROWS = 500
 """Rows after which a fit waits, while it is held."""
 HOLDING = """
@@ -67,21 +64,14 @@ def hold(tmp_path: Path) -> Path:
 @pytest.fixture(autouse=True)
 def forked_fits(monkeypatch: pytest.MonkeyPatch, hold: Path) -> ForkedFits:
     """Servers of this process start fits as forks."""
-    return fork_fits(monkeypatch, HOLDING.format(rows=HOLD_ROWS, hold=str(hold)))
-
-
-def fork_fits(monkeypatch: pytest.MonkeyPatch, code: str = "") -> ForkedFits:
-    """Have the servers of this process start fits as forks, which run `code` first."""
-    forks = ForkedFits(forker().address, code)
+    forks = ForkedFits(forker().address, HOLDING.format(rows=HOLD_ROWS, hold=str(hold)))
     monkeypatch.setattr(fit_process, "subprocess", forks)
     return forks
 
 
 @pytest.fixture
-def fitting(start_server: Callable[..., RunningServer], texts: Path, monkeypatch: pytest.MonkeyPatch) -> RunningServer:
-    """A server that takes fits of those texts; each fit is a fork."""
-    if fit_process.subprocess is subprocess:  # else `forked_fits` has done so
-        fork_fits(monkeypatch)
+def fitting(start_server: Callable[..., RunningServer], texts: Path) -> RunningServer:
+    """A server that takes fits of those texts."""
     return start_server(fit_dirs=[texts], fit_threads=1, fit_niceness=3, fit_device="cpu")
 
 

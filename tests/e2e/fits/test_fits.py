@@ -240,7 +240,7 @@ def test_path_outside_the_fit_directories_is_rejected(idle: RunningServer, outsi
 
 
 def test_invalid_requests_are_rejected_at_once(idle: RunningServer, problem: Problem) -> None:
-    for wrong in (
+    invalid: tuple[dict[str, Any], ...] = (
         {"data": None},
         {"layers": []},
         {"rankings": ["none"]},
@@ -252,7 +252,8 @@ def test_invalid_requests_are_rejected_at_once(idle: RunningServer, problem: Pro
         {"unknown": 1},
         {"batch_tokens": 10**9},
         {"layers": -1},
-    ):
+    )
+    for wrong in invalid:
         problem(idle.http.post("/v1/fits", json=SMALL | wrong), 422, "invalid")
     problem(idle.http.post("/v1/fits", json=SMALL | {"layers": [99]}), 422, "invalid_erasure")
     problem(idle.http.post("/v1/fits", json=SMALL | {"dataset": "none"}), 422, "unusable_data")
