@@ -69,12 +69,12 @@ def mean(demo: Demo, method: str) -> Row:
 
 @pytest.mark.full
 def test_range_masking_removes_the_target_and_spares_the_others(made: Demo) -> None:
-    """The bounds are near the measured values; training is seeded and differs between machines by rounding only."""
-    assert made.accuracy >= 0.85
+    """Training is seeded: other machines round differently, which may change a few of the 212 test texts."""
     ranged, neuron = mean(made, "range"), mean(made, "neuron")
-    assert ranged.delta_acc <= -0.4
-    assert ranged.delta_cacc >= -0.1
-    assert neuron.delta_cacc <= -0.3
+    assert made.accuracy == pytest.approx(0.986, abs=0.02)
+    assert ranged.delta_acc == pytest.approx(-0.67, abs=0.05)
+    assert ranged.delta_cacc == pytest.approx(0.0, abs=0.02)
+    assert neuron.delta_cacc == pytest.approx(-0.736, abs=0.05)
 
 
 def ag_news(split: str, rows: int) -> Corpus:
