@@ -187,5 +187,5 @@ def test_open_event_streams_do_not_delay_the_end(start: Callable[..., HoldingSer
         holding.signal(signal.SIGTERM)
         assert server.command.end() == 0, server.command.stderr
         assert time.monotonic() - began >= delay
-        until(lambda: listener.ended == "whole")
+        until(lambda: listener.ended == "complete")
         assert not any("error" in line.lower() for line in server.command.stderr), server.command.stderr
