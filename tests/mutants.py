@@ -20,6 +20,8 @@ ROOT = Path(__file__).parents[1]
 LEAST_SHARE = 0.85
 KILLED = ("killed", "timeout")
 """A mutant that makes a test hang is noticed like one that makes it fail."""
+NO_VERDICT = 255
+"""Exit status where pytest itself could not run; mutmut counts it among the timeouts."""
 
 
 def run_mutants() -> int:
@@ -48,7 +50,10 @@ def read_verdicts() -> dict[str, dict[str, str]]:
     for module in config().only_mutate:
         data = SourceFileMutationData(path=module)
         data.load()
-        verdicts[module] = {name: status_by_exit_code[code] for name, code in data.exit_code_by_key.items()}
+        verdicts[module] = {
+            name: "not run" if code == NO_VERDICT else status_by_exit_code[code]
+            for name, code in data.exit_code_by_key.items()
+        }
     return verdicts
 
 

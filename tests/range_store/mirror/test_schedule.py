@@ -91,28 +91,26 @@ def test_listening_ends_its_subscription(
 
 
 @pytest.mark.parametrize(
-    ("message", "concerns"),
+    ("kind", "data", "concerns"),
     [
-        ({"type": "subscribe", "data": 1}, True),
-        ({"type": "unsubscribe", "data": 0}, False),
-        ({"type": "message", "data": b'{"model": "another"}'}, False),
-        ({"type": "message", "data": b'{"model": 1}'}, False),
-        ({"type": "message", "data": b'{"model": null}'}, True),
-        ({"type": "message", "data": b"{}"}, True),
-        ({"type": "message", "data": b"[]"}, True),
-        ({"type": "message", "data": b"{"}, True),
-        ({"type": "message", "data": b""}, True),
-        ({"type": "message", "data": b"\xff"}, True),
-        ({"type": "message", "data": "text"}, True),
-        ({"type": "message", "data": '{"model": "another"}'}, True),
-        ({"type": "message", "data": '{"model": "Zoë"}'.encode()}, False),
+        pytest.param("subscribe", 1, True, id="subscribed"),
+        pytest.param("unsubscribe", 0, False, id="unsubscribed"),
+        pytest.param("message", b'{"model": "another"}', False, id="another model"),
+        pytest.param("message", b'{"model": 1}', False, id="a number as the model"),
+        pytest.param("message", '{"model": "Zoë"}'.encode(), False, id="another model beyond ASCII"),
+        pytest.param("message", b'{"model": null}', True, id="any model"),
+        pytest.param("message", b"{}", True, id="no model"),
+        pytest.param("message", b"[]", True, id="a list"),
+        pytest.param("message", b"{", True, id="no JSON"),
+        pytest.param("message", b"", True, id="nothing"),
+        pytest.param("message", b"\xff", True, id="no UTF-8"),
+        pytest.param("message", '{"model": "another"}', True, id="text instead of bytes"),
     ],
-    ids=str,
 )
 def test_message_concerns_the_mirror_unless_it_names_another_model(
-    mirrors: Mirrors, message: dict[str, object], concerns: bool
+    mirrors: Mirrors, kind: str, data: object, concerns: bool
 ) -> None:
-    assert mirrors()._concerns_us(message) is concerns
+    assert mirrors()._concerns_us({"type": kind, "data": data}) is concerns
 
 
 def test_message_about_its_model_concerns_the_mirror(store: RangeStore, mirrors: Mirrors) -> None:

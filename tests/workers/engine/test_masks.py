@@ -281,6 +281,13 @@ def test_only_a_mask_with_a_scale_is_scaled() -> None:
     assert not zero.map(lambda part: part).scaled
 
 
+def test_every_real_token_is_masked_by_default() -> None:
+    table = MaskTable([one_mask(0, 0, always=True)], torch.tensor([0]))
+    result = table(0, torch.ones(1, 3, HIDDEN), batch_of([3], read_last=True))
+    assert table.positions == "all"
+    assert not result.any()
+
+
 def test_maskable_tokens_are_real_or_read() -> None:
     batch = batch_of([1, 3], read_last=True, also_read=True)
     assert maskable(batch, "all").tolist() == [[True, False, False], [True, True, True]]
