@@ -46,7 +46,8 @@ def _gaps(mean: Array) -> Array:
 def _selectivity(counts: npt.NDArray[np.int64], mean: Array, std: Array) -> Array:
     """|μ_c − μ_r| over the pooled within-group deviation, r = all other texts.
 
-    Where the pooled deviation is 0, equal means give 0 and different ones the largest finite number.
+    Where the pooled deviation is 0, equal means give 0 and different ones the largest finite number. Where there are no
+    other texts, μ_r is NaN and so is the result.
     """
     rest_mean = mean_of_others(counts, mean)
     n = counts[:, None].astype(np.float64)
@@ -61,8 +62,7 @@ def _selectivity(counts: npt.NDArray[np.int64], mean: Array, std: Array) -> Arra
     with np.errstate(divide="ignore", invalid="ignore"):
         ratio = gap / pooled
     ratio = np.where((pooled == 0) & (gap == 0), 0.0, ratio)
-    ratio = np.where((pooled == 0) & (gap > 0), np.finfo(np.float64).max, ratio)
-    return np.where(n_rest == 0, np.nan, ratio)
+    return np.where((pooled == 0) & (gap > 0), np.finfo(np.float64).max, ratio)
 
 
 def mean_of_others(counts: npt.NDArray[np.int64], mean: Array) -> Array:

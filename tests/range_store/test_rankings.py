@@ -99,6 +99,12 @@ def test_unknown_statistics_rank_last(ranking: str) -> None:
     assert np.isfinite(np.delete(found, 2, axis=1)).all(), "other neurons are as they were"
 
 
+def test_unknown_deviation_is_not_selective_even_with_equal_means() -> None:
+    counts, mean, std = np.array([2, 2]), np.ones((2, 2)), np.array([[np.nan, 1.0], [1.0, 1.0]])
+    found = saliency("selectivity", counts, mean, std, mean)
+    assert found[0].tolist() == [-np.inf, 0.0]
+
+
 @given(raw_states(min_concepts=2))
 def test_mean_of_others_weights_every_text_once(states: Texts) -> None:
     counts, mean, _, _ = statistics(states)
