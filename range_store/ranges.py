@@ -39,8 +39,9 @@ def overlap_coefficient(
 
     A point inside the other interval counts as wholly overlapped; an empty range overlaps nothing.
     """
-    shared = np.minimum(high, other_high) - np.maximum(low, other_low)
-    shorter = np.minimum(high - low, other_high - other_low)
-    with np.errstate(divide="ignore", invalid="ignore"):
+    with np.errstate(divide="ignore", invalid="ignore", over="ignore"):
+        shared = np.minimum(high, other_high) - np.maximum(low, other_low)
+        shorter = np.minimum(high - low, other_high - other_low)
         ratio = np.where(shorter > 0, shared / shorter, np.where(shared >= 0, 1.0, 0.0))
+    ratio = np.where(shared == np.inf, 1.0, ratio)  # τ is so large that both ranges hold every value
     return np.maximum(ratio, 0.0)  # disjoint ranges share a negative length, and so does an empty one with any other

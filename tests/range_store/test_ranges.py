@@ -100,3 +100,11 @@ def test_overlap_is_relative_to_the_shorter_range() -> None:
     assert overlap((0, 1), (1, 1)) == 1.0, "a point on the border lies inside"
     assert overlap((0, 1), (2, 2)) == 0.0
     assert overlap((3, 3), (3, 3)) == 1.0
+
+
+def test_ranges_too_long_for_a_float_overlap_wholly() -> None:
+    """A length that overflows is no reason for NaN: an HTTP reply could not hold it."""
+    for whole in ((-np.inf, np.inf), (-1.7e308, 1.7e308)):
+        assert overlap(whole, whole) == 1.0
+        assert overlap(whole, (-np.inf, np.inf)) == 1.0
+        assert overlap(whole, EMPTY) == 0.0
