@@ -62,6 +62,14 @@ def test_short_poll_shortens_the_wait(
     assert reads == [0.0, 0.0, 0.125, 0.25, 0.375]
 
 
+def test_mirror_polls_every_two_seconds_by_default(
+    active: RangeStore, mirrors: Mirrors, clock: Clock, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    reads: list[float] = []
+    listen(mirrors(also=lambda: reads.append(clock.now)), clock, [None] * 16, monkeypatch)
+    assert reads == [0.0, 0.0, 2.0, 4.0]
+
+
 def test_message_makes_the_mirror_read_at_once(
     active: RangeStore, mirrors: Mirrors, clock: Clock, monkeypatch: pytest.MonkeyPatch
 ) -> None:
