@@ -47,7 +47,7 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     for item in items:
         if item.get_closest_marker("data") and not os.path.isdir(os.environ.get("DATA", "")):
             item.add_marker(pytest.mark.skip(reason=DATA_ABSENT))
-    # a process is connected to one cluster at a time, and keeps the one of tests/e2e until its end; the one long test of
+    # a process is connected to one cluster at a time, and keeps the one of tests/e2e to its end; the one long test of
     # the fast tier begins first, so that no worker is left with it at the end
     items.sort(key=lambda item: not item.nodeid.startswith(("tests/workers/cluster/", "tests/e2e/test_ray_smoke.py")))
     if config.getoption("--fleet"):
