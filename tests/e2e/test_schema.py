@@ -244,13 +244,13 @@ def test_replies_to_invalid_requests_and_keys_are_as_documented(
 def test_replies_to_many_requests_are_as_documented(
     fresh_server: RunningServer, tmp_path: Path, pytestconfig: pytest.Config
 ) -> None:
-    many = ("--max-examples", "600", "--seed", str(pytestconfig.getoption("--seed")))
+    many = ("--max-examples", "200", "--seed", str(pytestconfig.getoption("--seed")))
     assert check_replies(fresh_server, tmp_path, *many) == set(calls())
 
 
 @FULL
 @pytest.mark.usefixtures("fits_stay_queued")
-@pytest.mark.parametrize(("scope", "examples"), [("admin", 600), ("infer", 100), ("read", 100), (None, 100)])
+@pytest.mark.parametrize(("scope", "examples"), [("admin", 200), ("infer", 50), ("read", 50), (None, 50)])
 def test_replies_to_many_requests_with_a_key_are_as_documented(
     server_with_keys: ServerWithKeys, tmp_path: Path, pytestconfig: pytest.Config, scope: str | None, examples: int
 ) -> None:
