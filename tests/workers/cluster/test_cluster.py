@@ -260,9 +260,9 @@ def test_pool_that_waits_for_cpus_logs_what_is_free(
 def test_caps_probe_and_correct_only_give_the_fit_of_one_process(
     pool: ModelPool, model: LoadedModel, corpus: Corpus, path: Path
 ) -> None:
-    choices: FitChoices = {**CHOICES, "rankings": ("max", "probe"), "correct_only": True, "rows_per_class": 1200}
+    choices: FitChoices = {**CHOICES, "rankings": ("max", "probe"), "correct_only": True, "rows_per_class": 500}
     fitted = fit_on(pool, on_cluster(path), **choices)
-    assert 1200 in fitted.range_set.counts, "a cap takes effect"
+    assert max(fitted.range_set.counts) == 500, "the cap takes effect"
     assert fitted.range_set.id == fit(model, corpus, **choices).range_set.id
 
 
