@@ -5,15 +5,15 @@ BIN := $(VENV)/bin
 ARGS ?=
 WORKERS ?= 3
 
-.PHONY: help setup demo test test-system test-full test-stress check audit bench bench-rivals soak openapi picture screenshots clean
+.PHONY: help setup demo test test-system test-full test-stress mutants check audit bench bench-rivals soak openapi picture screenshots clean
 
 help:
 	@echo "make demo         train, fit, measure and serve the demo (ARGS=\"--port 8123\" passes arguments on)"
-	@echo "make test         the tests that need no system package (ARGS=\"-k erasure\" passes arguments to pytest)"
+	@echo "make test         the fast tests, without system packages (ARGS=\"-k erasure\")"
 	@echo "make test-system  the tests that need system packages (.ci/run names them)"
-	@echo "make test-full    every test there is, Ray clusters and a million random inputs included: about an hour"
+	@echo "make test-full    every test, Ray clusters and long runs included (an hour)"
 	@echo "make test-stress  make test ten times beside two busy loops (ARGS=\"--runs 3\")"
-	@echo "make mutants      mutation tests of the core: the share of mutants that its tests kill"
+	@echo "make mutants      the share of mutants of the core that its tests kill"
 	@echo "make check        ruff, strict types, import contracts"
 	@echo "make audit        secrets in the tree; known vulnerabilities of what is pinned, where a service can be asked"
 	@echo "make bench        ratios of cost and speed, side by side (ARGS=\"--data texts.jsonl --pairs 20\")"
@@ -59,8 +59,6 @@ test-full: setup
 test-stress: setup
 	$(BIN)/python tests/stress.py $(FAST) $(ARGS)
 
-# what was tested and how lies in a folder of the same name
-.PHONY: mutants
 mutants: setup
 	$(BIN)/python -m tests.mutants
 
