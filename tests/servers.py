@@ -179,6 +179,18 @@ def start_server(
         yield start
 
 
+@pytest.fixture(scope="module")
+def start_module_server(
+    request: pytest.FixtureRequest,
+    redis_client: redis.Redis,
+    model: LoadedModel,
+    tmp_path_factory: pytest.TempPathFactory,
+) -> Iterator[Callable[..., RunningServer]]:
+    """`start_server`, with servers that stop after the last test of the module."""
+    with starting(request, redis_client, model, tmp_path_factory.mktemp("module")) as start:
+        yield start
+
+
 @pytest.fixture(scope="session")
 def shared_server(
     request: pytest.FixtureRequest,
@@ -268,6 +280,28 @@ def server_with_keys(
     tokens = {scope: keys.create(f"the-{scope}", [scope])[1] for scope in ("infer", "read", "admin")}
     running = with_ranges(start_server(redis_url=own_redis.url), fitted)
     return running, tokens, keys
+
+
+KeyedServer = tuple[RunningServer, dict[str, str]]
+
+
+@pytest.fixture(scope="session")
+def shared_keyed_server(
+    request: pytest.FixtureRequest, model: LoadedModel, fitted: Fitted, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[KeyedServer]:
+    directory = tmp_path_factory.mktemp("keyed")
+    with connect(None, directory) as client, starting(request, client, model, directory) as start:
+        keys = KeyStore(client)
+        tokens = {scope: keys.create(f"the-{scope}", [scope])[1] for scope in ("infer", "read", "admin")}
+        yield with_ranges(start(), fitted), tokens
+    end_redis(directory)
+
+
+@pytest.fixture
+def keyed_server(shared_keyed_server: KeyedServer) -> KeyedServer:
+    """A server that requires API keys, and a token of each scope; nothing is erased. All tests share it."""
+    shared_keyed_server[0].reset()
+    return shared_keyed_server
 
 
 @pytest.fixture

@@ -1,7 +1,7 @@
 """Label-token and few-shot classifiers over HTTP, and ranges of MLP outputs."""
 
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -17,7 +17,7 @@ from range_store.embedded import EmbeddedRedis
 from range_store.erasure import Erasure
 from range_store.plan import resolve
 from tests.e2e.dropin.protocols import refused
-from tests.servers import RunningServer, starting, with_ranges
+from tests.servers import RunningServer, with_ranges
 from tests.workers.checkpoints import LABELS, TEMPLATE, save_label_token, save_language_model
 from tests.workers.texts import labelled_texts, write_jsonl
 from workers.engine.masks import DevicePlan, MaskTable
@@ -53,14 +53,10 @@ def few_shot(family: str, directory: Path) -> tuple[str, str]:
 
 @pytest.fixture(scope="module")
 def shared_server_of_kind(
-    request: pytest.FixtureRequest,
-    redis_client: redis.Redis,
-    kind: tuple[LoadedModel, Fitted],
-    tmp_path_factory: pytest.TempPathFactory,
-) -> Iterator[RunningServer]:
+    start_module_server: Callable[..., RunningServer], kind: tuple[LoadedModel, Fitted]
+) -> RunningServer:
     model, fitted = kind
-    with starting(request, redis_client, model, tmp_path_factory.mktemp("kinds")) as start:
-        yield with_ranges(start(), fitted)
+    return with_ranges(start_module_server(model), fitted)
 
 
 @pytest.fixture

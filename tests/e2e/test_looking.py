@@ -1,31 +1,31 @@
 """`/v1/tokenize`, `/v1/activations` and `/v1/capabilities` over HTTP, for every kind of classifier."""
 
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import httpx
 import numpy as np
 import pytest
-import redis
 
 from range_store.api_keys import KeyStore
-from tests.servers import RunningServer, starting, with_ranges
+from tests.servers import RunningServer, with_ranges
 from tests.workers.checkpoints import TEMPLATE, save_label_token, save_language_model, save_tiny
 from workers.engine import looking
 from workers.fitting.fit import Fitted
-from workers.models.loading import LoadedModel, load_model
+from workers.models.loading import load_model
 
 Problem = Callable[[httpx.Response, int, str], dict[str, Any]]
 TEXTS = ["The keeper saved a penalty.", "Çok güzel, 日本 \U0001f600 goals", "a goal", "[SEP] in a text"]
+StartServer = Callable[..., RunningServer]
 LONG = "the keeper saved a penalty " * 60
 
 
 @pytest.fixture(scope="module", params=["bert", "roberta", "gpt2", "label-token", "few-shot"])
 def server_of_kind(
-    request: pytest.FixtureRequest, redis_client: redis.Redis, tmp_path_factory: pytest.TempPathFactory
-) -> Iterator[RunningServer]:
+    request: pytest.FixtureRequest, start_module_server: StartServer, tmp_path_factory: pytest.TempPathFactory
+) -> RunningServer:
     """A server without ranges, for a model of each kind. Its tests only read."""
     directory = tmp_path_factory.mktemp("activations")
     if request.param == "label-token":
@@ -36,8 +36,7 @@ def server_of_kind(
         model = load_model(str(source), device="cpu", template=str(directory / "tiny.json"))
     else:
         model = load_model(str(save_tiny(request.param, directory)), device="cpu")
-    with starting(request, redis_client, model, directory) as start:
-        yield start()
+    return start_module_server(model)
 
 
 def tokenize(server: RunningServer, inputs: Any, **fields: Any) -> list[dict[str, Any]]:
@@ -131,16 +130,9 @@ def test_activations_need_admin_while_an_erasure_is_enforced(
 
 
 @pytest.fixture(scope="module")
-def limited_server(
-    request: pytest.FixtureRequest,
-    redis_client: redis.Redis,
-    model: LoadedModel,
-    fitted: Fitted,
-    tmp_path_factory: pytest.TempPathFactory,
-) -> Iterator[RunningServer]:
+def limited_server(start_module_server: StartServer, fitted: Fitted) -> RunningServer:
     """A server that accepts at most 100 characters in a text."""
-    with starting(request, redis_client, model, tmp_path_factory.mktemp("limited")) as start:
-        yield with_ranges(start(max_characters=100), fitted)
+    return with_ranges(start_module_server(max_characters=100), fitted)
 
 
 @pytest.mark.parametrize("path", ["/v1/tokenize", "/v1/activations"])

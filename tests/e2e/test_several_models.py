@@ -10,7 +10,6 @@ from typing import Any
 
 import httpx
 import pytest
-import redis
 
 from app.main import create_app
 from app.service import Service
@@ -18,7 +17,7 @@ from app.settings import Settings
 from range_store.api_keys import KeyStore
 from range_store.embedded import EmbeddedRedis
 from tests.range_store.waiting import until
-from tests.servers import RunningServer, random_ranges, starting, with_ranges
+from tests.servers import RunningServer, random_ranges, with_ranges
 from workers.models.loading import LoadedModel
 
 Problem = Callable[[httpx.Response, int, str], dict[str, Any]]
@@ -27,14 +26,10 @@ TEXTS = ["the keeper saved a penalty", "a cat sat there", "rain in Oslo"]
 
 @pytest.fixture(scope="module")
 def shared_server_of_two_models(
-    request: pytest.FixtureRequest,
-    redis_client: redis.Redis,
-    model: LoadedModel,
-    other: LoadedModel,
-    tmp_path_factory: pytest.TempPathFactory,
-) -> Iterator[RunningServer]:
-    with starting(request, redis_client, model, tmp_path_factory.mktemp("two")) as start:
-        yield with_ranges(start(model, other), random_ranges(model.identity, 0), random_ranges(other.identity, 1))
+    start_module_server: Callable[..., RunningServer], model: LoadedModel, other: LoadedModel
+) -> RunningServer:
+    ranges = random_ranges(model.identity, 0), random_ranges(other.identity, 1)
+    return with_ranges(start_module_server(model, other), *ranges)
 
 
 @pytest.fixture

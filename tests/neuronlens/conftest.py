@@ -15,10 +15,8 @@ from typing import Any
 import pytest
 
 from neuronlens import AsyncClient, Client
-from tests.e2e.dropin.conftest import KeyedServer, serving_with_keys
-from tests.servers import RunningServer, starting, with_ranges
+from tests.servers import RunningServer, with_ranges
 from workers.fitting.fit import Fitted
-from workers.models.loading import LoadedModel
 
 
 class Awaited:
@@ -206,33 +204,16 @@ def classified(request: Received) -> Any:
 LIVE = (200, {}, {"model": "m", "generation": "00000000-2", "range_set": None, "erasures": []})
 
 
-@pytest.fixture(scope="package")
-def shared_keyed_server(
-    request: pytest.FixtureRequest, model: LoadedModel, fitted: Fitted, tmp_path_factory: pytest.TempPathFactory
-) -> Iterator[KeyedServer]:
-    with serving_with_keys(request, model, fitted, tmp_path_factory.mktemp("keyed")) as found:
-        yield found
-
-
-@pytest.fixture
-def keyed_server(shared_keyed_server: KeyedServer) -> KeyedServer:
-    """A server that requires API keys, and a token of each scope; nothing is erased."""
-    shared_keyed_server[0].reset()
-    return shared_keyed_server
-
-
-@pytest.fixture(scope="package")
-def start_shared(
-    request: pytest.FixtureRequest, redis_client: Any, model: LoadedModel, tmp_path_factory: pytest.TempPathFactory
-) -> Iterator[Callable[..., RunningServer]]:
-    """`start_shared(**settings)`: a server of these settings, the same one for every test of the package."""
+@pytest.fixture(scope="module")
+def start_shared(start_module_server: Callable[..., RunningServer]) -> Callable[..., RunningServer]:
+    """`start_shared(**settings)`: a server of these settings, the same one for every test of the module."""
     found: dict[str, RunningServer] = {}
-    with starting(request, redis_client, model, tmp_path_factory.mktemp("shared")) as start:
 
-        def same(fitted: Fitted | None = None, **settings: Any) -> RunningServer:
-            key = repr((fitted is None, settings))
-            if key not in found:
-                found[key] = with_ranges(start(**settings), fitted) if fitted else start(**settings)
-            return found[key]
+    def same(fitted: Fitted | None = None, **settings: Any) -> RunningServer:
+        key = repr((fitted is None, settings))
+        if key not in found:
+            started = start_module_server(**settings)
+            found[key] = with_ranges(started, fitted) if fitted else started
+        return found[key]
 
-        yield same
+    return same

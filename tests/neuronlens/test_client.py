@@ -39,12 +39,11 @@ from neuronlens import (
 )
 from neuronlens.erasing import ErasuresSpec
 from range_store.erasure import RANKINGS
-from tests.e2e.dropin.conftest import KeyedServer
 from tests.e2e.reports import write_report
 from tests.neuronlens.conftest import Clock
 from tests.range_store.builders import random_range_set
 from tests.range_store.waiting import until
-from tests.servers import RunningServer
+from tests.servers import KeyedServer, RunningServer
 from tests.workers.texts import labelled_texts
 from workers.fitting.fit import Fitted
 

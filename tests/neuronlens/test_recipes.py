@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from tests.docker.conftest import system_program
-from tests.e2e.dropin.conftest import KeyedServer
+from tests.servers import KeyedServer
 
 ROOT = Path(__file__).parents[2]
 PAGE = (ROOT / "docs" / "recipes.md").read_text("utf-8")

@@ -1,7 +1,7 @@
 """Properties of every route that speaks the protocol of another server: steering, limits, keys, errors."""
 
 import json
-from collections.abc import Iterator
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 from urllib.parse import unquote
@@ -11,16 +11,13 @@ import jsonschema
 import pytest
 
 from app.routes.dropin.steering import LONGEST_HEADER, erased_header
-from range_store.embedded import EmbeddedRedis
 from range_store.erasure import Erasure
 from range_store.live import LiveErasure
-from tests.e2e.dropin.conftest import KeyedServer
 from tests.e2e.dropin.protocols import PROTOCOLS, TEI_ERROR, Protocol, Scores, refused
 from tests.range_store.waiting import until
-from tests.servers import RunningServer, starting, with_ranges
+from tests.servers import KeyedServer, RunningServer, with_ranges
 from tests.workers.texts import labelled_texts
 from workers.fitting.fit import Fitted
-from workers.models.loading import LoadedModel
 
 TEXTS = [text for text, _ in labelled_texts(6, seed=6)]
 EVERYTHING = {"concepts": ["Sports", "World"], "top_fraction": 1.0, "tau": 3.0}
@@ -33,16 +30,10 @@ def protocol(request: pytest.FixtureRequest) -> Protocol:
 
 
 @pytest.fixture(scope="module")
-def small_server(
-    request: pytest.FixtureRequest,
-    redis_client: EmbeddedRedis,
-    model: LoadedModel,
-    fitted: Fitted,
-    tmp_path_factory: pytest.TempPathFactory,
-) -> Iterator[RunningServer]:
+def small_server(start_module_server: Callable[..., RunningServer], fitted: Fitted) -> RunningServer:
     """A server that takes two short texts at a time."""
-    with starting(request, redis_client, model, tmp_path_factory.mktemp("small")) as start:
-        yield with_ranges(start(max_texts=2, max_characters=50, max_body_bytes=2000, max_queue_texts=2), fitted)
+    limits = {"max_texts": 2, "max_characters": 50, "max_body_bytes": 2000, "max_queue_texts": 2}
+    return with_ranges(start_module_server(**limits), fitted)
 
 
 def post(running: RunningServer, protocol: Protocol, body: Any, **options: Any) -> httpx.Response:

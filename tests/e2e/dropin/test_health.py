@@ -12,9 +12,8 @@ from open_inference.openapi.client import OpenInferenceClient
 from open_inference.openapi.errors import ServiceUnavailableError
 from tei_client import HttpClient
 
-from tests.e2e.dropin.conftest import KeyedServer
 from tests.e2e.dropin.protocols import TEI_ERROR, refused
-from tests.servers import RunningServer, with_ranges
+from tests.servers import KeyedServer, RunningServer, with_ranges
 from workers.fitting.fit import Fitted
 
 

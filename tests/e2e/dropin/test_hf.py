@@ -16,9 +16,8 @@ from huggingface_hub.errors import HfHubHTTPError
 
 from range_store.erasure import Erasure
 from range_store.live import LiveErasure
-from tests.e2e.dropin.conftest import KeyedServer
 from tests.e2e.dropin.protocols import refused
-from tests.servers import LABELS, RunningServer
+from tests.servers import LABELS, KeyedServer, RunningServer
 from tests.workers.texts import labelled_texts
 
 TEXT = labelled_texts(1, seed=3)[0][0]

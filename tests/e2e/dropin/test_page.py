@@ -2,16 +2,14 @@
 
 import re
 import subprocess
-from collections.abc import Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
-from range_store.embedded import EmbeddedRedis
 from tests.docker.conftest import system_program
-from tests.servers import LABELS, RunningServer, starting, with_ranges
+from tests.servers import LABELS, RunningServer, with_ranges
 from workers.fitting.fit import Fitted
-from workers.models.loading import LoadedModel
 
 PAGE = (Path(__file__).parents[3] / "docs/dropin.md").read_text("utf-8")
 BLOCKS = re.findall(r"^```(\w*)\n(.*?)^```$", PAGE, re.MULTILINE | re.DOTALL)
@@ -19,16 +17,9 @@ PYTHON, SHELL = ([code for each, code in BLOCKS if each == language] for languag
 
 
 @pytest.fixture(scope="module")
-def demo(
-    request: pytest.FixtureRequest,
-    redis_client: EmbeddedRedis,
-    model: LoadedModel,
-    fitted: Fitted,
-    tmp_path_factory: pytest.TempPathFactory,
-) -> Iterator[RunningServer]:
+def demo(start_module_server: Callable[..., RunningServer], fitted: Fitted) -> RunningServer:
     """A server whose model has the name that the page uses."""
-    with starting(request, redis_client, model, tmp_path_factory.mktemp("demo")) as start:
-        yield with_ranges(start(name="demo-news"), fitted)
+    return with_ranges(start_module_server(name="demo-news"), fitted)
 
 
 def test_the_page_has_python_and_shell_blocks_only() -> None:

@@ -1,7 +1,7 @@
 """`/v2` with Triton's own HTTP client and the schemas of the Open Inference Protocol."""
 
 import json
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import jsonschema
@@ -10,14 +10,11 @@ import pytest
 import tritonclient.http as triton
 from tritonclient.utils import InferenceServerException
 
-from range_store.embedded import EmbeddedRedis
 from range_store.erasure import Erasure
 from range_store.live import LiveErasure
-from tests.e2e.dropin.conftest import KeyedServer
 from tests.e2e.dropin.protocols import V2_ERROR, V2_INFERRED, V2_MODEL, V2_SERVER, refused
-from tests.servers import LABELS, RunningServer, starting
+from tests.servers import LABELS, KeyedServer, RunningServer
 from tests.workers.texts import labelled_texts
-from workers.models.loading import LoadedModel
 
 TEXTS = [text for text, _ in labelled_texts(3, seed=3)] + ["Ünïcödé 日本"]
 TEXT = {"name": "text", "datatype": "BYTES", "shape": [1], "data": ["a"]}
@@ -169,15 +166,9 @@ def test_the_only_version_is_1(server: RunningServer) -> None:
 
 
 @pytest.fixture(scope="module")
-def slashed_server(
-    request: pytest.FixtureRequest,
-    redis_client: EmbeddedRedis,
-    model: LoadedModel,
-    tmp_path_factory: pytest.TempPathFactory,
-) -> Iterator[RunningServer]:
+def slashed_server(start_module_server: Callable[..., RunningServer]) -> RunningServer:
     """A server whose model has a name with slashes, and that takes small bodies only."""
-    with starting(request, redis_client, model, tmp_path_factory.mktemp("slashed")) as start:
-        yield start(name="org/a/model", max_body_bytes=2000)
+    return start_module_server(name="org/a/model", max_body_bytes=2000)
 
 
 def test_a_model_may_have_a_name_with_slashes(slashed_server: RunningServer) -> None:

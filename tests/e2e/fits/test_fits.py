@@ -4,13 +4,12 @@ import json
 import os
 import signal
 import subprocess
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import httpx
 import pytest
-import redis
 
 from app import fit_process, fit_runner
 from range_store.api_keys import KeyStore
@@ -30,7 +29,7 @@ from tests.e2e.fits.conftest import (
 )
 from tests.processes import Running as Command
 from tests.range_store.waiting import until
-from tests.servers import RunningServer, starting
+from tests.servers import RunningServer
 from workers.models.loading import LoadedModel
 
 Problem = Callable[[httpx.Response, int, str], dict[str, Any]]
@@ -208,12 +207,9 @@ def outside(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def idle(
-    request: pytest.FixtureRequest, redis_client: redis.Redis, model: LoadedModel, outside: Path
-) -> Iterator[RunningServer]:
+def idle(start_module_server: Callable[..., RunningServer], outside: Path) -> RunningServer:
     """A server of which no test of this module starts a fit."""
-    with starting(request, redis_client, model, outside.parent / "data") as start:
-        yield start(fit_dirs=[outside.parent / "in"])
+    return start_module_server(data_dir=outside.parent / "data", fit_dirs=[outside.parent / "in"])
 
 
 @pytest.mark.parametrize(

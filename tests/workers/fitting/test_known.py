@@ -76,7 +76,6 @@ def test_error_for_an_unknown_data_set_lists_the_known_ones() -> None:
 
 
 @pytest.mark.data
-@pytest.mark.skipif(not os.environ.get("DATA"), reason="set DATA to the directory of the public data sets")
 def test_published_files_get_the_names_of_the_hub() -> None:
     data_dir = Path(os.environ["DATA"])
     imdb = load_corpus(str(data_dir / "imdb" / "test.jsonl"), dataset="imdb")
