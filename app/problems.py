@@ -32,6 +32,7 @@ from app.service import (
 from app.shapes import without_tags
 from range_store.errors import (
     Behind,
+    EnforcedErasure,
     ForeignRangeSet,
     InvalidErasure,
     InvalidRangeSet,
@@ -96,6 +97,7 @@ class ApiError(Exception):
 CODES: Mapping[type[Exception], tuple[int, str]] = {
     InvalidErasure: (422, "invalid_erasure"),
     NotFitted: (422, "not_fitted"),
+    EnforcedErasure: (403, "enforced"),
     UnknownConcept: (404, "unknown_concept"),
     UnknownNeuron: (404, "unknown_neuron"),
     UnknownRangeSet: (404, "unknown_range_set"),

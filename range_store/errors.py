@@ -5,6 +5,7 @@ Every error carries one sentence that says what to do. `app.problems` maps each 
     RangeStoreError
     ├── InvalidErasure          a setting out of its bounds, or one concept named twice          422
     ├── NotFitted               the range set lacks that layer or ranking; names what it has     422
+    ├── EnforcedErasure         a request would change what an enforced erasure sees             403
     ├── UnknownConcept          the range set has no such concept                                404
     ├── UnknownNeuron           no such neuron or layer in the model                             404
     ├── UnknownRangeSet         no published range set of that id                                404
@@ -40,6 +41,10 @@ class NotFitted(RangeStoreError):
             f"{what} {', '.join(map(str, self.wanted))} not fitted; "
             f"this range set has: {', '.join(map(str, self.fitted)) or 'none'}"
         )
+
+
+class EnforcedErasure(RangeStoreError):
+    """An erasure of a request acts on a block before an enforced one, and would change the values that it sees."""
 
 
 class UnknownConcept(RangeStoreError):

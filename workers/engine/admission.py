@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import torch
 
 from range_store.erasure import Erasure
-from range_store.errors import NoRangeSet, StoreUnavailable
+from range_store.errors import EnforcedErasure, NoRangeSet, StoreUnavailable
 from range_store.mirror import Mirror
 from range_store.plan import NO_ERASURE, resolve
 from range_store.range_set import RangeSet
@@ -20,10 +20,16 @@ from workers.engine.masks import DevicePlan
 
 @dataclass(frozen=True, eq=False)
 class Admission:
-    """What a request was admitted with. `enforced` names the concepts that an operator enforces."""
+    """What a request was admitted with.
+
+    Attributes:
+        plan: everything that is erased. guard: the enforced erasures alone; None where the plan holds nothing else.
+        enforced: the concepts that an operator enforces.
+    """
 
     source: Source
     plan: DevicePlan
+    guard: DevicePlan | None
     enforced: frozenset[str]
     range_set: str | None
     generation: str
@@ -50,7 +56,9 @@ class Planner:
     ) -> Admission:
         """The plan of a request that asks for `erase`, or for the live erasures where that is None.
 
-        Enforced live erasures join every plan, and stand first in it, so that their replacement counts.
+        Enforced live erasures join every plan, and stand first in it, so that their replacement counts. Those that
+        a request brings act at the last enforced block or above it: below, they would change the values by which an
+        enforced erasure decides what to mask. Operators may erase anywhere.
 
         Args:
             min_generation: of the live state: this one or a later one of its epoch, even if `erase` names the erasures.
@@ -60,6 +68,7 @@ class Planner:
             Behind: the live state is not at `min_generation`, and did not come there in time.
             StoreUnavailable: the live erasures were never read, so it cannot be known what must be erased.
             NoRangeSet: something is to be erased, and no range set is active.
+            EnforcedErasure: an erasure of the request acts below an enforced one.
             InvalidErasure, UnknownConcept, NotFitted: see `range_store.plan.resolve`.
         """
         await self._following.reach(min_generation, timeout)
@@ -69,14 +78,16 @@ class Planner:
         live = snapshot.live.at(time.time())
         enforced = [entry.erasure for entry in live if entry.enforced]
         names = frozenset(erasure.concept for erasure in enforced)
-        if erase is None:
-            erasures = [entry.erasure for entry in live]
-        else:
-            erasures = enforced + [erasure for erasure in erase if erasure.concept not in names]
+        asked = [entry.erasure for entry in live] if erase is None else erase
+        others = [erasure for erasure in asked if erasure.concept not in names]
+        erasures = enforced + others
         source: Source = "none" if not erasures else "request" if erase else "live"
         plan = await self._plan(snapshot.range_set, tuple(erasures))
+        if erase is not None:
+            _check_order(plan.plan.erasures[: len(enforced)], plan.plan.erasures[len(enforced) :])
+        guard = await self._plan(snapshot.range_set, tuple(enforced)) if enforced and others else None
         range_set = snapshot.range_set.id if snapshot.range_set else None
-        return Admission(source, plan, names, range_set, snapshot.live.generation)
+        return Admission(source, plan, guard, names, range_set, snapshot.live.generation)
 
     async def _plan(self, range_set: RangeSet | None, erasures: tuple[Erasure, ...]) -> DevicePlan:
         if not erasures:
@@ -93,3 +104,24 @@ class Planner:
         else:
             self._plans.move_to_end(key)
         return plan
+
+
+def _check_order(enforced: Sequence[Erasure], requested: Sequence[Erasure]) -> None:
+    """Refuse an erasure of a request below the last enforced block; layers are resolved.
+
+    Raises:
+        EnforcedErasure: there is one.
+    """
+    last, protected = max(((_blocks(erasure)[-1], erasure.concept) for erasure in enforced), default=(0, ""))
+    for erasure in requested:
+        if (first := _blocks(erasure)[0]) < last:
+            raise EnforcedErasure(
+                f"the erasure of {erasure.concept!r} at block {first} would change what the enforced erasure of "
+                f"{protected!r} at block {last} sees: erase at block {last} or above"
+            )
+
+
+def _blocks(erasure: Erasure) -> tuple[int, ...]:
+    """Block indices of an erasure of a plan, ascending."""
+    assert not isinstance(erasure.layers, str)
+    return erasure.layers

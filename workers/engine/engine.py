@@ -23,6 +23,7 @@ from range_store.erasure import Erasure
 from range_store.mirror import Mirror
 from workers.engine.admission import Planner
 from workers.engine.answers import Answer, Load, Logits, TextAnswer
+from workers.engine.enforcing import capped
 from workers.engine.errands import Errand
 from workers.engine.errors import DeadlineExceeded, Draining, EngineError, EngineFailed, QueueFull, RequestTooLarge
 from workers.engine.forward import WHOLE_PASS, Variant, open_trunk, steer_variants
@@ -299,7 +300,9 @@ class Engine:
         at = last if plan.split is None else plan.split
         if plan.site != "block_output":
             at = WHOLE_PASS
-        variants = 2 if request.compare and plan.masks and at != last else 1
+        variants = 1
+        if at != last:
+            variants += (request.compare and bool(plan.masks)) + (request.admission.guard is not None)
         packed = self._packs and at == last
         return [Text(request, i, next(encoded), at, variants, packed) for i in range(len(request.texts))]
 
@@ -473,6 +476,7 @@ class Engine:
                 masked = outcome.masked.tolist()
             self.metrics.count(self.metrics.masked, outcome.by_concept)
             self.metrics.count(self.metrics.maskable, outcome.of)
+            self._enforce([text for text in batch if text.plan_key], erased, variants, tokens, trunk)
         answers = []
         nth = 0
         for row, text in enumerate(batch):
@@ -487,6 +491,25 @@ class Engine:
         if base is not None and variants:
             self._count_changes(batch, base, answers, watched)
         return answers
+
+    def _enforce(
+        self, texts: list[Text], erased: Logits, variants: list[Variant], tokens: TokenBatch, trunk: Trunk
+    ) -> None:
+        """Lower in `erased` [V, K], in place, what the enforced erasures of a text alone would leave lower."""
+        guarded = [
+            (n, Variant(variant.row, text.guard))
+            for n, (text, variant) in enumerate(zip(texts, variants, strict=True))
+            if text.guard is not None
+        ]
+        if not guarded:
+            return
+        guards = [variant for _, variant in guarded]
+        outcome = steer_variants(self.model.steered, tokens, trunk, guards, self.settings.max_batch_tokens)
+        names = self.model.identity.labels
+        for (n, _), alone in zip(guarded, outcome.logits.float().cpu().numpy(), strict=True):
+            enforced = texts[n].request.admission.enforced
+            labels = [index for index, name in enumerate(names) if name in enforced]
+            erased[n] = capped(erased[n], alone, labels)
 
     def _trunk(self, batch: list[Text], tokens: TokenBatch, *, whole: bool) -> Trunk:
         split = batch[0].split

@@ -60,6 +60,10 @@ class Text:
         return self.request.admission.plan
 
     @property
+    def guard(self) -> DevicePlan | None:
+        return self.request.admission.guard
+
+    @property
     def compare(self) -> bool:
         return self.request.compare
 

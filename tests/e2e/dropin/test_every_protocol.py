@@ -103,6 +103,22 @@ def test_enforced_erasures_are_applied_to_every_request(server: RunningServer, p
         assert protocol.scores(reply.json()) != bare
 
 
+def test_no_request_raises_the_score_of_an_enforced_concept(server: RunningServer, protocol: Protocol) -> None:
+    enforced = LiveErasure(erasure=Erasure(concept="Sports", top_fraction=1.0), enforced=True)
+    server.service.store.set_erasure(enforced)
+    server.service.mirror.refresh()
+    body = protocol.request(TEXTS)
+    bounds = scores(server, protocol, protocol.with_erase(body, []))
+    others = {"concepts": ["World", "Business", "Sci/Tech"], "method": "neuron", "top_fraction": 0.6}
+    found = scores(server, protocol, protocol.with_erase(body, others))
+    assert found != bounds
+    for each, bound in zip(found, bounds, strict=True):
+        assert each["Sports"] <= bound["Sports"] + 1e-4
+    below = [{"concept": "World", "method": "neuron", "top_fraction": 0.6, "layer": -2}]
+    message = protocol.error(refused(post(server, protocol, protocol.with_erase(body, below)), 403, "enforced"))
+    assert "'World' at block" in message
+
+
 def test_invalid_erasures_are_rejected(server: RunningServer, protocol: Protocol) -> None:
     body = protocol.request(TEXTS)
     reply = post(server, protocol, protocol.with_erase(body, ["Weather"]))
