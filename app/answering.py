@@ -101,11 +101,6 @@ async def answer_to(
     return answer
 
 
-def activation_of(problem_type: str | None) -> Activation:
-    """How a model's logits become scores where the request does not say."""
-    return "sigmoid" if problem_type == "multi_label_classification" else "softmax"
-
-
 def all_scores(logits: Sequence[npt.NDArray[np.float32]], activation: Activation) -> npt.NDArray[np.float64]:
     """Each text's scores in the order of the model's labels, [N, K]. All texts at once: the event loop waits.
 

@@ -370,7 +370,8 @@ class ReportsOut(BaseModel):
 class CapabilitiesOut(BaseModel):
     """What this server can do, and its caller may ask for.
 
-    `rankings_fitted`, `layers_fitted`: of the active range set. `multi_label`: whether `activation: auto` is a sigmoid.
+    `rankings_fitted`, `layers_fitted`: of the active range set. `multi_label`: labels are scored each by
+    itself: `activation: auto` is a sigmoid.
     Limits: `max_tokens` of a text, what is longer is cut; `max_texts`, `max_characters` (of a text), `max_body_bytes`
     and `max_erasures` of a request; `max_shown_texts` of `/v1/tokenize` and `/v1/activations`.
     `key`, `scopes`: of the caller; without keys everybody has all scopes.

@@ -8,7 +8,7 @@ import { facts } from "./facts.js";
 import { Latest } from "./latest.js";
 import { live } from "./follow.js";
 import { empty, failed } from "./notices.js";
-import { count, percent } from "./numbers.js";
+import { count, percent, value } from "./numbers.js";
 import { asCurl, asPython, bodyOf } from "./request.js";
 import { scoreTable } from "./scores.js";
 import { controls, inWords, parse, unusual } from "./settings.js";
@@ -71,16 +71,17 @@ export function showTry(part, params, signal) {
     const [result] = data.results;
     const { baseline } = result;
     const share = result.scores.every(({ score }) => score >= 0 && score <= 1);
+    const score = (number) => (share ? percent(number) : value(number, 2)); // a regression model's scores are no shares
     const moved = baseline && baseline.label !== result.label;
     const erased = data.erasure.concepts.length > 0;
     const headline = el("p", { class: "headline" }, baseline && erased ? [
       quoted(baseline.label),
-      ` ${percent(baseline.score)} `,
+      ` ${score(baseline.score)} `,
       el("span", { class: "arrow", "aria-label": "becomes" }, "→"),
       " ",
       quoted(result.label, { class: moved ? "moved" : "" }),
-      ` ${percent(result.score)}`,
-    ] : [quoted(result.label), ` ${percent(result.score)}`]);
+      ` ${score(result.score)}`,
+    ] : [quoted(result.label), ` ${score(result.score)}`]);
     const masked = `${count(result.masked_neurons, "neuron")} masked at the read position`;
     refill(
       out,
@@ -108,7 +109,7 @@ export function showTry(part, params, signal) {
       ),
     );
     strip.textContent = headline.textContent;
-    announce(baseline && erased ? `${baseline.label} ${percent(baseline.score)} without erasure, ${result.label} ${percent(result.score)} erased. ${masked}.` : `${result.label} ${percent(result.score)}.`);
+    announce(baseline && erased ? `${baseline.label} ${score(baseline.score)} without erasure, ${result.label} ${score(result.score)} erased. ${masked}.` : `${result.label} ${score(result.score)}.`);
   }
 
   const text = el("textarea", {

@@ -48,7 +48,7 @@ async def show_capabilities(service: Serving, caller: Calling, request: Request)
         model=service.name,
         kind=model.identity.kind,
         labels=list(model.identity.labels),
-        multi_label=model.problem_type == "multi_label_classification",
+        multi_label=model.activation == "sigmoid",
         layers=model.identity.n_layers,
         hidden_size=model.identity.hidden_size,
         methods=list(get_args(Method)),

@@ -2,7 +2,7 @@
 
 from fastapi import APIRouter, Request
 
-from app.answering import MinGeneration, Timeout, activation_of, answer_to, ranked
+from app.answering import MinGeneration, Timeout, answer_to, ranked
 from app.auth import Calling
 from app.problems import BODY, QUERY, ApiError, documented
 from app.replies import Baseline, ClassifyOut, ErasureOut, ErasurePlan, Result, Usage
@@ -40,7 +40,7 @@ async def classify(
         timeout=x_request_timeout,
         min_generation=_one(body.min_generation, min_generation),
     )
-    activation = body.activation if body.activation != "auto" else activation_of(service.model.problem_type)
+    activation = body.activation if body.activation != "auto" else service.model.activation
     return ClassifyOut(
         model=service.name,
         results=_results(answer, service.model.identity.labels, activation, body.top_k),

@@ -14,7 +14,6 @@ import torch
 
 from tests.range_store.waiting import until
 from tests.servers import LABELS, RunningServer, with_ranges
-from tests.workers.checkpoints import save_tiny
 from workers.fitting.fit import Fitted
 from workers.models.loading import LoadedModel, load_model
 
@@ -260,17 +259,6 @@ def test_logits_that_are_not_finite_are_an_error(
     server = start_server(broken)
     for activation in ("auto", "sigmoid", "none"):
         problem(server.classify(TEXT, activation=activation), 500, "non_finite")
-
-
-def test_multi_label_model_answers_with_sigmoid_scores(
-    start_server: Callable[..., RunningServer], tmp_path_factory: pytest.TempPathFactory
-) -> None:
-    path = save_tiny("bert", tmp_path_factory.mktemp("multi") / "multi", problem_type="multi_label_classification")
-    server = start_server(load_model(str(path), device="cpu"))
-    auto, sigmoid = server.classify(TEXT).json(), server.classify(TEXT, activation="sigmoid").json()
-    assert auto["results"] == sigmoid["results"]
-    soft = server.classify(TEXT, activation="softmax").json()["results"][0]["scores"]
-    assert math.isclose(sum(score["score"] for score in soft), 1.0)
 
 
 @pytest.mark.local

@@ -20,6 +20,7 @@ from workers.evaluation.settings import EvaluationSettings, Setting
 from workers.fitting.corpus import Block, Corpus
 from workers.fitting.rows import BLOCK_ROWS
 from workers.models.loading import LoadedModel
+from workers.models.predictions import Head
 
 
 @dataclass(frozen=True, eq=False)
@@ -41,7 +42,7 @@ class _Known:
     range_set: RangeSet
     grid: Sequence[Setting]
     settings: EvaluationSettings
-    greedy: bool
+    head: Head
 
 
 class Answering:
@@ -53,7 +54,7 @@ class Answering:
         self._erasures = sum(len(setting.erasures) for setting in known.grid)
 
     def __call__(self, asked: Asked) -> Outcomes:
-        outcomes = Outcomes.empty(self._erasures, len(asked.truth), self._known.greedy)
+        outcomes = Outcomes.empty(self._erasures, len(asked.truth), self._known.head)
         for at, batch in batches_of(self._model, asked.block, self._known.settings.batch_tokens):
             self._measurer.add(outcomes, at, batch, asked.truth[at])
         return outcomes
@@ -84,7 +85,7 @@ def measure_on(
     under_way = begin(
         about.identity,
         about.dtype,
-        about.greedy,
+        about.head,
         range_set,
         corpus,
         grid,
@@ -100,7 +101,7 @@ def measure_on(
             raise MeasureCancelled
 
     pool.tick = tick
-    job = Job[Asked, Outcomes].of(Answering, _Known(range_set, tuple(grid), settings, about.greedy))
+    job = Job[Asked, Outcomes].of(Answering, _Known(range_set, tuple(grid), settings, about.head))
     try:
         for asked, part, _ in pool.in_order(job, _left(under_way)):
             rows = slice(asked.block.index * BLOCK_ROWS, asked.block.index * BLOCK_ROWS + len(asked.truth))

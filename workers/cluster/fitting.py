@@ -109,7 +109,7 @@ def fit_on(
         ModelError, ClusterError: see `ModelPool`.
     """
     about = pool.about
-    under_way = begin(about.identity, about.dtype, about.threads, corpus, **choices)
+    under_way = begin(about.identity, about.dtype, about.head, about.threads, corpus, **choices)
     spans = _Spans(under_way, pool.layout.actors)
 
     def tick() -> None:

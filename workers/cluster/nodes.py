@@ -26,6 +26,7 @@ from workers.cluster.errors import ClusterError, first_line
 from workers.fitting.corpus import CorpusError
 from workers.models.errors import ModelError
 from workers.models.loading import LoadedModel, load_model, use_threads
+from workers.models.predictions import Head
 
 logger = logging.getLogger(__name__)
 
@@ -86,7 +87,7 @@ class About:
     identity: ModelIdentity
     dtype: str
     template: str | None
-    greedy: bool
+    head: Head
     threads: int
     node: str
     pid: int
@@ -111,7 +112,7 @@ class ModelActor:
             model.identity,
             model.dtype,
             model.template,
-            getattr(model.steered, "scoring", None) == "greedy",
+            model.head,
             torch.get_num_threads(),
             ray.util.get_node_ip_address(),
             os.getpid(),

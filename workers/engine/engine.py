@@ -34,6 +34,7 @@ from workers.engine.requests import Request, Text, fail, reply
 from workers.engine.settings import EngineSettings
 from workers.engine.trunk_cache import TrunkCache
 from workers.models.loading import LoadedModel
+from workers.models.predictions import predicted_labels
 from workers.models.prepack import rounded
 from workers.models.steered import SteeredModel, Trunk
 from workers.models.texts import TextOrPair
@@ -524,12 +525,13 @@ class Engine:
 
     def _count_changes(self, batch: list[Text], base: Logits, answers: list[TextAnswer], watched: bool) -> None:
         """Count, by erased concept, the texts whose label differs from the bare model's."""
+        head = self.model.head
         seen, changed = Counter[str](), Counter[str]()
         for row, (text, answer) in enumerate(zip(batch, answers, strict=True)):
             if watched or text.compare:
                 concepts = [erasure.concept for erasure in text.plan.plan.erasures]
                 seen.update(concepts)
-                if answer.logits.argmax() != base[row].argmax():
+                if predicted_labels(answer.logits, head) != predicted_labels(base[row], head):
                     changed.update(concepts)
         self.metrics.count(self.metrics.watched, seen)
         self.metrics.count(self.metrics.changed, {concept: changed[concept] for concept in seen})  # zeros too: a ratio

@@ -23,7 +23,9 @@ from workers.evaluation.measures import Labels, Outcomes
 from workers.evaluation.settings import EvaluationSettings, Layers, Setting
 from workers.fitting.corpus import Block, Corpus
 from workers.fitting.rows import BLOCK_ROWS
+from workers.models.errors import PredictsNoLabels
 from workers.models.loading import LoadedModel
+from workers.models.predictions import Head
 from workers.models.steered import Trunk
 from workers.models.tokens import TokenBatch, length_sorted
 
@@ -32,7 +34,7 @@ logger = logging.getLogger(__name__)
 CHECKPOINT_SECONDS = 30.0
 LONGEST = 50.0
 """Seconds between two checkpoints at most, whatever one costs."""
-_ARRAYS = tuple(each.name for each in fields(Outcomes) if each.name != "tied_is_none")
+_ARRAYS = tuple(each.name for each in fields(Outcomes) if each.name != "head")
 
 
 @dataclass(frozen=True)
@@ -82,12 +84,13 @@ def measure(
 
     Raises:
         NotFitted, UnknownConcept, InvalidErasure: the range set cannot serve a setting.
+        PredictsNoLabels: a regression model.
         MeasureCancelled: `cancelled` said so.
     """
     under_way = begin(
         model.identity,
         model.dtype,
-        getattr(model.steered, "scoring", None) == "greedy",
+        model.head,
         range_set,
         corpus,
         grid,
@@ -197,7 +200,7 @@ class Measuring:
 def begin(
     model: ModelIdentity,
     dtype: str,
-    greedy: bool,
+    head: Head,
     range_set: RangeSet,
     corpus: Corpus,
     grid: Sequence[Setting],
@@ -209,10 +212,15 @@ def begin(
     """A measuring at its start, or where a checkpoint left it.
 
     Args:
-        dtype: of the model's parameters. greedy: it is a few-shot model that decodes its answers.
+        dtype: of the model's parameters. head: how its logits are read.
+
+    Raises:
+        PredictsNoLabels: it is a regression model.
     """
+    if head == "none":
+        raise PredictsNoLabels(model.id, "an evaluation")
     n_erasures = sum(len(setting.erasures) for setting in grid)
-    outcomes = Outcomes.empty(n_erasures, len(corpus), greedy)
+    outcomes = Outcomes.empty(n_erasures, len(corpus), head)
     checkpoint = None
     if checkpoint_dir:
         checkpoint = _checkpoint_path(checkpoint_dir, model, dtype, range_set, corpus, grid, settings)
@@ -304,7 +312,7 @@ def _load(path: Path, fresh: Outcomes) -> Outcomes:
         return fresh
     try:
         arrays = load_file(path)
-        loaded = Outcomes(**{name: arrays[name].copy() for name in _ARRAYS}, tied_is_none=fresh.tied_is_none)
+        loaded = Outcomes(**{name: arrays[name].copy() for name in _ARRAYS}, head=fresh.head)
         if loaded.predicted.shape != fresh.predicted.shape or loaded.kl.shape != fresh.kl.shape:
             raise ValueError("another shape")
     except (SafetensorError, OSError, KeyError, ValueError) as error:

@@ -10,13 +10,12 @@ import numpy.typing as npt
 from range_store.erasure import Damp, Erasure
 from workers.evaluation.bootstrap import Bootstrap
 from workers.evaluation.settings import Others
+from workers.models.predictions import NO_LABEL, Head, predicted_labels
 
 Floats = npt.NDArray[np.float64]
 Labels = npt.NDArray[np.int16]
 MEAN = "mean"
 """Target name of the row that averages over the targets, unweighted."""
-NO_LABEL = -1
-"""Predicted label of a text for which greedy decoding gave none."""
 
 
 @dataclass(eq=False)
@@ -26,8 +25,7 @@ class Outcomes:
     base_predicted [N], predicted [E, N]: index of the label, or NO_LABEL. base_confidence [N], confidence [E, N]:
     probability of the true label. kl [E, N]: KL divergence, in nats, of the masked from the unmasked output. done [N]:
     texts whose batch went through. used [N]: those of them that count. turns [1]: of the batch that is under way, how
-    many turns of erasures went through. tied_is_none: equal best scores mean that the model said no label at all
-    (greedy decoding), instead of the first of them.
+    many turns of erasures went through. head: how the model's logits are read.
     """
 
     base_predicted: Labels
@@ -38,10 +36,10 @@ class Outcomes:
     done: npt.NDArray[np.bool_]
     used: npt.NDArray[np.bool_]
     turns: npt.NDArray[np.int64]
-    tied_is_none: bool = False
+    head: Head = "softmax"
 
     @classmethod
-    def empty(cls, erasures: int, texts: int, tied_is_none: bool = False) -> "Outcomes":
+    def empty(cls, erasures: int, texts: int, head: Head = "softmax") -> "Outcomes":
         shape = (erasures, texts)
         return cls(
             np.zeros(texts, np.int16),
@@ -52,13 +50,13 @@ class Outcomes:
             np.zeros(texts, np.bool_),
             np.zeros(texts, np.bool_),
             np.zeros(1, np.int64),
-            tied_is_none,
+            head,
         )
 
     def add_base(self, at: npt.NDArray[np.int64], logits: npt.NDArray[np.float32], truth: Labels) -> Floats:
-        """Put the unmasked model's logits [B, K] of texts `at` in; gives its log-probabilities [B, K]."""
-        log = log_probabilities(logits)
-        self.base_predicted[at] = labels_of(logits, self.tied_is_none)
+        """Put the unmasked model's logits [B, K] of texts `at` in; gives their `log_probabilities`."""
+        log = log_probabilities(logits, self.head)
+        self.base_predicted[at] = predicted_labels(logits, self.head)
         self.base_confidence[at] = np.exp(log[np.arange(len(at)), truth])
         return log
 
@@ -73,29 +71,27 @@ class Outcomes:
         """Put masked logits [P, B, K] of texts `at` under the erasures at `places` in.
 
         Args:
-            base: log-probabilities of the unmasked model, [B, K].
+            base: `log_probabilities` of the unmasked model.
             truth: index of each text's true label, [B].
         """
-        log = log_probabilities(logits)
+        log = log_probabilities(logits, self.head)
         cells = np.ix_(places, at)
-        self.predicted[cells] = labels_of(logits, self.tied_is_none)
+        self.predicted[cells] = predicted_labels(logits, self.head)
         self.confidence[cells] = np.exp(log[:, np.arange(len(at)), truth])
         self.kl[cells] = (np.exp(base) * (base - log)).sum(axis=-1)
 
 
-def labels_of(logits: npt.NDArray[np.float32], tied_is_none: bool) -> Labels:
-    """Index of the best label, [...], the first of equal ones; or NO_LABEL for these. logits: [..., K]."""
-    best = logits.argmax(axis=-1)
-    if tied_is_none:
-        tied = (logits == logits.max(axis=-1, keepdims=True)).sum(axis=-1) > 1
-        best = np.where(tied, NO_LABEL, best)
-    labels: Labels = best.astype(np.int16)
-    return labels
+def log_probabilities(logits: npt.NDArray[np.float32], head: Head) -> Floats:
+    """Log-probabilities of K labels in float64: of a softmax, [..., K].
 
-
-def log_probabilities(logits: npt.NDArray[np.float32]) -> Floats:
-    """Log-softmax over labels in float64, [..., K]."""
-    shifted = logits.astype(np.float64) - logits.max(axis=-1, keepdims=True)
+    Of a sigmoid, [..., 2K]: that each label applies, and then that it does not. Their KL divergence is the sum of those
+    of the labels.
+    """
+    values = logits.astype(np.float64)
+    if head == "sigmoid":
+        either = np.concatenate([-values, values], axis=-1)
+        return -np.logaddexp(0.0, either)
+    shifted = values - values.max(axis=-1, keepdims=True)
     normal: Floats = shifted - np.log(np.exp(shifted).sum(axis=-1, keepdims=True))
     return normal
 

@@ -32,7 +32,9 @@ from workers.fitting.fitter import RangeFitter
 from workers.fitting.moments import Moments
 from workers.fitting.probe import ProbeSample
 from workers.fitting.rows import BLOCK_ROWS
+from workers.models.errors import PredictsNoLabels
 from workers.models.loading import LoadedModel
+from workers.models.predictions import Head, predicted_labels
 from workers.models.tokens import length_sorted
 
 logger = logging.getLogger(__name__)
@@ -105,7 +107,7 @@ def fit(
         CorpusError: a row that cannot be used, or no text that counts.
         FitCancelled: `cancelled` said so.
     """
-    under_way = begin(model.identity, model.dtype, torch.get_num_threads(), corpus, **choices)
+    under_way = begin(model.identity, model.dtype, model.head, torch.get_num_threads(), corpus, **choices)
     counters, fitter, checkpoint = under_way.counters, under_way.fitter, under_way.checkpoint
     before = under_way.rows_done
     resumed = before + (int(under_way.block.done.sum()) if under_way.block else 0)
@@ -171,6 +173,7 @@ class Pass:
 def begin(
     model: ModelIdentity,
     dtype: str,
+    head: Head,
     threads: int,
     corpus: Corpus,
     *,
@@ -189,7 +192,7 @@ def begin(
     """A pass over `corpus`, at its start or where a checkpoint left it.
 
     Args:
-        dtype: of the model's parameters. threads: that its forward passes run on.
+        dtype: of the model's parameters. head: how its logits are read. threads: that its forward passes run on.
         layers: blocks whose states are recorded.
         site: record what blocks give, or what their MLPs add.
         position: record the state at the read position, or the mean over real tokens.
@@ -204,11 +207,14 @@ def begin(
         InvalidErasure: a layer that the model does not have.
         CorpusError: only correct texts are wanted, and a concept is no label of the model; or there are more texts
             than a bin of a histogram can count.
+        PredictsNoLabels: only correct texts are wanted of a regression model.
     """
     chosen = resolve_layers(layers, model.n_layers)
     if len(corpus) > MOST_ROWS:
         raise CorpusError(f"{len(corpus):,} texts are more than histograms can count: --max-rows {MOST_ROWS} or fewer")
     if correct_only:
+        if head == "none":
+            raise PredictsNoLabels(model.id, "--correct-only")
         match_labels(corpus.concepts, model.labels)
     settings = FitSettings(
         layers=chosen,
@@ -254,7 +260,7 @@ def states_of(
         now.kept[rows] = True
         if settings.texts == "correct":
             truth = [model.identity.labels.index(block.concepts[row]) for row in rows]
-            now.kept[rows] = logits.float().argmax(dim=1).cpu().numpy() == truth
+            now.kept[rows] = predicted_labels(logits.float().cpu().numpy(), model.head) == truth
         now.done[rows] = True
         after_batch(now)
     return now, sum(text.truncated for text in encoded), len(encoded) - len(some)

@@ -3,6 +3,7 @@
 ModelError
 ├── CheckpointError      no such checkpoint, pickled weights, missing head, unreadable files
 ├── UnsupportedModel     a family that `families.py` does not describe
+├── PredictsNoLabels     a regression model, where labels are compared
 └── TextError            a text that the model cannot take
     ├── TextTooLong      more tokens than the model has positions, with truncate: false
     ├── EmptyText        no token at all, so there is no state to read
@@ -20,6 +21,13 @@ class CheckpointError(ModelError):
 
 class UnsupportedModel(ModelError):
     """The checkpoint's family is not described in `workers/models/families.py`."""
+
+
+class PredictsNoLabels(ModelError):
+    """A regression model gives values, and no label to compare with a text's own."""
+
+    def __init__(self, model: str, what: str) -> None:
+        super().__init__(f"{model} is a regression model, which predicts no labels: {what} needs a classifier")
 
 
 class TextError(ModelError):

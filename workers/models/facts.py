@@ -3,6 +3,7 @@
 from dataclasses import dataclass
 
 from range_store.range_set import ModelIdentity
+from workers.models.predictions import Activation, activation_of
 
 
 @dataclass(frozen=True)
@@ -27,3 +28,10 @@ class ModelFacts:
     splits: bool
     template: str | None = None
     prefix_tokens: int = 0
+
+    @property
+    def activation(self) -> Activation:
+        """What makes scores of the logits where a request does not say."""
+        if self.identity.kind != "sequence-classification":
+            return "softmax"
+        return activation_of(self.problem_type, len(self.identity.labels))

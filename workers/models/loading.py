@@ -24,6 +24,7 @@ from workers.models.facts import ModelFacts
 from workers.models.families import Family, family_of
 from workers.models.few_shot import FewShotModel, Scoring
 from workers.models.label_token import LabelTokenClassifier, LabelTokens
+from workers.models.predictions import Head
 from workers.models.prepack import prepack
 from workers.models.prompts import PromptTemplate, load_template
 from workers.models.steered import SteeredModel
@@ -71,6 +72,13 @@ class LoadedModel:
             self.template,
             len(self.steered.prefix) if isinstance(self.steered, FewShotModel) else 0,
         )
+
+    @property
+    def head(self) -> Head:
+        """How its logits are read."""
+        if isinstance(self.steered, FewShotModel) and self.steered.scoring == "greedy":
+            return "greedy"
+        return self.facts.activation
 
 
 def use_threads(threads: int | None) -> None:

@@ -9,7 +9,7 @@ from typing import Annotated, Any, Literal
 from fastapi import APIRouter, Request, Response
 from pydantic import Field
 
-from app.answering import MinGeneration, Timeout, activation_of, answer_to, ranked
+from app.answering import MinGeneration, Timeout, answer_to, ranked
 from app.auth import Calling
 from app.problems import BODY, Problem, documented
 from app.replies import Score
@@ -103,6 +103,6 @@ async def huggingface_classify(
         min_generation=min_generation,
     )
     tell(response, answer)
-    activation = chosen.function_to_apply or activation_of(service.model.problem_type)
+    activation = chosen.function_to_apply or service.model.activation
     logits = [text.logits for text in answer.texts]
     return ranked(logits, service.model.identity.labels, activation, chosen.top_k)

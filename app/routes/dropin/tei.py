@@ -10,7 +10,7 @@ from typing import Annotated, Any, Literal
 from fastapi import APIRouter, Request, Response
 from pydantic import BaseModel, Field
 
-from app.answering import MinGeneration, Timeout, activation_of, answer_to, ranked
+from app.answering import MinGeneration, Timeout, answer_to, ranked
 from app.auth import Calling
 from app.problems import BODY, ApiError, Problem, documented
 from app.replies import Score
@@ -129,7 +129,7 @@ async def tei_predict(
     if body.truncation_direction.lower() == "left":
         _check_uncut(answer)
     tell(response, answer)
-    activation = "none" if body.raw_scores else activation_of(service.model.problem_type)
+    activation = "none" if body.raw_scores else service.model.activation
     predictions = ranked([text.logits for text in answer.texts], service.model.identity.labels, activation, None)
     return predictions[0] if isinstance(body.inputs, str) else predictions
 

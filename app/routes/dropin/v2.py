@@ -14,7 +14,7 @@ from fastapi import APIRouter, Depends, Request, Response
 from pydantic import Field
 from starlette.convertors import register_url_convertor
 
-from app.answering import MinGeneration, Timeout, activation_of, all_scores, answer_to
+from app.answering import MinGeneration, Timeout, all_scores, answer_to
 from app.auth import Calling
 from app.problems import ApiError, Problem, documented
 from app.readiness import conditions
@@ -138,7 +138,7 @@ async def v2_infer(
         min_generation=min_generation,
     )
     tell(response, answer)
-    activation = chosen.activation if chosen.activation != "auto" else activation_of(service.model.problem_type)
+    activation = chosen.activation if chosen.activation != "auto" else service.model.activation
     tensors = _tensors([text.logits for text in answer.texts], service, activation, chosen.top_k)
     if chosen.compare:
         bare = [text.logits if text.baseline is None else text.baseline for text in answer.texts]

@@ -10,7 +10,7 @@ from typing import Annotated, Any, Literal
 from fastapi import APIRouter, Request, Response
 from pydantic import BaseModel, Field
 
-from app.answering import MinGeneration, Timeout, activation_of, all_scores, answer_to
+from app.answering import MinGeneration, Timeout, all_scores, answer_to
 from app.auth import Calling
 from app.problems import ApiError, Problem, documented
 from app.requests import Inputs, erasures_of
@@ -74,10 +74,10 @@ class VllmClassifyIn(Steered):
     softmax: bool | None = Field(None, description="An older name still.")
     add_special_tokens: Literal[True] = True
 
-    def function(self, problem_type: str | None) -> Activation:
+    def function(self, default: Activation) -> Activation:
         """What makes scores of the logits."""
         chosen = [each for each in (self.use_activation, self.activation, self.softmax) if each is not None]
-        return "none" if chosen and not chosen[0] else activation_of(problem_type)
+        return "none" if chosen and not chosen[0] else default
 
 
 class ClassificationData(BaseModel):
@@ -139,7 +139,7 @@ async def vllm_classify(
         _check_uncut(answer)
     tell(response, answer)
     labels = service.model.identity.labels
-    scores = all_scores([text.logits for text in answer.texts], body.function(service.model.problem_type))
+    scores = all_scores([text.logits for text in answer.texts], body.function(service.model.activation))
     tokens = sum(text.tokens for text in answer.texts)
     return VllmClassifyOut(
         id=f"classify-{request.state.request_id}",

@@ -45,7 +45,7 @@ def _scores_of_lists(reply: Any) -> Scores:
 
 
 def _by_label(rows: Sequence[Sequence[float]]) -> Scores:
-    return [dict(zip(LABELS, row, strict=True)) for row in rows]
+    return [dict(zip(LABELS, row, strict=False)) for row in rows]  # heads may have fewer labels
 
 
 def _v2_request(texts: list[str]) -> Body:
@@ -58,8 +58,8 @@ def _in_parameters(body: Body, erase: Any) -> Body:
 
 
 def _v2_scores(reply: Any) -> Scores:
-    (flat,) = (each["data"] for each in reply["outputs"] if each["name"] == "probs")
-    return _by_label([flat[start : start + len(LABELS)] for start in range(0, len(flat), len(LABELS))])
+    ((flat, width),) = ((each["data"], each["shape"][1]) for each in reply["outputs"] if each["name"] == "probs")
+    return _by_label([flat[start : start + width] for start in range(0, len(flat), width)])
 
 
 PROTOCOLS = {

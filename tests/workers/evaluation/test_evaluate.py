@@ -28,7 +28,9 @@ from workers.evaluation.measures import CSV_COLUMNS, Outcomes, Summary
 from workers.evaluation.settings import EvaluationSettings, grid
 from workers.fitting.corpus import Corpus, CorpusError, load_corpus
 from workers.fitting.fit import fit
+from workers.models.errors import PredictsNoLabels
 from workers.models.loading import LoadedModel, load_model
+from workers.models.predictions import NO_LABEL
 from workers.models.prepack import STEP
 from workers.models.tokens import TokenBatch
 
@@ -193,6 +195,41 @@ def test_confidence_is_finite_for_huge_logits() -> None:
     outcomes.add(np.array([0]), np.arange(2), np.zeros((1, 2, 3), dtype=np.float32), base, truth)
     assert outcomes.confidence[0] == pytest.approx([1 / 3, 1 / 3])
     assert outcomes.kl[0] == pytest.approx([math.log(3), math.log(3)])
+
+
+def test_labels_of_a_sigmoid_are_measured_each_by_itself() -> None:
+    outcomes = Outcomes.empty(1, 2, "sigmoid")
+    truth = np.array([0, 1], dtype=np.int16)
+    logits = np.log(np.array([[3.0, 1.0], [1 / 3, 4.0]], dtype=np.float32))
+    base = outcomes.add_base(np.arange(2), logits, truth)
+    assert outcomes.base_confidence == pytest.approx([0.75, 0.8])
+    outcomes.add(np.array([0]), np.arange(2), np.zeros((1, 2, 2), dtype=np.float32), base, truth)
+    assert outcomes.confidence[0] == pytest.approx([0.5, 0.5])
+
+    def against_half(p: float) -> float:
+        return p * math.log(2 * p) + (1 - p) * math.log(2 * (1 - p))
+
+    assert outcomes.kl[0] == pytest.approx([against_half(0.75), against_half(0.25) + against_half(0.8)], abs=1e-6)
+
+
+def test_single_label_is_predicted_or_not() -> None:
+    outcomes = Outcomes.empty(1, 2, "sigmoid")
+    truth = np.zeros(2, dtype=np.int16)
+    base = outcomes.add_base(np.arange(2), np.array([[2.0], [-1.0]], dtype=np.float32), truth)
+    outcomes.add(np.array([0]), np.arange(2), np.array([[[-2.0], [-1.0]]], dtype=np.float32), base, truth)
+    assert outcomes.base_predicted.tolist() == [0, NO_LABEL]
+    assert outcomes.predicted[0].tolist() == [NO_LABEL, NO_LABEL]
+
+
+def test_regression_model_is_refused_where_labels_are_compared(tmp_path: Path) -> None:
+    model = load_model(str(save_tiny("bert", tmp_path / "model", problem_type="regression")), device="cpu")
+    path = write_jsonl(tmp_path / "rows.jsonl", labelled_texts(8, seed=3))
+    corpus = load_corpus(str(path), labels=LABELS)
+    range_set = fit(model, corpus, bins=16).range_set
+    with pytest.raises(PredictsNoLabels, match="regression"):
+        evaluate(model, range_set, corpus, EvaluationSettings())
+    with pytest.raises(PredictsNoLabels, match="--correct-only"):
+        fit(model, corpus, bins=16, correct_only=True)
 
 
 def test_further_measures_of_a_case_worked_by_hand() -> None:

@@ -1,0 +1,40 @@
+"""What logits say: the predicted label of each text."""
+
+from typing import Any, Literal
+
+import numpy as np
+import numpy.typing as npt
+
+Activation = Literal["softmax", "sigmoid", "none"]
+"""What makes scores of logits: over all labels, for each label by itself, or nothing (regression)."""
+
+Head = Activation | Literal["greedy"]
+"""How the logits of a model are read: by their activation, or as those of greedy decoding (a softmax with ties)."""
+
+NO_LABEL = -1
+"""In place of a label's index: the model predicts none."""
+
+
+def activation_of(problem_type: str | None, n_labels: int) -> Activation:
+    """The activation that transformers' text-classification pipeline takes for such a config."""
+    if problem_type == "regression":
+        return "none"
+    return "sigmoid" if problem_type == "multi_label_classification" or n_labels == 1 else "softmax"
+
+
+def predicted_labels(logits: npt.NDArray[np.float32], head: Head) -> npt.NDArray[np.int16]:
+    """Index of the predicted label of each text, or NO_LABEL: that of the highest logit, the first of equal ones.
+
+    A single label is predicted where its score is above one half. Greedy decoding whose best logits are equal gave no
+    label at all.
+
+    Args:
+        logits: [..., K].
+    """
+    best: npt.NDArray[Any] = logits.argmax(axis=-1)
+    if head == "greedy":
+        tied = (logits == logits.max(axis=-1, keepdims=True)).sum(axis=-1) > 1
+        best = np.where(tied, NO_LABEL, best)
+    elif head == "sigmoid" and logits.shape[-1] == 1:
+        best = np.where(logits[..., 0] > 0, best, NO_LABEL)
+    return best.astype(np.int16)
