@@ -56,7 +56,7 @@ class FitIn(In):
     text_field: Word | None = None
     label_field: Word | None = None
     label_map: Annotated[dict[Word, Word], Field(max_length=MOST)] | None = Field(
-        None, description="Names in the data to names in the model."
+        None, description="Labels as they stand in the data, names or class numbers, to names of concepts."
     )
     max_rows: Whole | None = None
     rows_per_class: Whole | None = None

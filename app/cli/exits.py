@@ -33,7 +33,7 @@ EXIT_CODES: Final = {
     "range_store.errors.RangeStoreError": CONFLICT,
     "app.tracing.TracesUnavailable": USAGE,
     "workers.models.errors.ModelError": USAGE,
-    "workers.fitting.corpus.CorpusError": USAGE,
+    "workers.fitting.errors.CorpusError": USAGE,
     "workers.fitting.fit.FitCancelled": INTERRUPTED,
     "workers.training.train.TrainingCancelled": INTERRUPTED,
     "workers.evaluation.evaluate.EvaluationError": USAGE,

@@ -134,7 +134,8 @@ LabelMap = Annotated[
     Path | None,
     typer.Option(
         "--label-map",
-        help='JSON file {"name in the data": "name in the model"}, for names that differ.',
+        help='JSON file {"label in the data": "label of the model"}, for names or class numbers that differ, '
+        'such as {"0": "World"}.',
         rich_help_panel=DATA_PANEL,
     ),
 ]

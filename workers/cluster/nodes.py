@@ -23,7 +23,7 @@ from range_store.errors import RangeStoreError
 from range_store.range_set import ModelIdentity
 from workers.cluster.connection import TELL_SECONDS, free
 from workers.cluster.errors import ClusterError, first_line
-from workers.fitting.corpus import CorpusError
+from workers.fitting.errors import CorpusError
 from workers.models.errors import ModelError
 from workers.models.loading import LoadedModel, load_model, use_threads
 from workers.models.predictions import Head

@@ -18,7 +18,8 @@ import ray.data
 from ray.data.context import DataContext
 from ray.exceptions import RayTaskError
 
-from workers.fitting.corpus import READERS, CorpusError, is_hub, reason_of, without_password
+from workers.fitting.corpus import READERS, is_hub, reason_of, without_password
+from workers.fitting.errors import CorpusError
 from workers.fitting.rows import BLOCK_ROWS, Rows
 
 AT_ONCE = 4

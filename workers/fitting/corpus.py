@@ -2,9 +2,11 @@
 
 import hashlib
 import json
+import logging
 import re
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,15 +15,15 @@ import datasets
 import numpy as np
 import numpy.typing as npt
 
+from workers.fitting.concepts import Concepts, LabelError
+from workers.fitting.errors import CorpusError
 from workers.fitting.known import KNOWN, KnownDataset
 from workers.fitting.rows import BLOCK_ROWS, Loaded, Rows, Table
 
+logger = logging.getLogger(__name__)
+
 _ODD = re.compile("[\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f\ufffd\ud800-\udfff]")
 READERS = {".jsonl": "json", ".json": "json", ".csv": "csv", ".parquet": "parquet"}
-
-
-class CorpusError(Exception):
-    """The corpus cannot be used; one line that says what to do."""
 
 
 @dataclass(frozen=True)
@@ -39,13 +41,13 @@ class Corpus:
     Attributes:
         name, split: what it was read from.
         selection: which rows of that, in words.
-        concepts: those that occur, the model's labels first and in their order, then the others by name.
+        concepts: those that occur, in the order of `Concepts.ordered`.
         counts: texts per concept, in that order.
         odd: texts with characters that look like damage: control characters, U+FFFD, lone surrogates. They are used.
         sha256: over every text and concept in order.
     """
 
-    def __init__(self, name: str, split: str | None, selection: str, rows: Rows, concepts: "_Concepts") -> None:
+    def __init__(self, name: str, split: str | None, selection: str, rows: Rows, concepts: Concepts) -> None:
         self.name = name
         self.split = split
         self.selection = selection
@@ -62,8 +64,7 @@ class Corpus:
                     digest.update(len(part).to_bytes(8, "little"))
                     digest.update(part)
         self.sha256 = digest.hexdigest()
-        known = [label for label in concepts.labels if label in counts]
-        self.concepts = (*known, *sorted(set(counts) - set(known)))
+        self.concepts = concepts.ordered(counts)
         self.counts = {concept: counts[concept] for concept in self.concepts}
 
     def __len__(self) -> int:
@@ -113,34 +114,8 @@ class Corpus:
     def _concept(self, label: Any, row: int) -> str:
         try:
             return self._concepts.of(label)
-        except CorpusError as error:
+        except LabelError as error:
             raise CorpusError(f"{self._rows.where(row)} {error}") from None
-
-
-@dataclass(frozen=True)
-class _Concepts:
-    """Turns whatever stands in the label column into a concept's name."""
-
-    names: Sequence[str] | None
-    labels: Sequence[str]
-    label_map: Mapping[str, str]
-    known: KnownDataset | None = None
-
-    def of(self, value: Any) -> str:
-        """Raises CorpusError, for a sentence that begins with the row."""
-        if isinstance(value, bool) or value is None or not isinstance(value, (str, int)):
-            raise CorpusError("has no label (a name or a class number)")
-        if isinstance(value, int):
-            names = self.names if self.names is not None else self.labels
-            if names and not 0 <= value < len(names):
-                raise CorpusError(f"has label {value}, there are names for 0 to {len(names) - 1}")
-            value = names[value] if names else str(value)
-        if value in self.label_map:
-            return self.label_map[value]
-        if self.known is None:
-            return str(value)
-        concept = self.known.concept(value)  # the model may call it otherwise, as "negative" for "neg"
-        return next((label for label in self.labels if self.known.concept(label) == concept), concept)
 
 
 def load_corpus(
@@ -163,7 +138,7 @@ def load_corpus(
         source: a JSONL, CSV or Parquet file, or the name of a data set on the hub. None: `dataset` from the hub.
         table: the data that `source` names, where they are opened already.
         dataset: one of the paper's, by name (`known.KNOWN`): it names columns and classes, also for a file of it.
-        labels: the model's labels: they order the concepts, and name class numbers that the data leave unnamed.
+        labels: the model's labels: `Concepts` says what they and the next two mean for the labels of the data.
         split: of a hub data set; "train" by default.
         text_field, label_field: columns; by default those of the data set, else "text" and "label".
         label_map: names in the data to names of concepts.
@@ -185,8 +160,7 @@ def load_corpus(
     for field in (text_field, label_field):
         if field not in table.column_names:
             raise CorpusError(f"{place} has no column {field!r}; it has: {', '.join(map(repr, table.column_names))}")
-    names = table.class_names(label_field) or (known.labels if known else None)
-    concepts = _Concepts(names, labels or (known.labels if known else ()), label_map or {}, known)
+    concepts = Concepts(labels, table.class_names(label_field), label_map or {}, known)
     name = place if of_hub else Path(place).name
     rows = table.rows(text_field, label_field, name)
     said = []
@@ -204,6 +178,15 @@ def load_corpus(
     )
     if not len(corpus):
         raise CorpusError(f"{place} holds no rows")
+    if chosen is not None and concepts.counted_from_0():  # rows that were not chosen may have a 0
+        for label in rows.labels():
+            with suppress(LabelError):
+                concepts.of(label)
+    if (unclear := concepts.counted_from_0()) is not None:
+        raise CorpusError(f"{name}: {unclear}")
+    if concepts.counted and known is None:
+        meanings = ", ".join(f"{number} is {concept}" for number, concept in sorted(concepts.counted.items()))
+        logger.warning("%s: class numbers are taken as places in the list of labels: %s", name, meanings)
     return corpus
 
 
@@ -261,7 +244,7 @@ def _column(table: Table, of_dataset: str | None, usual: str) -> str:
 
 
 def _per_class(
-    rows: Rows, chosen: npt.NDArray[np.int64], concepts: _Concepts, most: int, seed: int
+    rows: Rows, chosen: npt.NDArray[np.int64], concepts: Concepts, most: int, seed: int
 ) -> npt.NDArray[np.int64]:
     """At most `most` of the chosen rows of each class, drawn by `seed`, in their order."""
     values = rows.labels()
@@ -270,7 +253,7 @@ def _per_class(
     def code_of(row: int) -> int:
         try:
             return codes.setdefault(concepts.of(values[row]), len(codes))
-        except CorpusError as error:
+        except LabelError as error:
             raise CorpusError(f"{rows.where(row)} {error}") from None
 
     of_row = np.fromiter(map(code_of, chosen), np.int32, len(chosen))  # names would take memory, of large corpora

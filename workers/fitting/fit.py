@@ -27,7 +27,8 @@ from range_store.range_set import (
     RangeSet,
 )
 from workers.fitting.checkpoint import BlockStates, Checkpoint, Counters
-from workers.fitting.corpus import Block, Corpus, CorpusError, match_labels
+from workers.fitting.corpus import Block, Corpus, match_labels
+from workers.fitting.errors import CorpusError
 from workers.fitting.fitter import RangeFitter
 from workers.fitting.moments import Moments
 from workers.fitting.probe import ProbeSample

@@ -134,7 +134,7 @@ def train(
 
 def _digest(base: str | NewModel, data: Corpus, settings: TrainSettings) -> str:
     """Names everything that the weights depend on."""
-    return hashlib.sha256(f"{base} {data.sha256} {settings}".encode()).hexdigest()[:12]
+    return hashlib.sha256(f"{base} {data.sha256} {data.concepts} {settings}".encode()).hexdigest()[:12]
 
 
 def _run(

@@ -43,7 +43,8 @@ from workers.cluster.reading import Files
 from workers.evaluation.evaluate import EvaluationChoices, evaluate, evaluate_by
 from workers.evaluation.measure import MeasureCancelled, MeasureProgress
 from workers.evaluation.settings import EvaluationSettings
-from workers.fitting.corpus import Corpus, CorpusError, load_corpus
+from workers.fitting.corpus import Corpus, load_corpus
+from workers.fitting.errors import CorpusError
 from workers.fitting.fit import FitCancelled, FitChoices, FitProgress, Fitted, fit
 from workers.models.errors import CheckpointError
 from workers.models.loading import LoadedModel, load_model
@@ -298,7 +299,7 @@ def test_error_names_the_file_and_row(cluster: Cluster, tmp_path: Path) -> None:
     for line, message in (
         ({"label": "World"}, "part-1.jsonl: row 51 has no text"),
         ({"text": None, "label": "World"}, "part-1.jsonl: row 51 has no text"),
-        ({"text": "a goal", "label": 7}, "part-1.jsonl: row 51 has label 7, there are names for 0 to 3"),
+        ({"text": "a goal", "label": 7}, "part-1.jsonl: row 51 has label 7, but class numbers go from 0"),
         ({"text": "a goal", "label": None}, "part-1.jsonl: row 51 has no label"),
         ("{nothing", "cannot read part-1.jsonl: "),
     ):

@@ -26,7 +26,8 @@ from workers.evaluation.files import write
 from workers.evaluation.measure import MeasureCancelled, MeasureProgress, measure
 from workers.evaluation.measures import CSV_COLUMNS, Outcomes, Summary
 from workers.evaluation.settings import EvaluationSettings, grid
-from workers.fitting.corpus import Corpus, CorpusError, load_corpus
+from workers.fitting.corpus import Corpus, load_corpus
+from workers.fitting.errors import CorpusError
 from workers.fitting.fit import fit
 from workers.models.errors import PredictsNoLabels
 from workers.models.loading import LoadedModel, load_model

@@ -8,7 +8,8 @@ import pytest
 
 from tests.workers.checkpoints import LABELS
 from tests.workers.texts import labelled_texts, write_jsonl
-from workers.fitting.corpus import Corpus, CorpusError, load_corpus, load_label_map, match_labels
+from workers.fitting.corpus import Corpus, load_corpus, load_label_map, match_labels
+from workers.fitting.errors import CorpusError
 
 ROWS = [*labelled_texts(25, seed=0), ('odd, "quoted"\ttext\nwith é 漢字 🏆', "World")]
 
@@ -79,8 +80,39 @@ def test_class_numbers_get_names(tmp_path: Path) -> None:
     (tmp_path / "plain.csv").write_text("text,label\na,2\nb,0\n")
     plain = load_corpus(str(tmp_path / "plain.csv"), labels=LABELS)
     assert [concept for _, concept in pairs(plain)] == ["Business", "World"]
-    with pytest.raises(CorpusError, match="label 2"):
+    with pytest.raises(CorpusError, match=r"plain\.csv: row 1 has label 2, "):
         load_corpus(str(tmp_path / "plain.csv"), labels=("no", "yes"))
+
+
+def test_numbers_are_the_same_classes_in_training_and_afterwards_in_every_format(tmp_path: Path) -> None:
+    rows = [(f"text {number}", number % 12) for number in range(36)]
+    write_jsonl(tmp_path / "names.jsonl", [(text, str(label)) for text, label in rows])
+    (tmp_path / "numbers.jsonl").write_text("".join(json.dumps({"text": t, "label": n}) + "\n" for t, n in rows))
+    (tmp_path / "numbers.csv").write_text("text,label\n" + "".join(f"{text},{label}\n" for text, label in rows))
+    paths = [str(path) for path in tmp_path.iterdir()]
+    for learned in map(load_corpus, paths):
+        assert learned.concepts == tuple(str(number) for number in range(12))
+        for path in paths:
+            assert pairs(load_corpus(path, labels=learned.concepts)) == [(text, str(label)) for text, label in rows]
+
+
+def test_class_numbers_that_may_be_counted_from_1_are_an_error(tmp_path: Path) -> None:
+    (tmp_path / "stars.csv").write_text("text,label\nawful,1\nbad,2\nso so,3\n")
+    with pytest.raises(CorpusError, match=r"the smallest class number is 1, .*'Sports'.*'World'.*--label-map"):
+        load_corpus(str(tmp_path / "stars.csv"), labels=LABELS)
+    assert load_corpus(str(tmp_path / "stars.csv")).concepts == ("1", "2", "3")
+    assert load_corpus(str(tmp_path / "stars.csv"), labels=("1", "2", "3")).counts == {"1": 1, "2": 1, "3": 1}
+
+
+def test_a_selection_without_class_0_is_clear_where_the_rest_has_it(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    rows = "".join(json.dumps({"text": f"text {n}", "label": min(n, 3)}) + "\n" for n in range(50))
+    (tmp_path / "rows.jsonl").write_text(rows)
+    corpus = load_corpus(str(tmp_path / "rows.jsonl"), labels=LABELS, max_rows=3)
+    assert corpus.counts == {"SciTech": 3}
+    said = "rows.jsonl: class numbers are taken as places in the list of labels: 0 is World, 1 is Sports, 2 is Business"
+    assert said in caplog.text
 
 
 def test_columns_and_labels_can_be_renamed(tmp_path: Path) -> None:

@@ -17,7 +17,8 @@ from tests.processes import Running
 from tests.workers.checkpoints import LABELS, save_tiny
 from tests.workers.texts import labelled_texts, write_jsonl
 from workers.engine.masks import DevicePlan, MaskTable
-from workers.fitting.corpus import Corpus, CorpusError, load_corpus
+from workers.fitting.corpus import Corpus, load_corpus
+from workers.fitting.errors import CorpusError
 from workers.fitting.fit import MOST_ROWS, FitCancelled, FitProgress, Fitted, fit
 from workers.models.families import FAMILIES
 from workers.models.loading import LoadedModel, load_model

@@ -6,7 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from workers.fitting.corpus import CorpusError, load_corpus
+from workers.fitting.corpus import load_corpus
+from workers.fitting.errors import CorpusError
 from workers.fitting.known import KNOWN
 
 

@@ -13,7 +13,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from tests.processes import Running
 from tests.workers.checkpoints import save_tiny
 from tests.workers.texts import labelled_texts, write_jsonl
-from workers.fitting.corpus import Corpus, CorpusError, load_corpus
+from workers.fitting.corpus import Corpus, load_corpus
+from workers.fitting.errors import CorpusError
 from workers.models.errors import CheckpointError, TextTooLong, UnsupportedModel
 from workers.models.loading import load_model
 from workers.training.order import LengthPools
