@@ -73,7 +73,8 @@ async def answer_to(
     Raises:
         ApiError: too many texts, or too long ones (413); an erasure is enforced and `caller` may not compare (403).
         ClientGone: the client hung up before, and the work is cancelled.
-        EngineError, RangeStoreError, TextTooLong, EmptyText, PairUnsupported: see the engine's `classify`.
+        EngineError, RangeStoreError, TextTooLong, EmptyText, UnknownToken, PairUnsupported: see `classify` of the
+            engine.
     """
     check_size(texts, service.settings)
     if compare:

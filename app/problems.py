@@ -28,6 +28,7 @@ from app.service import (
     ReplicaLost,
     RequestTooLarge,
     TextTooLong,
+    UnknownToken,
 )
 from app.shapes import without_tags
 from range_store.errors import (
@@ -112,6 +113,7 @@ CODES: Mapping[type[Exception], tuple[int, str]] = {
     TextTooLong: (422, "text_too_long"),
     EmptyText: (422, "empty_text"),
     PairUnsupported: (422, "unsupported"),
+    UnknownToken: (422, "unsupported"),
     QueueFull: (429, "queue_full"),
     RequestTooLarge: (413, "request_too_large"),
     Draining: (503, "draining"),

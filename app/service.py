@@ -27,7 +27,7 @@ from workers.engine.errors import (
 from workers.engine.live_metrics import add_under, live_state, loaded, register_process
 from workers.engine.metrics import MOST_CONCEPTS, OTHER_CONCEPTS
 from workers.fitting.known import KNOWN
-from workers.models.errors import EmptyText, PairUnsupported, TextTooLong
+from workers.models.errors import EmptyText, PairUnsupported, TextTooLong, UnknownToken
 from workers.models.facts import ModelFacts
 from workers.models.shown import ShownToken
 from workers.models.texts import TextOrPair, characters
@@ -54,6 +54,7 @@ __all__ = [
     "TextAnswer",
     "TextOrPair",
     "TextTooLong",
+    "UnknownToken",
     "add_under",
     "characters",
     "live_state",

@@ -159,7 +159,7 @@ class Engine:
         Raises:
             Behind: it is not.
             QueueFull, RequestTooLarge, Draining, DeadlineExceeded, EngineFailed: see `workers.engine.errors`.
-            TextTooLong, EmptyText, PairUnsupported: see `workers.models.errors`.
+            TextTooLong, EmptyText, UnknownToken, PairUnsupported: see `workers.models.errors`.
             RangeStoreError: the erasures cannot be resolved, or no range set or snapshot is at hand.
         """
         request: Request | None = None

@@ -7,6 +7,7 @@ ModelError
 └── TextError            a text that the model cannot take
     ├── TextTooLong      more tokens than the model has positions, with truncate: false
     ├── EmptyText        no token at all, so there is no state to read
+    ├── UnknownToken     a token of the tokenizer that the model has no embedding for
     └── PairUnsupported  a pair of texts, where the classifier has a place for one
 """
 
@@ -51,6 +52,14 @@ class EmptyText(TextError):
 
     def __init__(self, index: int) -> None:
         super().__init__(index, f"input {index} holds no token that the model can read")
+
+
+class UnknownToken(TextError):
+    """A token of the tokenizer that the model has no embedding for."""
+
+    def __init__(self, index: int, token: str, token_id: int, rows: int) -> None:
+        said = f"holds the token {token!r} ({token_id}), and the model knows tokens 0 to {rows - 1} only: leave it out"
+        super().__init__(index, f"input {index} {said}")
 
 
 class PairUnsupported(TextError):

@@ -1,6 +1,7 @@
 """What is known of a loaded model without having it. Without torch: an HTTP process before a fleet holds only this."""
 
 from dataclasses import dataclass
+from typing import Literal
 
 from range_store.range_set import ModelIdentity
 from workers.models.predictions import Activation, activation_of
@@ -17,6 +18,7 @@ class ModelFacts:
         splits: whether it runs as trunk and tail; else a hook masks over a full pass.
         template: prompt template of a few-shot classifier, with its version.
         prefix_tokens: tokens before every text: instruction and exemplars of a few-shot classifier.
+        truncation_side: where a text that is too long is cut.
     """
 
     identity: ModelIdentity
@@ -28,6 +30,7 @@ class ModelFacts:
     splits: bool
     template: str | None = None
     prefix_tokens: int = 0
+    truncation_side: Literal["left", "right"] = "right"
 
     @property
     def activation(self) -> Activation:

@@ -7,8 +7,10 @@ Which kind: a prompt template makes it `few-shot`; label tokens in the checkpoin
 import hashlib
 import json
 import logging
+import unicodedata
 from collections.abc import Iterator
 from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
 from typing import Any, Literal
 
@@ -71,6 +73,7 @@ class LoadedModel:
             self.steered.splits,
             self.template,
             len(self.steered.prefix) if isinstance(self.steered, FewShotModel) else 0,
+            self.tokens.truncation_side,
         )
 
     @property
@@ -132,6 +135,9 @@ def load_model(
     torch_dtype = _dtype(dtype, place, config)
     files = _weight_files(source, revision, allow_pickle)
     tokenizer = _read(source, lambda: AutoTokenizer.from_pretrained(source, revision=revision, trust_remote_code=False))
+    said = config.to_dict()
+    pad = _pad_id(tokenizer, config, family, source)
+    known = _known_tokens(tokenizer, config, source)
     label_tokens = LabelTokens.of(config, source)
     prompt = None if template is None else load_template(template)
     auto = AutoModelForSequenceClassification if label_tokens is None and prompt is None else AutoModelForCausalLM
@@ -155,7 +161,6 @@ def load_model(
             f"{source} is no trained {what} (it lacks {', '.join(missing[:3])}): "
             "fine-tune it first with `neuronlens train`, or pass --template to prompt a language model"
         )
-    pad = _pad_id(tokenizer, model, source)
     model = model.to(place).eval().requires_grad_(False)
     if place.type == "cpu" and not plain and not compiled:
         prepack(model.get_submodule(family.blocks), torch_dtype)
@@ -163,19 +168,18 @@ def load_model(
     steered: Steerable
     kind: Kind
     labels: tuple[str, ...]
-    said = config.to_dict()
     if prompt is not None:
         kind, labels = "few-shot", tuple(label.label for label in prompt.labels)
-        steered, tokens = few_shot(model, tokenizer, family, prompt, scoring, most, pad)
+        steered, tokens = few_shot(model, tokenizer, family, prompt, scoring, most, pad, known)
         said |= {"few_shot": {"template": prompt.model_dump(mode="json"), "scoring": scoring}}
     elif label_tokens is not None:
         kind, labels = "label-token", label_tokens.labels
         steered = SteeredModel(LabelTokenClassifier(model, label_tokens.ids).eval(), family, plain=plain)
-        tokens = TextTokenizer(tokenizer, most, pad, "last", (label_tokens.sep,))
+        tokens = TextTokenizer(tokenizer, most, pad, "last", (label_tokens.sep,), known=known)
     else:
-        kind, labels = "sequence-classification", tuple(str(config.id2label[i]) for i in range(config.num_labels))
+        kind, labels = "sequence-classification", _labels(config, source)
         steered = SteeredModel(model, family, plain=plain)
-        tokens = TextTokenizer(tokenizer, most, pad, family.reads, typed=_has_types(tokenizer, config))
+        tokens = TextTokenizer(tokenizer, most, pad, family.reads, typed=_has_types(tokenizer, config), known=known)
     check = tokens.pad([text.ids for text in tokens.encode(_CHECK_TEXTS)], place)
     steered.check(check)
     if not steered.splits:
@@ -199,12 +203,19 @@ def load_model(
 
 
 def few_shot(
-    model: Any, tokenizer: Any, family: Family, prompt: PromptTemplate, scoring: Scoring, most: int, pad: int
+    model: Any,
+    tokenizer: Any,
+    family: Family,
+    prompt: PromptTemplate,
+    scoring: Scoring,
+    most: int,
+    pad: int,
+    known: int | None = None,
 ) -> tuple[FewShotModel, TextTokenizer]:
     """A pretrained LM as a few-shot classifier, and the tokenizer of its texts; `most` tokens fit the model.
 
     Raises:
-        CheckpointError: prompt and labels leave no room for a text.
+        CheckpointError: prompt and labels leave no room for a text, or hold a token that the model does not know.
     """
 
     def ids(text: str) -> tuple[int, ...]:
@@ -213,6 +224,10 @@ def few_shot(
     bos = () if tokenizer.bos_token_id is None else (tokenizer.bos_token_id,)
     prefix, suffix = bos + ids(prompt.prefix()), ids(prompt.suffix())
     strings = tuple(ids(label.text) for label in prompt.labels)
+    if known is not None and max(chain(prefix, suffix, *strings)) >= known:
+        raise CheckpointError(
+            f"the prompt {prompt.name!r} holds a token that the model has no embedding for: use another template"
+        )
     room = most - len(prefix) - max(map(len, strings)) - (FewShotModel.GREEDY_TOKENS if scoring == "greedy" else 0)
     if room <= len(suffix):
         raise CheckpointError(
@@ -228,7 +243,7 @@ def few_shot(
         decode=lambda tokens: str(tokenizer.decode(tokens, skip_special_tokens=True)),
         label_texts=tuple(label.text for label in prompt.labels),
     )
-    return steered, TextTokenizer(tokenizer, room, pad, "last", suffix)
+    return steered, TextTokenizer(tokenizer, room, pad, "last", suffix, known=known)
 
 
 def _read(source: str, load: Any) -> Any:
@@ -318,12 +333,53 @@ def _has_types(tokenizer: Any, config: Any) -> bool:
     return getattr(config, "type_vocab_size", 0) > 1 and "token_type_ids" in tokenizer.model_input_names
 
 
-def _pad_id(tokenizer: Any, model: Any, source: str) -> int:
-    """The id that model and tokenizer pad with, made one where they differ or lack it."""
-    pad = model.config.pad_token_id
+def _pad_id(tokenizer: Any, config: Any, family: Family, source: str) -> int:
+    """The id that texts are padded with: the config's, which is set where it lacks one or names no known token."""
+    own, tokens = config.pad_token_id, config.vocab_size
+    if own is not None and 0 <= own < tokens:
+        return int(own)
+    names = f"pad_token_id {own} of {source} is none of its {tokens} tokens"
+    if own is not None and family.positions_after_pad:
+        raise CheckpointError(f"{names}, and positions are counted from it: correct its config.json")
+    others = (tokenizer.pad_token_id, tokenizer.eos_token_id)
+    pad = next((int(each) for each in others if each is not None and 0 <= each < tokens), None)
     if pad is None:
-        pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
-        if pad is None:
-            raise CheckpointError(f"{source} has neither a pad nor an eos token, so texts cannot be batched")
-        model.config.pad_token_id = pad
-    return int(pad)
+        raise CheckpointError(f"{source} has neither a pad nor an eos token that it knows: texts cannot be batched")
+    if own is not None:
+        logger.warning("%s: texts are padded with token %d instead", names, pad)
+    config.pad_token_id = pad
+    return pad
+
+
+def _known_tokens(tokenizer: Any, config: Any, source: str) -> int | None:
+    """For how many tokens the model has embeddings, if the tokenizer can give others."""
+    known: int = config.vocab_size
+    others = sorted((id_, token) for token, id_ in tokenizer.get_vocab().items() if id_ >= known)
+    if not others:
+        return None
+    logger.warning(
+        "the tokenizer of %s has tokens that the model has no embedding for (%d: %s): texts that hold one are refused",
+        source,
+        len(others),
+        ", ".join(repr(token) for _, token in others[:3]) + (", …" if len(others) > 3 else ""),
+    )
+    return known
+
+
+def _labels(config: Any, source: str) -> tuple[str, ...]:
+    """The labels in the order of the head's outputs."""
+    numbers = sorted(config.id2label)
+    if numbers == list(range(1, len(numbers) + 1)):
+        logger.warning("id2label of %s counts from 1: its labels are taken in that order", source)
+    elif numbers != list(range(len(numbers))):
+        raise CheckpointError(
+            f"id2label of {source} must number its labels 0 to {len(numbers) - 1}, and has {numbers}: "
+            "correct its config.json"
+        )
+    labels = tuple(str(config.id2label[number]) for number in numbers)
+    forms = [unicodedata.normalize("NFC", label) for label in labels]
+    for index, form in enumerate(forms):
+        if (first := forms.index(form)) < index:
+            how = "are the same" if labels[first] == labels[index] else "differ in their Unicode form only"
+            logger.warning("labels %d and %d of %s %s: %r", first, index, source, how, form)
+    return labels

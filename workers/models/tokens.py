@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from workers.models.errors import EmptyText, PairUnsupported, TextTooLong
+from workers.models.errors import EmptyText, PairUnsupported, TextTooLong, UnknownToken
 from workers.models.packing import Packing
 from workers.models.shown import ShownText, ShownToken
 from workers.models.texts import TextOrPair
@@ -74,6 +74,7 @@ class TextTokenizer:
         suffix: token ids that close every text (`<sep>`, or the end of a prompt). Then the tokenizer adds no special
             tokens of its own, truncation cuts the text and never the suffix, and the last token is what is read.
         typed: the model is told by token type ids which text of a pair a token is of.
+        known: the model has embeddings for so many tokens; None: for all that the tokenizer can give.
     """
 
     def __init__(
@@ -84,29 +85,38 @@ class TextTokenizer:
         reads: Literal["first", "last"],
         suffix: tuple[int, ...] = (),
         typed: bool = False,
+        known: int | None = None,
     ) -> None:
         self._tokenizer = tokenizer
         self._reads = reads
         self._typed = typed
+        self._known = known
         self.suffix = suffix
         self.max_tokens = max_tokens
         self.pad_id = pad_id
+
+    @property
+    def truncation_side(self) -> Literal["left", "right"]:
+        """Where a text that is too long is cut, as the tokenizer's configuration says."""
+        return "left" if self._tokenizer.truncation_side == "left" else "right"
 
     def encode(self, texts: Sequence[TextOrPair], truncate: bool = True, *, keep_empty: bool = False) -> list[Encoded]:
         """Token ids of each text or pair, as the tokenizer itself joins and cuts (the longer text first) a pair.
 
         Args:
-            keep_empty: a text without any token has no ids, instead of being an error.
+            keep_empty: a text without any token, or with one that the model has no embedding for, has no ids, instead
+                of being an error.
 
         Raises:
             TextTooLong: a text needs more than `max_tokens` tokens and `truncate` is False.
             EmptyText: a text gives no token at all.
+            UnknownToken: a text holds a token that the model has no embedding for.
             PairUnsupported: a pair, where a suffix closes each text.
         """
         if not texts:
             return []
         if self.suffix:
-            return self._encode_with_suffix(texts, truncate)
+            return self._only_known(self._encode_with_suffix(texts, truncate), keep_empty)
         encoded = self._encoded(texts, truncation=False)
         for index, text in enumerate(encoded):
             if not text.ids and not keep_empty:
@@ -118,6 +128,18 @@ class TextTokenizer:
             cut = self._encoded([texts[index] for index in long], truncation=True)
             for index, text in zip(long, cut, strict=True):
                 encoded[index] = replace(text, truncated=True)
+        return self._only_known(encoded, keep_empty)
+
+    def _only_known(self, encoded: list[Encoded], keep_empty: bool) -> list[Encoded]:
+        """Empties a text with a token that the model has no embedding for, or raises UnknownToken."""
+        if self._known is None:
+            return encoded
+        for index, text in enumerate(encoded):
+            unknown = next((id_ for id_ in text.ids if id_ >= self._known), None)
+            if unknown is not None and not keep_empty:
+                raise UnknownToken(index, self._tokenizer.convert_ids_to_tokens(unknown), unknown, self._known)
+            if unknown is not None:
+                encoded[index] = Encoded(())
         return encoded
 
     def _encode_with_suffix(self, texts: Sequence[TextOrPair], truncate: bool) -> list[Encoded]:
@@ -129,7 +151,8 @@ class TextTokenizer:
         for index, ids in enumerate(self._tokenized(single, truncation=False)["input_ids"]):
             if len(ids) > room and not truncate:
                 raise TextTooLong(index, len(ids) + len(self.suffix), self.max_tokens)
-            encoded.append(Encoded((*ids[:room], *self.suffix), truncated=len(ids) > room))
+            kept = ids[-room:] if self.truncation_side == "left" else ids[:room]
+            encoded.append(Encoded((*kept, *self.suffix), truncated=len(ids) > room))
         return encoded
 
     def _encoded(self, texts: Sequence[TextOrPair], truncation: bool) -> list[Encoded]:
@@ -182,12 +205,10 @@ class TextTokenizer:
                 return_offsets_mapping=True,
                 return_special_tokens_mask=True,
             )
-            added = looked["special_tokens_mask"][0]
-            spans[:own] = [
-                None if special else span
-                for span, special in zip(looked["offset_mapping"][0][:own], added[:own], strict=True)
-            ]
-            special = [bool(each) for each in added[:own]] + [True] * len(self.suffix)
+            kept = slice(-own, None) if own and self.truncation_side == "left" else slice(own)
+            added, offsets = looked["special_tokens_mask"][0][kept], looked["offset_mapping"][0][kept]
+            spans[:own] = [None if special else span for span, special in zip(offsets, added, strict=True)]
+            special = [bool(each) for each in added] + [True] * len(self.suffix)
         else:
             known = set(self._tokenizer.all_special_ids)
             special = [each in known for each in encoded.ids[:own]] + [True] * len(self.suffix)

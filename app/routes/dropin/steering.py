@@ -6,8 +6,9 @@ from urllib.parse import quote
 from fastapi import Response
 from pydantic import BaseModel, ConfigDict, Field
 
+from app.problems import ApiError
 from app.requests import Erase
-from app.service import Answer
+from app.service import Answer, ModelFacts
 
 LONGEST_HEADER = 2000
 """Most characters of `X-NeuronLens-Erased`; many clients take 8,000 for all headers together."""
@@ -36,6 +37,16 @@ def erased_header(concepts: list[str]) -> str:
             return header + ("," if header else "") + "*"
         header += name
     return header
+
+
+def check_truncation_side(answer: Answer, model: ModelFacts, side: str, where: str) -> None:
+    """Raises ApiError (422) if a text was cut at another side than `side`. where: before the text's index."""
+    if side == model.truncation_side:
+        return
+    for index, text in enumerate(answer.texts):
+        if text.truncated:
+            detail = f"{where}{index} is too long, and this model's texts are cut at the {model.truncation_side} only"
+            raise ApiError(422, "unsupported", detail)
 
 
 def tell(response: Response, answer: Answer) -> None:

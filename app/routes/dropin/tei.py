@@ -12,13 +12,13 @@ from pydantic import BaseModel, Field
 
 from app.answering import MinGeneration, Timeout, answer_to, ranked
 from app.auth import Calling
-from app.problems import BODY, ApiError, Problem, documented
+from app.problems import BODY, Problem, documented
 from app.replies import Score
 from app.requests import erasures_of
 from app.routes import Serving
 from app.routes.dropin.dialect import Dialect
-from app.routes.dropin.steering import TOLD, Steered, tell
-from app.service import Answer, TextOrPair
+from app.routes.dropin.steering import TOLD, Steered, check_truncation_side, tell
+from app.service import TextOrPair
 from app.shapes import LIST, TEXT, by_shape
 
 ErrorType = Literal["Unhealthy", "Backend", "Overloaded", "Validation", "Tokenizer"]
@@ -60,8 +60,8 @@ class PredictIn(Steered):
     inputs: PredictInput = Field(description="One text, or a batch of texts, of lists of one text, and of pairs.")
     raw_scores: bool = Field(False, description="Logits instead of scores.")
     truncate: bool | None = Field(None, description="false: a text that is too long is an error.")
-    truncation_direction: Literal["Right", "right", "Left", "left"] = Field(
-        "Right", description="Left is refused where it would matter."
+    truncation_direction: Literal["Right", "right", "Left", "left"] | None = Field(
+        None, description="Refused where a text is cut, and the model's tokenizer cuts the other side."
     )
 
     def texts(self) -> list[TextOrPair]:
@@ -126,18 +126,12 @@ async def tei_predict(
         timeout=x_request_timeout,
         min_generation=min_generation,
     )
-    if body.truncation_direction.lower() == "left":
-        _check_uncut(answer)
+    if body.truncation_direction is not None:
+        check_truncation_side(answer, service.model, body.truncation_direction.lower(), "inputs.")
     tell(response, answer)
     activation = "none" if body.raw_scores else service.model.activation
     predictions = ranked([text.logits for text in answer.texts], service.model.identity.labels, activation, None)
     return predictions[0] if isinstance(body.inputs, str) else predictions
-
-
-def _check_uncut(answer: Answer) -> None:
-    for index, text in enumerate(answer.texts):
-        if text.truncated:
-            raise ApiError(422, "unsupported", f"inputs.{index} is too long, and this server cuts at the right only")
 
 
 @router.get("/info", responses=documented(404, 422))

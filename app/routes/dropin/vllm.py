@@ -16,7 +16,7 @@ from app.problems import ApiError, Problem, documented
 from app.requests import Inputs, erasures_of
 from app.routes import Asking
 from app.routes.dropin.dialect import Dialect
-from app.routes.dropin.steering import TOLD, Steered, tell
+from app.routes.dropin.steering import TOLD, Steered, check_truncation_side, tell
 from app.scores import Activation
 from app.service import Answer
 
@@ -68,7 +68,9 @@ class VllmClassifyIn(Steered):
         description="-1: cut a text to what the model takes. A number of tokens: refused if a text has more, unless it "
         "is what the model takes. Absent: a text that is too long is an error.",
     )
-    truncation_side: Literal["left", "right"] | None = Field(None, description="left is refused where it would matter.")
+    truncation_side: Literal["left", "right"] | None = Field(
+        None, description="Refused where a text is cut, and the model's tokenizer cuts the other side."
+    )
     use_activation: bool | None = Field(None, description="false: logits.")
     activation: bool | None = Field(None, description="An older name of `use_activation`.")
     softmax: bool | None = Field(None, description="An older name still.")
@@ -135,8 +137,8 @@ async def vllm_classify(
     )
     if cut_to is not None and cut_to >= 0:
         _check_lengths(answer, cut_to, most)
-    if body.truncation_side == "left":
-        _check_uncut(answer)
+    if body.truncation_side is not None:
+        check_truncation_side(answer, service.model, body.truncation_side, "truncation_side: input ")
     tell(response, answer)
     labels = service.model.identity.labels
     scores = all_scores([text.logits for text in answer.texts], body.function(service.model.activation))
@@ -158,11 +160,4 @@ def _check_lengths(answer: Answer, cut_to: int, most: int) -> None:
     for index, text in enumerate(answer.texts):
         if text.tokens > cut_to:
             detail = f"truncate_prompt_tokens: input {index} is longer, and this server cuts to {most} tokens only"
-            raise ApiError(422, "unsupported", detail)
-
-
-def _check_uncut(answer: Answer) -> None:
-    for index, text in enumerate(answer.texts):
-        if text.truncated:
-            detail = f"truncation_side: input {index} is too long, and this server cuts at the right only"
             raise ApiError(422, "unsupported", detail)

@@ -2,17 +2,22 @@
 
 import functools
 import json
+from dataclasses import replace
 from typing import Any
 
 import jsonschema
+import numpy as np
 import pytest
 import torch
 from tei_client import HttpClient, ModelType
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
+from app.problems import ApiError
+from app.routes.dropin.steering import check_truncation_side
 from tests.e2e.dropin.protocols import TEI_ERROR, TEI_INFO, TEI_PREDICTIONS, refused
 from tests.servers import LABELS, RunningServer
 from tests.workers.texts import labelled_texts
+from workers.engine.answers import Answer, TextAnswer
 from workers.models.loading import LoadedModel
 
 TEXTS = [text for text, _ in labelled_texts(3, seed=3)]
@@ -183,3 +188,13 @@ def test_info_describes_the_model(server: RunningServer) -> None:
     assert info["model_type"]["classifier"]["id2label"] == {str(n): label for n, label in enumerate(LABELS)}
     assert info["model_type"]["classifier"]["label2id"] == {label: n for n, label in enumerate(LABELS)}
     assert info["max_client_batch_size"] == server.service.settings.max_texts
+
+
+@pytest.mark.parametrize("side", ["left", "right"])
+def test_texts_may_be_cut_where_the_models_tokenizer_cuts(model: LoadedModel, side: Any) -> None:
+    text = TextAnswer(np.zeros(4, np.float32), None, 0, True, 64)
+    answer = Answer((text,), "none", (), frozenset(), None, None, 0.0, 0.0)
+    facts = replace(model.facts, truncation_side=side)
+    check_truncation_side(answer, facts, side, "inputs.")
+    with pytest.raises(ApiError, match=rf"inputs\.0 is too long, and this model's texts are cut at the {side} only"):
+        check_truncation_side(answer, facts, {"left": "right", "right": "left"}[side], "inputs.")

@@ -1,5 +1,6 @@
 """Loading takes safetensors with a trained head, gives a fingerprint of config and weights, and has clear errors."""
 
+import copy
 import json
 import shutil
 from collections.abc import Callable
@@ -8,11 +9,12 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file
-from transformers import AutoConfig, AutoModel
+from transformers import AutoConfig, AutoModel, AutoTokenizer
 
 from tests.workers.checkpoints import LABELS, SENTENCES, save_tiny
-from workers.models.errors import CheckpointError, EmptyText, TextTooLong, UnsupportedModel
+from workers.models.errors import CheckpointError, EmptyText, TextTooLong, UnknownToken, UnsupportedModel
 from workers.models.loading import LoadedModel, load_model
+from workers.models.tokens import TextTokenizer
 
 Tiny = Callable[[str], LoadedModel]
 
@@ -138,3 +140,111 @@ def test_read_position_when_pad_and_eos_are_the_same_id(tiny: Tiny) -> None:
     with torch.inference_mode():
         head = model.steered.model.score(model.steered.model.transformer.ln_f(states[last]))  # type: ignore[union-attr, operator]
     torch.testing.assert_close(head, model.steered.logits(batch))
+
+
+def rewrite(directory: Path, name: str = "config.json", **entries: object) -> Path:
+    """Set entries of a JSON file of a checkpoint."""
+    file = directory / name
+    file.write_text(json.dumps({**json.loads(file.read_text()), **entries}))
+    return directory
+
+
+def warnings_of(caplog: pytest.LogCaptureFixture) -> list[str]:
+    return [record.getMessage() for record in caplog.records if record.name == "workers.models.loading"]
+
+
+@pytest.mark.parametrize("family", ["bert", "gpt2", "llama"])
+@pytest.mark.parametrize("pad", [-1, 10**6])
+def test_pad_id_outside_the_vocabulary_is_replaced(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, family: str, pad: int
+) -> None:
+    checkpoint = save_tiny(family, tmp_path / family)
+    right = load_model(str(checkpoint), device="cpu")
+    model = load_model(str(rewrite(checkpoint, pad_token_id=pad)), device="cpu")
+    (said,) = warnings_of(caplog)
+    assert f"pad_token_id {pad} of {checkpoint}" in said
+    assert said.endswith(f"texts are padded with token {right.tokens.pad_id} instead")
+    batch = model.tokens.pad([text.ids for text in model.tokens.encode(SENTENCES)])
+    assert model.steered.splits
+    torch.testing.assert_close(model.steered.logits(batch), right.steered.logits(batch))
+
+
+def test_pad_id_that_positions_depend_on_is_not_guessed(tmp_path: Path) -> None:
+    checkpoint = rewrite(save_tiny("roberta", tmp_path / "model"), pad_token_id=-1)
+    with pytest.raises(CheckpointError, match=r"pad_token_id -1 .* correct its config.json"):
+        load_model(str(checkpoint), device="cpu")
+
+
+def test_checkpoint_without_any_token_to_pad_with_is_rejected(tmp_path: Path) -> None:
+    checkpoint = rewrite(save_tiny("llama", tmp_path / "model"), pad_token_id=None)
+    rewrite(checkpoint, "tokenizer_config.json", pad_token=None, eos_token=None)
+    with pytest.raises(CheckpointError, match="neither a pad nor an eos token"):
+        load_model(str(checkpoint), device="cpu")
+
+
+def test_labels_numbered_from_1_are_taken_in_order(checkpoint: Path, caplog: pytest.LogCaptureFixture) -> None:
+    rewrite(checkpoint, id2label={str(number): label for number, label in enumerate(LABELS, 1)})
+    assert load_model(str(checkpoint), device="cpu").identity.labels == LABELS
+    assert "counts from 1" in warnings_of(caplog)[0]
+
+
+def test_labels_with_other_numbers_are_rejected(checkpoint: Path) -> None:
+    rewrite(checkpoint, id2label={str(2 * number): label for number, label in enumerate(LABELS)})
+    with pytest.raises(CheckpointError, match=r"0 to 3, and has \[0, 2, 4, 6\]"):
+        load_model(str(checkpoint), device="cpu")
+
+
+@pytest.mark.parametrize(
+    ("twin", "how"), [("Cafe\u0301", "differ in their Unicode form only"), ("Caf\u00e9", "are the same")]
+)
+def test_labels_that_look_alike_are_named(
+    checkpoint: Path, caplog: pytest.LogCaptureFixture, twin: str, how: str
+) -> None:
+    rewrite(checkpoint, id2label={"0": "Caf\u00e9", "1": "Tea", "2": "Bar", "3": twin})
+    assert load_model(str(checkpoint), device="cpu").identity.labels[3] == twin
+    (said,) = warnings_of(caplog)
+    assert said == f"labels 0 and 3 of {checkpoint} {how}: 'Caf\u00e9'"
+
+
+@pytest.mark.parametrize("family", ["bert", "llama"])
+def test_token_without_an_embedding_is_named_at_load_and_refused_in_texts(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, family: str
+) -> None:
+    checkpoint = save_tiny(family, tmp_path / family)
+    whole = load_model(str(checkpoint), device="cpu").tokens
+    tokenizer = AutoTokenizer.from_pretrained(checkpoint)
+    known = len(tokenizer)
+    tokenizer.add_tokens(["<new>"])
+    tokenizer.save_pretrained(checkpoint)
+    tokens = load_model(str(checkpoint), device="cpu").tokens
+    (said,) = warnings_of(caplog)
+    assert "has tokens that the model has no embedding for (1: '<new>')" in said
+    assert tokens.encode(SENTENCES) == whole.encode(SENTENCES)
+    with pytest.raises(UnknownToken, match=rf"input 1 holds the token '<new>' \({known}\)"):
+        tokens.encode(["goal", "goal <new>"])
+    assert [bool(text.ids) for text in tokens.encode(["goal", "goal <new>"], keep_empty=True)] == [True, False]
+
+
+def test_texts_are_cut_where_the_tokenizer_says(checkpoint: Path) -> None:
+    text = " ".join(SENTENCES)
+    right = load_model(str(checkpoint), device="cpu")
+    left = load_model(str(rewrite(checkpoint, "tokenizer_config.json", truncation_side="left")), device="cpu")
+    assert (right.facts.truncation_side, left.facts.truncation_side) == ("right", "left")
+    whole = left.tokens._tokenizer(text)["input_ids"]
+    room = left.tokens.max_tokens - 1
+    assert left.tokens.encode([text])[0].ids == (whole[0], *whole[-room:])
+    assert right.tokens.encode([text])[0].ids == (*whole[:room], whole[-1])
+
+
+@pytest.mark.parametrize("side", ["left", "right"])
+def test_texts_before_a_prompts_end_are_cut_where_the_tokenizer_says(tiny: Tiny, side: str) -> None:
+    tokenizer = copy.copy(tiny("gpt2").tokens._tokenizer)
+    tokenizer.truncation_side = side
+    text = " ".join(SENTENCES)
+    whole = tuple(tokenizer(text)["input_ids"])
+    tokens = TextTokenizer(tokenizer, 10, 0, "last", (1, 2))
+    assert tokens.encode([text])[0].ids == ((whole[-8:] if side == "left" else whole[:8]) + (1, 2))
+    (shown,) = tokens.show([text])
+    parts = [text[token.start : token.stop] for token in shown.tokens[:-2]]
+    assert "".join(parts) == (text[-len("".join(parts)) :] if side == "left" else text[: len("".join(parts))])
+    assert [token.start for token in shown.tokens[-2:]] == [None, None]
