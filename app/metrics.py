@@ -5,6 +5,7 @@ import socket
 import threading
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
+from contextlib import suppress
 from itertools import chain
 from typing import Any
 from wsgiref.simple_server import WSGIRequestHandler, WSGIServer, make_server
@@ -80,7 +81,13 @@ def start_metrics_server(
 
 
 class _Silent(WSGIRequestHandler):
-    """Logs no request: it would be with its path."""
+    """Ends connections that stay silent, and logs no request: it would be with its path."""
+
+    timeout = 10
+
+    def handle(self) -> None:
+        with suppress(TimeoutError):
+            super().handle()
 
     def log_message(self, format: str, *args: Any) -> None:
         """Nothing."""

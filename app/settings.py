@@ -121,6 +121,14 @@ class Settings(BaseSettings):
         description="seconds that a connection may lie idle: more than clients and proxies keep theirs, or they may "
         "send a request just as it is closed",
     )
+    write_timeout: Annotated[float, Field(gt=0)] = Field(
+        30.0, description="seconds after which a connection is broken if its client reads nothing of a reply"
+    )
+    max_connections: Annotated[int, Field(ge=1)] = Field(
+        1000,
+        description="connections that may be open at once, at most 128 less than `ulimit -n`; a further one displaces "
+        "the one that has been idle longest, and is refused (503) where none is idle",
+    )
     max_body_bytes: Annotated[int, Field(ge=1024)] = Field(8388608, description="largest body of a request")
     max_texts: Annotated[int, Field(ge=1)] = Field(1024, description="most texts of a request")
     max_characters: Annotated[int, Field(ge=1)] = Field(100000, description="most characters of a text")

@@ -21,7 +21,7 @@ import uvicorn
 from prometheus_client import CollectorRegistry
 
 from app.main import create_app
-from app.protocol import bounded_head
+from app.protocol import http_protocol
 from app.routes.dropin import dialect_of
 from app.service import Service
 from app.settings import Settings
@@ -145,8 +145,7 @@ def starting(
                 host="127.0.0.1",
                 port=0,
                 log_level="warning",
-                http=bounded_head(chosen.max_header_bytes, chosen.header_timeout),
-                timeout_keep_alive=chosen.keep_alive,
+                http=http_protocol(chosen, app.state.registry),
             )
             server = uvicorn.Server(config)
             thread = threading.Thread(target=server.run)

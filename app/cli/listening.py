@@ -3,6 +3,7 @@
 import asyncio
 import errno
 import logging
+import resource
 import shlex
 import signal
 import socket
@@ -20,9 +21,15 @@ from app.cli.exits import FAILED, INTERRUPTED, USAGE, CommandError, exit_code_of
 if TYPE_CHECKING:
     from fastapi import FastAPI
 
+    from app.protocol import Connections
     from app.settings import Settings
 
 logger = logging.getLogger(__name__)
+
+OTHER_FILES = 128
+"""Open files of a server besides its connections: the store's sockets, the log, checkpoints, fits."""
+IDLE_GRACE = 0.2
+"""Seconds after SIGTERM in which a request may still come on a connection that was idle, and is told to close it."""
 
 
 def guarded(settings: "Settings") -> "Settings":
@@ -165,7 +172,8 @@ def listen(
     """Serve until SIGINT or SIGTERM; then answer what was accepted, for `settings.drain_seconds` at most.
 
     Until that is done, and for `settings.drain_delay` after SIGTERM at least, new connections are taken, so that they
-    are told 503 instead of being refused. A second signal ends it at once.
+    are told 503 instead of being refused. Every reply of that time closes its connection; idle connections are closed
+    after it. A second signal ends it at once.
 
     Args:
         ready: called when requests are taken.
@@ -176,17 +184,17 @@ def listen(
     Raises:
         CommandError: the port was taken meanwhile, there was a failure, or accepted requests were cut off.
     """
-    from app.protocol import bounded_head
+    from app.protocol import http_protocol
 
+    protocol = http_protocol(_within_open_files(settings), app.state.registry)
     config = uvicorn.Config(
         app,
-        http=bounded_head(settings.max_header_bytes, settings.header_timeout),
-        timeout_keep_alive=settings.keep_alive,
+        http=protocol,
         log_config=None,
         access_log=False,  # app.access_log has the lines, without what callers put into paths
         server_header=False,
     )
-    server = _Server(config, settings, ready, draining, failure)
+    server = _Server(config, settings, protocol.shared, ready, draining, failure)
     # uvicorn raises the signal again when it is done; by then it has done its work, and resources wait to be released
     before = {each: signal.signal(each, _ignore) for each in (signal.SIGINT, signal.SIGTERM)}
     try:
@@ -214,11 +222,13 @@ class _Server(uvicorn.Server):
         self,
         config: uvicorn.Config,
         settings: "Settings",
+        connections: "Connections",
         ready: Callable[[], None],
         draining: Callable[[], None],
         failure: Callable[[], str | None],
     ) -> None:
         super().__init__(config)
+        self._connections = connections
         self._ready, self._draining, self._failure = ready, draining, failure
         self._drain_seconds, self._drain_delay = settings.drain_seconds, settings.drain_delay
         self._told: float | None = None
@@ -239,13 +249,18 @@ class _Server(uvicorn.Server):
             self.force_exit = True
         else:
             self._told = time.monotonic()
-            self._listens_until = self._told + (self._drain_delay if sig == signal.SIGTERM else 0.0)
+            grace = IDLE_GRACE if self._connections.waiting else 0.0
+            self._listens_until = self._told + (max(self._drain_delay, grace) if sig == signal.SIGTERM else 0.0)
+            self._connections.draining = True
         super().handle_exit(sig, frame)  # type: ignore[arg-type]
         self._draining()
 
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
         ends = (self._told or time.monotonic()) + self._drain_seconds
         accepted = set(self.server_state.tasks)
+        self._connections.draining = True
+        for connection in self._connections.open:
+            connection.answer_last()
         if self._failure() is None:
             await self._go_on_listening(accepted, ends)
         left = max(0.05, ends - time.monotonic())
@@ -267,6 +282,19 @@ class _Server(uvicorn.Server):
             tick += 1
             await super().on_tick(tick)  # it keeps the Date header
             await asyncio.sleep(0.05)
+
+
+def _within_open_files(settings: "Settings") -> "Settings":
+    """The settings, with as many connections as the limit on open files leaves room for."""
+    room = max(1, resource.getrlimit(resource.RLIMIT_NOFILE)[0] - OTHER_FILES)
+    if room >= settings.max_connections:
+        return settings
+    logger.warning(
+        "at most %d connections instead of %d: the limit on open files (ulimit -n) allows no more",
+        room,
+        settings.max_connections,
+    )
+    return settings.model_copy(update={"max_connections": room})
 
 
 def _ignore(sig: int, frame: object) -> None:

@@ -14,7 +14,8 @@ from starlette.types import Receive, Scope, Send
 from app.events import EventStream
 from app.middleware import Faults
 from app.news import KEPT_JOBS, News
-from app.protocol import bounded_head
+from app.protocol import http_protocol
+from app.settings import Settings
 from tests.range_store.waiting import until
 
 
@@ -26,7 +27,9 @@ class Flood:
         self.on = True
         self.open = 0
         self.fault: Exception | None = None
-        config = uvicorn.Config(self, port=0, http=bounded_head(32768, 10.0), log_level="error", lifespan="off")
+        config = uvicorn.Config(
+            self, port=0, http=http_protocol(Settings(), CollectorRegistry()), log_level="error", lifespan="off"
+        )
         self.server = uvicorn.Server(config)
         self.thread = threading.Thread(target=self.server.run)
 
