@@ -87,6 +87,9 @@ class FitSettings(Frozen):
     texts: Literal["all", "correct"] = "all"
     rows_per_class: Annotated[int, Field(ge=1)] | None = None
     probe: ProbeSettings | None = None
+    edge_rows: Annotated[int, Field(ge=1)] | None = Field(None, exclude_if=lambda rows: rows is None)
+    """Rows of all of the corpus that set the edges of the histograms; None: those of its first block. Left out where it
+    is None, so that range sets from before there was such a choice keep their ids and files."""
 
 
 class Provenance(Frozen):

@@ -16,7 +16,17 @@ from range_store.range_set import FitSettings
 from workers.cluster.nodes import Job, ModelPool
 from workers.fitting.checkpoint import BlockStates
 from workers.fitting.corpus import Block, Corpus
-from workers.fitting.fit import FitCancelled, FitChoices, FitProgress, Fitted, Pass, begin, count_in, states_of
+from workers.fitting.fit import (
+    FitCancelled,
+    FitChoices,
+    FitProgress,
+    Fitted,
+    Pass,
+    begin,
+    count_in,
+    sampled_states,
+    states_of,
+)
 from workers.fitting.fitter import Part, RangeFitter
 from workers.fitting.probe import ProbeSample
 from workers.fitting.rows import BLOCK_ROWS
@@ -41,6 +51,16 @@ class Span:
     def __str__(self) -> str:
         first, last = self.blocks[0], self.blocks[-1]
         return f"rows {first.index * BLOCK_ROWS + 1:,} to {last.index * BLOCK_ROWS + len(last.texts):,}"
+
+
+@dataclass(frozen=True)
+class Sample:
+    """Texts of all of the corpus, as a block."""
+
+    block: Block
+
+    def __str__(self) -> str:
+        return f"a sample of {len(self.block.texts):,} rows"
 
 
 @dataclass(frozen=True, eq=False)
@@ -84,6 +104,16 @@ class Counting:
         counts = fitter.histogram if len(span.blocks) * BLOCK_ROWS >= 1 << 16 else fitter.histogram.astype(np.uint16)
         part = Part(tuple(moments), counts, fitter.edges, fitter.sample)
         return Counted(part, fitter.counts, truncated, empty)
+
+
+class Sampling:
+    """On an actor: the states of a sample of the texts."""
+
+    def __init__(self, model: LoadedModel, settings: FitSettings) -> None:
+        self._model, self._settings = model, settings
+
+    def __call__(self, sample: Sample) -> npt.NDArray[np.float32]:
+        return sampled_states(self._model, sample.block, self._settings, _go_on)
 
 
 def _go_on(now: BlockStates) -> None:
@@ -172,7 +202,11 @@ class _Spans:
 def _counted(pool: ModelPool, under_way: Pass, spans: _Spans) -> Iterator[tuple[Counted, float]]:
     """What came of every span, in order, and in how many seconds."""
     known = _Known(under_way.corpus.concepts, under_way.settings, under_way.fitter.edges)
-    while under_way.fitter.edges is None:  # the first block with a text that counts sets them, and all others wait
+    if (sample := under_way.edge_sample()) is not None:  # all blocks wait for the edges
+        job_of_sample = Job[Sample, npt.NDArray[np.float32]].of(Sampling, under_way.settings)
+        under_way.set_edges(pool.call(job_of_sample, Sample(sample)))
+        known = replace(known, edges=under_way.fitter.edges)
+    while under_way.fitter.edges is None:  # then the first block with a text that counts sets them
         first = spans.next(1)
         if first is None:
             return

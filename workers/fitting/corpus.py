@@ -18,6 +18,7 @@ import numpy.typing as npt
 from workers.fitting.concepts import Concepts, LabelError
 from workers.fitting.errors import CorpusError
 from workers.fitting.known import KNOWN, KnownDataset
+from workers.fitting.row_sample import RowSample
 from workers.fitting.rows import BLOCK_ROWS, Loaded, Rows, Table
 
 logger = logging.getLogger(__name__)
@@ -56,7 +57,9 @@ class Corpus:
         counts: Counter[str] = Counter()
         digest = hashlib.sha256()
         self.odd = 0
+        self._sample = RowSample()
         for block in self.blocks():
+            self._sample.update(block.index * BLOCK_ROWS, block.texts, block.concepts)
             counts.update(block.concepts)
             self.odd += sum(_ODD.search(text) is not None for text in block.texts)
             for text, concept in zip(block.texts, block.concepts, strict=True):
@@ -69,6 +72,10 @@ class Corpus:
 
     def __len__(self) -> int:
         return len(self._rows)
+
+    def sample(self, rows: int) -> Block:
+        """So many rows of all of the corpus, at most 1,024, drawn by a fixed seed, as a block."""
+        return Block(0, *self._sample.rows(rows))
 
     def split_off(self, fraction: float, seed: int) -> tuple["Corpus", "Corpus"]:
         """The rest, and `fraction` of the rows, drawn by `seed`; both keep their order.

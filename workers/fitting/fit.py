@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Literal, TypedDict, Unpack
 
 import numpy as np
+import numpy.typing as npt
 import torch
 
 from range_store.codec import assemble
@@ -32,6 +33,7 @@ from workers.fitting.errors import CorpusError
 from workers.fitting.fitter import RangeFitter
 from workers.fitting.moments import Moments
 from workers.fitting.probe import ProbeSample
+from workers.fitting.row_sample import wanted_rows
 from workers.fitting.rows import BLOCK_ROWS
 from workers.models.errors import PredictsNoLabels
 from workers.models.loading import LoadedModel
@@ -110,6 +112,13 @@ def fit(
     """
     under_way = begin(model.identity, model.dtype, model.head, torch.get_num_threads(), corpus, **choices)
     counters, fitter, checkpoint = under_way.counters, under_way.fitter, under_way.checkpoint
+    if (sample := under_way.edge_sample()) is not None:
+
+        def after_sample_batch(now: BlockStates) -> None:
+            if cancelled is not None and cancelled():
+                raise FitCancelled
+
+        under_way.set_edges(sampled_states(model, sample, under_way.settings, after_sample_batch))
     before = under_way.rows_done
     resumed = before + (int(under_way.block.done.sum()) if under_way.block else 0)
     started_block = under_way.block
@@ -155,6 +164,16 @@ class Pass:
     def rows_done(self) -> int:
         """Rows of the blocks that are counted in."""
         return min(self.counters.next_block * BLOCK_ROWS, len(self.corpus))
+
+    def edge_sample(self) -> Block | None:
+        """Texts that are to set the edges of the histograms first; None: they are set, or the first block sets them."""
+        rows = self.settings.edge_rows
+        return None if rows is None or self.fitter.edges is not None else self.corpus.sample(rows)
+
+    def set_edges(self, states: npt.NDArray[np.float32]) -> None:
+        """Set them around the states [n, L, D] of that sample's texts; if there are none, the first block does."""
+        if len(states):
+            self.fitter.set_edges(states)
 
     def room(self) -> dict[str, int] | None:
         """How many more texts of each concept may count; None: any number."""
@@ -230,6 +249,7 @@ def begin(
         texts="correct" if correct_only else "all",
         rows_per_class=rows_per_class,
         probe=(probe or ProbeSettings()) if "probe" in rankings else None,
+        edge_rows=wanted_rows(len(corpus)) if len(corpus) > BLOCK_ROWS else None,
     )
     hidden = model.hidden_size
     sample = ProbeSample.drawn(len(corpus), len(chosen), hidden, settings.probe) if settings.probe else None
@@ -265,6 +285,14 @@ def states_of(
         now.done[rows] = True
         after_batch(now)
     return now, sum(text.truncated for text in encoded), len(encoded) - len(some)
+
+
+def sampled_states(
+    model: LoadedModel, sample: Block, settings: FitSettings, after_batch: Callable[[BlockStates], None]
+) -> npt.NDArray[np.float32]:
+    """States [n, L, D] of those texts of a sample that count."""
+    states, _, _ = states_of(model, sample, settings, None, after_batch)
+    return states.states[states.kept]
 
 
 def count_in(

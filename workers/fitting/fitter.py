@@ -52,16 +52,16 @@ class RangeFitter:
         return {concept: moments.count for concept, moments in self.moments.items()}
 
     def update(self, states: npt.NDArray[np.floating], concepts: Sequence[str]) -> dict[str, Moments]:
-        """Count a block in, and give its own moments. The first block sets the histograms' edges.
+        """Count a block in, and give its own moments. Where the histograms have no edges yet, it sets them.
 
         states: [n, L, D]; concepts: of each row.
         """
-        n, layers, hidden = states.shape
+        n, layers, _ = states.shape
         of_block: dict[str, Moments] = {}
         if not n:
             return of_block
         if self.edges is None:
-            self.edges = edges_from(states.reshape(n, layers * hidden), self.bins).reshape(layers, hidden, -1)
+            self.set_edges(states)
         of_row = np.array(concepts)
         for c, concept in enumerate(self.concepts):
             own = states[of_row == concept]
@@ -72,6 +72,11 @@ class RangeFitter:
                     self.histogram[layer, c] += count(own[:, layer], self.edges[layer]).astype(np.uint32)
 
         return of_block
+
+    def set_edges(self, states: npt.NDArray[np.floating]) -> None:
+        """Let the histograms have edges around these states [n, L, D], of which there are some."""
+        n, layers, hidden = states.shape
+        self.edges = edges_from(states.reshape(n, layers * hidden), self.bins).reshape(layers, hidden, -1)
 
     def merge(self, part: "Part") -> None:
         """Count the blocks of a part in, which come right after those that were counted in before."""

@@ -1,14 +1,14 @@
-"""Histograms of every neuron's values per concept, with edges from the first block and overflow columns."""
+"""Histograms of every neuron's values per concept, with edges from a sample of the texts and overflow columns."""
 
 import numpy as np
 import numpy.typing as npt
 
 WIDEN = 0.25
-"""Share of the first block's span that the edges reach beyond it on either side."""
+"""Share of the sample's span that the edges reach beyond it on either side."""
 
 
 def edges_from(states: npt.NDArray[np.floating], bins: int) -> npt.NDArray[np.float64]:
-    """Strictly ascending edges [D, bins + 1] that hold the values of a first block [n, D] with room to spare.
+    """Strictly ascending edges [D, bins + 1] that hold the values of a sample [n, D] with room to spare.
 
     A neuron that is constant gets edges around its value; one without a finite value gets them around 0.
     """

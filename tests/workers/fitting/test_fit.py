@@ -20,6 +20,7 @@ from workers.engine.masks import DevicePlan, MaskTable
 from workers.fitting.corpus import Corpus, load_corpus
 from workers.fitting.errors import CorpusError
 from workers.fitting.fit import MOST_ROWS, FitCancelled, FitProgress, Fitted, fit
+from workers.fitting.histograms import edges_from
 from workers.models.families import FAMILIES
 from workers.models.loading import LoadedModel, load_model
 
@@ -94,6 +95,44 @@ def test_corpus_larger_than_a_bin_can_count_is_rejected(
     monkeypatch.setattr("workers.fitting.fit.MOST_ROWS", len(corpus) - 1)
     with pytest.raises(CorpusError, match=f"--max-rows {len(corpus) - 1} or fewer"):
         fit(model, corpus)
+
+
+def test_order_of_the_rows_leaves_few_values_beyond_the_edges(tiny: Tiny, tmp_path: Path) -> None:
+    """The first block of this corpus holds the values of one class only."""
+    rows = [("it rained all day", "World")] * 1030 + [(text, "Sports") for text, _ in labelled_texts(170, seed=5)]
+    corpus = load_corpus(str(write_jsonl(tmp_path / "sorted.jsonl", rows)), labels=LABELS)
+    fitted = fit(tiny("bert"), corpus, bins=16)
+    assert fitted.range_set.provenance.settings.edge_rows == 128
+    histogram = fitted.inspect[2].histogram
+    beyond = (histogram[..., 0] + histogram[..., -1]).sum(axis=1) / histogram.sum(axis=(1, 2))
+    assert (beyond < 0.05).all(), beyond
+
+
+def test_first_block_sets_the_edges_where_no_text_of_the_sample_counts(
+    tiny: Tiny, corpus: Corpus, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = tiny("bert")
+    nothing = np.zeros((0, 1, model.identity.hidden_size), dtype=np.float32)
+    monkeypatch.setattr("workers.fitting.fit.sampled_states", lambda *_: nothing)
+    inspect = fit(model, corpus, bins=16).inspect[2]
+    first = next(iter(corpus.blocks()))
+    values = np.concatenate(
+        [
+            model.steered.record(model.tokens.batch(model.tokens.encode(first.texts[at : at + 64])), [2])[1][2].numpy()
+            for at in range(0, len(first.texts), 64)
+        ]
+    )
+    expected = edges_from(values, 16)
+    np.testing.assert_allclose(inspect.edges, expected, atol=1e-4)
+
+
+def test_one_block_sets_its_own_edges(tiny: Tiny, path: Path) -> None:
+    """So that range sets of small corpora keep their ids."""
+    corpus = load_corpus(str(path), labels=LABELS, max_rows=100)
+    settings = fit(tiny("bert"), corpus, bins=16).range_set.provenance.settings
+    assert settings.edge_rows is None
+    assert "edge_rows" not in settings.model_dump(mode="json")
+    assert "edge_rows" not in settings.model_dump_json()
 
 
 def test_id_depends_on_the_settings_only(tiny: Tiny, corpus: Corpus) -> None:
