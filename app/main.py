@@ -13,9 +13,10 @@ from app import auth, problems
 from app.access_log import AccessLog
 from app.answering import ClientGone, client_gone
 from app.auth import Authentication
+from app.bodies import BodyLimit, BodyMemory, Compression, GzipBodies
 from app.everywhere import Everywhere
 from app.metrics import ModelMetrics
-from app.middleware import BodyLimit, Faults, FullQueue, HostCheck, HttpMetrics, RequestId
+from app.middleware import Faults, FullQueue, HostCheck, HttpMetrics, RequestId
 from app.problems import Problem
 from app.routes import (
     audit,
@@ -120,7 +121,9 @@ def create_app(settings: Settings, running: Service | Sequence[Service] = ()) ->
     # the last added is the outermost
     app.add_middleware(BinaryTensors, infers=dropin.infers)
     app.add_middleware(Faults)
-    app.add_middleware(BodyLimit, limit=settings.max_body_bytes, seconds=settings.body_timeout)
+    memory = BodyMemory(settings.max_held_body_bytes, registry)
+    app.add_middleware(BodyLimit, limit=settings.max_body_bytes, seconds=settings.body_timeout, memory=memory)
+    app.add_middleware(GzipBodies, limit=settings.max_body_bytes)
     if served is not None:
         keyring = served.default.keyring
         app.add_middleware(FullQueue, classifying=CLASSIFYING, named_in_body=NAMED_IN_BODY, served=served)
@@ -132,6 +135,7 @@ def create_app(settings: Settings, running: Service | Sequence[Service] = ()) ->
             allow_methods=["GET", "POST", "PUT", "DELETE"],
             allow_headers=[
                 "Authorization",
+                "Content-Encoding",
                 "Content-Type",
                 "Idempotency-Key",
                 "If-Match",
@@ -159,6 +163,7 @@ def create_app(settings: Settings, running: Service | Sequence[Service] = ()) ->
         app.add_middleware(HostCheck, hosts=LOOPBACK, off=lambda: keyring.in_force)
     app.add_middleware(Faults)  # of the layers above; the first one's replies go through them, and so get their headers
     app.add_middleware(Dialects, dialect_of=dropin.dialect_of)
+    app.add_middleware(Compression)
     app.add_middleware(HttpMetrics, registry=registry, alerted=CLASSIFYING)
     app.add_middleware(AccessLog, every=settings.access_log, generation=lambda: _generation(served))
     app.add_middleware(Traces)

@@ -1,6 +1,5 @@
 """Small pure-ASGI layers around the application: one class, one job."""
 
-import asyncio
 import logging
 import re
 import time
@@ -8,7 +7,6 @@ from collections.abc import Callable, Collection, Iterable
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
 from starlette.datastructures import Headers, MutableHeaders, QueryParams
-from starlette.exceptions import HTTPException
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from app.logs import described
@@ -137,46 +135,6 @@ class FullQueue:
             return in_path[1]
         in_query = QueryParams(scope["query_string"]).get("model")
         return in_query or (None if route in self.named_in_body else self.served.default.name)
-
-
-class BodyLimit:
-    """Refuses bodies above `limit` bytes, announced or not, and those that take longer than `seconds` to arrive."""
-
-    def __init__(self, app: ASGIApp, limit: int, seconds: float) -> None:
-        self.app = app
-        self.limit = limit
-        self.seconds = seconds
-
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if scope["type"] != "http":
-            await self.app(scope, receive, send)
-            return
-        detail = f"the body is larger than {self.limit} bytes: send fewer texts at a time"
-        announced = Headers(scope=scope).get("content-length", "0")
-        if announced.isdecimal() and int(announced) > self.limit:
-            request_id = scope.get("state", {}).get("request_id")
-            await problem_response(413, "body_too_large", detail, request_id)(scope, receive, send)
-            return
-        received, more = 0, True
-        deadline = asyncio.get_running_loop().time() + self.seconds
-
-        async def count() -> Message:
-            nonlocal received, more
-            if not more:  # what comes after the body, a disconnect, may take its time
-                return await receive()
-            try:
-                async with asyncio.timeout_at(deadline):
-                    message = await receive()
-            except TimeoutError:
-                late = f"the body took longer than {self.seconds:g} s to arrive"
-                raise HTTPException(408, late, {"Connection": "close"}) from None
-            more = message.get("more_body", False)
-            received += len(message.get("body", b""))
-            if received > self.limit:
-                raise HTTPException(413, detail)
-            return message
-
-        await self.app(scope, count, send)
 
 
 class HttpMetrics:

@@ -95,6 +95,14 @@ class ApiError(Exception):
         super().__init__(detail)
 
 
+class BodyRefused(HTTPException):
+    """A body cannot be taken. Raised while it is read: FastAPI lets nothing pass there but an HTTPException."""
+
+    def __init__(self, status: int, code: str, detail: str, headers: Mapping[str, str] | None = None) -> None:
+        super().__init__(status, detail, headers)
+        self.code = code
+
+
 CODES: Mapping[type[Exception], tuple[int, str]] = {
     InvalidErasure: (422, "invalid_erasure"),
     NotFitted: (422, "not_fitted"),
@@ -123,13 +131,7 @@ CODES: Mapping[type[Exception], tuple[int, str]] = {
 }
 """Status and code of every error that the domain and the engine raise."""
 
-_HTTP_CODES = {
-    400: "malformed",
-    404: "not_found",
-    405: "method_not_allowed",
-    408: "request_timeout",
-    413: "body_too_large",
-}
+_HTTP_CODES = {400: "malformed", 404: "not_found", 405: "method_not_allowed"}
 
 
 class _ProblemResponse(JSONResponse):
@@ -284,6 +286,8 @@ async def _invalid(request: Request, error: Exception) -> JSONResponse:
 
 async def _http_error(request: Request, error: Exception) -> JSONResponse:
     assert isinstance(error, HTTPException)
+    if isinstance(error, BodyRefused):
+        return problem_response(error.status_code, error.code, error.detail, _request_id(request), error.headers)
     code = _HTTP_CODES.get(error.status_code, "error")
     detail, headers = str(error.detail), error.headers
     match error.status_code:

@@ -129,7 +129,12 @@ class Settings(BaseSettings):
         description="connections that may be open at once, at most 128 less than `ulimit -n`; a further one displaces "
         "the one that has been idle longest, and is refused (503) where none is idle",
     )
-    max_body_bytes: Annotated[int, Field(ge=1024)] = Field(8388608, description="largest body of a request")
+    max_body_bytes: Annotated[int, Field(ge=1024)] = Field(8388608, description="largest body of a request, unpacked")
+    max_held_body_bytes: Annotated[int, Field(ge=1024)] = Field(
+        268435456,
+        description="bytes that the bodies of all unanswered requests may hold together, those up to 64 KiB not "
+        "counted; more is refused (503)",
+    )
     max_texts: Annotated[int, Field(ge=1)] = Field(1024, description="most texts of a request")
     max_characters: Annotated[int, Field(ge=1)] = Field(100000, description="most characters of a text")
     request_timeout: Annotated[float, Field(gt=0)] = Field(

@@ -1,34 +1,13 @@
 """Each middleware around a minimal application."""
 
-import asyncio
 from collections.abc import Callable
 
-import httpx
 import pytest
 from prometheus_client import CollectorRegistry
-from starlette.exceptions import HTTPException
 from starlette.types import ASGIApp, Receive, Scope, Send
 
-from app.middleware import BodyLimit, Faults, HostCheck, HttpMetrics, RequestId
-
-
-async def echo(scope: Scope, receive: Receive, send: Send) -> None:
-    body = b""
-    while (message := await receive()).get("more_body") or message["type"] == "http.request":
-        body += message["body"]
-        if not message.get("more_body"):
-            break
-    await send({"type": "http.response.start", "status": 200, "headers": []})
-    await send({"type": "http.response.body", "body": body})
-
-
-def send_request(app: ASGIApp, **request: object) -> httpx.Response:
-    async def once() -> httpx.Response:
-        transport = httpx.ASGITransport(app)
-        async with httpx.AsyncClient(transport=transport, base_url="http://localhost:8000") as client:
-            return await client.request(**{"method": "POST", "url": "/", **request})  # type: ignore[arg-type]
-
-    return asyncio.run(once())
+from app.middleware import Faults, HostCheck, HttpMetrics, RequestId
+from tests.app.asgi import echo, send_request
 
 
 @pytest.mark.parametrize("given", ["a", "a" * 128, "0af7:651-9_x.Y"])
@@ -55,11 +34,6 @@ def test_loopback_hosts_are_accepted(host: str) -> None:
 def test_other_hosts_are_rejected(host: str) -> None:
     refused = send_request(HostCheck(echo, ("localhost", "127.0.0.1", "::1")), headers={"Host": host})
     assert (refused.status_code, refused.json()["code"]) == (421, "wrong_host")
-
-
-@pytest.mark.parametrize(("size", "status"), [(0, 200), (100, 200), (101, 413)])
-def test_the_limit_of_a_body_is_exact(size: int, status: int) -> None:
-    assert send_request(BodyLimit(echo, 100, 60), content=b"x" * size).status_code == status
 
 
 def failing(started: bool) -> ASGIApp:
@@ -96,51 +70,6 @@ def test_requests_are_counted_with_bounded_labels(app: ASGIApp, status: str) -> 
         assert counted("neuronlens_http_requests_total", labels | {"status": status}) == 1
         assert counted("neuronlens_http_request_seconds_count", labels | {"status_class": f"{status[0]}xx"}) == 1
     assert counted("neuronlens_http_requests_in_flight") == 0
-
-
-def test_a_body_that_does_not_arrive_is_a_timeout() -> None:
-    async def once() -> list[dict[str, object]]:
-        sent: list[dict[str, object]] = []
-
-        async def receive() -> dict[str, object]:
-            if not sent_body:
-                sent_body.append(True)
-                return {"type": "http.request", "body": b"{", "more_body": True}
-            await asyncio.sleep(60)
-            raise AssertionError("the timeout did not end the wait")
-
-        async def send(message: dict[str, object]) -> None:
-            sent.append(message)
-
-        sent_body: list[bool] = []
-        scope = {"type": "http", "method": "POST", "path": "/", "headers": [], "state": {}}
-        with pytest.raises(HTTPException) as caught:
-            await BodyLimit(echo, 100, 0.05)(scope, receive, send)  # type: ignore[arg-type]
-        assert caught.value.status_code == 408
-        assert caught.value.headers == {"Connection": "close"}
-        return sent
-
-    assert asyncio.run(once()) == []
-
-
-def test_the_timeout_of_a_body_ends_with_the_body() -> None:
-    async def waiting(scope: Scope, receive: Receive, send: Send) -> None:
-        assert (await receive())["type"] == "http.request"
-        assert (await receive())["type"] == "http.disconnect"  # a request that is being answered waits for this
-
-    async def once() -> None:
-        async def receive() -> dict[str, object]:
-            if not received:
-                received.append(True)
-                return {"type": "http.request", "body": b"", "more_body": False}
-            await asyncio.sleep(0.05)
-            return {"type": "http.disconnect"}
-
-        received: list[bool] = []
-        scope = {"type": "http", "method": "POST", "path": "/", "headers": [], "state": {}}
-        await BodyLimit(waiting, 100, 0.01)(scope, receive, None)  # type: ignore[arg-type]
-
-    asyncio.run(once())
 
 
 def test_counters_of_failures_start_at_zero() -> None:

@@ -42,6 +42,7 @@ def test_http_page_lists_every_error_code() -> None:
     raised = set()
     for file in (ROOT / "app").rglob("*.py"):
         raised |= set(re.findall(r"ApiError\((\d+), \"(\w+)\"", file.read_text("utf-8")))
+        raised |= set(re.findall(r"BodyRefused\((\d+), \"(\w+)\"", file.read_text("utf-8")))
         raised |= set(re.findall(r"problem_response\((\d+), \"(\w+)\"", file.read_text("utf-8")))
     for status, code in raised:
         (row,) = [line for line in page.splitlines() if line.startswith(f"| {status} |")]

@@ -1,5 +1,6 @@
 """Probes, metrics, inspection of concepts and neurons, request ids, logs, and the OpenAPI document."""
 
+import gzip
 import json
 import re
 import threading
@@ -294,3 +295,30 @@ def test_replies_have_exactly_the_documented_fields(server: RunningServer) -> No
         schema = OPENAPI["paths"][template]["get"]["responses"]["200"]["content"]["application/json"]["schema"]
         component = OPENAPI["components"]["schemas"][schema["$ref"].rpartition("/")[2]]
         assert set(server.http.get(path).json()) == set(component["properties"]), path
+
+
+def test_a_packed_body_is_answered_as_the_plain_one(server: RunningServer, problem: Problem) -> None:
+    body = json.dumps({"inputs": ["a goal", "a market"], "erase": ["Sports"]}).encode()
+    headers = {"Content-Type": "application/json"}
+    plain = server.http.post("/v1/classify", content=body, headers=headers)
+
+    def packed(content: bytes, coding: str = "gzip") -> httpx.Response:
+        encoded = headers | {"Content-Encoding": coding}
+        return server.http.post("/v1/classify", content=content, headers=encoded)
+
+    assert packed(gzip.compress(body)).json()["results"] == plain.json()["results"]
+    most = server.service.settings.max_body_bytes
+    problem(packed(gzip.compress(b" " * (most + 1))), 413, "body_too_large")
+    problem(packed(body), 400, "malformed")
+    problem(packed(body, "br"), 415, "unsupported_media_type")
+    assert server.value("neuronlens_body_bytes") == 0
+
+
+def test_large_replies_are_packed(server: RunningServer) -> None:
+    for path in ("/openapi.json", "/metrics"):
+        packed = server.http.get(path)
+        assert packed.headers["content-encoding"] == "gzip", path
+        plain = server.http.get(path, headers={"Accept-Encoding": "gzip;q=0, identity"})
+        assert "content-encoding" not in plain.headers
+        assert len(plain.content) > 3 * int(packed.headers["content-length"])
+    assert "content-encoding" not in server.http.get("/livez").headers
