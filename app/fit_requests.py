@@ -15,7 +15,8 @@ from app.shapes import LIST, TEXT, by_shape
 from range_store.erasure import STATISTICAL, Ranking, Site
 
 _HUB_NAME = re.compile(r"[\w-][\w.-]*(/[\w-][\w.-]*)?")
-_FILES = (".jsonl", ".json", ".csv", ".parquet")
+FILES = re.compile(r".*[^/.].*(\.(jsonl|json|csv|tsv)(\.(gz|bz2|xz))?|\.parquet)", re.IGNORECASE | re.DOTALL)
+"""Names of files that can be read: those of `workers.fitting.files.kind_of`, which is not imported here."""
 
 
 class DataRefused(Exception):
@@ -138,12 +139,12 @@ def source_of(request: FitIn, settings: Settings) -> str | None:
         for directory in settings.fit_dirs:
             if (found := _below(directory, wanted)) is not None:
                 return found
-    of_hub = _HUB_NAME.fullmatch(request.data) and wanted.suffix.lower() not in _FILES
+    of_hub = _HUB_NAME.fullmatch(request.data) and not FILES.fullmatch(request.data)
     if settings.fit_hub and of_hub and not os.path.lexists(request.data):
         return request.data
     raise DataUnusable(
         "data: no such file below the directories of NEURONLENS_FIT_DIRS; "
-        "name one by its path below them, ending in .jsonl, .csv or .parquet"
+        "name one by its path below them, ending in .jsonl, .csv, .tsv or .parquet, or in .jsonl.gz and the like"
     )
 
 
@@ -155,7 +156,5 @@ def _below(directory: Path, wanted: PurePosixPath) -> str | None:
         regular = stat.S_ISREG(found.stat().st_mode)
     except (OSError, RuntimeError, ValueError):
         return None
-    # the library that reads files takes these characters for a pattern or for an address
-    plain = not re.search(r"[*?\[]|::", str(found))
-    readable = found.suffix.lower() in _FILES and os.access(found, os.R_OK)
-    return str(found) if regular and found.is_relative_to(root) and plain and readable else None
+    readable = FILES.fullmatch(found.name) and os.access(found, os.R_OK)
+    return str(found) if regular and found.is_relative_to(root) and readable else None

@@ -137,7 +137,8 @@ def _pool(model: ModelChoice, cluster: RayChoice, report: Report, *data: CorpusC
     """
     from workers.cluster.connection import PRIVATE, connected
     from workers.cluster.nodes import Layout, ModelPool
-    from workers.cluster.reading import files_of, names_files
+    from workers.cluster.reading import names_files
+    from workers.fitting.files import files_of
 
     for each in data:
         if each is not None and each.source is not None and names_files(each.source):

@@ -108,7 +108,10 @@ DataDir = Annotated[
 Data = Annotated[
     str | None,
     typer.Option(
-        "--data", help="JSONL, CSV or Parquet file, or the name of a data set on the hub.", rich_help_panel=DATA_PANEL
+        "--data",
+        help="JSONL, CSV, TSV or Parquet file (also .gz, .bz2, .xz), a directory or pattern of such files, or the name "
+        "of a data set on the hub.",
+        rich_help_panel=DATA_PANEL,
     ),
 ]
 Dataset = Annotated[

@@ -4,8 +4,9 @@ from pathlib import Path
 
 import pytest
 
-from app.fit_requests import DataRefused, DataUnusable, FitIn, source_of
+from app.fit_requests import FILES, DataRefused, DataUnusable, FitIn, source_of
 from app.settings import Settings
+from workers.fitting.files import COMPRESSED, KINDS, kind_of
 
 
 @pytest.fixture
@@ -73,3 +74,13 @@ def test_other_names_are_rejected_like_missing_files(place: Path, name: str) -> 
     with pytest.raises(DataUnusable) as missing:
         source_of(FitIn(data="missing.jsonl"), with_hub(place))
     assert str(refused.value) == str(missing.value)
+
+
+def test_files_of_every_kind_that_can_be_read_may_be_named(place: Path) -> None:
+    names = [
+        f"a.b{kind}{compressed}" for kind in (*KINDS, ".txt", ".gz", "") for compressed in (*COMPRESSED, "", ".zip")
+    ]
+    for name in [*names, "A.JSONL.GZ", ".jsonl", "a[1]?*.csv", "a::b.tsv", "é\n.csv"]:
+        assert bool(FILES.fullmatch(name)) == (kind_of(name) is not None), name
+    (place / "allowed" / "a[1].csv.gz").write_bytes(b"")
+    assert source_of(FitIn(data="a[1].csv.gz"), with_hub(place)) == str(place / "allowed" / "a[1].csv.gz")

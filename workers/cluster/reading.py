@@ -1,15 +1,11 @@
 """Texts of any number of files, near or far, read by Ray Data in their order; the parsers are those of one process."""
 
-import json
 import logging
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
-from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
-import datasets
-import fsspec
 import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
@@ -18,8 +14,18 @@ import ray.data
 from ray.data.context import DataContext
 from ray.exceptions import RayTaskError
 
-from workers.fitting.corpus import READERS, is_hub, reason_of, without_password
 from workers.fitting.errors import CorpusError
+from workers.fitting.files import (
+    columns_of,
+    files_of,
+    is_hub,
+    is_remote,
+    is_saved,
+    labels_of,
+    tables,
+    texts_of,
+    without_password,
+)
 from workers.fitting.rows import BLOCK_ROWS, Rows
 
 AT_ONCE = 4
@@ -28,64 +34,9 @@ BLOCK_BYTES = 4 << 20
 """Of texts that travel together."""
 
 
-def is_remote(source: str) -> bool:
-    """Whether it is an address, and not a path of this machine."""
-    return "://" in source and not source.startswith("file://")
-
-
 def names_files(source: str) -> bool:
-    """Whether a corpus's source is of files, and no data set of the hub."""
-    return "://" in source or not is_hub(source)
-
-
-def files_of(source: str) -> tuple[str, ...]:
-    """The files of a path, directory, pattern or address, by name.
-
-    Raises:
-        CorpusError: there are none, or of a kind that cannot be read.
-    """
-    place = without_password(source)
-    try:
-        system, path = fsspec.core.url_to_fs(source)
-        if any(character in path for character in "*?["):
-            found = [name for name in system.glob(path) if system.isfile(name)]
-        elif system.isdir(path):
-            found = [name for name in system.find(path) if Path(name).suffix.lower() in READERS]
-        elif system.exists(path):
-            found = [path]
-        else:
-            found = []
-        alone = found == [path]
-    except Exception as error:  # of whatever serves such addresses
-        raise CorpusError(f"cannot look up {place}: {reason_of(error)}") from error
-    if not found:
-        raise CorpusError(f"no such files: {place}")
-    if unknown := [name for name in found if Path(name).suffix.lower() not in READERS]:
-        raise CorpusError(f"{Path(unknown[0]).name}: unknown kind of file; use .jsonl, .csv or .parquet")
-    if not is_remote(source):
-        return tuple(sorted(found))
-    return (source,) if alone else tuple(sorted(system.unstrip_protocol(name) for name in found))
-
-
-def _stream(path: str) -> Any:
-    """A data set of one file that is parsed as it is read."""
-    reader = READERS[Path(path).suffix.lower()]
-    return datasets.load_dataset(reader, data_files=[path], split="train", streaming=True)
-
-
-def _tables(path: str, rows: int) -> Iterator[pa.Table]:
-    """Tables of so many rows. Raises CorpusError naming the file."""
-    name = Path(path).name
-    try:
-        system, inside = fsspec.core.url_to_fs(path)
-        if not system.size(inside):
-            return
-        yield from _stream(path).with_format("arrow").iter(batch_size=rows)
-    except Exception as error:
-        reason = reason_of(error)
-        if "corresponds to no data" in reason:  # a header and nothing below it
-            return
-        raise CorpusError(f"cannot read {name}: {reason}") from None
+    """Whether a corpus's source is of files that Ray reads, and no data set of the `datasets` library."""
+    return "://" in source or not (is_hub(source) or is_saved(source))
 
 
 @dataclass(frozen=True)
@@ -101,13 +52,10 @@ class Files:
     def open(cls, source: str) -> "Files":
         """Raises CorpusError: there are no files, or the first cannot be read, or none holds any rows."""
         paths = files_of(source)
-        for path in paths:
-            for table in _tables(path, 1):
-                features = datasets.Features.from_arrow_schema(table.schema)
-                features = _stream(path).features or features  # these know of names that stand in a Parquet file
-                names = {key: kind.names for key, kind in features.items() if isinstance(kind, datasets.ClassLabel)}
-                return cls(paths, is_remote(source), tuple(table.column_names), names)
-        raise CorpusError(f"{without_password(source)} holds no rows")
+        found = columns_of(paths)
+        if found is None:
+            raise CorpusError(f"{without_password(source)} holds no rows")
+        return cls(paths, is_remote(source), *found)
 
     @property
     def column_names(self) -> Sequence[str]:
@@ -156,8 +104,8 @@ class FileRows:
         texts: list[Any] = []
         labels: list[Any] = []
         for table in self._selected(first):
-            texts += _texts(table, self)
-            labels += [_label(value) for value in table.column("label").to_pylist()]
+            texts += texts_of(table)
+            labels += labels_of(table)
             while len(texts) >= BLOCK_ROWS:
                 yield texts[:BLOCK_ROWS], labels[:BLOCK_ROWS]
                 texts, labels = texts[BLOCK_ROWS:], labels[BLOCK_ROWS:]
@@ -211,7 +159,7 @@ class FileRows:
         """Rows of every file, counted now if they were not before."""
         if len(self.counts) < len(self.paths):
             totals = dict.fromkeys(range(len(self.paths)), 0)
-            for table in self._read(0, _Count()):
+            for table in self._read(0, _Count(self.text_field, self.label_field)):
                 for file, rows in zip(*(table.column(name).to_pylist() for name in ("file", "rows")), strict=True):
                     totals[file] += rows
             self.counts.update(totals)
@@ -246,53 +194,28 @@ class FileRows:
 
 @dataclass(frozen=True)
 class _Texts:
-    """Parses a file: tables of `file`, `text` (null where it is none) and `label` (as JSON)."""
+    """Parses a file: tables of `files.SCHEMA` and `file`."""
 
     text_field: str
     label_field: str
 
     def __call__(self, files: pa.Table) -> Iterator[pa.Table]:
         number, path = files.column("file")[0].as_py(), files.column("path")[0].as_py()
-        for table in _tables(path, 4 * BLOCK_ROWS):
-            n = table.num_rows
-            nulls = pa.nulls(n, pa.large_string())
-            text = table.column(self.text_field) if self.text_field in table.column_names else nulls
-            label = table.column(self.label_field) if self.label_field in table.column_names else nulls
-            is_text = pa.types.is_string(text.type) or pa.types.is_large_string(text.type)
-            yield pa.table(
-                {
-                    "file": pa.array(np.full(n, number, np.int64)),
-                    "text": text.cast(pa.large_string()) if is_text else nulls,
-                    "label": pa.array([_written(value) for value in label.to_pylist()], pa.large_string()),
-                }
-            )
+        for table in tables(path, self.text_field, self.label_field):
+            yield table.append_column("file", pa.array(np.full(table.num_rows, number, np.int64)))
 
 
+@dataclass(frozen=True)
 class _Count:
     """Parses a file for its number of rows only."""
 
+    text_field: str
+    label_field: str
+
     def __call__(self, files: pa.Table) -> Iterator[pa.Table]:
         number, path = files.column("file")[0].as_py(), files.column("path")[0].as_py()
-        for table in _tables(path, 4 * BLOCK_ROWS):
+        for table in tables(path, self.text_field, self.label_field):
             yield pa.table({"file": [number], "rows": [table.num_rows]})
-
-
-def _texts(table: pa.Table, rows: FileRows) -> list[Any]:
-    try:
-        texts: list[Any] = table.column("text").to_pylist()
-    except UnicodeDecodeError:
-        name = Path(rows.paths[table.column("file")[0].as_py()]).name
-        raise CorpusError(f"{name}: a text is not UTF-8") from None
-    return texts
-
-
-def _written(label: Any) -> str:
-    return json.dumps(label if isinstance(label, (str, int)) else None)
-
-
-@lru_cache(maxsize=4096)
-def _label(written: str) -> Any:
-    return json.loads(written)
 
 
 def _this_node() -> str:

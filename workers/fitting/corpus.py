@@ -1,4 +1,4 @@
-"""Labelled texts in blocks: of a local file or a hub name, memory-mapped; or of whatever else gives `Table`s."""
+"""Labelled texts in blocks: of files or a hub name, memory-mapped; or of whatever else gives `Table`s."""
 
 import hashlib
 import json
@@ -17,14 +17,14 @@ import numpy.typing as npt
 
 from workers.fitting.concepts import Concepts, LabelError
 from workers.fitting.errors import CorpusError
+from workers.fitting.files import files_of, is_hub, is_saved, reason_of, without_password
 from workers.fitting.known import KNOWN, KnownDataset
 from workers.fitting.row_sample import RowSample
-from workers.fitting.rows import BLOCK_ROWS, Loaded, Rows, Table
+from workers.fitting.rows import BLOCK_ROWS, Files, Loaded, Rows, Table
 
 logger = logging.getLogger(__name__)
 
 _ODD = re.compile("[\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f\ufffd\ud800-\udfff]")
-READERS = {".jsonl": "json", ".json": "json", ".csv": "csv", ".parquet": "parquet"}
 
 
 @dataclass(frozen=True)
@@ -142,7 +142,8 @@ def load_corpus(
     """Read a corpus.
 
     Args:
-        source: a JSONL, CSV or Parquet file, or the name of a data set on the hub. None: `dataset` from the hub.
+        source: a file, directory or pattern (`files.KINDS`), a directory of the `datasets` library, or the name of a
+            data set on the hub. None: `dataset` from the hub.
         table: the data that `source` names, where they are opened already.
         dataset: one of the paper's, by name (`known.KNOWN`): it names columns and classes, also for a file of it.
         labels: the model's labels: `Concepts` says what they and the next two mean for the labels of the data.
@@ -161,12 +162,15 @@ def load_corpus(
     place = without_password(source or f"{dataset}")
     of_hub = table is None and (source is None or is_hub(source))
     if table is None:
-        table = Loaded(_open(source, split) if source is not None else _from_hub(known, place, split))
+        table = _open(source, split) if source is not None else Loaded(_from_hub(known, place, split))
     text_field = text_field or _column(table, known.text_field if known else None, "text")
     label_field = label_field or _column(table, known.label_field if known else None, "label")
-    for field in (text_field, label_field):
+    for field, flag in ((text_field, "--text-field"), (label_field, "--label-field")):
         if field not in table.column_names:
-            raise CorpusError(f"{place} has no column {field!r}; it has: {', '.join(map(repr, table.column_names))}")
+            columns = ", ".join(
+                repr(column if len(column) <= 40 else f"{column[:39]}…") for column in table.column_names
+            )
+            raise CorpusError(f"{place} has no column {field!r}: name one of its columns with {flag}: {columns}")
     concepts = Concepts(labels, table.class_names(label_field), label_map or {}, known)
     name = place if of_hub else Path(place).name
     rows = table.rows(text_field, label_field, name)
@@ -214,17 +218,13 @@ def load_label_map(path: Path) -> dict[str, str]:
 
 def check_source(source: str | None) -> None:
     """Raises CorpusError if `source` names a file that is not there: known before a model is loaded for it."""
-    if source is not None and "://" in source:
+    if source is None or is_hub(source) or is_saved(source):
+        return
+    if "://" in source:
         raise CorpusError(
             f"{without_password(source)}: only files of this machine are read here; with --ray, addresses too"
         )
-    if source is not None and not is_hub(source) and not Path(source).is_file():
-        raise CorpusError(f"no such file: {source}")
-
-
-def without_password(source: str) -> str:
-    """An address, less what may stand before its host."""
-    return re.sub(r"://[^/@]*@", "://", source)
+    files_of(source)
 
 
 def match_labels(concepts: Sequence[str], labels: Sequence[str]) -> None:
@@ -272,11 +272,6 @@ def _per_class(
     return np.sort(np.concatenate(kept)) if kept else chosen
 
 
-def is_hub(source: str) -> bool:
-    """Whether it is no file, so the name of a data set."""
-    return Path(source).suffix.lower() not in READERS and not Path(source).exists()
-
-
 def _from_hub(known: KnownDataset | None, name: str, split: str | None) -> datasets.Dataset:
     if known is None:
         raise CorpusError("no data: name a file, or a data set")
@@ -290,30 +285,19 @@ def _from_hub(known: KnownDataset | None, name: str, split: str | None) -> datas
         ) from error
 
 
-def reason_of(error: BaseException) -> str:
-    """The first line of what began it: the library raises whatever its parsers do."""
-    while error.__cause__ is not None:
-        error = error.__cause__
-    return str(error).splitlines()[0] if str(error) else type(error).__name__
-
-
-def _open(source: str, split: str | None) -> datasets.Dataset:
-    path = Path(source)
+def _open(source: str, split: str | None) -> Table:
+    check_source(source)
+    if not is_hub(source) and not is_saved(source):
+        return Files.open(source)
     datasets.disable_progress_bars()  # the command line has its own
     try:
         if is_hub(source):
-            return datasets.load_dataset(source, split=split or "train")
-        check_source(source)
-        reader = READERS.get(path.suffix.lower())
-        if reader is None:
-            raise CorpusError(f"{source}: unknown kind of file; use .jsonl, .csv or .parquet")
-        if not path.stat().st_size:
-            raise CorpusError(f"{source} is empty")
-        return datasets.load_dataset(reader, data_files=str(path), split="train")
-    except CorpusError:
-        raise
+            return Loaded(datasets.load_dataset(source, split=split or "train"))
+        saved = datasets.load_from_disk(source)
     except Exception as error:
-        reason = reason_of(error)
-        if "corresponds to no data" in reason:  # a header and nothing below it
-            raise CorpusError(f"{source} holds no rows") from error
-        raise CorpusError(f"cannot read {source}: {reason}") from error
+        raise CorpusError(f"cannot read {source}: {reason_of(error)}") from error
+    if isinstance(saved, datasets.Dataset):
+        return Loaded(saved)
+    if (split or "train") not in saved:
+        raise CorpusError(f"{source} has no split {split or 'train'!r}; it has: {', '.join(map(repr, saved))}")
+    return Loaded(saved[split or "train"])

@@ -293,7 +293,7 @@ class _Quiet(http.server.SimpleHTTPRequestHandler):
 def test_error_names_the_file_and_row(cluster: Cluster, tmp_path: Path) -> None:
     for number in range(3):
         write_jsonl(tmp_path / f"part-{number}.jsonl", ROWS[:50])
-    with pytest.raises(CorpusError, match=r"no such files: .*other"):
+    with pytest.raises(CorpusError, match=r"no such file: .*other"):
         on_cluster(tmp_path / "other")
     bad = tmp_path / "part-1.jsonl"
     for line, message in (
