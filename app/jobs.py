@@ -75,6 +75,17 @@ class CorpusChoice:
     rows_per_class: int | None = None
     seed: int = 0
 
+    def same_texts(self, other: "CorpusChoice") -> bool:
+        """Whether both name the same place and split, whichever rows are used of it."""
+        return self._place == other._place
+
+    @property
+    def _place(self) -> tuple[str | None, ...]:
+        if self.source is not None and os.path.exists(self.source):
+            place = os.path.realpath(self.source)
+            return (place, self.split or "train") if os.path.exists(f"{place}/dataset_dict.json") else (place,)
+        return self.source or self.dataset, self.split or "train"
+
 
 @dataclass(frozen=True)
 class NewModelChoice:

@@ -23,6 +23,7 @@ from range_store.embedded import connect
 from range_store.mirror import Mirror
 from range_store.range_set import ModelIdentity, check_model
 from range_store.store import RangeStore
+from range_store.whole_files import remove_leftovers
 from workers.demo.demo import NAME as DEMO_NAME
 from workers.demo.demo import Demo, prepare
 from workers.engine.engine import Engine
@@ -32,7 +33,8 @@ from workers.evaluation.files import write as write_evaluation
 from workers.evaluation.measure import measure
 from workers.evaluation.perplexity import check_perplexity, with_perplexity
 from workers.evaluation.settings import EvaluationSettings
-from workers.fitting.corpus import Corpus, check_source, load_corpus, load_label_map, match_labels
+from workers.fitting.corpus import Corpus, check_apart, check_source, load_corpus, load_label_map, match_labels
+from workers.fitting.errors import CorpusError
 from workers.fitting.fit import CHECKPOINT_SECONDS, FitProgress, Fitted
 from workers.fitting.fit import fit as _fit
 from workers.fitting.rows import Table
@@ -178,6 +180,8 @@ def train_model(
     use_threads(threads)
     learned = _corpus(data, ())
     held_out = _corpus(eval_data, learned.concepts) if eval_data else None
+    if held_out is not None:
+        check_apart(held_out, learned, "--eval-data")
     tell = report
     return _train(
         base if isinstance(base, str) else _new_model(base),
@@ -229,9 +233,8 @@ def evaluate_model(
             from workers.cluster.fitting import fit_on
 
             about = pool.about
-            hands = _Hands(
-                about.identity, about.template, _corpus_on_cluster, partial(fit_on, pool), partial(measure_on, pool)
-            )
+            work = (_corpus_on_cluster, partial(fit_on, pool), partial(measure_on, pool))
+            hands = _Hands(about.identity, about.template, *work, counts_overlap=False)
             return _evaluated(hands, *choices, out, chosen, published, fit_settings, model.scoring, None, report)
     for each in choices:
         if each is not None:
@@ -239,7 +242,8 @@ def evaluate_model(
     loaded = _load(model)
     if perplexity:
         check_perplexity(loaded)
-    hands = _Hands(loaded.identity, loaded.template, _corpus, partial(_fit, loaded), partial(measure, loaded))
+    work = (_corpus, partial(_fit, loaded), partial(measure, loaded))
+    hands = _Hands(loaded.identity, loaded.template, *work, counts_overlap=True)
     asked = loaded if perplexity else None
     return _evaluated(hands, *choices, out, chosen, published, fit_settings, model.scoring, asked, report)
 
@@ -253,6 +257,8 @@ class _Hands:
     corpus: Callable[[CorpusChoice, tuple[str, ...]], Corpus]
     fit: Callable[..., Fitted]
     measure: Measure
+    counts_overlap: bool
+    """Whether a further pass over the texts, to count those that are in both corpora, costs little."""
 
 
 def _evaluated(
@@ -272,15 +278,19 @@ def _evaluated(
     test = hands.corpus(test_data, labels)
     match_labels(test.concepts, labels)  # before the fit, which takes a while
     choosing = hands.corpus(selection, labels) if selection else None
-    checkpoint: Path | None = None
+    if choosing is not None and choosing.sha256 == test.sha256:
+        raise CorpusError(f"--select-on: {choosing.name} has the same rows as --test-data: name texts of its own")
     if published is not None:
         store, range_set_id = published
         range_set = store.read(range_set_id)
         check_model(range_set.provenance, hands.model.fingerprint)
+        if range_set.provenance.corpus.sha256 == test.sha256:
+            raise CorpusError(f"--test-data: the range set was fitted on {test.name}: name texts that it does not have")
         inspect = {layer: store.read_inspect(range_set_id, layer) for layer in range_set.layers}
     else:
         assert data is not None
         learned = hands.corpus(data, labels)
+        check_apart(test, learned, "--test-data", count=hands.counts_overlap)
         if choosing is None:
             learned, choosing = learned.split_off(KEPT_FOR_CHOOSING, chosen.seed)
         check_targets(chosen, learned.concepts)
@@ -293,7 +303,7 @@ def _evaluated(
             progress=lambda now: report("fitting", now.rows_done, now.rows_total),
             **fit_settings,
         )
-        range_set, inspect, checkpoint = fitted.range_set, fitted.inspect, fitted.checkpoint
+        range_set, inspect = fitted.range_set, fitted.inspect
     evaluation = evaluate_by(
         hands.measure,
         hands.model,
@@ -310,10 +320,15 @@ def _evaluated(
         )
     evaluation.run["prompt"] = {"template": hands.template, "scoring": scoring} if hands.template else {}
     write_evaluation(out, evaluation, range_set, inspect)
-    evaluation.discard_checkpoints()
-    if checkpoint is not None:
-        checkpoint.unlink(missing_ok=True)
+    _remove_checkpoints(out)
     return evaluation
+
+
+def _remove_checkpoints(out: Path) -> None:
+    """Of this evaluation, and of any that was stopped before it in the same directory."""
+    remove_leftovers(out, "*")
+    for checkpoint in (*out.glob(".measuring-*.safetensors"), *out.glob("fit-*.safetensors")):
+        checkpoint.unlink(missing_ok=True)
 
 
 def _load_aside(model: ModelChoice) -> LoadedModel:

@@ -179,6 +179,9 @@ def evaluate(
     learned = corpus(data, split, max_rows, correct_only in ("fit", "both")) if range_set is None else None
     test = corpus(test_data, test_split or "test", max_test_rows, correct_only in ("test", "both"))
     selection = corpus(select_on, None, None, correct_only in ("test", "both")) if select_on else None
+    for each, option in ((learned, "--data"), (selection, "--select-on")):
+        if each is not None and each.same_texts(test):
+            raise typer.BadParameter(f"these are the texts of {option}: name others", param_hint="--test-data")
     chosen = ModelChoice.of(settings)
     everything = (chosen, learned, test, selection, range_set, settings_of_grid, settings_of_fit, perplexity)
     out = out or settings.reports / _name_of(chosen, everything)

@@ -200,8 +200,9 @@ def evaluation(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("evaluation")
     model = save_tiny("bert", folder / "model")
     data = write_jsonl(folder / "texts.jsonl", labelled_texts(60, seed=1))
+    test = write_jsonl(folder / "test.jsonl", labelled_texts(60, seed=2))
     out = folder / "reports" / "tiny & <b>small"
-    options = ["--data", data, "--test-data", data, "--out", out, "--target", "Sports", "--device", "cpu"]
+    options = ["--data", data, "--test-data", test, "--out", out, "--target", "Sports", "--device", "cpu"]
     assert run(list(map(str, ["evaluate", "--model", model, *options]))) == 0
     return out.parent
 

@@ -162,13 +162,20 @@ def accuracy_of(checkpoint: Path, texts: Path) -> float:
         (["--target", "Sport"], "'Sports'"),
         (["--replacement", "one"], "damp:FACTOR"),
         (["--out", "{file}"], "is a file"),
+        (["--test-data", "{file}"], "--test-data: these are the texts of --data"),
+        (["--test-data", "{copy}"], "--test-data: copy.jsonl has the same rows as --data"),
+        (["--select-on", "{copy_of_test}"], "--select-on: copy.csv has the same rows as --test-data"),
     ],
 )
 def test_an_invalid_evaluation_reports_why(
     cli: Cli, tiny: Path, corpus: Path, held_out: Path, tmp_path: Path, arguments: list[str], message: str
 ) -> None:
     evaluate = ["evaluate", "--model", tiny, "--data", corpus, "--test-data", held_out, "--out", tmp_path / "out"]
-    ended = cli(*evaluate, *(each.format(file=corpus) for each in arguments))
+    copy = write_jsonl(tmp_path / "copy.jsonl", labelled_texts(80, seed=1))
+    copy_of_test = tmp_path / "copy.csv"
+    with copy_of_test.open("w", newline="") as stream:
+        csv.writer(stream).writerows([("text", "label"), *labelled_texts(40, seed=2)])
+    ended = cli(*evaluate, *(each.format(file=corpus, copy=copy, copy_of_test=copy_of_test) for each in arguments))
     assert ended.exit_code == 2
     assert message in ended.stderr
     assert not (tmp_path / "out").exists()
@@ -190,6 +197,9 @@ def test_a_new_language_model_is_trained_fitted_and_evaluated(
     assert fitted.exit_code == 0, fitted.stderr
     assert fitted.json["rankings"] == ["max", "probe", "probeless", "probeless_global", "selectivity"]
     out = tmp_path / "out"
+    out.mkdir()
+    for left_by_a_stopped_run in (".measuring-0a.safetensors", "fit-0a.safetensors"):
+        (out / left_by_a_stopped_run).touch()
     measured = cli(
         "evaluate", "--model", made, "--range-set", fitted.json["id"], "--test-data", held_out, "--out", out,
         "--ranking", "probe", "--positions", "all,read", "--replacement", "zero,damp:0.5", "--threads", "1", *place,

@@ -118,6 +118,7 @@ def test_full_disk_is_reported_with_the_file(
     fitted: Fitted,
     data: Path,
     file: Path,
+    tmp_path: Path,
 ) -> None:
     """A file that could not be written whole is not left behind."""
     place, limits, error = small_disk.place, small_disk.code, small_disk.error
@@ -133,7 +134,8 @@ def test_full_disk_is_reported_with_the_file(
     check_failure(["ranges", "export", published, out, *store], FAILED, f"{out}: {error}", limits)
     assert not out.exists()
 
-    measuring = ["evaluate", "--model", model.source, "--data", data, "--test-data", data, "--max-rows", "60"]
+    test = write_jsonl(tmp_path / "test.jsonl", labelled_texts(60, seed=4))
+    measuring = ["evaluate", "--model", model.source, "--data", data, "--test-data", test, "--max-rows", "60"]
     measuring += ["--layer", "all", "--threads", "1", "--device", "cpu", "--out", place / "results"]
     assert str(place / "results") in check_failure(measuring, FAILED, error, limits)
 

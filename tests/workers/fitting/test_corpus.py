@@ -8,7 +8,7 @@ import pytest
 
 from tests.workers.checkpoints import LABELS
 from tests.workers.texts import labelled_texts, write_jsonl
-from workers.fitting.corpus import Corpus, load_corpus, load_label_map, match_labels
+from workers.fitting.corpus import Corpus, check_apart, load_corpus, load_label_map, match_labels
 from workers.fitting.errors import CorpusError
 
 ROWS = [*labelled_texts(25, seed=0), ('odd, "quoted"\ttext\nwith é 漢字 🏆', "World")]
@@ -153,6 +153,26 @@ def test_bad_file_gives_a_one_line_error(tmp_path: Path, name: str, content: byt
 def test_missing_file_is_an_error(tmp_path: Path) -> None:
     with pytest.raises(CorpusError, match="no such file"):
         load_corpus(str(tmp_path / "nothing.jsonl"))
+
+
+def test_texts_to_measure_on_must_not_be_those_learned_from(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    rows = [(f"text {number}", LABELS[number % 4]) for number in range(20)]
+
+    def corpus(name: str, rows: list[tuple[str, str]]) -> Corpus:
+        return load_corpus(str(write_jsonl(tmp_path / f"{name}.jsonl", rows)), labels=LABELS)
+
+    learned = corpus("train", rows)
+    with pytest.raises(CorpusError, match=r"--test-data: copy\.jsonl has the same rows as --data"):
+        check_apart(corpus("copy", rows), learned, "--test-data", count=False)
+    part = corpus("part", [*rows[3:7], rows[3]])
+    check_apart(part, learned, "--test-data", count=False)
+    with pytest.raises(CorpusError, match=r"--test-data: all texts of part\.jsonl are also in --data"):
+        check_apart(part, learned, "--test-data")
+    assert not caplog.text
+    check_apart(corpus("some", [*rows[3:6], rows[3], ("other", "World")]), learned, "--eval-data")
+    assert "--eval-data: 4 of 5 texts of some.jsonl are also in --data" in caplog.text
+    check_apart(corpus("other", [("other", "World")]), learned, "--eval-data")
+    assert caplog.text.count("also in") == 1
 
 
 def test_unmatched_labels_list_both_sides() -> None:
