@@ -1,7 +1,6 @@
 """What every route that classifies shares: from texts and erasures to an answer, within all limits of a request."""
 
 import asyncio
-import time
 from collections.abc import Coroutine, Sequence
 from typing import Annotated, Any, TypeVar
 
@@ -78,7 +77,7 @@ async def answer_to(
     """
     check_size(texts, service.settings)
     if compare:
-        check_compare(caller, any(each.enforced for each in snapshot_of(service).live.at(time.time())))
+        check_compare(caller, any(each.enforced for each in snapshot_of(service).live.at(service.mirror.now())))
     longest = service.settings.request_timeout
     note(texts=len(texts))
     with step("classify") as span:

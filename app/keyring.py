@@ -3,7 +3,6 @@
 import hashlib
 import logging
 import threading
-import time
 from pathlib import Path
 
 from app.rates import rate
@@ -86,7 +85,7 @@ class Keyring:
             detail = "an API key is needed: send it as `Authorization: Bearer …` or `X-API-Key: …`"
             raise Refused("no_key", detail)
         key = known.of_token(token)
-        if key is None or not key.good(time.time()):
+        if key is None or not key.good(self._store.clock.now()):
             raise Refused("bad_key", "this API key is wrong, revoked or expired")
         if not _readable(key):
             raise Refused("bad_key", "this API key is damaged: whoever made it must revoke it and make another")
@@ -98,10 +97,10 @@ class Keyring:
             return not self.in_force
         held = self._known.keys if self._known is not None else ()
         found = next((each for each in held if each.id == key.id), None)
-        return found is not None and found.good(time.time()) and found.may(scope)
+        return found is not None and found.good(self._store.clock.now()) and found.may(scope)
 
     def _take(self, found: Keys) -> None:
-        for key in found.good(time.time()):
+        for key in found.good(self._store.clock.now()):
             if not _readable(key) and key.id not in self._told:
                 self._told.add(key.id)
                 logger.error(

@@ -68,6 +68,7 @@ def service_around(
         also=also,
         replica=new_name(),
     )
+    store.guard = mirror.before_change
     jobs = FitJobs(settings.data_dir, name, model.identity.fingerprint)
     fits = FitRunner(jobs, settings, model.source, store, mirror)
     fits.listeners.append(lambda job: news.tell_job(job.id, job_out(jobs, job).model_dump(mode="json")))

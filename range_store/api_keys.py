@@ -9,13 +9,13 @@ import hashlib
 import hmac
 import re
 import secrets
-import time
 from collections.abc import Iterable
 from typing import Annotated, Literal, Protocol
 
 import redis
 from pydantic import Field, ValidationError
 
+from range_store.clock import StoreClock
 from range_store.erasure import Frozen
 from range_store.errors import InvalidKey, StoreUnavailable, UnknownKey
 from range_store.failures import reaching_redis
@@ -84,6 +84,8 @@ class KeyStore:
     def __init__(self, client: redis.Redis) -> None:
         self._client = client
         self._change_document = client.register_script(CHANGE_DOCUMENT)
+        self.clock = StoreClock()
+        """The time by which keys expire, once keys were read."""
 
     def read(self) -> Keys | None:
         """All keys, or None where there never were any, or Redis was emptied.
@@ -116,7 +118,7 @@ class KeyStore:
                 name=name,
                 scopes=tuple(scope for scope in SCOPES if scope in wanted),
                 sha256=_digest(token),
-                created_at=time.time(),
+                created_at=self.clock.now(),
                 created_by=by,
                 expires_at=expires_at,
                 rate_limit=rate_limit,
@@ -155,7 +157,7 @@ class KeyStore:
     def _change(self, decide: "_Decision") -> None:
         for _ in range(ATTEMPTS):
             raw, before = self._read()
-            now = time.time()
+            now = self.clock.now()
             keys = decide(before.keys if before else (), now)
             revoked = [each for each in keys if each.revoked_at is not None]
             forgotten = set(sorted(each.revoked_at or 0.0 for each in revoked)[:-REVOKED_KEPT])
@@ -169,9 +171,8 @@ class KeyStore:
         raise StoreUnavailable("the keys change too fast: try again")
 
     def _read(self) -> tuple[bytes, Keys | None]:
-        with reaching_redis():
-            raw = self._client.get(API_KEYS)
-        if not isinstance(raw, bytes):
+        raw = self.clock.get(self._client, API_KEYS)
+        if raw is None:
             return b"", None
         try:
             return raw, Keys.model_validate_json(raw)

@@ -2,6 +2,7 @@
 
 import secrets
 import time
+from collections.abc import Iterable
 from typing import Annotated, Literal
 
 from pydantic import Field, field_validator
@@ -51,6 +52,8 @@ class LiveState(Frozen):
     generation: Generation
     range_set: str | None
     erasures: tuple[LiveErasure, ...]
+    continues: tuple[Generation, ...] = ()
+    """The generations of earlier epochs that this epoch took over after Redis had forgotten them, newest first."""
 
     @field_validator("erasures")
     @classmethod
@@ -70,8 +73,8 @@ class LiveState(Frozen):
         return int(self.generation.split("-")[1])
 
     def reaches(self, generation: str) -> bool:
-        """Whether this is that generation or a later one of the same epoch."""
-        return reaches(self.generation, generation)
+        """Whether this is that generation, or a later one of the same epoch or of one that continues it."""
+        return any(reaches(each, generation) for each in (self.generation, *self.continues))
 
     def at(self, now: float) -> tuple[LiveErasure, ...]:
         """The erasures that apply at Unix time `now`: expiry is obeyed even while Redis is away."""
@@ -85,7 +88,26 @@ class LiveState(Frozen):
     def advanced(self, range_set: str | None, erasures: tuple[LiveErasure, ...]) -> "LiveState":
         """The next generation, with that range set and those erasures."""
         generation = f"{self.epoch}-{self.counter + 1}"
-        return LiveState(generation=generation, range_set=range_set, erasures=erasures)
+        return LiveState(generation=generation, range_set=range_set, erasures=erasures, continues=self.continues)
+
+
+MOST_CONTINUED = 16
+"""Earlier epochs that a state remembers; a server that missed more restores is taken for one that knows something."""
+
+
+def continued(states: Iterable[LiveState], range_set: str | None, erasures: tuple[LiveErasure, ...]) -> LiveState:
+    """The first generation of a new epoch that takes over what these states were, the newest first."""
+    continues: dict[str, str] = {}
+    for generation in (each for state in states for each in (state.generation, *state.continues)):
+        epoch = generation.split("-")[0]
+        if epoch not in continues or reaches(generation, continues[epoch]):
+            continues[epoch] = generation
+    return LiveState(
+        generation=f"{secrets.token_hex(4)}-1",
+        range_set=range_set,
+        erasures=erasures,
+        continues=tuple(continues.values())[:MOST_CONTINUED],
+    )
 
 
 def new_state() -> LiveState:

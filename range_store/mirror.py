@@ -18,7 +18,13 @@ from typing import Literal
 
 import redis
 
-from range_store.errors import ForeignRangeSet, RangeStoreError, StoreUnavailable, UnknownRangeSet
+from range_store.errors import (
+    ForeignRangeSet,
+    InvalidRangeSet,
+    RangeStoreError,
+    StoreUnavailable,
+    UnknownRangeSet,
+)
 from range_store.failures import explain
 from range_store.keys import CHANGES
 from range_store.live import LiveState
@@ -122,6 +128,10 @@ class Mirror:
         if self._thread is not None:
             self._thread.join()
 
+    def now(self) -> float:
+        """Unix time by the store's clock, which decides whether an erasure has expired."""
+        return self._store.clock.now()
+
     def age(self) -> float:
         """Seconds since the snapshot was last known to be the newest; since the mirror was made, if there is none."""
         snapshot = self.snapshot
@@ -179,9 +189,7 @@ class Mirror:
                 live = self._store.live()
             else:
                 # what is gone is not created anew by one who knew it, but put back
-                found = self._store.peek()
-                forgotten = found != held.live and self._store.has_forgotten(held.live, found)
-                live = self._put_back(held.live, found) if found is None or forgotten else found
+                live = self._restored(held.live, self._store.peek())
             if live.range_set is None:
                 return Snapshot(live, None, read_at)
             if held is not None and held.range_set is not None and held.range_set.id == live.range_set:
@@ -194,25 +202,49 @@ class Mirror:
                     raise
         raise AssertionError("unreachable")
 
-    def _put_back(self, held: LiveState, found: LiveState | None) -> LiveState:
-        """Make live again what Redis has forgotten.
+    def before_change(self, state: LiveState | None, activates: bool) -> bool:
+        """Restore what Redis has forgotten before this server changes anything; the store's `guard`.
+
+        Raises:
+            LostState: it cannot be restored, and the change would go on without it. Another range set may be activated
+                all the same: on that the erasures are restored.
+            ForeignRangeSet: the active range set is of another model, and the change does not activate another one.
+        """
+        held = self.snapshot
+        if held is not None and state != held.live:
+            try:
+                if self._restored(held.live, state) != state:
+                    return True
+            except (LostState, ForeignRangeSet):
+                if not activates or (state is not None and held.live.reaches(state.generation)):
+                    raise
+        if state is not None and state.range_set is not None and not activates:
+            with suppress(UnknownRangeSet, InvalidRangeSet):
+                check_model(self._store.provenance(state.range_set), self._fingerprint)
+        return False
+
+    def _restored(self, held: LiveState, found: LiveState | None) -> LiveState:
+        """The live state `found`, or what it becomes as what Redis has forgotten of `held` is made live again.
 
         Raises:
             LostState: it cannot be, until an operator does something; says what.
         """
+        wanted = self._store.restored(held, found)
+        if wanted is None:
+            assert found is not None
+            return found
         model = self._store.model
         if found is None:
             why = "Redis has lost the live state (was it emptied?)"
-        elif found.epoch != held.epoch:
-            why = f"Redis has lost the live state (it begins anew at {found.generation})"
-        else:
+        elif held.reaches(found.generation):
             why = f"Redis went back from generation {held.generation} to {found.generation} (is it an older copy?)"
-        anew = found is not None and found.epoch != held.epoch and found.range_set is not None
-        range_set = found.range_set if anew and found is not None else held.range_set
+        else:
+            why = f"Redis has lost the live state (it begins anew at {found.generation})"
+        range_set = wanted.range_set
         try:
             if range_set is not None:
                 check_model(self._store.provenance(range_set), self._fingerprint)
-            state = self._store.put_back(held)
+            state, put_back = self._store.put_back(held)
         except StoreUnavailable:
             raise
         except UnknownRangeSet:
@@ -229,7 +261,8 @@ class Mirror:
                 f"{why}, and range set {range_set}, which is active now, cannot serve what was erased ({error}): "
                 "activate another one, or switch each erasure on anew with `neuronlens erase on`"
             ) from None
-        log.warning("%s: %s; put back as generation %s", model, why, state.generation, extra=self._where())
+        if put_back:
+            log.warning("%s: %s; put back as generation %s", model, why, state.generation, extra=self._where())
         return state
 
     def _note(self, error: RangeStoreError | None) -> None:
@@ -330,12 +363,12 @@ class Mirror:
     def _until_expiry(self) -> float:
         """Seconds until the next erasure expires."""
         due = self.snapshot.live.next_expiry if self.snapshot else None
-        return float("inf") if due is None else due - time.time()
+        return float("inf") if due is None else due - self.now()
 
     def _sweep(self) -> None:
         """Take expired erasures out of the store; admission obeys their time anyway."""
         with suppress(RangeStoreError):
-            self._store.expire(time.time())
+            self._store.expire(self.now())
             self.refresh()
 
     def _concerns_us(self, message: dict[str, object]) -> bool:

@@ -8,6 +8,7 @@ from typing import Any, Protocol
 import redis
 from pydantic import ValidationError
 
+from range_store.clock import StoreClock
 from range_store.codec import assemble
 from range_store.erasure import check_distinct
 from range_store.errors import (
@@ -22,7 +23,7 @@ from range_store.errors import (
 )
 from range_store.failures import reaching_redis
 from range_store.keys import CHANGES
-from range_store.live import AuditEntry, Change, LiveErasure, LiveState, new_state
+from range_store.live import AuditEntry, Change, LiveErasure, LiveState, continued, new_state, reaches
 from range_store.plan import resolve
 from range_store.published import Published, PublishedRangeSets
 from range_store.range_set import RangeSet
@@ -31,11 +32,18 @@ from range_store.scripts import CHANGE_LIVE
 
 __all__ = ["Published", "RangeStore", "assemble"]
 
-LATER = 100
-"""How many changes made after a state was read may stand before its own in the audit."""
 AUDIT_LENGTH = 10_000
 ATTEMPTS = 200
 """Tries of a change while others change the same live state; each failed one means that another succeeded."""
+
+
+class Guard(Protocol):
+    """Told of the state that a change is to be based on, and whether the change activates a range set.
+
+    Returns whether it has put something back, so that the state must be read again; raises to refuse the change.
+    """
+
+    def __call__(self, state: LiveState | None, activates: bool) -> bool: ...
 
 
 class _Decision(Protocol):
@@ -58,6 +66,10 @@ class RangeStore(PublishedRangeSets):
         self._resolver: RangeSet | None = None
         self.replicas = Replicas(client, model)
         """Which processes answer for the model, and under which generation."""
+        self.clock = StoreClock()
+        """The time by which erasures expire."""
+        self.guard: Guard | None = None
+        """What a server lets look at the live state before every change that it makes; see `Mirror.before_change`."""
 
     def peek(self) -> LiveState | None:
         """The live state, or None where there is none: never written, or Redis was emptied.
@@ -173,58 +185,84 @@ class RangeStore(PublishedRangeSets):
             change = _change("activate", state, after, (), by, reason)
             return after, change.model_copy(update={"dropped": tuple(sorted(why))})
 
-        state = self._change(switch, if_match)
+        state = self._change(switch, if_match, activates=True)
         self._resolver = candidate
         return state
 
-    def has_forgotten(self, held: LiveState, state: LiveState | None) -> bool:
-        """Whether `state`, as Redis has it now, knows less than `held`, which it had before.
+    def restored(self, held: LiveState, state: LiveState | None) -> LiveState | None:
+        """What the live state is to be where `state`, as Redis has it now, knows less than `held`, which it had before.
 
-        It was emptied, an older copy came back, or it was begun anew since and nobody has yet decided there on what
-        is to be erased: activating a range set is no such decision.
+        Redis was emptied, or an older copy of it came back. What was held is restored in a new epoch, so that no
+        generation names two states, but for what operators did since. They decide on the concepts that they name; on
+        all that are not enforced, if they replaced all erasures; and on the range set, if they activated one. Nobody
+        drops an enforced erasure who does not name it.
+
+        Returns:
+            The state to put back; None if `state` knows all of `held`.
         """
+        now = self.clock.now()
+        erasures = held.at(now)
         if state is None:
-            return True
-        if state.epoch == held.epoch:
-            return state.counter < held.counter
-        if state.counter == 0:
-            return held.range_set is not None or bool(held.erasures)
-        return bool(held.erasures) and not self._erasures_decided(state)
+            return continued([held], held.range_set, erasures)
+        if state == held or (state.reaches(held.generation) and state.generation != held.generation):
+            return None
+        if held.reaches(state.generation):  # an older copy, or one that went another way since
+            return continued([held, state], held.range_set, erasures)
+        since = self._changes_since(held, state)
+        named = {concept for change in since for concept in (*change.concepts, *change.dropped)}
+        replaced = any(change.action == "replace" for change in since)
+        older = any(held.reaches(generation) for generation in state.continues)
+        theirs = {each.concept: each for each in state.at(now)}
+        ours = {each.concept: each for each in erasures if each.enforced or not replaced}
+        kept = {concept: each for concept, each in theirs.items() if concept in named or not older}
+        merged = kept | {concept: each for concept, each in ours.items() if concept not in named}
+        activated = any(change.action == "activate" for change in since)
+        range_set = state.range_set if state.range_set and (activated or not older) else held.range_set
+        after = continued([held, state], range_set, tuple(merged.values()))
+        return None if (range_set, after.erasures) == (state.range_set, state.at(now)) else after
 
-    def put_back(self, held: LiveState) -> LiveState:
-        """Make what Redis has forgotten of `held` live again, in one step; leaves a state that has not forgotten it.
+    def put_back(self, held: LiveState) -> tuple[LiveState, bool]:
+        """Make what Redis has forgotten of `held` live again, in one step.
 
-        What was begun anew keeps its epoch, and the range set that was activated in it.
+        Returns:
+            The live state, and whether it was put back by this call: not if Redis, or another server, knew it all.
 
         Raises:
             UnknownRangeSet: the range set is not published any more.
             UnknownConcept, NotFitted: the range set that was activated since cannot serve the erasures.
         """
+        for attempt in range(ATTEMPTS):
+            raw, state = self._read()
+            after = self.restored(held, state)
+            if after is None:
+                assert state is not None
+                return state, False
+            self._check_resolvable(after, after.erasures)
+            change = Change(
+                action="restore",
+                before=state.generation if state else None,
+                after=after.generation,
+                range_set=after.range_set,
+                concepts=tuple(each.concept for each in after.erasures),
+                by="server",
+                reason=f"Redis had forgotten generation {held.generation}",
+            )
+            if self._write(raw, after, [change]):
+                return after, True
+            _pause(attempt)
+        raise self._too_fast()
 
-        def restore(state: LiveState, now: float) -> tuple[LiveState, Change] | None:
-            if not self.has_forgotten(held, state):
-                return None
-            same, erasures = state.epoch == held.epoch, held.at(now)
-            range_set = held.range_set if same or state.range_set is None else state.range_set
-            after = (held if same else state).advanced(range_set, erasures)
-            self._check_resolvable(after, erasures)
-            reason = f"Redis had forgotten generation {held.generation}"
-            concepts = {each.concept for each in erasures}
-            return after, _change("restore", state, after, concepts, "server", reason)
-
-        return self._change(restore, None)
-
-    def _erasures_decided(self, state: LiveState) -> bool:
-        """Whether the audit of the state's epoch names an erasure; yes if it does not reach back to its beginning."""
-        for entry in self.audit(min(state.counter + 1 + LATER, AUDIT_LENGTH)):
-            epoch, counter = entry.after.split("-")
-            if epoch == state.epoch and int(counter) > state.counter:
-                continue  # made since the state was read, as by another server that puts back: it tells nothing of it
-            if epoch != state.epoch or entry.action not in ("create", "activate"):
-                return True
-            if entry.action == "create":
-                return False
-        return True
+    def _changes_since(self, held: LiveState, state: LiveState) -> list[AuditEntry]:
+        """What operators changed after `held` and up to `state`, as far as the audit tells."""
+        since = []
+        for entry in self.audit(AUDIT_LENGTH):
+            if entry.after != state.generation and reaches(entry.after, state.generation):
+                continue  # made after the state was read, as by another server that puts back
+            if held.reaches(entry.after):
+                break
+            if entry.action in ("set", "remove", "replace", "activate"):
+                since.append(entry)
+        return since
 
     def expire(self, now: float) -> LiveState | None:
         """Take out what has expired at Unix time `now`, as a generation of its own; None where there is no state."""
@@ -249,16 +287,20 @@ class RangeStore(PublishedRangeSets):
             entries.append(AuditEntry(id=id_.decode(), at=int(id_.split(b"-")[0]) / 1000, **change.model_dump()))
         return entries
 
-    def _change(self, decide: _Decision, if_match: str | None, now: float | None = None) -> LiveState:
+    def _change(
+        self, decide: _Decision, if_match: str | None, now: float | None = None, *, activates: bool = False
+    ) -> LiveState:
         """Read, decide, compare and set, until it succeeds. Expired erasures go first, as a generation of their own."""
         for attempt in range(ATTEMPTS):
-            at = time.time() if now is None else now
             raw, state = self._read()
+            if self.guard is not None and self.guard(state, activates):
+                continue
             if state is None:
                 self.live()
                 continue
             if if_match is not None and if_match != state.generation:
                 raise StaleGeneration(if_match, state.generation)
+            at = self.clock.now() if now is None else now
             changes = []
             unexpired = state.at(at)
             if len(unexpired) < len(state.erasures):
@@ -270,12 +312,14 @@ class RangeStore(PublishedRangeSets):
                 changes.append(change)
             if not changes or self._write(raw, state, changes):
                 return state
-            time.sleep(random.uniform(0, 0.001 * min(attempt, 20)))
-        raise StoreUnavailable(f"the live state of {self.model!r} changes too fast: try again")
+            _pause(attempt)
+        raise self._too_fast()
+
+    def _too_fast(self) -> StoreUnavailable:
+        return StoreUnavailable(f"the live state of {self.model!r} changes too fast: try again")
 
     def _read(self) -> tuple[bytes, LiveState | None]:
-        with reaching_redis():
-            raw: Any = self.client.get(self.keys.live)
+        raw = self.clock.get(self.client, self.keys.live)
         if raw is None:
             return b"", None
         try:
@@ -329,6 +373,11 @@ def _unresolvable(range_set: RangeSet, live: LiveErasure) -> str | None:
     except RangeStoreError as error:
         return str(error)
     return None
+
+
+def _pause(attempt: int) -> None:
+    """Wait a moment, the longer the more tries there were, while others change the same live state."""
+    time.sleep(random.uniform(0, 0.001 * min(attempt, 20)))
 
 
 def _change(

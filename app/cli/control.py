@@ -30,10 +30,10 @@ class Control(Protocol):
         """Make a range set the one that erasures use; `force` drops erasures that it cannot serve."""
 
     def live(self) -> LiveState:
-        """Active range set, live erasures and generation."""
+        """Active range set, live erasures that have not expired, and generation."""
 
-    def switch_on(self, erasure: LiveErasure, *, if_match: str | None) -> LiveState:
-        """Erase a concept live, or change how."""
+    def switch_on(self, erasure: LiveErasure, *, expires_in: float | None, if_match: str | None) -> LiveState:
+        """Erase a concept live, or change how; for `expires_in` seconds, or until somebody switches it off."""
 
     def switch_off(self, concept: str, *, reason: str | None, if_match: str | None) -> LiveState:
         """Erase a concept no more."""
@@ -63,10 +63,14 @@ class StoreControl:
         return self._followed(self.store.activate(range_set, force, if_match, by=operator()))
 
     def live(self) -> LiveState:
-        return self.store.live()
+        return self._unexpired(self.store.live())
 
-    def switch_on(self, erasure: LiveErasure, *, if_match: str | None) -> LiveState:
-        return self._followed(self.store.set_erasure(erasure.model_copy(update={"by": operator()}), if_match))
+    def switch_on(self, erasure: LiveErasure, *, expires_in: float | None, if_match: str | None) -> LiveState:
+        self.store.live()  # sets the clock
+        now = self.store.clock.now()
+        ends = None if expires_in is None else now + expires_in
+        wanted = erasure.model_copy(update={"by": operator(), "since": now, "expires_at": ends})
+        return self._followed(self.store.set_erasure(wanted, if_match))
 
     def switch_off(self, concept: str, *, reason: str | None, if_match: str | None) -> LiveState:
         return self._followed(self.store.remove_erasure(concept, if_match, by=operator(), reason=reason))
@@ -77,9 +81,13 @@ class StoreControl:
     def audit(self, limit: int) -> Sequence[AuditEntry]:
         return self.store.audit(limit)
 
+    def _unexpired(self, state: LiveState) -> LiveState:
+        """The state without what has expired and was not yet taken out."""
+        return state.model_copy(update={"erasures": state.at(self.store.clock.now())})
+
     def _followed(self, state: LiveState) -> LiveState:
         if self._wait is None:
-            return state
+            return self._unexpired(state)
         follow, ends = Follow(state.generation), time.monotonic() + self._wait
         while not follow.done(self.store.replicas.read()):
             if time.monotonic() >= ends:
@@ -89,7 +97,7 @@ class StoreControl:
                     UNREACHABLE,
                 )
             time.sleep(PAUSE)
-        return state
+        return self._unexpired(state)
 
 
 @contextmanager

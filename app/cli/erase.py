@@ -1,6 +1,5 @@
 """`neuronlens erase`: the live erasures, which apply to requests that name none."""
 
-import time
 from typing import Annotated, Any, Literal
 
 import typer
@@ -70,7 +69,7 @@ def on(
         raise typer.BadParameter("one share, not several", param_hint="--top-fraction")
     layers = options.layers(layer)
     replace = options.replacement(replacement)
-    expires_at = time.time() + duration(expires_in) if expires_in else None
+    seconds = duration(expires_in) if expires_in else None
     try:
         erasure = Erasure(
             concept=concept,
@@ -81,11 +80,11 @@ def on(
             layers=layers,
             replacement=replace,
         )
-        live = LiveErasure(erasure=erasure, enforced=enforced, reason=reason, expires_at=expires_at)
+        live = LiveErasure(erasure=erasure, enforced=enforced, reason=reason)
     except ValidationError as error:
         raise CommandError(error.errors()[0]["msg"].removeprefix("Value error, "), USAGE) from None
     with control_of(url, redis_url, data_dir, name, wait=wait_seconds if wait else None) as control:
-        state = control.switch_on(live, if_match=if_match)
+        state = control.switch_on(live, expires_in=seconds, if_match=if_match)
     _print(state, as_json, f"erasing {concept!r}")
 
 
@@ -115,14 +114,12 @@ def off(
 
 
 def _print(state: LiveState, as_json: bool, headline: str = "") -> None:
-    now = time.time()
-    erasures = state.at(now)
     if as_json:
-        found = [_as_json(each) for each in erasures]
+        found = [_as_json(each) for each in state.erasures]
         print_json({"generation": state.generation, "range_set": state.range_set, "erasures": found})
         return
     say(f"{headline + ', ' if headline else ''}generation {state.generation}")
-    if not erasures:
+    if not state.erasures:
         say("nothing is erased" if state.range_set else "no range set is active: nothing can be erased")
         return
     columns = (
@@ -137,7 +134,7 @@ def _print(state: LiveState, as_json: bool, headline: str = "") -> None:
         "expires",
         "reason",
     )
-    table(columns, [_row(each) for each in erasures])
+    table(columns, [_row(each) for each in state.erasures])
 
 
 def _row(live: LiveErasure) -> tuple[object, ...]:

@@ -1,6 +1,5 @@
 """`neuronlens keys`: who may call the servers on a store."""
 
-import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -44,15 +43,16 @@ def create(
     as_json: options.AsJson = False,
 ) -> None:
     """Make a key and print its token, this once: only a hash of it is stored."""
-    expires_at = time.time() + duration(expires_in) if expires_in else None
+    seconds = duration(expires_in) if expires_in else None
     if rate_limit is not None:
         _check_rate(rate_limit)
     wanted = [scope for text in scopes for scope in options.choices(text, "--scope", SCOPES)]
     with _key_store(redis_url, data_dir) as store:
         first = store.read() is None
+        expires_at = None if seconds is None else store.clock.now() + seconds
         key, token = store.create(name, wanted, expires_at=expires_at, rate_limit=rate_limit, by=operator())
     if as_json:
-        print_json({**_as_json(key), "token": token})
+        print_json({**_as_json(key, store), "token": token})
     else:
         typer.echo(token)
     hint(f"key {name!r}, scope {', '.join(key.scopes)}: keep the token, it cannot be shown again")
@@ -70,10 +70,10 @@ def list_(
     """List the keys; never their tokens."""
     with _key_store(redis_url, data_dir) as store:
         found = store.read()
-    now = time.time()
+    now = store.clock.now()
     shown = [] if found is None else list(found.keys if everything else found.good(now))
     if as_json:
-        print_json({"in_force": found is not None, "keys": [_as_json(key) for key in shown]})
+        print_json({"in_force": found is not None, "keys": [_as_json(key, store) for key in shown]})
         return
     if not shown:
         say("no keys; whoever reaches a server may call it" if found is None else "no keys: every call is refused")
@@ -94,10 +94,10 @@ def revoke(
         key = store.revoke(name, operator())
         found = store.read()
     if as_json:
-        print_json(_as_json(key))
+        print_json(_as_json(key, store))
     else:
         say(f"revoked {key.name!r} ({key.id})")
-    if found is not None and not found.good(time.time()):
+    if found is not None and not found.good(store.clock.now()):
         hint("no key is left: every call is refused until there is one")
 
 
@@ -118,8 +118,8 @@ def _check_rate(text: str) -> None:
         raise CommandError(f"--rate-limit: {error}", USAGE) from None
 
 
-def _as_json(key: ApiKey) -> dict[str, Any]:
-    return {**key.model_dump(mode="json", exclude={"sha256"}), "in_force": key.good(time.time())}
+def _as_json(key: ApiKey, store: KeyStore) -> dict[str, Any]:
+    return {**key.model_dump(mode="json", exclude={"sha256"}), "in_force": key.good(store.clock.now())}
 
 
 def _row(key: ApiKey) -> tuple[object, ...]:

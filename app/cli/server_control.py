@@ -1,6 +1,5 @@
 """Control through a running server's `/v1`, by the Python client."""
 
-import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from types import TracebackType
@@ -82,14 +81,14 @@ class ServerControl:
         with self._asking():
             return _state(self._client.erasures())
 
-    def switch_on(self, erasure: LiveErasure, *, if_match: str | None) -> LiveState:
+    def switch_on(self, erasure: LiveErasure, *, expires_in: float | None, if_match: str | None) -> LiveState:
         settings: dict[str, Any] = erasure.erasure.model_dump(mode="json", exclude={"concept", "layers"})
         with self._asking():
             listing = self._client.switch_on(
                 erasure.concept,
                 enforced=erasure.enforced,
                 reason=erasure.reason,
-                expires_in=None if erasure.expires_at is None else max(erasure.expires_at - time.time(), 0.001),
+                expires_in=expires_in,
                 if_match=if_match,
                 wait=self._wait,
                 wait_seconds=self._seconds,

@@ -1,6 +1,5 @@
 """`/v1/erasures`: what is erased when a request names nothing. Every change is one generation."""
 
-import time
 from collections.abc import Callable
 from typing import Annotated, Any
 
@@ -15,7 +14,7 @@ from app.requests import LiveListIn, Reason, SwitchOnIn
 from app.routes import Asking, NamedConcept, QueryChecked, Serving, snapshot_of
 from app.service import Service
 from app.store_calls import StoreCalling, StoreCalls
-from range_store.errors import StaleGeneration, StoreUnavailable
+from range_store.errors import RangeStoreError, StaleGeneration, StoreUnavailable
 from range_store.live import LiveState
 from range_store.store import RangeStore
 
@@ -67,7 +66,7 @@ async def replace_erasures(
 ) -> LiveListOut:
     """Replace all live erasures in one generation."""
     service = asking.service(body.model)
-    now = time.time()
+    now = service.mirror.now()
     wanted = [each.live(each.concept, now, caller.by) for each in body.erasures]
 
     def change(store: RangeStore) -> LiveState:
@@ -90,7 +89,7 @@ async def switch_on(
     """Erase a concept from every request that names nothing, or change how."""
     body = body or SwitchOnIn()
     service = asking.service(body.model)
-    wanted = body.live(concept, time.time(), caller.by)
+    wanted = body.live(concept, service.mirror.now(), caller.by)
 
     def change(store: RangeStore) -> LiveState:
         return store.set_erasure(wanted, one_of(store, required))
@@ -124,7 +123,8 @@ async def applied(
 
     Raises:
         ApiError: it was made, and is not in force everywhere in time (504).
-        StoreUnavailable: it was not made, or it was, as the error then says, and cannot be read back yet.
+        StoreUnavailable: it was not made, or it was, as the error then says, and this process cannot follow it yet.
+        RangeStoreError: it was not made.
     """
 
     def work() -> LiveState:
@@ -132,10 +132,9 @@ async def applied(
         note(generation=state.generation)
         try:
             service.mirror.refresh()
-        except StoreUnavailable as error:
+        except RangeStoreError as error:
             raise StoreUnavailable(
-                f"the change is made, as generation {state.generation}, but this process cannot read it back yet, "
-                f"and will follow: {error}"
+                f"the change is made, as generation {state.generation}, but this process cannot follow it yet: {error}"
             ) from error
         return state
 
@@ -166,6 +165,6 @@ def live_list(service: Service, state: LiveState) -> LiveListOut:
                 since=live.since,
                 by=live.by,
             )
-            for live in state.at(time.time())
+            for live in state.at(service.mirror.now())
         ],
     )

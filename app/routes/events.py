@@ -87,7 +87,7 @@ class _Told:
         snapshot = service.mirror.snapshot
         if snapshot is not None:
             state = snapshot.live
-            live = (state.generation, tuple(each.concept for each in state.at(time.time())))
+            live = (state.generation, tuple(each.concept for each in state.at(service.mirror.now())))
             if live != self._live:
                 due.append(self._live_event(state))
                 self._live = live
@@ -103,7 +103,7 @@ class _Told:
         """When to look again unless woken: an erasure may expire, and nobody tells while the store is away."""
         snapshot = self._service.mirror.snapshot
         expiries = [each.expires_at for each in snapshot.live.erasures if each.expires_at] if snapshot else []
-        now = time.time()
+        now = self._service.mirror.now()
         return min([TICK, *(at - now for at in expiries if at > now)])
 
     def _live_event(self, state: LiveState) -> bytes:

@@ -3,7 +3,6 @@
 import base64
 import binascii
 import math
-import time
 from collections.abc import Sequence
 from typing import Annotated
 
@@ -36,7 +35,7 @@ Tau = Annotated[float, Query(ge=0, allow_inf_nan=False, description="Half-width 
 def list_concepts(service: Serving) -> ConceptsOut:
     """Concepts of the active range set, and whether each is erased now."""
     range_set, live = active_range_set(service), snapshot_of(service).live
-    erased = {each.concept: each.enforced for each in live.at(time.time())}
+    erased = {each.concept: each.enforced for each in live.at(service.mirror.now())}
     return ConceptsOut(
         model=service.name,
         range_set=range_set.id,

@@ -1,6 +1,5 @@
 """Looking at what the model makes of a text: its tokens, and the values of single neurons."""
 
-import time
 from collections.abc import Sequence
 
 from fastapi import APIRouter, Request
@@ -101,7 +100,8 @@ async def show_activations(
 
 
 def _check(service: Service, caller: Caller) -> None:
-    check_shown(caller, any(each.enforced for each in snapshot_of(service).live.at(time.time())), "activations")
+    live = snapshot_of(service).live.at(service.mirror.now())
+    check_shown(caller, any(each.enforced for each in live), "activations")
 
 
 def _texts(service: Service, inputs: str | list[str]) -> Sequence[str]:

@@ -9,7 +9,9 @@ from urllib.parse import quote
 import httpx
 import pytest
 
+from range_store.clock import StoreClock
 from range_store.embedded import EmbeddedRedis, connect
+from range_store.store import RangeStore
 from tests.range_store.builders import random_range_set
 from tests.range_store.waiting import until
 from tests.servers import RunningServer, random_ranges, with_ranges
@@ -142,7 +144,7 @@ def test_change_with_a_stale_if_match_is_rejected(server: RunningServer, problem
 @pytest.mark.local
 def test_erasure_expires_at_its_time(server: RunningServer, monkeypatch: pytest.MonkeyPatch) -> None:
     now = time.time()
-    monkeypatch.setattr(time, "time", lambda: now)
+    monkeypatch.setattr(StoreClock, "now", lambda clock: now)
     changed = server.http.put("/v1/erasures/Sports", json={"expires_in": 60}).json()
     assert changed["erasures"][0]["expires_at"] == now + 60
     now += 59
@@ -234,3 +236,26 @@ def test_without_redis_the_last_snapshot_stays_in_force(
         assert server.http.get("/v1/concepts/Sports/ranges").status_code == 200
         assert server.value("neuronlens_store_up") == 0
         assert erased(server) == ["Sports"]
+
+
+def test_a_server_whose_clock_is_ahead_ends_no_erasure(server: RunningServer, monkeypatch: pytest.MonkeyPatch) -> None:
+    real = time.time
+    monkeypatch.setattr(time, "time", lambda: real() + 3600)
+    changed = server.http.put("/v1/erasures/Sports", json={"expires_in": 600}).json()
+    assert real() < changed["erasures"][0]["expires_at"] < real() + 1200
+    server.service.store.expire(server.service.mirror.now())
+    assert erased(server) == ["Sports"]
+
+
+def test_no_change_is_made_while_a_foreign_range_set_is_active(fresh_server: RunningServer, problem: Problem) -> None:
+    """An error must not hide that the change was made all the same."""
+    running = fresh_server
+    running.http.put("/v1/erasures/Sports").raise_for_status()
+    elsewhere = RangeStore(running.service.store.client, running.service.name)
+    identity = running.model.identity.model_copy(update={"fingerprint": "ef" * 32})
+    state = elsewhere.activate(elsewhere.publish(*random_ranges(identity, 0)))
+    problem(running.http.put("/v1/erasures/World"), 409, "foreign_range_set")
+    problem(running.http.delete("/v1/erasures/Sports"), 409, "foreign_range_set")
+    problem(running.http.put("/v1/erasures", json={"erasures": []}), 409, "foreign_range_set")
+    assert elsewhere.live() == state
+    assert erased(running) == ["Sports"], "the last good snapshot stays in force"

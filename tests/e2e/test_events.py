@@ -10,6 +10,7 @@ import httpx
 import pytest
 
 from range_store.api_keys import KeyStore
+from range_store.clock import StoreClock
 from tests.e2e.faults.processes import RedisProcess
 from tests.e2e.listening import Listener
 from tests.e2e.test_metrics import series
@@ -38,16 +39,17 @@ def listen() -> Iterator[Listen]:
 
 @pytest.fixture
 def advance_clock(monkeypatch: pytest.MonkeyPatch) -> Callable[[float], None]:
-    """`advance_clock(seconds)`: move the wall clock of this process. Streams look at it ten times a second."""
+    """`advance_clock(seconds)`: move wall and store clock of this process. Streams look ten times a second."""
     monkeypatch.setattr("app.events.TICK", 0.1)
     monkeypatch.setattr("app.routes.events.TICK", 0.1)
-    real, ahead = time.time, 0.0
+    real, stored, ahead = time.time, StoreClock.now, 0.0
 
     def advance(seconds: float) -> None:
         nonlocal ahead
         ahead += seconds
 
     monkeypatch.setattr(time, "time", lambda: real() + ahead)
+    monkeypatch.setattr(StoreClock, "now", lambda clock: stored(clock) + ahead)
     return advance
 
 

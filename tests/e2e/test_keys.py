@@ -12,6 +12,7 @@ import pytest
 from app.auth import scope_of
 from app.cli import run
 from range_store.api_keys import KeyStore
+from range_store.clock import StoreClock
 from range_store.embedded import EmbeddedRedis
 from range_store.store import RangeStore
 from tests.range_store.waiting import until
@@ -255,7 +256,7 @@ def test_expired_key_is_rejected(server_with_keys: ServerWithKeys, monkeypatch: 
     _, token = keys.create("brief", ["read"], expires_at=expires_at)
     running.service.keyring.refresh()
     assert running.http.get("/v1/models", headers=bearer(token)).status_code == 200
-    monkeypatch.setattr(time, "time", lambda: expires_at)
+    monkeypatch.setattr(StoreClock, "now", lambda clock: expires_at)
     assert running.http.get("/v1/models", headers=bearer(token)).status_code == 401
 
 

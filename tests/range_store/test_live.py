@@ -9,6 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from pydantic import ValidationError
 
+from range_store.clock import StoreClock
 from range_store.erasure import Erasure
 from range_store.errors import (
     InvalidErasure,
@@ -22,7 +23,7 @@ from range_store.errors import (
     UnresolvableErasure,
 )
 from range_store.keys import CHANGES
-from range_store.live import LiveErasure, LiveState, new_state, reaches
+from range_store.live import LiveErasure, LiveState, continued, new_state, reaches
 from range_store.store import RangeStore
 from tests.range_store.builders import CONCEPTS, random_range_set
 from tests.range_store.waiting import until
@@ -367,3 +368,49 @@ def test_invalid_state_is_rejected() -> None:
     ):
         with pytest.raises(ValidationError):
             LiveState.model_validate(wrong)
+
+
+def test_a_wrong_clock_of_a_server_ends_no_erasure(active: RangeStore, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Expiry goes by Redis's time, which all servers share."""
+    real = time.time()
+    monkeypatch.setattr("range_store.clock.time.time", lambda: real + 3600)
+    ahead = RangeStore(active.client, active.model)
+    assert ahead.clock.now() == real + 3600, "nothing was read yet"
+    ahead.live()
+    now = ahead.clock.now()
+    assert now - real < 600
+    ends = now + 600
+    ahead.set_erasure(erasing("World", expires_at=ends))
+    assert concepts(ahead.expire(ahead.clock.now())) == ["World"]
+    assert concepts(ahead.set_erasure(erasing("Sports"))) == ["Sports", "World"]
+
+
+def test_between_reads_the_clock_goes_on_by_the_monotonic_clock(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Redis answered half-way between the call and its answer."""
+    clock = StoreClock()
+    monotonic = iter([7.0, 10.0])
+    monkeypatch.setattr("range_store.clock.time.monotonic", lambda: next(monotonic))
+    clock.set(1000.0, began=5.0)
+    assert clock.now() == 1004.0
+
+
+def test_a_continued_state_reaches_every_generation_that_it_took_over() -> None:
+    older = LiveState(generation="0000000a-7", range_set=None, erasures=(), continues=("0000000b-3", "0000000c-1"))
+    newer = LiveState(generation="0000000b-5", range_set=None, erasures=())
+    state = continued([newer, older], "one", (erasing("World"),))
+    assert (state.counter, state.range_set, concepts(state)) == (1, "one", ["World"])
+    assert state.epoch not in {"0000000a", "0000000b", "0000000c"}
+    assert state.continues == ("0000000b-5", "0000000a-7", "0000000c-1")
+    assert all(state.reaches(each) for each in (*state.continues, "0000000b-4", state.generation))
+    assert not any(state.reaches(each) for each in ("0000000b-6", "0000000d-0", f"{state.epoch}-2"))
+    assert state.advanced(None, ()).continues == state.continues
+    assert LiveState.model_validate_json(state.model_dump_json()) == state
+
+
+def test_a_state_remembers_a_bounded_number_of_epochs() -> None:
+    state = new_state()
+    first = state.generation
+    for _ in range(20):
+        state = continued([state], None, ())
+    assert len(state.continues) == 16
+    assert not state.reaches(first)

@@ -1,7 +1,6 @@
 """Admission: the moment at which a request's plan is frozen (DESIGN promise 4)."""
 
 import asyncio
-import time
 from collections import OrderedDict
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -75,7 +74,7 @@ class Planner:
         snapshot = self._mirror.snapshot
         if snapshot is None:
             raise StoreUnavailable("the live erasures were never read: the store cannot be reached")
-        live = snapshot.live.at(time.time())
+        live = snapshot.live.at(self._mirror.now())
         enforced = [entry.erasure for entry in live if entry.enforced]
         names = frozenset(erasure.concept for erasure in enforced)
         asked = [entry.erasure for entry in live] if erase is None else erase

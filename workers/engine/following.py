@@ -7,7 +7,6 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
 
 from range_store.errors import Behind, RangeStoreError
-from range_store.live import reaches
 from range_store.mirror import Mirror, Snapshot
 
 PATIENCE = 3.0
@@ -85,7 +84,7 @@ class Following:
 
     def _holds(self, wanted: str) -> bool:
         snapshot = self._mirror.snapshot
-        return snapshot is not None and reaches(snapshot.live.generation, wanted)
+        return snapshot is not None and snapshot.live.reaches(wanted)
 
     def _behind(self, wanted: str, why: str) -> Behind:
         snapshot = self._mirror.snapshot

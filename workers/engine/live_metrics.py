@@ -1,6 +1,5 @@
 """What is told Prometheus of a model by whoever follows its live state: a server, or a replica of a fleet."""
 
-import time
 from collections import Counter
 from collections.abc import Iterable, Iterator
 from importlib.metadata import version
@@ -51,7 +50,7 @@ def live_state(mirror: Mirror) -> Iterator[Metric]:
     """What a mirror knows, and what is erased now."""
     snapshot, trouble = mirror.snapshot, mirror.trouble
     live = snapshot.live if snapshot else None
-    erased = live.at(time.time()) if live else ()
+    erased = live.at(mirror.now()) if live else ()
     yield GaugeMetricFamily("neuronlens_store_up", "1 if the store answered last time.", float(mirror.store_up))
     yield GaugeMetricFamily(
         "neuronlens_snapshot_age_seconds",

@@ -4,6 +4,7 @@ from collections.abc import Iterator
 
 import pytest
 
+from range_store.clock import StoreClock
 from range_store.mirror import Mirror
 from range_store.store import RangeStore
 from tests.range_store.builders import FINGERPRINT, random_range_set
@@ -33,7 +34,8 @@ def mirrors(store: RangeStore) -> Iterator[Mirrors]:
 
 @pytest.fixture
 def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
-    """The time that mirrors see."""
+    """The time that mirrors see, by Redis's clock too."""
     clock = Clock()
     monkeypatch.setattr("range_store.mirror.time", clock)
+    monkeypatch.setattr(StoreClock, "now", lambda self: clock.time())
     return clock

@@ -11,9 +11,9 @@ import pytest
 from range_store.embedded import connect
 from range_store.embedded_server import EmbeddedServer
 from range_store.erasure import Erasure
-from range_store.errors import InvalidRangeSet, StoreUnavailable, UnknownRangeSet
+from range_store.errors import ForeignRangeSet, InvalidRangeSet, StoreUnavailable, UnknownRangeSet
 from range_store.keys import part_key
-from range_store.live import LiveErasure
+from range_store.live import LiveErasure, LiveState
 from range_store.store import RangeStore
 from tests.range_store.builders import random_range_set
 from tests.range_store.mirror.controlled import Mirrors, concepts, empty, erasing
@@ -139,9 +139,11 @@ def test_concurrent_restore_is_no_decision_about_the_state_before_it(active: Ran
     empty(active)
     active.activate(active.publish(*random_range_set(600)))
     read = active.live()
-    assert active.put_back(held).erasures == held.erasures
-    assert active.has_forgotten(held, read)
-    assert not active.has_forgotten(held, active.live())
+    state, put_back = active.put_back(held)
+    assert (state.erasures, put_back) == (held.erasures, True)
+    assert active.restored(held, read) is not None
+    assert active.restored(held, active.live()) is None
+    assert active.put_back(held) == (state, False)
 
 
 def test_decision_after_the_loss_is_kept(active: RangeStore, mirrors: Mirrors) -> None:
@@ -177,7 +179,8 @@ def test_old_copy_of_redis_undoes_nothing(active: RangeStore, mirrors: Mirrors) 
     active.client.set(active.keys.live, before)
     state = mirror.refresh().live
     assert state == active.peek()
-    assert (state.epoch, state.counter) == (held.epoch, held.counter + 1)
+    assert state.epoch != held.epoch, "the generations that the copy lacks are never used again"
+    assert state.reaches(held.generation)
     assert (state.erasures, state.range_set) == (held.erasures, held.range_set)
     assert active.audit(1)[0].action == "restore"
 
@@ -196,9 +199,8 @@ def test_old_copy_is_restored_once_the_range_set_is_back(active: RangeStore, mir
         mirror.refresh()
     assert mirror.snapshot is held
     active.publish(second, inspect)
-    assert mirror.refresh().live == held.live.model_copy(
-        update={"generation": f"{held.live.epoch}-{held.live.counter + 1}"}
-    )
+    state = mirror.refresh().live
+    assert (state.range_set, state.erasures) == (second.id, held.live.erasures)
 
 
 def test_foreign_range_set_at_the_start_gives_no_snapshot(store: RangeStore, mirrors: Mirrors) -> None:
@@ -245,3 +247,149 @@ def test_missing_range_set_keeps_the_last_good_snapshot(active: RangeStore, mirr
     with pytest.raises(UnknownRangeSet):
         mirror.refresh()
     assert mirror.snapshot is held
+
+
+def enforced(concept: str) -> LiveErasure:
+    return LiveErasure(erasure=Erasure(concept=concept), enforced=True)
+
+
+def named(state: LiveState) -> list[str]:
+    return [each.concept for each in state.erasures]
+
+
+@pytest.fixture
+def operator(store: RangeStore) -> RangeStore:
+    """The same store as another process sees it that holds nothing, such as the command line."""
+    return RangeStore(store.client, store.model)
+
+
+@pytest.mark.parametrize("activates", [False, True])
+def test_a_server_restores_before_it_changes_anything(
+    active: RangeStore, operator: RangeStore, mirrors: Mirrors, activates: bool
+) -> None:
+    """Redis is emptied, the range set comes back, and a change arrives before the server has looked."""
+    active.set_erasure(enforced("Sports"))
+    mirror = mirrors()
+    mirror.refresh()
+    active.guard = mirror.before_change
+    empty(active)
+    published = operator.publish(*random_range_set(600))
+    if activates:
+        operator.activate(published)
+    state = active.set_erasure(erasing("World"))
+    assert named(state) == ["Sports", "World"]
+    assert state.erasures[0].enforced
+    assert [entry.action for entry in active.audit()][:2] == ["set", "restore"]
+    assert mirror.refresh().live == state
+
+
+def test_a_change_is_refused_while_nothing_can_be_restored(
+    active: RangeStore, operator: RangeStore, mirrors: Mirrors
+) -> None:
+    active.set_erasure(enforced("Sports"))
+    mirror = mirrors()
+    mirror.refresh()
+    active.guard = mirror.before_change
+    empty(active)
+    for change in (lambda: active.set_erasure(erasing("World")), lambda: active.set_erasures([])):
+        with pytest.raises(StoreUnavailable, match="lost the live state"):
+            change()
+    assert operator.peek() is None
+    other = active.publish(*random_range_set(608))
+    state = active.activate(other)
+    assert state.range_set == other, "activating another range set is the way out"
+    assert named(mirror.refresh().live) == ["Sports"]
+
+
+def test_only_naming_it_drops_an_enforced_erasure(active: RangeStore, operator: RangeStore, mirrors: Mirrors) -> None:
+    """A process that holds nothing may change an emptied Redis first: what it does not name comes back."""
+    active.set_erasures([enforced("Sports"), enforced("Business"), erasing("World")])
+    mirror = mirrors()
+    mirror.refresh()
+    empty(active)
+    operator.activate(operator.publish(*random_range_set(600)))
+    operator.set_erasure(erasing("Sci/Tech"))
+    operator.remove_erasure("Business")  # it is not there, so nothing is decided
+    assert named(mirror.refresh().live) == ["Business", "Sci/Tech", "Sports", "World"]
+
+    held = active.live()
+    empty(active)
+    operator.activate(operator.publish(*random_range_set(600)))
+    operator.set_erasure(erasing("Sports"))
+    operator.remove_erasure("Sports")
+    operator.set_erasures([erasing("Sci/Tech")])
+    state = mirror.refresh().live
+    assert named(state) == ["Business", "Sci/Tech"], "Sports was named; World, not enforced, was replaced"
+    assert state.reaches(held.generation)
+
+
+def test_servers_that_held_different_generations_agree_on_the_newest(
+    active: RangeStore, mirrors: Mirrors, caplog: pytest.LogCaptureFixture
+) -> None:
+    """An older copy of Redis returns; the server that knows less restores first."""
+    copy = active.client.get(active.keys.live)
+    behind, ahead = mirrors(), mirrors()
+    active.set_erasures([enforced("Sports"), erasing("Business")])
+    first = behind.refresh().live
+    active.set_erasure(erasing("World"))
+    newest = active.remove_erasure("Business")
+    ahead.refresh()
+    active.client.set(active.keys.live, copy)
+    restored = behind.refresh().live
+    assert named(restored) == ["Business", "Sports"]
+    final = ahead.refresh().live
+    assert named(final) == named(newest) == ["Sports", "World"]
+    assert behind.refresh().live == ahead.refresh().live == final
+    generations = [first.generation, newest.generation, restored.generation, final.generation]
+    assert len({generation.split("-")[0] for generation in generations}) == 3
+    assert all(final.reaches(generation) for generation in generations)
+    assert sum("put back" in record.message for record in caplog.records) == 2
+
+
+def test_the_same_generation_with_other_erasures_is_no_newer_state(
+    active: RangeStore, operator: RangeStore, mirrors: Mirrors
+) -> None:
+    copy = active.client.get(active.keys.live)
+    held = active.set_erasure(enforced("Sports"))
+    mirror = mirrors()
+    mirror.refresh()
+    active.client.set(active.keys.live, copy)
+    assert operator.set_erasure(erasing("World")).generation == held.generation
+    state = mirror.refresh().live
+    assert named(state) == ["Sports"]
+    assert state.generation != held.generation
+
+
+def test_a_restore_by_another_server_is_logged_by_that_one_alone(
+    active: RangeStore, mirrors: Mirrors, caplog: pytest.LogCaptureFixture
+) -> None:
+    active.set_erasure(erasing("World"))
+    both = [mirrors(), mirrors()]
+    for mirror in both:
+        mirror.refresh()
+    empty(active)
+    active.publish(*random_range_set(600))
+    for mirror in both:
+        mirror.refresh()
+    assert sum("put back" in record.message for record in caplog.records) == 1
+    assert [entry.action for entry in active.audit()].count("restore") == 1
+
+
+def test_no_change_is_made_on_a_range_set_of_another_model(
+    active: RangeStore, operator: RangeStore, mirrors: Mirrors
+) -> None:
+    active.set_erasure(erasing("World"))
+    mirror = mirrors()
+    mirror.refresh()
+    active.guard = mirror.before_change
+    state = operator.activate(operator.publish(*random_range_set(603, fingerprint="ef" * 32)))
+    for change in (
+        lambda: active.set_erasure(erasing("Sports")),
+        lambda: active.remove_erasure("World"),
+        lambda: active.set_erasures([]),
+    ):
+        with pytest.raises(ForeignRangeSet):
+            change()
+    assert operator.live() == state
+    own = active.publish(*random_range_set(600))
+    assert active.activate(own).range_set == own

@@ -16,7 +16,6 @@ from range_store.mirror import Mirror
 from range_store.plan import NO_ERASURE
 from range_store.store import RangeStore
 from tests.range_store.builders import FINGERPRINT, random_range_set
-from workers.engine import admission
 from workers.engine.admission import Admission, Planner
 
 FIRST, SECOND = random_range_set(800), random_range_set(801)
@@ -104,7 +103,7 @@ def test_expired_erasures_do_not_apply(
     after = state.advanced(state.range_set, (live("Sports", enforced=True, expires_at=100.0), live("World")))
     assert active._write(raw, after, [])
     planner = planner_of(active)
-    monkeypatch.setattr(admission.time, "time", lambda: now)
+    monkeypatch.setattr(active.clock, "now", lambda: now)
     admitted = admit(planner, None)
     assert [concept for concept, _ in planned(admitted)] == expected
     assert ("Sports" in admitted.enforced) == ("Sports" in expected)
