@@ -236,6 +236,8 @@ class Mirror:
         model = self._store.model
         if found is None:
             why = "Redis has lost the live state (was it emptied?)"
+        elif found.generation == held.generation:
+            why = f"Redis holds something else as generation {held.generation} (was an older copy of it changed?)"
         elif held.reaches(found.generation):
             why = f"Redis went back from generation {held.generation} to {found.generation} (is it an older copy?)"
         else:

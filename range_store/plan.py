@@ -8,9 +8,10 @@ import numpy as np
 import numpy.typing as npt
 
 from range_store.erasure import Damp, Erasure, Site, check_distinct, resolve_layers
+from range_store.errors import InvalidErasure
 from range_store.range_set import RangeSet
 from range_store.ranges import EMPTY, bounds
-from range_store.rankings import mean_of_others, top
+from range_store.rankings import mean_of_others, smallest_fraction, top
 
 
 @dataclass(frozen=True, eq=False)
@@ -55,7 +56,8 @@ def resolve(range_set: RangeSet, erasures: Sequence[Erasure]) -> Plan:
     """The plan that `erasures`, in this order, make on `range_set`.
 
     Raises:
-        InvalidErasure: one concept twice, or a layer that the model does not have.
+        InvalidErasure: one concept twice, a layer that the model does not have, or an erasure that masks no neuron or
+            leaves every masked one as it is.
         UnknownConcept, NotFitted: the range set lacks the concept, layer or ranking.
     """
     if not erasures:
@@ -79,6 +81,13 @@ def _mask(range_set: RangeSet, erasure: Erasure, layer: int) -> LayerMask:
     concept = range_set.concept_index(erasure.concept)
     salient = top(range_set.saliency(layer, erasure.ranking, erasure.concept), erasure.top_fraction)
     hidden = range_set.provenance.model.hidden_size
+    if not salient.size:
+        raise InvalidErasure(
+            f"top_fraction {erasure.top_fraction:g} masks none of the {hidden} neurons, so {erasure.concept!r} would "
+            f"not be erased: use {smallest_fraction(hidden):g} or more"
+        )
+    if isinstance(erasure.replacement, Damp) and erasure.replacement.damp == 1:
+        raise InvalidErasure(f"damp 1 leaves every neuron as it is, so {erasure.concept!r} would not be erased")
     low = np.full(hidden, EMPTY[0], dtype=np.float32)
     high = np.full(hidden, EMPTY[1], dtype=np.float32)
     always = np.zeros(hidden, dtype=np.bool_)

@@ -4,6 +4,7 @@ All functions take statistics of shape [C, D] (C concepts, D neurons) and give s
 higher is more salient. A saliency that cannot be computed (NaN statistics) is −∞ and so ranks last.
 """
 
+import math
 from decimal import ROUND_FLOOR, Decimal
 
 import numpy as np
@@ -88,3 +89,9 @@ def order(saliency_of_concept: Array) -> npt.NDArray[np.int64]:
 def top(saliency_of_concept: Array, top_fraction: float) -> npt.NDArray[np.int64]:
     """The k most salient neurons of one concept, most salient first."""
     return order(saliency_of_concept)[: count_of_top(top_fraction, saliency_of_concept.shape[-1])]
+
+
+def smallest_fraction(neurons: int) -> float:
+    """A share with few digits that selects one of so many neurons; any smaller one of as many digits selects none."""
+    scale = 10 ** len(str(neurons))
+    return math.ceil(scale / neurons) / scale

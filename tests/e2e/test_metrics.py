@@ -6,6 +6,7 @@ from collections.abc import Callable
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
+from range_store.clock import StoreClock
 from range_store.erasure import Erasure
 from range_store.keys import ModelKeys
 from range_store.live import LiveErasure
@@ -45,7 +46,7 @@ def test_live_erasure_metrics_list_concepts_until_they_expire(
     server: RunningServer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     now = time.time()
-    monkeypatch.setattr(time, "time", lambda: now)
+    monkeypatch.setattr(StoreClock, "now", lambda clock: now)
     server.http.put("/v1/erasures/Sports", json={"enforced": True})
     server.http.put("/v1/erasures/World", json={"method": "neuron", "expires_in": 60})
     now += 59
@@ -92,7 +93,7 @@ def test_concepts_beyond_the_limit_share_a_series(fresh_server: RunningServer) -
     many = [LiveErasure(erasure=Erasure(concept=f"concept {n:04}")) for n in range(MOST_CONCEPTS + 5)]
     snapshot = fresh_server.service.mirror.snapshot
     assert snapshot is not None
-    state = snapshot.live.model_copy(update={"erasures": tuple(many)})
+    state = snapshot.live.advanced(snapshot.live.range_set, tuple(many))
     fresh_server.service.store.client.set(ModelKeys(fresh_server.service.name).live, state.model_dump_json())
     fresh_server.service.store.client.publish("neuronlens:changes", "{}")
     until(lambda: len(series(fresh_server, "neuronlens_live_erasure")) == MOST_CONCEPTS + 1)

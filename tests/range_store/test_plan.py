@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from range_store.codec import assemble
-from range_store.erasure import STATISTICAL, Damp, Erasure
+from range_store.erasure import STATISTICAL, Damp, Erasure, Method
 from range_store.errors import ForeignRangeSet, InvalidErasure, NotFitted, UnknownConcept
 from range_store.plan import NO_ERASURE, LayerMask, resolve
 from range_store.range_set import RangeSet, check_model
@@ -23,10 +23,10 @@ ERASURES = st.builds(
     concept=st.sampled_from(CONCEPTS),
     method=st.sampled_from(["range", "neuron"]),
     tau=st.floats(0, 5),
-    top_fraction=st.floats(0.01, 1),
+    top_fraction=st.floats(0.07, 1),
     ranking=st.sampled_from(STATISTICAL),
     layers=st.sampled_from([(-1,), (0,), (0, 2), (1, -1), "all"]),
-    replacement=st.sampled_from(["zero", "mean"]) | st.builds(Damp, damp=st.floats(0, 1)),
+    replacement=st.sampled_from(["zero", "mean"]) | st.builds(Damp, damp=st.floats(0, 0.99)),
 )
 LISTS = st.lists(ERASURES, max_size=4, unique_by=lambda erasure: erasure.concept)
 
@@ -250,3 +250,16 @@ def test_range_set_of_another_model_is_rejected() -> None:
     check_model(RANGE_SET.provenance, FINGERPRINT)
     with pytest.raises(ForeignRangeSet, match="tiny-news"):
         check_model(RANGE_SET.provenance, "0" * 64)
+
+
+@pytest.mark.parametrize("method", ["range", "neuron"])
+def test_an_erasure_that_erases_nothing_is_refused(method: Method) -> None:
+    range_set, _ = random_range_set(5, hidden=384)
+    none = Erasure(concept="World", method=method, top_fraction=0.0026)
+    with pytest.raises(InvalidErasure, match=r"0\.0026 masks none of the 384 neurons, .*'World'.* use 0\.003 or more"):
+        resolve(range_set, [none])
+    (mask,) = resolve(range_set, [none.model_copy(update={"top_fraction": 0.003})]).masks.values()
+    assert (mask.always | (mask.low <= mask.high)).sum() == 1
+    with pytest.raises(InvalidErasure, match="damp 1 leaves every neuron as it is, so 'World'"):
+        resolve(range_set, [Erasure(concept="World", method=method, replacement=Damp(damp=1.0))])
+    resolve(range_set, [Erasure(concept="World", method=method, replacement=Damp(damp=0.999))])

@@ -1,6 +1,7 @@
 """Rankings against their definitions on raw states (METHOD "Rankings")."""
 
 import itertools
+from decimal import Decimal
 from fractions import Fraction
 
 import numpy as np
@@ -10,7 +11,7 @@ from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 
 from range_store.erasure import STATISTICAL
-from range_store.rankings import count_of_top, mean_of_others, order, saliency, top
+from range_store.rankings import count_of_top, mean_of_others, order, saliency, smallest_fraction, top
 
 pytestmark = pytest.mark.filterwarnings("error")
 """Degenerate statistics are expected: they must not warn."""
@@ -159,3 +160,11 @@ def test_top_is_a_prefix_of_the_order(values: np.ndarray, fraction: float) -> No
     assert found.dtype == np.int64
     assert found.tolist() == order(values)[: count_of_top(fraction, len(values))].tolist()
     assert top(values, 1.0).tolist() == order(values).tolist()
+
+
+@given(st.integers(1, 20_000))
+def test_the_smallest_fraction_selects_one_neuron(hidden: int) -> None:
+    fraction = smallest_fraction(hidden)
+    assert count_of_top(fraction, hidden) >= 1
+    shorter = Decimal(str(fraction)) - Decimal(1).scaleb(-len(str(hidden)))
+    assert count_of_top(float(shorter), hidden) == 0

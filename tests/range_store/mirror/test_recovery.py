@@ -347,7 +347,7 @@ def test_servers_that_held_different_generations_agree_on_the_newest(
 
 
 def test_the_same_generation_with_other_erasures_is_no_newer_state(
-    active: RangeStore, operator: RangeStore, mirrors: Mirrors
+    active: RangeStore, operator: RangeStore, mirrors: Mirrors, caplog: pytest.LogCaptureFixture
 ) -> None:
     copy = active.client.get(active.keys.live)
     held = active.set_erasure(enforced("Sports"))
@@ -358,6 +358,7 @@ def test_the_same_generation_with_other_erasures_is_no_newer_state(
     state = mirror.refresh().live
     assert named(state) == ["Sports"]
     assert state.generation != held.generation
+    assert f"Redis holds something else as generation {held.generation}" in caplog.text
 
 
 def test_a_restore_by_another_server_is_logged_by_that_one_alone(
