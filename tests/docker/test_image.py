@@ -147,7 +147,6 @@ def test_image_is_healthy_and_writes_only_to_data_and_tmp(running: Callable[...,
 
 
 @pytest.mark.full
-@pytest.mark.timeout(1200)
 def test_the_steps_of_the_build_stage_make_an_environment_thatserve_and_stop(
     running: Callable[..., Running], tmp_path: Path
 ) -> None:

@@ -25,7 +25,7 @@ from tests.range_store.waiting import until
 from tests.workers.checkpoints import save_tiny
 from tests.workers.texts import labelled_texts, write_jsonl
 
-pytestmark = [pytest.mark.full, pytest.mark.timeout(600)]
+pytestmark = pytest.mark.full
 
 TIMEOUT = 240.0
 TOKEN = "c3" * 32  # pragma: allowlist secret

@@ -4,7 +4,6 @@ from pathlib import Path
 
 import httpx
 import numpy as np
-import pytest
 
 from app.fleet import open_fleet
 from app.settings import Settings
@@ -29,7 +28,6 @@ def scores(reply: httpx.Response) -> np.ndarray:
     return np.array([[text[label] for label in LABELS] for text in by_label])
 
 
-@pytest.mark.timeout(600)
 def test_ray_cluster_fits_and_serves_as_one_process_does(
     model: LoadedModel, fitted: Fitted, server: RunningServer, tmp_path: Path
 ) -> None:

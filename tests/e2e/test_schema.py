@@ -152,7 +152,6 @@ bearer = {{ bearer = "{token}" }}
 
 
 FULL = pytest.mark.full
-pytestmark = pytest.mark.timeout(1200)
 ServerWithKeys = tuple[RunningServer, dict[str, str], KeyStore]
 
 

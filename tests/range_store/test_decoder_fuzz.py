@@ -9,7 +9,7 @@ import pytest
 
 ROOT = Path(__file__).parents[2]
 KINDS = ("archive", "inspect", "keys", "live", "meta", "serve")
-FULL = [pytest.mark.full, pytest.mark.timeout(1800)]
+FULL = pytest.mark.full
 
 
 def run_python(*arguments: str) -> subprocess.CompletedProcess[str]:

@@ -30,7 +30,7 @@ from workers.fitting.corpus import load_corpus
 from workers.fitting.fit import fit
 from workers.models.loading import load_model
 
-pytestmark = [pytest.mark.full, pytest.mark.timeout(900)]
+pytestmark = pytest.mark.full
 TEXTS = [text for text, _ in labelled_texts(4000, seed=6) if len(text) < 60][:1024]
 TIMEOUT = 180.0
 

@@ -22,7 +22,7 @@ from workers.fitting.corpus import load_corpus
 from workers.fitting.fit import fit
 from workers.models.loading import load_model
 
-pytestmark = [pytest.mark.full, pytest.mark.timeout(600)]
+pytestmark = pytest.mark.full
 
 
 @dataclass

@@ -23,7 +23,6 @@ TRACE, PARENT = "0af7651916cd43dd8448eb211c80319c", "b7ad6b7169203331"  # pragma
 
 
 @pytest.mark.full
-@pytest.mark.timeout(600)
 def test_server_on_a_private_cluster_loads_no_torch_and_leaves_no_process(model: LoadedModel, tmp_path: Path) -> None:
     command = [sys.executable, "-m", "app.cli", "serve", "--model", model.source, "--ray", "--threads", "1"]
     where = ["--port", "0", "--data-dir", str(tmp_path), "--log-level", "debug"]

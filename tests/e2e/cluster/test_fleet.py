@@ -40,7 +40,7 @@ from workers.fitting.fit import Fitted
 from workers.models.errors import TextTooLong
 from workers.models.loading import LoadedModel
 
-pytestmark = [pytest.mark.full, pytest.mark.timeout(600)]
+pytestmark = pytest.mark.full
 TOLERANCE = 2e-4
 """Largest difference of a logit of the same text in two batches."""
 PATIENT = {"max_queue_seconds": 600.0}

@@ -27,7 +27,7 @@ from workers.engine.errors import QueueFull, ReplicaLost
 from workers.fitting.fit import Fitted
 from workers.models.loading import LoadedModel
 
-pytestmark = [pytest.mark.full, pytest.mark.timeout(600)]
+pytestmark = pytest.mark.full
 QUICK = {
     "upscale_delay_s": 0.2,
     "downscale_delay_s": 0.5,

@@ -24,7 +24,7 @@ from workers.models.loading import LoadedModel
 
 from ray.cluster_utils import Cluster  # isort: skip
 
-pytestmark = [pytest.mark.full, pytest.mark.timeout(600)]
+pytestmark = pytest.mark.full
 
 # On one machine Ray takes the node of the head for that of every program; here each program has its own, as it would on
 # a machine of its own. The test decides when the head is given up (a file "head"), and when the time is over in which a

@@ -26,7 +26,7 @@ from workers.engine.answers import Answer
 from workers.fitting.fit import Fitted
 from workers.models.errors import ModelError
 
-pytestmark = [pytest.mark.full, pytest.mark.timeout(600)]
+pytestmark = pytest.mark.full
 TEXTS = [text for text, _ in labelled_texts(24, seed=21)]
 TOLERANCE = 2e-4
 """Largest difference of a logit of the same text in two batches."""

@@ -27,7 +27,7 @@ from workers.cluster.errors import OtherFleet
 from workers.cluster.launching import names
 from workers.models.loading import LoadedModel
 
-pytestmark = [pytest.mark.full, pytest.mark.timeout(600)]
+pytestmark = pytest.mark.full
 TOLERANCE = 2e-4
 """Largest difference of a logit of the same text in two batches."""
 TEXTS = [text for text, _ in labelled_texts(8, seed=17)]

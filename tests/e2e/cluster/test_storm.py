@@ -23,7 +23,7 @@ from workers.cluster.messages import Answered
 from workers.fitting.fit import Fitted
 from workers.models.loading import LoadedModel
 
-pytestmark = [pytest.mark.full, pytest.mark.timeout(600)]
+pytestmark = pytest.mark.full
 TEXTS = [text for text, _ in labelled_texts(32, seed=9)]
 TOGGLES = 24
 """At each ingress; a third of them before the replica is killed."""

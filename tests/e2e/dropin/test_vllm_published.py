@@ -12,7 +12,7 @@ from tests.e2e.dropin import protocols, vllm_published
 from tests.e2e.dropin.vllm_published import Published
 from tests.servers import RunningServer
 
-pytestmark = [pytest.mark.full, pytest.mark.timeout(900)]
+pytestmark = pytest.mark.full
 TEXTS = ["a goal", "shares fell", "rain"]
 LONG = "word " * 5000
 PAGE = Path(__file__).parents[3] / "docs/dropin.md"
