@@ -13,11 +13,12 @@ import sys
 from collections.abc import Mapping
 from contextlib import suppress
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 from urllib.parse import urlsplit, urlunsplit
 
 from app.fit_child import CHECKPOINTS, PROGRESS
 from app.fit_requests import FitIn, source_of
+from app.jobs import DTypeChoice
 from app.settings import Settings
 
 RESULT, LOG, ALIVE = "result.json", "log", "alive"
@@ -28,7 +29,6 @@ _HANDED_ON = (
     "data_dir",
     "redis_ca_file",
     "revision",
-    "dtype",
     "allow_pickle",
     "plain",
     "template",
@@ -43,10 +43,15 @@ def threads_of(settings: Settings) -> int:
     return settings.fit_threads or max(1, cores // 2)
 
 
-def environment(settings: Settings, name: str) -> dict[str, str]:
-    """The environment of a fit: the server's, with the settings that it shares with it, and no other of NeuronLens."""
+def environment(settings: Settings, dtype: str, name: str) -> dict[str, str]:
+    """The environment of a fit: the server's, with the settings that it shares with it, and no other of NeuronLens.
+
+    Args:
+        dtype: that the model is served in; `auto` may mean another one on the device of the fit.
+    """
     given = {each: getattr(settings, each) for each in _HANDED_ON}
-    given |= {"name": name, "device": settings.fit_device or settings.device, "threads": threads_of(settings)}
+    given |= {"name": name, "dtype": dtype if dtype in get_args(DTypeChoice) else settings.dtype}
+    given |= {"device": settings.fit_device or settings.device, "threads": threads_of(settings)}
     given |= {"redis_url": settings.redis_url, "redis_username": settings.redis_username}
     secret = settings.redis_password
     if settings.fit_redis_username is not None or settings.fit_redis_password is not None:
@@ -72,12 +77,12 @@ class FitProcess:
         self._place, self._process, self._hidden = place, process, hidden
 
     @classmethod
-    def start(cls, place: Path, request: FitIn, settings: Settings, model: str, name: str) -> "FitProcess":
+    def start(cls, place: Path, request: FitIn, settings: Settings, model: str, dtype: str, name: str) -> "FitProcess":
         """Start it.
 
         Args:
             place: the job's directory; nothing runs in it, see `alive`.
-            model: the checkpoint.
+            model: the checkpoint. dtype: that it is served in.
 
         Raises:
             DataRefused, DataUnusable: the data are not there any more; see `fit_requests.source_of`.
@@ -101,7 +106,7 @@ class FitProcess:
                     stdin=subprocess.PIPE,  # held until it ends: closed, it tells the fit that the server is gone
                     stdout=result,
                     stderr=log,
-                    env=environment(settings, name),
+                    env=environment(settings, dtype, name),
                     # Ctrl-C is for the server, which ends it in its own time. No session of its own: where Linux shares
                     # cores out by session, being nice counts inside of one only
                     process_group=0,

@@ -19,6 +19,7 @@ from app.fit_requests import DataRefused, DataUnusable, FitIn
 from app.settings import Settings
 from range_store.errors import RangeStoreError, StoreUnavailable
 from range_store.mirror import Mirror
+from range_store.range_set import check_dtype
 from range_store.store import RangeStore
 
 logger = logging.getLogger(__name__)
@@ -42,7 +43,7 @@ class FitRunner:
     """A thread that starts, watches and ends fits.
 
     Args:
-        model: the checkpoint.
+        model: the checkpoint. dtype: the type that it is served in, and so fitted in.
 
     Attributes:
         listeners: told of a job when its state is another one, and every second while it runs; on the runner's thread,
@@ -54,10 +55,11 @@ class FitRunner:
         jobs: FitJobs,
         settings: Settings,
         model: str,
+        dtype: str,
         store: RangeStore,
         mirror: Mirror,
     ) -> None:
-        self._jobs, self._settings, self._model = jobs, settings, model
+        self._jobs, self._settings, self._model, self._dtype = jobs, settings, model, dtype
         self._store, self._mirror = store, mirror
         self.listeners: list[Callable[[FitJob], None]] = []
         self._lock = FileLock(jobs.runner_lock, timeout=0, thread_local=False)
@@ -175,7 +177,7 @@ class FitRunner:
         place = self._jobs.place(job.id)
         try:
             request = FitIn.model_validate(job.request)
-            process = FitProcess.start(place, request, self._settings, self._model, self._jobs.model)
+            process = FitProcess.start(place, request, self._settings, self._model, self._dtype, self._jobs.model)
         except (DataRefused, DataUnusable) as error:
             self._over(job, state="failed", error=str(error))
             return
@@ -214,6 +216,8 @@ class FitRunner:
         request = FitIn.model_validate(job.request)
         if request.activate and not self._cancelled(job):
             try:
+                if not request.force:
+                    check_dtype(self._store.provenance(range_set), (self._dtype,))
                 state = self._store.activate(range_set, request.force, None, job.by, request.reason)
                 job = job.model_copy(update={"generation": state.generation})
                 with suppress(StoreUnavailable):

@@ -9,6 +9,9 @@ if TYPE_CHECKING:
     from app.settings import Settings
 
 
+DTypeChoice = Literal["auto", "float32", "bfloat16", "float16"]
+
+
 @dataclass(frozen=True)
 class ModelChoice:
     """Which checkpoint to load, and how. `threads` None: as many as torch takes."""
@@ -16,7 +19,7 @@ class ModelChoice:
     source: str
     revision: str | None = None
     device: str = "auto"
-    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
+    dtype: DTypeChoice = "auto"
     threads: int | None = None
     allow_pickle: bool = False
     name: str | None = None

@@ -1,5 +1,6 @@
 """Puts a service together around whatever answers: an engine of this process, or a fleet. Without torch."""
 
+import logging
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, suppress
 from pathlib import Path
@@ -19,8 +20,11 @@ from app.settings import Settings
 from range_store.api_keys import KeyStore
 from range_store.errors import RangeStoreError
 from range_store.mirror import Mirror, Snapshot
+from range_store.range_set import dtype_mismatch
 from range_store.replicas import new_name
 from range_store.store import RangeStore
+
+logger = logging.getLogger(__name__)
 
 Answering = Callable[[Mirror, CollectorRegistry], AbstractContextManager[Answerer]]
 """Makes what answers, ready to do so; on leaving it ends, when what it had accepted is answered."""
@@ -50,9 +54,17 @@ def service_around(
     changes = LiveChanges(registry, MOST_CONCEPTS, OTHER_CONCEPTS)
     news = News(settings.max_event_streams, registry)
 
+    warned: str | None = None
+
     def changed(snapshot: Snapshot) -> None:
+        nonlocal warned
         changes(snapshot)
         news.wake()
+        range_set = snapshot.range_set
+        if range_set is not None and range_set.id != warned:
+            warned = range_set.id
+            if said := dtype_mismatch(range_set.provenance, model.dtype):
+                logger.warning("%s, range set %s: %s", name, range_set.id, said)
 
     def also() -> None:
         keyring.refresh()
@@ -70,8 +82,10 @@ def service_around(
     )
     store.guard = mirror.before_change
     jobs = FitJobs(settings.data_dir, name, model.identity.fingerprint)
-    fits = FitRunner(jobs, settings, model.source, store, mirror)
+    fits = FitRunner(jobs, settings, model.source, model.dtype, store, mirror)
     fits.listeners.append(lambda job: news.tell_job(job.id, job_out(jobs, job).model_dump(mode="json")))
+    assert mirror.reporter is not None
+    mirror.reporter.dtype = model.dtype
     mirror.start()
     try:
         with answering(mirror, registry) as answerer:

@@ -33,6 +33,7 @@ from app.service import (
 from app.shapes import without_tags
 from range_store.errors import (
     Behind,
+    DtypeMismatch,
     EnforcedErasure,
     ForeignRangeSet,
     InvalidErasure,
@@ -111,6 +112,7 @@ CODES: Mapping[type[Exception], tuple[int, str]] = {
     UnknownNeuron: (404, "unknown_neuron"),
     UnknownRangeSet: (404, "unknown_range_set"),
     ForeignRangeSet: (409, "foreign_range_set"),
+    DtypeMismatch: (409, "dtype_mismatch"),
     UnresolvableErasure: (409, "unresolvable_erasure"),
     RangeSetInUse: (409, "range_set_in_use"),
     StaleGeneration: (412, "stale_generation"),

@@ -294,7 +294,9 @@ class Ready(BaseModel):
     checks: dict[str, bool]
     generation: str | None = Field(description="Null where several models are served, each with its own.")
     snapshot_age: float
-    problem: str | None = Field(description="Why the live state cannot be kept current; null while it is.")
+    problem: str | None = Field(
+        description="Why the live state cannot be kept current, or its range set fits the model badly; else null."
+    )
 
 
 class Token(BaseModel):

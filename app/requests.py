@@ -205,7 +205,9 @@ class ActivateIn(In):
     """The range set to make active."""
 
     id: Annotated[str, Field(min_length=1, max_length=100)]
-    force: bool = Field(False, description="Drop live erasures that it cannot serve.")
+    force: bool = Field(
+        False, description="Drop live erasures that it cannot serve; take it though it was fitted in another dtype."
+    )
     reason: Reason | None = None
     model: str | None = None
 

@@ -4,6 +4,7 @@ Importing it loads torch; the routes, and commands that only talk to the store o
 """
 
 import io
+import logging
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, redirect_stdout
@@ -21,7 +22,7 @@ from app.service import Service
 from app.settings import Settings
 from range_store.embedded import connect
 from range_store.mirror import Mirror
-from range_store.range_set import ModelIdentity, check_model
+from range_store.range_set import ModelIdentity, check_model, dtype_mismatch
 from range_store.store import RangeStore
 from range_store.whole_files import remove_leftovers
 from workers.demo.demo import NAME as DEMO_NAME
@@ -47,6 +48,8 @@ if TYPE_CHECKING:
     from workers.cluster.nodes import ModelPool
 
 __all__ = ["CHECKPOINT_SECONDS", "Demo", "Evaluation"]
+
+logger = logging.getLogger(__name__)
 
 KEPT_FOR_CHOOSING = 0.1
 """Share of the fitting texts that is kept out of the fit, to choose settings on."""
@@ -234,7 +237,7 @@ def evaluate_model(
 
             about = pool.about
             work = (_corpus_on_cluster, partial(fit_on, pool), partial(measure_on, pool))
-            hands = _Hands(about.identity, about.template, *work, counts_overlap=False)
+            hands = _Hands(about.identity, about.dtype, about.template, *work, counts_overlap=False)
             return _evaluated(hands, *choices, out, chosen, published, fit_settings, model.scoring, None, report)
     for each in choices:
         if each is not None:
@@ -243,7 +246,7 @@ def evaluate_model(
     if perplexity:
         check_perplexity(loaded)
     work = (_corpus, partial(_fit, loaded), partial(measure, loaded))
-    hands = _Hands(loaded.identity, loaded.template, *work, counts_overlap=True)
+    hands = _Hands(loaded.identity, loaded.dtype, loaded.template, *work, counts_overlap=True)
     asked = loaded if perplexity else None
     return _evaluated(hands, *choices, out, chosen, published, fit_settings, model.scoring, asked, report)
 
@@ -253,6 +256,7 @@ class _Hands:
     """Who does the work of an evaluation: a model in this process, or many on a cluster."""
 
     model: ModelIdentity
+    dtype: str
     template: str | None
     corpus: Callable[[CorpusChoice, tuple[str, ...]], Corpus]
     fit: Callable[..., Fitted]
@@ -286,6 +290,8 @@ def _evaluated(
         check_model(range_set.provenance, hands.model.fingerprint)
         if range_set.provenance.corpus.sha256 == test.sha256:
             raise CorpusError(f"--test-data: the range set was fitted on {test.name}: name texts that it does not have")
+        if said := dtype_mismatch(range_set.provenance, hands.dtype):
+            logger.warning("range set %s: %s", range_set_id, said)
         inspect = {layer: store.read_inspect(range_set_id, layer) for layer in range_set.layers}
     else:
         assert data is not None

@@ -10,6 +10,7 @@ Every error carries one sentence that says what to do. `app.problems` maps each 
     ├── UnknownNeuron           no such neuron or layer in the model                             404
     ├── UnknownRangeSet         no published range set of that id                                404
     ├── ForeignRangeSet         fitted on another model than the one that asks                   409
+    ├── DtypeMismatch           fitted in another dtype than the model is served in              409
     ├── UnresolvableErasure     a live erasure that the range set to activate cannot serve       409
     ├── RangeSetInUse           removing the active range set                                    409
     ├── StaleGeneration         the live state has moved on since the caller read it             412
@@ -69,6 +70,10 @@ class UnknownRangeSet(RangeStoreError):
 
 class ForeignRangeSet(RangeStoreError):
     """The range set was fitted on another model than the one that is to use it."""
+
+
+class DtypeMismatch(RangeStoreError):
+    """The range set was fitted in another dtype than the model is served in."""
 
 
 class UnresolvableErasure(RangeStoreError):

@@ -9,7 +9,7 @@ C: concepts, D: neurons (hidden size), B: histogram bins between the first and t
 import dataclasses
 import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Annotated, Any, Literal
 
@@ -18,7 +18,7 @@ import numpy.typing as npt
 from pydantic import Field, model_validator
 
 from range_store.erasure import Frozen, Ranking, Site
-from range_store.errors import ForeignRangeSet, NotFitted, UnknownConcept
+from range_store.errors import DtypeMismatch, ForeignRangeSet, NotFitted, UnknownConcept
 
 FORMAT: Literal[1] = 1
 """Version of the stored form; a reader refuses any other."""
@@ -201,6 +201,23 @@ def check_model(provenance: Provenance, fingerprint: str) -> None:
             f"the range set was fitted on {provenance.model.id!r} (fingerprint {provenance.model.fingerprint[:12]}), "
             f"not on the model in use (fingerprint {fingerprint[:12]}): fit this model, or activate another range set"
         )
+
+
+def dtype_mismatch(provenance: Provenance, dtype: str) -> str | None:
+    """What to say where the model runs in another dtype than the one that the range set was fitted in."""
+    fitted = provenance.settings.dtype
+    if fitted == dtype:
+        return None
+    return (
+        f"the range set was fitted in {fitted}, and the model runs in {dtype}, where its ranges erase less: "
+        f"fit in {dtype}, or run the model in {fitted}"
+    )
+
+
+def check_dtype(provenance: Provenance, served: Iterable[str]) -> None:
+    """Raises DtypeMismatch unless the statistics are of the dtypes that the model is served in."""
+    if said := next(filter(None, (dtype_mismatch(provenance, dtype) for dtype in served)), None):
+        raise DtypeMismatch(f"{said}; or use force")
 
 
 def content_id(provenance: Provenance, parts: Mapping[str, str]) -> str:

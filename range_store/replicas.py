@@ -42,7 +42,8 @@ class Replica(BaseModel):
     """What one replica reported; a newer version may say more. Times are Unix seconds by Redis's clock.
 
     `name`: `host:process:random`, unique. `generation`: what it answers under; None while it has not read any.
-    `expires`: when it is forgotten. `metrics`: `host:port` where it serves its own; None if it does not.
+    `expires`: when it is forgotten. `metrics`: `host:port` where it serves its own; None if it does not. `dtype`: type
+    of its model's parameters.
     """
 
     model_config = ConfigDict(frozen=True, extra="ignore", allow_inf_nan=False)
@@ -53,6 +54,12 @@ class Replica(BaseModel):
     at: float
     expires: float
     metrics: str | None = None
+    dtype: str | None = None
+
+    @field_validator("dtype", mode="before")
+    @classmethod
+    def _text_or_none(cls, value: object) -> str | None:
+        return value if isinstance(value, str) else None
 
     @field_validator("metrics", mode="before")
     @classmethod
@@ -76,6 +83,11 @@ class Roster:
     now: float
     since: float | None
     replicas: tuple[Replica, ...]
+
+    @property
+    def dtypes(self) -> tuple[str, ...]:
+        """The types that the model is served in; of an older version it is not known."""
+        return tuple(sorted({each.dtype for each in self.replicas if each.dtype is not None}))
 
     def missing(self, generation: str) -> tuple[str, ...]:
         """Names of those that do not report that generation or a later one of its epoch."""
@@ -102,10 +114,11 @@ class Replicas:
         range_set: str | None,
         seconds: float = LEASE_SECONDS,
         metrics: str | None = None,
+        dtype: str | None = None,
     ) -> int:
         """A replica answers under that generation; holds for `seconds`. Gives how many report now."""
         with reaching_redis():
-            told: list[str | float] = [name, generation or "", range_set or "", seconds, metrics or ""]
+            told: list[str | float] = [name, generation or "", range_set or "", seconds, metrics or "", dtype or ""]
             return cast(int, self._report([self._key], told))
 
     def remove(self, name: str) -> None:

@@ -35,6 +35,8 @@ class Reporter:
         """How many replicas of the model reported, at this one's last report; 0 while it cannot report."""
         self.metrics: str | None = None
         """`host:port` where this replica serves its own metrics, if it does; set before the first report."""
+        self.dtype: str | None = None
+        """Type of the model's parameters; set before the first report."""
         self._replicas = replicas
         self._current = current
         self._read = read
@@ -101,6 +103,7 @@ class Reporter:
                     state.generation if state else None,
                     state.range_set if state else None,
                     metrics=self.metrics,
+                    dtype=self.dtype,
                 )
             except StoreUnavailable as error:
                 self.live = 0

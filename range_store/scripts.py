@@ -107,17 +107,18 @@ return 'done'
 
 REPORT = """
 -- KEYS: replicas. ARGV: name, generation ('' before the first), range set ('' if none), seconds that the report holds,
--- address of its metrics ('' if they are not served).
+-- address of its metrics ('' if they are not served), type of the model's parameters ('' if unknown).
 -- Who reports sweeps out what nobody renewed: each one where they are few, one in so many where they are more, so that
 -- a report costs no more in a large fleet. Gives how many replicas report now; those to be swept out may be among them.
 local time = redis.call('TIME')
 local now = tonumber(time[1]) + tonumber(time[2]) / 1e6
 redis.call('HSETNX', KEYS[1], 'since', string.format('%.6f', now))
-local generation, range_set, metrics = ARGV[2], ARGV[3], ARGV[5]
+local generation, range_set, metrics, dtype = ARGV[2], ARGV[3], ARGV[5], ARGV[6]
 redis.call('HSET', KEYS[1], ARGV[1], cjson.encode({
   generation = generation ~= '' and generation or cjson.null,
   range_set = range_set ~= '' and range_set or cjson.null,
   metrics = metrics ~= '' and metrics or nil,
+  dtype = dtype ~= '' and dtype or nil,
   at = now,
   expires = now + tonumber(ARGV[4]),
 }))

@@ -11,6 +11,7 @@ from app.cli.server_control import ServerControl
 from app.cli.stores import operator, settings_with, store_of
 from range_store.live import AuditEntry, LiveErasure, LiveState
 from range_store.published import Published
+from range_store.range_set import check_dtype
 from range_store.replicas import Follow
 from range_store.store import RangeStore
 
@@ -27,7 +28,11 @@ class Control(Protocol):
         """All published range sets, newest first."""
 
     def activate(self, range_set: str, *, force: bool, if_match: str | None) -> LiveState:
-        """Make a range set the one that erasures use; `force` drops erasures that it cannot serve."""
+        """Make a range set the one that erasures use.
+
+        Args:
+            force: drop erasures that it cannot serve; take it though it was fitted in another dtype than is served.
+        """
 
     def live(self) -> LiveState:
         """Active range set, live erasures that have not expired, and generation."""
@@ -60,6 +65,8 @@ class StoreControl:
         return self.store.list()
 
     def activate(self, range_set: str, *, force: bool, if_match: str | None) -> LiveState:
+        if not force:
+            check_dtype(self.store.provenance(range_set), self.store.replicas.read().dtypes)
         return self._followed(self.store.activate(range_set, force, if_match, by=operator()))
 
     def live(self) -> LiveState:

@@ -1,9 +1,9 @@
 """`neuronlens fit`: from labelled texts to a published range set."""
 
 import shlex
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager, nullcontext, suppress
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, get_args
 
 import typer
 
@@ -12,10 +12,10 @@ from app.cli import options
 from app.cli.console import Report, hint, print_json, progress, say, table
 from app.cli.exits import INTERRUPTED
 from app.cli.stores import operator, settings_with, store_of
-from app.jobs import CorpusChoice, ModelChoice
+from app.jobs import CorpusChoice, DTypeChoice, ModelChoice
 from range_store.erasure import RANKINGS, STATISTICAL
-from range_store.errors import RangeStoreError
-from range_store.range_set import CorpusIdentity, ProbeSettings
+from range_store.errors import RangeStoreError, StoreUnavailable
+from range_store.range_set import CorpusIdentity, ProbeSettings, check_dtype
 from range_store.store import RangeStore
 
 
@@ -92,6 +92,7 @@ def fit(
     )
     with store_of(settings, None, publishes=True) as store:
         store.peek()  # a store that is away should be known before the work, not after it
+        settings = settings.model_copy(update={"dtype": _dtype(settings.dtype, store)})
         try:
             with report_to as report:
                 report("loading the model", 0, 0)
@@ -168,9 +169,26 @@ def about_corpus(corpus: CorpusIdentity) -> list[str]:
     return lines
 
 
+def _served_dtypes(store: RangeStore) -> tuple[str, ...]:
+    """The types that the model is served in now; none where it cannot be known."""
+    with suppress(StoreUnavailable):  # a Redis user for fits may not look
+        return store.replicas.read().dtypes
+    return ()
+
+
+def _dtype(chosen: str, store: RangeStore) -> str:
+    """The type to fit in: `chosen`, or for `auto` the one that the model is served in, if it is served in one."""
+    served = _served_dtypes(store)
+    if chosen != "auto" or len(served) != 1 or served[0] not in get_args(DTypeChoice):
+        return chosen
+    hint(f"{store.model} is served in {served[0]}, and so it is fitted (--dtype)")
+    return served[0]
+
+
 def _activate(store: RangeStore, published: str) -> str:
     """Activate, and give the generation that it made."""
     try:
+        check_dtype(store.provenance(published), _served_dtypes(store))
         return store.activate(published, by=operator(), reason="fit").generation
     except RangeStoreError:
         hint(f"range set {published} is published, but not active: neuronlens ranges activate {published} --force")

@@ -78,7 +78,9 @@ def show(
 @app.command(epilog=EPILOG)
 def activate(
     id_: RangeSetId,
-    force: Annotated[bool, typer.Option("--force", help="Drop live erasures that it cannot serve.")] = False,
+    force: Annotated[
+        bool, typer.Option("--force", help="Drop live erasures that it cannot serve; take it fitted in another dtype.")
+    ] = False,
     if_match: options.IfMatch = None,
     url: options.Url = None,
     name: options.ServedName = None,

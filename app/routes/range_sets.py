@@ -14,7 +14,7 @@ from app.store_calls import StoreCalling
 from range_store.errors import UnknownRangeSet
 from range_store.live import LiveState
 from range_store.published import Published
-from range_store.range_set import check_model
+from range_store.range_set import check_dtype, check_model
 from range_store.store import RangeStore
 
 router = APIRouter(tags=["range sets"])
@@ -60,7 +60,10 @@ async def activate(
     service = asking.service(body.model)
 
     def change(store: RangeStore) -> LiveState:
-        check_model(store.provenance(body.id), service.model.identity.fingerprint)
+        provenance = store.provenance(body.id)
+        check_model(provenance, service.model.identity.fingerprint)
+        if not body.force:
+            check_dtype(provenance, (service.model.dtype,))
         return store.activate(body.id, body.force, one_of(store, required), caller.by, body.reason)
 
     return await applied(service, calls, change, until, response)

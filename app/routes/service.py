@@ -10,6 +10,7 @@ from app.replies import Alive, ModelOut, ModelsOut, Ready
 from app.routes import Models, QueryChecked
 from app.service import Service
 from app.settings import LOOPBACK
+from range_store.range_set import dtype_mismatch
 
 router = APIRouter(tags=["service"])
 
@@ -44,9 +45,12 @@ async def readyz(models: Models) -> Ready:
 
 
 def _problem(service: Service) -> str | None:
-    """What is wrong with a model's live state. Who asks may be anybody: addresses stay in the log."""
+    """What is wrong with a model's live state, or its range set. Who asks may be anybody: addresses stay in the log."""
     if service.mirror.problem is not None and not service.mirror.store_up:
         return "the store cannot be reached, or refuses; the log says why"
+    snapshot = service.mirror.snapshot
+    if service.mirror.problem is None and snapshot is not None and snapshot.range_set is not None:
+        return dtype_mismatch(snapshot.range_set.provenance, service.model.dtype)
     return service.mirror.problem
 
 

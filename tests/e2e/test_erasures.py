@@ -12,7 +12,7 @@ import pytest
 from range_store.clock import StoreClock
 from range_store.embedded import EmbeddedRedis, connect
 from range_store.store import RangeStore
-from tests.range_store.builders import random_range_set
+from tests.range_store.builders import in_dtype, random_range_set
 from tests.range_store.waiting import until
 from tests.servers import RunningServer, random_ranges, with_ranges
 from workers.fitting.fit import Fitted
@@ -201,6 +201,25 @@ def test_range_set_of_another_model_is_rejected(server: RunningServer, problem: 
     published = server.service.store.publish(foreign, inspect)
     problem(server.http.put("/v1/range-sets/active", json={"id": published}), 409, "foreign_range_set")
     assert server.http.get("/v1/erasures").json()["range_set"] != published
+
+
+def test_range_set_of_another_dtype_requires_force_and_readyz_says_so(
+    server: RunningServer, fitted: Fitted, problem: Problem, caplog: pytest.LogCaptureFixture
+) -> None:
+    published = server.service.store.publish(*in_dtype(fitted.range_set, fitted.inspect, "bfloat16"))
+    refused = problem(server.http.put("/v1/range-sets/active", json={"id": published}), 409, "dtype_mismatch")
+    said = "the range set was fitted in bfloat16, and the model runs in float32"
+    assert said in refused["detail"]
+    assert server.http.get("/readyz").json()["problem"] is None
+    assert server.http.put("/v1/range-sets/active", json={"id": published, "force": True}).status_code == 200
+    ready = server.http.get("/readyz")
+    assert (ready.status_code, ready.json()["status"]) == (200, "ready")
+    assert said in ready.json()["problem"]
+    until(lambda: f"range set {published}: {said}" in caplog.text)
+
+
+def test_server_reports_its_dtype(server: RunningServer) -> None:
+    until(lambda: server.service.store.replicas.read().dtypes == ("float32",))
 
 
 def test_range_set_has_its_provenance(server: RunningServer) -> None:

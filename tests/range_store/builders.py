@@ -108,3 +108,11 @@ def random_range_set(
     parts = {layer: random_layer(1000 * seed + layer, provenance) for layer in provenance.settings.layers}
     inspect = {layer: part[1] for layer, part in parts.items()}
     return assemble(provenance, {layer: part[0] for layer, part in parts.items()}, inspect), inspect
+
+
+def in_dtype(
+    range_set: RangeSet, inspect: dict[int, InspectLayer], dtype: str
+) -> tuple[RangeSet, dict[int, InspectLayer]]:
+    """The same statistics, as if fitted in another dtype."""
+    settings = range_set.provenance.settings.model_copy(update={"dtype": dtype})
+    return assemble(range_set.provenance.model_copy(update={"settings": settings}), range_set.layers, inspect), inspect

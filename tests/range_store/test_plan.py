@@ -10,9 +10,9 @@ from hypothesis import strategies as st
 
 from range_store.codec import assemble
 from range_store.erasure import STATISTICAL, Damp, Erasure, Method
-from range_store.errors import ForeignRangeSet, InvalidErasure, NotFitted, UnknownConcept
+from range_store.errors import DtypeMismatch, ForeignRangeSet, InvalidErasure, NotFitted, UnknownConcept
 from range_store.plan import NO_ERASURE, LayerMask, resolve
-from range_store.range_set import RangeSet, check_model
+from range_store.range_set import RangeSet, check_dtype, check_model, dtype_mismatch
 from range_store.rankings import count_of_top, top
 from tests.range_store.builders import CONCEPTS, FINGERPRINT, random_range_set
 
@@ -263,3 +263,12 @@ def test_an_erasure_that_erases_nothing_is_refused(method: Method) -> None:
     with pytest.raises(InvalidErasure, match="damp 1 leaves every neuron as it is, so 'World'"):
         resolve(range_set, [Erasure(concept="World", method=method, replacement=Damp(damp=1.0))])
     resolve(range_set, [Erasure(concept="World", method=method, replacement=Damp(damp=0.999))])
+
+
+def test_range_set_is_of_one_dtype() -> None:
+    check_dtype(RANGE_SET.provenance, ())
+    check_dtype(RANGE_SET.provenance, ("float32", "float32"))
+    for served in (("bfloat16",), ("float32", "bfloat16"), ("bfloat16", "float32")):
+        with pytest.raises(DtypeMismatch, match=r"fitted in float32, and the model runs in bfloat16.*; or use force$"):
+            check_dtype(RANGE_SET.provenance, served)
+    assert dtype_mismatch(RANGE_SET.provenance, "float32") is None

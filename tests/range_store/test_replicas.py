@@ -303,3 +303,21 @@ def test_stored_report_is_documented_json(active: RangeStore, mirrors: Mirrors, 
     assert held.keys() == {"generation", "range_set", "at", "expires"}
     assert held["generation"] == active.live().generation
     assert float(stored[b"since"]) <= held["at"] <= time.time() + 1
+
+
+def test_roster_names_the_dtypes_that_the_model_is_served_in(replicas: Replicas, store: RangeStore) -> None:
+    assert replicas.read().dtypes == ()
+    for name, dtype in (("a:1:x", "float32"), ("b:1:x", "bfloat16"), ("c:1:x", "float32"), ("d:1:x", None)):
+        replicas.report(name, None, None, dtype=dtype)
+    assert replicas.read().dtypes == ("bfloat16", "float32")
+    report = {"generation": None, "range_set": None, "at": 0, "expires": 1e12, "dtype": 7}
+    store.client.hset(store.keys.replicas, "b:1:x", json.dumps(report))
+    assert replicas.read().dtypes == ("float32",)
+    assert [each.name for each in replicas.read().replicas] == ["a:1:x", "b:1:x", "c:1:x", "d:1:x"]
+
+
+def test_reporter_reports_the_dtype(store: RangeStore, mirrors: Mirrors) -> None:
+    mirror = mirrors()
+    mirror.reporter.dtype = "float16"  # type: ignore[union-attr]
+    mirror.reporter.report()  # type: ignore[union-attr]
+    assert store.replicas.read().dtypes == ("float16",)

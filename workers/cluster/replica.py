@@ -134,6 +134,7 @@ class Replica:
         metrics = ReplicaMetrics(self._settings.name, self._registry, self._mirror, self._facts)
         self._exposed = served(metrics, self._settings.metrics, get_node_ip_address())
         self._mirror.reporter.metrics = self._exposed.address if self._exposed is not None else None
+        self._mirror.reporter.dtype = self._facts.dtype
         self._mirror.start()
         if self._mirror.snapshot is None:
             why = self._mirror.problem or "it gave nothing"

@@ -4,7 +4,11 @@ from pathlib import Path
 
 import pytest
 
+from app.cli.fit import _activate, _dtype
+from app.fit_process import environment
+from app.settings import Settings
 from range_store.erasure import Erasure
+from range_store.errors import DtypeMismatch
 from range_store.live import LiveErasure
 from tests.app.cli.conftest import Cli, Prepared
 from tests.range_store.builders import random_range_set
@@ -46,6 +50,46 @@ def test_an_activation_that_drops_an_erasure_requires_force(cli: Cli, prepared: 
     forced = cli("ranges", "activate", prepared.last_only, "--force", "--json", *prepared.options).json
     assert forced["dropped"] == ["World"]
     assert prepared.store.live().erasures == ()
+
+
+def test_activation_of_another_dtype_than_is_served_requires_force(
+    cli: Cli, prepared: Prepared, tmp_path: Path
+) -> None:
+    activate = ("ranges", "activate", prepared.last_only, *prepared.options)
+    prepared.store.replicas.report("host:1:x", None, None, seconds=600, dtype="bfloat16")
+    refused = cli(*activate)
+    assert refused.exit_code == 4
+    assert "fitted in float32, and the model runs in bfloat16" in refused.stderr
+    file = tmp_path / "ranges.safetensors"
+    prepared.store.export(prepared.last_only, file)
+    assert cli("ranges", "import", file, "--activate", *prepared.options).exit_code == 4
+    assert prepared.store.live().range_set == prepared.whole
+    assert cli(*activate, "--force").exit_code == 0
+    assert prepared.store.live().range_set == prepared.last_only
+
+
+def test_fit_takes_the_dtype_that_the_model_is_served_in(
+    prepared: Prepared, capsys: pytest.CaptureFixture[str]
+) -> None:
+    store = prepared.store
+    assert _dtype("auto", store) == "auto"
+    store.replicas.report("host:1:x", None, None, seconds=600, dtype="bfloat16")
+    assert _dtype("auto", store) == "bfloat16"
+    assert f"{store.model} is served in bfloat16, and so it is fitted" in capsys.readouterr().err
+    assert _dtype("float32", store) == "float32"
+    with pytest.raises(DtypeMismatch):
+        _activate(store, prepared.last_only)
+    assert f"neuronlens ranges activate {prepared.last_only} --force" in capsys.readouterr().err
+    store.replicas.report("other:1:x", None, None, seconds=600, dtype="float32")
+    assert _dtype("auto", store) == "auto", "two are served"
+    store.replicas.remove("host:1:x")
+    store.replicas.report("other:1:x", None, None, seconds=600, dtype="float64")
+    assert _dtype("auto", store) == "auto", "no such choice"
+
+
+@pytest.mark.parametrize(("served", "expected"), [("bfloat16", "bfloat16"), ("float64", "auto")])
+def test_fit_of_a_server_takes_its_dtype(served: str, expected: str) -> None:
+    assert environment(Settings(), served, "tiny")["NEURONLENS_DTYPE"] == expected
 
 
 def test_export_and_import_copy_a_range_set_to_another_store(cli: Cli, prepared: Prepared, tmp_path: Path) -> None:
