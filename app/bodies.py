@@ -178,7 +178,7 @@ class Compression:
         self.minimum = minimum
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if scope["type"] != "http" or scope["method"] not in ("GET", "HEAD"):
+        if scope["type"] != "http" or scope["method"] != "GET":
             await self.app(scope, receive, send)
         elif accepts_gzip(Headers(scope=scope)):
             await _Gzip(self.app, self.minimum, compresslevel=6)(scope, receive, send)

@@ -16,7 +16,7 @@ from app.auth import Authentication
 from app.bodies import BodyLimit, BodyMemory, Compression, GzipBodies
 from app.everywhere import Everywhere
 from app.metrics import ModelMetrics
-from app.middleware import Faults, FullQueue, HostCheck, HttpMetrics, RequestId
+from app.middleware import Faults, FullQueue, HeadAsGet, HostCheck, HttpMetrics, RequestId
 from app.problems import Problem
 from app.routes import (
     audit,
@@ -164,6 +164,7 @@ def create_app(settings: Settings, running: Service | Sequence[Service] = ()) ->
     app.add_middleware(Faults)  # of the layers above; the first one's replies go through them, and so get their headers
     app.add_middleware(Dialects, dialect_of=dropin.dialect_of)
     app.add_middleware(Compression)
+    app.add_middleware(HeadAsGet)
     app.add_middleware(HttpMetrics, registry=registry, alerted=CLASSIFYING)
     app.add_middleware(AccessLog, every=settings.access_log, generation=lambda: _generation(served))
     app.add_middleware(Traces)

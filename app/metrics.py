@@ -62,6 +62,9 @@ def start_metrics_server(
     metrics = make_wsgi_app(registry)
 
     def answer(environ: dict[str, Any], start_response: Callable[..., Any]) -> Any:
+        if environ["REQUEST_METHOD"] == "HEAD":
+            answer({**environ, "REQUEST_METHOD": "GET"}, start_response)
+            return []
         if environ["PATH_INFO"] != TARGETS:
             return metrics(environ, start_response)
         try:

@@ -16,6 +16,7 @@ from app.served import Served
 logger = logging.getLogger(__name__)
 
 _SANE_ID = re.compile(r"[A-Za-z0-9._:-]{1,128}")
+_HOST = re.compile(r"(?:\[(?P<ipv6>[0-9A-Fa-f:.]+)\]|(?P<name>[^:@/\[\]]+))(?::[0-9]{0,5})?")
 _INFERRED = re.compile(r"/v2/models/(.+?)(?:/versions/[^/]+)?/infer", re.DOTALL)
 """A path of the Open Inference Protocol, and the model in it."""
 
@@ -81,6 +82,25 @@ class Faults:
             await problem_response(500, "internal", detail, request_id)(scope, receive, send)
 
 
+class HeadAsGet:
+    """Answers HEAD as GET, without the body: every layer and route inside of it sees a GET."""
+
+    def __init__(self, app: ASGIApp) -> None:
+        self.app = app
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http" or scope["method"] != "HEAD":
+            await self.app(scope, receive, send)
+            return
+
+        async def only_start(message: Message) -> None:
+            if message["type"] == "http.response.start":
+                await send(message)
+                await send({"type": "http.response.body", "body": b""})  # a stream then sees that its client is gone
+
+        await self.app({**scope, "method": "GET"}, receive, only_start)
+
+
 class HostCheck:
     """Refuses requests whose `Host` is not one of `hosts`.
 
@@ -95,9 +115,9 @@ class HostCheck:
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] == "http" and not self.off():
-            host = Headers(scope=scope).get("host", "")
-            name = host.partition("]")[0].lstrip("[") if host.startswith("[") else host.partition(":")[0]
-            if name.lower() not in self.hosts:
+            hosts = Headers(scope=scope).getlist("host")
+            host = _HOST.fullmatch(hosts[0]) if len(hosts) == 1 else None
+            if host is None or (host["ipv6"] or host["name"]).lower() not in self.hosts:
                 request_id = scope.get("state", {}).get("request_id")
                 detail = "this server answers to loopback names only: see --host in the documentation"
                 await problem_response(421, "wrong_host", detail, request_id)(scope, receive, send)

@@ -306,8 +306,9 @@ async def _http_error(request: Request, error: Exception) -> JSONResponse:
 def _methods(request: Request) -> list[str]:
     """What the path of a request takes; each of its methods is a route of its own, and knows nothing of the others."""
     scope = {"type": "http", "path": request.scope["path"], "root_path": request.scope["root_path"], "headers": []}
-    return [
+    found = [
         method
-        for method in ("GET", "HEAD", "POST", "PUT", "DELETE")
+        for method in ("GET", "POST", "PUT", "DELETE")
         if any(route.matches(scope | {"method": method})[0] is Match.FULL for route in request.app.routes)
     ]
+    return ["GET", "HEAD", *found[1:]] if "GET" in found else found

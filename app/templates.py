@@ -14,6 +14,7 @@ class Templates:
 
     def of(self, method: str, path: str) -> str | None:
         """The template of the route at a path; of several, of the one that takes the method. None: there is none."""
+        method = "GET" if method == "HEAD" else method
         other = None
         for regex, template, methods in self._routes:
             if regex.match(path):

@@ -66,13 +66,13 @@ def _file(name: str) -> _File:
 _NAMES = frozenset(path.name for path in FILES.iterdir() if path.suffix in TYPES) | {PLOTLY}
 
 
-@router.api_route("/", methods=["GET", "HEAD"])
+@router.get("/")
 async def console(request: Request) -> Response:
     """The page."""
     return await _reply(request, "index.html")
 
 
-@router.api_route("/console/{name}", methods=["GET", "HEAD"])
+@router.get("/console/{name}")
 async def console_file(request: Request, name: str) -> Response:
     """What the page is made of."""
     if name not in _NAMES:

@@ -29,7 +29,24 @@ def test_loopback_hosts_are_accepted(host: str) -> None:
 
 
 @pytest.mark.parametrize(
-    "host", ["", "evil.example", "localhost.evil.example", "127.0.0.1.evil.example", "[::2]", "::1"]
+    "host",
+    [
+        "",
+        "evil.example",
+        "localhost.evil.example",
+        "127.0.0.1.evil.example",
+        "[::2]",
+        "::1",
+        "localhost:8000@evil.example",
+        "localhost@evil.example",
+        "[::1]x.evil.example",
+        "[::1].evil.example:80",
+        "[localhost]",
+        "localhost:80:80",
+        "localhost:x",
+        "localhost/evil.example",
+        "localhost, evil.example",
+    ],
 )
 def test_other_hosts_are_rejected(host: str) -> None:
     refused = send_request(HostCheck(echo, ("localhost", "127.0.0.1", "::1")), headers={"Host": host})
@@ -56,6 +73,12 @@ def test_a_fault_is_answered_and_logged_without_its_message(caplog: pytest.LogCa
 def test_a_fault_after_the_start_of_a_reply_breaks_the_connection() -> None:
     with pytest.raises(ConnectionAbortedError):
         send_request(Faults(failing(started=True)))
+
+
+def test_two_hosts_are_rejected() -> None:
+    for second in ("evil.example", "localhost"):
+        app = HostCheck(echo, ("localhost",))
+        assert send_request(app, headers=[("Host", "localhost"), ("Host", second)]).status_code == 421
 
 
 @pytest.mark.parametrize(("app", "status"), [(echo, "200"), (failing(started=False), "500")])

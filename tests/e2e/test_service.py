@@ -17,6 +17,7 @@ from prometheus_client.parser import text_string_to_metric_families
 from app.logs import fields_of
 from app.openapi import document
 from app.routes.dropin import dialect_of
+from tests.range_store.waiting import until
 from tests.servers import LABELS, RunningServer, with_ranges
 from workers.fitting.fit import Fitted
 
@@ -170,10 +171,10 @@ def test_invalid_inspection_requests_are_rejected(server: RunningServer, problem
 
 def test_rejected_method_lists_the_allowed_methods(server: RunningServer) -> None:
     for path, allowed in {
-        "/v1/erasures": "GET, PUT",
+        "/v1/erasures": "GET, HEAD, PUT",
         "/v1/erasures/Sci/Tech": "PUT, DELETE",
         "/v1/range-sets/active": "PUT",
-        "/v1/range-sets/0123": "GET",
+        "/v1/range-sets/0123": "GET, HEAD",
         "/v1/classify": "POST",
     }.items():
         rejected = server.http.patch(path)
@@ -322,3 +323,28 @@ def test_large_replies_are_packed(server: RunningServer) -> None:
         assert "content-encoding" not in plain.headers
         assert len(plain.content) > 3 * int(packed.headers["content-length"])
     assert "content-encoding" not in server.http.get("/livez").headers
+
+
+def test_head_answers_as_get_without_a_body(server: RunningServer) -> None:
+    changing = {"date", "x-request-id"}
+    for path in (
+        "/livez",
+        "/readyz",
+        "/openapi.json",
+        "/v1/erasures",
+        "/v1/nothing",
+        "/health",
+        "/v2/health/ready",
+        "/",
+    ):
+        with_body, head = server.http.get(path), server.http.head(path)
+        assert head.status_code == with_body.status_code, path
+        assert head.content == b""
+        for name in with_body.headers.keys() - changing:
+            assert path == "/readyz" or head.headers[name] == with_body.headers[name], (path, name)
+    assert server.http.head("/metrics").headers["content-type"].startswith("text/plain")
+    assert server.http.head("/v1/events").headers["content-type"].startswith("text/event-stream")
+    until(lambda: server.value("neuronlens_event_streams") == 0)
+    labels = {"method": "HEAD", "route": "/livez", "status": "200"}
+    until(lambda: server.value("neuronlens_http_requests_total", labels) == 1)
+    assert server.http.head("/v1/classify").headers["allow"] == "POST"

@@ -1,4 +1,4 @@
-"""Bodies of inference requests as Triton takes them: JSON whatever their type is said to be, or with binary tensors.
+"""Bodies of inference requests as Triton takes them: JSON that need not be declared as such, or with binary tensors.
 
 The binary tensor extension is what Triton's clients use unless told not to. A body is then JSON, of a length that
 `Inference-Header-Content-Length` tells, and behind it the elements of each BYTES input that has a `binary_data_size`:
@@ -8,6 +8,7 @@ Source: `docs/protocol/extension_binary_data.md` of triton-inference-server/serv
 """
 
 import json
+import re
 from collections.abc import Callable
 from typing import Any
 
@@ -16,11 +17,15 @@ from starlette.exceptions import HTTPException
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 LENGTH = "inference-header-content-length"
+_DATA = re.compile(r"application/(json|octet-stream|\S+\+json)")
 _REPLACED = (LENGTH.encode(), b"content-type", b"content-length")
 
 
 class BinaryTensors:
     """Declares inference requests to be JSON, and makes plain JSON of those with binary tensors when they are read.
+
+    Not what a page of another origin can send without being asked first: a body of a form, of plain text, or without a
+    type but with an `Origin`. That is refused (415) like everywhere else.
 
     Args:
         infers: whether a path takes inference requests.
@@ -34,7 +39,12 @@ class BinaryTensors:
         if scope["type"] != "http" or not self.infers(scope["path"]):
             await self.app(scope, receive, send)
             return
-        length = Headers(scope=scope).get(LENGTH)
+        given = Headers(scope=scope)
+        media_type = given.get("content-type", "").partition(";")[0].strip().lower()
+        if not (_DATA.fullmatch(media_type) or (media_type == "" and "origin" not in given)):
+            await self.app(scope, receive, send)
+            return
+        length = given.get(LENGTH)
         headers = MutableHeaders(raw=[each for each in scope["headers"] if each[0] not in _REPLACED])
         headers["content-type"] = "application/json"
         scope["headers"] = headers.raw

@@ -4,6 +4,7 @@ import json
 from collections.abc import Callable, Iterator
 from typing import Any
 
+import httpx
 import jsonschema
 import numpy as np
 import pytest
@@ -177,6 +178,30 @@ def test_a_model_may_have_a_name_with_slashes(slashed_server: RunningServer) -> 
     assert running.http.get("/v2/models/org%2Fa%2Fmodel/versions/1").json()["name"] == "org/a/model"
     for path in ("infer", "versions/1/infer"):
         assert running.http.post(f"/v2/models/org/a/model/{path}", json={"inputs": [TEXT]}).status_code == 200
+
+
+def test_what_a_foreign_page_can_send_is_not_computed(server: RunningServer) -> None:
+    """A browser sends these without asking the server first."""
+    path, content = f"/v2/models/{server.service.name}/infer", json.dumps({"inputs": [TEXT]})
+
+    def post(**headers: str) -> httpx.Response:
+        named = {name.replace("_", "-"): value for name, value in headers.items()}
+        return server.http.post(path, content=content, headers=named)
+
+    origin = "https://evil.example"
+    size = str(len(content))
+    for kind in ("text/plain", "text/plain; application/json", "application/x-www-form-urlencoded"):
+        refused(post(content_type=kind), 415, "unsupported_media_type")
+        refused(post(content_type=kind, inference_header_content_length=size), 415, "unsupported_media_type")
+    refused(post(origin=origin), 415, "unsupported_media_type")
+    for kind in (
+        "application/json",
+        "application/json; charset=utf-8",
+        "application/octet-stream",
+        "application/x+json",
+    ):
+        assert post(content_type=kind, origin=origin).status_code == 200
+    assert post().status_code == 200, "Triton's client names no type"
 
 
 def test_a_get_of_a_path_that_infers_is_rejected(server: RunningServer) -> None:
