@@ -79,6 +79,7 @@ def service_around(
         on_change=changed,
         also=also,
         replica=new_name(),
+        earlier=model.earlier_fingerprint,
     )
     store.guard = mirror.before_change
     jobs = FitJobs(settings.data_dir, name, model.identity.fingerprint)

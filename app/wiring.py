@@ -237,7 +237,9 @@ def evaluate_model(
 
             about = pool.about
             work = (_corpus_on_cluster, partial(fit_on, pool), partial(measure_on, pool))
-            hands = _Hands(about.identity, about.dtype, about.template, *work, counts_overlap=False)
+            hands = _Hands(
+                about.identity, about.earlier_fingerprint, about.dtype, about.template, *work, counts_overlap=False
+            )
             return _evaluated(hands, *choices, out, chosen, published, fit_settings, model.scoring, None, report)
     for each in choices:
         if each is not None:
@@ -246,7 +248,9 @@ def evaluate_model(
     if perplexity:
         check_perplexity(loaded)
     work = (_corpus, partial(_fit, loaded), partial(measure, loaded))
-    hands = _Hands(loaded.identity, loaded.dtype, loaded.template, *work, counts_overlap=True)
+    hands = _Hands(
+        loaded.identity, loaded.earlier_fingerprint, loaded.dtype, loaded.template, *work, counts_overlap=True
+    )
     asked = loaded if perplexity else None
     return _evaluated(hands, *choices, out, chosen, published, fit_settings, model.scoring, asked, report)
 
@@ -256,6 +260,7 @@ class _Hands:
     """Who does the work of an evaluation: a model in this process, or many on a cluster."""
 
     model: ModelIdentity
+    earlier_fingerprint: str | None
     dtype: str
     template: str | None
     corpus: Callable[[CorpusChoice, tuple[str, ...]], Corpus]
@@ -287,7 +292,7 @@ def _evaluated(
     if published is not None:
         store, range_set_id = published
         range_set = store.read(range_set_id)
-        check_model(range_set.provenance, hands.model.fingerprint)
+        check_model(range_set.provenance, hands.model.fingerprint, hands.earlier_fingerprint)
         if range_set.provenance.corpus.sha256 == test.sha256:
             raise CorpusError(f"--test-data: the range set was fitted on {test.name}: name texts that it does not have")
         if said := dtype_mismatch(range_set.provenance, hands.dtype):

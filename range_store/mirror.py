@@ -70,6 +70,7 @@ class Mirror:
         poll: seconds between reads where no message comes.
         on_change: told of every snapshot whose generation differs from the one before, in order. It must be quick.
         also: called whenever the store is to be read, to read something else of it then. It must not raise.
+        earlier: what earlier versions had for the fingerprint.
         replica: name under which to report what is held (`range_store.replicas.new_name`); None for a mere reader.
     """
 
@@ -81,9 +82,10 @@ class Mirror:
         on_change: Callable[[Snapshot], None] | None = None,
         also: Callable[[], None] | None = None,
         replica: str | None = None,
+        earlier: str | None = None,
     ) -> None:
         self._store = store
-        self._fingerprint = fingerprint
+        self._fingerprints = fingerprint, earlier
         self._poll = poll
         self._on_change = on_change
         self._also = also
@@ -195,7 +197,7 @@ class Mirror:
             if held is not None and held.range_set is not None and held.range_set.id == live.range_set:
                 return dataclasses.replace(held, live=live, read_at=read_at)
             try:
-                check_model(self._store.provenance(live.range_set), self._fingerprint)
+                check_model(self._store.provenance(live.range_set), *self._fingerprints)
                 return Snapshot(live, self._store.read(live.range_set), read_at)
             except UnknownRangeSet:  # another was activated since, and this one removed
                 if attempt == ATTEMPTS - 1:
@@ -220,7 +222,7 @@ class Mirror:
                     raise
         if state is not None and state.range_set is not None and not activates:
             with suppress(UnknownRangeSet, InvalidRangeSet):
-                check_model(self._store.provenance(state.range_set), self._fingerprint)
+                check_model(self._store.provenance(state.range_set), *self._fingerprints)
         return False
 
     def _restored(self, held: LiveState, found: LiveState | None) -> LiveState:
@@ -245,7 +247,7 @@ class Mirror:
         range_set = wanted.range_set
         try:
             if range_set is not None:
-                check_model(self._store.provenance(range_set), self._fingerprint)
+                check_model(self._store.provenance(range_set), *self._fingerprints)
             state, put_back = self._store.put_back(held)
         except StoreUnavailable:
             raise

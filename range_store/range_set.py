@@ -194,9 +194,13 @@ class RangeSet:
         return of_concept
 
 
-def check_model(provenance: Provenance, fingerprint: str) -> None:
-    """Raises ForeignRangeSet unless the statistics are of the model with that fingerprint."""
-    if provenance.model.fingerprint != fingerprint:
+def check_model(provenance: Provenance, fingerprint: str, earlier: str | None = None) -> None:
+    """Raises ForeignRangeSet unless the statistics are of the model with that fingerprint.
+
+    Args:
+        earlier: what earlier versions had for it; see `workers.models.fingerprints`.
+    """
+    if provenance.model.fingerprint not in (fingerprint, earlier):
         raise ForeignRangeSet(
             f"the range set was fitted on {provenance.model.id!r} (fingerprint {provenance.model.fingerprint[:12]}), "
             f"not on the model in use (fingerprint {fingerprint[:12]}): fit this model, or activate another range set"

@@ -61,7 +61,7 @@ async def activate(
 
     def change(store: RangeStore) -> LiveState:
         provenance = store.provenance(body.id)
-        check_model(provenance, service.model.identity.fingerprint)
+        check_model(provenance, service.model.identity.fingerprint, service.model.earlier_fingerprint)
         if not body.force:
             check_dtype(provenance, (service.model.dtype,))
         return store.activate(body.id, body.force, one_of(store, required), caller.by, body.reason)

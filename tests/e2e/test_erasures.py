@@ -203,6 +203,14 @@ def test_range_set_of_another_model_is_rejected(server: RunningServer, problem: 
     assert server.http.get("/v1/erasures").json()["range_set"] != published
 
 
+def test_range_set_with_the_fingerprint_of_an_earlier_version_is_served(server: RunningServer) -> None:
+    assert server.model.earlier_fingerprint is not None
+    identity = server.model.identity.model_copy(update={"fingerprint": server.model.earlier_fingerprint})
+    published = server.service.store.publish(*random_ranges(identity, 7))
+    assert server.http.put("/v1/range-sets/active", json={"id": published}).status_code == 200
+    assert server.classify(TEXT, erase=["Sports"]).json()["erasure"]["range_set"] == published
+
+
 def test_range_set_of_another_dtype_requires_force_and_readyz_says_so(
     server: RunningServer, fitted: Fitted, problem: Problem, caplog: pytest.LogCaptureFixture
 ) -> None:

@@ -250,6 +250,9 @@ def test_range_set_of_another_model_is_rejected() -> None:
     check_model(RANGE_SET.provenance, FINGERPRINT)
     with pytest.raises(ForeignRangeSet, match="tiny-news"):
         check_model(RANGE_SET.provenance, "0" * 64)
+    check_model(RANGE_SET.provenance, "0" * 64, FINGERPRINT)
+    with pytest.raises(ForeignRangeSet, match="tiny-news"):
+        check_model(RANGE_SET.provenance, "0" * 64, "1" * 64)
 
 
 @pytest.mark.parametrize("method", ["range", "neuron"])

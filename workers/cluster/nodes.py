@@ -85,6 +85,7 @@ class About:
     """What an actor loaded, and where."""
 
     identity: ModelIdentity
+    earlier_fingerprint: str | None
     dtype: str
     template: str | None
     head: Head
@@ -110,6 +111,7 @@ class ModelActor:
         gpu = model.device.type == "cuda"
         return About(
             model.identity,
+            model.earlier_fingerprint,
             model.dtype,
             model.template,
             model.head,

@@ -95,7 +95,13 @@ class Replica:
                 model = loader.submit(_load, settings).result()
             client = connect(**settings.redis, directory=Path())
             store = RangeStore(client, settings.name)
-            self._mirror = Mirror(store, model.identity.fingerprint, poll=settings.poll_seconds, replica=self._name)
+            self._mirror = Mirror(
+                store,
+                model.identity.fingerprint,
+                poll=settings.poll_seconds,
+                replica=self._name,
+                earlier=model.earlier_fingerprint,
+            )
             engine = dict(settings.engine)
             engine["max_batch_tokens"] = engine["max_batch_tokens"] or batch_tokens_for(model.device.type)
             self._max_batch_tokens = engine["max_batch_tokens"]

@@ -19,6 +19,7 @@ class ModelFacts:
         template: prompt template of a few-shot classifier, with its version.
         prefix_tokens: tokens before every text: instruction and exemplars of a few-shot classifier.
         truncation_side: where a text that is too long is cut.
+        earlier_fingerprint: what earlier versions had for the fingerprint of `identity`.
     """
 
     identity: ModelIdentity
@@ -31,6 +32,7 @@ class ModelFacts:
     template: str | None = None
     prefix_tokens: int = 0
     truncation_side: Literal["left", "right"] = "right"
+    earlier_fingerprint: str | None = None
 
     @property
     def activation(self) -> Activation:

@@ -4,11 +4,9 @@ Which kind: a prompt template makes it `few-shot`; label tokens in the checkpoin
 `sequence-classification`.
 """
 
-import hashlib
 import json
 import logging
 import unicodedata
-from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import chain
 from pathlib import Path
@@ -25,6 +23,7 @@ from workers.models.errors import CheckpointError
 from workers.models.facts import ModelFacts
 from workers.models.families import Family, family_of
 from workers.models.few_shot import FewShotModel, Scoring
+from workers.models.fingerprints import fingerprints
 from workers.models.label_token import LabelTokenClassifier, LabelTokens
 from workers.models.predictions import Head
 from workers.models.prepack import prepack
@@ -38,9 +37,6 @@ DType = Literal["auto", "float32", "bfloat16", "float16"]
 
 Steerable = SteeredModel | FewShotModel
 
-_VOLATILE = ("_name_or_path", "transformers_version", "dtype", "torch_dtype")
-"""Config entries that say how a checkpoint was saved, not what it computes."""
-
 _CHECK_TEXTS = ("A short one.", "A rather longer text, so that the first one is padded.")
 
 
@@ -48,7 +44,8 @@ _CHECK_TEXTS = ("A short one.", "A rather longer text, so that the first one is 
 class LoadedModel:
     """A classifier ready to be steered. `dtype` is the name of its parameters' type, e.g. "float32".
 
-    `template`: prompt template of a few-shot classifier, with its version, e.g. "ag_news@1".
+    `template`: prompt template of a few-shot classifier, with its version, e.g. "ag_news@1". `earlier_fingerprint`: what
+    earlier versions had for the fingerprint of `identity`.
     """
 
     identity: ModelIdentity
@@ -59,6 +56,7 @@ class LoadedModel:
     device: torch.device
     source: str
     template: str | None = None
+    earlier_fingerprint: str | None = None
 
     @property
     def facts(self) -> ModelFacts:
@@ -74,6 +72,7 @@ class LoadedModel:
             self.template,
             len(self.steered.prefix) if isinstance(self.steered, FewShotModel) else 0,
             self.tokens.truncation_side,
+            self.earlier_fingerprint,
         )
 
     @property
@@ -135,7 +134,7 @@ def load_model(
     torch_dtype = _dtype(dtype, place, config)
     files = _weight_files(source, revision, allow_pickle)
     tokenizer = _read(source, lambda: AutoTokenizer.from_pretrained(source, revision=revision, trust_remote_code=False))
-    said = config.to_dict()
+    whole, more = config.to_dict(), {}
     pad = _pad_id(tokenizer, config, family, source)
     known = _known_tokens(tokenizer, config, source)
     label_tokens = LabelTokens.of(config, source)
@@ -171,7 +170,7 @@ def load_model(
     if prompt is not None:
         kind, labels = "few-shot", tuple(label.label for label in prompt.labels)
         steered, tokens = few_shot(model, tokenizer, family, prompt, scoring, most, pad, known)
-        said |= {"few_shot": {"template": prompt.model_dump(mode="json"), "scoring": scoring}}
+        more = {"few_shot": {"template": prompt.model_dump(mode="json"), "scoring": scoring}}
     elif label_tokens is not None:
         kind, labels = "label-token", label_tokens.labels
         steered = SteeredModel(LabelTokenClassifier(model, label_tokens.ids).eval(), family, plain=plain)
@@ -186,12 +185,13 @@ def load_model(
         logger.warning("%s cannot be split at its blocks: erasures cost a full forward pass each", source)
     if compiled and isinstance(steered, SteeredModel) and not steered.compile_blocks(check) and place.type == "cpu":
         prepack(model.get_submodule(family.blocks), torch_dtype)
+    fingerprint, earlier = fingerprints(_said(source, revision), whole, more, files)
     identity = ModelIdentity(
         id=name or Path(source).name,
         revision=revision or getattr(config, "_commit_hash", None),
         kind=kind,
         family=config.model_type,
-        fingerprint=_fingerprint(said, files),
+        fingerprint=fingerprint,
         labels=labels,
         n_layers=steered.n_layers,
         hidden_size=config.hidden_size,
@@ -199,7 +199,7 @@ def load_model(
     problem_type = config.problem_type if kind == "sequence-classification" else None
     dtype_name = str(torch_dtype).removeprefix("torch.")
     template_id = None if prompt is None else prompt.id
-    return LoadedModel(identity, problem_type, steered, tokens, dtype_name, place, source, template_id)
+    return LoadedModel(identity, problem_type, steered, tokens, dtype_name, place, source, template_id, earlier)
 
 
 def few_shot(
@@ -277,10 +277,19 @@ def _dtype(dtype: DType, place: torch.device, config: Any) -> torch.dtype:
     return chosen
 
 
+def _config_file(source: str, revision: str | None) -> Path:
+    return Path(_read(source, lambda: cached_file(source, "config.json", revision=revision)))
+
+
+def _said(source: str, revision: str | None) -> dict[str, Any]:
+    """What the checkpoint's config file says, without the defaults of the library."""
+    said: dict[str, Any] = json.loads(_config_file(source, revision).read_bytes())
+    return said
+
+
 def _weight_files(source: str, revision: str | None, allow_pickle: bool) -> list[Path]:
     """The checkpoint's weight files, by name."""
-    config_file = _read(source, lambda: cached_file(source, "config.json", revision=revision))
-    directory = Path(config_file).parent
+    directory = _config_file(source, revision).parent
 
     def fetch(name: str) -> str | None:
         found: str | None = cached_file(source, name, revision=revision, _raise_exceptions_for_missing_entries=False)
@@ -303,23 +312,6 @@ def _weight_files(source: str, revision: str | None, allow_pickle: bool) -> list
         f"{source} has no safetensors weights"
         + ("" if allow_pickle else "; pass --allow-pickle only if you trust where its pickled weights come from")
     )
-
-
-def _fingerprint(config: dict[str, Any], files: list[Path]) -> str:
-    """sha256 over what the config says and every byte of the weights, [0-9a-f]{64}."""
-    digest = hashlib.sha256()
-    said = {key: value for key, value in config.items() if key not in _VOLATILE}
-    digest.update(json.dumps(said, sort_keys=True, default=str).encode())
-    for file in files:
-        for chunk in _chunks(file):
-            digest.update(chunk)
-    return digest.hexdigest()
-
-
-def _chunks(file: Path, size: int = 1 << 22) -> Iterator[bytes]:
-    with file.open("rb") as stream:
-        while chunk := stream.read(size):
-            yield chunk
 
 
 def _max_tokens(tokenizer: Any, config: Any, family: Family, pad: int) -> int:

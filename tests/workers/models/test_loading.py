@@ -1,6 +1,7 @@
 """Loading takes safetensors with a trained head, gives a fingerprint of config and weights, and has clear errors."""
 
 import copy
+import hashlib
 import json
 import shutil
 from collections.abc import Callable
@@ -9,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file
-from transformers import AutoConfig, AutoModel, AutoTokenizer
+from transformers import AutoConfig, AutoModel, AutoTokenizer, BertConfig
 
 from tests.workers.checkpoints import LABELS, SENTENCES, save_tiny
 from workers.models.errors import CheckpointError, EmptyText, TextTooLong, UnknownToken, UnsupportedModel
@@ -41,6 +42,35 @@ def test_fingerprint_depends_on_config_and_weights_only(checkpoint: Path, tmp_pa
     assert load_model(str(copy), device="cpu").identity.fingerprint != first
     other = save_tiny("bert", tmp_path / "other", labels=("a", "b", "c", "d"))
     assert load_model(str(other), device="cpu").identity.fingerprint != first
+
+
+def test_fingerprint_hashes_what_the_checkpoint_says(checkpoint: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Defaults of the library are no part of it: a new release may add some."""
+    before = load_model(str(checkpoint), device="cpu")
+    said = json.loads((checkpoint / "config.json").read_text())
+    for left_out in ("_name_or_path", "transformers_version", "dtype", "torch_dtype"):
+        said.pop(left_out, None)
+    weights = (checkpoint / "model.safetensors").read_bytes()
+    assert (
+        before.identity.fingerprint == hashlib.sha256(json.dumps(said, sort_keys=True).encode() + weights).hexdigest()
+    )
+    monkeypatch.setattr(BertConfig, "of_a_new_release", 7, raising=False)
+    whole = BertConfig.to_dict
+    monkeypatch.setattr(BertConfig, "to_dict", lambda self: whole(self) | {"of_a_new_release": 7})
+    after = load_model(str(checkpoint), device="cpu")
+    assert after.identity.fingerprint == before.identity.fingerprint
+    assert after.earlier_fingerprint != before.earlier_fingerprint
+
+
+def test_fingerprint_of_earlier_versions_is_known(checkpoint: Path) -> None:
+    model = load_model(str(checkpoint), device="cpu")
+    whole = AutoConfig.from_pretrained(checkpoint).to_dict()
+    for left_out in ("_name_or_path", "transformers_version", "dtype", "torch_dtype"):
+        whole.pop(left_out, None)
+    weights = (checkpoint / "model.safetensors").read_bytes()
+    hashed = hashlib.sha256(json.dumps(whole, sort_keys=True, default=str).encode() + weights).hexdigest()
+    assert model.earlier_fingerprint == model.facts.earlier_fingerprint == hashed
+    assert hashed != model.identity.fingerprint
 
 
 def test_pickled_weights_are_rejected_unless_allowed(checkpoint: Path) -> None:
