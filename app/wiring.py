@@ -34,11 +34,12 @@ from workers.evaluation.files import write as write_evaluation
 from workers.evaluation.measure import measure
 from workers.evaluation.perplexity import check_perplexity, with_perplexity
 from workers.evaluation.settings import EvaluationSettings
-from workers.fitting.corpus import Corpus, check_apart, check_source, load_corpus, load_label_map, match_labels
+from workers.fitting.corpus import Corpus, check_apart, load_corpus, match_labels
 from workers.fitting.errors import CorpusError
 from workers.fitting.fit import CHECKPOINT_SECONDS, FitProgress, Fitted
 from workers.fitting.fit import fit as _fit
 from workers.fitting.rows import Table
+from workers.fitting.sources import check_source, load_label_map
 from workers.models.loading import LoadedModel, load_model, use_threads
 from workers.training.scratch import NewModel
 from workers.training.train import TrainReport, TrainSettings

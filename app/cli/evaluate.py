@@ -187,8 +187,14 @@ def evaluate(
     out = out or settings.reports / _name_of(chosen, everything)
     if out.exists() and not out.is_dir():
         raise typer.BadParameter(f"{out} is a file, not a directory", param_hint="--out")
+    from app.inputs import check_model, check_texts
+
+    check_texts(learned, test, selection, cluster=cluster)
+    check_model(chosen, cluster)
     try:
         with progress("rows") as report, _store_for(range_set, settings) as store:
+            if store is not None and range_set is not None:
+                store.provenance(range_set)  # one that is not published should be known before a model is loaded for it
             report("loading the model", 0, 0)
             from app.wiring import evaluate_model  # here, because it loads torch
 

@@ -90,6 +90,10 @@ def fit(
         template=template,
         scoring=scoring,
     )
+    from app.inputs import check_model, check_texts
+
+    check_texts(corpus, cluster=cluster)
+    check_model(ModelChoice.of(settings), cluster)
     with store_of(settings, None, publishes=True) as store:
         store.peek()  # a store that is away should be known before the work, not after it
         settings = settings.model_copy(update={"dtype": _dtype(settings.dtype, store)})

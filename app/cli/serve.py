@@ -12,6 +12,7 @@ from app.cli.console import hint, progress, say
 from app.cli.exits import FAILED, UNREACHABLE, USAGE, CommandError
 from app.cli.listening import address_of, bind, fit_command, guarded, keys_create, listen, metrics_apart, observed
 from app.cli.stores import settings_with
+from app.jobs import ModelChoice
 
 if TYPE_CHECKING:
     from app.service import Service
@@ -217,6 +218,9 @@ def serve(
 
                 services = stack.enter_context(open_fleet(settings, redeploy=redeploy))
             else:
+                from app.inputs import check_model
+
+                check_model(ModelChoice.of(settings))
                 report("loading the model", 0, 0)
                 from app.wiring import open_service  # here, because it loads torch
 

@@ -11,7 +11,7 @@ from app.cli import options
 from app.cli.console import hint, print_json, progress, say
 from app.cli.exits import INTERRUPTED
 from app.cli.stores import settings_with
-from app.jobs import CorpusChoice, NewModelChoice
+from app.jobs import CorpusChoice, ModelChoice, NewModelChoice
 
 NEW_PANEL = "New model"
 
@@ -88,6 +88,13 @@ def train(
         )
     if out.exists() and not out.is_dir():
         raise typer.BadParameter(f"{out} is a file, not a directory", param_hint="--out")
+    if not overwrite and out.is_dir() and any(out.iterdir()):
+        raise typer.BadParameter(f"{out} is not empty: choose another, or pass --overwrite", param_hint="--out")
+    from app.inputs import check_model, check_texts
+
+    check_texts(learned, held_out)
+    if base is not None:
+        check_model(ModelChoice(base))
     try:
         with progress("steps") as report:
             report("loading model and data", 0, 0)

@@ -183,7 +183,8 @@ def test_an_unexpected_error_is_one_log_line_and_one_error_line(
         raise ZeroDivisionError(SECRET)
 
     monkeypatch.setattr("app.wiring.open_service", broken)
-    code = run(["serve", "--model", "x", "--port", "0", "--data-dir", str(tmp_path)])
+    (tmp_path / "config.json").touch()
+    code = run(["serve", "--model", str(tmp_path), "--port", "0", "--data-dir", str(tmp_path)])
     *lines, last = capsys.readouterr().err.splitlines()
     assert code == 1
     assert last.startswith("error: a fault of the program (ZeroDivisionError)")

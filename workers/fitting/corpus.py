@@ -1,7 +1,6 @@
 """Labelled texts in blocks: of files or a hub name, memory-mapped; or of whatever else gives `Table`s."""
 
 import hashlib
-import json
 import logging
 import re
 from collections import Counter
@@ -17,10 +16,11 @@ import numpy.typing as npt
 
 from workers.fitting.concepts import Concepts, LabelError
 from workers.fitting.errors import CorpusError
-from workers.fitting.files import files_of, is_hub, is_saved, reason_of, without_password
+from workers.fitting.files import is_hub, is_saved, reason_of, without_password
 from workers.fitting.known import KNOWN, KnownDataset
 from workers.fitting.row_sample import RowSample
 from workers.fitting.rows import BLOCK_ROWS, Files, Loaded, Rows, Table
+from workers.fitting.sources import check_source, known_dataset
 
 logger = logging.getLogger(__name__)
 
@@ -158,7 +158,7 @@ def load_corpus(
     """
     if dataset is None and source is not None and source in KNOWN and is_hub(source):
         source, dataset = None, source
-    known = _known(dataset)
+    known = known_dataset(dataset)
     place = without_password(source or f"{dataset}")
     of_hub = table is None and (source is None or is_hub(source))
     if table is None:
@@ -201,32 +201,6 @@ def load_corpus(
     return corpus
 
 
-def load_label_map(path: Path) -> dict[str, str]:
-    """A JSON object of names in the data to names of the model.
-
-    Raises:
-        CorpusError: it is no such object.
-    """
-    try:
-        content = json.loads(path.read_text("utf-8"))
-    except (OSError, ValueError) as error:
-        raise CorpusError(f"cannot read the label map {path}: {error}") from error
-    if not isinstance(content, dict) or not all(isinstance(value, str) for value in content.values()):
-        raise CorpusError(f'the label map {path} must be one JSON object of names, such as {{"neg": "negative"}}')
-    return content
-
-
-def check_source(source: str | None) -> None:
-    """Raises CorpusError if `source` names a file that is not there: known before a model is loaded for it."""
-    if source is None or is_hub(source) or is_saved(source):
-        return
-    if "://" in source:
-        raise CorpusError(
-            f"{without_password(source)}: only files of this machine are read here; with --ray, addresses too"
-        )
-    files_of(source)
-
-
 def match_labels(concepts: Sequence[str], labels: Sequence[str]) -> None:
     """Raises CorpusError, listing both sides, unless every concept is a label of the model."""
     unmatched = [concept for concept in concepts if concept not in labels]
@@ -267,14 +241,6 @@ def _shared(measured: Corpus, learned: Corpus) -> int:
 
 def _digest(text: str) -> bytes:
     return hashlib.blake2b(text.encode("utf-8", "surrogatepass"), digest_size=12).digest()
-
-
-def _known(dataset: str | None) -> KnownDataset | None:
-    if dataset is None:
-        return None
-    if dataset not in KNOWN:
-        raise CorpusError(f"no data set {dataset!r} is known by name; known: {', '.join(KNOWN)}")
-    return KNOWN[dataset]
 
 
 def _column(table: Table, of_dataset: str | None, usual: str) -> str:

@@ -97,7 +97,7 @@ def test_fit_reads_other_field_names_and_a_label_map(cli: Cli, tiny: Path, tmp_p
         (["--text-field", "body"], 2, "'body'"),
         (["--label-map", "nowhere.json"], 2, "nowhere.json"),
         (["--device", "nonsense"], 2, "no device 'nonsense'"),
-        (["--model", "nowhere/at/all"], 2, "cannot load"),
+        (["--model", "nowhere/at/all"], 2, "no such directory"),
         (["--redis-url", "redis://127.0.0.1:1"], 3, "Redis cannot be reached"),
     ],
 )

@@ -8,8 +8,9 @@ import pytest
 
 from tests.workers.checkpoints import LABELS
 from tests.workers.texts import labelled_texts, write_jsonl
-from workers.fitting.corpus import Corpus, check_apart, load_corpus, load_label_map, match_labels
+from workers.fitting.corpus import Corpus, check_apart, load_corpus, match_labels
 from workers.fitting.errors import CorpusError
+from workers.fitting.sources import load_label_map
 
 ROWS = [*labelled_texts(25, seed=0), ('odd, "quoted"\ttext\nwith é 漢字 🏆', "World")]
 

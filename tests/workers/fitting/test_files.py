@@ -20,9 +20,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from workers.fitting import rows
-from workers.fitting.corpus import check_source, load_corpus
+from workers.fitting.corpus import load_corpus
 from workers.fitting.errors import CorpusError
 from workers.fitting.files import columns_of, files_of, kind_of, labels_of, tables, texts_of
+from workers.fitting.sources import check_source
 
 Pairs = list[tuple[Any, Any]]
 

@@ -1,0 +1,65 @@
+"""What a corpus is made of besides its rows: the files, data set and label map that were named. Without torch."""
+
+import json
+from pathlib import Path
+
+from workers.fitting.errors import CorpusError
+from workers.fitting.files import files_of, is_hub, is_saved, without_password
+from workers.fitting.known import KNOWN, KnownDataset
+
+HUB_SECONDS = 10.0
+"""How long the hub may take to say whether it has a data set."""
+
+
+def check_source(source: str | None) -> None:
+    """Raises CorpusError if `source` names a file that is not there: known before a model is loaded for it."""
+    if source is None or is_hub(source) or is_saved(source):
+        return
+    if "://" in source:
+        raise CorpusError(
+            f"{without_password(source)}: only files of this machine are read here; with --ray, addresses too"
+        )
+    files_of(source)
+
+
+def check_on_hub(source: str) -> None:
+    """Raises CorpusError if the hub says that it has no such data set. Not reached, it says nothing."""
+    from huggingface_hub import HfApi
+    from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError
+
+    try:
+        HfApi().dataset_info(source, timeout=HUB_SECONDS)
+    except GatedRepoError:
+        return
+    except RepositoryNotFoundError:
+        raise CorpusError(f"no such file or directory: {source}, nor a data set of that name on the hub") from None
+    except Exception:  # of whatever makes the connection; reading will say so, if it needs the hub
+        return
+
+
+def known_dataset(name: str | None) -> KnownDataset | None:
+    """One of the paper's data sets; None: none was named.
+
+    Raises:
+        CorpusError: there is none of that name.
+    """
+    if name is None:
+        return None
+    if name not in KNOWN:
+        raise CorpusError(f"no data set {name!r} is known by name; known: {', '.join(KNOWN)}")
+    return KNOWN[name]
+
+
+def load_label_map(path: Path) -> dict[str, str]:
+    """A JSON object of names in the data to names of the model.
+
+    Raises:
+        CorpusError: it is no such object.
+    """
+    try:
+        content = json.loads(path.read_text("utf-8"))
+    except (OSError, ValueError) as error:
+        raise CorpusError(f"cannot read the label map {path}: {error}") from error
+    if not isinstance(content, dict) or not all(isinstance(value, str) for value in content.values()):
+        raise CorpusError(f'the label map {path} must be one JSON object of names, such as {{"neg": "negative"}}')
+    return content
