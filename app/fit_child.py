@@ -29,9 +29,9 @@ _PHASES = {"loading the model": "loading", "reading the texts": "reading"}
 
 def begin(job: Path) -> "JobProgress":
     """Take the priority of the settings, watch for the server's end, and say that the job is under way."""
-    from app.settings import Settings  # here, because every command imports this module
+    from app.cli.stores import settings_with  # here, because every command imports this module
 
-    os.nice(Settings().fit_niceness)
+    os.nice(settings_with().fit_niceness)
     threading.Thread(target=_end_with_server, name="server-watch", daemon=True).start()
     return JobProgress(job)
 

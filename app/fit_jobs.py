@@ -20,7 +20,7 @@ from typing import Any, Final, Literal, get_args
 from filelock import FileLock
 from pydantic import BaseModel, ConfigDict, ValidationError
 
-from range_store.whole_files import remove_leftovers, written_whole
+from range_store.whole_files import private_directory, remove_leftovers, written_whole
 
 State = Literal["queued", "running", "cancelling", "cancelled", "failed", "done"]
 STATES: Final = get_args(State)
@@ -167,7 +167,7 @@ class FitJobs:
 
     @contextmanager
     def _taking(self) -> Iterator[None]:
-        self.directory.mkdir(mode=0o700, parents=True, exist_ok=True)
+        private_directory(self.directory)
         with FileLock(self.directory / f"{self._named}.taking", timeout=10):
             yield
 

@@ -21,6 +21,7 @@ from range_store.errors import RangeStoreError, StoreUnavailable
 from range_store.mirror import Mirror
 from range_store.range_set import check_dtype
 from range_store.store import RangeStore
+from range_store.whole_files import private_directory
 
 logger = logging.getLogger(__name__)
 
@@ -113,7 +114,7 @@ class FitRunner:
     def _mine(self) -> bool:
         if self._lock.is_locked:
             return True
-        self._jobs.directory.mkdir(mode=0o700, parents=True, exist_ok=True)
+        private_directory(self._jobs.directory)
         with suppress(Timeout):
             self._lock.acquire()
             self._jobs.forget_old()

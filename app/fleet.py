@@ -60,13 +60,7 @@ def open_fleet(
         StoreUnavailable: Redis cannot be reached.
     """
     assert settings.ray is not None
-    if settings.fits:
-        raise ClusterError(
-            "a server on Ray takes no fits: unset NEURONLENS_FIT_DIRS and NEURONLENS_FIT_HUB, and use `neuronlens fit`"
-        )
     private = settings.ray == PRIVATE
-    if settings.redis_url is None and not private:
-        raise ClusterError("every node needs the store: pass --redis-url, at an address that all of them reach")
     models = settings.per_model()
     with ExitStack() as stack:
         client = stack.enter_context(connect(**settings.redis))

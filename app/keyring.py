@@ -8,6 +8,7 @@ from pathlib import Path
 from app.rates import rate
 from range_store.api_keys import ApiKey, Keys, KeyStore, Scope
 from range_store.errors import RangeStoreError
+from range_store.whole_files import private_directory
 
 logger = logging.getLogger(__name__)
 
@@ -113,7 +114,7 @@ class Keyring:
         self._required = True
         if self._memory is not None and not self._memory.exists():
             try:
-                self._memory.parent.mkdir(parents=True, exist_ok=True)
+                private_directory(self._memory.parent)
                 self._memory.touch(mode=0o600)
             except OSError as error:
                 logger.warning(

@@ -1,16 +1,20 @@
 """Configuration: the one place where it enters, from `NEURONLENS_…` variables or from the command line's options."""
 
+import json
+import re
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self, cast
 
 from platformdirs import user_data_path
-from pydantic import Field, SecretStr, field_validator, model_validator
-from pydantic_settings import BaseSettings, SettingsConfigDict
+from pydantic import BeforeValidator, Field, SecretStr, field_validator, model_validator
+from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
 
 from app.jobs import ModelChoice
 from app.rates import rate
 
 LOOPBACK = ("127.0.0.1", "localhost", "::1")
+_ORIGIN = re.compile(r"[a-z][a-z0-9+.-]*://([a-z0-9._-]+|\[[0-9a-f:.]+\])(:[0-9]{1,5})?")
+"""What browsers send as `Origin`: lower case, no path."""
 
 
 def usual_data_dir() -> Path | None:
@@ -21,13 +25,29 @@ def usual_data_dir() -> Path | None:
         return None
 
 
+def _entries(value: object) -> object:
+    """The entries of a list in an environment variable: separated by commas, or a JSON list."""
+    if not isinstance(value, str):
+        return value
+    if not value.lstrip().startswith("["):
+        return tuple(entry.strip() for entry in value.split(",") if entry.strip())
+    try:
+        return json.loads(value)
+    except ValueError:
+        raise ValueError('begins as a JSON list does but is none: write a,b or ["a", "b"]') from None
+
+
+Strings = Annotated[tuple[str, ...], NoDecode, BeforeValidator(_entries)]
+Paths = Annotated[tuple[Path, ...], NoDecode, BeforeValidator(_entries)]
+
+
 class Settings(BaseSettings):
     """Every setting is also the environment variable `NEURONLENS_` + its name in capitals.
 
     `docs/configuration.md` lists them; a test holds it against this class.
     """
 
-    model_config = SettingsConfigDict(env_prefix="NEURONLENS_", extra="ignore", frozen=True)
+    model_config = SettingsConfigDict(env_prefix="NEURONLENS_", extra="ignore", frozen=True, allow_inf_nan=False)
 
     redis_url: str | None = Field(
         None,
@@ -42,7 +62,8 @@ class Settings(BaseSettings):
     data_dir: Path = Field(
         default_factory=lambda: cast(Path, usual_data_dir()),  # None is refused below
         validate_default=True,
-        description="where the private Redis, fits under way and the demo are kept; unset: the user's data directory",
+        description="where the private Redis, fits under way and the demo are kept; unset: the user's data directory. "
+        "What is made of it is open to its owner only (mode 0700)",
     )
     reports_dir: Path | None = Field(
         None,
@@ -60,8 +81,10 @@ class Settings(BaseSettings):
     rate_limit: str | None = Field(
         None, description="calls of one key, like `600/minute`, unless the key has a limit of its own; unset: no limit"
     )
-    cors_origins: tuple[str, ...] = Field(
-        (), description="origins whose pages a browser lets call the server, as a JSON list; empty: none"
+    cors_origins: Strings = Field(
+        (),
+        description="origins whose pages a browser lets call the server, like `https://console.example`, separated by "
+        "commas or as a JSON list; empty: none",
     )
     metrics_port: Annotated[int, Field(ge=0, le=65535)] | None = Field(
         None, description="port of its own for `/metrics`, which is then on no other"
@@ -70,9 +93,10 @@ class Settings(BaseSettings):
     model: str | None = Field(None, description="checkpoint to serve: a directory, or a name on the hub")
     revision: str | None = Field(None, description="revision of a checkpoint on the hub")
     name: str | None = Field(None, description="what to call the model; unset: the checkpoint's own name")
-    also: tuple[str, ...] = Field(
+    also: Strings = Field(
         (),
-        description="further models to serve beside it, as a JSON list of `NAME=CHECKPOINT`; only with `--ray`. "
+        description="further models to serve beside it: `NAME=CHECKPOINT`, separated by commas or as a JSON list; only "
+        "with `--ray`. "
         "They have its settings but for `revision` and `template`, which are of the first",
     )
     device: str = Field("auto", description="where to run the model: `auto`, `cpu`, `cuda`, …")
@@ -175,9 +199,10 @@ class Settings(BaseSettings):
         description="of these, seconds for which new connections are answered (503) after SIGTERM even if nothing is "
         "left to do: as long as a load balancer takes to see it. Ctrl-C does not wait",
     )
-    fit_dirs: tuple[Path, ...] = Field(
+    fit_dirs: Paths = Field(
         (),
-        description="directories, as a JSON list, whose files `POST /v1/fits` may read; empty: none. "
+        description="directories, separated by commas or as a JSON list, whose files `POST /v1/fits` may read; empty: "
+        "none. "
         "Unless this or `fit_hub` is set, a server takes no fits",
     )
     fit_hub: bool = Field(False, description="let `POST /v1/fits` read data sets of the hub")
@@ -220,6 +245,17 @@ class Settings(BaseSettings):
             rate(value)
         return value
 
+    @field_validator("cors_origins")
+    @classmethod
+    def _named_origins(cls, value: tuple[str, ...]) -> tuple[str, ...]:
+        for each in value:
+            if not _ORIGIN.fullmatch(each):
+                raise ValueError(
+                    f"{each!r} is not an origin: expected scheme and host as browsers send them, in lower case and "
+                    "without a path, like https://console.example or http://localhost:3000"
+                )
+        return value
+
     @field_validator("also")
     @classmethod
     def _named_checkpoints(cls, value: tuple[str, ...]) -> tuple[str, ...]:
@@ -244,7 +280,8 @@ class Settings(BaseSettings):
     def _polled_before_it_is_old(self) -> Self:
         if self.max_snapshot_age is not None and self.max_snapshot_age <= self.poll_seconds:
             raise ValueError(
-                f"max_snapshot_age ({self.max_snapshot_age:g}) must be more than poll_seconds ({self.poll_seconds:g})"
+                f"NEURONLENS_MAX_SNAPSHOT_AGE ({self.max_snapshot_age:g}) must be more than NEURONLENS_POLL_SECONDS "
+                f"({self.poll_seconds:g})"
             )
         return self
 

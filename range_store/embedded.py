@@ -13,7 +13,7 @@ from redis.backoff import ExponentialBackoff
 from redis.retry import Retry
 
 from range_store.embedded_server import EmbeddedServer
-from range_store.errors import StoreUnavailable
+from range_store.errors import InvalidStoreAddress, StoreUnavailable
 from range_store.failures import reaching_redis
 
 ANSWER_TIMEOUT = 2.0
@@ -44,14 +44,15 @@ def connect(
         timeout: seconds that Redis may be silent; `TRANSFER_TIMEOUT` for who publishes range sets.
 
     Raises:
-        StoreUnavailable: no such URL, or the embedded Redis cannot be started.
+        InvalidStoreAddress: no such URL, or no such file of certificates.
+        StoreUnavailable: the embedded Redis cannot be started.
     """
     if not url:
         return EmbeddedRedis.open(directory, timeout)
     given: dict[str, Any] = {"username": username, "password": password}
     if url.startswith("rediss://"):
         if ca_file is not None and not ca_file.is_file():
-            raise StoreUnavailable(f"NEURONLENS_REDIS_CA_FILE: {ca_file} is no file")
+            raise InvalidStoreAddress(f"NEURONLENS_REDIS_CA_FILE: {ca_file} is no file")
         given["ssl_ca_certs"] = str(ca_file) if ca_file else None
     try:
         return redis.Redis.from_url(
@@ -62,7 +63,7 @@ def connect(
             **_patience(timeout),
         )
     except (ValueError, redis.RedisError):  # not quoted: the URL may hold a password
-        raise StoreUnavailable(
+        raise InvalidStoreAddress(
             "NEURONLENS_REDIS_URL is no Redis URL: it must be like redis://host:6379/0, rediss://… or unix:///path"
         ) from None
 

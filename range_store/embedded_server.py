@@ -25,6 +25,7 @@ from redis.backoff import NoBackoff
 from redis.retry import Retry
 
 from range_store.errors import StoreUnavailable
+from range_store.whole_files import private_directory
 
 SOCKET_PATH_LIMIT = 100
 """Bytes that every system takes as the path of a unix socket (Linux 107, macOS 103)."""
@@ -49,7 +50,7 @@ class EmbeddedServer:
     def __init__(self, directory: Path) -> None:
         self.directory = directory.absolute()
         with self._touching_files():
-            self.directory.mkdir(mode=0o700, parents=True, exist_ok=True)
+            private_directory(self.directory)
             if not os.access(self.directory, os.W_OK | os.X_OK):
                 raise PermissionError(0, "not writable")
             self.directory = self.directory.resolve()

@@ -122,3 +122,7 @@ class UnknownKey(RangeStoreError):
 
 class StoreUnavailable(RangeStoreError):
     """Redis cannot be reached, or refuses to write."""
+
+
+class InvalidStoreAddress(StoreUnavailable):
+    """What says how to reach Redis cannot be used, whatever Redis does."""

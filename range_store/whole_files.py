@@ -1,4 +1,4 @@
-"""Files that are there whole or not at all, and errors that name them."""
+"""Files that are there whole or not at all, errors that name them, and directories that only their owner can enter."""
 
 import os
 import re
@@ -13,6 +13,18 @@ from safetensors import SafetensorError
 _PARTIAL = re.compile(r"\.(\d+)\.partial$")
 _OS_ERROR = re.compile(r"\(os error (\d+)\)")
 """How safetensors tells what the system said."""
+
+
+def private_directory(path: Path) -> None:
+    """Make a directory, and the missing ones above it, that only its owner can enter (mode 0700).
+
+    One that exists keeps its mode: whoever made it may have opened it to a group on purpose.
+    """
+    try:
+        path.mkdir(mode=0o700, exist_ok=True)
+    except FileNotFoundError:
+        private_directory(path.parent)
+        path.mkdir(mode=0o700, exist_ok=True)
 
 
 @contextmanager

@@ -19,6 +19,7 @@ from app.jobs import CorpusChoice, ModelChoice
 from range_store.erasure import RANKINGS
 from range_store.range_set import CorpusIdentity, ProbeSettings
 from range_store.store import RangeStore
+from range_store.whole_files import private_directory
 
 if TYPE_CHECKING:
     from app.settings import Settings
@@ -184,7 +185,9 @@ def evaluate(
             raise typer.BadParameter(f"these are the texts of {option}: name others", param_hint="--test-data")
     chosen = ModelChoice.of(settings)
     everything = (chosen, learned, test, selection, range_set, settings_of_grid, settings_of_fit, perplexity)
-    out = out or settings.reports / _name_of(chosen, everything)
+    if out is None:
+        out = settings.reports / _name_of(chosen, everything)
+        private_directory(settings.reports)
     if out.exists() and not out.is_dir():
         raise typer.BadParameter(f"{out} is a file, not a directory", param_hint="--out")
     from app.inputs import check_model, check_texts

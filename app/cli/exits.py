@@ -29,6 +29,7 @@ EXIT_CODES: Final = {
     "range_store.errors.NotFitted": USAGE,
     "range_store.errors.InvalidRangeSet": FAILED,
     "range_store.errors.InvalidKey": USAGE,
+    "range_store.errors.InvalidStoreAddress": USAGE,
     "range_store.errors.StoreUnavailable": UNREACHABLE,
     "range_store.errors.RangeStoreError": CONFLICT,
     "app.tracing.TracesUnavailable": USAGE,

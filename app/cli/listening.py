@@ -45,13 +45,13 @@ def guarded(settings: "Settings") -> "Settings":
         return settings
     from range_store.api_keys import KeyStore
     from range_store.embedded import connect
-    from range_store.errors import StoreUnavailable
+    from range_store.errors import InvalidStoreAddress, StoreUnavailable
 
     try:
         with connect(**settings.redis) as client:
             exist = KeyStore(client).read() is not None
     except StoreUnavailable as error:
-        if settings.redis_url is None:
+        if settings.redis_url is None or isinstance(error, InvalidStoreAddress):
             raise
         hint(f"{error}; every call is refused until the API keys are read")
         exist = True
@@ -99,8 +99,9 @@ def metrics_apart(settings: "Settings", app: "FastAPI") -> Iterator[str | None]:
     where = f"{host}:{settings.metrics_port}"
     try:
         server, thread = start_metrics_server(settings.metrics_port, host, app.state.registry, app.state.served)
-    except OSError as error:
-        raise CommandError(f"cannot serve metrics at {where}: {error.strerror}", FAILED) from None
+    except (OSError, UnicodeError) as error:
+        bad = isinstance(error, UnicodeError | socket.gaierror) or error.errno == errno.EADDRNOTAVAIL
+        raise CommandError(f"cannot serve metrics at {where}: {_reason(error)}", USAGE if bad else FAILED) from None
     try:
         yield f"http://{host}:{server.server_port}/metrics"
     finally:
@@ -120,8 +121,8 @@ def bind(settings: "Settings") -> socket.socket:
         family, kind, protocol, _, address = socket.getaddrinfo(
             settings.host, settings.port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
         )[0]
-    except OSError as error:
-        raise CommandError(f"no such address: {settings.host} ({error.strerror})", USAGE) from None
+    except (OSError, UnicodeError) as error:  # a name that no host can have is no OSError
+        raise CommandError(f"no such address: {settings.host} ({_reason(error)})", USAGE) from None
     bound = socket.socket(family, kind, protocol)
     try:
         bound.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
@@ -130,8 +131,13 @@ def bind(settings: "Settings") -> socket.socket:
         bound.close()
         if error.errno == errno.EADDRINUSE:
             raise CommandError(f"{where} is taken: stop what listens there, or choose another --port", FAILED) from None
-        raise CommandError(f"cannot listen at {where}: {error.strerror}", FAILED) from None
+        code = USAGE if error.errno == errno.EADDRNOTAVAIL else FAILED
+        raise CommandError(f"cannot listen at {where}: {error.strerror}", code) from None
     return bound
+
+
+def _reason(error: Exception) -> str:
+    return error.strerror if isinstance(error, OSError) and error.strerror else str(error)
 
 
 def address_of(bound: socket.socket) -> str:

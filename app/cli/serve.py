@@ -207,6 +207,13 @@ def serve(
         raise CommandError("--also (NEURONLENS_ALSO) needs --ray: one process alone serves one model", USAGE)
     if settings.ray is None and (settings.replicas is not None or redeploy):
         raise CommandError("--replicas and --redeploy need --ray: one process has one engine", USAGE)
+    if settings.ray is not None and settings.fits:
+        raise CommandError(
+            "a server on Ray takes no fits: unset NEURONLENS_FIT_DIRS and NEURONLENS_FIT_HUB, and use `neuronlens fit`",
+            USAGE,
+        )
+    if settings.ray not in (None, options.PRIVATE_CLUSTER) and settings.redis_url is None:
+        raise CommandError("every node needs the store: pass --redis-url, at an address that all of them reach", USAGE)
     with ExitStack() as stack:
         stack.enter_context(observed(settings))
         settings = guarded(settings)

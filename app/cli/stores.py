@@ -17,7 +17,7 @@ def settings_with(**overrides: Any) -> "Settings":
     """The settings of the environment, with the options that were given in their place.
 
     Raises:
-        CommandError: a setting is unusable; names it.
+        CommandError: settings are unusable; names each by its option or variable.
     """
     from pydantic import ValidationError
 
@@ -27,9 +27,12 @@ def settings_with(**overrides: Any) -> "Settings":
     try:
         return Settings(**given)
     except ValidationError as error:
-        first = error.errors()[0]
-        name = ".".join(map(str, first["loc"])) or "settings"
-        raise CommandError(f"{name}: {first['msg'].removeprefix('Value error, ')}", USAGE) from None
+        problems: dict[str, str] = {}  # one of each setting: a union tells of every member
+        for each in error.errors():
+            name = str(each["loc"][0]) if each["loc"] else ""
+            option = f"--{name.replace('_', '-')}: " if name in given else f"NEURONLENS_{name.upper()}: "
+            problems.setdefault(name, (option if name else "") + each["msg"].removeprefix("Value error, "))
+        raise CommandError("; ".join(problems.values()), USAGE) from None
 
 
 @contextmanager

@@ -1,6 +1,7 @@
 """The keys that one server knows: they stay in force whatever happens to Redis."""
 
 import logging
+import stat
 import time
 from pathlib import Path
 
@@ -47,7 +48,7 @@ def test_revoked_and_expired_keys_are_rejected(store: KeyStore) -> None:
 def test_keys_that_redis_loses_stay_in_force_and_survive_a_restart_as_a_lockout(
     store: KeyStore, own_redis: EmbeddedRedis, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    memory = memory_of(tmp_path, "redis")
+    memory = memory_of(tmp_path / "new", "redis")
     keyring = Keyring(store, memory=memory)
     _, token = store.create("app", ["infer"])
     keyring.refresh()
@@ -56,6 +57,8 @@ def test_keys_that_redis_loses_stay_in_force_and_survive_a_restart_as_a_lockout(
         keyring.refresh()
     assert keyring.identify(token).name == "app"
     assert [record.levelno for record in caplog.records if LOST in record.message] == [logging.ERROR]
+    for private in (tmp_path / "new", memory.parent):
+        assert stat.S_IMODE(private.stat().st_mode) == 0o700
     started_again = Keyring(store, memory=memory)
     started_again.refresh()
     assert started_again.in_force

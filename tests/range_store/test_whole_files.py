@@ -1,5 +1,6 @@
-"""Files are replaced atomically, and partial files of killed processes are removed."""
+"""Files are replaced atomically, partial files of killed processes are removed, and directories are private."""
 
+import stat
 import subprocess
 import sys
 import threading
@@ -10,7 +11,19 @@ import numpy as np
 import pytest
 from safetensors.numpy import save_file
 
-from range_store.whole_files import remove_leftovers, written_whole
+from range_store.whole_files import private_directory, remove_leftovers, written_whole
+
+
+def test_a_private_directory_and_those_made_above_it_are_their_owners_alone(tmp_path: Path) -> None:
+    tmp_path.chmod(0o755)
+    for _ in range(2):
+        private_directory(tmp_path / "a" / "b" / "c")
+        modes = [stat.S_IMODE((tmp_path / each).stat().st_mode) for each in ("a/b/c", "a/b", "a", ".")]
+        assert modes == [0o700, 0o700, 0o700, 0o755], "what is there keeps its mode"
+    (tmp_path / "file").touch()
+    with pytest.raises(NotADirectoryError) as caught:
+        private_directory(tmp_path / "file" / "data" / "fits")
+    assert caught.value.filename == str(tmp_path / "file" / "data" / "fits")
 
 
 def test_file_is_replaced_when_writing_ends(tmp_path: Path) -> None:

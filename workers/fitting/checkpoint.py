@@ -14,7 +14,7 @@ from safetensors import SafetensorError
 from safetensors.numpy import load_file, save_file
 
 from range_store.range_set import FitSettings, ModelIdentity
-from range_store.whole_files import remove_leftovers, written_whole
+from range_store.whole_files import private_directory, remove_leftovers, written_whole
 from workers.fitting.corpus import Corpus
 from workers.fitting.fitter import RangeFitter
 
@@ -69,7 +69,7 @@ class Checkpoint:
     def of(
         cls, directory: Path, model: ModelIdentity, corpus: Corpus, settings: FitSettings, seconds: float
     ) -> "Checkpoint":
-        directory.mkdir(parents=True, exist_ok=True)
+        private_directory(directory)
         remove_leftovers(directory, "fit-*")
         what = json.dumps([model.fingerprint, corpus.sha256, settings.model_dump(mode="json")])
         return cls(directory / f"fit-{hashlib.sha256(what.encode()).hexdigest()[:20]}.safetensors", seconds)

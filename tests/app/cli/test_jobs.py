@@ -3,6 +3,7 @@
 import csv
 import json
 import math
+import stat
 from collections import Counter
 from pathlib import Path
 
@@ -85,6 +86,10 @@ def test_fit_reads_other_field_names_and_a_label_map(cli: Cli, tiny: Path, tmp_p
     assert ended.exit_code == 0, ended.stderr
     assert ended.json["counts"] == expected
     assert tuple(ended.json["counts"]) == LABELS
+    kept = [each for each in ((tmp_path / "data"), *(tmp_path / "data").iterdir()) if each.is_dir()]
+    assert {each.name: stat.S_IMODE(each.stat().st_mode) for each in kept} == dict.fromkeys(
+        ("data", "fits", "redis"), 0o700
+    )
 
 
 @pytest.mark.parametrize(
@@ -315,10 +320,12 @@ def test_reports_go_to_the_data_directory_one_per_command(
     cli: Cli, tiny: Path, corpus: Path, held_out: Path, tmp_path: Path
 ) -> None:
     evaluate = ["evaluate", "--model", tiny, "--data", corpus, "--test-data", held_out, "--threads", "1"]
-    command = [*evaluate, "--data-dir", tmp_path, "--max-test-rows", "20", "--resamples", "0"]
+    command = [*evaluate, "--data-dir", tmp_path / "new", "--max-test-rows", "20", "--resamples", "0"]
     for _ in range(2):
         assert cli(*command).exit_code == 0
-    (first,) = list_reports(tmp_path / "reports")
+    for private in (tmp_path / "new", tmp_path / "new" / "reports"):
+        assert stat.S_IMODE(private.stat().st_mode) == 0o700
+    (first,) = list_reports(tmp_path / "new" / "reports")
     assert (first.state, first.run and first.run.model.id) == ("complete", tiny.name)
     assert cli(*command, "--method", "range").exit_code == 0
-    assert len(list_reports(tmp_path / "reports")) == 2
+    assert len(list_reports(tmp_path / "new" / "reports")) == 2

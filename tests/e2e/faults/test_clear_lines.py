@@ -25,7 +25,7 @@ from tests.workers.texts import labelled_texts, write_jsonl
 from workers.fitting.fit import Fitted
 from workers.models.loading import LoadedModel
 
-FAILED, UNREACHABLE = 1, 3
+FAILED, USAGE, UNREACHABLE = 1, 2, 3
 SMALL_DISK = 65536
 """Bytes."""
 FREQUENT_CHECKPOINTS = """
@@ -160,20 +160,37 @@ def test_data_directory_that_cannot_be_written_is_reported(
 
 
 @pytest.mark.parametrize(
-    ("url", "words"),
+    ("url", "code", "words"),
     [
-        ("http://127.0.0.1:6379", "must be like redis://host:6379/0"),
-        ("redis://127.0.0.1:port", "must be like redis://host:6379/0"),
-        ("redis://no-such-host.invalid:6379", "no-such-host.invalid:6379"),  # resolvers word the reason differently
-        ("redis://:secret@127.0.0.1:1", "127.0.0.1:1. Connection refused"),
-        ("unix:///no/such.sock", "/no/such.sock. No such file or directory"),
+        ("http://127.0.0.1:6379", USAGE, "must be like redis://host:6379/0"),
+        ("redis://:secret@127.0.0.1:port", USAGE, "must be like redis://host:6379/0"),
+        # resolvers word the reason differently
+        ("redis://no-such-host.invalid:6379", UNREACHABLE, "no-such-host.invalid:6379"),
+        ("redis://:secret@127.0.0.1:1", UNREACHABLE, "127.0.0.1:1. Connection refused"),
+        ("unix:///no/such.sock", UNREACHABLE, "/no/such.sock. No such file or directory"),
     ],
 )
 def test_wrong_redis_url_is_reported(
-    model: LoadedModel, data: Path, file: Path, url: str, words: str, fails: Fails
+    model: LoadedModel, data: Path, file: Path, url: str, code: int, words: str, fails: Fails
 ) -> None:
     for command in (fit_of(model, data), ["ranges", "import", file], ["erase", "on", "Sports", "--name", "tiny"]):
-        assert "secret" not in fails([*command, "--redis-url", url], UNREACHABLE, words)
+        assert "secret" not in fails([*command, "--redis-url", url], code, words)
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        (["--redis-url", "redis://127.0.0.1:port", "--host", "0.0.0.0"], "must be like redis://host:6379/0"),
+        (["--host", f"{'a' * 64}.example"], "no such address"),
+        (["--host", "192.0.2.1"], "cannot listen at 192.0.2.1:0"),
+        (["--ray", "auto"], "every node needs the store"),
+    ],
+)
+def test_settings_that_cannot_be_served_with_are_usage_errors(
+    options: list[str], words: str, fails: Fails, tmp_path: Path
+) -> None:
+    serve = ["serve", "--model", tmp_path / "none", "--port", "0", "--data-dir", tmp_path, "--insecure"]
+    fails([*serve, *options], USAGE, words)
 
 
 def test_wrong_redis_password_is_reported_without_it(
