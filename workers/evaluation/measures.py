@@ -90,7 +90,8 @@ def log_probabilities(logits: npt.NDArray[np.float32], head: Head) -> Floats:
     values = logits.astype(np.float64)
     if head == "sigmoid":
         either = np.concatenate([-values, values], axis=-1)
-        return -np.logaddexp(0.0, either)
+        both: Floats = -np.logaddexp(0.0, either)
+        return both
     shifted = values - values.max(axis=-1, keepdims=True)
     normal: Floats = shifted - np.log(np.exp(shifted).sum(axis=-1, keepdims=True))
     return normal

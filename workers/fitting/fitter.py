@@ -62,6 +62,7 @@ class RangeFitter:
             return of_block
         if self.edges is None:
             self.set_edges(states)
+        assert self.edges is not None
         of_row = np.array(concepts)
         for c, concept in enumerate(self.concepts):
             own = states[of_row == concept]

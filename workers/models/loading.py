@@ -44,8 +44,8 @@ _CHECK_TEXTS = ("A short one.", "A rather longer text, so that the first one is 
 class LoadedModel:
     """A classifier ready to be steered. `dtype` is the name of its parameters' type, e.g. "float32".
 
-    `template`: prompt template of a few-shot classifier, with its version, e.g. "ag_news@1". `earlier_fingerprint`: what
-    earlier versions had for the fingerprint of `identity`.
+    `template`: prompt template of a few-shot classifier, with its version, e.g. "ag_news@1".
+    `earlier_fingerprint`: what earlier versions had for the fingerprint of `identity`.
     """
 
     identity: ModelIdentity
