@@ -206,7 +206,8 @@ class ActivateIn(In):
 
     id: Annotated[str, Field(min_length=1, max_length=100)]
     force: bool = Field(
-        False, description="Drop live erasures that it cannot serve; take it though it was fitted in another dtype."
+        False,
+        description="Drop live erasures that it cannot serve, but for enforced ones; take it fitted in another dtype.",
     )
     reason: Reason | None = None
     model: str | None = None

@@ -14,7 +14,7 @@ class NeuronLensError(Exception):
       - NoAnswer: the server cannot be reached, or the connection broke
       - DeadlineExceeded (504): no answer within the timeout, by the server's clock or by the client's
       - NotEverywhere (504): a change with `wait="all"` is made, but some replicas do not follow it yet
-      - Refused (401, 403): no key, a wrong one, or one without the scope
+      - Refused (401, 403): no key, a wrong one, or one without the scope; an erasure below an enforced one
       - NotFound (404): no such concept, neuron, range set, model, job or path
       - Conflict (409): a range set of another model, an erasure that cannot be resolved, …
       - Stale (412): somebody changed the live state first

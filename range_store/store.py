@@ -163,22 +163,27 @@ class RangeStore(PublishedRangeSets):
         """Make a published range set the one that erasures are resolved on.
 
         Args:
-            force: drop live erasures that cannot be resolved on it; the audit names them.
+            force: drop live erasures that cannot be resolved on it, but for enforced ones; the audit names them.
 
         Raises:
             UnknownRangeSet: none of that id is published.
             InvalidRangeSet: it is corrupt.
-            UnresolvableErasure: a live erasure cannot be resolved on it, and `force` is not set.
+            UnresolvableErasure: a live erasure cannot be resolved on it, and `force` is not set, or it is enforced.
             StaleGeneration: the state is not at `if_match`.
         """
         candidate = self.read(range_set)
 
         def switch(state: LiveState, now: float) -> tuple[LiveState, Change]:
             why = {each.concept: why for each in state.erasures if (why := _unresolvable(candidate, each))}
-            if why and not force:
+            enforced = {
+                each.concept: why[each.concept] for each in state.erasures if each.enforced and each.concept in why
+            }
+            if why and (enforced or not force):
+                refusing = enforced or why
                 raise UnresolvableErasure(
-                    f"range set {range_set} cannot serve the live erasures of {', '.join(map(repr, why))} "
-                    f"({'; '.join(why.values())}): switch them off, or use force to drop them"
+                    f"range set {range_set} cannot serve the live erasures of {', '.join(map(repr, refusing))} "
+                    f"({'; '.join(refusing.values())}): switch them off"
+                    + (" first, since they are enforced" if enforced else ", or use force to drop them")
                 )
             kept = tuple(each for each in state.erasures if each.concept not in why)
             after = state.advanced(range_set, kept)

@@ -79,7 +79,11 @@ def show(
 def activate(
     id_: RangeSetId,
     force: Annotated[
-        bool, typer.Option("--force", help="Drop live erasures that it cannot serve; take it fitted in another dtype.")
+        bool,
+        typer.Option(
+            "--force",
+            help="Drop live erasures that it cannot serve, but for enforced ones; take it fitted in another dtype.",
+        ),
     ] = False,
     if_match: options.IfMatch = None,
     url: options.Url = None,

@@ -255,6 +255,17 @@ def test_range_set_without_a_live_concept_is_activated_only_by_force(active: Ran
         active.set_erasure(erasing("Sports", layers=(2,)))
 
 
+def test_not_even_force_drops_an_enforced_erasure(active: RangeStore) -> None:
+    before = active.set_erasures([erasing("Sports", layers=(2,)), erasing("Business", layers=(2,), enforced=True)])
+    fewer = active.publish(*random_range_set(2, concepts=("Sports", "World"), layers=(0, 1)))
+    for force in (False, True):
+        with pytest.raises(UnresolvableErasure, match=r"of 'Business' \([^)]*\): switch them off first"):
+            active.activate(fewer, force=force)
+    assert active.live() == before
+    active.remove_erasure("Business")
+    assert concepts(active.activate(fewer, force=True)) == []
+
+
 def test_expired_erasure_does_not_block_activation(active: RangeStore) -> None:
     active.set_erasures([erasing("World", expires_at=time.time() - 1)])
     other, inspect = random_range_set(3, concepts=("Sports",))

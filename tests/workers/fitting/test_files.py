@@ -155,7 +155,7 @@ GOOD = '{"text": "a", "label": "x"}\n'
         ("a.json", f"[{GOOD},\n", "cannot read a.json: the array is not JSON"),
         ("a.jsonl", "[" * 100_000, "cannot read a.jsonl: the array is not JSON"),
         ("a.jsonl.gz", "no gzip", "cannot read a.jsonl.gz: Not a gzipped file"),
-        ("a.jsonl.gz", gzip.compress(GOOD.encode() * 9)[:-9], "cannot read a.jsonl.gz: Compressed file ended"),
+        ("a.jsonl.gz", gzip.compress(GOOD.encode() * 9, mtime=0)[:-9], "cannot read a.jsonl.gz: Compressed file ended"),
         ("a.csv.xz", "no xz", "cannot read a.csv.xz: "),
         ("a.parquet", "PAR1 and then nothing", "cannot read a.parquet: "),
     ],
