@@ -185,7 +185,7 @@ def exported() -> Iterator[None]:
         from opentelemetry.sdk.trace.export import BatchSpanProcessor
     except ImportError:
         raise TracesUnavailable(
-            f"{_asking()} asks for traces, which need an extra: pip install 'neuronlens[otel]'"
+            f"{_asking()} asks for traces, which need an extra; in a checkout of NeuronLens: pip install '.[otel]'"
         ) from None
     about = {"service.name": "neuronlens", "service.version": version("neuronlens")}
     resource = Resource.get_empty().merge(Resource(about)).merge(OTELResourceDetector().detect())

@@ -26,6 +26,16 @@ def test_configuration_page_lists_every_setting() -> None:
     assert table() in (ROOT / "docs" / "configuration.md").read_text("utf-8")
 
 
+def test_nothing_tells_to_install_neuronlens_by_name() -> None:
+    """In the package index that name belongs to another project."""
+    files = [*ROOT.glob("*.md"), *(ROOT / "docs").glob("*.md"), *(ROOT / "docker").rglob("*.*")]
+    files += [
+        file for package in ("app", "neuronlens", "range_store", "workers") for file in (ROOT / package).rglob("*.py")
+    ]
+    for file in files:
+        assert not re.search(r"install [^\n]*\bneuronlens(\[|\b(?!/))", file.read_text("utf-8")), file
+
+
 def test_the_overview_of_the_http_page_lists_exactly_the_routes_of_this_protocol() -> None:
     """Routes of other protocols are in the table of scopes, which tests/app/test_auth.py compares."""
     page = (ROOT / "docs" / "http.md").read_text("utf-8")

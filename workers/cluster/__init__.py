@@ -18,4 +18,4 @@ os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")  # else it warn
 try:
     import ray as _ray  # noqa: F401
 except ImportError:
-    raise RayMissing("Ray is not installed: pip install 'neuronlens[ray]'") from None
+    raise RayMissing("Ray is not installed; in a checkout of NeuronLens: pip install '.[ray]'") from None

@@ -121,7 +121,10 @@ def test_only_commands_on_a_cluster_import_ray(tmp_path: Path) -> None:
     fit = ["fit", "--model", tmp_path / "none", "--data", "d.jsonl", "--data-dir", tmp_path]
     on_cluster, alone = Running([*fit, "--ray"], code=WITHOUT_RAY), Running(fit, code=WITHOUT_RAY)
     assert on_cluster.end() == 2
-    assert on_cluster.stderr[-1].strip() == "error: Ray is not installed: pip install 'neuronlens[ray]'"
+    assert (
+        on_cluster.stderr[-1].strip()
+        == "error: Ray is not installed; in a checkout of NeuronLens: pip install '.[ray]'"
+    )
     assert alone.end() == 2
     assert alone.stderr[-1].strip() == "error: no such file: d.jsonl"
 
