@@ -4,6 +4,7 @@ from collections.abc import Sequence
 from importlib.metadata import version
 from typing import Any
 
+from anyio import CapacityLimiter
 from fastapi import FastAPI
 from fastapi.middleware.cors import CORSMiddleware
 from fastapi_offline import FastAPIOffline
@@ -116,6 +117,7 @@ def create_app(settings: Settings, running: Service | Sequence[Service] = ()) ->
     app.state.registry = registry
     app.state.templates = Templates(app.routes)
     app.state.store_calls = StoreCalls()
+    app.state.scrapes = CapacityLimiter(2)  # on threads of their own: others may wait for the store or for files
     app.state.everywhere = Everywhere(app.state.store_calls)
     _document(app)
     # the last added is the outermost

@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal, get_args
+from typing import BinaryIO, Literal, get_args
 
 from pydantic import BaseModel, ValidationError
 
@@ -20,7 +20,6 @@ State = Literal["complete", "incomplete", "broken"]
 MOST = 200
 """Reports that are listed, newest first."""
 MOST_RUN_BYTES = 4_000_000
-MOST_FILE_BYTES = 200_000_000
 
 
 class UnknownReport(Exception):
@@ -102,15 +101,15 @@ def read_report(directory: Path, name: str) -> Report:
         return Report(name, state, max(times.values(), default=os.fstat(folder).st_mtime), tuple(times), run)
 
 
-def read_file(directory: Path, name: str, file: FileName) -> bytes:
-    """A file of a report.
+def open_file(directory: Path, name: str, file: FileName) -> BinaryIO:
+    """A file of a report, to be read and closed.
 
     Raises:
         UnknownReport: there is no such report, or it has no such file.
     """
     with _folder(directory, name) as folder:
         try:
-            return _content(folder, file, MOST_FILE_BYTES)
+            return _open(folder, file)
         except OSError:
             raise UnknownReport(file) from None
 
@@ -131,12 +130,18 @@ def _folder(directory: Path, name: str) -> Iterator[int]:
 
 
 def _content(folder: int, file: FileName, most: int) -> bytes:
-    opened = os.open(file, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK, dir_fd=folder)  # a pipe would wait for a writer
-    with open(opened, "rb") as stream:
-        about = os.fstat(opened)
-        if not stat.S_ISREG(about.st_mode) or about.st_size > most:
+    with _open(folder, file) as stream:
+        if os.fstat(stream.fileno()).st_size > most:
             raise UnknownReport(file)
         return stream.read(most)
+
+
+def _open(folder: int, file: FileName) -> BinaryIO:
+    opened = os.open(file, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK, dir_fd=folder)  # a pipe would wait for a writer
+    if not stat.S_ISREG(os.fstat(opened).st_mode):
+        os.close(opened)
+        raise UnknownReport(file)
+    return open(opened, "rb")
 
 
 def _is_name(name: str) -> bool:

@@ -1,19 +1,25 @@
 """`/v1/reports`: what `neuronlens evaluate` measured, from the directory of reports on this server."""
 
-from typing import Annotated, Any
+import os
+from collections.abc import AsyncIterator, Mapping
+from typing import Annotated, Any, BinaryIO
 
 from anyio import to_thread
 from fastapi import APIRouter, Path, Response
+from starlette.responses import StreamingResponse
+from starlette.types import Receive, Scope, Send
 
 from app.problems import QUERY, ApiError, documented, header
 from app.replies import ReportOut, ReportsOut
-from app.reports import FileName, Report, UnknownReport, list_reports, read_file, read_report
+from app.reports import FileName, Report, UnknownReport, list_reports, open_file, read_report
 from app.routes import QueryChecked, Serving
 
 router = APIRouter(tags=["reports"], dependencies=[QueryChecked])
 
 Name = Annotated[str, Path(description="Id of a report.")]
 
+PIECE = 262144
+"""Bytes of a file that are read at once."""
 MEDIA_TYPES: dict[FileName, str] = {
     "report.html": "text/html; charset=utf-8",
     "results.csv": "text/csv; charset=utf-8",
@@ -53,7 +59,7 @@ async def show_report(service: Serving, report: Name) -> ReportOut:
 async def show_report_file(service: Serving, report: Name, file: FileName) -> Response:
     """The report as a page, its numbers, or every choice that they were made with."""
     try:
-        content = await to_thread.run_sync(read_file, service.settings.reports, report, file)
+        stream = await to_thread.run_sync(open_file, service.settings.reports, report, file)
     except UnknownReport:
         raise _unknown() from None
     headers = {
@@ -62,7 +68,25 @@ async def show_report_file(service: Serving, report: Name, file: FileName) -> Re
         "Cache-Control": "no-cache",
         "Referrer-Policy": "no-referrer",
     }
-    return Response(content, headers=headers, media_type=MEDIA_TYPES[file])
+    return FileStream(stream, headers=headers, media_type=MEDIA_TYPES[file])
+
+
+class FileStream(StreamingResponse):
+    """An open file as a reply, read in pieces on threads and closed at the end, as long as it is now."""
+
+    def __init__(self, stream: BinaryIO, headers: Mapping[str, str], media_type: str) -> None:
+        size = os.fstat(stream.fileno()).st_size
+        super().__init__(self._pieces(size), headers={**headers, "Content-Length": str(size)}, media_type=media_type)
+        self._stream = stream
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        with self._stream:
+            await super().__call__(scope, receive, send)
+
+    async def _pieces(self, left: int) -> AsyncIterator[bytes]:
+        while left and (piece := await to_thread.run_sync(self._stream.read, min(left, PIECE))):
+            left -= len(piece)
+            yield piece
 
 
 def _unknown() -> ApiError:

@@ -1,5 +1,6 @@
 """Probes, metrics, and what is loaded."""
 
+from anyio import to_thread
 from fastapi import APIRouter, Request, Response
 from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
 
@@ -59,7 +60,9 @@ async def metrics(request: Request, models: Models) -> Response:
     """For Prometheus, unless they have a port of their own."""
     if models.default.settings.metrics_port is not None:
         raise ApiError(404, "not_found", "metrics have a port of their own here")
-    return Response(generate_latest(request.app.state.registry), media_type=CONTENT_TYPE_LATEST)
+    state = request.app.state
+    written = await to_thread.run_sync(generate_latest, state.registry, limiter=state.scrapes)  # it reads files of jobs
+    return Response(written, media_type=CONTENT_TYPE_LATEST)
 
 
 @router.get("/v1/models", dependencies=[QueryChecked], responses=documented(*QUERY))

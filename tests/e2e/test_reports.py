@@ -1,5 +1,6 @@
 """`/v1/reports` over HTTP: reports are listed and downloaded, and no other file is."""
 
+import asyncio
 import os
 import shutil
 import socket
@@ -10,7 +11,10 @@ from urllib.parse import quote
 
 import httpx
 import pytest
+from starlette.types import Message
 
+from app.reports import open_file
+from app.routes.reports import PIECE, FileStream
 from tests.e2e.reports import PAGE, write_report
 from tests.servers import RunningServer
 
@@ -162,3 +166,43 @@ def test_no_path_leads_out_of_the_directory(server: RunningServer, reports: Path
 def test_reports_dir_is_a_setting(start_server: Callable[..., RunningServer], tmp_path: Path) -> None:
     write_report(tmp_path / "mine", "plain")
     assert [each["id"] for each in listed(start_server(reports_dir=tmp_path / "mine"))] == ["plain"]
+
+
+@pytest.mark.parametrize("gone", [False, True], ids=["read", "gone"])
+def test_a_file_is_sent_in_pieces_and_closed(tmp_path: Path, gone: bool) -> None:
+    """However large it is, a piece of it is in memory; also where its client goes, or it grows meanwhile."""
+    written = os.urandom(2 * PIECE + 1)
+    file = write_report(tmp_path, "large") / "report.html"
+    file.write_bytes(written)
+    sent: list[Message] = []
+
+    async def receive() -> Message:
+        if not gone:
+            await asyncio.Event().wait()
+        return {"type": "http.disconnect"}
+
+    async def send(message: Message) -> None:
+        sent.append(message)
+
+    stream = open_file(tmp_path, "large", "report.html")
+    reply = FileStream(stream, {}, "text/html")
+    with file.open("ab") as growing:
+        growing.write(b"more")
+    asyncio.run(reply({"type": "http", "asgi": {}}, receive, send))
+    assert stream.closed
+    pieces = [message.get("body", b"") for message in sent[1:]]
+    assert max(map(len, pieces), default=0) <= PIECE
+    if not gone:
+        assert (b"content-length", b"%d" % len(written)) in sent[0]["headers"]
+        assert b"".join(pieces) == written
+
+
+def test_a_large_page_arrives_packed_or_plain(server: RunningServer, reports: Path) -> None:
+    page = "<!doctype html>" + "<p>a line of a report" * 50_000
+    (write_report(reports, "large") / "report.html").write_text(page)
+    packed = get(server, "large", "report.html")
+    assert (packed.text, packed.headers["content-encoding"]) == (page, "gzip")
+    plain = server.http.get("/v1/reports/large/report.html", headers={"Accept-Encoding": "identity"})
+    assert (plain.text, plain.headers["content-length"]) == (page, str(len(page)))
+    head = server.http.head("/v1/reports/large/report.html", headers={"Accept-Encoding": "identity"})
+    assert head.headers["content-length"] == plain.headers["content-length"]

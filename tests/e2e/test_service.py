@@ -1,5 +1,6 @@
 """Probes, metrics, inspection of concepts and neurons, request ids, logs, and the OpenAPI document."""
 
+import asyncio
 import gzip
 import json
 import re
@@ -14,6 +15,7 @@ import numpy as np
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
+from app.fit_jobs import FitJob, FitJobs
 from app.logs import fields_of
 from app.openapi import document
 from app.routes.dropin import dialect_of
@@ -348,3 +350,19 @@ def test_head_answers_as_get_without_a_body(server: RunningServer) -> None:
     labels = {"method": "HEAD", "route": "/livez", "status": "200"}
     until(lambda: server.value("neuronlens_http_requests_total", labels) == 1)
     assert server.http.head("/v1/classify").headers["allow"] == "POST"
+
+
+def test_files_of_jobs_are_never_read_on_the_event_loop(server: RunningServer, monkeypatch: pytest.MonkeyPatch) -> None:
+    names, of_jobs = [], FitJobs.list
+
+    def noting(jobs: FitJobs) -> list[FitJob]:
+        names.append(threading.current_thread().name)
+        with pytest.raises(RuntimeError):
+            asyncio.get_running_loop()
+        return of_jobs(jobs)
+
+    monkeypatch.setattr(FitJobs, "list", noting)
+    for path in ("/metrics", "/v1/jobs"):
+        names.clear()
+        assert server.http.get(path).status_code == 200
+        assert names, path
