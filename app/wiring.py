@@ -42,7 +42,7 @@ from workers.fitting.rows import Table
 from workers.fitting.sources import check_source, load_label_map
 from workers.models.loading import LoadedModel, load_model, use_threads
 from workers.training.scratch import NewModel
-from workers.training.train import TrainReport, TrainSettings
+from workers.training.train import Epoch, TrainProgress, TrainReport, TrainSettings
 from workers.training.train import train as _train
 
 if TYPE_CHECKING:
@@ -178,23 +178,39 @@ def train_model(
     threads: int | None,
     overwrite: bool,
     report: Report,
+    say: Callable[[str], None],
     **settings: Any,
 ) -> TrainReport:
-    """Load the corpora, and train; `settings` are those of `workers.training.train.TrainSettings`."""
+    """Load the corpora, and train; `settings` are those of `workers.training.train.TrainSettings`.
+
+    Args:
+        say: told in words where it goes on, and what each epoch came to.
+    """
     use_threads(threads)
     learned = _corpus(data, ())
     held_out = _corpus(eval_data, learned.concepts) if eval_data else None
     if held_out is not None:
         check_apart(held_out, learned, "--eval-data")
-    tell = report
+    chosen = TrainSettings(**settings)
+
+    def progress(now: TrainProgress) -> None:
+        if now.phase == "training" and now.steps_done == now.resumed_steps + 1:
+            begun = f"goes on from step {now.resumed_steps:,} of {now.steps_total:,}" if now.resumed_steps else "begins"
+            say(f"the training {begun}; stopped with Ctrl-C, it goes on when the same command is started again")
+        report(now.phase, now.steps_done, now.steps_total)
+
+    def epoch(done: Epoch) -> None:
+        say(f"epoch {done.number} of {chosen.epochs:g}: loss {done.loss:.3f}, accuracy {done.accuracy:.3f}")
+
     return _train(
         base if isinstance(base, str) else _new_model(base),
         learned,
         held_out,
         out,
-        TrainSettings(**settings),
+        chosen,
         overwrite=overwrite,
-        progress=lambda now: tell("training", now.steps_done, now.steps_total),
+        progress=progress,
+        epoch=epoch,
     )
 
 

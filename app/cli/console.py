@@ -68,6 +68,11 @@ def hint(message: str) -> None:
     stderr().print(_shown(message), style="dim", soft_wrap=True)
 
 
+def counted(number: int, noun: str) -> str:
+    """ "1 text", "2 texts" """
+    return f"{number:,} {noun}" + ("" if number == 1 else "s")
+
+
 def error_line(message: str) -> None:
     """One line on stderr, whatever the message holds."""
     line = " ".join("".join(c if c.isprintable() else " " for c in message).split())

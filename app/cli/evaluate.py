@@ -221,8 +221,14 @@ def evaluate(
         print_json([row.as_json() for row in evaluation.rows])
     else:
         _show(evaluation)
-    for line in about_corpus(CorpusIdentity.model_validate(evaluation.run["range_set"]["corpus"])):
+    labels = evaluation.run["model"]["labels"]
+    for line in about_corpus(CorpusIdentity.model_validate(evaluation.run["range_set"]["corpus"]), labels):
         hint(line)
+    if (accuracy := _at_chance(evaluation)) is not None:
+        hint(
+            f"the model's accuracy on the test texts is {accuracy:.3f}, no better than always giving their most "
+            "frequent label: what erasing takes from it says little"
+        )
     hint(f"written: {shlex.quote(str(out / 'report.html'))}, and the numbers beside it")
 
 
@@ -279,6 +285,21 @@ def _show(evaluation: "Evaluation") -> None:
             f"ranking {ranking}{width} · top {fraction:g} · {replacement} · {positions} positions "
             f"(score {choice.score:+.3f})"
         )
+
+
+def _at_chance(evaluation: "Evaluation") -> float | None:
+    """The unmasked model's accuracy, if it is within two standard errors of the largest class's share."""
+    counts = evaluation.run["test"]["counts"]
+    targets = {row.target: row for row in evaluation.rows if row.target in counts}
+    row = next(iter(targets.values()), None)
+    if row is None or evaluation.run["settings"]["correct_only"] or evaluation.run["settings"]["others"] != "pooled":
+        return None
+    texts = row.n_target + row.n_others
+    parts = ((row.n_target, row.base_acc), (row.n_others, row.base_cacc))
+    accuracy = sum(number * share for number, share in parts if number) / texts
+    largest = max(counts.values()) / sum(counts.values())
+    margin = 2.0 * (largest * (1.0 - largest) / texts) ** 0.5
+    return accuracy if accuracy <= largest + margin and accuracy < 1.0 else None
 
 
 def _share(value: float) -> str:

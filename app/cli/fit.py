@@ -1,6 +1,6 @@
 """`neuronlens fit`: from labelled texts to a published range set."""
 
-import shlex
+from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext, suppress
 from pathlib import Path
 from typing import Annotated, get_args
@@ -9,7 +9,8 @@ import typer
 
 from app import fit_child
 from app.cli import options
-from app.cli.console import Report, hint, print_json, progress, say, table
+from app.cli.commands import command
+from app.cli.console import Report, counted, hint, print_json, progress, say, table
 from app.cli.exits import INTERRUPTED
 from app.cli.stores import operator, settings_with, store_of
 from app.jobs import CorpusChoice, DTypeChoice, ModelChoice
@@ -76,20 +77,18 @@ def fit(
     corpus = CorpusChoice(data, dataset, split, text_field, label_field, label_map, max_rows, of_class, seed)
     rankings = options.rankings(ranking)
     layers = options.layers(layer)
-    settings = settings_with(
-        redis_url=redis_url,
-        data_dir=data_dir,
-        model=model,
-        revision=revision,
-        name=name,
-        device=device,
-        dtype=dtype,
-        threads=threads,
-        allow_pickle=allow_pickle,
-        plain=plain,
-        template=template,
-        scoring=scoring,
-    )
+    place = {"redis_url": redis_url, "data_dir": data_dir}
+    how_to_load = {
+        "revision": revision,
+        "device": device,
+        "dtype": dtype,
+        "threads": threads,
+        "allow_pickle": allow_pickle,
+        "plain": plain,
+        "template": template,
+        "scoring": scoring,
+    }
+    settings = settings_with(model=model, name=name, **how_to_load, **place)
     from app.inputs import check_model, check_texts
 
     check_texts(corpus, cluster=cluster)
@@ -125,7 +124,7 @@ def fit(
             hint("interrupted: the same command resumes from the last checkpoint")
             raise typer.Exit(INTERRUPTED) from None
         fitted.discard_checkpoint()
-        generation = _activate(store, published) if activate else None
+        generation = _activate(store, published, place) if activate else None
     provenance = fitted.range_set.provenance
     if as_json:
         print_json(
@@ -145,31 +144,43 @@ def fit(
         )
         return
     table(("concept", "texts"), list(provenance.corpus.counts.items()))
-    for line in about_corpus(provenance.corpus):
+    for line in about_corpus(provenance.corpus, provenance.model.labels):
         hint(line)
     say(f"range set {published} of {store.model}" + (", active" if activate else ""))
     if activate:
-        hint(f"next: neuronlens serve --model {shlex.quote(model)}" + (f" --name {shlex.quote(name)}" if name else ""))
+        hint(f"next: {command('serve', model=model, name=name, **how_to_load, **place)}")
     else:
-        hint(f"next: neuronlens ranges activate {published} --name {shlex.quote(store.model)}")
+        hint(f"next: {command('ranges', 'activate', published, name=store.model, **place)}")
 
 
-def about_corpus(corpus: CorpusIdentity) -> list[str]:
-    """What is worth knowing of the texts that were fitted: unequal classes, cut, empty and odd ones."""
+def about_corpus(corpus: CorpusIdentity, labels: Sequence[str]) -> list[str]:
+    """What is worth knowing of the texts that were fitted: classes that are few, unequal or unknown to the model; texts
+    that were cut, left out or look damaged.
+    """
     least, most = min(corpus.counts.values()), max(corpus.counts.values())
     lines = []
+    if len(corpus.counts) == 1:
+        lines.append(
+            f"all texts have the label {next(iter(corpus.counts))}: no ranking can tell its neurons from others"
+        )
     if most > 2 * least:
         lines.append(f"classes are unequal: {most / least:.1f} times as many texts in the largest as in the smallest")
-    if least < 30:
+    if least == 1:
+        lines.append("the smallest class has 1 text, whose values vary by nothing: its ranges hold no other text")
+    elif least < 30:
         lines.append(f"the smallest class has {least} texts: its ranges are uncertain")
-    if corpus.truncated:
-        lines.append(f"{corpus.truncated} of {corpus.rows} texts were longer than the model takes, and were cut")
-    if corpus.empty:
-        lines.append(f"{corpus.empty} texts hold no token, and were left out")
-    if corpus.odd:
+    if others := [concept for concept in corpus.counts if concept not in labels]:
+        named = ", ".join(map(repr, others[:5])) + (", …" if len(others) > 5 else "")
         lines.append(
-            f"{corpus.odd} texts hold control or replacement characters, which look like damage; they were used"
+            f"concepts that are no labels of the model: {named}; its labels: {', '.join(map(repr, labels[:10]))}"
         )
+    if corpus.truncated:
+        lines.append(f"longer than the model takes, and cut: {corpus.truncated:,} of {counted(corpus.rows, 'text')}")
+    if corpus.empty:
+        lines.append(f"without any token, and left out: {counted(corpus.empty, 'text')}")
+    if corpus.odd:
+        odd = counted(corpus.odd, "text")
+        lines.append(f"with control or replacement characters, which look like damage, and used: {odd}")
     return lines
 
 
@@ -189,11 +200,12 @@ def _dtype(chosen: str, store: RangeStore) -> str:
     return served[0]
 
 
-def _activate(store: RangeStore, published: str) -> str:
+def _activate(store: RangeStore, published: str, place: Mapping[str, object]) -> str:
     """Activate, and give the generation that it made."""
     try:
         check_dtype(store.provenance(published), _served_dtypes(store))
         return store.activate(published, by=operator(), reason="fit").generation
     except RangeStoreError:
-        hint(f"range set {published} is published, but not active: neuronlens ranges activate {published} --force")
+        again = command("ranges", "activate", published, force=True, name=store.model, **place)
+        hint(f"range set {published} is published, but not active: {again}")
         raise

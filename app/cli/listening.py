@@ -3,8 +3,8 @@
 import asyncio
 import errno
 import logging
+import os
 import resource
-import shlex
 import signal
 import socket
 import time
@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING
 
 import uvicorn
 
+from app.cli.commands import command
 from app.cli.console import hint
 from app.cli.exits import FAILED, INTERRUPTED, USAGE, CommandError, exit_code_of
 
@@ -66,21 +67,27 @@ def guarded(settings: "Settings") -> "Settings":
 
 def keys_create(settings: "Settings") -> str:
     """The command that makes a key in the store of the settings."""
-    return "neuronlens keys create NAME --scope infer" + _in_store(settings)
+    return command("keys", "create", "NAME", scope="infer", **_store_options(settings))
 
 
 def fit_command(settings: "Settings", source: str, name: str) -> str:
     """The command that fits and activates ranges for a served model in the store of the settings."""
-    named = "" if name == Path(source).name else f" --name {shlex.quote(name)}"
-    return f"neuronlens fit --model {shlex.quote(source)}{named} --data FILE --activate{_in_store(settings)}"
+    how_to_load: dict[str, object] = {"name": None if name == Path(source).name else name}
+    if source == settings.model:
+        how_to_load |= {"revision": settings.revision, "template": settings.template}
+        how_to_load |= {"dtype": None if settings.dtype == "auto" else settings.dtype}
+        how_to_load |= {"scoring": settings.scoring if settings.template else None}
+    return command("fit", model=source, **how_to_load, data="FILE", activate=True, **_store_options(settings))
 
 
-def _in_store(settings: "Settings") -> str:
-    """The option that leads other commands to a private store that is not where they look by themselves."""
+def _store_options(settings: "Settings") -> dict[str, object]:
+    """The options that lead other commands to a store that is not where they look by themselves."""
     from app.settings import usual_data_dir
 
-    elsewhere = settings.redis_url is None and settings.data_dir != usual_data_dir()
-    return f" --data-dir {shlex.quote(str(settings.data_dir))}" if elsewhere else ""
+    if settings.redis_url is not None:
+        by_itself = settings.redis_url == os.environ.get("NEURONLENS_REDIS_URL")
+        return {"redis_url": None if by_itself else settings.redis_url}
+    return {"data_dir": None if settings.data_dir == usual_data_dir() else settings.data_dir}
 
 
 @contextmanager

@@ -1,6 +1,5 @@
 """`neuronlens ranges`: the published range sets of a model."""
 
-import shlex
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -8,6 +7,7 @@ import typer
 
 from app.cli import options
 from app.cli.clock import moment
+from app.cli.commands import command
 from app.cli.console import hint, print_json, say, table
 from app.cli.control import control_of, find_range_set, store_only
 from app.cli.exits import CONFLICT, EPILOG, USAGE, CommandError
@@ -157,7 +157,8 @@ def import_(
         return
     say(f"range set {published} of {model} published" + (f", active at generation {generation}" if activate else ""))
     if not activate:
-        hint(f"next: neuronlens ranges activate {published} --name {shlex.quote(model)}")
+        activation = command("ranges", "activate", published, name=model, redis_url=redis_url, data_dir=data_dir)
+        hint(f"next: {activation}")
 
 
 @app.command(epilog=EPILOG)

@@ -1,6 +1,5 @@
 """`neuronlens train`: fine-tune a classifier, or train a small one from nothing."""
 
-import shlex
 from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated, Literal
@@ -8,7 +7,8 @@ from typing import Annotated, Literal
 import typer
 
 from app.cli import options
-from app.cli.console import hint, print_json, progress, say
+from app.cli.commands import command
+from app.cli.console import counted, hint, print_json, progress, say
 from app.cli.exits import INTERRUPTED
 from app.cli.stores import settings_with
 from app.jobs import CorpusChoice, ModelChoice, NewModelChoice
@@ -23,11 +23,13 @@ def train(
     ] = None,
     data: options.Data = None,
     recipe: Annotated[
-        Literal["sequence-classification", "label-token"],
+        Literal["sequence-classification", "label-token"] | None,
         typer.Option(
-            "--recipe", help="A head for the labels, or one added token per label of a causal language model."
+            "--recipe",
+            help="A head for the labels, or one added token per label of a causal language model. Default: "
+            "sequence-classification; a new model is always trained with label-token.",
         ),
-    ] = "sequence-classification",
+    ] = None,
     eval_data: Annotated[str | None, typer.Option("--eval-data", help="Held-out texts to measure accuracy on.")] = None,
     dataset: options.Dataset = None,
     split: options.Split = None,
@@ -75,8 +77,10 @@ def train(
     """
     if (base is None) == (new is None):
         raise typer.BadParameter("name a checkpoint, or --new for random weights; one of the two", param_hint="--base")
+    if new is not None and recipe == "sequence-classification":
+        raise typer.BadParameter("a new model is trained with label-token", param_hint="--recipe")
     options.some_data(data, dataset)
-    chosen = recipe if new is None else "label-token"
+    chosen = recipe or ("sequence-classification" if new is None else "label-token")
     start = base if new is None else NewModelChoice(new, layers, hidden, heads, vocabulary, _text_of(config))
     assert start is not None
     learned = CorpusChoice(data, dataset, split, text_field, label_field, label_map, max_rows, seed=seed)
@@ -86,6 +90,8 @@ def train(
         held_out = CorpusChoice(
             eval_data, dataset, test_split, text_field, label_field, label_map, max_eval_rows, seed=seed
         )
+        if held_out.same_texts(learned):
+            raise typer.BadParameter("these are the texts of --data: name others", param_hint="--eval-data")
     if out.exists() and not out.is_dir():
         raise typer.BadParameter(f"{out} is a file, not a directory", param_hint="--out")
     if not overwrite and out.is_dir() and any(out.iterdir()):
@@ -114,6 +120,7 @@ def train(
                 threads=settings_with(threads=threads).threads,
                 overwrite=overwrite,
                 report=report,
+                say=hint,
             )
     except KeyboardInterrupt:
         hint("interrupted: the same command goes on from the last checkpoint")
@@ -124,10 +131,17 @@ def train(
     accuracy = (
         "" if trained.accuracy is None else f", accuracy {trained.accuracy:.3f} on {eval_data or 'the test split'}"
     )
-    say(f"{out}: trained on {trained.rows} rows for {len(trained.labels)} labels in {trained.seconds:.0f} s{accuracy}")
+    size = f"{counted(trained.rows, 'row')} for {counted(len(trained.labels), 'label')}"
+    say(f"{out}: {trained.recipe} trained on {size} in {trained.seconds:.0f} s{accuracy}")
     say(f"labels: {', '.join(trained.labels)}")
-    source = f"--data {shlex.quote(data)}" if data else f"--dataset {dataset}"
-    hint(f"next: neuronlens fit --model {shlex.quote(str(out))} {source} --activate")
+    if trained.at_chance:
+        hint(
+            "the model is no better than one that always gives the most frequent label: it needs more --epochs or "
+            "rows, another --learning-rate, or texts that tell the labels apart"
+        )
+    corpus = {"data": data, "dataset": dataset, "split": split, "text_field": text_field, "label_field": label_field}
+    fit = command("fit", model=out, **corpus, label_map=label_map, threads=threads, activate=True)
+    hint(f"next: {fit}")
 
 
 def _text_of(config: Path | None) -> str | None:

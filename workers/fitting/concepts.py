@@ -5,13 +5,14 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from workers.fitting.errors import CorpusError
 from workers.fitting.known import KnownDataset
 
 _NUMBER = re.compile(r"0|-?[1-9][0-9]*")
 """How a whole number is written; "01" is a name like any other."""
 
 
-class LabelError(Exception):
+class LabelError(CorpusError):
     """A label that means nothing, or may mean two things; a sentence that begins with the row."""
 
 

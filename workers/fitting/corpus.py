@@ -45,6 +45,7 @@ class Corpus:
         concepts: those that occur, in the order of `Concepts.ordered`.
         counts: texts per concept, in that order.
         odd: texts with characters that look like damage: control characters, U+FFFD, lone surrogates. They are used.
+        blank: texts of nothing but spaces.
         sha256: over every text and concept in order.
     """
 
@@ -56,11 +57,12 @@ class Corpus:
         self._concepts = concepts
         counts: Counter[str] = Counter()
         digest = hashlib.sha256()
-        self.odd = 0
+        self.odd = self.blank = 0
         self._sample = RowSample()
         for block in self.blocks():
             self._sample.update(block.index * BLOCK_ROWS, block.texts, block.concepts)
             counts.update(block.concepts)
+            self.blank += sum(not text or text.isspace() for text in block.texts)
             self.odd += sum(_ODD.search(text) is not None for text in block.texts)
             for text, concept in zip(block.texts, block.concepts, strict=True):
                 for part in (text.encode("utf-8", "surrogatepass"), concept.encode("utf-8", "surrogatepass")):

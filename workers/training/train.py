@@ -3,21 +3,24 @@
 import hashlib
 import json
 import logging
+import math
 import os
 import shutil
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import transformers
 from filelock import FileLock, Timeout
+from torch import Tensor
 from torch.utils.data import Sampler
 from transformers import Trainer, TrainerCallback, TrainingArguments, set_seed
 
 from workers.fitting.corpus import Corpus, match_labels
+from workers.fitting.errors import CorpusError
 from workers.models.errors import CheckpointError
 from workers.training.order import LengthPools
 from workers.training.recipes import LabelToken, Recipe, SequenceClassification, Task, lengths_of
@@ -26,31 +29,54 @@ from workers.training.scratch import NewModel
 logger = logging.getLogger(__name__)
 
 CHECKPOINT_SECONDS = 40.0
+EVAL_BATCH = 64
 
 
 class TrainingCancelled(Exception):
     """Stopped by its caller; the checkpoint remains."""
 
 
+Phase = Literal["training", "measuring accuracy", "saving"]
+
+
 @dataclass(frozen=True)
 class TrainProgress:
-    """How far the training is, in optimiser steps. `resumed_steps` were done by an earlier run."""
+    """How far the training is, in optimiser steps, or in batches while accuracy is measured; 0 where it is not known.
+
+    `resumed_steps` were done by an earlier run.
+    """
 
     steps_done: int
     steps_total: int
     seconds: float
     resumed_steps: int
+    phase: Phase = "training"
+
+
+@dataclass(frozen=True)
+class Epoch:
+    """What one pass over the data came to: mean loss and accuracy of its batches, each before it was learned from."""
+
+    number: int
+    loss: float
+    accuracy: float
 
 
 @dataclass(frozen=True)
 class TrainReport:
-    """What was trained. `accuracy` is that on the evaluation corpus, None without one."""
+    """What was trained. `accuracy` is that on the evaluation corpus, None without one.
+
+    learned_accuracy: on the training texts, over the last epoch; None if a resumed training had nothing left to do.
+    at_chance: whether that is no better than always giving the most frequent label.
+    """
 
     out: Path
     recipe: Recipe
     labels: tuple[str, ...]
     rows: int
     accuracy: float | None
+    learned_accuracy: float | None
+    at_chance: bool
     seconds: float
 
 
@@ -76,6 +102,7 @@ def train(
     overwrite: bool = False,
     checkpoint_seconds: float = CHECKPOINT_SECONDS,
     progress: Callable[[TrainProgress], None] | None = None,
+    epoch: Callable[[Epoch], None] | None = None,
     cancelled: Callable[[], bool] | None = None,
 ) -> TrainReport:
     """Train with one label per concept of `data`, and save checkpoint and tokenizer in `out`.
@@ -85,51 +112,102 @@ def train(
 
     Args:
         base: a checkpoint to fine-tune, or the sizes of a new model (label-token only).
+        epoch: told of each pass over the data, when it is done.
 
     Raises:
-        CheckpointError: `base` cannot be loaded, `out` is in the way, or the same training runs already.
+        CheckpointError: `base` cannot be loaded, `out` is in the way, or another process trains into it.
         UnsupportedModel: a family that could not be served afterwards.
-        CorpusError: labels of `eval_data` that `data` does not have.
+        CorpusError: `data` has a single label, or `eval_data` labels that `data` does not have.
         TrainingCancelled: `cancelled` said so.
     """
-    started = time.monotonic()
     settings = settings or TrainSettings()
-    if out.exists() and any(out.iterdir()) and not overwrite:
-        raise CheckpointError(f"{out} is not empty: choose another --out, or pass --overwrite")
+    run = _Run(settings, checkpoint_seconds, progress, epoch, cancelled, time.monotonic())
+    if not overwrite:
+        _check_free(out)
     if isinstance(base, NewModel) and settings.recipe != "label-token":
         raise CheckpointError("a new model is trained with --recipe label-token; other recipes need a --base")
+    if len(data.concepts) == 1:
+        raise CorpusError(
+            f"all rows of {data.name} have the label {data.concepts[0]!r}: a classifier needs two or more"
+        )
     if eval_data is not None:
         match_labels(eval_data.concepts, data.concepts)
+    _warn_of_few(data)
     transformers.utils.logging.disable_progress_bar()  # type: ignore[no-untyped-call]
     transformers.utils.logging.set_verbosity_error()  # type: ignore[no-untyped-call]  # that the head is new is what training is for
     out.parent.mkdir(parents=True, exist_ok=True)
-    scratch = out.parent / f".{out.name}.training-{_digest(base, data, settings)}"
+    lock = out.parent / f".{out.name}.training.lock"
+    try:
+        with FileLock(lock, timeout=0):
+            try:
+                accuracy = _train_into(out, base, data, eval_data, run, overwrite)
+            finally:
+                lock.unlink(missing_ok=True)
+    except Timeout:
+        raise CheckpointError(f"another process is training {out}: wait for it, or choose another --out") from None
+    learned = run.last.accuracy if run.last else None
+    at_chance = _at_chance(learned, data) if eval_data is None else _at_chance(accuracy, eval_data)
+    seconds = time.monotonic() - run.started
+    return TrainReport(out, settings.recipe, data.concepts, len(data), accuracy, learned, at_chance, seconds)
+
+
+def _check_free(out: Path) -> None:
+    if out.exists() and any(out.iterdir()):
+        raise CheckpointError(f"{out} is not empty: choose another --out, or pass --overwrite")
+
+
+def _warn_of_few(data: Corpus) -> None:
+    """Warn of what a classifier can hardly learn from."""
+    single = [concept for concept, count in data.counts.items() if count == 1]
+    if single:
+        named = ", ".join(map(repr, single[:5])) + (", …" if len(single) > 5 else "")
+        logger.warning("%s: only one row has the label %s: too few to learn it from", data.name, named)
+    if data.blank:
+        logger.warning("%s: %d of %d texts are empty", data.name, data.blank, len(data))
+
+
+def _at_chance(accuracy: float | None, measured: Corpus) -> bool:
+    """Whether it is within two standard errors of what always giving the most frequent label comes to."""
+    if accuracy is None:
+        return False
+    share = max(measured.counts.values()) / len(measured)
+    return accuracy <= share + 2.0 * (share * (1.0 - share) / len(measured)) ** 0.5 and accuracy < 1.0
+
+
+def _train_into(
+    out: Path, base: str | NewModel, data: Corpus, eval_data: Corpus | None, run: "_Run", overwrite: bool
+) -> float | None:
+    """Train, save, and give the accuracy on `eval_data`. The caller holds the lock of `out`."""
+    settings = run.settings
+    left = f".{out.name}.training-"
+    scratch = out.parent / f"{left}{_digest(base, data, settings)}"
     scratch.mkdir(exist_ok=True)
     try:
-        with FileLock(scratch / "lock", timeout=0):
-            set_seed(settings.seed)
-            task: Task
-            if settings.recipe == "label-token":
-                task = LabelToken.of(base, data)
-            else:
-                assert isinstance(base, str)
-                task = SequenceClassification.of(base, data.concepts)
-            accuracy = _run(task, data, eval_data, scratch, settings, checkpoint_seconds, progress, cancelled, started)
-            made = scratch / "model"
-            task.model.save_pretrained(made)
-            task.tokenizer.save_pretrained(made)
-            if out.exists():
-                shutil.rmtree(out)
-            os.replace(made, out)
-    except Timeout:
-        raise CheckpointError(f"another process is training {out} with the same arguments") from None
+        set_seed(settings.seed)
+        task: Task
+        if settings.recipe == "label-token":
+            task = LabelToken.of(base, data)
+        else:
+            assert isinstance(base, str)
+            task = SequenceClassification.of(base, data.concepts)
+        accuracy = run(task, data, eval_data, scratch)
+        run.tell("saving", 0, 0)
+        made = scratch / "model"
+        task.model.save_pretrained(made)
+        task.tokenizer.save_pretrained(made)
+        if not overwrite:
+            _check_free(out)  # once more: it took a while
+        if out.exists():
+            shutil.rmtree(out)
+        os.replace(made, out)
     except BaseException:
         if _last_checkpoint(scratch) is None:
             shutil.rmtree(scratch, ignore_errors=True)
         raise
-    for old in out.parent.glob(f".{out.name}.training-*"):
-        shutil.rmtree(old, ignore_errors=True)
-    return TrainReport(out, settings.recipe, data.concepts, len(data), accuracy, time.monotonic() - started)
+    for old in out.parent.iterdir():
+        if old.name.startswith(left):
+            shutil.rmtree(old, ignore_errors=True)
+    return accuracy
 
 
 def _digest(base: str | NewModel, data: Corpus, settings: TrainSettings) -> str:
@@ -137,81 +215,136 @@ def _digest(base: str | NewModel, data: Corpus, settings: TrainSettings) -> str:
     return hashlib.sha256(f"{base} {data.sha256} {data.concepts} {settings}".encode()).hexdigest()[:12]
 
 
-def _run(
-    task: Task,
-    data: Corpus,
-    eval_data: Corpus | None,
-    scratch: Path,
-    settings: TrainSettings,
-    checkpoint_seconds: float,
-    progress: Callable[[TrainProgress], None] | None,
-    cancelled: Callable[[], bool] | None,
-    started: float,
-) -> float | None:
-    """Train to the end; the accuracy on `eval_data`."""
-    rows = task.rows(data, settings.max_length)
-    order = LengthPools(lengths_of(rows), settings.batch_size, settings.seed)
-    last = _last_checkpoint(scratch)
-    resumed = json.loads((last / "trainer_state.json").read_text())["global_step"] if last else 0
+class _Run:
+    """A training from its start, or from its last checkpoint, to its end.
 
-    class Watch(TrainerCallback):
-        saved = time.monotonic()
+    Attributes:
+        last: the last epoch that was done, None before.
+    """
 
-        def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> Any:
-            if cancelled is not None and cancelled():
-                raise TrainingCancelled
-            if progress is not None:
-                progress(TrainProgress(state.global_step, state.max_steps, time.monotonic() - started, resumed))
-            now = time.monotonic()
-            if now - self.saved >= checkpoint_seconds and state.global_step < state.max_steps:
-                control.should_save = True
-                self.saved = now
-            return control
+    def __init__(
+        self,
+        settings: TrainSettings,
+        checkpoint_seconds: float,
+        progress: Callable[[TrainProgress], None] | None,
+        epoch: Callable[[Epoch], None] | None,
+        cancelled: Callable[[], bool] | None,
+        started: float,
+    ) -> None:
+        self.settings, self.started = settings, started
+        self.last: Epoch | None = None
+        self._checkpoint_seconds = checkpoint_seconds
+        self._progress, self._epoch, self._cancelled = progress, epoch, cancelled
+        self._resumed = 0
 
-    class OwnTrainer(Trainer):
-        def compute_loss(
-            self, model: Any, inputs: Any, return_outputs: bool = False, num_items_in_batch: Any = None
-        ) -> Any:
-            loss, logits = task.loss(model, inputs)
-            return (loss, {"logits": logits}) if return_outputs else loss
+    def tell(self, phase: Phase, done: int, total: int) -> None:
+        """Tell of the progress, and raise TrainingCancelled if the caller does not want the rest."""
+        if self._cancelled is not None and self._cancelled():
+            raise TrainingCancelled
+        if self._progress is not None:
+            self._progress(TrainProgress(done, total, time.monotonic() - self.started, self._resumed, phase))
 
-        def _get_train_sampler(self, train_dataset: Any = None) -> Sampler[int]:
-            return order
+    def __call__(self, task: Task, data: Corpus, eval_data: Corpus | None, scratch: Path) -> float | None:
+        """Train to the end; the accuracy on `eval_data`."""
+        settings, tell, checkpoint_seconds = self.settings, self.tell, self._checkpoint_seconds
+        rows = task.rows(data, settings.max_length)
+        order = LengthPools(lengths_of(rows), settings.batch_size, settings.seed)
+        last = _last_checkpoint(scratch)
+        if last is not None:
+            self._resumed = json.loads((last / "trainer_state.json").read_text())["global_step"]
+        held_out = None if eval_data is None else task.rows(eval_data, settings.max_length)
+        sums = _Sums()
+        ended = self._end_epoch
 
-    trainer = OwnTrainer(
-        model=task.model,
-        args=TrainingArguments(
-            output_dir=str(scratch),
-            num_train_epochs=settings.epochs,
-            learning_rate=settings.learning_rate,
-            per_device_train_batch_size=settings.batch_size,
-            per_device_eval_batch_size=64,
-            warmup_steps=0.1,
-            weight_decay=0.01,
-            seed=settings.seed,
-            data_seed=settings.seed,
-            save_strategy="no",
-            save_total_limit=2,
-            eval_strategy="no",
-            logging_strategy="no",
-            report_to="none",
-            disable_tqdm=True,
-            dataloader_pin_memory=False,
-            remove_unused_columns=False,
-            label_names=["labels"],
-        ),
-        train_dataset=rows,
-        data_collator=task.collator,
-        callbacks=[Watch()],
-    )
-    trainer.remove_callback(transformers.PrinterCallback)
-    if last is not None:
-        logger.info("going on from step %d", resumed)
-    trainer.train(resume_from_checkpoint=str(last) if last else None)
-    if eval_data is None:
-        return None
-    prediction = trainer.predict(task.rows(eval_data, settings.max_length))
-    return float((np.argmax(prediction.predictions, axis=1) == prediction.label_ids).mean())
+        class Watch(TrainerCallback):
+            saved = time.monotonic()
+            measured = 0
+
+            def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> Any:
+                tell("training", state.global_step, state.max_steps)
+                now = time.monotonic()
+                if now - self.saved >= checkpoint_seconds and state.global_step < state.max_steps:
+                    control.should_save = True
+                    self.saved = now
+                return control
+
+            def on_epoch_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+                ended(math.ceil(state.epoch - 1e-6), sums)
+
+            def on_prediction_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+                self.measured += 1
+                tell("measuring accuracy", self.measured, -(-len(held_out or ()) // EVAL_BATCH))
+
+        class OwnTrainer(Trainer):
+            def compute_loss(
+                self, model: Any, inputs: Any, return_outputs: bool = False, num_items_in_batch: Any = None
+            ) -> Any:
+                loss, logits = task.loss(model, inputs)
+                if model.training:
+                    sums.add(loss, logits, inputs["labels"])
+                return (loss, {"logits": logits}) if return_outputs else loss
+
+            def _get_train_sampler(self, train_dataset: Any = None) -> Sampler[int]:
+                return order
+
+        trainer = OwnTrainer(
+            model=task.model,
+            args=TrainingArguments(
+                output_dir=str(scratch),
+                num_train_epochs=settings.epochs,
+                learning_rate=settings.learning_rate,
+                per_device_train_batch_size=settings.batch_size,
+                per_device_eval_batch_size=EVAL_BATCH,
+                warmup_steps=0.1,
+                weight_decay=0.01,
+                seed=settings.seed,
+                data_seed=settings.seed,
+                save_strategy="no",
+                save_total_limit=2,
+                eval_strategy="no",
+                logging_strategy="no",
+                report_to="none",
+                disable_tqdm=True,
+                dataloader_pin_memory=False,
+                remove_unused_columns=False,
+                label_names=["labels"],
+            ),
+            train_dataset=rows,
+            data_collator=task.collator,
+            callbacks=[Watch()],
+        )
+        trainer.remove_callback(transformers.PrinterCallback)
+        trainer.train(resume_from_checkpoint=str(last) if last else None)
+        if held_out is None:
+            return None
+        prediction = trainer.predict(held_out)
+        return float((np.argmax(prediction.predictions, axis=1) == prediction.label_ids).mean())
+
+    def _end_epoch(self, number: int, sums: "_Sums") -> None:
+        if sums.rows:
+            self.last = Epoch(number, *sums.means())
+            if self._epoch is not None:
+                self._epoch(self.last)
+
+
+class _Sums:
+    """Loss and correct predictions of the batches since the last epoch ended."""
+
+    rows = 0
+    _loss: Any = 0.0
+    _correct: Any = 0
+
+    def add(self, loss: Tensor, logits: Tensor, labels: Tensor) -> None:
+        """Count a batch in; nothing waits for the device."""
+        self.rows += len(labels)
+        self._loss = self._loss + loss.detach() * len(labels)
+        self._correct = self._correct + (logits.detach().argmax(dim=1) == labels).sum()
+
+    def means(self) -> tuple[float, float]:
+        """Loss and accuracy; begins anew."""
+        found = float(self._loss) / self.rows, float(self._correct) / self.rows
+        self.rows, self._loss, self._correct = 0, 0.0, 0
+        return found
 
 
 def _last_checkpoint(scratch: Path) -> Path | None:

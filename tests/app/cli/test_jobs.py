@@ -3,6 +3,7 @@
 import csv
 import json
 import math
+import shlex
 import stat
 from collections import Counter
 from pathlib import Path
@@ -18,7 +19,7 @@ from app.cli import options
 from app.reports import list_reports
 from range_store.embedded import EmbeddedRedis
 from range_store.store import RangeStore
-from tests.app.cli.conftest import Cli
+from tests.app.cli.conftest import Cli, Ended
 from tests.workers.checkpoints import LABELS, TEMPLATE, save_language_model, save_tiny
 from tests.workers.texts import labelled_texts, write_jsonl
 
@@ -92,6 +93,54 @@ def test_fit_reads_other_field_names_and_a_label_map(cli: Cli, tiny: Path, tmp_p
     )
 
 
+def test_commands_that_are_printed_run_as_they_stand(cli: Cli, tiny: Path, tmp_path: Path) -> None:
+    """From training to serving, with fields and labels of other names, in a directory whose name has a space."""
+    place = tmp_path / "my data"
+    place.mkdir()
+    numbers = {label: number for number, label in enumerate(LABELS)}
+    with (place / "rows.csv").open("w", newline="") as stream:
+        csv.writer(stream).writerows(
+            [("body", "kind"), *((text, numbers[label]) for text, label in labelled_texts(30, 3))]
+        )
+    (place / "map.json").write_text(json.dumps(dict(enumerate(LABELS))))
+    train = ["train", "--base", tiny, "--data", place / "rows.csv", "--text-field", "body", "--label-field", "kind"]
+    trained = cli(
+        *train, "--label-map", place / "map.json", "--out", place / "made", "--epochs", "0.5", "--threads", "1"
+    )
+    assert trained.exit_code == 0, trained.stderr
+    fit = next_command(trained)
+    fitted = cli(*fit, "--data-dir", place / "state", "--dtype", "float32", "--bins", "8")
+    assert fitted.exit_code == 0, fitted.stderr
+    assert next_command(fitted) == [
+        *["serve", "--model", str(place / "made"), "--dtype", "float32", "--threads", "1"],
+        *["--data-dir", str(place / "state")],
+    ]
+    fit.remove("--activate")
+    fitted = cli(*fit, "--data-dir", place / "state", "--bins", "9")
+    activated = cli(*next_command(fitted))
+    assert activated.exit_code == 0, activated.stderr
+    listed = cli("ranges", "list", "--data-dir", place / "state", "--json").json
+    assert [each["active"] for each in listed] == [True, False]
+
+
+def next_command(ended: Ended) -> list[str]:
+    """Arguments of the command that is proposed."""
+    (line,) = [line for line in ended.stderr.splitlines() if line.startswith("next: neuronlens ")]
+    return shlex.split(line)[2:]
+
+
+def test_what_limits_a_fit_is_told(cli: Cli, tiny: Path, tmp_path: Path) -> None:
+    rows = write_jsonl(tmp_path / "rows.jsonl", [("the cup", "Cups")])
+    fitted = cli("fit", "--model", tiny, "--data", rows, "--data-dir", tmp_path, "--bins", "8", "--threads", "1")
+    assert fitted.exit_code == 0, fitted.stderr
+    for line in (
+        "all texts have the label Cups: no ranking can tell its neurons from others",
+        "the smallest class has 1 text, whose values vary by nothing: its ranges hold no other text",
+        "concepts that are no labels of the model: 'Cups'; its labels: 'World', 'Sports', 'Business', 'SciTech'",
+    ):
+        assert line in fitted.stderr.splitlines()
+
+
 @pytest.mark.parametrize(
     ("arguments", "exit_code", "message"),
     [
@@ -128,6 +177,14 @@ def test_train_writes_a_checkpoint_that_evaluate_measures(
     assert trained.json["accuracy"] == pytest.approx(accuracy_of(made, held_out))
     assert trained.json["out"] == str(made)
     assert (made / "model.safetensors").is_file()
+    told = trained.stderr.splitlines()
+    for line in (
+        "the training begins; stopped with Ctrl-C, it goes on",
+        "epoch 1 of 1: loss ",
+        "measuring accuracy: 1/1",
+    ):
+        assert any(each.startswith(line) for each in told), line
+    assert "saving" in told
     again = cli(*train, "--threads", "1")
     assert again.exit_code == 2
     assert "--overwrite" in again.stderr
@@ -197,6 +254,9 @@ def test_a_new_language_model_is_trained_fitted_and_evaluated(
     trained = cli(*train, "--json")
     assert trained.exit_code == 0, trained.stderr
     assert trained.json["recipe"] == "label-token"
+    headed = cli(*train, "--overwrite", "--recipe", "sequence-classification")
+    assert headed.exit_code == 2
+    assert "--recipe: a new model is trained with label-token" in headed.stderr
     place = ["--redis-url", redis_client.url, "--data-dir", tmp_path, "--name", f"made-{tmp_path.name}"]
     fitted = cli("fit", "--model", made, "--data", corpus, "--ranking", "all", "--threads", "1", *place, "--json")
     assert fitted.exit_code == 0, fitted.stderr

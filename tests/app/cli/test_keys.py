@@ -80,6 +80,12 @@ def test_the_suggested_fit_command_names_the_model_and_the_store(tmp_path: Path)
     own = fit_command(Settings(data_dir=tmp_path / "a place"), "my/model", "news")
     assert shlex.split(own)[4:6] == ["--name", "news"]
     assert shlex.split(own)[-2:] == ["--data-dir", str(tmp_path / "a place")]
+    prompted = Settings(model="my/model", template="ag_news", dtype="bfloat16", redis_url="redis://:secret@host")
+    assert fit_command(prompted, "my/model", "model") == (
+        "neuronlens fit --model my/model --template ag_news --dtype bfloat16 --scoring restricted --data FILE "
+        "--activate --redis-url redis://host"
+    )
+    assert "ag_news" not in fit_command(prompted, "another/model", "model")
 
 
 def test_an_open_host_requires_keys(cli: Cli, tmp_path: Path) -> None:

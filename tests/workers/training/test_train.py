@@ -20,7 +20,7 @@ from workers.models.loading import load_model
 from workers.training.order import LengthPools
 from workers.training.recipes import LabelToken
 from workers.training.scratch import NewModel
-from workers.training.train import TrainingCancelled, TrainProgress, TrainSettings, train
+from workers.training.train import Epoch, TrainingCancelled, TrainProgress, TrainSettings, train
 
 LEARNED = 0.9
 """Accuracy to reach; every training here reached 1.0."""
@@ -56,12 +56,21 @@ def test_fine_tuned_classifier_learns_and_can_be_loaded(
 ) -> None:
     base = save_tiny(family, tmp_path / "base", labels=("one", "two"), n_layers=1)
     steps: list[TrainProgress] = []
+    epochs: list[Epoch] = []
     out = tmp_path / "out"
     settings = TrainSettings(epochs=12, learning_rate=5e-3)
-    report = train(str(base), learned, held_out, out, settings, progress=steps.append)
+    report = train(str(base), learned, held_out, out, settings, progress=steps.append, epoch=epochs.append)
     assert report.accuracy is not None
     assert report.accuracy >= LEARNED
-    assert (steps[-1].steps_done, steps[-1].steps_total) == (120, 120)
+    assert not report.at_chance
+    assert [(now.phase, now.steps_done, now.steps_total) for now in steps] == [
+        *(("training", step, 120) for step in range(1, 121)), ("measuring accuracy", 1, 1), ("saving", 0, 0)
+    ]  # fmt: skip
+    assert [each.number for each in epochs] == list(range(1, 13))
+    assert epochs[-1].loss < epochs[0].loss / 4
+    assert epochs[-1].accuracy == report.learned_accuracy
+    assert report.learned_accuracy is not None
+    assert report.learned_accuracy >= LEARNED
     model = load_model(str(out), device="cpu")
     assert model.identity.labels == learned.concepts == report.labels
     (text,) = model.tokens.encode(["she broke the record for the third time this year"])
@@ -86,6 +95,46 @@ def test_existing_output_is_overwritten_only_on_request(bert: str, learned: Corp
     train(bert, learned, None, out, TrainSettings(epochs=0.1), overwrite=True)
     assert (out / "model.safetensors").is_file()
     assert not (out / "precious").exists()
+
+
+def test_only_one_training_writes_to_a_directory(bert: str, learned: Corpus, tmp_path: Path) -> None:
+    """A second one, with whatever arguments, would remove the checkpoints of the first, or replace what it made."""
+    out, settings = tmp_path / "out[1]", TrainSettings(epochs=0.1)
+    refused = []
+
+    def start_another(now: TrainProgress) -> None:
+        for overwrite in (False, True):
+            with pytest.raises(CheckpointError, match="another process is training"):
+                train(bert, learned, None, out, replace(settings, seed=1), overwrite=overwrite)
+            refused.append(now)
+
+    train(bert, learned, None, out, settings, progress=start_another)
+    assert refused
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["base", "out[1]"]
+
+
+def test_directory_that_was_filled_meanwhile_is_kept(bert: str, learned: Corpus, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+
+    def fill(now: TrainProgress) -> None:
+        out.mkdir(exist_ok=True)
+        (out / "precious").touch()
+
+    with pytest.raises(CheckpointError, match="--overwrite"):
+        train(bert, learned, None, out, TrainSettings(epochs=0.1), progress=fill)
+    assert [path.name for path in out.iterdir()] == ["precious"]
+
+
+def test_what_can_hardly_be_learned_is_told(bert: str, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    rows = [("the cup", "Sports")] * 6 + [("the cup", "World")] * 6 + [("", "Other")]
+    data = load_corpus(str(write_jsonl(tmp_path / "rows.jsonl", rows)))
+    report = train(bert, data, None, tmp_path / "out", TrainSettings(epochs=1))
+    assert report.at_chance
+    assert "rows.jsonl: only one row has the label 'Other'" in caplog.text
+    assert "rows.jsonl: 1 of 13 texts are empty" in caplog.text
+    one = load_corpus(str(write_jsonl(tmp_path / "one.jsonl", rows[:6])))
+    with pytest.raises(CorpusError, match=r"all rows of one\.jsonl have the label 'Sports': .* two or more"):
+        train(bert, one, None, tmp_path / "other", TrainSettings(epochs=1))
 
 
 def test_training_cancelled_before_a_checkpoint_leaves_no_files(bert: str, learned: Corpus, tmp_path: Path) -> None:
