@@ -90,7 +90,7 @@ class BodyLimit:
                 self.memory.held -= held
                 held = 0
                 if not self.memory.room_for(received):
-                    raise BodyRefused(503, "too_many_bodies", full, {"Retry-After": "1"})
+                    raise BodyRefused(503, "too_many_bodies", full)
                 held = received
                 self.memory.held += held
             return message

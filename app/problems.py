@@ -133,6 +133,8 @@ CODES: Mapping[type[Exception], tuple[int, str]] = {
 }
 """Status and code of every error that the domain and the engine raise."""
 
+LASTING = frozenset({"no_range_set"})
+"""Codes of 503 that end when somebody does something: trying again does not help."""
 _HTTP_CODES = {400: "malformed", 404: "not_found", 405: "method_not_allowed"}
 
 
@@ -164,8 +166,8 @@ def problem_response(
         **members,
     )
     sent = dict(headers or {})
-    if status == 503:
-        sent["Retry-After"] = "1"
+    if status == 503 and code not in LASTING:
+        sent.setdefault("Retry-After", "1")
     if request_id:
         sent["X-Request-ID"] = request_id
     return _ProblemResponse(problem.model_dump(exclude_none=True), status, headers=sent)
@@ -217,14 +219,18 @@ def finish(openapi: dict[str, Any]) -> None:
                 response["headers"] = response.get("headers", {}) | said
 
 
-def header(name: str, description: str, kind: str = "string") -> dict[str, Any]:
-    """A header that a reply always has, as the document says it."""
-    return {name: {"description": description, "required": True, "schema": {"type": kind}}}
+def header(name: str, description: str, kind: str = "string", required: bool = True) -> dict[str, Any]:
+    """A header that a reply always has, unless it is not `required`, as the document says it."""
+    return {name: {"description": description, "required": required, "schema": {"type": kind}}}
 
 
 _CONTENT = {MEDIA_TYPE: {"schema": {"$ref": "#/components/schemas/Problem"}}}
-_RETRY = header("Retry-After", "Seconds to wait before trying again.", "integer")
-_HEADERS = {412: header("ETag", "The current generation, quoted."), 429: _RETRY, 503: _RETRY}
+_WAIT = "Seconds to wait before trying again."
+_HEADERS = {
+    412: header("ETag", "The current generation, quoted."),
+    429: header("Retry-After", _WAIT, "integer"),
+    503: header("Retry-After", f"{_WAIT} None with {', '.join(sorted(LASTING))}.", "integer", required=False),
+}
 
 
 def _documented(status: int) -> dict[str, Any]:

@@ -9,6 +9,7 @@ import plotly
 from fastapi import APIRouter, Request, Response
 from starlette.concurrency import run_in_threadpool
 
+from app.bodies import accepts_gzip
 from app.problems import ApiError
 
 router = APIRouter(include_in_schema=False)
@@ -45,12 +46,12 @@ _HEADERS = {
 
 
 class _File:
-    """A file as it is sent: plain, gzipped, and its ETag."""
+    """A file as it is sent, plain and gzipped, each with an ETag of its own."""
 
     def __init__(self, content: bytes) -> None:
-        self.plain = content
-        self.gzipped = gzip.compress(content, 6, mtime=0)
-        self.etag = f'"{hashlib.sha256(content).hexdigest()[:32]}"'
+        digest = hashlib.sha256(content).hexdigest()[:32]
+        self.plain = content, f'"{digest}"'
+        self.gzipped = gzip.compress(content, 6, mtime=0), f'"{digest}-gzip"'
 
 
 @cache
@@ -83,16 +84,17 @@ async def console_file(request: Request, name: str) -> Response:
 async def _reply(request: Request, name: str) -> Response:
     file = await run_in_threadpool(_file, name)  # plotly takes a moment to compress
     kept = "public, max-age=31536000, immutable" if name == PLOTLY else "no-cache"
+    zipped = accepts_gzip(request.headers)
+    content, etag = file.gzipped if zipped else file.plain
     headers = {
         **_HEADERS,
         "Cache-Control": kept,
         "Content-Security-Policy": _FRAME_POLICY if name == FRAME else _POLICY,
-        "ETag": file.etag,
+        "ETag": etag,
     }
     named = {tag.strip().removeprefix("W/") for tag in request.headers.get("if-none-match", "").split(",")}
-    if named & {file.etag, "*"}:
+    if named & {etag, "*"}:
         return Response(status_code=304, headers=headers)
-    zipped = "gzip" in request.headers.get("accept-encoding", "")
     if zipped:
         headers["Content-Encoding"] = "gzip"
-    return Response(file.gzipped if zipped else file.plain, headers=headers, media_type=TYPES[Path(name).suffix])
+    return Response(content, headers=headers, media_type=TYPES[Path(name).suffix])

@@ -25,10 +25,11 @@ CHANGES = documented(*QUERY, 409, 412, 503) | NOT_EVERYWHERE | WITH_ETAG
 
 
 async def named_generations(if_match: IfMatch = None) -> tuple[str, ...]:
-    """The generations that the caller insists on; none for any."""
+    """The generations that the caller insists on; none for any. A weak tag is left as it is, and matches none."""
     if if_match is None or if_match.strip() == "*":
         return ()
-    return tuple(tag.strip().removeprefix("W/").strip('"') for tag in if_match.split(","))
+    tags = (tag.strip() for tag in if_match.split(","))
+    return tuple(tag if tag.startswith("W/") else tag.strip('"') for tag in tags)
 
 
 Required = Annotated[tuple[str, ...], Depends(named_generations)]

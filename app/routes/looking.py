@@ -7,14 +7,14 @@ from fastapi import APIRouter, Request
 from app.answering import Timeout, check_size, unless_gone
 from app.auth import Caller, Calling, check_shown
 from app.logs import note
-from app.problems import BODY, QUERY, ApiError, documented
+from app.problems import BODY, QUERY, ApiError, FieldError, documented
 from app.replies import ActivationsOut, TextTokens, TextValues, Token, TokenizeOut
 from app.requests import ActivationsIn, TokenizeIn
 from app.routes import Asking, QueryChecked, snapshot_of
 from app.routes.inspection import finite
 from app.service import Service
 from range_store.erasure import Site, resolve_layers
-from range_store.errors import InvalidErasure, UnknownNeuron
+from range_store.errors import InvalidErasure
 
 router = APIRouter(tags=["inspection"], dependencies=[QueryChecked])
 
@@ -77,10 +77,10 @@ async def show_activations(
     try:
         (layer,) = resolve_layers((body.layer,), identity.n_layers)
     except InvalidErasure as error:
-        raise UnknownNeuron(str(error)) from None
+        raise _invalid("layer", str(error)) from None
     hidden = identity.hidden_size
     if unknown := [neuron for neuron in body.neurons if not 0 <= neuron < hidden]:
-        raise UnknownNeuron(f"neuron {unknown[0]} is out of range: a block has {hidden}, 0 to {hidden - 1}")
+        raise _invalid("neurons", f"neuron {unknown[0]} is out of range: a block has {hidden}, 0 to {hidden - 1}")
     range_set = snapshot_of(service).range_set
     fitted = range_set.provenance.settings if range_set is not None else None
     site: Site = fitted.site if fitted else "block_output"
@@ -102,6 +102,11 @@ async def show_activations(
 def _check(service: Service, caller: Caller) -> None:
     live = snapshot_of(service).live.at(service.mirror.now())
     check_shown(caller, any(each.enforced for each in live), "activations")
+
+
+def _invalid(field: str, why: str) -> ApiError:
+    errors = [FieldError(loc=["body", field], msg=why, type="out_of_range")]
+    return ApiError(422, "invalid", f"body.{field}: {why}", errors=errors)
 
 
 def _texts(service: Service, inputs: str | list[str]) -> Sequence[str]:

@@ -246,7 +246,9 @@ def test_request_past_its_deadline_is_rejected(server: RunningServer, problem: P
 def test_erasing_without_a_range_set_is_rejected(start_server: Callable[..., RunningServer], problem: Problem) -> None:
     server = start_server()
     assert server.classify(TEXT).status_code == 200
-    problem(server.classify(TEXT, erase=["Sports"]), 503, "no_range_set")
+    rejected = server.classify(TEXT, erase=["Sports"])
+    problem(rejected, 503, "no_range_set")
+    assert "retry-after" not in rejected.headers, "it lasts until somebody fits one"
 
 
 @pytest.mark.local

@@ -69,6 +69,13 @@ def test_files_are_cached_and_compressed(server: RunningServer) -> None:
     plain = server.http.get("/console/main.js", headers={"Accept-Encoding": "identity"})
     assert "content-encoding" not in plain.headers
     assert plain.content == (FILES / "main.js").read_bytes()
+    unwanted = server.http.get("/console/main.js", headers={"Accept-Encoding": "gzip;q=0"})
+    assert (unwanted.content, unwanted.headers["etag"]) == (plain.content, plain.headers["etag"])
+    packed = server.http.get("/console/main.js")
+    assert packed.headers["content-encoding"] == "gzip"
+    assert packed.headers["etag"] != plain.headers["etag"], "a strong ETag names one sequence of bytes"
+    other = server.http.get("/console/main.js", headers={"If-None-Match": plain.headers["etag"]})
+    assert other.status_code == 200
     with httpx.stream("GET", f"{server.url}/console/main.js", headers={"Accept-Encoding": "gzip"}) as raw:
         assert gzip.decompress(b"".join(raw.iter_raw())) == plain.content
 

@@ -136,7 +136,10 @@ def test_change_with_a_stale_if_match_is_rejected(server: RunningServer, problem
     problem(server.http.delete("/v1/erasures/World", headers={"If-Match": old}), 412, "stale_generation")
     problem(server.http.delete("/v1/erasures/World", headers={"If-Match": f"{old}, {old}"}), 412, "stale_generation")
     assert server.http.delete("/v1/erasures/World", headers={"If-Match": f"{old}, {new}"}).status_code == 200
-    assert server.http.put("/v1/erasures/World", headers={"If-Match": "*"}).status_code == 200
+    current = server.http.put("/v1/erasures/World", headers={"If-Match": "*"}).headers["etag"]
+    for weak in (f"W/{current}", f"W/{current}, {old}"):
+        problem(server.http.put("/v1/erasures/Sports", headers={"If-Match": weak}), 412, "stale_generation")
+    assert server.http.get("/v1/erasures").headers["etag"] == current
     wrong = {"erasures": [{"concept": "World", "tau": -1}]}
     problem(server.http.put("/v1/erasures", json=wrong, headers={"If-Match": f"{old}, {old}"}), 422, "invalid")
 

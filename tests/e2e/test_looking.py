@@ -152,8 +152,9 @@ def test_limits_of_inputs_are_enforced(limited_server: RunningServer, problem: P
     answer = limited_server.http.post(path, content=surrogate, headers={"Content-Type": "application/json"})
     assert len(answer.json()["results"]) == 1
     if path == "/v1/activations":
-        for layer, neuron in ((3, 0), (-4, 0), (0, 32)):
-            problem(call("x", layer=layer, neurons=[neuron]), 404, "unknown_neuron")
+        for layer, neuron, field in ((3, 0, "layer"), (-4, 0, "layer"), (0, 32, "neurons")):
+            invalid = problem(call("x", layer=layer, neurons=[neuron]), 422, "invalid")
+            assert invalid["errors"][0]["loc"] == ["body", field]
         problem(call("x", neurons=list(range(65))), 422, "invalid")
         problem(call("x", neurons=[]), 422, "invalid")
 
