@@ -263,7 +263,7 @@ def evaluate_model(
             check_source(each.source)
     loaded = _load(model)
     if perplexity:
-        check_perplexity(loaded)
+        check_perplexity(loaded, chosen)
     work = (_corpus, partial(_fit, loaded), partial(measure, loaded))
     hands = _Hands(
         loaded.identity, loaded.earlier_fingerprint, loaded.dtype, loaded.template, *work, counts_overlap=True

@@ -58,10 +58,10 @@ def steer_variants(
     """Run the tail of every variant on one trunk.
 
     Args:
-        max_tokens: padded tokens that a tail with blocks in it takes at once; more variants run in turns. The tail
-            of the last block is one token wide and runs in one turn.
+        max_tokens: padded tokens that a tail takes at once; more variants run in turns. The tail of the last block is
+            one token wide.
     """
-    step = max(1, max_tokens // tail_width(model, batch, trunk))
+    step = max(1, max_tokens // model.tail_width(batch, trunk.split))
     parts = [
         _steer(model, batch, trunk, variants[start : start + step], positions)
         for start in range(0, len(variants), step)
@@ -111,7 +111,7 @@ class PlanSweep:
         Args:
             max_tokens: padded tokens that a tail takes, if more than one plan fits.
         """
-        step = max(1, max_tokens // (len(batch.ids) * tail_width(model, batch, trunk)))
+        step = max(1, max_tokens // (len(batch.ids) * model.tail_width(batch, trunk.split)))
         return [slice(start, min(start + step, len(self.plans))) for start in range(0, len(self.plans), step)]
 
     def logits(self, model: Steerable, batch: TokenBatch, trunk: Trunk, turn: slice) -> Tensor:
@@ -121,8 +121,3 @@ class PlanSweep:
         rows = torch.arange(texts, device=batch.ids.device).repeat(len(plans))
         logits = model.steer(batch, trunk, rows, PlanGrid(plans, tables, texts, self._positions))
         return logits.view(len(plans), texts, -1)
-
-
-def tail_width(model: Steerable, batch: TokenBatch, trunk: Trunk) -> int:
-    """Padded tokens of one variant in the tail."""
-    return 1 if trunk.split == model.n_layers - 1 and model.splits else batch.ids.shape[1]

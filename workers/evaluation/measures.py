@@ -287,12 +287,12 @@ def _interval(bootstrap: Bootstrap, replicas: Floats) -> dict[str, float]:
 
 
 def _mean(rows: list[Row], replicas: list[Floats], bootstrap: Bootstrap) -> Row:
-    """The unweighted mean over targets; targets without texts do not count."""
-    some = [index for index, row in enumerate(rows) if row.n_target]
+    """The unweighted mean over targets. Those without texts do not count, unless none has any: of these there is only
+    what became of the others."""
+    some = [index for index, row in enumerate(rows) if row.n_target] or list(range(len(rows)))
     first = rows[0]
-    values = {name: float(np.mean([getattr(rows[i], name) for i in some])) if some else np.nan for name in _AVERAGED}
-    if some:
-        values |= _interval(bootstrap, np.mean([replicas[index] for index in some], axis=0))
+    values = {name: float(np.mean([getattr(rows[i], name) for i in some])) for name in _AVERAGED}
+    values |= _interval(bootstrap, np.mean([replicas[index] for index in some], axis=0))
     worst = min((rows[i] for i in some if rows[i].worst_other), key=lambda row: row.worst_other_delta_acc, default=None)
     return Row(
         layer=first.layer,

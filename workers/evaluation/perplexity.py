@@ -20,13 +20,19 @@ from workers.models.few_shot import FewShotModel
 from workers.models.loading import LoadedModel
 from workers.models.tokens import TokenBatch, length_sorted
 
+LOGITS_AT_ONCE = 1 << 25
+"""Logits over the vocabulary that are computed together: 128 MB in float32."""
 
-def check_perplexity(model: LoadedModel) -> FewShotModel:
+
+def check_perplexity(model: LoadedModel, settings: EvaluationSettings) -> FewShotModel:
     """The model as one that has a perplexity.
 
     Raises:
-        EvaluationError: it is a classifier; the words of a text are not what it was trained to predict.
+        EvaluationError: it is a classifier; the words of a text are not what it was trained to predict. Or nothing is
+            masked but the read position, which is of a prompt, and texts stand by themselves here.
     """
+    if "all" not in settings.positions:
+        raise EvaluationError("perplexity is of texts without a prompt, which have no read position: --positions all")
     if not isinstance(model.steered, FewShotModel):
         raise EvaluationError(
             f"perplexity is of pretrained language models (few-shot, with --template); this is {model.identity.kind}"
@@ -45,18 +51,20 @@ def with_perplexity(
     """The evaluation with `base_perplexity` and `perplexity` in every row; mean rows have the geometric mean.
 
     Texts stand by themselves, without the prompt, after the beginning-of-text token if there is one. All predicted
-    tokens weigh the same, whatever text they are of. Masks act on every real token.
+    tokens weigh the same, whatever text they are of. Masks act on every real token: rows of settings that mask the read
+    position alone have no `perplexity`.
 
     Raises:
         EvaluationError: see `check_perplexity`.
     """
-    steered = check_perplexity(model)
+    steered = check_perplexity(model, settings)
     texts = _texts(model, steered, test)
     groups = settings.resolved_layers(model.identity.n_layers)
     targets = settings.targets or range_set.concepts
     plans = [
         DevicePlan.of(resolve(range_set, [erasure]), model.device)
         for setting in grid(settings, groups, targets)
+        if setting.positions == "all"
         for erasure in setting.erasures
     ]
     totals = torch.zeros(len(plans) + 1, dtype=torch.float64)
@@ -76,7 +84,10 @@ def with_perplexity(
     rows = []
     of_setting: list[float] = []
     for row in evaluation.rows:
-        if row.target == MEAN:
+        value: float | None = None
+        if row.positions != "all":
+            pass
+        elif row.target == MEAN:
             value = math.exp(sum(map(math.log, of_setting)) / len(of_setting))
             of_setting = []
         else:
@@ -92,8 +103,8 @@ def _texts(model: LoadedModel, steered: FewShotModel, test: Corpus) -> list[tupl
     start = (bos,) if steered.prefix and steered.prefix[0] == bos else ()
     found = []
     for block in test.blocks():
-        for text in model.tokens.encode(block.texts):
-            ids = start + text.ids[: len(text.ids) - len(model.tokens.suffix)]
+        for text in model.tokens.encode(block.texts, keep_empty=True):
+            ids = start + text.ids[: max(0, len(text.ids) - len(model.tokens.suffix))]
             if len(ids) > 1:
                 found.append(ids)
     return found
@@ -101,11 +112,18 @@ def _texts(model: LoadedModel, steered: FewShotModel, test: Corpus) -> list[tupl
 
 def _negative_log_likelihood(steered: FewShotModel, batch: TokenBatch, plan: DevicePlan | None) -> float:
     """Summed over all predicted tokens, in nats."""
-    with torch.inference_mode(), _masked(steered, batch, plan):
-        output = steered.model(input_ids=batch.ids, attention_mask=batch.mask.to(torch.int64), use_cache=False)
-    log = F.log_softmax(output.logits[:, :-1].float(), dim=-1)
-    chosen = log.gather(-1, batch.ids[:, 1:].unsqueeze(-1)).squeeze(-1)
-    return float(-(chosen * batch.mask[:, 1:]).sum(dtype=torch.float64))
+    head = steered.model.get_output_embeddings()
+    with torch.inference_mode():
+        with _masked(steered, batch, plan):
+            mask = batch.mask.to(torch.int64)
+            states = steered.model.base_model(input_ids=batch.ids, attention_mask=mask, use_cache=False)
+        predicted = batch.mask[:, 1:]
+        hidden, tokens = states.last_hidden_state[:, :-1][predicted], batch.ids[:, 1:][predicted]
+        total = 0.0
+        at_once = max(1, LOGITS_AT_ONCE // head.weight.shape[0])
+        for some, chosen in zip(hidden.split(at_once), tokens.split(at_once), strict=True):
+            total += float(F.cross_entropy(head(some).float(), chosen, reduction="none").sum(dtype=torch.float64))
+    return total
 
 
 @contextmanager

@@ -31,6 +31,8 @@ from workers.models.tokens import TokenBatch
 logger = logging.getLogger(__name__)
 
 Scoring = Literal["restricted", "greedy"]
+LOGITS_AT_ONCE = 1 << 25
+"""Logits over the vocabulary that are computed together: 128 MB in float32."""
 UNSAID = -30.0
 """Greedy score of a label that was not decoded; the one that was has 0."""
 
@@ -86,6 +88,12 @@ class FewShotModel:
     def prefix_cache_bytes(self) -> int:
         """Bytes of prefix states that are kept for plans."""
         return self._prefixes.nbytes
+
+    def tail_width(self, batch: TokenBatch, split: int) -> int:
+        """Padded tokens of one variant in the tail above block `split`: the whole text where nothing is shared."""
+        if self.splits and self.scoring == "restricted" and split == self.n_layers - 1:
+            return 1 + len(self._branches)
+        return batch.ids.shape[1]
 
     def logits(self, batch: TokenBatch) -> Tensor:
         """The unmasked model's score of every label, [B, K]."""
@@ -252,6 +260,12 @@ class FewShotModel:
 
     def _scores(self, hidden: Tensor, reads: Tensor) -> Tensor:
         """Summed log-probabilities of the label strings, [B, K]; the head runs on read positions only."""
+        vocabulary = self.model.get_output_embeddings().weight.shape[0]
+        at_once = max(1, LOGITS_AT_ONCE // (reads.shape[1] * vocabulary))
+        parts = zip(hidden.split(at_once), reads.split(at_once), strict=True)
+        return torch.cat([self._scores_at_once(some, of_them) for some, of_them in parts])
+
+    def _scores_at_once(self, hidden: Tensor, reads: Tensor) -> Tensor:
         index = torch.arange(len(hidden), device=hidden.device).unsqueeze(1)
         log = F.log_softmax(
             self.model.get_output_embeddings()(hidden[index, reads]).float(), dim=-1

@@ -186,6 +186,10 @@ class SteeredModel:
         self._sited = before
         return False
 
+    def tail_width(self, batch: TokenBatch, split: int) -> int:
+        """Padded tokens of one variant in the tail above block `split`."""
+        return 1 if split == self.n_layers - 1 and self.splits else batch.ids.shape[1]
+
     def logits(self, batch: TokenBatch) -> Tensor:
         """The bare model's logits, [B, K]."""
         if batch.packing is not None and self.packs:

@@ -295,7 +295,7 @@ def test_a_prompted_language_model_is_evaluated_with_perplexity(
     (tmp_path / "tiny.json").write_text(json.dumps(TEMPLATE))
     evaluate = ["evaluate", "--model", source, "--data", corpus, "--test-data", held_out, "--threads", "1"]
     prompted = [*evaluate, "--template", tmp_path / "tiny.json", "--max-rows", "40", "--max-test-rows", "12"]
-    grid = ["--top-fraction", "0.3,1", "--target", "Sports"]
+    grid = ["--top-fraction", "0.3,1", "--target", "Sports", "--positions", "all,read"]
     measured = cli(*prompted, *grid, "--perplexity", "--out", tmp_path / "out", "--json")
     assert measured.exit_code == 0, measured.stderr
     assert {row["base_perplexity"] for row in measured.json} == {measured.json[0]["base_perplexity"]}
@@ -308,7 +308,11 @@ def test_a_prompted_language_model_is_evaluated_with_perplexity(
         total += float(lm(ids, labels=ids).loss) * (ids.shape[1] - 1)
         tokens += ids.shape[1] - 1
     assert measured.json[0]["base_perplexity"] == pytest.approx(math.exp(total / tokens), rel=1e-4)
-    assert len({row["perplexity"] for row in measured.json if row["target"] == "Sports"}) > 1
+    masked = {row["positions"]: set() for row in measured.json}
+    for row in measured.json:
+        masked[row["positions"]].add(row["perplexity"])
+    assert len(masked["all"] - {None}) > 1
+    assert masked["read"] == {None}, "texts without a prompt have no read position"
     assert "Perplexity" in (tmp_path / "out" / "report.html").read_text()
     refused = cli(*evaluate, "--template", "ag_news", "--perplexity", "--out", tmp_path / "other")
     assert refused.exit_code == 2

@@ -67,6 +67,26 @@ def test_gain_within_the_intervals_does_not_count(ranged: float, verdict: str) -
     assert verdicts([row("neuron", 0.3, -0.05), row("range", 0.3, ranged)])[0] == verdict
 
 
+def test_largest_gain_of_many_needs_more_than_one_gain() -> None:
+    """With intervals of ±0.02, a gain of 0.03 is significant alone, and not as the largest of eight."""
+    one = [row("neuron", 0.3, -0.05), row("range", 0.3, -0.02)]
+    claim = claims(one, separated(True), {})[0]
+    assert claim.verdict == "yes"
+    assert "At most +3.0 points of the others' accuracy, at least +0.6 with 95 % confidence: " in claim.evidence
+    others = [row(method, fraction / 10, -0.05) for method in ("neuron", "range") for fraction in range(4, 11)]
+    claim = claims(one + others, separated(True), {})[0]
+    assert claim.verdict == "no"
+    assert "at least -0.6 with 95 % confidence, corrected for 8 settings: " in claim.evidence
+
+
+def test_gain_without_intervals_counts_as_it_is() -> None:
+    unknown = {"delta_cacc_low": np.nan, "delta_cacc_high": np.nan}
+    better = [row("neuron", 0.3, -0.05, **unknown), row("range", 0.3, -0.045, **unknown)]
+    claim = claims(better, separated(True), {})[0]
+    assert (claim.verdict, "confidence" in claim.evidence) == ("yes", False)
+    assert verdicts([row("neuron", 0.3, -0.045, **unknown), row("range", 0.3, -0.05, **unknown)])[0] == "no"
+
+
 def test_claims_without_measurements_are_undecided() -> None:
     assert verdicts([row("neuron", 0.3, -0.1)]) == ["not measured", "not measured", "yes", "not measured"]
     one = random_range_set(3, concepts=("a",), layers=(2,))[0]

@@ -25,6 +25,7 @@ from workers.evaluation.evaluate import EvaluationCancelled, EvaluationError, ev
 from workers.evaluation.files import write
 from workers.evaluation.measure import MeasureCancelled, MeasureProgress, measure
 from workers.evaluation.measures import CSV_COLUMNS, Outcomes, Summary
+from workers.evaluation.perplexity import check_perplexity
 from workers.evaluation.settings import EvaluationSettings, grid
 from workers.fitting.corpus import Corpus, load_corpus
 from workers.fitting.errors import CorpusError
@@ -451,6 +452,29 @@ def test_killed_evaluation_resumes_to_the_same_result(tmp_path: Path) -> None:
     )
     assert progress[0].resumed_rows > 0
     assert repr(resumed.rows) == repr(evaluate(model, range_set, corpus, settings).rows)
+
+
+def test_mean_row_of_targets_without_texts_tells_of_the_others() -> None:
+    truth = np.array([0, 0, 1, 1], dtype=np.int16)
+    outcomes = Outcomes.empty(3, 4)
+    outcomes.used[:] = True
+    outcomes.base_predicted[:] = truth
+    outcomes.predicted[:] = [[0, 0, 1, 0], [0, 1, 0, 0], [1, 1, 1, 1]]
+    summary = Summary(outcomes, truth, ("a", "b"), Bootstrap(truth, resamples=50))
+    foreign = [Erasure(concept=name, layers=(0,)) for name in ("Weather", "Traffic")]
+    *rows, mean = summary.rows(foreign, 0, "all")
+    assert [row.delta_cacc for row in rows] == [-0.25, -0.75]
+    assert (mean.base_cacc, mean.delta_cacc, mean.n_target) == (1.0, -0.5, 0)
+    assert mean.delta_cacc_low <= -0.5 <= mean.delta_cacc_high
+    assert (mean.worst_other, mean.worst_other_delta_acc) == ("b", -1.0)
+    assert all(math.isnan(each) for each in (mean.base_acc, mean.delta_acc, mean.delta_acc_low))
+    *_, mixed = summary.rows([*foreign, Erasure(concept="a", layers=(0,))], 0, "all")
+    assert (mixed.delta_acc, mixed.delta_cacc) == (-1.0, 0.0), "where some have texts, the others do not count"
+
+
+def test_perplexity_needs_a_setting_that_masks_all_tokens(tiny: Tiny) -> None:
+    with pytest.raises(EvaluationError, match="--positions all"):
+        check_perplexity(tiny("bert"), EvaluationSettings(positions=("read",)))
 
 
 def test_others_can_be_averaged_over_their_classes() -> None:

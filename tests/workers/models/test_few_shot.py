@@ -113,6 +113,42 @@ def close(actual: Tensor, expected: Sequence[Sequence[float]]) -> None:
     torch.testing.assert_close(actual, torch.tensor(expected), atol=2e-5, rtol=1e-5)
 
 
+@pytest.mark.parametrize("split", [0, LAYERS - 1])
+def test_logits_over_the_vocabulary_are_computed_a_few_texts_at_a_time(
+    lms: dict[str, Any], monkeypatch: pytest.MonkeyPatch, split: int
+) -> None:
+    model = few_shot(lms["gpt2"], "gpt2")
+    batch, of = padded(), plan(1, (split,))
+    rows = torch.arange(len(TEXTS)).repeat(3)
+    table = MaskTable([of], torch.zeros(len(rows), dtype=torch.int64))
+
+    def both() -> tuple[Tensor, Tensor]:
+        return model.logits(batch), model.steer(batch, model.trunk(batch, split, whole=False), rows, table)
+
+    expected = both()
+    head = model.model.get_output_embeddings()
+    read = 1 + sum(len(label) - 1 for label in LABELS)
+    monkeypatch.setattr("workers.models.few_shot.LOGITS_AT_ONCE", 2 * read * head.weight.shape[0])
+    sizes: list[int] = []
+    hook = head.register_forward_hook(lambda _module, _args, logits: sizes.append(logits.shape[0]))
+    found = both()
+    hook.remove()
+    assert max(sizes) <= 2
+    for one, other in zip(found, expected, strict=True):
+        torch.testing.assert_close(one, other)
+
+
+def test_tail_is_as_wide_as_what_runs_in_it(lms: dict[str, Any]) -> None:
+    batch, width = padded(), max(map(len, TEXTS))
+    model, last = few_shot(lms["gpt2"], "gpt2"), LAYERS - 1
+    assert model.tail_width(batch, last) == 1 + sum(len(label) - 1 for label in LABELS)
+    assert model.tail_width(batch, 0) == width
+    greedy = few_shot(lms["gpt2"], "gpt2", scoring="greedy", decode=str, label_texts=("a", "b", "c"))
+    assert greedy.tail_width(batch, last) == width
+    model.splits = False
+    assert model.tail_width(batch, last) == width
+
+
 @families
 def test_scores_are_log_probabilities_of_the_label_strings(lms: dict[str, Any], family: str) -> None:
     model = few_shot(lms[family], family)
