@@ -251,7 +251,7 @@ def test_killed_training_resumes_to_the_same_weights(tmp_path: Path) -> None:
     settings = TrainSettings(epochs=4, seed=5)
     steps: list[TrainProgress] = []
     train(base, load_corpus(data), None, out, settings, progress=steps.append)
-    assert [step.resumed_steps for step in steps] == [6] * 6
+    assert [(step.phase, step.resumed_steps) for step in steps] == [*[("training", 6)] * 6, ("saving", 6)]
     train(base, load_corpus(data), None, tmp_path / "whole", settings)
     assert weights(out) == weights(tmp_path / "whole")
     assert sorted(path.name for path in tmp_path.iterdir()) == ["base", "out", "train.jsonl", "whole"]
