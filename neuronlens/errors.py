@@ -91,9 +91,9 @@ class Conflict(NeuronLensError):
 
 
 class Stale(NeuronLensError):
-    """The live state is no longer at the generation named by `if_match`.
+    """The live state is no longer at the generation named by `if_match`: another change came first.
 
-    After a retry (the answer to the first try was lost) the change that came first may be one's own.
+    One's own change does not count where it is sent again, by this client or under the same `X-Request-ID`.
     """
 
     @property
@@ -150,7 +150,7 @@ _KINDS: Mapping[int, type[NeuronLensError]] = {
     503: Unavailable,
     504: DeadlineExceeded,
 }
-_OF_PROXIES = frozenset({429, 502, 503, 504})
+_OF_PROXIES = frozenset({413, 429, 502, 503, 504})
 """Statuses that say enough even from a proxy, without a problem."""
 
 

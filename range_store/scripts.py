@@ -83,14 +83,17 @@ return 'removed'
 
 CHANGE_LIVE = """
 -- KEYS: live, audit, range sets. ARGV: live as it was read ('' if absent), live as it is to be, id that must be
--- published ('' if none must), channel, hint, length of the audit, then every entry of the audit.
+-- published ('' if none must), channel, hint, length of the audit, request ('' if none asked), then every entry of the
+-- audit.
 -- A change whose answer was lost on the way may be sent again: it is then found done.
 local current = redis.call('GET', KEYS[1]) or ''
 if current == ARGV[2] then return 'done' end
 if current ~= ARGV[1] then return 'conflict' end
 if ARGV[3] ~= '' and not redis.call('ZSCORE', KEYS[3], ARGV[3]) then return 'unpublished' end
 redis.call('SET', KEYS[1], ARGV[2])
-for i = 7, #ARGV do redis.call('XADD', KEYS[2], 'MAXLEN', '~', ARGV[6], '*', 'change', ARGV[i]) end
+for i = 8, #ARGV do
+  redis.call('XADD', KEYS[2], 'MAXLEN', '~', ARGV[6], '*', 'change', ARGV[i], 'request', ARGV[7])
+end
 redis.call('PUBLISH', ARGV[4], ARGV[5])
 return 'done'
 """

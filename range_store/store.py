@@ -33,6 +33,8 @@ from range_store.scripts import CHANGE_LIVE
 __all__ = ["Published", "RangeStore", "assemble"]
 
 AUDIT_LENGTH = 10_000
+RECENT = 100
+"""Entries of the audit, newest first, among which a request that comes again is looked for."""
 ATTEMPTS = 200
 """Tries of a change while others change the same live state; each failed one means that another succeeded."""
 
@@ -57,6 +59,7 @@ class RangeStore(PublishedRangeSets):
 
     Every change of the live state is one atomic step: it makes a generation, an audit entry and a hint, or nothing.
     `if_match` guards a change: the generation that the caller read. Without it, a change is tried until it succeeds.
+    `request` names what asked for a change, so that `made` can tell of it.
     Every method raises StoreUnavailable if Redis cannot be reached or refuses.
     """
 
@@ -95,6 +98,7 @@ class RangeStore(PublishedRangeSets):
         if_match: str | None = None,
         by: str | None = None,
         reason: str | None = None,
+        request: str | None = None,
     ) -> LiveState:
         """Replace all live erasures in one generation.
 
@@ -111,9 +115,9 @@ class RangeStore(PublishedRangeSets):
             concepts = {each.concept for each in (*state.erasures, *erasures)}
             return after, _change("replace", state, after, concepts, by, reason)
 
-        return self._change(replace, if_match)
+        return self._change(replace, if_match, request=request)
 
-    def set_erasure(self, erasure: LiveErasure, if_match: str | None = None) -> LiveState:
+    def set_erasure(self, erasure: LiveErasure, if_match: str | None = None, request: str | None = None) -> LiveState:
         """Switch one erasure on, or change it; the audit names its `by` and `reason`.
 
         Raises:
@@ -128,10 +132,15 @@ class RangeStore(PublishedRangeSets):
             after = state.advanced(state.range_set, (*others, erasure))
             return after, _change("set", state, after, [erasure.concept], erasure.by, erasure.reason)
 
-        return self._change(switch_on, if_match)
+        return self._change(switch_on, if_match, request=request)
 
     def remove_erasure(
-        self, concept: str, if_match: str | None = None, by: str | None = None, reason: str | None = None
+        self,
+        concept: str,
+        if_match: str | None = None,
+        by: str | None = None,
+        reason: str | None = None,
+        request: str | None = None,
     ) -> LiveState:
         """Switch the erasure of one concept off. Where it is off already, nothing changes and no generation is made.
 
@@ -150,7 +159,7 @@ class RangeStore(PublishedRangeSets):
             after = state.advanced(state.range_set, others)
             return after, _change("remove", state, after, [concept], by, reason)
 
-        return self._change(switch_off, if_match)
+        return self._change(switch_off, if_match, request=request)
 
     def activate(
         self,
@@ -159,6 +168,7 @@ class RangeStore(PublishedRangeSets):
         if_match: str | None = None,
         by: str | None = None,
         reason: str | None = None,
+        request: str | None = None,
     ) -> LiveState:
         """Make a published range set the one that erasures are resolved on.
 
@@ -190,7 +200,7 @@ class RangeStore(PublishedRangeSets):
             change = _change("activate", state, after, (), by, reason)
             return after, change.model_copy(update={"dropped": tuple(sorted(why))})
 
-        state = self._change(switch, if_match, activates=True)
+        state = self._change(switch, if_match, activates=True, request=request)
         self._resolver = candidate
         return state
 
@@ -292,8 +302,20 @@ class RangeStore(PublishedRangeSets):
             entries.append(AuditEntry(id=id_.decode(), at=int(id_.split(b"-")[0]) / 1000, **change.model_dump()))
         return entries
 
+    def made(self, request: str) -> bool:
+        """Whether one of the last changes was made for that `request`."""
+        with reaching_redis():
+            stored: Any = self.client.xrevrange(self.keys.audit, count=RECENT)
+        return any(fields.get(b"request") == request.encode() for _, fields in stored)
+
     def _change(
-        self, decide: _Decision, if_match: str | None, now: float | None = None, *, activates: bool = False
+        self,
+        decide: _Decision,
+        if_match: str | None,
+        now: float | None = None,
+        *,
+        activates: bool = False,
+        request: str | None = None,
     ) -> LiveState:
         """Read, decide, compare and set, until it succeeds. Expired erasures go first, as a generation of their own."""
         for attempt in range(ATTEMPTS):
@@ -315,7 +337,7 @@ class RangeStore(PublishedRangeSets):
             if decided := decide(state, at):
                 state, change = decided
                 changes.append(change)
-            if not changes or self._write(raw, state, changes):
+            if not changes or self._write(raw, state, changes, request):
                 return state
             _pause(attempt)
         raise self._too_fast()
@@ -334,7 +356,7 @@ class RangeStore(PublishedRangeSets):
                 f"the live state of {self.model!r} is unreadable: written by something else, or by a newer version?"
             ) from None
 
-    def _write(self, expected: bytes, state: LiveState, changes: Iterable[Change]) -> bool:
+    def _write(self, expected: bytes, state: LiveState, changes: Iterable[Change], request: str | None = None) -> bool:
         """Whether the state was still as expected, and is now `state`.
 
         Raises:
@@ -348,6 +370,7 @@ class RangeStore(PublishedRangeSets):
             CHANGES,
             self.hint(),
             AUDIT_LENGTH,
+            request or "",
             *(change.model_dump_json() for change in changes),
         ]
         with reaching_redis():

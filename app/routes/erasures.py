@@ -1,9 +1,11 @@
 """`/v1/erasures`: what is erased when a request names nothing. Every change is one generation."""
 
+import hashlib
+import json
 from collections.abc import Callable
 from typing import Annotated, Any
 
-from fastapi import APIRouter, Depends, Header, Query, Response
+from fastapi import APIRouter, Depends, Header, Query, Request, Response
 
 from app.auth import Calling
 from app.everywhere import NOT_EVERYWHERE, Until, Waiting
@@ -35,6 +37,22 @@ async def named_generations(if_match: IfMatch = None) -> tuple[str, ...]:
 Required = Annotated[tuple[str, ...], Depends(named_generations)]
 
 
+async def change_id(request: Request, caller: Calling) -> str:
+    """What tells a change from every other, and is the same where a client sends its request again."""
+    sent = (
+        request.state.request_id,  # made here for each request, unless the client names its own
+        caller.by,
+        request.method,
+        request.url.path,
+        request.url.query,
+        request.headers.get("if-match"),
+    )
+    return hashlib.sha256(json.dumps(sent).encode() + await request.body()).hexdigest()[:32]
+
+
+ChangeId = Annotated[str, Depends(change_id)]
+
+
 def one_of(store: RangeStore, named: tuple[str, ...]) -> str | None:
     """The generation that a change is to be guarded by; None for any.
 
@@ -62,6 +80,7 @@ async def replace_erasures(
     caller: Calling,
     body: LiveListIn,
     required: Required,
+    change_id: ChangeId,
     until: Waiting,
     response: Response,
 ) -> LiveListOut:
@@ -71,9 +90,9 @@ async def replace_erasures(
     wanted = [each.live(each.concept, now, caller.by) for each in body.erasures]
 
     def change(store: RangeStore) -> LiveState:
-        return store.set_erasures(wanted, one_of(store, required), caller.by, body.reason)
+        return store.set_erasures(wanted, one_of(store, required), caller.by, body.reason, change_id)
 
-    return await applied(service, calls, change, until, response)
+    return await applied(service, calls, change, change_id, until, response)
 
 
 @router.put("/v1/erasures/{concept:whole}", dependencies=[QueryChecked], responses=CHANGES | documented(*BODY))
@@ -83,6 +102,7 @@ async def switch_on(
     caller: Calling,
     concept: NamedConcept,
     required: Required,
+    change_id: ChangeId,
     until: Waiting,
     response: Response,
     body: SwitchOnIn | None = None,
@@ -93,9 +113,9 @@ async def switch_on(
     wanted = body.live(concept, service.mirror.now(), caller.by)
 
     def change(store: RangeStore) -> LiveState:
-        return store.set_erasure(wanted, one_of(store, required))
+        return store.set_erasure(wanted, one_of(store, required), change_id)
 
-    return await applied(service, calls, change, until, response)
+    return await applied(service, calls, change, change_id, until, response)
 
 
 @router.delete("/v1/erasures/{concept:whole}", dependencies=[QueryChecked], responses=CHANGES)
@@ -105,6 +125,7 @@ async def switch_off(
     caller: Calling,
     concept: NamedConcept,
     required: Required,
+    change_id: ChangeId,
     until: Waiting,
     response: Response,
     reason: Annotated[Reason | None, Query()] = None,
@@ -112,15 +133,22 @@ async def switch_off(
     """Erase a concept no more. Where it is off already, nothing changes."""
 
     def change(store: RangeStore) -> LiveState:
-        return store.remove_erasure(concept, one_of(store, required), caller.by, reason)
+        return store.remove_erasure(concept, one_of(store, required), caller.by, reason, change_id)
 
-    return await applied(service, calls, change, until, response)
+    return await applied(service, calls, change, change_id, until, response)
 
 
 async def applied(
-    service: Service, calls: StoreCalls, change: Callable[[RangeStore], LiveState], until: Until, response: Response
+    service: Service,
+    calls: StoreCalls,
+    change: Callable[[RangeStore], LiveState],
+    change_id: str,
+    until: Until,
+    response: Response,
 ) -> LiveListOut:
     """Make a change and reply to it: this process's next admitted request sees it; everybody's, if `until` waits.
+
+    A change that finds the live state changed by itself, since its first answer was lost, is replied to as made.
 
     Raises:
         ApiError: it was made, and is not in force everywhere in time (504).
@@ -129,7 +157,12 @@ async def applied(
     """
 
     def work() -> LiveState:
-        state = change(service.store)
+        try:
+            state = change(service.store)
+        except StaleGeneration:
+            if not service.store.made(change_id):
+                raise
+            state = service.store.live()
         note(generation=state.generation)
         try:
             service.mirror.refresh()

@@ -105,13 +105,15 @@ async def show_job(service: Serving, job: str) -> JobOut:
 
 @router.delete("/v1/jobs/{job}", dependencies=[QueryChecked], responses=documented(*QUERY, 409, 503))
 async def cancel_job(service: Serving, job: str) -> JobOut:
-    """End a fit; it publishes nothing. It is `cancelling` until its process has ended."""
+    """End a fit; it publishes nothing. It is `cancelling` until its process has ended. May be repeated."""
     jobs = service.jobs
 
     def cancel() -> JobOut:
         found = jobs.find(job)
         if found is None:
             raise ApiError(404, "unknown_job", "no such job of this model")
+        if found.state == "cancelled":
+            return job_out(jobs, found)
         if found.over:
             raise ApiError(409, "job_over", f"the job is over: it is {found.state}")
         jobs.cancel(found)

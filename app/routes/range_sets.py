@@ -9,7 +9,7 @@ from app.problems import BODY, QUERY, documented
 from app.replies import LiveListOut, RangeSetOut, RangeSetsOut
 from app.requests import ActivateIn
 from app.routes import Asking, QueryChecked, Serving
-from app.routes.erasures import CHANGES, Required, applied, one_of
+from app.routes.erasures import CHANGES, ChangeId, Required, applied, one_of
 from app.store_calls import StoreCalling
 from range_store.errors import UnknownRangeSet
 from range_store.live import LiveState
@@ -53,6 +53,7 @@ async def activate(
     caller: Calling,
     body: ActivateIn,
     required: Required,
+    change_id: ChangeId,
     until: Waiting,
     response: Response,
 ) -> LiveListOut:
@@ -64,9 +65,9 @@ async def activate(
         check_model(provenance, service.model.identity.fingerprint, service.model.earlier_fingerprint)
         if not body.force:
             check_dtype(provenance, (service.model.dtype,))
-        return store.activate(body.id, body.force, one_of(store, required), caller.by, body.reason)
+        return store.activate(body.id, body.force, one_of(store, required), caller.by, body.reason, change_id)
 
-    return await applied(service, calls, change, until, response)
+    return await applied(service, calls, change, change_id, until, response)
 
 
 def _out(each: Published) -> RangeSetOut:

@@ -144,6 +144,38 @@ def test_change_with_a_stale_if_match_is_rejected(server: RunningServer, problem
     problem(server.http.put("/v1/erasures", json=wrong, headers={"If-Match": f"{old}, {old}"}), 422, "invalid")
 
 
+@pytest.mark.parametrize(
+    ("method", "path", "body"),
+    [
+        ("PUT", "/v1/erasures/Sports", {"expires_in": 60}),
+        ("DELETE", "/v1/erasures/World", None),
+        ("PUT", "/v1/erasures", {"erasures": [{"concept": "Sports"}]}),
+        ("PUT", "/v1/range-sets/active", {}),
+    ],
+)
+def test_a_guarded_change_sent_again_is_not_stale_about_itself(
+    server: RunningServer, problem: Problem, method: str, path: str, body: dict[str, Any] | None
+) -> None:
+    """The answer to the first try was lost: the second one finds the change made, and makes it no second time."""
+    if path.endswith("active"):
+        body = {"id": server.service.store.live().range_set}
+    old = server.http.put("/v1/erasures/World").headers["etag"]
+
+    def send(tag: str = old, request: str = "r-1", path: str = path) -> httpx.Response:
+        headers = {"If-Match": tag, "X-Request-ID": request}
+        return server.http.request(method, path, json=body, headers=headers)
+
+    first, again = send(), send()
+    assert (first.status_code, again.status_code) == (200, 200)
+    assert (again.json(), again.headers["etag"]) == (first.json(), first.headers["etag"])
+    for other in (send(request="r-2"), send(tag=f"{old}, {old}"), send(path=f"{path}?wait_seconds=9")):
+        problem(other, 412, "stale_generation")
+    later = server.http.put("/v1/erasures/Business").json()
+    assert send().json() == later, "it was made, whatever followed"
+    assert [each.action for each in server.service.store.audit(3)].count("set") <= 3
+    assert server.service.store.live().generation == later["generation"]
+
+
 @pytest.mark.local
 def test_erasure_expires_at_its_time(server: RunningServer, monkeypatch: pytest.MonkeyPatch) -> None:
     now = time.time()

@@ -8,7 +8,16 @@ from typing import Any
 
 import pytest
 
-from neuronlens import DeadlineExceeded, NeuronLensError, NoAnswer, NotUnderstood, Overloaded, Stale, Unavailable
+from neuronlens import (
+    DeadlineExceeded,
+    NeuronLensError,
+    NoAnswer,
+    NotUnderstood,
+    Overloaded,
+    Stale,
+    TooLarge,
+    Unavailable,
+)
 from neuronlens.calls import FIRST_PAUSE, LONGEST_PAUSE, pause_before
 from neuronlens.errors import error_of
 from tests.neuronlens.conftest import LIVE, Clock, Received, Scripted, answering, classified, refusal
@@ -214,14 +223,17 @@ def test_the_size_of_parts_follows_the_capabilities(
     assert sorted(posted) == sorted(sizes * 2)
 
 
-def test_a_request_that_is_too_large_is_halved(client_of: ClientOf, scripted: Scripted) -> None:
+@pytest.mark.parametrize("too_large", [refusal(413, "request_too_large"), (413, {}, b"<html>a proxy</html>")], ids=str)
+def test_a_request_that_is_too_large_is_halved(client_of: ClientOf, scripted: Scripted, too_large: Any) -> None:
     def at_most_three(request: Received) -> Any:
-        too_large = len(request.body["inputs"]) > 3
-        return refusal(413, "request_too_large") if too_large else classified(request)
+        return too_large if len(request.body["inputs"]) > 3 else classified(request)
 
     scripted.answers = [at_most_three]
     texts = [str(n) for n in range(20)]
     assert client_of(scripted.url).classify(texts).labels == tuple(texts)
+    scripted.answers = [too_large]
+    with pytest.raises(TooLarge):
+        client_of(scripted.url).classify("one text")
 
 
 @pytest.mark.parametrize(

@@ -86,6 +86,22 @@ def test_every_change_increments_the_generation_and_is_audited(active: RangeStor
     assert [each.action for each in active.audit(limit=2)] == ["remove", "replace"]
 
 
+def test_a_request_is_told_from_all_others_among_the_last_changes(
+    active: RangeStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("range_store.store.RECENT", 5)
+    active.set_erasure(erasing("World"), request="a")
+    active.set_erasures([erasing("Sports")], request="b")
+    active.remove_erasure("Sports", request="c")
+    active.activate(active.live().range_set or "", request="d")
+    active.set_erasure(erasing("World"))
+    assert [active.made(each) for each in ("a", "b", "c", "d", "e")] == [True] * 4 + [False]
+    with pytest.raises(StaleGeneration):
+        active.set_erasure(erasing("World"), if_match="00000000-0", request="e")
+    active.set_erasure(erasing("Sports"), request="f")
+    assert [active.made(each) for each in ("a", "b", "e", "f")] == [False, True, False, True]
+
+
 def test_erasures_are_sorted_by_concept(active: RangeStore) -> None:
     state = active.set_erasures([erasing(concept) for concept in ("World", "Business", "Sports", "Sci/Tech")])
     assert concepts(state) == sorted(CONCEPTS)
