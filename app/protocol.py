@@ -56,7 +56,7 @@ class HttpConnection(HttpToolsProtocol):
     Waiting for a request ends after `keep_alive` seconds, a head after `header_timeout` (408) or `max_header_bytes`
     (431), the rest of a body whose request is answered already after `body_timeout`, and a reply that nobody reads
     after `write_timeout`. Beyond `max_connections`, a new connection displaces the one that has waited longest for a
-    request; where none waits, it is refused (503).
+    request or, above `write_timeout`, for its reader; where none waits, it is refused (503).
 
     An offer to upgrade to another protocol is ignored, as HTTP allows: the request is answered as HTTP/1.1.
     """
@@ -227,7 +227,7 @@ class HttpConnection(HttpToolsProtocol):
         )
 
     def _refuse_late(self) -> None:
-        if self.cycle is not None and not self.cycle.response_complete:
+        if self._answering():
             self._watch(self.shared.bounds.header_timeout, self._refuse_late)  # the request before it is answered first
             return
         self.shared.cut.labels("late_head").inc()
@@ -241,7 +241,7 @@ class HttpConnection(HttpToolsProtocol):
         self._refused = True
         self._unwatch()
         reply = _reply(status, code, detail)
-        answering = self.cycle is not None and not self.cycle.response_complete
+        answering = self._answering()
         if self._in_body and self.pipeline:
             self.pipeline.popleft()  # the refused request itself, which nobody has begun to answer
         elif self._in_body:
@@ -270,7 +270,7 @@ class HttpConnection(HttpToolsProtocol):
         if transport.is_closing():
             return
         transport.closing = True
-        self.shared.waiting.pop(self, None)
+        self.shared.waiting[self] = None
         self._unwatch()
         if (self._in_head or self._in_body or self._refused) and self._socket.can_write_eof():
             self._socket.write_eof()
@@ -281,16 +281,18 @@ class HttpConnection(HttpToolsProtocol):
         self._watch_writing()
 
     def shutdown(self) -> None:
-        if self in self.shared.waiting:
-            if not self._in_head:
-                self._watch(LAST_CALL, self.close)
-        else:
+        if self._answering():
             self.answer_last()
+        elif not self._in_head and not self.transport.is_closing():
+            self._watch(LAST_CALL, self.close)
 
     def answer_last(self) -> None:
         """Have the request that is being answered, if there is one, be the last one of the connection."""
         if self.cycle is not None:
             self.cycle.keep_alive = False
+
+    def _answering(self) -> bool:
+        return self.cycle is not None and not self.cycle.response_complete
 
     def _end_lingering(self) -> None:
         if self._socket.get_write_buffer_size():
@@ -314,6 +316,8 @@ class HttpConnection(HttpToolsProtocol):
 
     def resume_writing(self) -> None:
         super().resume_writing()
+        if self._answering():
+            self.shared.waiting.pop(self, None)
         if self._write_timer is not None and not self.transport.is_closing():
             self._write_timer.cancel()
             self._write_timer = None
@@ -330,6 +334,7 @@ class HttpConnection(HttpToolsProtocol):
             self.shared.cut.labels("stalled_reader").inc()
             self._socket.abort()
         else:
+            self.shared.waiting.setdefault(self, None)
             self._watch_writing()
 
     def _watch(self, seconds: float, late: Callable[[], None]) -> None:

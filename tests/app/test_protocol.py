@@ -22,8 +22,13 @@ REQUEST = b"POST / HTTP/1.1\r\nHost: x\r\nContent-Length: 4\r\n%s\r\nbody"
 
 
 async def echo(scope: Scope, receive: Receive, send: Send) -> None:
-    """Answers with the body; below /early before it is read, below /large with megabytes."""
+    """Answers with the body; at /early before it is read, at /large and /pieces with megabytes."""
     if scope["type"] != "http":
+        return
+    if scope["path"] == "/pieces":
+        await send({"type": "http.response.start", "status": 200, "headers": [(b"content-length", b"30000000")]})
+        for left in range(29, -1, -1):
+            await send({"type": "http.response.body", "body": b"x" * 1_000_000, "more_body": left > 0})
         return
     body = b"x" * 30_000_000 if scope["path"] == "/large" else b""
     while scope["path"] == "/":
@@ -63,8 +68,8 @@ def server() -> Iterator[uvicorn.Server]:
 
 @pytest.fixture(scope="module")
 def impatient() -> Iterator[uvicorn.Server]:
-    """A server that waits for nothing longer than a moment."""
-    moment = dict.fromkeys(("header_timeout", "keep_alive", "body_timeout", "write_timeout"), 0.1)
+    """A server that waits only a moment for anything but a head."""
+    moment = dict.fromkeys(("keep_alive", "body_timeout", "write_timeout"), 0.1)
     with serving(**moment) as made:
         yield made
 
@@ -157,8 +162,21 @@ def test_the_path_counts_towards_the_head(port: int) -> None:
 
 
 @pytest.mark.parametrize("begun", [b"", b"GET / HTTP/1.1\r\nHost: x\r\n", b"GE"], ids=["nothing", "half", "a bit"])
-def test_a_late_head_is_rejected(impatient: uvicorn.Server, begun: bytes) -> None:
-    assert problem(exchange(port_of(impatient), begun))["code"] == "request_timeout"
+def test_a_late_head_is_rejected(server: uvicorn.Server, port: int, begun: bytes) -> None:
+    """The timer of the connection is fired by the test."""
+    until(lambda: not shared_of(server).open)
+    with connected(port) as connection:
+        connection.sendall(begun)
+        until(lambda: [each._fed_bytes for each in shared_of(server).open] == [len(begun)])
+
+        def fire(open_connection: HttpConnection) -> None:
+            assert open_connection._timer is not None
+            assert 0 < open_connection._timer.when() - open_connection.loop.time() < SECONDS + 1
+            open_connection._refuse_late()
+
+        in_loop(server, fire)
+        assert problem(read(connection))["code"] == "request_timeout"
+    assert cut(server, "late_head")
 
 
 def test_every_request_of_a_connection_is_bounded(port: int) -> None:
@@ -311,36 +329,51 @@ def test_an_answered_connection_ends_whatever_follows(impatient: uvicorn.Server,
         assert statuses(everything(connection)) == [200]
 
 
+@pytest.mark.parametrize("path", [b"/large", b"/pieces"])
 @pytest.mark.parametrize("connection_header", [b"", b"Connection: close\r\n"], ids=["kept", "closing"])
-def test_a_reply_that_nobody_reads_ends(impatient: uvicorn.Server, connection_header: bytes) -> None:
+def test_a_reply_that_nobody_reads_ends(impatient: uvicorn.Server, connection_header: bytes, path: bytes) -> None:
     before = cut(impatient, "stalled_reader")
     with socket.socket() as reader:
         reader.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
         reader.connect(("127.0.0.1", port_of(impatient)))
-        reader.sendall(b"GET /large HTTP/1.1\r\nHost: x\r\n%s\r\n" % connection_header)
+        reader.sendall(b"GET %s HTTP/1.1\r\nHost: x\r\n%s\r\n" % (path, connection_header))
         until(lambda: cut(impatient, "stalled_reader") > before)
         until(lambda: not shared_of(impatient).open)
 
 
-def test_a_reply_that_is_read_slowly_arrives() -> None:
-    """The test fires the timer, each time after the reader has read some of the reply."""
-    with serving(write_timeout=SECONDS) as server, socket.socket() as reader:
+@pytest.fixture
+def slow_reader() -> Iterator[tuple[uvicorn.Server, socket.socket, int]]:
+    """A server for one connection, and a client that has read some of a reply in all the time that it has for that.
+
+    The third value is how many bytes it has read. The timer of the connection is fired by the test.
+    """
+    with serving(write_timeout=SECONDS, max_connections=1) as server, socket.socket() as reader:
         reader.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
         reader.connect(("127.0.0.1", port_of(server)))
         reader.sendall(b"GET /large HTTP/1.1\r\nHost: x\r\nConnection: close\r\n\r\n")
         until(lambda: [each._write_timer is not None for each in shared_of(server).open] == [True])
         (connection,) = shared_of(server).open
         received = 0
-        for _ in range(3):
-            unwritten = connection._unwritten
-            while connection._socket.get_write_buffer_size() >= unwritten:
-                received += len(reader.recv(65536))
-            in_loop(server, lambda each: each._end_stalled())
-        reader.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 1_000_000)
-        while piece := reader.recv(1_000_000):
-            received += len(piece)
-        assert received > 30_000_000
-        assert cut(server, "stalled_reader") == 0
+        while connection._socket.get_write_buffer_size() >= connection._unwritten:
+            received += len(reader.recv(4096))
+        in_loop(server, lambda each: each._end_stalled())
+        yield server, reader, received
+
+
+def test_a_reply_that_is_read_slowly_arrives(slow_reader: tuple[uvicorn.Server, socket.socket, int]) -> None:
+    server, reader, received = slow_reader
+    in_loop(server, lambda each: each.shutdown())  # nor does a stopping server cut it off
+    reader.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 1_000_000)
+    while piece := reader.recv(1_000_000):
+        received += len(piece)
+    assert received > 30_000_000
+    assert cut(server, "stalled_reader") == 0
+
+
+def test_a_slow_reader_makes_room_for_a_new_connection(slow_reader: tuple[uvicorn.Server, socket.socket, int]) -> None:
+    server, _, _ = slow_reader
+    assert exchange(port_of(server), REQUEST % b"").endswith(b"body")
+    assert cut(server, "displaced") == 1
 
 
 # Connections

@@ -73,7 +73,8 @@ class HoldingServer:
         assert (refused.status_code, refused.json()["code"]) == (503, "draining")
         assert refused.headers["Connection"] == "close"
         assert int(refused.headers["Retry-After"]) >= 1
-        assert self.request("GET", "/livez").status_code == 200
+        alive = self.request("GET", "/livez")
+        assert (alive.status_code, alive.headers["Connection"]) == (200, "close")
 
 
 @pytest.fixture
