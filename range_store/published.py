@@ -1,7 +1,7 @@
 """Range sets in Redis: published whole, read with every byte checked, kept while they are new or in use."""
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -33,6 +33,8 @@ KEPT = 10
 UNPUBLISHED_SECONDS = 3600
 """How long parts last whose publisher died before the last step."""
 ATTEMPTS = 3
+PIECE_BYTES = 256 << 20
+"""Longest value of a part: Redis takes 512 MB, and the histograms of many concepts and neurons are larger."""
 
 
 @dataclass(frozen=True)
@@ -75,13 +77,17 @@ class PublishedRangeSets:
         meta, lengths = describe(range_set.provenance, range_set.layers, inspect)
         check_meta(meta, range_set.id)
         stored_meta = self._stored_meta(meta) or encode_meta(meta)
-        keys = [self.keys.range_sets, self.keys.live, meta_key(meta.id), *(part_key(meta.id, name) for name in lengths)]
-        sizes = [len(stored_meta), *lengths.values()]
+        pieces = {piece: size for name, length in lengths.items() for piece, size in _pieces(name, length)}
+        keys = [self.keys.range_sets, self.keys.live, meta_key(meta.id), *(part_key(meta.id, each) for each in pieces)]
+        sizes = [len(stored_meta), *pieces.values()]
         arguments: list[str | int] = [meta.id, self.model, RANGE_SET, KEPT, CHANGES, self.hint(), *sizes]
         with reaching_redis():
             for _ in range(ATTEMPTS):
                 for name, data in encode_parts(range_set.provenance, range_set.layers, inspect):
-                    self._put_part([part_key(meta.id, name)], [data, UNPUBLISHED_SECONDS])
+                    for number, (piece, size) in enumerate(_pieces(name, len(data))):
+                        start = number * PIECE_BYTES
+                        value = data[start : start + size]
+                        self._put_part([part_key(meta.id, piece)], [value, UNPUBLISHED_SECONDS])
                 self._put_part([meta_key(meta.id)], [stored_meta, UNPUBLISHED_SECONDS])
                 missing = cast(bytes, self._publish(keys, arguments))
                 if not missing:
@@ -196,7 +202,21 @@ class PublishedRangeSets:
         return None
 
     def _parts(self, id_: str, names: Sequence[str]) -> Sequence[bytes]:
-        """Stored bytes by name, read in one step: what is missing although it is listed is lost, not just removed."""
+        """Stored bytes by name: what is missing although it is listed is lost, not just removed."""
+        first = self._values(id_, names)
+        return [self._whole(id_, name, _present(data, id_, name)) for name, data in zip(names, first, strict=True)]
+
+    def _whole(self, id_: str, name: str, first: bytes) -> bytes:
+        """A part whose first piece was read."""
+        pieces = [first]
+        while (
+            len(pieces[-1]) == PIECE_BYTES and (more := self._values(id_, [_piece(name, len(pieces))])[0]) is not None
+        ):
+            pieces.append(more)
+        return first if len(pieces) == 1 else b"".join(pieces)
+
+    def _values(self, id_: str, names: Sequence[str]) -> Sequence[bytes | None]:
+        """Values by name, in one step. Raises UnknownRangeSet."""
         with reaching_redis():
             pipeline = self.client.pipeline(transaction=True)
             pipeline.zscore(self.keys.range_sets, id_)
@@ -205,10 +225,21 @@ class PublishedRangeSets:
             score, *found = pipeline.execute()
         if score is None:
             raise UnknownRangeSet(id_)
-        return [_present(data, id_, name) for name, data in zip(names, found, strict=True)]
+        return found
 
     def _active_id(self) -> str | None:
         raise NotImplementedError
+
+
+def _piece(name: str, number: int) -> str:
+    """What follows the id in the key of a part's piece; the first has the part's own name."""
+    return f"{name}:{number}" if number else name
+
+
+def _pieces(name: str, length: int) -> Iterator[tuple[str, int]]:
+    """Name and length of each piece of a part."""
+    for number, start in enumerate(range(0, length, PIECE_BYTES)):
+        yield _piece(name, number), min(PIECE_BYTES, length - start)
 
 
 def _present(data: bytes | None, id_: str, name: str) -> bytes:

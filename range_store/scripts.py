@@ -19,7 +19,11 @@ local function let_go(model, range_sets, prefix, id)
   local meta = redis.call('GET', prefix .. id .. ':meta')
   local readable, decoded = pcall(cjson.decode, meta or '')
   if readable and type(decoded) == 'table' and type(decoded['parts']) == 'table' then
-    for part in pairs(decoded['parts']) do redis.call('UNLINK', prefix .. id .. ':' .. part) end
+    for part in pairs(decoded['parts']) do
+      redis.call('UNLINK', prefix .. id .. ':' .. part)
+      local piece = 1
+      while redis.call('UNLINK', prefix .. id .. ':' .. part .. ':' .. piece) == 1 do piece = piece + 1 end
+    end
   end
   redis.call('UNLINK', prefix .. id .. ':meta')
 end

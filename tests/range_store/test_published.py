@@ -48,6 +48,54 @@ def test_published_range_set_is_read_unchanged(store: RangeStore) -> None:
         store.read_inspect(range_set.id, 7)
 
 
+@pytest.mark.parametrize("piece", [1000, 100_000])
+def test_large_part_is_kept_in_pieces(store: RangeStore, monkeypatch: pytest.MonkeyPatch, piece: int) -> None:
+    range_set, inspect = random_range_set(190)
+    lengths = describe(range_set.provenance, range_set.layers, inspect)[1]
+    assert 1000 < max(lengths.values()) < 100_000
+    whole = store.publish(range_set, inspect)
+    unsplit = len(keys_of(store.client, whole))
+    store.remove(whole)
+    monkeypatch.setattr("range_store.published.PIECE_BYTES", piece)
+    store.publish(range_set, inspect)
+    more = sum(-(-length // piece) - 1 for length in lengths.values())
+    assert len(keys_of(store.client, whole)) == unsplit + more
+    assert all(store.client.strlen(key) <= piece for key in keys_of(store.client, whole) if b":layer:" in key)
+    assert all(store.client.ttl(key) == -1 for key in keys_of(store.client, whole)), "no piece expires"
+    back = store.read(whole)
+    read = {layer: store.read_inspect(whole, layer) for layer in back.layers}
+    assert describe(back.provenance, back.layers, read) == describe(range_set.provenance, range_set.layers, inspect)
+    store.remove(whole)
+    assert keys_of(store.client, whole) == []
+
+
+def test_part_whose_length_is_that_of_a_piece_is_whole(store: RangeStore, monkeypatch: pytest.MonkeyPatch) -> None:
+    range_set, inspect = small(191)
+    _, lengths = describe(range_set.provenance, range_set.layers, inspect)
+    monkeypatch.setattr("range_store.published.PIECE_BYTES", max(lengths.values()))
+    store.publish(range_set, inspect)
+    assert len(keys_of(store.client, range_set.id)) == len(lengths) + 2
+    assert store.read_inspect(range_set.id, 0).histogram.tolist() == inspect[0].histogram.tolist()
+
+
+def test_lost_piece_is_found(store: RangeStore, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("range_store.published.PIECE_BYTES", 1000)
+    range_set, inspect = random_range_set(192)
+    store.publish(range_set, inspect)
+    store.client.delete(part_key(range_set.id, "layer:1:inspect:1"))
+    with pytest.raises(InvalidRangeSet, match=r"layer:1:inspect .* corrupt"):
+        store.read_inspect(range_set.id, 1)
+    store.publish(range_set, inspect)
+    assert store.read_inspect(range_set.id, 1).histogram.tolist() == inspect[1].histogram.tolist()
+
+
+def test_part_from_before_there_were_pieces_is_read(store: RangeStore, monkeypatch: pytest.MonkeyPatch) -> None:
+    range_set, inspect = random_range_set(193)
+    store.publish(range_set, inspect)
+    monkeypatch.setattr("range_store.published.PIECE_BYTES", 1000)
+    assert store.read_inspect(range_set.id, 1).histogram.tolist() == inspect[1].histogram.tolist()
+
+
 def test_list_begins_with_the_newest_and_marks_the_active_one(store: RangeStore) -> None:
     assert store.list() == ()
     ids = [store.publish(*small(seed)) for seed in (101, 102, 103)]

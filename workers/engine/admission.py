@@ -39,7 +39,8 @@ class Planner:
 
     Args:
         device: where masks are to lie.
-        capacity: plans kept; the least recently used is dropped. Who holds a plan keeps it, dropped or not.
+        capacity: most bytes of plans kept; the least recently used is dropped. Who holds a plan keeps it, dropped or
+            not.
     """
 
     def __init__(self, mirror: Mirror, device: torch.device, capacity: int) -> None:
@@ -47,6 +48,7 @@ class Planner:
         self._following = Following(mirror)
         self._device = device
         self._capacity = capacity
+        self._bytes = 0
         self._plans: OrderedDict[tuple[str, tuple[Erasure, ...]], DevicePlan] = OrderedDict()
         self._no_erasure = DevicePlan.of(NO_ERASURE, device)
 
@@ -97,9 +99,11 @@ class Planner:
         plan = self._plans.get(key)
         if plan is None:
             plan = await asyncio.to_thread(lambda: DevicePlan.of(resolve(range_set, erasures), self._device))
-            self._plans[key] = plan
-            while len(self._plans) > self._capacity:
-                self._plans.popitem(last=False)
+            if key not in self._plans:  # another request may have made it meanwhile
+                self._plans[key] = plan
+                self._bytes += plan.nbytes
+            while self._bytes > self._capacity:
+                self._bytes -= self._plans.popitem(last=False)[1].nbytes
         else:
             self._plans.move_to_end(key)
         return plan

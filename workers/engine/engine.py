@@ -12,8 +12,8 @@ import threading
 import time
 from collections import Counter, deque
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from queue import SimpleQueue
+from contextlib import contextmanager, suppress
+from queue import Empty, SimpleQueue
 from typing import Any
 
 import torch
@@ -71,7 +71,7 @@ class Engine:
         self.model = model
         self.settings = settings
         self.metrics = EngineMetrics(registry, settings)
-        self._planner = Planner(mirror, model.device, settings.plan_cache)
+        self._planner = Planner(mirror, model.device, settings.plan_cache_bytes)
         self._queue: BatchQueue[Text] = BatchQueue(settings)
         self._changed = threading.Condition()
         self._inbox: SimpleQueue[Request | Errand[Any] | None] = SimpleQueue()
@@ -255,8 +255,11 @@ class Engine:
     def _next_requests(self) -> list[Request]:
         """Waits for requests; none when the engine closes."""
         requests: list[Request] = []
-        while not requests or (len(requests) < TOKENIZED_AT_ONCE and not self._inbox.empty()):
-            request = self._inbox.get()
+        while len(requests) < TOKENIZED_AT_ONCE:
+            try:  # another thread that dies may empty the inbox meanwhile: what is at hand must not wait for more
+                request = self._inbox.get(block=not requests)
+            except Empty:
+                break
             if request is None:
                 if requests:
                     self._inbox.put(None)  # close, but after these
@@ -412,12 +415,18 @@ class Engine:
             self._closing = True
             lost = requests + [text.request for text in self._queue.discard(lambda text: True)]
             self._changed.notify_all()
-        while not self._inbox.empty():
-            request = self._inbox.get()
-            if isinstance(request, Errand):
-                self._errands.append(request)
-            elif request is not None:
-                lost.append(request)
+        closing = False
+        with suppress(Empty):
+            while True:  # the tokenizer's thread may take some of it at the same time
+                request = self._inbox.get_nowait()
+                if isinstance(request, Errand):
+                    self._errands.append(request)
+                elif request is not None:
+                    lost.append(request)
+                else:
+                    closing = True
+        if closing:
+            self._inbox.put(None)
         while self._errands:
             self._errands.popleft().fail(EngineFailed("the engine stopped"))
         fail((request, EngineFailed("the engine stopped")) for request in lost)

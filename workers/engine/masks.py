@@ -58,6 +58,11 @@ class DevicePlan:
     plan: Plan
     masks: dict[int, DeviceMask]
 
+    @property
+    def nbytes(self) -> int:
+        """Of its masks, on the device."""
+        return sum(part.nbytes for mask in self.masks.values() for part in mask.parts)
+
     @classmethod
     def of(cls, plan: Plan, device: torch.device) -> "DevicePlan":
         return cls(plan, {layer: DeviceMask.of(mask, device) for layer, mask in plan.masks.items()})

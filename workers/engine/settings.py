@@ -26,7 +26,7 @@ class EngineSettings:
         max_queue_texts: texts that may wait, in the same way.
         max_queue_seconds: how long what waits may take, at the rate that was measured, before more is refused.
         window: batches' worth of tokens that are looked at, oldest first, when a batch is sorted by length.
-        plan_cache: resolved plans kept, least recently used dropped.
+        plan_cache_bytes: resolved plans kept on the device, least recently used dropped.
         trunk_cache_bytes: trunk states kept, so that a text that comes again costs its tail only; 0 keeps none.
         watched_batches: share of batches in which erased texts are also answered bare, to count changed labels.
     """
@@ -38,6 +38,6 @@ class EngineSettings:
     max_queue_texts: int = 16_384
     max_queue_seconds: float = 10.0
     window: int = 4
-    plan_cache: int = 256
+    plan_cache_bytes: int = 256 << 20
     trunk_cache_bytes: int = 0
     watched_batches: float = 0.01

@@ -32,7 +32,7 @@ def active(store: RangeStore) -> RangeStore:
     return store
 
 
-def planner_of(store: RangeStore, capacity: int = 8, device: str = "cpu") -> Planner:
+def planner_of(store: RangeStore, capacity: int = 1 << 20, device: str = "cpu") -> Planner:
     """A planner whose mirror has read the store once and reads again only when a request asks for a generation."""
     mirror = Mirror(store, FINGERPRINT)
     mirror.refresh()
@@ -110,7 +110,7 @@ def test_expired_erasures_do_not_apply(
 
 
 def test_admission_before_the_first_read_is_refused(active: RangeStore) -> None:
-    planner = Planner(Mirror(active, FINGERPRINT), torch.device("cpu"), 8)
+    planner = Planner(Mirror(active, FINGERPRINT), torch.device("cpu"), 1 << 20)
     for erase in (None, [], [Erasure(concept="World")]):
         with pytest.raises(StoreUnavailable) as caught:
             admit(planner, erase)
@@ -144,8 +144,10 @@ def test_plan_of_the_same_erasures_is_reused(active: RangeStore) -> None:
 
 
 def test_least_recently_used_plan_is_dropped(active: RangeStore) -> None:
-    planner = planner_of(active, capacity=2)
     world, sports, business = ([Erasure(concept=concept)] for concept in ("World", "Sports", "Business"))
+    (mask,) = admit(planner_of(active), world).plan.masks.values()
+    size = sum(part.nbytes for part in mask.parts)
+    planner = planner_of(active, capacity=2 * size)
     of_world, of_sports = admit(planner, world).plan, admit(planner, sports).plan
     assert admit(planner, world).plan is of_world, "used again, so it stays"
     of_business = admit(planner, business).plan
@@ -157,10 +159,33 @@ def test_least_recently_used_plan_is_dropped(active: RangeStore) -> None:
     assert again.plan.key == of_sports.plan.key
 
 
+def test_plan_larger_than_the_cache_is_used_and_not_kept(active: RangeStore) -> None:
+    world, both = [Erasure(concept="World")], [Erasure(concept="World"), Erasure(concept="Sports")]
+    size = admit(planner_of(active), world).plan.nbytes
+    planner = planner_of(active, capacity=size)
+    of_world = admit(planner, world).plan
+    assert admit(planner, world).plan is of_world
+    assert planned(admit(planner, both)) == [("World", 2.5), ("Sports", 2.5)]
+    assert (len(planner._plans), planner._bytes) == (0, 0)
+    again = admit(planner, world).plan
+    assert admit(planner, world).plan is again
+
+
+def test_plan_that_two_requests_made_at_once_is_counted_once(active: RangeStore) -> None:
+    planner = planner_of(active)
+
+    async def both() -> None:
+        await asyncio.gather(*(planner.admit([Erasure(concept="World")]) for _ in range(2)))
+
+    asyncio.run(both())
+    (kept,) = planner._plans.values()
+    assert planner._bytes == kept.nbytes
+
+
 def test_another_range_set_makes_another_plan(active: RangeStore) -> None:
     mirror = Mirror(active, FINGERPRINT)
     mirror.refresh()
-    planner = Planner(mirror, torch.device("cpu"), 8)
+    planner = Planner(mirror, torch.device("cpu"), 1 << 20)
     before = admit(planner, [Erasure(concept="World")])
     active.activate(active.publish(*SECOND))
     mirror.refresh()

@@ -7,7 +7,9 @@ import uuid
 from collections.abc import Callable
 from functools import cache
 from pathlib import Path
+from queue import SimpleQueue
 from typing import Any
+from unittest.mock import Mock
 
 import numpy as np
 import pytest
@@ -24,13 +26,17 @@ from tests.workers.engine.running import NEAR, TEXTS, TOLERANCE, Running, alone,
 from tests.workers.texts import labelled_texts, write_jsonl
 from workers.engine.answers import Answer
 from workers.engine.engine import Engine
+from workers.engine.errands import Errand
 from workers.engine.errors import DeadlineExceeded, Draining, EngineFailed, QueueFull, RequestTooLarge
+from workers.engine.requests import Request
 from workers.engine.settings import EngineSettings
 from workers.fitting.corpus import load_corpus
 from workers.fitting.fit import fit
 from workers.models.errors import TextTooLong
-from workers.models.loading import load_model
+from workers.models.loading import LoadedModel, load_model
 from workers.models.texts import TextOrPair
+
+Tiny = Callable[[str], LoadedModel]
 
 BF16_TOLERANCE = 0.05
 """Largest difference of a logit in bfloat16, whose spacing is 0.008 between 1 and 2."""
@@ -223,6 +229,43 @@ def test_requests_fail_when_the_engine_thread_dies(
     assert all(isinstance(answer, EngineFailed | Draining) for answer in answers)
     assert any(isinstance(answer, EngineFailed) for answer in answers)
     assert not service.engine.ready
+
+
+class Emptied(SimpleQueue[Any]):
+    """An inbox that seems to hold one thing more than it does, as when another thread has just taken it."""
+
+    def empty(self) -> bool:
+        return False
+
+
+def test_waiters_are_told_when_another_thread_empties_the_inbox_of_a_dying_engine(tiny: Tiny) -> None:
+    async def waiting() -> None:
+        engine = Engine(tiny("bert"), Mock(spec=Mirror), EngineSettings(), CollectorRegistry())
+        engine._inbox = Emptied()
+        errand = Errand(lambda: None)
+        engine._inbox.put(errand)
+        engine._inbox.put(None)
+        dying = threading.Thread(target=engine._die, args=("engine", SystemError("a fault"), []), daemon=True)
+        dying.start()
+        dying.join(10)
+        assert not dying.is_alive()
+        with pytest.raises(EngineFailed):
+            await asyncio.wait_for(errand.done, 10)
+        assert engine._next_requests() == [], "the tokenizer's thread still learns that the engine closes"
+
+    asyncio.run(waiting())
+
+
+def test_request_at_hand_waits_for_no_other(tiny: Tiny) -> None:
+    engine = Engine(tiny("bert"), Mock(spec=Mirror), EngineSettings(), CollectorRegistry())
+    engine._inbox = Emptied()
+    request = Mock(spec=Request)
+    engine._inbox.put(request)
+    found: list[Any] = []
+    reading = threading.Thread(target=lambda: found.extend(engine._next_requests()), daemon=True)
+    reading.start()
+    reading.join(10)
+    assert found == [request]
 
 
 def test_abandoned_request_costs_no_forward_pass(start: Callable[..., Running]) -> None:

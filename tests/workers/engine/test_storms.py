@@ -88,7 +88,7 @@ def test_toggles_under_load_change_no_admitted_request(start: Callable[..., Runn
 
     The next change waits until a request has been answered with the last one.
     """
-    service = start(max_batch_tokens=300, max_queue_seconds=1e9, max_batch_plans=2, plan_cache=4)
+    service = start(max_batch_tokens=300, max_queue_seconds=1e9, max_batch_plans=2, plan_cache_bytes=6000)
     settings = [
         [],
         [Erasure(concept="World")],
