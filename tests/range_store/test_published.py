@@ -318,7 +318,7 @@ def test_active_range_set_is_complete_while_new_ones_replace_old_ones(store: Ran
         except UnknownRangeSet:
             continue
         assert store.read(id_).id == id_
-        store.set_erasures([LiveErasure(erasure=Erasure(concept="World", layers=(0,)))])
+        store.set_erasures([LiveErasure(erasure=Erasure(concept="World", layers=(0,), top_fraction=1.0))])
     publisher.join()
     active = store.live().range_set
     assert active is not None
