@@ -1,19 +1,22 @@
 """What `ranges`, `erase` and `audit` act on: the store itself, or a running server that has it."""
 
 import time
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol
 
 from app.cli.exits import CONFLICT, UNREACHABLE, USAGE, CommandError
 from app.cli.server_control import ServerControl
-from app.cli.stores import operator, settings_with, store_of
+from app.cli.stores import operator, settings_with, store_of, stores_of
 from range_store.live import AuditEntry, LiveErasure, LiveState
 from range_store.published import Published
 from range_store.range_set import check_dtype
 from range_store.replicas import Follow
 from range_store.store import RangeStore
+
+if TYPE_CHECKING:
+    from app.settings import Settings
 
 WAIT_SECONDS = 5.0
 """How long `--wait all` waits unless told otherwise."""
@@ -127,16 +130,42 @@ def control_of(
         CommandError: both are named, or there is no telling which model is meant.
         StoreUnavailable: Redis cannot be reached.
     """
-    if url and (redis_url or data_dir):
-        raise CommandError("--url is a running server, --redis-url and --data-dir are a store: name one of them", USAGE)
-    settings = settings_with(redis_url=redis_url, data_dir=data_dir, url=url)
-    if settings.url and not (redis_url or data_dir):
-        api_key = settings.api_key.get_secret_value() if settings.api_key else None
-        with ServerControl(settings.url, name or settings.name, api_key, wait) as server:
+    settings, server_url = _where(url, redis_url, data_dir)
+    if server_url:
+        with ServerControl(server_url, name or settings.name, _api_key(settings), wait) as server:
             yield server
     else:
         with store_of(settings, name, publishes=publishes) as store:
             yield StoreControl(store, wait)
+
+
+@contextmanager
+def controls_of(
+    url: str | None, redis_url: str | None, data_dir: Path | None, name: str | None
+) -> Iterator[Mapping[str, Control]]:
+    """As `control_of`; without a name, of every model that the server serves, or that has range sets in the store."""
+    settings, server_url = _where(url, redis_url, data_dir)
+    if not server_url:
+        with stores_of(settings, name) as stores:
+            yield {model: StoreControl(store) for model, store in stores.items()}
+        return
+    with ExitStack() as stack:
+        key, chosen = _api_key(settings), name or settings.name
+        first = stack.enter_context(ServerControl(server_url, chosen, key))
+        names = [chosen] if chosen else first.models()
+        yield {each: stack.enter_context(ServerControl(server_url, each, key)) for each in names}
+
+
+def _where(url: str | None, redis_url: str | None, data_dir: Path | None) -> tuple["Settings", str | None]:
+    """The settings, and the server's URL if it is a server."""
+    if url and (redis_url or data_dir):
+        raise CommandError("--url is a running server, --redis-url and --data-dir are a store: name one of them", USAGE)
+    settings = settings_with(redis_url=redis_url, data_dir=data_dir, url=url)
+    return settings, None if redis_url or data_dir else settings.url
+
+
+def _api_key(settings: "Settings") -> str | None:
+    return settings.api_key.get_secret_value() if settings.api_key else None
 
 
 def store_only(control: Control, command: str) -> RangeStore:

@@ -106,11 +106,16 @@ def off(
     if (concept is None) != everything:
         raise typer.BadParameter("name one concept, or pass --all", param_hint="CONCEPT")
     with control_of(url, redis_url, data_dir, name, wait=wait_seconds if wait else None) as control:
+        erased = {each.concept for each in control.live().erasures}
         if concept is None:
             state = control.switch_all_off(reason=reason, if_match=if_match)
         else:
             state = control.switch_off(concept, reason=reason, if_match=if_match)
-    _print(state, as_json, "erasing nothing" if concept is None else f"no longer erasing {concept!r}")
+    if concept is None:
+        done = "erasing nothing" + ("" if erased else ", as before")
+    else:
+        done = f"no longer erasing {concept!r}" if concept in erased else f"{concept!r} was not erased: nothing changed"
+    _print(state, as_json, done)
 
 
 def _print(state: LiveState, as_json: bool, headline: str = "") -> None:

@@ -1,6 +1,6 @@
 """`neuronlens fit`: from labelled texts to a published range set."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext, suppress
 from pathlib import Path
 from typing import Annotated, get_args
@@ -124,7 +124,7 @@ def fit(
             hint("interrupted: the same command resumes from the last checkpoint")
             raise typer.Exit(INTERRUPTED) from None
         fitted.discard_checkpoint()
-        generation = _activate(store, published, place) if activate else None
+        generation = _activate(store, published, **place) if activate else None
     provenance = fitted.range_set.provenance
     if as_json:
         print_json(
@@ -200,7 +200,7 @@ def _dtype(chosen: str, store: RangeStore) -> str:
     return served[0]
 
 
-def _activate(store: RangeStore, published: str, place: Mapping[str, object]) -> str:
+def _activate(store: RangeStore, published: str, **place: object) -> str:
     """Activate, and give the generation that it made."""
     try:
         check_dtype(store.provenance(published), _served_dtypes(store))

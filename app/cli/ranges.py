@@ -8,10 +8,11 @@ import typer
 from app.cli import options
 from app.cli.clock import moment
 from app.cli.commands import command
-from app.cli.console import hint, print_json, say, table
-from app.cli.control import control_of, find_range_set, store_only
+from app.cli.console import counted, hint, print_json, say, table
+from app.cli.control import control_of, controls_of, find_range_set, store_only
 from app.cli.exits import CONFLICT, EPILOG, USAGE, CommandError
 from range_store.published import Published
+from range_store.range_set import CorpusIdentity, FitSettings
 
 app = typer.Typer(
     help="Published range sets: list, look into, activate, move between stores.", epilog=EPILOG, no_args_is_help=True
@@ -28,16 +29,17 @@ def list_(
     data_dir: options.DataDir = None,
     as_json: options.AsJson = False,
 ) -> None:
-    """List range sets, newest first."""
-    with control_of(url, redis_url, data_dir, name) as control:
-        found = control.range_sets()
+    """List range sets, newest first; without --name, those of every model."""
+    with controls_of(url, redis_url, data_dir, name) as controls:
+        found = [(model, each) for model, control in controls.items() for each in control.range_sets()]
     if as_json:
-        print_json([_summary(each) for each in found])
+        print_json([{**_summary(each), "name": model} for model, each in found])
     elif not found:
         hint("no range set is published: fit one with `neuronlens fit`")
     else:
-        columns = ("id", "active", "corpus", "rows", "layers", "published")
-        table(columns, [_row(each) for each in found])
+        several = len(controls) > 1
+        columns = ("id", "model", "active", "corpus", "rows", "layers", "published")
+        table(columns, [_row(each, model if several else "") for model, each in found])
 
 
 @app.command(epilog=EPILOG)
@@ -63,7 +65,8 @@ def show(
         ("fingerprint", model.fingerprint),
         ("labels", ", ".join(model.labels)),
         ("corpus", corpus.name + (f", split {corpus.split}" if corpus.split else "")),
-        ("rows", f"{corpus.rows} ({corpus.truncated} truncated)"),
+        ("rows", f"{corpus.rows:,} ({corpus.selection})"),
+        ("fitted on", _fitted_on(corpus, settings)),
         ("corpus sha256", corpus.sha256),
         ("layers", ", ".join(map(str, settings.layers))),
         ("rankings", ", ".join(settings.rankings)),
@@ -150,12 +153,15 @@ def import_(
     range_set, inspect = read_archive(file)
     model = name or range_set.provenance.model.id
     with control_of(url, redis_url, data_dir, model, publishes=True) as control:
-        published = store_only(control, "import").publish(range_set, inspect)
+        store = store_only(control, "import")
+        there = range_set.id in store.ids()
+        published = store.publish(range_set, inspect)
         generation = control.activate(published, force=False, if_match=None).generation if activate else None
     if as_json:
         print_json({"id": published, "model": model, "generation": generation})
         return
-    say(f"range set {published} of {model} published" + (f", active at generation {generation}" if activate else ""))
+    done = "was published already; it is the newest now" if there else "published"
+    say(f"range set {published} of {model} {done}" + (f", active at generation {generation}" if activate else ""))
     if not activate:
         activation = command("ranges", "activate", published, name=model, redis_url=redis_url, data_dir=data_dir)
         hint(f"next: {activation}")
@@ -181,18 +187,31 @@ def remove(
         say(f"range set {found.id} removed")
 
 
-def _row(found: Published) -> tuple[object, ...]:
+def _row(found: Published, model: str) -> tuple[object, ...]:
     corpus, settings = found.provenance.corpus, found.provenance.settings
     n_layers = found.provenance.model.n_layers
     layers = f"all {n_layers}" if len(settings.layers) == n_layers else ", ".join(map(str, settings.layers))
     return (
         found.id,
+        model,
         "yes" if found.active else "",
         corpus.name,
         corpus.rows,
         layers,
         moment(found.published_at),
     )
+
+
+def _fitted_on(corpus: CorpusIdentity, settings: FitSettings) -> str:
+    """How many of the rows count, and why no more."""
+    parts = [f"{sum(corpus.counts.values()):,} of {counted(corpus.rows, 'row')}"]
+    if settings.texts == "correct":
+        parts.append("only those that the model gets right")
+    if settings.rows_per_class is not None:
+        parts.append(f"at most {settings.rows_per_class:,} of each class")
+    parts += [f"{corpus.empty:,} without any token left out"] if corpus.empty else []
+    parts += [f"{corpus.truncated:,} cut to the model's length"] if corpus.truncated else []
+    return "; ".join(parts)
 
 
 def _summary(found: Published) -> dict[str, Any]:

@@ -63,6 +63,11 @@ class ServerControl:
     ) -> None:
         self._client.close()
 
+    def models(self) -> list[str]:
+        """Names of the models that the server serves."""
+        with self._asking():
+            return [each.id for each in self._client.models().models]
+
     def range_sets(self) -> Sequence[Published]:
         with self._asking():
             return [

@@ -54,11 +54,35 @@ def store_of(settings: "Settings", name: str | None, *, publishes: bool = False)
         yield RangeStore(client, name or _named(settings) or _only_model(client))
 
 
+@contextmanager
+def stores_of(settings: "Settings", name: str | None) -> Iterator[dict[str, "RangeStore"]]:
+    """The store of the model of that name, else of the settings', else of each that has range sets, by name.
+
+    Raises:
+        CommandError: no model has range sets.
+        StoreUnavailable: Redis cannot be reached.
+    """
+    from range_store.embedded import connect
+    from range_store.store import RangeStore
+
+    with connect(**settings.redis) as client:
+        chosen = name or _named(settings)
+        yield {each: RangeStore(client, each) for each in ([chosen] if chosen else _models(client))}
+
+
 def _named(settings: "Settings") -> str | None:
     return ModelChoice.of(settings).served_name if settings.model else settings.name
 
 
 def _only_model(client: Any) -> str:
+    found = _models(client)
+    if len(found) > 1:
+        raise CommandError(f"several models have range sets: choose one with --name: {', '.join(found)}", USAGE)
+    return found[0]
+
+
+def _models(client: Any) -> list[str]:
+    """Names of the models that have range sets. Raises CommandError if there are none."""
     from range_store.failures import reaching_redis
     from range_store.keys import ModelKeys
 
@@ -69,9 +93,7 @@ def _only_model(client: Any) -> str:
         raise CommandError(
             "no model has range sets here: fit one with `neuronlens fit`, or name it with --name", CONFLICT
         )
-    if len(found) > 1:
-        raise CommandError(f"several models have range sets: choose one with --name: {', '.join(found)}", USAGE)
-    return str(found[0])
+    return found
 
 
 def operator() -> str:

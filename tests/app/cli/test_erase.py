@@ -62,6 +62,16 @@ def test_list_on_and_off_agree_with_the_store(cli: Cli, prepared: Prepared) -> N
     assert prepared.store.audit(1)[0].reason == "done"
 
 
+def test_off_says_when_nothing_changed(cli: Cli, prepared: Prepared) -> None:
+    cli("erase", "on", "Sports", *prepared.options)
+    generation = prepared.store.live().generation
+    off = cli("erase", "off", "World", *prepared.options)
+    assert off.exit_code == 0
+    assert off.stdout.splitlines()[0] == f"'World' was not erased: nothing changed, generation {generation}"
+    assert cli("erase", "off", "Sports", *prepared.options).stdout.startswith("no longer erasing 'Sports', generation")
+    assert cli("erase", "off", "--all", *prepared.options).stdout.startswith("erasing nothing, as before, generation")
+
+
 def test_off_all_is_one_change(cli: Cli, prepared: Prepared) -> None:
     for concept in ("World", "Sports"):
         cli("erase", "on", concept, *prepared.options)

@@ -7,6 +7,7 @@ import pytest
 from app.cli.fit import _activate, _dtype
 from app.fit_process import environment
 from app.settings import Settings
+from range_store.codec import assemble
 from range_store.erasure import Erasure
 from range_store.errors import DtypeMismatch
 from range_store.live import LiveErasure
@@ -145,9 +146,41 @@ def test_the_name_is_optional_with_one_model(cli: Cli, tmp_path: Path) -> None:
         assert cli("ranges", "import", file, "--name", model, *place).exit_code == 0
         if seed == 0:
             assert len(cli("ranges", "list", "--json", *place).json) == 1
-    several = cli("ranges", "list", *place)
+    several = cli("erase", "list", *place)
     assert several.exit_code == 2
     assert "first:model, second" in several.stderr
+
+
+def test_list_without_a_name_has_every_model(cli: Cli, tmp_path: Path) -> None:
+    place = ("--data-dir", tmp_path)
+    for seed, model in ((0, "one"), (1, "two"), (2, "two")):
+        write(tmp_path / f"{seed}.safetensors", seed)
+        imported = cli("ranges", "import", tmp_path / f"{seed}.safetensors", "--name", model, *place)
+        assert "published already" not in imported.stdout
+    lines = [line.split() for line in cli("ranges", "list", *place).stdout.splitlines()]
+    assert lines[0][:2] == ["id", "model"]
+    assert [line[1] for line in lines[1:]] == ["one", "two", "two"]
+    assert [each["name"] for each in cli("ranges", "list", "--json", *place).json] == ["one", "two", "two"]
+    assert cli("ranges", "list", "--name", "one", *place).stdout.split()[:2] == ["id", "corpus"]
+    again = cli("ranges", "import", tmp_path / "1.safetensors", "--name", "two", *place)
+    assert "was published already; it is the newest now" in again.stdout
+
+
+def test_show_says_on_how_many_rows_it_was_fitted(cli: Cli, prepared: Prepared) -> None:
+    """Of a sample, some of which the model got wrong."""
+    range_set, inspect = random_range_set(3)
+    fitted = range_set.provenance.corpus
+    corpus = fitted.model_copy(update={"rows": 2000, "selection": "2000 of 9000 rows, drawn with seed 0", "empty": 3})
+    settings = range_set.provenance.settings.model_copy(update={"texts": "correct", "rows_per_class": 50})
+    provenance = range_set.provenance.model_copy(update={"corpus": corpus, "settings": settings})
+    published = prepared.store.publish(assemble(provenance, range_set.layers, inspect), inspect)
+    lines = cli("ranges", "show", published, *prepared.options).stdout.splitlines()
+    shown = {line.split("  ")[0]: line.split("  ", 1)[1].strip() for line in lines if "  " in line}
+    assert shown["rows"] == "2,000 (2000 of 9000 rows, drawn with seed 0)"
+    assert shown["fitted on"] == (
+        f"{sum(fitted.counts.values())} of 2,000 rows; only those that the model gets right; at most 50 of each class; "
+        "3 without any token left out"
+    )
 
 
 def write(file: Path, seed: int) -> None:
