@@ -29,11 +29,12 @@ from workers.demo.demo import NAME as DEMO_NAME
 from workers.demo.demo import Demo, prepare
 from workers.engine.engine import Engine
 from workers.engine.settings import EngineSettings, batch_tokens_for
-from workers.evaluation.evaluate import Evaluation, Measure, check_targets, evaluate_by
+from workers.evaluation.evaluate import Evaluation, Measure, check_targets, evaluate_by, workload_of
 from workers.evaluation.files import write as write_evaluation
-from workers.evaluation.measure import measure
+from workers.evaluation.measure import MeasureProgress, measure
 from workers.evaluation.perplexity import check_perplexity, with_perplexity
 from workers.evaluation.settings import EvaluationSettings
+from workers.evaluation.workload import Estimate
 from workers.fitting.corpus import Corpus, check_apart, load_corpus, match_labels
 from workers.fitting.errors import CorpusError
 from workers.fitting.fit import CHECKPOINT_SECONDS, FitProgress, Fitted
@@ -230,6 +231,7 @@ def evaluate_model(
     fit_settings: dict[str, Any],
     perplexity: bool,
     report: Report,
+    tell: Callable[[str], None],
     cluster: RayChoice | None = None,
     **settings: Any,
 ) -> Evaluation:
@@ -240,6 +242,7 @@ def evaluate_model(
         published: a store, and the id of a range set in it to use instead of a fit.
         fit_settings: those of `workers.fitting.fit.fit`, but for layers and rankings.
         perplexity: measure it too; not on a cluster.
+        tell: called with lines that a user should read at once: how much work it is, and how long that takes.
         settings: those of `workers.evaluation.settings.EvaluationSettings`.
 
     Raises:
@@ -257,7 +260,7 @@ def evaluate_model(
             hands = _Hands(
                 about.identity, about.earlier_fingerprint, about.dtype, about.template, *work, counts_overlap=False
             )
-            return _evaluated(hands, *choices, out, chosen, published, fit_settings, model.scoring, None, report)
+            return _evaluated(hands, *choices, out, chosen, published, fit_settings, model.scoring, None, report, tell)
     for each in choices:
         if each is not None:
             check_source(each.source)
@@ -269,7 +272,7 @@ def evaluate_model(
         loaded.identity, loaded.earlier_fingerprint, loaded.dtype, loaded.template, *work, counts_overlap=True
     )
     asked = loaded if perplexity else None
-    return _evaluated(hands, *choices, out, chosen, published, fit_settings, model.scoring, asked, report)
+    return _evaluated(hands, *choices, out, chosen, published, fit_settings, model.scoring, asked, report, tell)
 
 
 @dataclass(frozen=True)
@@ -299,6 +302,7 @@ def _evaluated(
     scoring: str,
     perplexity_of: LoadedModel | None,
     report: Report,
+    tell: Callable[[str], None],
 ) -> Evaluation:
     labels = hands.model.labels
     test = hands.corpus(test_data, labels)
@@ -315,6 +319,8 @@ def _evaluated(
         if said := dtype_mismatch(range_set.provenance, hands.dtype):
             logger.warning("range set %s: %s", range_set_id, said)
         inspect = {layer: store.read_inspect(range_set_id, layer) for layer in range_set.layers}
+        work = workload_of(chosen, hands.model.n_layers, range_set.concepts, test, choosing)
+        tell(str(work))
     else:
         assert data is not None
         learned = hands.corpus(data, labels)
@@ -322,6 +328,8 @@ def _evaluated(
         if choosing is None:
             learned, choosing = learned.split_off(KEPT_FOR_CHOOSING, chosen.seed)
         check_targets(chosen, learned.concepts)
+        work = workload_of(chosen, hands.model.n_layers, learned.concepts, test, choosing)
+        tell(str(work))
         groups = chosen.resolved_layers(hands.model.n_layers)
         fitted = hands.fit(
             learned,
@@ -332,6 +340,12 @@ def _evaluated(
             **fit_settings,
         )
         range_set, inspect = fitted.range_set, fitted.inspect
+    estimate = Estimate(work, tell)
+
+    def measuring(what: str, now: MeasureProgress) -> None:
+        report(what, int(now.share * now.rows_total), now.rows_total)
+        estimate(what, now)
+
     evaluation = evaluate_by(
         hands.measure,
         hands.model,
@@ -340,7 +354,7 @@ def _evaluated(
         chosen,
         selection=choosing,
         checkpoint_dir=out,
-        progress=lambda what, now: report(what, now.rows_done, now.rows_total),
+        progress=measuring,
     )
     if perplexity_of is not None:
         evaluation = with_perplexity(

@@ -15,4 +15,5 @@
 | `mirror` | what a worker holds of all this, kept current, and answering when Redis is away |
 | `replicas`, `reporter` | which generation each process answers under, as they tell each other |
 | `errors` | everything that can go wrong, as a tree |
+| `phrases` | numbers and times as messages write them |
 """

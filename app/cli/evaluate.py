@@ -211,6 +211,7 @@ def evaluate(
                 fit_settings=settings_of_fit,
                 perplexity=perplexity,
                 report=report,
+                tell=hint,
                 cluster=cluster,
                 **settings_of_grid,
             )

@@ -13,6 +13,7 @@ from workers.evaluation.measure import CHECKPOINT_SECONDS, MeasureCancelled, Mea
 from workers.evaluation.measures import Outcomes, Row, Summary
 from workers.evaluation.selection import Choice, choose
 from workers.evaluation.settings import EvaluationSettings, Setting, grid
+from workers.evaluation.workload import Workload
 from workers.fitting.corpus import Corpus, match_labels
 from workers.models.loading import LoadedModel
 
@@ -138,6 +139,16 @@ def evaluate_by(
     run["seconds"] = round(time.monotonic() - started, 3)
     run["chosen"] = [asdict(choice) for choice in choices]
     return Evaluation(tuple(rows), choices, run, tuple(each for each in (chosen_path, path) if each is not None))
+
+
+def workload_of(
+    settings: EvaluationSettings, n_layers: int, concepts: Sequence[str], test: Corpus, selection: Corpus | None
+) -> Workload:
+    """What `evaluate_by` will have to do with ranges of these concepts."""
+    groups, targets = settings.resolved_layers(n_layers), settings.targets or concepts
+    settings_of_grid = list(grid(settings, groups, targets))
+    choosing = len(selection) if selection is not None and _offers_a_choice(settings_of_grid) else 0
+    return Workload(settings, len(settings_of_grid), len(groups), len(targets), len(test), choosing)
 
 
 def check_targets(settings: EvaluationSettings, concepts: Sequence[str]) -> None:

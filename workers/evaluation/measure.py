@@ -34,17 +34,23 @@ logger = logging.getLogger(__name__)
 CHECKPOINT_SECONDS = 30.0
 LONGEST = 50.0
 """Seconds between two checkpoints at most, whatever one costs."""
+_HEAD = 0.1
+"""What a head costs, in blocks; only shares of progress depend on it."""
 _ARRAYS = tuple(each.name for each in fields(Outcomes) if each.name != "head")
 
 
 @dataclass(frozen=True)
 class MeasureProgress:
-    """How far the measuring is; `resumed_rows` were done by an earlier run."""
+    """How far the measuring is; `resumed_rows` were done by an earlier run.
+
+    `share`: of the work, in [0, 1]; a row of a long text is more work than one of a short text.
+    """
 
     rows_done: int
     rows_total: int
     seconds: float
     resumed_rows: int
+    share: float
 
 
 class MeasureCancelled(Exception):
@@ -105,12 +111,18 @@ def measure(
         if cancelled is not None and cancelled():
             raise MeasureCancelled
 
-    for at, batch in batches(model, corpus, settings.batch_tokens):
+    for at, batch, before, own in batches(model, corpus, settings.batch_tokens):
         if outcomes.done[at].all():
             continue
-        measurer.add(outcomes, at, batch, under_way.truth[at], before_turn, under_way.save_if_due)
+
+        def after_turn(share: float, before: float = before, own: float = own) -> None:
+            under_way.save_if_due()
+            if progress is not None and share < 1:  # the end of a batch is told when it is stored
+                progress(under_way.progress(before + share * own))
+
+        measurer.add(outcomes, at, batch, under_way.truth[at], before_turn, after_turn)
         if progress is not None:
-            progress(under_way.progress())
+            progress(under_way.progress(before + own))
         under_way.save_if_due()
     return under_way.end()
 
@@ -132,9 +144,14 @@ class Measurer:
         batch: TokenBatch,
         truth: Labels,
         before_turn: Callable[[], None] = lambda: None,
-        after_turn: Callable[[], None] = lambda: None,
+        after_turn: Callable[[float], None] = lambda share: None,
     ) -> None:
-        """Put what the model says of a batch, texts `at`, into `outcomes`. truth: index of each one's true label."""
+        """Put what the model says of a batch, texts `at`, into `outcomes`.
+
+        Args:
+            truth: index of each text's true label.
+            after_turn: told which share of the batch's work is done; a turn costs the blocks that its tail runs.
+        """
         model, settings = self._model, self._settings
         base, trunks = _trunks(model, batch, self._splits)
         log = outcomes.add_base(at, base, truth)
@@ -145,13 +162,15 @@ class Measurer:
             for sweep in self._sweeps
             for turn in sweep.plans.turns(model.steered, batch, trunks[sweep.split], settings.batch_tokens)
         ]
+        blocks = model.identity.n_layers - 1
+        costs = np.cumsum([(blocks - sweep.split + _HEAD) * (turn.stop - turn.start) for sweep, turn in turns])
         for number, (sweep, turn) in enumerate(turns):
             before_turn()
             if number >= before and outcomes.used[at].any():  # a batch that was under way goes on where it was
                 logits = sweep.plans.logits(model.steered, batch, trunks[sweep.split], turn)
                 outcomes.add(sweep.places[turn], at, logits.float().cpu().numpy(), log, truth)
                 outcomes.turns[0] = number + 1
-                after_turn()
+                after_turn(float(costs[number] / costs[-1]))
         outcomes.done[at], outcomes.turns[0] = True, 0
 
 
@@ -170,9 +189,11 @@ class Measuring:
     _saved: float = field(default_factory=time.monotonic)
     _cost: float = 0.0
 
-    def progress(self) -> MeasureProgress:
-        done = int(self.outcomes.done.sum())
-        return MeasureProgress(done, len(self.corpus), time.monotonic() - self.started, self.resumed)
+    def progress(self, share: float | None = None) -> MeasureProgress:
+        """How far it is; without a share of the work, that of the rows."""
+        done, total = int(self.outcomes.done.sum()), len(self.corpus)
+        seconds = time.monotonic() - self.started
+        return MeasureProgress(done, total, seconds, self.resumed, done / total if share is None else share)
 
     def save_if_due(self) -> None:
         """Write the checkpoint now and then: one that is slow to write less often, down to `LONGEST`; 0: always."""
@@ -231,11 +252,19 @@ def begin(
 
 def batches(
     model: LoadedModel, corpus: Corpus, batch_tokens: int
-) -> Iterator[tuple[npt.NDArray[np.int64], TokenBatch]]:
-    """Length-sorted batches, block by block, with the rows of their texts. Texts without a token are left out."""
+) -> Iterator[tuple[npt.NDArray[np.int64], TokenBatch, float, float]]:
+    """Length-sorted batches, block by block, with the rows of their texts. Texts without a token are left out.
+
+    Beside each stand the share of the corpus' tokens before it and its own; every text counts as long as the mean of
+    its block until the block is read.
+    """
     for block in corpus.blocks():
-        for rows, batch in batches_of(model, block, batch_tokens):
-            yield rows + block.index * BLOCK_ROWS, batch
+        parts = list(batches_of(model, block, batch_tokens))
+        sizes = np.array([batch.ids.numel() for _, batch in parts], dtype=np.float64)
+        shares = sizes / sizes.sum() * len(block.texts) / len(corpus)
+        before = block.index * BLOCK_ROWS / len(corpus) + np.cumsum(shares) - shares
+        for (rows, batch), earlier, own in zip(parts, before.tolist(), shares.tolist(), strict=True):
+            yield rows + block.index * BLOCK_ROWS, batch, earlier, own
 
 
 def batches_of(

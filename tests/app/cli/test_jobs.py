@@ -195,6 +195,7 @@ def test_train_writes_a_checkpoint_that_evaluate_measures(
     assert measured.exit_code == 0
     # for each layer and fraction: neuron masking, and range masking at two τ; each for four targets and their mean
     assert len(measured.json) == 3 * 2 * 3 * 5
+    assert "18 settings, each for 4 targets: 72 erasures of 40 texts, and 8 to choose settings on" in measured.stderr
     assert measured.json == json.loads((out / "results.json").read_text())
     assert json.loads((out / "run.json").read_text())["settings"]["top_fractions"] == [0.3, 1.0]
 

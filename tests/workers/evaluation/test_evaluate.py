@@ -376,7 +376,7 @@ def test_cancelled_evaluation_resumes_to_the_same_result(
             checkpoint_dir=tmp_path,
             checkpoint_seconds=0,
             progress=first_run.append,
-            cancelled=lambda: len(first_run) == 3,
+            cancelled=lambda: bool(first_run) and first_run[-1].rows_done > 10,
         )
     resumed: list[MeasureProgress] = []
     again = evaluate(
@@ -392,6 +392,21 @@ def test_cancelled_evaluation_resumes_to_the_same_result(
     assert len(again.checkpoints) == 1
     again.discard_checkpoints()
     assert list(tmp_path.iterdir()) == []
+
+
+def test_progress_advances_with_every_turn_of_erasures(tiny: Tiny, learned: Corpus, held_out: Corpus) -> None:
+    """All settings of one batch may take minutes."""
+    model = tiny("bert")
+    range_set = fit(model, learned, layers="all").range_set
+    settings = EvaluationSettings(batch_tokens=2000, layers="all", top_fractions=(0.1, 0.2, 0.3, 1.0), resamples=0)
+    seen: list[MeasureProgress] = []
+    evaluate(model, range_set, held_out, settings, progress=lambda what, now: seen.append(now))
+    shares = [now.share for now in seen]
+    assert shares == sorted(shares)
+    assert shares[-1] == pytest.approx(1)
+    assert len({share for share, now in zip(shares, seen, strict=True) if now.rows_done == 0}) > 5
+    steps = np.diff([share for share, now in zip(shares, seen, strict=True) if now.rows_done == 0])
+    assert steps[-1] < 0.05 * steps.sum(), "erasures at the last block run no further block"
 
 
 def test_number_of_settings_does_not_change_the_number_of_trunk_passes(
