@@ -19,6 +19,7 @@ from app.fit_requests import DataRefused, DataUnusable, FitIn
 from app.settings import Settings
 from range_store.errors import RangeStoreError, StoreUnavailable
 from range_store.mirror import Mirror
+from range_store.phrases import counted
 from range_store.range_set import check_dtype
 from range_store.store import RangeStore
 from range_store.whole_files import private_directory
@@ -173,7 +174,7 @@ class FitRunner:
             return
         if job.attempts >= ATTEMPTS:
             why = job.error or "the server ended while it ran"
-            self._over(job, state="failed", error=f"given up after {job.attempts} attempts: {why}")
+            self._over(job, state="failed", error=f"given up after {counted(job.attempts, 'attempt')}: {why}")
             return
         place = self._jobs.place(job.id)
         try:

@@ -5,6 +5,7 @@ from typing import Annotated, Literal
 from pydantic import BaseModel, ConfigDict, Field, field_validator
 
 from range_store.errors import InvalidErasure
+from range_store.phrases import counted
 
 Method = Literal["range", "neuron"]
 Rule = Literal["sigma"]
@@ -71,7 +72,9 @@ def resolve_layers(layers: tuple[int, ...] | Literal["all"], n_layers: int) -> t
     resolved = []
     for layer in layers:
         if not -n_layers <= layer < n_layers:
-            raise InvalidErasure(f"layer {layer} is out of range: the model has {n_layers} blocks, 0 to {n_layers - 1}")
+            raise InvalidErasure(
+                f"layer {layer} is out of range: the model has {counted(n_layers, 'block')}, 0 to {n_layers - 1}"
+            )
         resolved.append(layer % n_layers)
     if len(set(resolved)) != len(resolved):
         raise InvalidErasure(f"layers {', '.join(map(str, layers))} name one block twice")

@@ -27,7 +27,8 @@ def audit(
     elif not entries:
         hint("nothing was ever changed")
     else:
-        table(("when", "who", "what", "concepts", "before", "after", "reason"), [_row(each) for each in entries])
+        columns = ("when", "who", "what", "concepts", "before", "after", "reason")
+        table(columns, [_row(each) for each in entries], spare=("before",))
 
 
 def _row(entry: AuditEntry) -> tuple[object, ...]:

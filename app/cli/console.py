@@ -7,6 +7,7 @@ from contextlib import contextmanager
 from typing import Any
 
 import typer
+from rich.cells import cell_len
 from rich.console import Console
 from rich.markup import escape
 from rich.progress import (
@@ -29,6 +30,8 @@ Report = Callable[[str, int, int], None]
 
 PLAIN_WIDTH = 100_000
 """Columns off a terminal: a table in a pipe or a file is never wrapped or cut."""
+USUAL_WIDTH = 80
+"""Columns of a terminal that nobody made wider."""
 PLAIN_SECONDS = 10.0
 """Off a terminal, progress is one line per so many seconds."""
 
@@ -70,21 +73,29 @@ def hint(message: str) -> None:
     stderr().print(_shown(message), style="dim", soft_wrap=True)
 
 
-def counted(number: int, noun: str) -> str:
-    """ "1 text", "2 texts" """
-    return f"{number:,} {noun}" + ("" if number == 1 else "s")
-
-
 def error_line(message: str) -> None:
     """One line on stderr, whatever the message holds."""
     line = " ".join("".join(c if c.isprintable() else " " for c in message).split())
     stderr().print(Text.assemble(("error: ", "bold red"), line), soft_wrap=True)
 
 
-def table(columns: Sequence[str], rows: Sequence[Sequence[object]], *, header: bool = True) -> None:
-    """A table on stdout. A column whose values are all numbers is aligned right."""
+def table(
+    columns: Sequence[str], rows: Sequence[Sequence[object]], *, header: bool = True, spare: Sequence[str] = ()
+) -> None:
+    """A table on stdout. A column whose values are all numbers is aligned right.
+
+    Args:
+        spare: columns that are left out, the first one first, while the table is wider than the terminal, or without
+            one than `USUAL_WIDTH`; stderr says which.
+    """
     console = stdout()
     filled = [index for index in range(len(columns)) if any(str(row[index]) for row in rows)]
+    left_out = []
+    for name in (name for name in spare if columns.index(name) in filled):
+        if _width(columns, rows, filled) <= (console.width if console.is_terminal else USUAL_WIDTH):
+            break
+        filled.remove(columns.index(name))
+        left_out.append(name)
     drawn = Table(
         show_header=header,
         header_style="bold",
@@ -99,10 +110,18 @@ def table(columns: Sequence[str], rows: Sequence[Sequence[object]], *, header: b
         drawn.add_row(*(_shown(row[index]) for index in filled))
     if console.is_terminal:
         console.print(drawn)
-        return
-    with console.capture() as captured:
-        console.print(drawn)
-    typer.echo("\n".join(line.rstrip() for line in captured.get().splitlines()))
+    else:
+        with console.capture() as captured:
+            console.print(drawn)
+        typer.echo("\n".join(line.rstrip() for line in captured.get().splitlines()))
+    if left_out:
+        hint(f"left out to fit the width: {', '.join(left_out)}; --json gives everything")
+
+
+def _width(columns: Sequence[str], rows: Sequence[Sequence[object]], shown: Sequence[int]) -> int:
+    """Columns of a terminal that a table takes, with two between any two of its own."""
+    widest = [max(cell_len(text) for text in (columns[i], *(str(row[i]) for row in rows))) for i in shown]
+    return sum(widest) + 2 * (len(widest) - 1)
 
 
 def _is_number(value: str) -> bool:

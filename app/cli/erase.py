@@ -151,7 +151,7 @@ def _row(live: LiveErasure) -> tuple[object, ...]:
         f"{erasure.top_fraction:g}",
         erasure.ranking,
         erasure.layers if erasure.layers == "all" else ", ".join(map(str, erasure.layers)),
-        _replacement(erasure.replacement),
+        "" if erasure.replacement == "zero" else _replacement(erasure.replacement),
         "yes" if live.enforced else "",
         until(live.expires_at) if live.expires_at is not None else "",
         live.reason or "",

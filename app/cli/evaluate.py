@@ -28,6 +28,10 @@ if TYPE_CHECKING:
 METHODS = ("neuron", "range")
 POSITIONS = ("all", "read")
 SETTINGS = ("layer", "ranking", "method", "τ", "top", "replaced by", "positions")
+SPARE = ("same", "worst other", "ΔCAcc 95 %", "ΔConf", "ΔCConf", "texts")
+"""Columns that a narrow terminal does without; results.csv has them all."""
+PARTED = ("replaced by", "positions")
+"""Settings that part the table where they differ: they take much room, and are rarely swept."""
 COLUMNS = (*SETTINGS, "target", "texts", "Acc", "ΔAcc", "ΔConf", "ΔCAcc", "ΔCConf", "ΔCAcc 95 %", "worst other", "same")
 MOST_LINES = 60
 """Rows of the table in the terminal; beyond that, the mean rows stand for their targets."""
@@ -274,10 +278,18 @@ def _show(evaluation: "Evaluation") -> None:
         for row in rows
     ]
     shared = [index for index in range(len(SETTINGS)) if len({each[index] for each in cells}) == 1]
-    own = [index for index in range(len(COLUMNS)) if index not in shared]
+    parted = [index for index in range(len(SETTINGS)) if index not in shared and COLUMNS[index] in PARTED]
+    own = [index for index in range(len(COLUMNS)) if index not in (*shared, *parted)]
+    parts: dict[str, list[list[object]]] = {}
+    for each in cells:
+        heading = " · ".join(f"{COLUMNS[index]} {each[index]}" for index in parted)
+        parts.setdefault(heading, []).append([each[index] for index in own])
     if shared:
         say(" · ".join(f"{COLUMNS[index]} {cells[0][index]}" for index in shared))
-    table([COLUMNS[index] for index in own], [[each[index] for index in own] for each in cells])
+    for heading, lines in parts.items():
+        if heading:
+            say(heading)
+        table([COLUMNS[index] for index in own], lines, spare=SPARE)
     for choice in evaluation.choices:
         layer, ranking, method, tau, fraction, replacement, positions = choice.setting
         width = "" if tau is None else f" · τ {tau:g}"

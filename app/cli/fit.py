@@ -10,12 +10,13 @@ import typer
 from app import fit_child
 from app.cli import options
 from app.cli.commands import command
-from app.cli.console import Report, counted, hint, print_json, progress, say, table
+from app.cli.console import Report, hint, print_json, progress, say, table
 from app.cli.exits import INTERRUPTED
 from app.cli.stores import operator, settings_with, store_of
 from app.jobs import CorpusChoice, DTypeChoice, ModelChoice
 from range_store.erasure import RANKINGS, STATISTICAL
 from range_store.errors import RangeStoreError, StoreUnavailable
+from range_store.phrases import counted
 from range_store.range_set import CorpusIdentity, ProbeSettings, check_dtype
 from range_store.store import RangeStore
 
@@ -168,7 +169,7 @@ def about_corpus(corpus: CorpusIdentity, labels: Sequence[str]) -> list[str]:
     if least == 1:
         lines.append("the smallest class has 1 text, whose values vary by nothing: its ranges hold no other text")
     elif least < 30:
-        lines.append(f"the smallest class has {least} texts: its ranges are uncertain")
+        lines.append(f"the smallest class has {counted(least, 'text')}: its ranges are uncertain")
     if others := [concept for concept in corpus.counts if concept not in labels]:
         named = ", ".join(map(repr, others[:5])) + (", …" if len(others) > 5 else "")
         lines.append(

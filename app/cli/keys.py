@@ -79,7 +79,7 @@ def list_(
         say("no keys; whoever reaches a server may call it" if found is None else "no keys: every call is refused")
         return
     columns = ("name", "scopes", "id", "created", "by", "rate limit", "ends")
-    table(columns, [_row(key) for key in shown])
+    table(columns, [_row(key) for key in shown], spare=("by", "created"))
 
 
 @app.command(epilog=EPILOG)

@@ -11,6 +11,7 @@ from app.cli.commands import command
 from app.cli.console import counted, hint, print_json, say, table
 from app.cli.control import control_of, controls_of, find_range_set, store_only
 from app.cli.exits import CONFLICT, EPILOG, USAGE, CommandError
+from range_store.phrases import counted
 from range_store.published import Published
 from range_store.range_set import CorpusIdentity, FitSettings
 
@@ -59,9 +60,11 @@ def show(
         return
     model, corpus, settings = found.provenance.model, found.provenance.corpus, found.provenance.settings
     say(f"range set {found.id}{', active' if found.active else ''}")
+    size = f"{counted(model.n_layers, 'block')} of {counted(model.hidden_size, 'neuron')}"
+    tokens = counted(settings.batch_tokens, "token")
     facts = [
         ("published", moment(found.published_at)),
-        ("model", f"{model.id} ({model.family}, {model.n_layers} blocks of {model.hidden_size} neurons)"),
+        ("model", f"{model.id} ({model.family}, {size})"),
         ("fingerprint", model.fingerprint),
         ("labels", ", ".join(model.labels)),
         ("corpus", corpus.name + (f", split {corpus.split}" if corpus.split else "")),
@@ -70,8 +73,8 @@ def show(
         ("corpus sha256", corpus.sha256),
         ("layers", ", ".join(map(str, settings.layers))),
         ("rankings", ", ".join(settings.rankings)),
-        ("arithmetic", f"{settings.dtype}, {settings.threads} threads, {settings.batch_tokens} tokens a batch"),
-        ("histograms", f"{settings.bins} bins"),
+        ("arithmetic", f"{settings.dtype}, {counted(settings.threads, 'thread')}, {tokens} a batch"),
+        ("histograms", counted(settings.bins, "bin")),
         ("versions", ", ".join(f"{package} {version}" for package, version in found.provenance.versions.items())),
     ]
     table(("", ""), facts, header=False)

@@ -8,10 +8,11 @@ import typer
 
 from app.cli import options
 from app.cli.commands import command
-from app.cli.console import counted, hint, print_json, progress, say
+from app.cli.console import hint, print_json, progress, say
 from app.cli.exits import INTERRUPTED
 from app.cli.stores import settings_with
 from app.jobs import CorpusChoice, ModelChoice, NewModelChoice
+from range_store.phrases import counted
 
 NEW_PANEL = "New model"
 

@@ -14,6 +14,7 @@ import datasets
 import numpy as np
 import numpy.typing as npt
 
+from range_store.phrases import counted
 from workers.fitting.concepts import Concepts, LabelError
 from workers.fitting.errors import CorpusError
 from workers.fitting.files import is_hub, is_saved, reason_of, without_password
@@ -87,7 +88,9 @@ class Corpus:
         """
         n = round(len(self) * fraction)
         if not 0 < n < len(self):
-            raise CorpusError(f"{self.name}: {len(self)} rows are too few to keep some of them out of the fit")
+            raise CorpusError(
+                f"{self.name} has {counted(len(self), 'row')}: too few to keep some of them out of the fit"
+            )
         out = np.zeros(len(self), dtype=np.bool_)
         out[np.random.default_rng(seed).choice(len(self), size=n, replace=False)] = True
         parts = []
@@ -272,10 +275,16 @@ def _per_class(
     return np.sort(np.concatenate(kept)) if kept else chosen
 
 
+def _quieten() -> None:
+    """The command line has progress bars and errors of its own."""
+    datasets.disable_progress_bars()
+    datasets.utils.logging.set_verbosity(logging.CRITICAL)
+
+
 def _from_hub(known: KnownDataset | None, name: str, split: str | None) -> datasets.Dataset:
     if known is None:
         raise CorpusError("no data: name a file, or a data set")
-    datasets.disable_progress_bars()
+    _quieten()
     try:
         return datasets.load_dataset(known.path, known.config, split=known.split(split or "train"))
     except Exception as error:
@@ -289,7 +298,7 @@ def _open(source: str, split: str | None) -> Table:
     check_source(source)
     if not is_hub(source) and not is_saved(source):
         return Files.open(source)
-    datasets.disable_progress_bars()  # the command line has its own
+    _quieten()
     try:
         if is_hub(source):
             return Loaded(datasets.load_dataset(source, split=split or "train"))

@@ -128,6 +128,7 @@ def load_model(
         raise CheckpointError(f"no such directory: {source}")  # else the hub would be asked for it
     source = str(Path(source).expanduser()) if source.startswith("~") else source
     transformers.utils.logging.disable_progress_bar()  # type: ignore[no-untyped-call]
+    transformers.utils.logging.set_verbosity_error()  # type: ignore[no-untyped-call]  # what matters is checked below
     place = _place(device)
     config = _read(source, lambda: AutoConfig.from_pretrained(source, revision=revision, trust_remote_code=False))
     family = family_of(config.model_type)

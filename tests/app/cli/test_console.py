@@ -19,6 +19,23 @@ def test_tables_are_plain_and_aligned_without_a_terminal(capsys: pytest.CaptureF
     assert len(first.rstrip()) == len(second.rstrip()) == len(header.rstrip())
 
 
+def test_spare_columns_are_left_out_where_the_table_would_be_too_wide(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    columns, row = ("name", "spared", "second", "kept"), ("n" * 20, "a" * 30, "b" * 18, "c" * 20)  # 94 with the gaps
+    console.table(columns, [row], spare=("spared", "second"))
+    out, err = capsys.readouterr()
+    assert out.split() == ["name", "second", "kept", row[0], row[2], row[3]]
+    assert err == "left out to fit the width: spared; --json gives everything\n"
+    monkeypatch.setattr("rich.console.Console.is_terminal", True)
+    for width, shown in ((94, 4), (93, 3), (62, 3), (61, 2)):
+        monkeypatch.setenv("COLUMNS", str(width))
+        console.table(columns, [row], spare=("spared", "second"))
+        out, err = capsys.readouterr()
+        assert sum(name in out for name in columns) == shown
+        assert ("left out" in err) == (shown < 4)
+
+
 def test_control_characters_are_escaped(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
     control, lines, reversed_text = "\x1b]0;owned\x07", "one\ntwo", "\u202eabc 🎈"
     for terminal in (False, True):

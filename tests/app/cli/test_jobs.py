@@ -202,6 +202,12 @@ def test_train_writes_a_checkpoint_that_evaluate_measures(
     table = cli(*evaluate, "--target", "Sports", "--method", "range", "--max-test-rows", "20").stdout.splitlines()
     assert table[0] == "layer 2 · ranking max · method range · τ 2.5 · top 0.3 · replaced by zero · positions all"
     assert [line.split()[0] for line in table[1:]] == ["target", "Sports", "mean"]
+    sweep = ["--layer", "1,2", "--top-fraction", "0.3,1.0", "--tau", "1,2.5", "--positions", "all,read"]
+    drawn = cli(*evaluate, *grid[:2], *sweep, "--target", "Business,Sports", "--ranking", "probeless_global,max")
+    assert drawn.exit_code == 0, drawn.stderr
+    rows = drawn.stdout.splitlines()
+    assert "positions read" in rows
+    assert max(len(line) for line in rows if "score" not in line) <= 80
 
 
 def accuracy_of(checkpoint: Path, texts: Path) -> float:

@@ -3,6 +3,7 @@
 import copy
 import hashlib
 import json
+import logging
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -12,7 +13,7 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoConfig, AutoModel, AutoTokenizer, BertConfig
 
-from tests.workers.checkpoints import LABELS, SENTENCES, save_tiny
+from tests.workers.checkpoints import LABELS, SENTENCES, save_language_model, save_tiny
 from workers.models.errors import CheckpointError, EmptyText, TextTooLong, UnknownToken, UnsupportedModel
 from workers.models.loading import LoadedModel, load_model
 from workers.models.tokens import TextTokenizer
@@ -170,6 +171,20 @@ def test_read_position_when_pad_and_eos_are_the_same_id(tiny: Tiny) -> None:
     with torch.inference_mode():
         head = model.steered.model.score(model.steered.model.transformer.ln_f(states[last]))  # type: ignore[union-attr, operator]
     torch.testing.assert_close(head, model.steered.logits(batch))
+
+
+def test_what_a_checkpoint_lacks_is_told_once(tmp_path: Path) -> None:
+    """By our error; transformers would print a table of weights too."""
+    said: list[logging.LogRecord] = []
+    listener = logging.Handler()
+    listener.emit = said.append  # type: ignore[method-assign, assignment]
+    logging.getLogger("transformers").addHandler(listener)
+    try:
+        with pytest.raises(CheckpointError, match="is no trained sequence classifier"):
+            load_model(str(save_language_model("gpt2", tmp_path / "lm")), device="cpu")
+    finally:
+        logging.getLogger("transformers").removeHandler(listener)
+    assert said == []
 
 
 def rewrite(directory: Path, name: str = "config.json", **entries: object) -> Path:
