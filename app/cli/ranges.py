@@ -198,7 +198,7 @@ def _row(found: Published, model: str) -> tuple[object, ...]:
         found.id,
         model,
         "yes" if found.active else "",
-        corpus.name,
+        f"{corpus.name} {corpus.sha256[:8]}",  # many are called train.jsonl
         corpus.rows,
         layers,
         moment(found.published_at),
@@ -225,6 +225,7 @@ def _summary(found: Published) -> dict[str, Any]:
         "published_at": found.published_at,
         "model": provenance.model.id,
         "corpus": provenance.corpus.name,
+        "corpus_sha256": provenance.corpus.sha256,
         "rows": provenance.corpus.rows,
         "concepts": list(provenance.concepts),
         "layers": list(provenance.settings.layers),

@@ -160,6 +160,7 @@ def test_list_without_a_name_has_every_model(cli: Cli, tmp_path: Path) -> None:
     lines = [line.split() for line in cli("ranges", "list", *place).stdout.splitlines()]
     assert lines[0][:2] == ["id", "model"]
     assert [line[1] for line in lines[1:]] == ["one", "two", "two"]
+    assert all(line[2:4] == ["random", "cdcdcdcd"] for line in lines[1:]), "the corpus and its hash"
     assert [each["name"] for each in cli("ranges", "list", "--json", *place).json] == ["one", "two", "two"]
     assert cli("ranges", "list", "--name", "one", *place).stdout.split()[:2] == ["id", "corpus"]
     again = cli("ranges", "import", tmp_path / "1.safetensors", "--name", "two", *place)
