@@ -12,6 +12,7 @@ from pydantic import ValidationError
 from range_store import errors
 from range_store.erasure import Damp, Erasure, check_distinct, resolve_layers
 from range_store.errors import InvalidErasure, RangeStoreError
+from range_store.phrases import counted
 
 
 def test_defaults_follow_the_method() -> None:
@@ -87,7 +88,7 @@ def test_layer_outside_the_model_is_rejected(n_layers: int, layer: int) -> None:
         with pytest.raises(InvalidErasure) as caught:
             resolve_layers((layer,), n_layers)
         assert str(caught.value) == (
-            f"layer {layer} is out of range: the model has {n_layers} blocks, 0 to {n_layers - 1}"
+            f"layer {layer} is out of range: the model has {counted(n_layers, 'block')}, 0 to {n_layers - 1}"
         )
 
 
