@@ -8,7 +8,7 @@ import typer
 from app.cli import options
 from app.cli.clock import moment
 from app.cli.commands import command
-from app.cli.console import counted, hint, print_json, say, table
+from app.cli.console import hint, print_json, say, table
 from app.cli.control import control_of, controls_of, find_range_set, store_only
 from app.cli.exits import CONFLICT, EPILOG, USAGE, CommandError
 from range_store.phrases import counted
