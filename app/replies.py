@@ -259,9 +259,12 @@ class RangeSetsOut(BaseModel):
 
 
 class ModelOut(BaseModel):
-    """What is loaded. `path` only to this machine."""
+    """What is loaded. `path`: only to this machine. `object`, `created`, `owned_by`: for clients of OpenAI."""
 
     id: str
+    object: Literal["model"] = "model"
+    created: int = Field(description="Unix seconds at which the server began to serve it.")
+    owned_by: Literal["neuronlens"] = "neuronlens"
     kind: str
     family: str
     fingerprint: str
@@ -279,7 +282,11 @@ class ModelOut(BaseModel):
 
 
 class ModelsOut(BaseModel):
+    """Every model, the default first; twice, since clients of OpenAI look for `data`."""
+
+    object: Literal["list"] = "list"
     models: list[ModelOut]
+    data: list[ModelOut]
 
 
 class Alive(BaseModel):

@@ -3,7 +3,8 @@
 `app.wiring` makes one around an engine of this process.
 """
 
-from dataclasses import dataclass
+import time
+from dataclasses import dataclass, field
 
 from prometheus_client import CollectorRegistry
 
@@ -84,6 +85,8 @@ class Service:
     news: News
     jobs: FitJobs
     fits: FitRunner
+    started_at: float = field(default_factory=time.time)
+    """Unix seconds."""
 
     def drain(self) -> None:
         """Take no new requests, and have nobody wait until this replica follows a change; from a signal handler too."""

@@ -284,9 +284,12 @@ class RangeSets(Reply):
 
 
 class Model(Reply):
-    """What is loaded."""
+    """What is loaded. `created`: Unix seconds at which the server began to serve it."""
 
     id: str
+    object: str
+    created: int
+    owned_by: str
     kind: str
     family: str
     fingerprint: str
@@ -304,7 +307,11 @@ class Model(Reply):
 
 
 class Models(Reply):
+    """Every model, the default first; `data` is the same."""
+
+    object: str
     models: tuple[Model, ...]
+    data: tuple[Model, ...]
 
 
 class Ready(Reply):

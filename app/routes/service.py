@@ -4,11 +4,11 @@ from anyio import to_thread
 from fastapi import APIRouter, Request, Response
 from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
 
-from app.auth import Calling
+from app.auth import Caller, Calling
 from app.problems import QUERY, ApiError, documented
 from app.readiness import checks_of
 from app.replies import Alive, ModelOut, ModelsOut, Ready
-from app.routes import Models, QueryChecked
+from app.routes import Models, QueryChecked, meant
 from app.service import Service
 from app.settings import LOOPBACK
 from range_store.range_set import dtype_mismatch
@@ -68,15 +68,26 @@ async def metrics(request: Request, models: Models) -> Response:
 @router.get("/v1/models", dependencies=[QueryChecked], responses=documented(*QUERY))
 async def list_models(models: Models, caller: Calling, request: Request) -> ModelsOut:
     """What is loaded, the default first. Where it lies is told to scope admin, or, without keys, on this machine."""
+    listed = [_out(service, _trusted(caller, request)) for service in models]
+    return ModelsOut(models=listed, data=listed)
+
+
+@router.get("/v1/models/{id:whole}", dependencies=[QueryChecked], responses=documented(*QUERY))
+async def show_model(models: Models, caller: Calling, request: Request, id: str) -> ModelOut:
+    """One model that is loaded."""
+    return _out(meant(models.named(id)), _trusted(caller, request))
+
+
+def _trusted(caller: Caller, request: Request) -> bool:
     local = request.client is not None and request.client.host in LOOPBACK
-    trusted = local if caller.key is None else caller.may("admin")
-    return ModelsOut(models=[_out(service, trusted) for service in models])
+    return local if caller.key is None else caller.may("admin")
 
 
 def _out(service: Service, trusted: bool) -> ModelOut:
     model, identity = service.model, service.model.identity
     return ModelOut(
         id=service.name,
+        created=int(service.started_at),
         kind=identity.kind,
         family=identity.family,
         fingerprint=identity.fingerprint,

@@ -96,6 +96,7 @@ reports = {{ values = ["the-last"] }}
 "query.layer" = {{ dictionary = "blocks", probability = 0.5 }}
 "path.model" = "{model}"
 "path.model_version" = "1"
+"path.id" = {{ dictionary = "models", probability = 0.9 }}
 "path.concept" = {{ dictionary = "concepts", probability = 0.6 }}
 "path.range_set" = {{ dictionary = "range_sets", probability = 0.5 }}
 "path.report" = {{ dictionary = "reports", probability = 0.7 }}

@@ -117,6 +117,18 @@ def test_models_lists_the_loaded_model(server: RunningServer) -> None:
     assert Path(model["path"]).is_dir()
 
 
+def test_models_are_listed_as_clients_of_openai_read_them(server: RunningServer, problem: Problem) -> None:
+    """The shapes of `client.models.list()` and `client.models.retrieve(id)`."""
+    listed = server.http.get("/v1/models").json()
+    (model,) = listed["data"]
+    assert (listed["object"], listed["models"]) == ("list", listed["data"])
+    assert (model["object"], model["owned_by"]) == ("model", "neuronlens")
+    assert model["created"] == int(server.service.started_at)
+    assert server.http.get(f"/v1/models/{server.service.name}").json() == model
+    for name in ("another", "an/other", f"{server.service.name}/"):
+        assert problem(server.http.get(f"/v1/models/{name}"), 404, "unknown_model")["known"] == [model["id"]]
+
+
 def test_concepts_lists_labels_and_other_concepts(server: RunningServer) -> None:
     concepts = {each["concept"]: each for each in server.http.get("/v1/concepts").json()["concepts"]}
     assert list(concepts) == [*LABELS, "Météo & co"]

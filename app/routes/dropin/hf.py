@@ -7,7 +7,8 @@ URL itself and takes element 0 of a list of lists), and the pipeline of transfor
 from typing import Annotated, Any, Literal
 
 from fastapi import APIRouter, Request, Response
-from pydantic import Field
+from pydantic import Field, model_validator
+from pydantic_core import PydanticCustomError
 
 from app.answering import MinGeneration, Timeout, answer_to, ranked
 from app.auth import Calling
@@ -32,17 +33,58 @@ def _say(problem: dict[str, Any]) -> tuple[int, dict[str, Any]]:
 
 
 DIALECT = Dialect(HfProblem, _say)
+OTHER_TASKS = {
+    "zero-shot-classification": ("candidate_labels", "hypothesis_template", "multi_label"),
+    "token-classification": ("aggregation_strategy", "ignore_labels", "stride"),
+    "fill-mask": ("targets",),
+    "text-generation": (
+        "adapter_id",
+        "best_of",
+        "decoder_input_details",
+        "details",
+        "do_sample",
+        "frequency_penalty",
+        "grammar",
+        "max_new_tokens",
+        "repetition_penalty",
+        "return_full_text",
+        "seed",
+        "stop",
+        "temperature",
+        "top_n_tokens",
+        "top_p",
+        "typical_p",
+        "watermark",
+    ),
+    "summarization": ("clean_up_tokenization_spaces", "generate_parameters"),
+    "translation": ("src_lang", "tgt_lang"),
+    "text-to-speech": ("generation_parameters",),
+    "text-to-image": ("guidance_scale", "height", "negative_prompt", "num_inference_steps", "scheduler", "width"),
+}
+"""Names in `parameters` that only other tasks have which take a text: its classification would be no answer to them."""
 router = APIRouter(tags=["Hugging Face"], responses={500: {"model": HfProblem}})
 
 
 class HfParameters(Steered):
-    """How to classify; what is unknown here is ignored."""
+    """How to classify. What is unknown here is ignored, but what only another task has is an error."""
 
     top_k: Annotated[int, Field(ge=1)] | None = Field(None, description="Best labels to give; null: all.")
     function_to_apply: Literal["softmax", "sigmoid", "none"] | None = Field(
         None, description="null: what the model was made for."
     )
     truncation: bool | None = Field(None, description="false: a text that is too long is an error.")
+
+    @model_validator(mode="before")
+    @classmethod
+    def _of_this_task(cls, value: Any) -> Any:
+        for task, names in OTHER_TASKS.items() if isinstance(value, dict) else ():
+            if named := [name for name in names if value.get(name) is not None]:
+                raise PydanticCustomError(
+                    "other_task",
+                    "`{name}` is of the task {task}, and this server answers text-classification only",
+                    {"name": named[0], "task": task},
+                )
+        return value
 
 
 class HfText(Loose):

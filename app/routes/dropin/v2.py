@@ -35,6 +35,7 @@ from app.routes.dropin.v2_shapes import (
     TensorOut,
 )
 from app.scores import Activation
+from app.served import Served
 from app.service import Answer, Logits, Service
 
 
@@ -99,7 +100,7 @@ async def v2_server() -> ServerMetadata:
 @router.get(_VERSION + "/ready", name="v2_version_ready", responses=_READY, dependencies=_KNOWN)
 async def v2_model_ready(models: Models, model: str) -> ModelReady:
     """The model answers."""
-    service = meant(models.named(model))
+    service = _named(models, model)
     _check_ready(service)
     return ModelReady(name=service.name, ready=True)
 
@@ -123,7 +124,7 @@ async def v2_infer(
     min_generation: MinGeneration = None,
 ) -> InferOut:
     """Classify as servers of the Open Inference Protocol do."""
-    service = meant(models.named(model))
+    service = _named(models, model)
     chosen = body.parameters or InferParameters()
     wanted = _wanted(body, chosen)
     answer = await answer_to(
@@ -159,7 +160,7 @@ async def v2_infer(
 @router.get(_VERSION, name="v2_version", responses=documented(404), dependencies=_KNOWN)
 async def v2_model(models: Models, model: str) -> ModelMetadata:
     """What goes into the model, and what comes out."""
-    service = meant(models.named(model))
+    service = _named(models, model)
     labels = service.model.identity.labels
     return ModelMetadata(
         name=service.name,
@@ -173,6 +174,13 @@ async def v2_model(models: Models, model: str) -> ModelMetadata:
         ],
         parameters={"labels": list(labels)},
     )
+
+
+def _named(models: Served, name: str) -> Service:
+    """The service of a name; raises ApiError (404) if it is that of a model and a path that this server lacks."""
+    if name not in models.names and (below := [each for each in models.names if name.startswith(f"{each}/")]):
+        raise ApiError(404, "not_found", f"no such path below the model {below[0]!r}; see /docs")
+    return meant(models.named(name))
 
 
 def _check_ready(service: Service) -> None:

@@ -1,6 +1,7 @@
 """`POST /` with the clients of huggingface_hub, and the types that it generates from the schema of the task."""
 
 import asyncio
+from collections.abc import Callable
 from dataclasses import asdict, fields
 from typing import Any
 
@@ -13,7 +14,9 @@ from huggingface_hub import (
     TextClassificationParameters,
 )
 from huggingface_hub.errors import HfHubHTTPError
+from huggingface_hub.inference._generated import types
 
+from app.routes.dropin.hf import OTHER_TASKS
 from range_store.erasure import Erasure
 from range_store.live import LiveErasure
 from tests.e2e.dropin.protocols import refused
@@ -76,6 +79,53 @@ def without_nulls(body: Any) -> Any:
     if not isinstance(body, dict):
         return body
     return {name: without_nulls(value) for name, value in body.items() if value is not None}
+
+
+TASKS: dict[str, tuple[type, ...]] = {
+    "zero-shot-classification": (types.ZeroShotClassificationParameters,),
+    "token-classification": (types.TokenClassificationParameters,),
+    "fill-mask": (types.FillMaskParameters,),
+    "text-generation": (types.TextGenerationInputGenerateParameters,),
+    "summarization": (types.SummarizationParameters, types.Text2TextGenerationParameters),
+    "translation": (types.TranslationParameters,),
+    "text-to-speech": (types.TextToSpeechParameters, types.TextToAudioParameters),
+    "text-to-image": (types.TextToImageParameters, types.TextToVideoParameters),
+}
+SHARED = {"top_k", "truncation", "truncate", "num_frames"}
+"""Names that classification, or what runs it, may take as well; and one that comes with others."""
+
+
+def test_the_parameters_of_every_other_task_on_texts_are_known() -> None:
+    of_classification = {each.name for each in fields(TextClassificationParameters)}
+    assert TASKS.keys() == OTHER_TASKS.keys()
+    known = {name: task for task, names in OTHER_TASKS.items() for name in names}
+    for kinds in TASKS.values():
+        names = {each.name for kind in kinds for each in fields(kind)}
+        assert names - of_classification - SHARED <= known.keys()
+    for task, kinds in TASKS.items():
+        assert set(OTHER_TASKS[task]) <= {each.name for kind in kinds for each in fields(kind)}
+
+
+@pytest.mark.parametrize("task", OTHER_TASKS)
+def test_a_request_of_another_task_is_rejected(server: RunningServer, task: str) -> None:
+    for name in OTHER_TASKS[task]:
+        given = server.http.post("/", json={"inputs": TEXT, "parameters": {name: ["a", "b"]}})
+        assert task in refused(given, 422, "invalid")["error"]
+        absent = server.http.post("/", json={"inputs": TEXT, "parameters": {name: None}})
+        assert absent.json() == server.http.post("/", json={"inputs": TEXT}).json()
+
+
+def test_clients_that_call_another_task_are_told(server: RunningServer) -> None:
+    client = InferenceClient(model=server.url)
+    calls: tuple[Callable[[], Any], ...] = (
+        lambda: client.zero_shot_classification(TEXT, ["a", "b"]),
+        lambda: client.token_classification(TEXT, aggregation_strategy="simple"),
+        lambda: client.fill_mask("A [MASK].", targets=["goal"]),
+        lambda: client.translation(TEXT, src_lang="en", tgt_lang="de"),
+    )
+    for call in calls:
+        with pytest.raises(HfHubHTTPError, match="answers text-classification only"):
+            call()
 
 
 def test_live_erasures_change_the_scores_that_the_client_gets(server: RunningServer) -> None:

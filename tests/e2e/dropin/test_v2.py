@@ -67,6 +67,23 @@ def test_the_client_reads_health_and_metadata(server: RunningServer, client: tri
     assert server.http.get("/v2/").json() == metadata
 
 
+@pytest.mark.parametrize(
+    "path", ["config", "stats", "trace/setting", "versions/1/config", "versions/1/stats", "x/ready"]
+)
+def test_a_path_that_is_not_served_is_told_from_a_model_that_is_not(server: RunningServer, path: str) -> None:
+    name = server.service.name
+    error = refused(server.http.get(f"/v2/models/{name}/{path}"), 404, "not_found")["error"]
+    assert error == f"no such path below the model {name!r}; see /docs"
+    refused(server.http.get(f"/v2/models/another/{path}"), 404, "unknown_model")
+
+
+def test_the_client_is_told_that_there_is_no_configuration(
+    server: RunningServer, client: triton.InferenceServerClient
+) -> None:
+    with pytest.raises(InferenceServerException, match="no such path"):
+        client.get_model_config(server.service.name)
+
+
 @pytest.mark.parametrize("binary", [True, False])
 @pytest.mark.parametrize("column", [True, False])
 def test_the_client_gets_the_tensors(
