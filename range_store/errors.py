@@ -22,6 +22,7 @@ Every error carries one sentence that says what to do. `app.problems` maps each 
     └── StoreUnavailable        Redis cannot be reached, or refuses to write                     503
 """
 
+import unicodedata
 from collections.abc import Iterable
 
 
@@ -53,7 +54,10 @@ class UnknownConcept(RangeStoreError):
 
     def __init__(self, concept: str, known: Iterable[str]) -> None:
         self.concept, self.known = concept, list(known)
-        super().__init__(f"unknown concept {concept!r}; known: {', '.join(map(repr, self.known)) or 'none'}")
+        composed = unicodedata.normalize("NFC", concept)
+        alike = any(unicodedata.normalize("NFC", each) == composed for each in self.known)
+        hint = "; one of them looks the same and differs in its Unicode form: copy it from there" if alike else ""
+        super().__init__(f"unknown concept {concept!r}; known: {', '.join(map(repr, self.known)) or 'none'}{hint}")
 
 
 class UnknownNeuron(RangeStoreError):

@@ -124,6 +124,8 @@ def test_error_tree_lists_every_error() -> None:
 
 
 def test_error_messages_name_what_exists() -> None:
+    assert "differs in its Unicode form" in str(errors.UnknownConcept("Cafe\u0301", ["Caf\u00e9"]))
+    assert "Unicode" not in str(errors.UnknownConcept("Cafe", ["Caf\u00e9"]))
     assert str(errors.UnknownConcept("Weather", ["Sports", "World"])) == (
         "unknown concept 'Weather'; known: 'Sports', 'World'"
     )

@@ -1,6 +1,7 @@
 """From what stands in the label column to the name of a concept: one rule for every command and every kind of file."""
 
 import re
+import unicodedata
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -20,8 +21,8 @@ class LabelError(CorpusError):
 class Concepts:
     """Names the concept of a label.
 
-    Labels are compared as they are written, so that a number in JSON and the same number in CSV are one label. What
-    applies first decides:
+    Labels are compared as they are written, so that a number in JSON and the same number in CSV are one label; names that
+    look alike, as they differ in their Unicode form only, are one concept. What applies first decides:
 
     1. The label map has the label, or the class name that it stands for in the data.
     2. The data name their class numbers: the number is that name.
@@ -86,10 +87,17 @@ class Concepts:
         name = self._named_by_data(label)
         concept = self._mapped(written, name)
         if concept is None:
-            concept = self._unmapped(name, is_number=_NUMBER.fullmatch(name) is not None)
+            concept = self._unmapped(self._in_one_form(name), is_number=_NUMBER.fullmatch(name) is not None)
         if (number := self._number(written, name)) is not None:
             self._numbers[concept] = min(number, self._numbers.get(concept, number))
         return concept
+
+    def _in_one_form(self, name: str) -> str:
+        """As the model writes the name, or in Unicode's composed form (NFC) if it does not know it."""
+        composed = unicodedata.normalize("NFC", name)
+        if name in self.labels:
+            return name
+        return next((label for label in self.labels if unicodedata.normalize("NFC", label) == composed), composed)
 
     def _named_by_data(self, label: str | int) -> str:
         if self.names is None or isinstance(label, str):

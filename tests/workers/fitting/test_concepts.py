@@ -24,6 +24,16 @@ def test_a_label_of_the_model_means_that_label_wherever_it_stands() -> None:
     assert named([1, 2, 5], Concepts(("1", "2", "3", "4", "5"))) == ["1", "2", "5"]
 
 
+def test_names_that_differ_in_their_unicode_form_are_one_concept() -> None:
+    composed, decomposed = "Caf\u00e9", "Cafe\u0301"
+    for label in (composed, decomposed):
+        assert named([composed, decomposed, "Tea"], Concepts((label, "Tea"))) == [label, label, "Tea"]
+    assert named([decomposed, composed], Concepts(NEWS)) == [composed, composed]
+    assert named([decomposed, composed], Concepts()) == [composed, composed]
+    both = (composed, decomposed)
+    assert named(both, Concepts(both)) == list(both), "of a model that has both"
+
+
 def test_other_numbers_are_places_only_where_no_label_is_a_number() -> None:
     assert named([0, "3", 2], Concepts(NEWS)) == ["World", "SciTech", "Business"]
     with pytest.raises(LabelError, match=r"has label 0, but the model's labels are 1, 2, 3: .*--label-map"):
