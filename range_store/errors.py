@@ -20,6 +20,7 @@ Every error carries one sentence that says what to do. `app.problems` maps each 
     ├── InvalidKey              an API key that cannot be made, or an unreadable list of them    exit 2
     ├── UnknownKey              no such API key                                                  exit 4
     └── StoreUnavailable        Redis cannot be reached, or refuses to write                     503
+        └── InvalidStoreAddress   how to reach it is said in a way that cannot be used           exit 2
 """
 
 import unicodedata

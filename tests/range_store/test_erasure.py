@@ -108,17 +108,19 @@ def test_duplicate_concept_is_rejected() -> None:
 
 
 def test_error_tree_lists_every_error() -> None:
-    drawn = re.findall(r"[├└]── (\w+) +(.*\S)", errors.__doc__ or "")
+    drawn = re.findall(r"( *)[├└]── (\w+) +(.*\S)", errors.__doc__ or "")
     public = {
         name
         for name, each in inspect.getmembers(errors, inspect.isclass)
         if issubclass(each, Exception) and not name.startswith("_") and each is not RangeStoreError
     }
-    assert {name for name, _ in drawn} == public
+    assert {name for _, name, _ in drawn} == public
     assert len(drawn) == len(public)
-    for name, line in drawn:
+    parents = [RangeStoreError]
+    for indent, name, line in drawn:
         each = getattr(errors, name)
-        assert each.__mro__[1] is RangeStoreError, "the tree is drawn one level deep"
+        parents[len(indent) // 4 :] = [each]
+        assert each.__mro__[1] is parents[-2], name
         assert inspect.getdoc(each), name
         assert re.search(r"(\d{3}( / exit \d)?|exit \d)$", line), f"{name} says no HTTP status"
 

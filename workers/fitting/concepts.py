@@ -21,8 +21,8 @@ class LabelError(CorpusError):
 class Concepts:
     """Names the concept of a label.
 
-    Labels are compared as they are written, so that a number in JSON and the same number in CSV are one label; names that
-    look alike, as they differ in their Unicode form only, are one concept. What applies first decides:
+    Labels are compared as they are written, so that a number in JSON and the same number in CSV are one label. Names
+    that look alike, since they differ in their Unicode form only, are one concept. What applies first decides:
 
     1. The label map has the label, or the class name that it stands for in the data.
     2. The data name their class numbers: the number is that name.
