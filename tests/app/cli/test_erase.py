@@ -127,9 +127,9 @@ def test_an_unreachable_store_is_exit_3(cli: Cli) -> None:
     assert "Redis cannot be reached" in ended.stderr
 
 
-def test_an_invalid_redis_url_is_exit_3_and_its_password_is_not_shown(cli: Cli) -> None:
+def test_an_invalid_redis_url_is_exit_2_and_its_password_is_not_shown(cli: Cli) -> None:
     ended = cli("erase", "list", "--redis-url", "http://user:s3cret@host", "--name", "news")
-    assert ended.exit_code == 3
+    assert ended.exit_code == 2
     assert "s3cret" not in ended.stderr
 
 

@@ -55,7 +55,7 @@ def test_an_invalid_setting_is_named(cli: Cli, monkeypatch: pytest.MonkeyPatch) 
     monkeypatch.setenv("NEURONLENS_PORT", "many")
     ended = cli("erase", "list")
     assert ended.exit_code == 2
-    assert "port" in ended.stderr
+    assert "NEURONLENS_PORT" in ended.stderr
 
 
 def test_an_unexpected_error_is_not_hidden(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -84,5 +84,5 @@ def test_commands_that_need_a_cluster_say_so(cli: Cli, model: LoadedModel) -> No
     on_ray = ("serve", "--model", model.source, "--port", "0", "--ray", "127.0.0.1:1")
     nowhere = cli(*on_ray, "--redis-url", "redis://127.0.0.1:1")
     assert (nowhere.exit_code, "no Ray cluster" in nowhere.stderr) == (3, True)
-    assert cli(*on_ray).exit_code == 1  # no store that all nodes reach
+    assert cli(*on_ray).exit_code == 2  # no store that all nodes reach
     assert cli("fleet", "list").exit_code == 2

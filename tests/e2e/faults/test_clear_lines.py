@@ -134,7 +134,8 @@ def test_full_disk_is_reported_with_the_file(
     check_failure(["ranges", "export", published, out, *store], FAILED, f"{out}: {error}", limits)
     assert not out.exists()
 
-    test = write_jsonl(tmp_path / "test.jsonl", labelled_texts(60, seed=4))
+    rows = [(text, "Sci/Tech" if label == "SciTech" else label) for text, label in labelled_texts(60, seed=4)]
+    test = write_jsonl(tmp_path / "test.jsonl", rows)
     measuring = ["evaluate", "--model", model.source, "--data", data, "--test-data", test, "--max-rows", "60"]
     measuring += ["--layer", "all", "--threads", "1", "--device", "cpu", "--out", place / "results"]
     assert str(place / "results") in check_failure(measuring, FAILED, error, limits)
@@ -187,9 +188,9 @@ def test_wrong_redis_url_is_reported(
     ],
 )
 def test_settings_that_cannot_be_served_with_are_usage_errors(
-    options: list[str], words: str, fails: Fails, tmp_path: Path
+    options: list[str], words: str, model: LoadedModel, fails: Fails, tmp_path: Path
 ) -> None:
-    serve = ["serve", "--model", tmp_path / "none", "--port", "0", "--data-dir", tmp_path, "--insecure"]
+    serve = ["serve", "--model", model.source, "--port", "0", "--data-dir", tmp_path, "--insecure"]
     fails([*serve, *options], USAGE, words)
 
 

@@ -203,4 +203,4 @@ def test_server_is_not_ready_while_its_snapshot_is_older_than_allowed(
 @pytest.mark.parametrize("age", ["0.5", "2"])
 def test_max_snapshot_age_below_the_poll_interval_is_rejected(age: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert run(["serve", "--model", "any", "--max-snapshot-age", age]) == 2
-    assert "must be more than poll_seconds" in capsys.readouterr().err
+    assert "must be more than NEURONLENS_POLL_SECONDS" in capsys.readouterr().err
