@@ -145,6 +145,21 @@ Inputs = Annotated[
 class ClassifyIn(In):
     """Texts to classify."""
 
+    model_config = ConfigDict(
+        json_schema_extra={
+            "examples": [
+                {"inputs": "The striker scored twice."},
+                {
+                    "inputs": ["The striker scored twice.", "Shares fell."],
+                    "erase": ["Sports"],
+                    "compare": True,
+                    "top_k": 2,
+                },
+                {"inputs": "Shares fell.", "erase": {"concepts": ["Sports"], "top_fraction": 1.0}},
+            ]
+        }
+    )
+
     inputs: Inputs = Field(description="One text, or several.")
     erase: Erase | None = Field(None, description="What to erase; null or absent: the live erasures; []: nothing.")
     compare: bool = Field(False, description="Answer without erasure beside it.")
@@ -184,6 +199,15 @@ class LiveIn(ErasureSettings):
 class SwitchOnIn(LiveIn):
     """An erasure to switch on; its concept stands in the path."""
 
+    model_config = ConfigDict(
+        json_schema_extra={
+            "examples": [
+                {"top_fraction": 1.0, "reason": "a trial", "expires_in": 3600},
+                {"enforced": True, "layer": -1},
+            ]
+        }
+    )
+
     model: str | None = None
 
 
@@ -196,6 +220,14 @@ class NamedLiveIn(LiveIn):
 class LiveListIn(In):
     """What is to be erased live, and nothing else."""
 
+    model_config = ConfigDict(
+        json_schema_extra={
+            "examples": [
+                {"erasures": [{"concept": "Sports", "top_fraction": 1.0}, {"concept": "World"}], "reason": "a trial"}
+            ]
+        }
+    )
+
     erasures: Annotated[list[NamedLiveIn], Field(max_length=MOST)]
     reason: Reason | None = None
     model: str | None = None
@@ -203,6 +235,10 @@ class LiveListIn(In):
 
 class ActivateIn(In):
     """The range set to make active."""
+
+    model_config = ConfigDict(
+        json_schema_extra={"examples": [{"id": "6a926ddbf0038a888cd9", "reason": "fitted on newer texts"}]}
+    )
 
     id: Annotated[str, Field(min_length=1, max_length=100)]
     force: bool = Field(
@@ -216,6 +252,8 @@ class ActivateIn(In):
 class TokenizeIn(In):
     """Texts whose tokens are to be shown."""
 
+    model_config = ConfigDict(json_schema_extra={"examples": [{"inputs": "The striker scored twice."}]})
+
     inputs: Inputs = Field(description="One text, or several.")
     add_special_tokens: bool = Field(True, description="List the tokens that are not of the text, too.")
     model: str | None = None
@@ -223,6 +261,10 @@ class TokenizeIn(In):
 
 class ActivationsIn(In):
     """Texts, and neurons of one block whose values are to be shown."""
+
+    model_config = ConfigDict(
+        json_schema_extra={"examples": [{"inputs": ["The striker scored twice."], "layer": -1, "neurons": [3, 17]}]}
+    )
 
     inputs: Inputs = Field(description="One text, or several.")
     layer: Block = Field(-1, description="Block, from 0; negative ones from the end.")

@@ -312,6 +312,20 @@ def test_replies_have_exactly_the_documented_fields(server: RunningServer) -> No
         assert set(server.http.get(path).json()) == set(component["properties"]), path
 
 
+def test_every_example_of_a_body_is_answered(server: RunningServer) -> None:
+    schemas = OPENAPI["components"]["schemas"]
+    instead = {"/v1/range-sets/active": 404, "/v1/fits": 403}  # it has no such range set, and takes no fits
+    places = {"{concept}": "Sports", "{model}": server.service.name, "{model_version}": "1"}
+    for template, operations in OPENAPI["paths"].items():
+        for method, operation in operations.items():
+            if "requestBody" in operation:
+                (name,) = re.findall(r"#/components/schemas/(\w+)", str(operation["requestBody"]))
+                path = re.sub(r"{\w+}", lambda found: places[found[0]], template)
+                for example in schemas[name]["examples"]:
+                    reply = server.http.request(method, path, json=example)
+                    assert reply.status_code == instead.get(path, 200), (path, reply.text)
+
+
 def test_a_packed_body_is_answered_as_the_plain_one(server: RunningServer, problem: Problem) -> None:
     body = json.dumps({"inputs": ["a goal", "a market"], "erase": ["Sports"]}).encode()
     headers = {"Content-Type": "application/json"}

@@ -7,7 +7,7 @@ URL itself and takes element 0 of a list of lists), and the pipeline of transfor
 from typing import Annotated, Any, Literal
 
 from fastapi import APIRouter, Request, Response
-from pydantic import Field, model_validator
+from pydantic import ConfigDict, Field, model_validator
 from pydantic_core import PydanticCustomError
 
 from app.answering import MinGeneration, Timeout, answer_to, ranked
@@ -105,6 +105,15 @@ HfInputs = Annotated[
 
 class HfIn(Steered):
     """Texts, or pairs of texts, to classify."""
+
+    model_config = ConfigDict(
+        json_schema_extra={
+            "examples": [
+                {"inputs": "The striker scored twice.", "parameters": {"top_k": 2}},
+                {"inputs": [{"text": "A goal.", "text_pair": "Somebody scored."}], "erase": ["Sports"]},
+            ]
+        }
+    )
 
     inputs: HfInputs = Field(description="One text or pair, or several.")
     parameters: HfParameters | None = None

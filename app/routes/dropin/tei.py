@@ -8,7 +8,7 @@ from importlib.metadata import version
 from typing import Annotated, Any, Literal
 
 from fastapi import APIRouter, Request, Response
-from pydantic import BaseModel, Field
+from pydantic import BaseModel, ConfigDict, Field
 
 from app.answering import MinGeneration, Timeout, answer_to, ranked
 from app.auth import Calling
@@ -57,10 +57,19 @@ PredictInput = Annotated[
 class PredictIn(Steered):
     """Texts, or pairs of texts, to classify."""
 
+    model_config = ConfigDict(
+        json_schema_extra={
+            "examples": [
+                {"inputs": "The striker scored twice."},
+                {"inputs": [["A goal.", "Somebody scored."], "Shares fell."], "raw_scores": True},
+            ]
+        }
+    )
+
     inputs: PredictInput = Field(description="One text, or a batch of texts, of lists of one text, and of pairs.")
     raw_scores: bool = Field(False, description="Logits instead of scores.")
     truncate: bool | None = Field(None, description="false: a text that is too long is an error.")
-    truncation_direction: Literal["Right", "right", "Left", "left"] | None = Field(
+    truncation_direction: Literal["Left", "Right"] | Literal["left", "right"] | None = Field(
         None, description="Refused where a text is cut, and the model's tokenizer cuts the other side."
     )
 

@@ -4,7 +4,7 @@ import json
 import math
 from typing import Annotated, Any, Literal
 
-from pydantic import AfterValidator, BaseModel, BeforeValidator, Field
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field
 
 from app.problems import ApiError
 from app.requests import Erase, storable
@@ -66,6 +66,19 @@ class OutputWanted(Loose):
 
 class InferIn(Loose):
     """Texts to classify."""
+
+    model_config = ConfigDict(
+        json_schema_extra={
+            "examples": [
+                {
+                    "inputs": [
+                        {"name": "text", "datatype": "BYTES", "shape": [1], "data": ["The striker scored twice."]}
+                    ],
+                    "parameters": {"top_k": 2, "erase": ["Sports"]},
+                }
+            ]
+        }
+    )
 
     id: Annotated[str, AfterValidator(storable)] | None = None  # the reply repeats it
     parameters: InferParameters | None = None

@@ -8,7 +8,7 @@ import time
 from typing import Annotated, Any, Literal
 
 from fastapi import APIRouter, Request, Response
-from pydantic import BaseModel, Field
+from pydantic import BaseModel, ConfigDict, Field
 
 from app.answering import MinGeneration, Timeout, all_scores, answer_to
 from app.auth import Calling
@@ -60,6 +60,12 @@ router = APIRouter(tags=["vLLM"], responses={500: {"model": VllmProblem}})
 
 class VllmClassifyIn(Steered):
     """Texts to classify."""
+
+    model_config = ConfigDict(
+        json_schema_extra={
+            "examples": [{"input": ["The striker scored twice.", "Shares fell."], "truncate_prompt_tokens": -1}]
+        }
+    )
 
     input: Inputs = Field(description="One text, or several; not token ids.")
     model: str | None = None
