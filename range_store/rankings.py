@@ -93,5 +93,5 @@ def top(saliency_of_concept: Array, top_fraction: float) -> npt.NDArray[np.int64
 
 def smallest_fraction(neurons: int) -> float:
     """A share with few digits that selects one of so many neurons; any smaller one of as many digits selects none."""
-    scale = 10 ** len(str(neurons))
+    scale = math.pow(10, len(str(neurons)))
     return math.ceil(scale / neurons) / scale

@@ -121,7 +121,7 @@ def _negative_log_likelihood(steered: FewShotModel, batch: TokenBatch, plan: Dev
         hidden, tokens = states.last_hidden_state[:, :-1][predicted], batch.ids[:, 1:][predicted]
         total = 0.0
         at_once = max(1, LOGITS_AT_ONCE // head.weight.shape[0])
-        for some, chosen in zip(hidden.split(at_once), tokens.split(at_once), strict=True):
+        for some, chosen in zip(torch.split(hidden, at_once), torch.split(tokens, at_once), strict=True):
             total += float(F.cross_entropy(head(some).float(), chosen, reduction="none").sum(dtype=torch.float64))
     return total
 

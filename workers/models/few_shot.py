@@ -262,7 +262,7 @@ class FewShotModel:
         """Summed log-probabilities of the label strings, [B, K]; the head runs on read positions only."""
         vocabulary = self.model.get_output_embeddings().weight.shape[0]
         at_once = max(1, LOGITS_AT_ONCE // (reads.shape[1] * vocabulary))
-        parts = zip(hidden.split(at_once), reads.split(at_once), strict=True)
+        parts = zip(torch.split(hidden, at_once), torch.split(reads, at_once), strict=True)
         return torch.cat([self._scores_at_once(some, of_them) for some, of_them in parts])
 
     def _scores_at_once(self, hidden: Tensor, reads: Tensor) -> Tensor:

@@ -32,7 +32,7 @@ def check_checkpoint(source: str, revision: str | None = None) -> None:
 def is_path(source: str) -> bool:
     """Whether it is a path by its form, which no name on the hub has."""
     from huggingface_hub.errors import HFValidationError
-    from huggingface_hub.utils import validate_repo_id
+    from huggingface_hub.utils import validate_repo_id  # type: ignore[attr-defined]
 
     try:
         validate_repo_id(source)
