@@ -51,7 +51,9 @@ CONNECT = 5.0
 FIRST_PAUSE, LONGEST_PAUSE = 0.25, 8.0
 """Bounds of the pause between tries, in seconds: doubled each time, then any part of it (full jitter)."""
 _NOTHING_SENT = (httpx.ConnectError, httpx.ConnectTimeout, httpx.PoolTimeout)
-_NOTHING_DONE = frozenset({"draining", "keys_unavailable", "queue_full", "rate_limited"})
+_NOTHING_DONE = frozenset(
+    {"draining", "keys_unavailable", "queue_full", "rate_limited", "too_many_bodies", "too_many_connections"}
+)
 """Codes of refusals that come before anything is done, so that even a change may be tried again."""
 _LASTS = frozenset({"no_range_set"})
 """Codes of 503 that end when a person does something."""

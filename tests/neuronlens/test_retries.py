@@ -119,7 +119,7 @@ def test_a_change_with_unknown_outcome_is_repeated_with_if_match_only(
     assert [each.headers["if-match"] for each in scripted.received] == ['"00000000-1"'] * 2
 
 
-@pytest.mark.parametrize("code", ["draining", "keys_unavailable"])
+@pytest.mark.parametrize("code", ["draining", "keys_unavailable", "too_many_bodies", "too_many_connections"])
 def test_a_change_that_was_certainly_not_made_is_repeated(client_of: ClientOf, scripted: Scripted, code: str) -> None:
     full = refusal(429, "rate_limited", {"Retry-After": "0"})
     scripted.answers = [refusal(503, code, {"Retry-After": "0"}), full, LIVE]
