@@ -5,9 +5,10 @@ import { model as chosen } from "./model.js";
 import { Watched } from "./watched.js";
 
 /**
- * { model, models, concepts, rangeSet, layers, rankings, features, problem }; null until they are known.
+ * { model, models, concepts, rangeSet, layers, rankings, features, scopes, problem }; null until they are known.
  * `models`: the names of all that the server has. `layers`: the fitted blocks; [-1], the last one, where none is told.
- * `features`: what the server can do, by name; null if it does not say. `problem`: why concepts are not known.
+ * `features`: what the server can do, by name; null if it does not say. `scopes`: those of the key; null if it does not
+ * say. `problem`: why concepts are not known.
  */
 export const facts = new Watched(null);
 
@@ -26,12 +27,28 @@ async function loadModels(signal) {
 /** Whether the server has a feature; one that does not say may have it. */
 export const may = (feature) => facts.value.features?.includes(feature) ?? true;
 
-async function loadFeatures(signal) {
+/** Whether the key has a scope; where the server does not say, it may have. */
+export function allowed(scope) {
+  const { scopes } = facts.value;
+  return scopes === null || scopes.includes(scope) || scopes.includes("admin");
+}
+
+/** An element that is disabled unless the key has a scope. */
+export function needing(scope, element) {
+  if (!allowed(scope)) {
+    element.disabled = true;
+    element.title = `Needs a key with scope ${scope}`;
+  }
+  return element;
+}
+
+async function loadCapabilities(signal) {
   try {
-    return (await call("GET", "/v1/capabilities", { signal })).data.features;
+    const { features, scopes } = (await call("GET", "/v1/capabilities", { signal })).data;
+    return { features, scopes };
   } catch (error) {
     if (!error.status) throw error;
-    return null;
+    return { features: null, scopes: error.status === 403 ? ["infer"] : null }; // whoever may look may read them
   }
 }
 
@@ -39,7 +56,7 @@ async function loadFeatures(signal) {
 export async function loadFacts(signal) {
   const models = await loadModels(signal);
   const model = models.find(({ id }) => id === chosen) ?? models[0];
-  const found = { model, models: models.map(({ id }) => id), concepts: [], rangeSet: null, layers: model.layers === null ? [-1] : [...Array(model.layers).keys()], rankings: ["max"], features: await loadFeatures(signal), problem: null };
+  const found = { model, models: models.map(({ id }) => id), concepts: [], rangeSet: null, layers: model.layers === null ? [-1] : [...Array(model.layers).keys()], rankings: ["max"], problem: null, ...(await loadCapabilities(signal)) };
   try {
     const { data } = await call("GET", "/v1/concepts", { signal });
     found.concepts = data.concepts;

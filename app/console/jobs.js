@@ -3,7 +3,7 @@
 import { call, path } from "./api.js";
 import { confirm, reasonField } from "./dialogs.js";
 import { button, el, field, fill, freshId, quoted } from "./elements.js";
-import { facts, may } from "./facts.js";
+import { facts, may, needing } from "./facts.js";
 import { following, jobs as told } from "./follow.js";
 import { empty, failed } from "./notices.js";
 import { count, duration, moment } from "./numbers.js";
@@ -56,7 +56,7 @@ export async function jobsPart(signal) {
   return el(
     "section",
     { class: "card", "aria-labelledby": "jobs-title" },
-    el("div", { class: "heading" }, el("h2", { id: "jobs-title" }, "Fits"), may("fits") ? button("Start a fit…", () => start(see)) : null),
+    el("div", { class: "heading" }, el("h2", { id: "jobs-title" }, "Fits"), may("fits") ? needing("admin", button("Start a fit…", () => start(see))) : null),
     el("p", { class: "quiet" }, "They run beside the server, on files that it may read."),
     list,
   );
@@ -66,7 +66,7 @@ export async function jobsPart(signal) {
 function item(see) {
   let shown = null;
   const about = el("div", {});
-  const stop = button("Cancel…", () => cancel(shown, see), { class: "danger" });
+  const stop = needing("admin", button("Cancel…", () => cancel(shown, see), { class: "danger" }));
   const show = (job) => {
     shown = job;
     const over = OVER.includes(job.state);

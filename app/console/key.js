@@ -63,7 +63,7 @@ function ask(why) {
       el("p", {}, why),
       field("Key", input),
       wrong,
-      el("p", { class: "quiet" }, "It stays in this tab until you close it, and is sent to this server only. ", el("code", {}, "neuronlens keys create NAME --scope read"), " makes one."),
+      el("p", { class: "quiet" }, "It stays in this tab until you close it, and is sent to this server only. ", el("code", {}, "neuronlens keys create NAME --scope infer,read"), " makes one."),
       el(
         "div",
         { class: "actions" },

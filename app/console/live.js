@@ -3,7 +3,7 @@
 import { call, ofConcept, path } from "./api.js";
 import { confirm, reasonField } from "./dialogs.js";
 import { announce, button, choice, el, field, freshId, quoted, refill } from "./elements.js";
-import { facts } from "./facts.js";
+import { allowed, facts, needing } from "./facts.js";
 import { catchUp, following, live, take } from "./follow.js";
 import { jobsPart } from "./jobs.js";
 import { empty, failed, loading } from "./notices.js";
@@ -16,7 +16,7 @@ import { tried } from "./try.js";
 export async function showLive(part, params, signal) {
   const list = el("div", {}, live.value ? null : loading("what is live"));
   const generation = el("p", { class: "quiet" });
-  const on = button("Switch on…", () => switchOn(), { class: "primary", disabled: !left().length });
+  const on = needing("admin", button("Switch on…", () => switchOn(), { class: "primary", disabled: !left().length }));
   part.append(
     el("h1", { class: "unseen" }, "Live"),
     el(
@@ -24,6 +24,7 @@ export async function showLive(part, params, signal) {
       { class: "card", "aria-labelledby": "live-title" },
       el("div", { class: "heading" }, el("h2", { id: "live-title" }, "Erased now"), on),
       el("p", { class: "quiet" }, "This applies to every request that names nothing itself; what is enforced applies to every request."),
+      allowed("admin") ? null : el("p", { class: "note" }, "This key may not change anything: that needs a key with scope admin."),
       list,
       generation,
       replicasLine(signal),
@@ -32,7 +33,7 @@ export async function showLive(part, params, signal) {
   const draw = () => {
     const listing = live.value;
     if (!listing) return;
-    on.disabled = !left().length;
+    on.disabled = !allowed("admin") || !left().length;
     refill(
       list,
       listing.erasures.length ? el("ul", { class: "erasures" }, listing.erasures.map(item)) : empty("Nothing is erased", "Every concept goes through as the model has it."),
@@ -87,8 +88,8 @@ function item(erasure) {
     el(
       "div",
       { class: "actions" },
-      button("Change…", () => switchOn(erasure), { "aria-label": `Change ${erasure.concept}` }),
-      button("Switch off…", () => switchOff(erasure.concept), { class: "danger", "aria-label": `Switch off ${erasure.concept}` }),
+      needing("admin", button("Change…", () => switchOn(erasure), { "aria-label": `Change ${erasure.concept}` })),
+      needing("admin", button("Switch off…", () => switchOff(erasure.concept), { class: "danger", "aria-label": `Switch off ${erasure.concept}` })),
     ),
   );
 }

@@ -3,7 +3,7 @@
 import { call, isAbort, ofConcept, path } from "./api.js";
 import { chart, densities, heatMap } from "./charts.js";
 import { button, choice, el, field, fill, freshId, quoted, refill, table } from "./elements.js";
-import { facts, may } from "./facts.js";
+import { allowed, facts, may } from "./facts.js";
 import { Latest } from "./latest.js";
 import { empty, failed, loading } from "./notices.js";
 import { count, percent, range, value } from "./numbers.js";
@@ -237,12 +237,18 @@ function within(data, at) {
   return ["inside the range of ", ...inside.flatMap(({ concept }, place) => [place ? ", " : "", quoted(concept)])];
 }
 
+let known = { of: "", value: null }; // a moved slider does not change it
+
 /** The value that the text under Try has at a neuron; null without a text, or where the server does not tell. */
 async function valueOfText(layer, neuron, signal) {
-  if (!may("activations") || !tried.text.trim()) return null;
+  if (!may("activations") || !allowed("infer") || !tried.text.trim()) return null;
+  const body = { inputs: tried.text, layer, neurons: [neuron] };
+  const of = JSON.stringify(body);
+  if (known.of === of) return known.value;
   try {
-    const { data } = await call("POST", "/v1/activations", { body: { inputs: tried.text, layer, neurons: [neuron] }, signal });
-    return data.results[0].values[0];
+    const { data } = await call("POST", "/v1/activations", { body, signal });
+    known = { of, value: data.results[0].values[0] };
+    return known.value;
   } catch (error) {
     if (!error.status) throw error;
     return null; // a text without tokens, or an enforced erasure that it would show

@@ -3,6 +3,7 @@
 import { call } from "./api.js";
 import { confirm, reasonField } from "./dialogs.js";
 import { button, el, freshId, quoted, refill, table } from "./elements.js";
+import { needing } from "./facts.js";
 import { catchUp, live, rangeSetsChanged, take } from "./follow.js";
 import { empty, failed, loading } from "./notices.js";
 import { count, moment } from "./numbers.js";
@@ -67,7 +68,7 @@ function item(set, active, picked, pick) {
       el("details", { "data-key": `of ${set.id}` }, el("summary", { "data-key": `see ${set.id}` }, "Provenance"), table(`Provenance of ${set.id}`, ["Fact", "Value"], flat(set.provenance).map(([name, text]) => [name, quoted(text)]), { class: "facts" })),
       el("div", { class: "tickbox" }, box, el("label", { for: id }, "Compare")),
     ),
-    el("div", { class: "actions" }, set.active ? null : button(older ? "Roll back to it…" : "Activate…", () => activate(set, older), { "aria-label": `${older ? "Roll back to" : "Activate"} ${set.id}` })),
+    el("div", { class: "actions" }, set.active ? null : needing("admin", button(older ? "Roll back to it…" : "Activate…", () => activate(set, older), { "aria-label": `${older ? "Roll back to" : "Activate"} ${set.id}` }))),
   );
 }
 

@@ -1,10 +1,10 @@
 // Try: a text, what to erase, and the scores without and with it.
 
-import { call, connected, isAbort } from "./api.js";
+import { Problem, call, connected, isAbort } from "./api.js";
 import { copy } from "./copy.js";
 import { announce, button, el, freshId, quoted, refill } from "./elements.js";
 import { examplesFor } from "./examples.js";
-import { facts } from "./facts.js";
+import { allowed, facts } from "./facts.js";
 import { Latest } from "./latest.js";
 import { live } from "./follow.js";
 import { empty, failed } from "./notices.js";
@@ -37,17 +37,27 @@ export function showTry(part, params, signal) {
   // on a narrow page the controls are below the result, and this keeps it in sight
   const strip = button("", () => out.scrollIntoView({ block: "start" }), { class: "strip", tabindex: "-1", "aria-hidden": "true" });
   let everything = false;
+  let asked = null; // the body of the last question, unless it failed
 
-  const changed = (when) => {
+  /** Something was changed: ask, unless that was the last question already. `again`: ask even so. */
+  const changed = ({ again = false, ...when } = {}) => {
     keep("try", parameters());
+    if (!allowed("infer")) {
+      out.replaceChildren(failed(new Problem(403, { detail: "Classifying a text needs a key with scope infer." }, null)));
+      return;
+    }
     if (!tried.text.trim()) {
       latest.stop();
+      asked = null;
       out.classList.remove("busy");
       strip.textContent = "";
       out.replaceChildren(empty("Nothing to classify yet", "Type a text, or take one of the examples."));
       return;
     }
     const body = bodyOf(tried, layers);
+    const question = JSON.stringify(body);
+    if (question === asked && !again) return; // such as a slider that moves while no concept is chosen
+    asked = question;
     latest.soon((stop) => answer(body, stop), when);
   };
 
@@ -59,6 +69,7 @@ export function showTry(part, params, signal) {
       draw(data, body, performance.now() - started, hidden);
     } catch (error) {
       if (isAbort(error)) return;
+      asked = null;
       strip.textContent = "";
       out.replaceChildren(failed(error, () => changed()));
     } finally {
@@ -158,8 +169,15 @@ export function showTry(part, params, signal) {
     ),
     strip,
   );
-  live.watch(() => (tried.source === "live" || live.value.erasures.some(({ enforced }) => enforced)) && changed(), signal);
-  connected.watch((good) => good && changed(), signal);
+  if (!allowed("infer")) for (const each of part.querySelectorAll("section :is(input, textarea, select, button)")) each.disabled = true;
+  const enforcedNow = () => JSON.stringify(live.value?.erasures.filter(({ enforced }) => enforced) ?? []);
+  let enforced = enforcedNow();
+  live.watch(() => {
+    const before = enforced;
+    enforced = enforcedNow();
+    if (tried.source === "live" || enforced !== before) changed({ again: true });
+  }, signal);
+  connected.watch((good) => good && changed({ again: true }), signal);
   changed({ wait: 0 });
 }
 

@@ -66,6 +66,49 @@ def test_parts_are_accessible(server: RunningServer, window: OpenWindow, options
     check(opened, "dialog")
 
 
+CONTRAST = """(element) => {
+  const context = document.createElement("canvas").getContext("2d", { willReadFrequently: true });
+  const luminance = (colour) => {
+    context.clearRect(0, 0, 1, 1);
+    context.fillStyle = colour;
+    context.fillRect(0, 0, 1, 1);
+    const [r, g, b, a] = context.getImageData(0, 0, 1, 1).data;
+    const linear = [r, g, b].map((byte) => {
+      const part = byte / 255;
+      return part <= 0.04045 ? part / 12.92 : ((part + 0.055) / 1.055) ** 2.4;
+    });
+    return a ? 0.2126 * linear[0] + 0.7152 * linear[1] + 0.0722 * linear[2] : null;
+  };
+  const text = luminance(getComputedStyle(element).color);
+  let behind = null;
+  for (let at = element; behind === null; at = at.parentElement) {
+    behind = luminance(getComputedStyle(at).backgroundColor);
+  }
+  return (Math.max(text, behind) + 0.05) / (Math.min(text, behind) + 0.05);
+}"""
+
+
+@in_each_look
+def test_buttons_keep_their_contrast_under_the_pointer(
+    server: RunningServer, window: OpenWindow, options: Look
+) -> None:
+    server.http.put("/v1/erasures/Business", json={"enforced": True})
+    opened = window(server, **options)
+    for address, button in (
+        ("#/try?text=a+goal", "Copy link"),
+        ("#/live", "Switch off Business"),
+        ("#/neurons", "Next"),
+    ):
+        page = opened.open(address)
+        page.reload()
+        expect(page.get_by_role("button", name=button)).to_be_visible()
+        if "neurons" in address:
+            expect(page.locator(".pick[aria-pressed=true]")).to_be_visible()
+        for each in page.locator("button:enabled:visible").all():
+            each.hover()
+            assert each.evaluate(CONTRAST) >= 4.5, each.inner_text()
+
+
 @in_each_look
 def test_errors_and_loading_states_are_accessible(server: RunningServer, window: OpenWindow, options: Look) -> None:
     opened = window(server, **options)

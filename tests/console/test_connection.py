@@ -4,7 +4,10 @@ import pytest
 from playwright.sync_api import Page, Route, expect
 
 from range_store.api_keys import KeyStore
+from range_store.erasure import Erasure
+from range_store.live import LiveErasure
 from tests.console.conftest import OpenWindow, enter_key
+from tests.range_store.builders import random_range_set
 from tests.servers import RunningServer
 
 ServerWithKeys = tuple[RunningServer, dict[str, str], KeyStore]
@@ -17,6 +20,7 @@ def test_missing_key_is_asked_for_once_and_kept_for_the_tab(
     running, tokens, _ = server_with_keys
     page = window(running).open("#/live")
     expect(page.get_by_role("dialog")).to_contain_text("This server asks for an API key")
+    expect(page.get_by_role("dialog")).to_contain_text("--scope infer,read")  # what the first part needs
     enter_key(page, "two words")
     expect(page.get_by_role("dialog").get_by_role("alert")).to_contain_text("A key is one word")
     enter_key(page, "nl_wrong")
@@ -35,9 +39,40 @@ def test_missing_key_is_asked_for_once_and_kept_for_the_tab(
 
 
 @pytest.mark.system
-def test_refused_action_names_the_missing_scope(server_with_keys: ServerWithKeys, window: OpenWindow) -> None:
+def test_what_the_key_may_not_do_is_disabled(server_with_keys: ServerWithKeys, window: OpenWindow) -> None:
     running, tokens, _ = server_with_keys
-    page = window(running).open("#/live")
+    fingerprint = running.service.model.identity.fingerprint
+    running.service.store.publish(*random_range_set(7, hidden=32, n_layers=3, fingerprint=fingerprint))
+    running.service.store.set_erasure(LiveErasure(erasure=Erasure(concept="World")))
+    running.service.mirror.refresh()
+    opened = window(running)
+    page = opened.open("#/live")
+    actions = ("Switch on…", "Change World", "Switch off World", "Activate")
+    enter_key(page, tokens["read"])
+    expect(page.locator("main")).to_contain_text("needs a key with scope admin")
+    for action in actions:
+        expect(page.get_by_role("button", name=action)).to_be_disabled()
+    page.get_by_role("link", name="Try").click()
+    expect(page.locator(".result")).to_contain_text("needs a key with scope infer")
+    for control in (page.get_by_label("Text"), page.get_by_label("Sports"), page.get_by_label("Share of neurons")):
+        expect(control).to_be_disabled()
+    assert not [path for status, path in opened.error_responses if status == 403], "nothing was tried in vain"
+    page.get_by_role("button", name="Use another key").click()
+    enter_key(page, tokens["admin"])
+    expect(page.get_by_label("Text")).to_be_enabled()
+    page.get_by_role("link", name="Live").click()
+    for action in actions:
+        expect(page.get_by_role("button", name=action)).to_be_enabled()
+    expect(page.locator("main")).not_to_contain_text("needs a key")
+
+
+@pytest.mark.system
+def test_refused_action_names_the_missing_scope(server_with_keys: ServerWithKeys, window: OpenWindow) -> None:
+    """Where the server does not say what a key may do, it is tried."""
+    running, tokens, _ = server_with_keys
+    opened = window(running)
+    opened.page.route("**/v1/capabilities", lambda route: route.fulfill(status=404, body="{}"))
+    page = opened.open("#/live")
     enter_key(page, tokens["read"])
     expect(page.get_by_text("Nothing is erased", exact=True)).to_be_visible()
     page.get_by_role("button", name="Switch on…").click()

@@ -56,6 +56,44 @@ def test_answers_appear_while_dragging_and_the_last_one_stays(server: RunningSer
     expect(page.locator(".result")).to_contain_text("32 neurons masked")
 
 
+MOVE = """async (most) => {
+  const slider = [...document.querySelectorAll("input[type=range]")].find((each) => each.max === most);
+  for (let at = 0; at < 40; at += 1) {
+    slider.value = String(1 + (at % 5));
+    slider.dispatchEvent(new Event("input"));
+    await new Promise((done) => setTimeout(done, 16));
+  }
+}"""
+"""Moves the slider of that maximum for as long as ten requests may take."""
+
+
+def test_slider_that_changes_no_request_sends_none(server: RunningServer, window: OpenWindow) -> None:
+    page = window(server).open(f"#/try?text={TEXT}")
+    expect(page.locator(".scores")).to_be_visible()
+    requested: list[str] = []
+    page.on("request", lambda request: requested.append(request.url.rpartition("/")[2]))
+    page.evaluate(MOVE, "100")
+    with page.expect_response("**/v1/classify"):
+        page.get_by_label("Sports").check(force=True)
+    assert requested.count("classify") == 1
+    page.get_by_role("link", name="Neurons").click()
+    expect(page.locator("main")).to_contain_text("The text under Try has the value")
+    assert requested.count("activations") == 1
+    page.evaluate(MOVE, "6")
+    with page.expect_response("**/v1/neurons/**tau=2"):
+        page.get_by_label("τ").fill("2")
+    assert requested.count("activations") == 1, "the value does not depend on the range"
+
+
+def test_result_follows_enforced_erasures(server: RunningServer, window: OpenWindow) -> None:
+    page = window(server).open(f"#/try?text={TEXT}")
+    expect(page.locator(".result")).to_contain_text("Nothing is erased")
+    server.http.put("/v1/erasures/World", json={"enforced": True}).raise_for_status()
+    expect(page.locator(".result")).to_contain_text("masked at the read position")
+    server.http.delete("/v1/erasures/World").raise_for_status()
+    expect(page.locator(".result")).to_contain_text("Nothing is erased")
+
+
 def test_unanswered_request_does_not_hold_up_the_next(server: RunningServer, window: OpenWindow) -> None:
     page = window(server).open(f"#/try?text={TEXT}&erase=Sports&method=neuron")
     expect(page.locator(".result")).to_contain_text("9 neurons masked")
