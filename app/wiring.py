@@ -35,7 +35,7 @@ from workers.evaluation.measure import MeasureProgress, measure
 from workers.evaluation.perplexity import check_perplexity, with_perplexity
 from workers.evaluation.settings import EvaluationSettings
 from workers.evaluation.workload import Estimate
-from workers.fitting.corpus import Corpus, check_apart, load_corpus, match_labels
+from workers.fitting.corpus import Corpus, load_corpus, match_labels, warn_of_shared
 from workers.fitting.errors import CorpusError
 from workers.fitting.fit import CHECKPOINT_SECONDS, FitProgress, Fitted
 from workers.fitting.fit import fit as _fit
@@ -191,7 +191,7 @@ def train_model(
     learned = _corpus(data, ())
     held_out = _corpus(eval_data, learned.concepts) if eval_data else None
     if held_out is not None:
-        check_apart(held_out, learned, "--eval-data")
+        warn_of_shared(held_out, learned, "--eval-data")
     chosen = TrainSettings(**settings)
 
     def progress(now: TrainProgress) -> None:
@@ -324,7 +324,10 @@ def _evaluated(
     else:
         assert data is not None
         learned = hands.corpus(data, labels)
-        check_apart(test, learned, "--test-data", count=hands.counts_overlap)
+        if learned.sha256 == test.sha256:
+            raise CorpusError(f"--test-data: {test.name} has the same rows as --data: name texts that it does not have")
+        if hands.counts_overlap:
+            warn_of_shared(test, learned, "--test-data")
         if choosing is None:
             learned, choosing = learned.split_off(KEPT_FOR_CHOOSING, chosen.seed)
         check_targets(chosen, learned.concepts)

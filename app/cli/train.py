@@ -91,8 +91,6 @@ def train(
         held_out = CorpusChoice(
             eval_data, dataset, test_split, text_field, label_field, label_map, max_eval_rows, seed=seed
         )
-        if held_out.same_texts(learned):
-            raise typer.BadParameter("these are the texts of --data: name others", param_hint="--eval-data")
     if out.exists() and not out.is_dir():
         raise typer.BadParameter(f"{out} is a file, not a directory", param_hint="--out")
     if not overwrite and out.is_dir() and any(out.iterdir()):

@@ -216,32 +216,16 @@ def match_labels(concepts: Sequence[str], labels: Sequence[str]) -> None:
         )
 
 
-def check_apart(measured: Corpus, learned: Corpus, option: str, *, count: bool = True) -> None:
+def warn_of_shared(measured: Corpus, learned: Corpus, option: str) -> None:
     """Warn of texts to measure on that are also among those that were learned from.
 
     Args:
         option: that named the texts to measure on.
-        count: how many they are; takes another pass over both.
-
-    Raises:
-        CorpusError: they are the same texts.
     """
-    if measured.sha256 == learned.sha256:
-        raise CorpusError(f"{option}: {measured.name} has the same rows as --data: name texts that it does not have")
-    shared = _shared(measured, learned) if count else 0
-    if shared == len(measured):
-        raise CorpusError(
-            f"{option}: all texts of {measured.name} are also in --data: name texts that it does not have"
-        )
-    if shared:
-        logger.warning("%s: %d of %d texts of %s are also in --data", option, shared, len(measured), measured.name)
-
-
-def _shared(measured: Corpus, learned: Corpus) -> int:
-    """Texts of `measured` that `learned` has too."""
     digests = Counter(_digest(text) for block in measured.blocks() for text in block.texts)
     found = {digest for block in learned.blocks() for text in block.texts if (digest := _digest(text)) in digests}
-    return sum(digests[digest] for digest in found)
+    if shared := sum(digests[digest] for digest in found):
+        logger.warning("%s: %d of %d texts of %s are also in --data", option, shared, len(measured), measured.name)
 
 
 def _digest(text: str) -> bytes:
