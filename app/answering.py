@@ -14,11 +14,11 @@ from app.logs import note
 from app.problems import ApiError
 from app.replies import Score
 from app.routes import snapshot_of
-from app.scores import Activation, scores_of
-from app.service import Answer, Service, TextOrPair, characters
+from app.scores import Activation, near, scores_of
+from app.service import CHANCE, Answer, ModelFacts, Service, TextAnswer, TextOrPair, characters
 from app.settings import Settings
 from app.tracing import step, step_done
-from range_store.erasure import Erasure
+from range_store.erasure import Erasure, resolve_layers
 from range_store.live import Generation
 
 Timeout = Annotated[float | None, Header(gt=0, description="Seconds; no more than the server's own.")]
@@ -124,6 +124,35 @@ def ranked(
     return [
         [Score(label=labels[index], score=score) for index, score in zip(indices, values, strict=True)]
         for indices, values in zip(best.tolist(), np.take_along_axis(scores, best, axis=-1).tolist(), strict=True)
+    ]
+
+
+def at_chance(
+    texts: Sequence[TextAnswer], erasures: Sequence[Erasure], model: ModelFacts, *, within_blocks: bool = False
+) -> list[bool]:
+    """Whether what was erased left nothing of each text in its scores, by the model's own activation.
+
+    They are even; or they are those of a state that is all zero after the last block that was erased at, where at least
+    half of the neurons there were masked: few of them cannot empty a state, whatever the scores.
+
+    Args:
+        within_blocks: what was erased is added to a state (the site `mlp_output`), and its end empties none.
+    """
+    if not any(text.masked_neurons for text in texts):
+        return [False] * len(texts)
+    scores = scores_of(np.stack([text.logits for text in texts]), model.activation)
+    labels = scores.shape[-1]
+    same = np.full(labels, 1 / labels if model.activation == "softmax" else 0.5)
+    even = near(scores, same, model.activation, CHANCE)
+    layers = {layer for each in erasures for layer in resolve_layers(each.layers, model.identity.n_layers)}
+    half = len(layers) * model.identity.hidden_size / 2
+    empty = np.zeros(len(texts), dtype=np.bool_)
+    if model.empty_logits and not within_blocks:
+        left = np.array([model.empty_logits[max(layers)]], dtype=np.float32)
+        empty = near(scores, scores_of(left, model.activation)[0], model.activation, CHANCE)
+    return [
+        bool(text.masked_neurons and (even[index] or (empty[index] and text.masked_neurons >= half)))
+        for index, text in enumerate(texts)
     ]
 
 

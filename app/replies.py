@@ -24,13 +24,17 @@ class Baseline(BaseModel):
 
 
 class Result(BaseModel):
-    """One text's answer. `masked_neurons`: at the read position, union over concepts, summed over layers."""
+    """One text's answer. `masked_neurons`: at the read position, union over concepts, summed over layers.
+
+    `at_chance`: what was erased left nothing of the text in its scores: they are even, or those of an empty state.
+    """
 
     label: str
     score: float
     scores: list[Score]
     masked_neurons: int
     truncated: bool
+    at_chance: bool
     baseline: Baseline | None
 
 

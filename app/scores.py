@@ -23,3 +23,17 @@ def scores_of(logits: npt.NDArray[np.float32], activation: Activation) -> npt.ND
                 return np.asarray(1.0 / (1.0 + np.exp(-np.clip(values, -700, 700))))
             case "none":
                 return values
+
+
+def near(
+    scores: npt.NDArray[np.float64], other: npt.NDArray[np.float64], activation: Activation, within: float
+) -> npt.NDArray[np.bool_]:
+    """Whether each text's scores [N, K] are `within` a distance of other scores [K]; never, where they are no shares.
+
+    Of a softmax, the distance is the total variation: by how much the probability of any set of labels may differ. Of a
+    sigmoid, it is the largest difference of a label.
+    """
+    if activation == "none":
+        return np.zeros(len(scores), dtype=np.bool_)
+    apart = np.abs(scores - other)
+    return np.asarray((apart.sum(axis=-1) / 2 if activation == "softmax" else apart.max(axis=-1)) <= within)

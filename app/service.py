@@ -30,10 +30,12 @@ from workers.engine.metrics import MOST_CONCEPTS, OTHER_CONCEPTS
 from workers.fitting.known import KNOWN
 from workers.models.errors import EmptyText, PairUnsupported, TextTooLong, UnknownToken
 from workers.models.facts import ModelFacts
+from workers.models.predictions import CHANCE
 from workers.models.shown import ShownToken
 from workers.models.texts import TextOrPair, characters
 
 __all__ = [
+    "CHANCE",
     "KNOWN_DATA_SETS",
     "MOST_CONCEPTS",
     "OTHER_CONCEPTS",

@@ -32,6 +32,7 @@ from workers.engine.settings import EngineSettings, batch_tokens_for
 from workers.evaluation.evaluate import Evaluation, Measure, check_targets, evaluate_by, workload_of
 from workers.evaluation.files import write as write_evaluation
 from workers.evaluation.measure import MeasureProgress, measure
+from workers.evaluation.measures import Row
 from workers.evaluation.perplexity import check_perplexity, with_perplexity
 from workers.evaluation.settings import EvaluationSettings
 from workers.evaluation.workload import Estimate
@@ -49,7 +50,7 @@ from workers.training.train import train as _train
 if TYPE_CHECKING:
     from workers.cluster.nodes import ModelPool
 
-__all__ = ["CHECKPOINT_SECONDS", "Demo", "Evaluation"]
+__all__ = ["CHECKPOINT_SECONDS", "Demo", "Evaluation", "Row"]
 
 logger = logging.getLogger(__name__)
 

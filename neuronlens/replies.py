@@ -26,13 +26,17 @@ class Baseline(Reply):
 
 
 class Result(Reply):
-    """One text's answer; `scores` best first. `masked_neurons`: at the read position, summed over layers."""
+    """One text's answer; `scores` best first. `masked_neurons`: at the read position, summed over layers.
+
+    `at_chance`: what was erased left nothing of the text in its scores.
+    """
 
     label: str
     score: float
     scores: tuple[Score, ...]
     masked_neurons: int
     truncated: bool
+    at_chance: bool = False
     baseline: Baseline | None = None
 
 

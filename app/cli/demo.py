@@ -8,6 +8,7 @@ import typer
 
 from app.cli import options
 from app.cli.console import print_json, progress, say, table
+from app.cli.evaluate import about_chance
 from app.cli.listening import bind, guarded, observed
 from app.cli.serve import AccessLog, Host, Insecure, LogFormat, LogLevel, Port, serve_until_told
 from app.cli.stores import settings_with
@@ -97,3 +98,5 @@ def _show(made: "Demo") -> None:
             for target, row in neuron.items()
         ],
     )
+    for line in about_chance(made.evaluation.rows):
+        say(line)

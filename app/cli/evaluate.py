@@ -3,7 +3,7 @@
 import hashlib
 import re
 import shlex
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
@@ -17,13 +17,14 @@ from app.cli.fit import about_corpus
 from app.cli.stores import settings_with, store_of
 from app.jobs import CorpusChoice, ModelChoice
 from range_store.erasure import RANKINGS
+from range_store.phrases import counted
 from range_store.range_set import CorpusIdentity, ProbeSettings
 from range_store.store import RangeStore
 from range_store.whole_files import private_directory
 
 if TYPE_CHECKING:
     from app.settings import Settings
-    from app.wiring import Evaluation
+    from app.wiring import Evaluation, Row
 
 METHODS = ("neuron", "range")
 POSITIONS = ("all", "read")
@@ -290,6 +291,8 @@ def _show(evaluation: "Evaluation") -> None:
         if heading:
             say(heading)
         table([COLUMNS[index] for index in own], lines, spare=SPARE)
+    for line in about_chance(evaluation.rows):
+        say(line)
     for choice in evaluation.choices:
         layer, ranking, method, tau, fraction, replacement, positions = choice.setting
         width = "" if tau is None else f" · τ {tau:g}"
@@ -313,6 +316,23 @@ def _at_chance(evaluation: "Evaluation") -> float | None:
     largest = max(counts.values()) / sum(counts.values())
     margin = 2.0 * (largest * (1.0 - largest) / texts) ** 0.5
     return accuracy if accuracy <= largest + margin and accuracy < 1.0 else None
+
+
+def about_chance(rows: "Sequence[Row]") -> list[str]:
+    """Which settings leave a result at chance, one line for each method."""
+    lines = []
+    for method in dict.fromkeys(row.method for row in rows):
+        own = [row for row in rows if row.method == method and row.target != "mean"]
+        gone = [row for row in own if row.at_chance]
+        if gone:
+            concepts = ", ".join(dict.fromkeys(row.target for row in gone))
+            tops = ", ".join(f"{top:g}" for top in sorted({row.top_fraction for row in gone}))
+            share = f"{len(gone):,} of {counted(len(own), 'erasure')}"
+            lines.append(
+                f"at chance: {method} masking of {concepts} (top {tops}; {share}) leaves nearly all texts one label, "
+                "or even scores: it erases everything, not the concept alone"
+            )
+    return lines
 
 
 def _share(value: float) -> str:

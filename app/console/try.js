@@ -100,6 +100,7 @@ export function showTry(part, params, signal) {
       headline,
       el("p", { class: "quiet" }, erased ? masked : tried.source === "live" ? "Nothing is erased live." : "Nothing is erased: choose a concept to see what changes."),
       hidden ? el("p", { class: "note" }, "An erasure is enforced, so the scores without it are shown to scope admin only.") : null,
+      result.at_chance ? el("p", { class: "note" }, "At chance: nothing of the text is left in these scores. They are even, or what the model says of no text at all.") : null,
       result.truncated ? el("p", { class: "note" }, `The text is longer than the model reads: it was cut to ${model.max_tokens} tokens.`) : null,
       scoreTable(erased || hidden ? result : { ...result, baseline: null }, share, everything, () => {
         everything = true;
@@ -120,7 +121,7 @@ export function showTry(part, params, signal) {
       ),
     );
     strip.textContent = headline.textContent;
-    announce(baseline && erased ? `${baseline.label} ${score(baseline.score)} without erasure, ${result.label} ${score(result.score)} erased. ${masked}.` : `${result.label} ${score(result.score)}.`);
+    announce(baseline && erased ? `${baseline.label} ${score(baseline.score)} without erasure, ${result.label} ${score(result.score)} erased. ${masked}.${result.at_chance ? " At chance." : ""}` : `${result.label} ${score(result.score)}.`);
   }
 
   const text = el("textarea", {

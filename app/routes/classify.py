@@ -2,14 +2,14 @@
 
 from fastapi import APIRouter, Request
 
-from app.answering import MinGeneration, Timeout, answer_to, ranked
+from app.answering import MinGeneration, Timeout, answer_to, at_chance, ranked
 from app.auth import Calling
 from app.problems import BODY, QUERY, ApiError, documented
 from app.replies import Baseline, ClassifyOut, ErasureOut, ErasurePlan, Result, Usage
 from app.requests import ClassifyIn
 from app.routes import Asking, QueryChecked
 from app.scores import Activation
-from app.service import Answer
+from app.service import Answer, Service
 
 router = APIRouter(tags=["classify"])
 
@@ -43,7 +43,7 @@ async def classify(
     activation = body.activation if body.activation != "auto" else service.model.activation
     return ClassifyOut(
         model=service.name,
-        results=_results(answer, service.model.identity.labels, activation, body.top_k),
+        results=_results(answer, service, activation, body.top_k),
         erasure=_plan(answer, service.model.identity.n_layers),
         usage=Usage(tokens=sum(text.tokens for text in answer.texts)),
     )
@@ -55,7 +55,11 @@ def _one(in_body: str | None, in_header: str | None) -> str | None:
     return in_body or in_header
 
 
-def _results(answer: Answer, labels: tuple[str, ...], activation: Activation, top_k: int | None) -> list[Result]:
+def _results(answer: Answer, service: Service, activation: Activation, top_k: int | None) -> list[Result]:
+    labels = service.model.identity.labels
+    fitted = snapshot.range_set if (snapshot := service.mirror.snapshot) else None
+    within_blocks = fitted is not None and fitted.provenance.settings.site != "block_output"
+    chance = at_chance(answer.texts, answer.erasures, service.model, within_blocks=within_blocks)
     erased = ranked([text.logits for text in answer.texts], labels, activation, top_k)
     compared = [index for index, text in enumerate(answer.texts) if text.baseline is not None]
     baselines = [text.baseline for text in answer.texts if text.baseline is not None]
@@ -67,6 +71,7 @@ def _results(answer: Answer, labels: tuple[str, ...], activation: Activation, to
             scores=best,
             masked_neurons=text.masked_neurons,
             truncated=text.truncated,
+            at_chance=chance[index],
             baseline=(
                 Baseline(label=bare[index][0].label, score=bare[index][0].score, scores=bare[index])
                 if index in bare

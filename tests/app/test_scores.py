@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import array_shapes, arrays
 
-from app.scores import scores_of
+from app.scores import near, scores_of
 
 LOGITS = arrays(
     np.float32,
@@ -75,3 +75,16 @@ def test_non_finite_logit_affects_only_its_text(bad: float) -> None:
     scores = scores_of(np.array([[0.0, bad], [1.0, 1.0]], np.float32), "softmax")
     assert not np.isfinite(scores[0]).all()
     assert np.array_equal(scores[1], [0.5, 0.5])
+
+
+def test_distance_of_scores_is_the_most_that_any_labels_differ_by() -> None:
+    even = np.array([0.25, 0.25, 0.25, 0.25])
+    scores = np.array(
+        [[0.28, 0.27, 0.23, 0.22], [0.28, 0.27, 0.22, 0.23], [0.31, 0.23, 0.23, 0.23], [0.19, 0.27, 0.27, 0.27]]
+    )
+    # together, the first two labels of the first text have 0.05 more than when even
+    assert near(scores, even, "softmax", 0.0501).tolist() == [True, True, False, False]
+    assert near(scores, even, "softmax", 0.0499).tolist() == [False] * 4
+    assert near(scores, even, "sigmoid", 0.0499).tolist() == [True, True, False, False]
+    assert near(scores, even, "sigmoid", 0.0601).tolist() == [True] * 4
+    assert near(scores, even, "none", 1.0).tolist() == [False] * 4

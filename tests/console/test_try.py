@@ -62,6 +62,7 @@ def test_scores_and_changes_are_those_of_the_api(server: RunningServer, window: 
         assert shown == pytest.approx(moved, abs=0.11), label
     (result,) = server.classify(text, erase=["Sports"]).json()["results"]
     expect_result(page, f"{result['masked_neurons']} neuron")
+    assert ("At chance" in page.locator(".result").inner_text()) == result["at_chance"]
     for size in (NARROW, WIDE):
         page.set_viewport_size(size)  # type: ignore[arg-type]
         assert_no_horizontal_scroll(page)

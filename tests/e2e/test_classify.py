@@ -69,7 +69,8 @@ def test_erasing_all_neurons_gives_every_text_the_same_scores(server: RunningSer
     scores = [{score["label"]: score["score"] for score in result["scores"]} for result in results]
     for other in scores[1:]:
         assert other == pytest.approx(scores[0], abs=1e-6)
-    assert all(result["masked_neurons"] == 32 for result in results)
+    assert all(result["masked_neurons"] == 32 and result["at_chance"] for result in results)
+    assert not any(result["at_chance"] for result in server.classify([TEXT, "a"]).json()["results"])
     baselines = [result["baseline"]["scores"] for result in results]
     bare = [result["scores"] for result in server.classify([TEXT, "shares fell sharply", "a"]).json()["results"]]
     assert baselines == bare

@@ -10,10 +10,12 @@ import numpy.typing as npt
 from range_store.erasure import Damp, Erasure
 from workers.evaluation.bootstrap import Bootstrap
 from workers.evaluation.settings import Others
-from workers.models.predictions import NO_LABEL, Head, predicted_labels
+from workers.models.predictions import CHANCE, NO_LABEL, Head, predicted_labels
 
 Floats = npt.NDArray[np.float64]
 Labels = npt.NDArray[np.int16]
+NEARLY_ALL = 0.99
+"""Share of the texts whose answers are alike where a result is at chance."""
 MEAN = "mean"
 """Target name of the row that averages over the targets, unweighted."""
 
@@ -105,6 +107,7 @@ class Row:
     `…_low` and `…_high` their bootstrap interval. `layer` is a block, or several masked jointly, as in "4+5".
     kl_target, kl_others: mean KL divergence of the masked from the unmasked output, in nats. unchanged_others: share of
     the other texts whose prediction stays. worst_other: the other class whose accuracy falls most, and by how much.
+    at_chance: nearly all texts get one label, or even scores, though they are of several classes.
     destinations: how many of the target's texts get each label when masked ("" counts those without any).
     perplexity: of the test texts, unmasked and masked, if it was asked for.
     """
@@ -140,6 +143,7 @@ class Row:
     unchanged_others: float = np.nan
     worst_other: str | None = None
     worst_other_delta_acc: float = np.nan
+    at_chance: bool = False
     base_perplexity: float | None = None
     perplexity: float | None = None
     destinations: dict[str, int] = field(default_factory=dict)
@@ -226,6 +230,18 @@ class Summary:
         means = [_mean_of(values, chosen & (self._truth == c)) for c in np.unique(self._truth[chosen])]
         return float(np.mean(means)) if means else float("nan")
 
+    def _at_chance(self, index: int) -> bool:
+        """Whether the answers under an erasure say nearly nothing of the texts, though these are of several classes."""
+        if np.count_nonzero(self._per_class) < 2:
+            return False
+        predicted = self._outcomes.predicted[index, self._used].astype(np.int64)
+        one_label = np.bincount(predicted - NO_LABEL).max() / len(predicted)
+        if self._outcomes.head == "greedy":  # its scores are no probabilities
+            return bool(one_label >= NEARLY_ALL)
+        even = 1 / len(self._labels) if self._outcomes.head == "softmax" else 0.5
+        confidence = self._outcomes.confidence[index, self._used].astype(np.float64)
+        return bool(max(one_label, np.mean(np.abs(confidence - even) <= CHANCE)) >= NEARLY_ALL)
+
     def _row(self, erasure: Erasure, index: int, positions: str) -> tuple[Row, Floats]:
         """The row of one erasure, and the bootstrap replicas of its four deltas, [4, R]."""
         target = self._labels.index(erasure.concept) if erasure.concept in self._labels else NO_LABEL
@@ -270,6 +286,7 @@ class Summary:
             unchanged_others=_mean_of(predicted == self._base_predicted, ~own),
             worst_other=worst_label,
             worst_other_delta_acc=worst,
+            at_chance=self._at_chance(index),
             destinations={
                 ("" if c == NO_LABEL else self._labels[c]): int((reached == c).sum())
                 for c in (*range(len(self._labels)), NO_LABEL)
@@ -307,6 +324,7 @@ def _mean(rows: list[Row], replicas: list[Floats], bootstrap: Bootstrap) -> Row:
         n_others=sum(row.n_others for row in rows),
         worst_other=worst.worst_other if worst else None,
         worst_other_delta_acc=worst.worst_other_delta_acc if worst else float("nan"),
+        at_chance=all(rows[i].at_chance for i in some),
         **values,  # type: ignore[arg-type]
     )
 

@@ -20,6 +20,7 @@ class ModelFacts:
         prefix_tokens: tokens before every text: instruction and exemplars of a few-shot classifier.
         truncation_side: where a text that is too long is cut.
         earlier_fingerprint: what earlier versions had for the fingerprint of `identity`.
+        empty_logits: of a text whose states are all zero after a block, by block; none for few-shot classifiers.
     """
 
     identity: ModelIdentity
@@ -33,6 +34,7 @@ class ModelFacts:
     prefix_tokens: int = 0
     truncation_side: Literal["left", "right"] = "right"
     earlier_fingerprint: str | None = None
+    empty_logits: tuple[tuple[float, ...], ...] = ()
 
     @property
     def activation(self) -> Activation:

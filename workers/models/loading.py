@@ -44,8 +44,8 @@ _CHECK_TEXTS = ("A short one.", "A rather longer text, so that the first one is 
 class LoadedModel:
     """A classifier ready to be steered. `dtype` is the name of its parameters' type, e.g. "float32".
 
-    `template`: prompt template of a few-shot classifier, with its version, e.g. "ag_news@1".
-    `earlier_fingerprint`: what earlier versions had for the fingerprint of `identity`.
+    `template`: prompt template of a few-shot classifier, with its version, e.g. "ag_news@1". `empty_logits`: see
+    `ModelFacts`. `earlier_fingerprint`: what earlier versions had for the fingerprint of `identity`.
     """
 
     identity: ModelIdentity
@@ -57,6 +57,7 @@ class LoadedModel:
     source: str
     template: str | None = None
     earlier_fingerprint: str | None = None
+    empty_logits: tuple[tuple[float, ...], ...] = ()
 
     @property
     def facts(self) -> ModelFacts:
@@ -73,6 +74,7 @@ class LoadedModel:
             len(self.steered.prefix) if isinstance(self.steered, FewShotModel) else 0,
             self.tokens.truncation_side,
             self.earlier_fingerprint,
+            self.empty_logits,
         )
 
     @property
@@ -200,7 +202,9 @@ def load_model(
     problem_type = config.problem_type if kind == "sequence-classification" else None
     dtype_name = str(torch_dtype).removeprefix("torch.")
     template_id = None if prompt is None else prompt.id
-    return LoadedModel(identity, problem_type, steered, tokens, dtype_name, place, source, template_id, earlier)
+    # a few-shot classifier says what it says of a text behind a long prompt, which is not worth running for this
+    empty = () if isinstance(steered, FewShotModel) else tuple(map(tuple, steered.empty_logits(check).float().tolist()))
+    return LoadedModel(identity, problem_type, steered, tokens, dtype_name, place, source, template_id, earlier, empty)
 
 
 def few_shot(

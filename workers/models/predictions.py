@@ -11,6 +11,9 @@ Activation = Literal["softmax", "sigmoid", "none"]
 Head = Activation | Literal["greedy"]
 """How the logits of a model are read: by their activation, or as those of greedy decoding (a softmax with ties)."""
 
+CHANCE = 0.05
+"""Scores this near to those that say nothing of a text are at chance."""
+
 NO_LABEL = -1
 """In place of a label's index: the model predicts none."""
 

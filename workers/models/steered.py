@@ -299,6 +299,17 @@ class SteeredModel:
         """Logits [B, K] of a full pass of the bare model with a masking hook on each masked block: the reference."""
         return self._hooked(batch, masking.layers, masking.site, lambda layer, hidden: masking(layer, hidden, batch))
 
+    def empty_logits(self, batch: TokenBatch) -> Tensor:
+        """What is left of any text, [n_layers, K]: the logits where all states after a block are zero, for each block.
+
+        Args:
+            batch: of any text.
+        """
+        first = torch.zeros(1, dtype=torch.int64, device=batch.ids.device)
+        one = batch.rows(first)
+        trunks = self.trunks(one, range(self.n_layers), whole=False)
+        return torch.cat([self.steer(one, trunk, first, AllZero(trunk.split)) for trunk in trunks])
+
     def check(self, batch: TokenBatch) -> None:
         """Compares trunk and tail with hooked full passes at every block, and gives up what makes them differ.
 
@@ -405,6 +416,16 @@ class HalfZero:
     def __call__(self, layer: int, hidden: Tensor, batch: TokenBatch) -> Tensor:
         odd = torch.arange(hidden.shape[-1], device=hidden.device) % 2 == 1
         return torch.where((hidden < 0) & odd & batch.mask.unsqueeze(-1), torch.zeros_like(hidden), hidden)
+
+
+class AllZero(HalfZero):
+    """Every neuron of every token becomes 0."""
+
+    def row(self, variant: int) -> "AllZero":
+        return self
+
+    def __call__(self, layer: int, hidden: Tensor, batch: TokenBatch) -> Tensor:
+        return torch.where(batch.mask.unsqueeze(-1), torch.zeros_like(hidden), hidden)
 
 
 def state_of(hidden: Tensor, batch: TokenBatch, position: Literal["read", "mean"]) -> Tensor:

@@ -208,6 +208,8 @@ def test_train_writes_a_checkpoint_that_evaluate_measures(
     rows = drawn.stdout.splitlines()
     assert "positions read" in rows
     assert max(len(line) for line in rows if "score" not in line) <= 80
+    emptied = cli(*evaluate, "--method", "neuron", "--top-fraction", "0.3,1.0", "--target", "Sports")
+    assert "at chance: neuron masking of Sports (top 1; 1 of 2 erasures)" in emptied.stdout
 
 
 def accuracy_of(checkpoint: Path, texts: Path) -> float:

@@ -6,6 +6,7 @@ import math
 import signal
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -24,7 +25,7 @@ from workers.evaluation.bootstrap import Bootstrap
 from workers.evaluation.evaluate import EvaluationCancelled, EvaluationError, evaluate
 from workers.evaluation.files import write
 from workers.evaluation.measure import MeasureCancelled, MeasureProgress, measure
-from workers.evaluation.measures import CSV_COLUMNS, Outcomes, Summary
+from workers.evaluation.measures import CSV_COLUMNS, Labels, Outcomes, Summary
 from workers.evaluation.perplexity import check_perplexity
 from workers.evaluation.settings import EvaluationSettings, grid
 from workers.fitting.corpus import Corpus, load_corpus
@@ -32,7 +33,7 @@ from workers.fitting.errors import CorpusError
 from workers.fitting.fit import fit
 from workers.models.errors import PredictsNoLabels
 from workers.models.loading import LoadedModel, load_model
-from workers.models.predictions import NO_LABEL
+from workers.models.predictions import NO_LABEL, Head
 from workers.models.prepack import STEP
 from workers.models.tokens import TokenBatch
 
@@ -259,6 +260,33 @@ def test_further_measures_of_a_case_worked_by_hand() -> None:
     assert mean.delta_cacc_low == row.delta_cacc_low
 
 
+def test_result_at_chance_is_one_label_or_even_scores_for_texts_of_several_classes() -> None:
+    labels = ("a", "b", "c", "d")
+    truth = np.arange(200, dtype=np.int16) % 4
+
+    def found(predicted: Any, confidence: float, truth: Labels = truth, head: Head = "softmax") -> bool:
+        outcomes = Outcomes.empty(1, len(truth), head)
+        outcomes.used[:] = True
+        outcomes.base_predicted[:] = truth
+        outcomes.predicted[0] = predicted
+        outcomes.confidence[0] = confidence
+        summary = Summary(outcomes, truth, labels, Bootstrap(truth, resamples=0, seed=0))
+        row, mean = summary.rows([Erasure(concept="a", layers=(1,))], 0, "all")
+        assert mean.at_chance == row.at_chance
+        return row.at_chance
+
+    assert found(2, 0.9)
+    assert found(NO_LABEL, 0.9, head="greedy")
+    assert found(np.where(np.arange(200) < 2, 1, 2), 0.9), "one in a hundred may differ"
+    assert not found(np.where(np.arange(200) < 3, 1, 2), 0.9)
+    assert found(truth, 0.299)
+    assert not found(truth, 0.301)
+    assert found(truth, 0.46, head="sigmoid")
+    assert not found(truth, 0.25, head="sigmoid")
+    assert not found(truth, 0.25, head="greedy")
+    assert not found(2, 0.9, np.full(200, 2, dtype=np.int16)), "they are all of one class"
+
+
 def test_concept_that_is_no_label_has_all_texts_as_others(tiny: Tiny, held_out: Corpus, tmp_path: Path) -> None:
     model = tiny("bert")
     rows = [(text, "Weather" if index % 2 else label) for index, (text, label) in enumerate(labelled_texts(60, seed=4))]
@@ -433,6 +461,7 @@ def test_number_of_settings_does_not_change_the_number_of_trunk_passes(
 DIES_IN_THE_MIDDLE = """
 import os, signal, torch
 from pathlib import Path
+from typing import Any
 from workers.evaluation.evaluate import evaluate
 from workers.evaluation.settings import EvaluationSettings
 from workers.fitting.corpus import load_corpus

@@ -16,7 +16,7 @@ from tests.workers.checkpoints import SENTENCES, save_tiny
 from tests.workers.masking import Alike, ZeroBand
 from workers.models.families import FAMILIES
 from workers.models.loading import LoadedModel, load_model
-from workers.models.steered import SteeredModel
+from workers.models.steered import AllZero, SteeredModel
 from workers.models.tokens import TokenBatch
 
 Tiny = Callable[[str], LoadedModel]
@@ -207,3 +207,13 @@ def test_steering_does_not_change_the_bare_model(tiny: Tiny) -> None:
     model.steered.steer(batch, model.steered.trunk(batch, 0, whole=True), rows, ZeroBand([0, 2]))
     assert torch.equal(model.steered.logits(batch), before)
     assert set(model.steered.model.state_dict()) == names
+
+
+@families
+def test_logits_of_an_empty_state_are_what_erasing_every_neuron_leaves_of_any_text(tiny: Tiny, family: str) -> None:
+    model = tiny(family)
+    batch = padded(model)
+    assert len(model.empty_logits) == model.identity.n_layers
+    for layer, left in enumerate(model.empty_logits):
+        emptied = model.steered.hooked(batch, AllZero(layer))
+        torch.testing.assert_close(emptied, torch.tensor(left).expand_as(emptied), atol=1e-5, rtol=0)
