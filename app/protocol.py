@@ -25,10 +25,11 @@ _PER_HEADER = 4
 
 
 class Connections:
-    """The connections of one server: their bounds, which are open, and which of these wait for a request.
+    """The connections of one server: their bounds, which are open, and which of these may make room for new ones.
 
     Attributes:
-        waiting: those without a request that is being answered, the one that has waited longest first.
+        waiting: those without a request that is being answered, and those whose client takes its time to read; the one
+            that has waited longest first.
         draining: whether the server is stopping: each connection then ends with its next reply.
     """
 

@@ -6,10 +6,13 @@ import socket
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
+from itertools import pairwise
 from typing import Any
 
 import pytest
 import uvicorn
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from prometheus_client import CollectorRegistry
 from starlette.types import Receive, Scope, Send
 
@@ -45,8 +48,8 @@ async def echo(scope: Scope, receive: Receive, send: Send) -> None:
 @contextmanager
 def serving(**bounds: Any) -> Iterator[uvicorn.Server]:
     """A server with these bounds."""
-    settings = Settings().model_copy(update={"max_header_bytes": LIMIT, "header_timeout": SECONDS, **bounds})
-    protocol = http_protocol(settings, CollectorRegistry())
+    own = Settings().model_copy(update={"max_header_bytes": LIMIT, "header_timeout": SECONDS, **bounds})
+    protocol = http_protocol(own, CollectorRegistry())
     config = uvicorn.Config(echo, host="127.0.0.1", port=0, http=protocol, lifespan="off", log_level="critical")
     made = uvicorn.Server(config)
     thread = threading.Thread(target=made.run)
@@ -103,7 +106,7 @@ def in_loop(server: uvicorn.Server, work: Callable[[HttpConnection], None]) -> N
     assert done.wait(60)
 
 
-@pytest.fixture
+@pytest.fixture(scope="module")
 def port(server: uvicorn.Server) -> int:
     return port_of(server)
 
@@ -241,6 +244,44 @@ def test_an_offer_to_upgrade_is_ignored_and_the_body_is_read(port: int, offer: b
         answer = everything(connection)
     assert statuses(answer) == [200, 200]
     assert answer.count(body) == 1
+
+
+@st.composite
+def requests(draw: st.DrawFn) -> tuple[bytes, bytes]:
+    """A request, and the body of its reply. Bodies look like requests, and some are not read before the reply."""
+    body = draw(st.sampled_from([b"", b"x", b"GET / HTTP/1.1\r\nHost: x\r\n\r\n", b"\r\n", b"0\r\n\r\n", b"y" * 3000]))
+    path = draw(st.sampled_from([b"/", b"/", b"/early"]))
+    offer = draw(st.sampled_from([b"", b"", *OFFERS.values()]))
+    if draw(st.booleans()):
+        size = draw(st.integers(1, len(body) + 1))
+        pieces = [body[at : at + size] for at in range(0, len(body), size)]
+        sent = b"".join(b"%x\r\n%s\r\n" % (len(piece), piece) for piece in pieces) + b"0\r\n\r\n"
+        framing = b"Transfer-Encoding: chunked\r\n"
+    else:
+        sent, framing = body, b"Content-Length: %d\r\n" % len(body)
+    request = b"POST %s HTTP/1.1\r\nHost: x\r\n%s%s\r\n%s" % (path, offer, framing, sent)
+    return request, body if path == b"/" else b""
+
+
+@given(made=st.lists(requests(), max_size=4), cuts=st.lists(st.floats(0, 1), max_size=4))
+@settings(max_examples=40, deadline=None)
+def test_requests_are_told_apart_however_they_arrive(
+    port: int, made: list[tuple[bytes, bytes]], cuts: list[float]
+) -> None:
+    sent = b"".join(request for request, _ in made) + LAST
+    places = sorted({int(cut * len(sent)) for cut in cuts} | {0, len(sent)})
+    with connected(port) as connection:
+        connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        for begin, end in pairwise(places):
+            connection.sendall(sent[begin:end])
+        answer = everything(connection)
+    for _, body in (*made, (b"", b"")):
+        head, _, answer = answer.partition(b"\r\n\r\n")
+        assert head.startswith(b"HTTP/1.1 200 ")
+        assert (b"content-length: %d" % len(body)) in head.lower()
+        assert answer.startswith(body)
+        answer = answer[len(body) :]
+    assert answer == b""
 
 
 def test_connect_is_rejected(port: int) -> None:
