@@ -5,6 +5,7 @@ from collections.abc import Callable
 from dataclasses import asdict, fields
 from typing import Any
 
+import huggingface_hub as hub
 import pytest
 from huggingface_hub import (
     AsyncInferenceClient,
@@ -14,7 +15,6 @@ from huggingface_hub import (
     TextClassificationParameters,
 )
 from huggingface_hub.errors import HfHubHTTPError
-from huggingface_hub.inference._generated import types
 
 from app.routes.dropin.hf import OTHER_TASKS
 from range_store.erasure import Erasure
@@ -82,14 +82,14 @@ def without_nulls(body: Any) -> Any:
 
 
 TASKS: dict[str, tuple[type, ...]] = {
-    "zero-shot-classification": (types.ZeroShotClassificationParameters,),
-    "token-classification": (types.TokenClassificationParameters,),
-    "fill-mask": (types.FillMaskParameters,),
-    "text-generation": (types.TextGenerationInputGenerateParameters,),
-    "summarization": (types.SummarizationParameters, types.Text2TextGenerationParameters),
-    "translation": (types.TranslationParameters,),
-    "text-to-speech": (types.TextToSpeechParameters, types.TextToAudioParameters),
-    "text-to-image": (types.TextToImageParameters, types.TextToVideoParameters),
+    "zero-shot-classification": (hub.ZeroShotClassificationParameters,),
+    "token-classification": (hub.TokenClassificationParameters,),
+    "fill-mask": (hub.FillMaskParameters,),
+    "text-generation": (hub.TextGenerationInputGenerateParameters,),
+    "summarization": (hub.SummarizationParameters, hub.Text2TextGenerationParameters),
+    "translation": (hub.TranslationParameters,),
+    "text-to-speech": (hub.TextToSpeechParameters, hub.TextToAudioParameters),
+    "text-to-image": (hub.TextToImageParameters, hub.TextToVideoParameters),
 }
 SHARED = {"top_k", "truncation", "truncate", "num_frames"}
 """Names that classification, or what runs it, may take as well; and one that comes with others."""
