@@ -57,9 +57,14 @@ def load_label_map(path: Path) -> dict[str, str]:
         CorpusError: it is no such object.
     """
     try:
-        content = json.loads(path.read_text("utf-8"))
-    except (OSError, ValueError) as error:
+        content = json.loads(path.read_text("utf-8"), object_pairs_hook=tuple)
+    except (OSError, ValueError, RecursionError) as error:
         raise CorpusError(f"cannot read the label map {path}: {error}") from error
-    if not isinstance(content, dict) or not all(isinstance(value, str) for value in content.values()):
+    # a tuple of pairs is an object
+    if not isinstance(content, tuple) or not all(isinstance(name, str) for _, name in content):
         raise CorpusError(f'the label map {path} must be one JSON object of names, such as {{"neg": "negative"}}')
-    return content
+    names = dict(content)
+    for label, name in content:
+        if names[label] != name:
+            raise CorpusError(f"the label map {path} has {label!r} twice, as {name!r} and as {names[label]!r}")
+    return names

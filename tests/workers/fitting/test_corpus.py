@@ -179,7 +179,18 @@ def test_unmatched_labels_list_both_sides() -> None:
         match_labels(["neg", "pos"], ["negative", "positive"])
 
 
-@pytest.mark.parametrize("content", ["[1]", '{"a": 1}', "{", ""])
+def test_label_map_gives_a_label_one_name(tmp_path: Path) -> None:
+    path = tmp_path / "map.json"
+    path.write_text('{"0": "World", "1": "Sports", "0": "World"}')
+    assert load_label_map(path) == {"0": "World", "1": "Sports"}
+    path.write_text("{}")
+    assert load_label_map(path) == {}
+    path.write_text('{"0": "World", "1": "Sports", "0": "Business"}')
+    with pytest.raises(CorpusError, match="has '0' twice, as 'World' and as 'Business'"):
+        load_label_map(path)
+
+
+@pytest.mark.parametrize("content", ["[1]", "[]", '[["a", "b"]]', '{"a": 1}', '{"a": {"b": "c"}}', "{", "", "null", '"a"'])
 def test_label_map_must_be_an_object_of_names(tmp_path: Path, content: str) -> None:
     (tmp_path / "map.json").write_text(content)
     with pytest.raises(CorpusError, match="label map"):
