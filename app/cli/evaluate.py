@@ -62,7 +62,7 @@ def evaluate(
     range_set: Annotated[
         str | None, typer.Option("--range-set", help="Use this published range set, instead of fitting on --data.")
     ] = None,
-    method: Annotated[str, typer.Option("--method", help="neuron, range or both.")] = "neuron,range",
+    method: Annotated[str, typer.Option("--method", help="neuron, range or neuron,range.")] = "neuron,range",
     ranking: Annotated[str, typer.Option("--ranking", help=f"Out of {', '.join(RANKINGS)}, or all.")] = "max",
     top_fraction: Annotated[
         str, typer.Option("--top-fraction", help="Shares of the neurons, in (0, 1]; 0.1,…,1.0 counts up.")
@@ -73,7 +73,8 @@ def evaluate(
     ] = "-1",
     target: Annotated[str, typer.Option("--target", help="Concepts to erase, each alone, or all.")] = "all",
     positions: Annotated[
-        str, typer.Option("--positions", help="Mask all real tokens, or the read position alone; all, read or both.")
+        str,
+        typer.Option("--positions", help="Mask all real tokens, or the read position alone: all, read or all,read."),
     ] = "all",
     replacement: Annotated[str, typer.Option("--replacement", help="zero, mean or damp:FACTOR.")] = "zero",
     site: options.Site = "block_output",
