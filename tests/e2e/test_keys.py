@@ -35,6 +35,7 @@ def test_every_documented_call_accepts_only_keys_of_its_scope(
     document = running.http.get("/openapi.json").json()
     for path, operations in document["paths"].items():
         named = {"model": running.service.name, "model_version": "1", "concept": "Sports", "range_set": "x"}
+        named["id"] = running.service.name
         url = path.format(**named, layer=-1, neuron=0, report="x", file="run.json", job="x")
         for method in operations:
             needed = scope_of(method.upper(), path)
