@@ -274,7 +274,7 @@ def _show(evaluation: "Evaluation") -> None:
             _share(row.base_acc),
             *(_delta(value) for value in (row.delta_acc, row.delta_conf, row.delta_cacc, row.delta_cconf)),
             f"{_delta(row.delta_cacc_low)} … {_delta(row.delta_cacc_high)}",
-            "" if row.worst_other is None else f"{row.worst_other} {_delta(row.worst_other_delta_acc)}",
+            f"{row.worst_other} {_delta(row.worst_other_delta_acc)}" if row.worst_other_delta_acc < 0 else "none loses",
             _share(row.unchanged_others),
         )
         for row in rows

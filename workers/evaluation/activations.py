@@ -8,7 +8,7 @@ from range_store.erasure import Ranking
 from range_store.inspection import overlap_of_tops
 from range_store.range_set import InspectLayer, RangeSet
 from workers.evaluation import figures
-from workers.evaluation.html import Section, figure, folded, table
+from workers.evaluation.html import Section, figure, folded, shaded, table
 from workers.evaluation.statistics import BINS_NEEDED, neurons_by_rank, neurons_of_every_concept, shapes
 
 OVERLAP_FRACTION = 0.3
@@ -28,13 +28,22 @@ def overlap(range_set: RangeSet) -> Section:
         jaccard = found.jaccard[others].mean() if others.any() else float("nan")
         every = len(found.shared_by_all)
         said.append(f"{ranking} {share:.2f} (Jaccard {jaccard:.2f}, {every} of {found.k} in every concept's set)")
-        drawn = figure(figures.overlap(range_set, last, ranking, OVERLAP_FRACTION))
+        concepts = range_set.concepts
+        hints = [
+            [
+                f"{one} and {other}: share {found.share[i, j]:.3f}, Jaccard {found.jaccard[i, j]:.3f}"
+                for j, other in enumerate(concepts)
+            ]
+            for i, one in enumerate(concepts)
+        ]
+        drawn = shaded(concepts, list(zip(concepts, found.share.tolist(), strict=True)), hints)
         parts.append(f"<p><b>{ranking}</b></p>{drawn}" if not parts else folded(ranking, drawn))
     return Section(
         f"Figure 2: overlap of the top {OVERLAP_FRACTION:.0%} of two concepts",
         f"Two concepts share this part of their salient neurons on average: {'; '.join(said)}; by chance "
         f"{found.chance:.2f}.",
-        f"Layer {last}; {found.k} of {found.hidden} neurons per concept.",
+        f"Layer {last}; {found.k} of {found.hidden} neurons per concept. Of each row's concept, the share that is also "
+        "salient for the column's.",
         parts,
     )
 

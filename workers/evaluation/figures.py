@@ -1,25 +1,30 @@
 """The paper's figures, drawn with plotly from an evaluation's rows and a range set's histograms."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 import plotly.graph_objects as go
 from plotly.subplots import make_subplots
 
-from range_store.erasure import Ranking
-from range_store.inspection import overlap_of_tops
 from range_store.range_set import InspectLayer, RangeSet
 from range_store.ranges import bounds
 from workers.evaluation.measures import Row
 from workers.evaluation.statistics import ShownNeuron
 
 COLOURS = ("#3366aa", "#cc5533", "#339966", "#9955aa", "#bb9922", "#557788", "#aa3366", "#66aa33")
+MARKERS = ("circle", "square", "diamond", "cross")
+"""Tell lines of one colour apart, of which there may be more than colours."""
 _LAYOUT = {
     "template": "plotly_white",
     "font": {"family": "system-ui, sans-serif", "size": 13},
     "margin": {"l": 60, "r": 20, "t": 50, "b": 50},
 }
+
+
+Destinations = tuple[str, Mapping[str, float]]
+"""A target and how it was masked, and which share of its texts gets each label; "" is none."""
+NO_LABEL = "no label"
 
 
 @dataclass(frozen=True)
@@ -31,16 +36,20 @@ class Line:
 
 
 def deltas(lines: Sequence[Line], axis: str, *, from_zero: bool = False) -> go.Figure:
-    """ΔAcc of the targets and ΔCAcc of the others, side by side, with bootstrap bands (Figure 6; Tables 9-10 as lines).
+    """Accuracy above, confidence below, the targets left of the others, with bootstrap bands (Figure 6; Tables 9-10).
 
     Args:
         from_zero: begin every line at (0, 0): nothing is masked there, so nothing changes.
     """
-    figure = make_subplots(1, 2, shared_yaxes=True, subplot_titles=("targets: ΔAcc", "all others: ΔCAcc"))
+    panels = ("targets: ΔAcc", "all others: ΔCAcc", "targets: ΔConf", "all others: ΔCConf")
+    figure = make_subplots(2, 2, shared_yaxes=True, subplot_titles=panels, vertical_spacing=0.16)
+    names = ("delta_acc", "delta_cacc", "delta_conf", "delta_cconf")
     for number, line in enumerate(lines):
         colour = COLOURS[number % len(COLOURS)]
+        marker = MARKERS[number // len(COLOURS) % len(MARKERS)]
         dash = "dash" if line.name.startswith("neuron") else "solid"
-        for column, name in ((1, "delta_acc"), (2, "delta_cacc")):
+        for panel, name in enumerate(names):
+            at = (panel // 2 + 1, panel % 2 + 1)
             x: list[float | str] = [place for place, _ in line.points]
             y = [getattr(row, name) for _, row in line.points]
             low = [getattr(row, f"{name}_low") for _, row in line.points]
@@ -58,44 +67,22 @@ def deltas(lines: Sequence[Line], axis: str, *, from_zero: bool = False) -> go.F
                     hoverinfo="skip",
                     showlegend=False,
                 )
-                figure.add_trace(band, 1, column)
+                figure.add_trace(band, *at)
             drawn = go.Scatter(
                 x=x,
                 y=y,
                 name=line.name,
                 legendgroup=line.name,
-                showlegend=column == 1,
+                showlegend=not panel,
                 mode="lines+markers",
                 line={"color": colour, "dash": dash},
+                marker={"symbol": marker},
             )
-            figure.add_trace(drawn, 1, column)
+            figure.add_trace(drawn, *at)
     figure.update_xaxes(title_text=axis)
-    figure.update_layout(**_LAYOUT, height=420, legend={"orientation": "h", "y": -0.25})
-    return figure
-
-
-def overlap(range_set: RangeSet, layer: int, ranking: Ranking, top_fraction: float) -> go.Figure:
-    """Share of each concept's salient neurons that are another's too (Figure 2)."""
-    found = overlap_of_tops(range_set, layer, ranking, top_fraction)
-    concepts = list(range_set.concepts)
-    figure = go.Figure(
-        go.Heatmap(
-            z=found.share,
-            x=concepts,
-            y=concepts,
-            zmin=0,
-            zmax=1,
-            colorscale="Blues",
-            text=[[f"{value:.2f}" for value in row] for row in found.share],
-            texttemplate="%{text}" if len(concepts) <= 14 else None,
-            customdata=found.jaccard,
-            hovertemplate="%{y} and %{x}: share %{z:.3f}, Jaccard %{customdata:.3f}<extra></extra>",
-        )
-    )
-    figure.update_yaxes(autorange="reversed")
-    figure.update_xaxes(type="category")
-    figure.update_yaxes(type="category")
-    figure.update_layout(**_LAYOUT, height=140 + 44 * max(len(concepts), 5), width=240 + 62 * max(len(concepts), 5))
+    figure.update_yaxes(title_text="change of accuracy", row=1, col=1)
+    figure.update_yaxes(title_text="change of confidence", row=2, col=1)
+    figure.update_layout(**_LAYOUT, height=760, legend={"orientation": "h", "y": -0.12})
     return figure
 
 
@@ -139,6 +126,8 @@ def densities(
                     line = {"color": colour, "width": 1, "dash": "dot"}
                     across = {"x0": bound, "x1": bound, "y0": 0, "y1": 1, "xref": f"x{axis}", "yref": f"y{axis} domain"}
                     lines_at_bounds.append({"type": "line", **across, "line": line})
+    figure.update_xaxes(title_text="value of the neuron")
+    figure.update_yaxes(title_text="density", col=1)
     figure.update_layout(
         **_LAYOUT, shapes=lines_at_bounds, height=90 + 230 * lines, legend={"orientation": "h", "y": -0.1}
     )
@@ -162,18 +151,21 @@ def _faint(colour: str) -> str:
     return f"rgba({red},{green},{blue},0.12)"
 
 
-def destinations(rows: Sequence[Row], labels: Sequence[str]) -> go.Figure:
-    """Which labels the targets' texts get when masked: one bar per target and method."""
-    names = [f"{row.target}, {row.method}" for row in rows]
+def destinations(rows: Sequence[Destinations], labels: Sequence[str]) -> go.Figure:
+    """Which labels the targets' texts get when masked: one bar per target and masking.
+
+    Args:
+        labels: at most as many as there are `COLOURS`; "" stands for none.
+    """
+    names = [name for name, _ in rows]
     figure = go.Figure()
-    for number, label in enumerate([*labels, ""]):
-        shares = [row.destinations.get(label, 0) / max(sum(row.destinations.values()), 1) for row in rows]
-        if label or any(shares):
-            colour = COLOURS[number % len(COLOURS)] if label else "#888888"
-            figure.add_bar(y=names, x=shares, name=label or "no label", orientation="h", marker_color=colour)
-    figure.update_yaxes(autorange="reversed", type="category")
+    for number, label in enumerate(labels):
+        colour = COLOURS[number % len(COLOURS)] if label else "#888888"
+        shares = [of_row.get(label, 0.0) for _, of_row in rows]
+        figure.add_bar(y=names, x=shares, name=label or NO_LABEL, orientation="h", marker_color=colour)
+    figure.update_yaxes(autorange="reversed", type="category", title_text="target, masking")
     figure.update_layout(
-        **{**_LAYOUT, "margin": {"l": 180, "r": 20, "t": 30, "b": 50}},
+        **{**_LAYOUT, "margin": {"l": 220, "r": 20, "t": 30, "b": 50}},
         barmode="stack",
         height=120 + 30 * len(names),
         legend={"orientation": "h", "y": -0.2},

@@ -8,13 +8,14 @@ from typing import Any
 
 import numpy as np
 
+from range_store.phrases import counted
 from range_store.range_set import InspectLayer, RangeSet
 from range_store.whole_files import written_whole
 from workers.evaluation import figures
 from workers.evaluation.activations import densities, overlap, statistics
 from workers.evaluation.claims import claims
 from workers.evaluation.figures import Line
-from workers.evaluation.html import Cell, Section, figure, folded, page, preformatted, table
+from workers.evaluation.html import Cell, Section, figure, folded, page, preformatted, shaded, table
 from workers.evaluation.measures import MEAN, Row
 from workers.evaluation.selection import Choice
 
@@ -36,17 +37,29 @@ def write_report(
     """
     model, corpus, test = run["range_set"]["model"], run["range_set"]["corpus"], run["test"]
     fitted_at = time.strftime("%Y-%m-%d %H:%M UTC", time.gmtime(range_set.provenance.created_at))
+    counts = test["counts"]
+    named = ", ".join(f"{name} {number:,}" for name, number in counts.items())
+    classes = named if len(counts) <= MOST_NAMED else counted(len(counts), "class", "classes")
     facts = [
-        f"Model {model['id']} ({model['family']}, {model['kind']}, {model['n_layers']} blocks of "
-        f"{model['hidden_size']} neurons, fingerprint {model['fingerprint'][:12]}).",
-        f"Fitted on {corpus['name']}, {corpus['rows']} rows ({corpus['selection']}); {fitted_at}; "
-        f"range set {range_set.id}.",
-        f"Measured on {test['name']}, {test['rows']} rows ({test['selection']}).",
+        f"Model {model['id']} ({model['family']}, {model['kind']}, {counted(model['n_layers'], 'block')} of "
+        f"{counted(model['hidden_size'], 'neuron')}, fingerprint {model['fingerprint'][:12]}).",
+        f"Fitted on {corpus['name']}, {counted(corpus['rows'], 'row')} ({corpus['selection']}), sha256 "
+        f"{corpus['sha256'][:12]}; {fitted_at}; range set {range_set.id}.",
+        f"Measured on {test['name']}, {counted(test['rows'], 'row')} ({test['selection']}), sha256 "
+        f"{test['sha256'][:12]}: {classes}.",
     ]
     made = _Report(list(rows), run, choices, range_set, inspect)
-    text = page(f"Erasing concepts from {model['id']}", facts, list(made.sections()))
+    text = page(f"Erasing concepts from {model['id']}, measured on {test['name']}", facts, list(made.sections()))
     with written_whole(path) as partial:
         partial.write_text(text, "utf-8", errors="replace")
+
+
+MOST_NAMED = 20
+"""Classes whose texts are counted one by one."""
+MOST_BARS = 56
+"""Targets and maskings that are shown."""
+FURTHER_CHARACTERS = 300_000
+"""Of the tables of further settings: the page must open quickly."""
 
 
 class _Report:
@@ -138,7 +151,7 @@ class _Report:
             "Chosen settings",
             f"On texts of their own, {best.method} masking did best, with ΔCAcc − ΔAcc of {best.score:+.3f}; "
             "the deltas beside it are on the test texts.",
-            f"Chosen on {selection.get('rows', '?')} rows of {selection.get('name', '?')} "
+            f"Chosen on {counted(selection['rows'], 'row') if selection else '?'} of {selection.get('name', '?')} "
             f"({selection.get('selection', '')}).",
             [table(("method", "setting", "out of", "score", *_DELTA_COLUMNS), lines)],
         )
@@ -156,13 +169,17 @@ class _Report:
             self.still.positions,
         )
         parts = [self._class_table(groups.pop(still))]
-        further = [
-            folded(f"layer {layer} · ranking {ranking} · top {top:g} · replaced by {by} · {where} positions", drawn)
-            for (layer, ranking, top, by, where), group in groups.items()
-            if (drawn := self._class_table(group))
-        ]
-        if further:
-            parts.append(folded(f"{len(further)} further settings", "".join(further)))
+        further, size = [], 0
+        for (layer, ranking, top, by, where), group in groups.items():
+            drawn = self._class_table(group)
+            size += len(drawn)
+            if size > FURTHER_CHARACTERS:
+                break
+            title = f"layer {layer} · ranking {ranking} · top {top:g} · replaced by {by} · {where} positions"
+            further.append(folded(title, drawn))
+        if groups:
+            of_all = "" if len(further) == len(groups) else f" of {len(groups):,}; all are in results.csv"
+            parts.append(folded(f"{counted(len(further), 'further setting')}{of_all}", "".join(further)))
         row = self.still
         return Section(
             "Tables 3–8: base, neuron masking, range masking, per class",
@@ -184,8 +201,9 @@ class _Report:
                 if row is own[0]:
                     shares = (row.base_acc, row.base_conf, row.base_cacc, row.base_cconf)
                     base = [target, row.n_target, *(_share(value) for value in shares)]
-                masking = row.method if row.tau is None else f"range τ {row.tau:g}"
-                worst = Cell(row.worst_other or "–", _signed(row.worst_other_delta_acc))
+                masking = Cell(_masking(row), "at chance" if row.at_chance else "")
+                loses = row.worst_other is not None and row.worst_other_delta_acc < 0
+                worst = Cell(str(row.worst_other), _signed(row.worst_other_delta_acc)) if loses else Cell("none loses")
                 lines.append(
                     [*base, masking, *_deltas(row), worst, _share(row.kl_others), _share(row.unchanged_others)]
                 )
@@ -271,15 +289,29 @@ class _Report:
         if not self.choices:
             like = [row for row in self.means if row.layer == self.still.layer]
             chosen |= {row.setting for row in like if row.top_fraction == self.still.top_fraction}
-        rows = [row for row in self.rows if row.setting in chosen and row.destinations][:56]
-        labels = self.run["range_set"]["model"]["labels"]
-        stays = [row.destinations.get(row.target, 0) / sum(row.destinations.values()) for row in rows]
-        mean = f"{np.mean(stays):.0%}" if stays else "none"
+        rows = [row for row in self.rows if row.setting in chosen and row.destinations]
+        if not rows:
+            return Section("Where the target's texts went", "No target has texts of its own here.", "")
+        names = _maskings(rows)
+        shares = [{label: n / sum(row.destinations.values()) for label, n in row.destinations.items()} for row in rows]
+        stays: dict[str, list[float]] = {}
+        for row, name, share in zip(rows, names, shares, strict=True):
+            stays.setdefault(name, []).append(share.get(row.target, 0.0))
+        said = "; ".join(f"{name} {np.mean(own):.0%}" for name, own in stays.items())
+        known = [label for label in (*self.run["range_set"]["model"]["labels"], "") if any(label in s for s in shares)]
+        bars = [(f"{row.target}, {name}", share) for row, name, share in zip(rows, names, shares, strict=True)]
+        bars = bars[:MOST_BARS]
+        if len([label for label in known if label]) <= len(figures.COLOURS):
+            part, seen = figure(figures.destinations(bars, known)), "the bars show"
+        else:  # nobody tells so many colours apart
+            columns = [label or figures.NO_LABEL for label in known]
+            part = shaded(columns, [(name, [share.get(label, 0.0) for label in known]) for name, share in bars])
+            seen = "the table shows"
         return Section(
             "Where the target's texts went",
-            f"On average {mean} of a target's texts keep its label; the bars show which labels the rest get.",
+            f"Of a target's texts, so many keep its label on average: {said}; {seen} which labels the rest get.",
             " | ".join(sorted({_setting(row) for row in rows})[:6]),
-            [figure(figures.destinations(rows, labels))] if rows else [],
+            [part],
         )
 
     def _like(self, *names: str) -> list[Row]:
@@ -331,6 +363,19 @@ def _setting(row: Row, but: Sequence[str] = ()) -> str:
         "positions": f"{row.positions} positions",
     }
     return " · ".join(text for name, text in parts.items() if text and name not in but)
+
+
+def _masking(row: Row) -> str:
+    """How the row was masked, in few words."""
+    return row.method if row.tau is None else f"{row.method} τ {row.tau:g}"
+
+
+def _maskings(rows: Sequence[Row]) -> list[str]:
+    """How each row was masked: by method and τ, and by whatever else differs among them."""
+    names = ("layer", "ranking", "top_fraction", "replacement", "positions")
+    differ = [name for name in names if len({getattr(row, name) for row in rows}) > 1]
+    but = [name for name in names if name not in differ]
+    return [_setting(row, but=but) for row in rows]
 
 
 def _share(value: float) -> str:

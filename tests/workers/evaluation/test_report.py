@@ -1,14 +1,19 @@
 """The report has every section and figure, escapes concept names, and needs no other host."""
 
+import copy
+import json
 import re
 from collections.abc import Callable
+from dataclasses import replace
 from html import unescape
 from pathlib import Path
 
+import plotly
 import pytest
 
 from tests.workers.texts import CLAUSES, labelled_texts, write_jsonl
 from workers.evaluation.evaluate import Evaluation, evaluate
+from workers.evaluation.html import PLOTLY
 from workers.evaluation.report import write_report
 from workers.evaluation.settings import EvaluationSettings
 from workers.fitting.corpus import load_corpus
@@ -96,6 +101,77 @@ def test_concept_named_like_a_script_is_escaped(made: tuple[Fitted, Evaluation, 
     page = made[2]
     assert HOSTILE not in page
     assert "&lt;script&gt;alert" in page
+
+
+def test_page_stays_below_2_megabytes(
+    made: tuple[Fitted, Evaluation, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    fitted, evaluation, page = made
+    assert len(page.encode()) < 2_000_000
+    assert "31 further settings<" in page
+    monkeypatch.setattr("workers.evaluation.report.FURTHER_CHARACTERS", 20_000)
+    path = tmp_path / "report.html"
+    write_report(path, evaluation.rows, evaluation.run, evaluation.choices, fitted.range_set, fitted.inspect)
+    assert re.search(r"\d further settings? of 31; all are in results\.csv", path.read_text("utf-8"))
+
+
+def test_plotly_of_the_page_is_of_the_version_that_writes_the_figures() -> None:
+    whole = Path(plotly.__file__).parent / "package_data" / "plotly.min.js"
+    versions = [re.search(r"v\d+\.\d+\.\d+", path.read_text("utf-8")[:300]) for path in (PLOTLY, whole)]
+    assert versions[0] is not None
+    assert versions[1] is not None
+    assert versions[0][0] == versions[1][0], "the right one is in `npm pack plotly.js-basic-dist-min@VERSION`"
+
+
+def test_page_names_the_data_and_how_many_texts_keep_their_label_by_masking(
+    made: tuple[Fitted, Evaluation, str],
+) -> None:
+    _, evaluation, page = made
+    test = evaluation.run["test"]
+    assert ", measured on test.jsonl</h1>" in page
+    classes = ", ".join(f"{name} {count}" for name, count in test["counts"].items())
+    assert f"24 rows (all rows), sha256 {test['sha256'][:12]}: {classes}." in unescape(page)
+    (sentence,) = re.findall(r"so many keep its label on average: (.*?); the bars show", page)
+    chosen = {choice.setting for choice in evaluation.choices}
+    rows = [row for row in evaluation.rows if row.target == "Sports" and row.setting in chosen]
+    parts = sentence.split("; ")
+    assert len(parts) == len(rows) == 2
+    for row in rows:
+        kept = f" {row.destinations.get('Sports', 0) / row.n_target:.0%}"
+        assert any(f"{row.method} masking" in part and part.endswith(kept) for part in parts)
+
+
+def test_sweep_shows_accuracy_and_confidence_with_titles_of_all_axes(made: tuple[Fitted, Evaluation, str]) -> None:
+    titles = ("targets: ΔAcc", "all others: ΔCConf", "change of confidence", "share of the neurons that is masked")
+    for title in (*titles, "value of the neuron", "density", "target, masking"):
+        assert json.dumps(title) in made[2], title
+
+
+def test_other_class_that_loses_nothing_is_no_worst_one(made: tuple[Fitted, Evaluation, str], tmp_path: Path) -> None:
+    fitted, evaluation, _ = made
+    path = tmp_path / "report.html"
+    for change, shown in ((-0.125, "World<small>-0.125</small>"), (0.0, "none loses"), (0.125, "none loses")):
+        rows = [replace(row, worst_other="World", worst_other_delta_acc=change) for row in evaluation.rows]
+        write_report(path, rows, evaluation.run, (), fitted.range_set, fitted.inspect)
+        page = path.read_text("utf-8")
+        assert shown in page
+        assert ("World<small>" in page, "none loses" in page) == (change < 0, change >= 0)
+
+
+def test_many_labels_are_a_shaded_table_instead_of_colours(
+    made: tuple[Fitted, Evaluation, str], tmp_path: Path
+) -> None:
+    fitted, evaluation, _ = made
+    labels = [f"label {number}" for number in range(12)]
+    run = copy.deepcopy(evaluation.run)
+    run["range_set"]["model"]["labels"] = labels
+    everywhere = dict.fromkeys([*labels, ""], 1)
+    rows = [replace(row, destinations=everywhere) if row.destinations else row for row in evaluation.rows]
+    path = tmp_path / "report.html"
+    write_report(path, rows, run, evaluation.choices, fitted.range_set, fitted.inspect)
+    section = path.read_text("utf-8").partition("the table shows which labels")[2].partition("</section>")[0]
+    assert section.count('style="background: rgba(8, 48, 107, 0.077)"') == 2 * 13, "two maskings of Sports"
+    assert all(f"<th>{label}</th>" in section for label in (*labels, "no label"))
 
 
 def test_page_requests_nothing_from_other_hosts(made: tuple[Fitted, Evaluation, str]) -> None:
