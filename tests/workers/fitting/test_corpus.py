@@ -190,7 +190,7 @@ def test_label_map_gives_a_label_one_name(tmp_path: Path) -> None:
         load_label_map(path)
 
 
-@pytest.mark.parametrize("content", ["[1]", "[]", '[["a", "b"]]', '{"a": 1}', '{"a": {"b": "c"}}', "{", "", "null", '"a"'])
+@pytest.mark.parametrize("content", ["[1]", "[]", '[["a", "b"]]', '{"a": 1}', '{"a": {"b": "c"}}', "{", "", '"a"'])
 def test_label_map_must_be_an_object_of_names(tmp_path: Path, content: str) -> None:
     (tmp_path / "map.json").write_text(content)
     with pytest.raises(CorpusError, match="label map"):
