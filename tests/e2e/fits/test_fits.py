@@ -172,6 +172,10 @@ def test_unusable_texts_give_the_error_line_of_the_command(
     files = {
         "latin.jsonl": (b'{"text": "caf\xe9 closed", "label": "World"}\n' * 3, "latin.jsonl"),
         "other.jsonl": (b'{"body": "a", "label": "World"}\n', "has no column 'text'"),
+        "stars[1-3].csv": (
+            b"text,label\nso so,2\nbad,1\n",
+            "1, which means 'Sports' if classes are counted",
+        ),
     }
     running = start_server(fit_dirs=[texts], fit_threads=1, fit_niceness=0, fit_device="cpu")
     jobs = {}
