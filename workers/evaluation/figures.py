@@ -60,6 +60,7 @@ def deltas(lines: Sequence[Line], axis: str, *, from_zero: bool = False) -> go.F
                 band = go.Scatter(
                     x=[*x, *reversed(x)],
                     y=[*high, *reversed(low)],
+                    mode="lines",
                     fill="toself",
                     fillcolor=colour,
                     opacity=0.15,
@@ -129,7 +130,7 @@ def densities(
     figure.update_xaxes(title_text="value of the neuron")
     figure.update_yaxes(title_text="density", col=1)
     figure.update_layout(
-        **_LAYOUT, shapes=lines_at_bounds, height=90 + 230 * lines, legend={"orientation": "h", "y": -0.1}
+        **_LAYOUT, shapes=lines_at_bounds, height=90 + 230 * lines, legend={"orientation": "h", "y": -0.35 / lines}
     )
     return figure
 

@@ -297,7 +297,7 @@ class _Report:
         stays: dict[str, list[float]] = {}
         for row, name, share in zip(rows, names, shares, strict=True):
             stays.setdefault(name, []).append(share.get(row.target, 0.0))
-        said = "; ".join(f"{name} {np.mean(own):.0%}" for name, own in stays.items())
+        said = "; ".join(f"{name}: {np.mean(own):.0%}" for name, own in stays.items())
         known = [label for label in (*self.run["range_set"]["model"]["labels"], "") if any(label in s for s in shares)]
         bars = [(f"{row.target}, {name}", share) for row, name, share in zip(rows, names, shares, strict=True)]
         bars = bars[:MOST_BARS]
@@ -309,7 +309,7 @@ class _Report:
             seen = "the table shows"
         return Section(
             "Where the target's texts went",
-            f"Of a target's texts, so many keep its label on average: {said}; {seen} which labels the rest get.",
+            f"Of a target's texts, so many keep its label on average – {said}; {seen} which labels the rest get.",
             " | ".join(sorted({_setting(row) for row in rows})[:6]),
             [part],
         )

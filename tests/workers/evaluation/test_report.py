@@ -131,13 +131,13 @@ def test_page_names_the_data_and_how_many_texts_keep_their_label_by_masking(
     assert ", measured on test.jsonl</h1>" in page
     classes = ", ".join(f"{name} {count}" for name, count in test["counts"].items())
     assert f"24 rows (all rows), sha256 {test['sha256'][:12]}: {classes}." in unescape(page)
-    (sentence,) = re.findall(r"so many keep its label on average: (.*?); the bars show", page)
+    (sentence,) = re.findall(r"so many keep its label on average – (.*?); the bars show", page)
     chosen = {choice.setting for choice in evaluation.choices}
     rows = [row for row in evaluation.rows if row.target == "Sports" and row.setting in chosen]
     parts = sentence.split("; ")
     assert len(parts) == len(rows) == 2
     for row in rows:
-        kept = f" {row.destinations.get('Sports', 0) / row.n_target:.0%}"
+        kept = f": {row.destinations.get('Sports', 0) / row.n_target:.0%}"
         assert any(f"{row.method} masking" in part and part.endswith(kept) for part in parts)
 
 
