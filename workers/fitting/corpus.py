@@ -76,6 +76,11 @@ class Corpus:
     def __len__(self) -> int:
         return len(self._rows)
 
+    def warn_of_blank(self) -> None:
+        """Log how many texts are empty, if any are."""
+        if self.blank:
+            logger.warning("%s: %d of %d texts are empty", self.name, self.blank, len(self))
+
     def sample(self, rows: int) -> Block:
         """So many rows of all of the corpus, at most 1,024, drawn by a fixed seed, as a block."""
         return Block(0, *self._sample.rows(rows))

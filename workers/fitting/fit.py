@@ -232,6 +232,7 @@ def begin(
     chosen = resolve_layers(layers, model.n_layers)
     if len(corpus) > MOST_ROWS:
         raise CorpusError(f"{len(corpus):,} texts are more than histograms can count: --max-rows {MOST_ROWS} or fewer")
+    corpus.warn_of_blank()
     if correct_only:
         if head == "none":
             raise PredictsNoLabels(model.id, "--correct-only")

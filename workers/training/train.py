@@ -162,8 +162,7 @@ def _warn_of_few(data: Corpus) -> None:
     if single:
         named = ", ".join(map(repr, single[:5])) + (", …" if len(single) > 5 else "")
         logger.warning("%s: only one row has the label %s: too few to learn it from", data.name, named)
-    if data.blank:
-        logger.warning("%s: %d of %d texts are empty", data.name, data.blank, len(data))
+    data.warn_of_blank()
 
 
 def _at_chance(accuracy: float | None, measured: Corpus) -> bool:

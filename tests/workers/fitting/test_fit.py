@@ -328,3 +328,9 @@ def test_texts_without_tokens_are_left_out_and_counted(tiny: Tiny, tmp_path: Pat
     found = fit(model, corpus, bins=16).range_set.provenance.corpus
     assert (found.rows, found.empty, found.odd) == (22, 1, 1)
     assert sum(found.counts.values()) == 21
+
+
+def test_a_fit_warns_of_empty_texts(tiny: Tiny, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    rows = [*labelled_texts(20, seed=5), ("  ", "World")]
+    fit(tiny("bert"), load_corpus(str(write_jsonl(tmp_path / "few.jsonl", rows)), labels=LABELS))
+    assert "few.jsonl: 1 of 21 texts are empty" in caplog.text
