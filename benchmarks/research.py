@@ -65,7 +65,7 @@ def corpus_of(texts: list[str], rows: int, labels: tuple[str, ...], directory: P
 
 def plain(model: LoadedModel, corpus: Corpus) -> None:
     """Tokenize, batch by length, and run the bare model: what everything is compared with."""
-    for _, batch in batches(model, corpus, 4096):
+    for _, batch, *_ in batches(model, corpus, 4096):
         model.steered.logits(batch)
 
 
