@@ -264,8 +264,14 @@ def test_range_set_is_exported_and_imported_as_one_file(store: RangeStore, tmp_p
         store.import_file(tmp_path / "absent")
 
 
-def test_readers_see_complete_range_sets_while_others_publish_and_remove(store: RangeStore) -> None:
-    """At every moment a listed range set can be read completely or is unknown; it is never there in part."""
+def test_readers_see_complete_range_sets_while_others_publish_and_remove(
+    store: RangeStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """At every moment a listed range set can be read completely or is unknown; it is never there in part.
+
+    A publisher tries again when somebody removes the very range set meanwhile; the others remove 45 times each.
+    """
+    monkeypatch.setattr("range_store.published.ATTEMPTS", 100)
     made = [small(400 + n) for n in range(4)]
     stop = threading.Event()
     wrong: list[BaseException] = []
