@@ -14,8 +14,8 @@ from app.logs import note
 from app.problems import ApiError
 from app.replies import Score
 from app.routes import snapshot_of
-from app.scores import Activation, near, scores_of
-from app.service import CHANCE, Answer, ModelFacts, Service, TextAnswer, TextOrPair, characters
+from app.scores import near, scores_of
+from app.service import CHANCE, Activation, Answer, ModelFacts, Service, TextAnswer, TextOrPair, characters
 from app.settings import Settings
 from app.tracing import step, step_done
 from range_store.erasure import Erasure, resolve_layers

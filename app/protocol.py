@@ -112,7 +112,7 @@ class HttpConnection(HttpToolsProtocol):
         try:
             self._feed(data)
         except httptools.HttpParserError:
-            self._refuse(400, "malformed", "this is no HTTP request")
+            self._refuse(400, "malformed", "this is not a valid HTTP request")
         self._fed_bytes = 0 if self._completed else fed
         if self._fed_bytes > self.shared.bounds.max_header_bytes:
             self._refuse_large()
@@ -171,7 +171,7 @@ class HttpConnection(HttpToolsProtocol):
     def _fault_of_head(self) -> str | None:
         """What is wrong with a head that the parser lets through."""
         if self.parser.get_method() == b"CONNECT":
-            return "CONNECT: this server is no proxy"
+            return "CONNECT: this server is not a proxy"
         hosts = sum(name == b"host" for name, _ in self.headers)
         if hosts > 1 or (hosts == 0 and self.parser.get_http_version() == "1.1"):
             return f"Host: the request has {hosts} of these headers, it must have one"

@@ -1,11 +1,9 @@
 """From logits to scores."""
 
-from typing import Literal
-
 import numpy as np
 import numpy.typing as npt
 
-Activation = Literal["softmax", "sigmoid", "none"]
+from app.service import Activation
 
 
 def scores_of(logits: npt.NDArray[np.float32], activation: Activation) -> npt.NDArray[np.float64]:

@@ -30,7 +30,7 @@ from workers.engine.metrics import MOST_CONCEPTS, OTHER_CONCEPTS
 from workers.fitting.known import KNOWN
 from workers.models.errors import EmptyText, PairUnsupported, TextTooLong, UnknownToken
 from workers.models.facts import ModelFacts
-from workers.models.predictions import CHANCE
+from workers.models.predictions import CHANCE, Activation
 from workers.models.shown import ShownToken
 from workers.models.texts import TextOrPair, characters
 
@@ -39,6 +39,7 @@ __all__ = [
     "KNOWN_DATA_SETS",
     "MOST_CONCEPTS",
     "OTHER_CONCEPTS",
+    "Activation",
     "Answer",
     "Answerer",
     "DeadlineExceeded",

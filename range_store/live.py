@@ -95,7 +95,7 @@ MOST_CONTINUED = 16
 """Earlier epochs that a state remembers; a server that missed more restores is taken for one that knows something."""
 
 
-def continued(states: Iterable[LiveState], range_set: str | None, erasures: tuple[LiveErasure, ...]) -> LiveState:
+def new_epoch(states: Iterable[LiveState], range_set: str | None, erasures: tuple[LiveErasure, ...]) -> LiveState:
     """The first generation of a new epoch that takes over what these states were, the newest first."""
     continues: dict[str, str] = {}
     for generation in (each for state in states for each in (state.generation, *state.continues)):

@@ -23,7 +23,7 @@ from range_store.errors import (
 )
 from range_store.failures import reaching_redis
 from range_store.keys import CHANGES
-from range_store.live import AuditEntry, Change, LiveErasure, LiveState, continued, new_state, reaches
+from range_store.live import AuditEntry, Change, LiveErasure, LiveState, new_epoch, new_state, reaches
 from range_store.plan import resolve
 from range_store.published import Published, PublishedRangeSets
 from range_store.range_set import RangeSet
@@ -59,7 +59,7 @@ class RangeStore(PublishedRangeSets):
 
     Every change of the live state is one atomic step: it makes a generation, an audit entry and a hint, or nothing.
     `if_match` guards a change: the generation that the caller read. Without it, a change is tried until it succeeds.
-    `request` names what asked for a change, so that `made` can tell of it.
+    `request` names what asked for a change, so that `has_change_for` finds it.
     Every method raises StoreUnavailable if Redis cannot be reached or refuses.
     """
 
@@ -218,11 +218,11 @@ class RangeStore(PublishedRangeSets):
         now = self.clock.now()
         erasures = held.at(now)
         if state is None:
-            return continued([held], held.range_set, erasures)
+            return new_epoch([held], held.range_set, erasures)
         if state == held or (state.reaches(held.generation) and state.generation != held.generation):
             return None
         if held.reaches(state.generation):  # an older copy, or one that went another way since
-            return continued([held, state], held.range_set, erasures)
+            return new_epoch([held, state], held.range_set, erasures)
         since = self._changes_since(held, state)
         named = {concept for change in since for concept in (*change.concepts, *change.dropped)}
         replaced = any(change.action == "replace" for change in since)
@@ -233,7 +233,7 @@ class RangeStore(PublishedRangeSets):
         merged = kept | {concept: each for concept, each in ours.items() if concept not in named}
         activated = any(change.action == "activate" for change in since)
         range_set = state.range_set if state.range_set and (activated or not older) else held.range_set
-        after = continued([held, state], range_set, tuple(merged.values()))
+        after = new_epoch([held, state], range_set, tuple(merged.values()))
         return None if (range_set, after.erasures) == (state.range_set, state.at(now)) else after
 
     def put_back(self, held: LiveState) -> tuple[LiveState, bool]:
@@ -302,7 +302,7 @@ class RangeStore(PublishedRangeSets):
             entries.append(AuditEntry(id=id_.decode(), at=int(id_.split(b"-")[0]) / 1000, **change.model_dump()))
         return entries
 
-    def made(self, request: str) -> bool:
+    def has_change_for(self, request: str) -> bool:
         """Whether one of the last changes was made for that `request`."""
         with reaching_redis():
             stored: Any = self.client.xrevrange(self.keys.audit, count=RECENT)

@@ -12,7 +12,7 @@ from app.replies import CapabilitiesOut
 from app.requests import MOST
 from app.routes import QueryChecked, Serving
 from app.routes.looking import MOST_TEXTS
-from app.scores import Activation
+from app.service import Activation
 from range_store.api_keys import SCOPES
 from range_store.erasure import Method, Rule
 

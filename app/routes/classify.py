@@ -8,8 +8,7 @@ from app.problems import BODY, QUERY, ApiError, documented
 from app.replies import Baseline, ClassifyOut, ErasureOut, ErasurePlan, Result, Usage
 from app.requests import ClassifyIn
 from app.routes import Asking, QueryChecked
-from app.scores import Activation
-from app.service import Answer, Service
+from app.service import Activation, Answer, Service
 
 router = APIRouter(tags=["classify"])
 

@@ -148,7 +148,8 @@ async def applied(
 ) -> LiveListOut:
     """Make a change and reply to it: this process's next admitted request sees it; everybody's, if `until` waits.
 
-    A change that finds the live state changed by itself, since its first answer was lost, is replied to as made.
+    A request that is sent again because its first answer was lost may find that it has made the change already: then
+    it is answered as made, and not as stale.
 
     Raises:
         ApiError: it was made, and is not in force everywhere in time (504).
@@ -160,7 +161,7 @@ async def applied(
         try:
             state = change(service.store)
         except StaleGeneration:
-            if not service.store.made(change_id):
+            if not service.store.has_change_for(change_id):
                 raise
             state = service.store.live()
         note(generation=state.generation)

@@ -23,7 +23,7 @@ from range_store.errors import (
     UnresolvableErasure,
 )
 from range_store.keys import CHANGES
-from range_store.live import LiveErasure, LiveState, continued, new_state, reaches
+from range_store.live import LiveErasure, LiveState, new_epoch, new_state, reaches
 from range_store.store import RangeStore
 from tests.range_store.builders import CONCEPTS, random_range_set
 from tests.range_store.waiting import until
@@ -95,11 +95,11 @@ def test_a_request_is_told_from_all_others_among_the_last_changes(
     active.remove_erasure("Sports", request="c")
     active.activate(active.live().range_set or "", request="d")
     active.set_erasure(erasing("World"))
-    assert [active.made(each) for each in ("a", "b", "c", "d", "e")] == [True] * 4 + [False]
+    assert [active.has_change_for(each) for each in ("a", "b", "c", "d", "e")] == [True] * 4 + [False]
     with pytest.raises(StaleGeneration):
         active.set_erasure(erasing("World"), if_match="00000000-0", request="e")
     active.set_erasure(erasing("Sports"), request="f")
-    assert [active.made(each) for each in ("a", "b", "e", "f")] == [False, True, False, True]
+    assert [active.has_change_for(each) for each in ("a", "b", "e", "f")] == [False, True, False, True]
 
 
 def test_erasures_are_sorted_by_concept(active: RangeStore) -> None:
@@ -424,7 +424,7 @@ def test_between_reads_the_clock_goes_on_by_the_monotonic_clock(monkeypatch: pyt
 def test_a_continued_state_reaches_every_generation_that_it_took_over() -> None:
     older = LiveState(generation="0000000a-7", range_set=None, erasures=(), continues=("0000000b-3", "0000000c-1"))
     newer = LiveState(generation="0000000b-5", range_set=None, erasures=())
-    state = continued([newer, older], "one", (erasing("World"),))
+    state = new_epoch([newer, older], "one", (erasing("World"),))
     assert (state.counter, state.range_set, concepts(state)) == (1, "one", ["World"])
     assert state.epoch not in {"0000000a", "0000000b", "0000000c"}
     assert state.continues == ("0000000b-5", "0000000a-7", "0000000c-1")
@@ -438,6 +438,6 @@ def test_a_state_remembers_a_bounded_number_of_epochs() -> None:
     state = new_state()
     first = state.generation
     for _ in range(20):
-        state = continued([state], None, ())
+        state = new_epoch([state], None, ())
     assert len(state.continues) == 16
     assert not state.reaches(first)

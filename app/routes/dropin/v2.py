@@ -34,9 +34,8 @@ from app.routes.dropin.v2_shapes import (
     TensorMetadata,
     TensorOut,
 )
-from app.scores import Activation
 from app.served import Served
-from app.service import Answer, Logits, Service
+from app.service import Activation, Answer, Logits, Service
 
 
 class V2Problem(Problem):

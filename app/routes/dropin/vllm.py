@@ -17,8 +17,7 @@ from app.requests import Inputs, erasures_of
 from app.routes import Asking
 from app.routes.dropin.dialect import Dialect
 from app.routes.dropin.steering import TOLD, Steered, check_truncation_side, tell
-from app.scores import Activation
-from app.service import Answer
+from app.service import Activation, Answer
 
 
 class VllmErrorInfo(BaseModel):

@@ -14,6 +14,7 @@ from range_store.erasure import Erasure
 from range_store.errors import ForeignRangeSet, InvalidRangeSet, StoreUnavailable, UnknownRangeSet
 from range_store.keys import part_key
 from range_store.live import LiveErasure, LiveState
+from range_store.mirror import Mirror
 from range_store.store import RangeStore
 from tests.range_store.builders import random_range_set
 from tests.range_store.mirror.controlled import Mirrors, concepts, empty, erasing
@@ -257,6 +258,14 @@ def named(state: LiveState) -> list[str]:
     return [each.concept for each in state.erasures]
 
 
+def guarded(store: RangeStore, mirrors: Mirrors) -> Mirror:
+    """A mirror that has read the store, and that guards its changes, as in a server."""
+    mirror = mirrors()
+    mirror.refresh()
+    store.guard = mirror.before_change
+    return mirror
+
+
 @pytest.fixture
 def operator(store: RangeStore) -> RangeStore:
     """The same store as another process sees it that holds nothing, such as the command line."""
@@ -269,9 +278,7 @@ def test_a_server_restores_before_it_changes_anything(
 ) -> None:
     """Redis is emptied, the range set comes back, and a change arrives before the server has looked."""
     active.set_erasure(enforced("Sports"))
-    mirror = mirrors()
-    mirror.refresh()
-    active.guard = mirror.before_change
+    mirror = guarded(active, mirrors)
     empty(active)
     published = operator.publish(*random_range_set(600))
     if activates:
@@ -287,9 +294,7 @@ def test_a_change_is_refused_while_nothing_can_be_restored(
     active: RangeStore, operator: RangeStore, mirrors: Mirrors
 ) -> None:
     active.set_erasure(enforced("Sports"))
-    mirror = mirrors()
-    mirror.refresh()
-    active.guard = mirror.before_change
+    mirror = guarded(active, mirrors)
     empty(active)
     for change in (lambda: active.set_erasure(erasing("World")), lambda: active.set_erasures([])):
         with pytest.raises(StoreUnavailable, match="lost the live state"):
@@ -380,9 +385,7 @@ def test_no_change_is_made_on_a_range_set_of_another_model(
     active: RangeStore, operator: RangeStore, mirrors: Mirrors
 ) -> None:
     active.set_erasure(erasing("World"))
-    mirror = mirrors()
-    mirror.refresh()
-    active.guard = mirror.before_change
+    guarded(active, mirrors)
     state = operator.activate(operator.publish(*random_range_set(603, fingerprint="ef" * 32)))
     for change in (
         lambda: active.set_erasure(erasing("Sports")),
