@@ -30,7 +30,7 @@ from workers.engine.metrics import MOST_CONCEPTS, OTHER_CONCEPTS
 from workers.fitting.known import KNOWN
 from workers.models.errors import EmptyText, PairUnsupported, TextTooLong, UnknownToken
 from workers.models.facts import ModelFacts
-from workers.models.predictions import CHANCE, Activation
+from workers.models.predictions import CHANCE, Activation, no_better_than_chance
 from workers.models.shown import ShownToken
 from workers.models.texts import TextOrPair, characters
 
@@ -63,6 +63,7 @@ __all__ = [
     "characters",
     "live_state",
     "loaded",
+    "no_better_than_chance",
     "register_process",
 ]
 

@@ -305,7 +305,9 @@ def _show(evaluation: "Evaluation") -> None:
 
 
 def _at_chance(evaluation: "Evaluation") -> float | None:
-    """The unmasked model's accuracy, if it is within two standard errors of the largest class's share."""
+    """The unmasked model's accuracy, if it is no better than always predicting the largest class."""
+    from app.service import no_better_than_chance
+
     counts = evaluation.run["test"]["counts"]
     targets = {row.target: row for row in evaluation.rows if row.target in counts}
     row = next(iter(targets.values()), None)
@@ -315,8 +317,7 @@ def _at_chance(evaluation: "Evaluation") -> float | None:
     parts = ((row.n_target, row.base_acc), (row.n_others, row.base_cacc))
     accuracy = sum(number * share for number, share in parts if number) / texts
     largest = max(counts.values()) / sum(counts.values())
-    margin = 2.0 * (largest * (1.0 - largest) / texts) ** 0.5
-    return accuracy if accuracy <= largest + margin and accuracy < 1.0 else None
+    return accuracy if no_better_than_chance(accuracy, largest, texts) else None
 
 
 def about_chance(rows: "Sequence[Row]") -> list[str]:
@@ -330,8 +331,8 @@ def about_chance(rows: "Sequence[Row]") -> list[str]:
             tops = ", ".join(f"{top:g}" for top in sorted({row.top_fraction for row in gone}))
             share = f"{len(gone):,} of {counted(len(own), 'erasure')}"
             lines.append(
-                f"at chance: {method} masking of {concepts} (top {tops}; {share}) leaves nearly all texts one label, "
-                "or even scores: it erases everything, not the concept alone"
+                f"at chance: {method} masking of {concepts} (top {tops}; {share}) gives nearly all texts one label "
+                "or equal scores: it erases everything, not the concept alone"
             )
     return lines
 

@@ -25,6 +25,16 @@ def activation_of(problem_type: str | None, n_labels: int) -> Activation:
     return "sigmoid" if problem_type == "multi_label_classification" or n_labels == 1 else "softmax"
 
 
+def no_better_than_chance(accuracy: float, largest_share: float, texts: int) -> bool:
+    """Whether an accuracy is within two standard errors of what always predicting the most frequent label gives.
+
+    Args:
+        accuracy: on so many texts, of which `largest_share` have the most frequent label.
+    """
+    margin = 2.0 * (largest_share * (1.0 - largest_share) / texts) ** 0.5
+    return accuracy <= largest_share + margin and accuracy < 1.0
+
+
 def predicted_labels(logits: npt.NDArray[np.float32], head: Head) -> npt.NDArray[np.int16]:
     """Index of the predicted label of each text, or NO_LABEL: that of the highest logit, the first of equal ones.
 

@@ -22,6 +22,7 @@ from transformers import Trainer, TrainerCallback, TrainingArguments, set_seed
 from workers.fitting.corpus import Corpus, match_labels
 from workers.fitting.errors import CorpusError
 from workers.models.errors import CheckpointError
+from workers.models.predictions import no_better_than_chance
 from workers.training.order import LengthPools
 from workers.training.recipes import LabelToken, Recipe, SequenceClassification, Task, lengths_of
 from workers.training.scratch import NewModel
@@ -166,11 +167,10 @@ def _warn_of_few(data: Corpus) -> None:
 
 
 def _at_chance(accuracy: float | None, measured: Corpus) -> bool:
-    """Whether it is within two standard errors of what always giving the most frequent label comes to."""
+    """Whether the model is no better than one that always gives the most frequent label; no if it was not measured."""
     if accuracy is None:
         return False
-    share = max(measured.counts.values()) / len(measured)
-    return accuracy <= share + 2.0 * (share * (1.0 - share) / len(measured)) ** 0.5 and accuracy < 1.0
+    return no_better_than_chance(accuracy, max(measured.counts.values()) / len(measured), len(measured))
 
 
 def _train_into(
