@@ -10,15 +10,15 @@ from fastapi.middleware.cors import CORSMiddleware
 from fastapi_offline import FastAPIOffline
 from prometheus_client import CollectorRegistry
 
-from app import auth, problems
-from app.access_log import AccessLog
-from app.answering import ClientGone, client_gone
-from app.auth import Authentication
-from app.bodies import BodyLimit, BodyMemory, Compression, GzipBodies
-from app.everywhere import Everywhere
-from app.metrics import ModelMetrics
-from app.middleware import Faults, FullQueue, HeadAsGet, HostCheck, HttpMetrics, RequestId
-from app.problems import Problem
+from app.http import problems
+from app.http.bodies import BodyLimit, BodyMemory, Compression, GzipBodies
+from app.http.middleware import Faults, FullQueue, HeadAsGet, HostCheck, HttpMetrics, RequestId
+from app.http.problems import Problem
+from app.http.templates import Templates
+from app.live.store_calls import StoreCalls
+from app.live.wait_for_replicas import Everywhere
+from app.observability.access_log import AccessLog
+from app.observability.tracing import Traces
 from app.routes import (
     audit,
     capabilities,
@@ -37,12 +37,13 @@ from app.routes import (
 )
 from app.routes.dropin.dialect import Dialects
 from app.routes.dropin.v2_binary import BinaryTensors
-from app.served import Served
-from app.service import Service, register_process
+from app.security import auth
+from app.security.auth import Authentication
+from app.serving.classification import ClientGone, client_gone
+from app.serving.metrics import ModelMetrics
+from app.serving.models import Served
+from app.serving.service import Service, register_process
 from app.settings import LOOPBACK, Settings
-from app.store_calls import StoreCalls
-from app.templates import Templates
-from app.tracing import Traces
 
 DESCRIPTION = """Classify text with a transformer while erasing chosen concepts from its activations, live.
 
@@ -86,7 +87,7 @@ def create_app(settings: Settings, running: Service | Sequence[Service] = ()) ->
         responses=problems.documented(*problems.ANY) | {500: {"model": Problem}},  # puts its schema in
         generate_unique_id_function=lambda route: route.name,
         redirect_slashes=False,
-        # it would record paths, queries and what errors say; `app.tracing` has the spans instead
+        # it would record paths, queries and what errors say; `app.observability.tracing` has the spans instead
         telemetry={"tracing": False, "metrics": False, "logs": False, "auto_configure": False},
     )
     problems.install(app)

@@ -9,8 +9,8 @@ from platformdirs import user_data_path
 from pydantic import BeforeValidator, Field, SecretStr, field_validator, model_validator
 from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
 
-from app.jobs import ModelChoice
-from app.rates import rate
+from app.choices import ModelChoice
+from app.security.rates import rate
 
 LOOPBACK = ("127.0.0.1", "localhost", "::1")
 _ORIGIN = re.compile(r"[a-z][a-z0-9+.-]*://([a-z0-9._-]+|\[[0-9a-f:.]+\])(:[0-9]{1,5})?")
@@ -307,7 +307,7 @@ class Settings(BaseSettings):
 
     @property
     def redis(self) -> dict[str, Any]:
-        """How to reach the store: the arguments of `range_store.embedded.connect`."""
+        """How to reach the store: the arguments of `range_store.embedded.connection.connect`."""
         return {
             "url": self.redis_url,
             "directory": self.redis_dir,

@@ -21,11 +21,11 @@ import numpy as np
 import ray
 from client import Connection, Server, ask_all, bodies_of, serving, texts_of
 
-from range_store.embedded import EmbeddedRedis, connect
-from range_store.mirror import Mirror
-from range_store.range_set import ModelIdentity
-from range_store.replicas import new_name
-from range_store.store import RangeStore
+from range_store.domain.range_set import ModelIdentity
+from range_store.embedded.connection import EmbeddedRedis, connect
+from range_store.storage.mirror import Mirror
+from range_store.storage.replicas import new_name
+from range_store.storage.store import RangeStore
 from workers.cluster.connection import PRIVATE, connected
 from workers.cluster.messages import Answered, Reply, Wanted
 from workers.cluster.replica import About, ReplicaSettings
@@ -204,10 +204,10 @@ def _ingress(place: Path, replicas: int, rate: float) -> Iterator[Server]:
 
 def _run_ingress(place: Path, replicas: int, rate: float) -> None:
     """In a process of its own: the ingress of a private cluster of sleepers."""
-    from app import fleet as wiring
     from app.cli.listening import bind
     from app.cli.serve import serve_until_told
-    from app.parts import engine_limits
+    from app.serving import fleet as wiring
+    from app.serving.assembly import engine_limits
     from app.settings import Settings
     from workers.cluster.launching import FleetPlan, running
 

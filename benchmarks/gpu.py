@@ -23,7 +23,7 @@ import numpy as np
 import torch
 from transformers import AutoConfig, AutoModelForSequenceClassification
 
-from range_store.plan import LayerMask, Plan
+from range_store.domain.plan import LayerMask, Plan
 from workers.engine.forward import Variant, steer_variants
 from workers.engine.masks import DevicePlan, MaskTable
 from workers.models.families import family_of

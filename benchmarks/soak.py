@@ -28,11 +28,11 @@ import transformers
 from client import Connection, Reply, Server, serving
 from transformers import AutoConfig, AutoModelForSequenceClassification, AutoTokenizer
 
-from range_store.embedded import connect
-from range_store.erasure import Damp, Erasure, Positions, Site
-from range_store.plan import Plan, resolve
-from range_store.range_set import RangeSet
-from range_store.store import RangeStore
+from range_store.domain.erasure import Damp, Erasure, Positions, Site
+from range_store.domain.plan import Plan, resolve
+from range_store.domain.range_set import RangeSet
+from range_store.embedded.connection import connect
+from range_store.storage.store import RangeStore
 from workers.demo.demo import CONCEPTS, CORPUS, make_classifier
 from workers.fitting.corpus import load_corpus
 from workers.fitting.fit import fit

@@ -21,9 +21,9 @@ import numpy as np
 import redis
 from client import Connection, serving
 
-from range_store.embedded import connect
-from range_store.live import reaches
-from range_store.replicas import SILENT_SECONDS
+from range_store.domain.live import reaches
+from range_store.embedded.connection import connect
+from range_store.storage.replicas import SILENT_SECONDS
 from workers.demo.demo import make_classifier
 
 IDLE_SECONDS, TOGGLES = 20.0, 50

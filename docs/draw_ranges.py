@@ -11,11 +11,11 @@ import numpy as np
 from matplotlib.axes import Axes
 
 from app.settings import Settings
-from range_store.embedded import connect
-from range_store.range_set import InspectLayer, RangeSet
-from range_store.ranges import bounds
-from range_store.rankings import order
-from range_store.store import RangeStore
+from range_store.domain.range_set import InspectLayer, RangeSet
+from range_store.domain.ranges import bounds
+from range_store.domain.rankings import order
+from range_store.embedded.connection import connect
+from range_store.storage.store import RangeStore
 from workers.demo.demo import NAME, prepare
 
 CONCEPT = "Sports"

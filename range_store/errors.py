@@ -1,6 +1,6 @@
 """What can go wrong between a caller and the range store, as a tree.
 
-Every error carries one sentence that says what to do. `app.problems` maps each class to its HTTP status.
+Every error carries one sentence that says what to do. `app.http.problems` maps each class to its HTTP status.
 
     RangeStoreError
     ├── InvalidErasure          a setting out of its bounds, or one concept named twice          422

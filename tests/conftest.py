@@ -8,7 +8,7 @@ import pytest
 import redis
 from hypothesis import settings
 
-from range_store.embedded import connect
+from range_store.embedded.connection import connect
 
 pytest_plugins = ["tests.servers", "tests.e2e.on_ray"]
 

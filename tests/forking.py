@@ -111,7 +111,7 @@ class Forker:
 
 
 class ForkedFits:
-    """Stands in for the module `subprocess` in `app.fit_process`: the fits of a server become forks.
+    """Stands in for the module `subprocess` in `app.jobs.process`: the fits of a server become forks.
 
     They get the arguments, environment, streams, descriptors and process group that a real start gives them.
 
@@ -196,7 +196,7 @@ def _load() -> None:
     from transformers import BertForSequenceClassification  # noqa: F401  loaded when first used
 
     import app.cli.serve
-    import app.wiring  # noqa: F401
+    import app.serving.wiring  # noqa: F401
 
     torch.set_num_threads(1)
     gc.collect()

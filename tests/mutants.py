@@ -13,7 +13,7 @@ from mutmut.configuration import config
 from mutmut.mutation.data import SourceFileMutationData
 from mutmut.stats import status_by_exit_code
 
-from range_store.embedded_server import EmbeddedServer
+from range_store.embedded.server import EmbeddedServer
 from range_store.errors import StoreUnavailable
 
 ROOT = Path(__file__).parents[1]

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import redis
 
-from range_store.embedded_server import EmbeddedServer
+from range_store.embedded.server import EmbeddedServer
 from tests.forking import Forked, forker
 from tests.range_store.waiting import until
 

@@ -20,14 +20,14 @@ import redis
 import uvicorn
 from prometheus_client import CollectorRegistry
 
+from app.http.protocol import http_protocol
 from app.main import create_app
-from app.protocol import http_protocol
 from app.routes.dropin import dialect_of
-from app.service import Service
+from app.serving.service import Service
 from app.settings import Settings
-from range_store.api_keys import KeyStore
-from range_store.embedded import EmbeddedRedis, connect
-from range_store.range_set import InspectLayer, ModelIdentity, RangeSet
+from range_store.domain.range_set import InspectLayer, ModelIdentity, RangeSet
+from range_store.embedded.connection import EmbeddedRedis, connect
+from range_store.storage.api_keys import KeyStore
 from tests.processes import end_redis
 from tests.range_store.builders import random_range_set
 from tests.range_store.waiting import until
@@ -121,7 +121,7 @@ def starting(
     request: pytest.FixtureRequest, redis_client: redis.Redis, model: LoadedModel, data_dir: Path
 ) -> Iterator[Callable[..., RunningServer]]:
     """Yield `start(*models, **settings)`; leaving the context stops every server that it started."""
-    from app.wiring import open_service
+    from app.serving.wiring import open_service
 
     assert isinstance(redis_client, EmbeddedRedis)
     opened: Opened = request.getfixturevalue("on_fleet") if request.config.getoption("--fleet") else open_service

@@ -3,7 +3,7 @@
 `options` what several commands ask, and comma lists · `console` what people see · `exits` exit codes ·
 `stores`, `control`, `server_control` the store, directly or through a running server · `listening` the HTTP server ·
 `clock` times and durations.
-Nothing here imports torch: jobs that need it go through `app.wiring`, imported when they start.
+Nothing here imports torch: jobs that need it go through `app.serving.wiring`, imported when they start.
 """
 
 import os

@@ -8,7 +8,7 @@ from app.cli import options
 from app.cli.clock import moment
 from app.cli.console import hint, print_json, table
 from app.cli.control import control_of
-from range_store.live import AuditEntry
+from range_store.domain.live import AuditEntry
 
 
 def audit(

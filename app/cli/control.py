@@ -9,11 +9,11 @@ from typing import TYPE_CHECKING, Protocol
 from app.cli.exits import CONFLICT, UNREACHABLE, USAGE, CommandError
 from app.cli.server_control import ServerControl
 from app.cli.stores import operator, settings_with, store_of, stores_of
-from range_store.live import AuditEntry, LiveErasure, LiveState
-from range_store.published import Published
-from range_store.range_set import check_dtype
-from range_store.replicas import Follow
-from range_store.store import RangeStore
+from range_store.domain.live import AuditEntry, LiveErasure, LiveState
+from range_store.domain.range_set import check_dtype
+from range_store.storage.published import Published
+from range_store.storage.replicas import Follow
+from range_store.storage.store import RangeStore
 
 if TYPE_CHECKING:
     from app.settings import Settings

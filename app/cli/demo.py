@@ -14,8 +14,8 @@ from app.cli.serve import AccessLog, Host, Insecure, LogFormat, LogLevel, Port, 
 from app.cli.stores import settings_with
 
 if TYPE_CHECKING:
+    from app.serving.wiring import Demo
     from app.settings import Settings
-    from app.wiring import Demo
 
 _POST = "{address}/v1/classify -H 'Content-Type: application/json' -d"
 _TEXT = '"inputs": "The striker scored twice in extra time and the home side won the cup."'
@@ -60,7 +60,7 @@ def demo(
         bound = stack.enter_context(bind(settings)) if serve else None
         with progress("") as report:
             report("loading", 0, 0)
-            from app.wiring import open_demo  # here, because it loads torch
+            from app.serving.wiring import open_demo  # here, because it loads torch
 
             service, made = stack.enter_context(open_demo(settings, report, rebuild=rebuild))
         if as_json:

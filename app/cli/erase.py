@@ -10,8 +10,8 @@ from app.cli.clock import duration, until
 from app.cli.console import print_json, say, table
 from app.cli.control import WAIT_SECONDS, control_of
 from app.cli.exits import EPILOG, USAGE, CommandError
-from range_store.erasure import Damp, Erasure, Ranking, Replacement
-from range_store.live import LiveErasure, LiveState
+from range_store.domain.erasure import Damp, Erasure, Ranking, Replacement
+from range_store.domain.live import LiveErasure, LiveState
 
 app = typer.Typer(
     help="Live erasures: switch concepts off in answers while traffic flows.", epilog=EPILOG, no_args_is_help=True

@@ -10,21 +10,21 @@ from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
+from app.choices import CorpusChoice, ModelChoice
 from app.cli import options
 from app.cli.console import hint, print_json, progress, say, table
 from app.cli.exits import INTERRUPTED
 from app.cli.fit import about_corpus
 from app.cli.stores import settings_with, store_of
-from app.jobs import CorpusChoice, ModelChoice
-from range_store.erasure import RANKINGS
+from range_store.domain.erasure import RANKINGS
+from range_store.domain.range_set import CorpusIdentity, ProbeSettings
 from range_store.phrases import counted
-from range_store.range_set import CorpusIdentity, ProbeSettings
-from range_store.store import RangeStore
+from range_store.storage.store import RangeStore
 from range_store.whole_files import private_directory
 
 if TYPE_CHECKING:
+    from app.serving.wiring import Evaluation, Row
     from app.settings import Settings
-    from app.wiring import Evaluation, Row
 
 METHODS = ("neuron", "range")
 POSITIONS = ("all", "read")
@@ -196,7 +196,7 @@ def evaluate(
         private_directory(settings.reports)
     if out.exists() and not out.is_dir():
         raise typer.BadParameter(f"{out} is a file, not a directory", param_hint="--out")
-    from app.inputs import check_model, check_texts
+    from app.cli.inputs import check_model, check_texts
 
     check_texts(learned, test, selection, cluster=cluster)
     check_model(chosen, cluster)
@@ -205,7 +205,7 @@ def evaluate(
             if store is not None and range_set is not None:
                 store.provenance(range_set)  # one that is not published should be known before a model is loaded for it
             report("loading the model", 0, 0)
-            from app.wiring import evaluate_model  # here, because it loads torch
+            from app.serving.wiring import evaluate_model  # here, because it loads torch
 
             evaluation = evaluate_model(
                 chosen,
@@ -306,7 +306,7 @@ def _show(evaluation: "Evaluation") -> None:
 
 def _at_chance(evaluation: "Evaluation") -> float | None:
     """The unmasked model's accuracy, if it is no better than always predicting the largest class."""
-    from app.service import no_better_than_chance
+    from app.serving.service import no_better_than_chance
 
     counts = evaluation.run["test"]["counts"]
     targets = {row.target: row for row in evaluation.rows if row.target in counts}

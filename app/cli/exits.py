@@ -32,7 +32,7 @@ EXIT_CODES: Final = {
     "range_store.errors.InvalidStoreAddress": USAGE,
     "range_store.errors.StoreUnavailable": UNREACHABLE,
     "range_store.errors.RangeStoreError": CONFLICT,
-    "app.tracing.TracesUnavailable": USAGE,
+    "app.observability.tracing.TracesUnavailable": USAGE,
     "workers.models.errors.ModelError": USAGE,
     "workers.fitting.errors.CorpusError": USAGE,
     "workers.fitting.fit.FitCancelled": INTERRUPTED,

@@ -7,18 +7,18 @@ from typing import Annotated, get_args
 
 import typer
 
-from app import fit_child
+from app.choices import CorpusChoice, DTypeChoice, ModelChoice
 from app.cli import options
 from app.cli.commands import command
 from app.cli.console import Report, hint, print_json, progress, say, table
 from app.cli.exits import INTERRUPTED
 from app.cli.stores import operator, settings_with, store_of
-from app.jobs import CorpusChoice, DTypeChoice, ModelChoice
-from range_store.erasure import RANKINGS, STATISTICAL
+from app.jobs import child as fit_child
+from range_store.domain.erasure import RANKINGS, STATISTICAL
+from range_store.domain.range_set import CorpusIdentity, ProbeSettings, check_dtype
 from range_store.errors import RangeStoreError, StoreUnavailable
 from range_store.phrases import counted
-from range_store.range_set import CorpusIdentity, ProbeSettings, check_dtype
-from range_store.store import RangeStore
+from range_store.storage.store import RangeStore
 
 
 def fit(
@@ -90,7 +90,7 @@ def fit(
         "scoring": scoring,
     }
     settings = settings_with(model=model, name=name, **how_to_load, **place)
-    from app.inputs import check_model, check_texts
+    from app.cli.inputs import check_model, check_texts
 
     check_texts(corpus, cluster=cluster)
     check_model(ModelChoice.of(settings), cluster)
@@ -100,7 +100,7 @@ def fit(
         try:
             with report_to as report:
                 report("loading the model", 0, 0)
-                from app.wiring import CHECKPOINT_SECONDS, fit_corpus  # here, because it loads torch
+                from app.serving.wiring import CHECKPOINT_SECONDS, fit_corpus  # here, because it loads torch
 
                 fitted = fit_corpus(
                     ModelChoice.of(settings),

@@ -30,7 +30,7 @@ Address = Annotated[
 def list_(ray: Address = None, as_json: options.AsJson = False) -> None:
     """List the models that have a fleet on the cluster."""
     address = _address(ray)
-    from app.fleet import fleets  # here, because it needs Ray
+    from app.serving.fleet import fleets  # here, because it needs Ray
 
     found = fleets(address)
     if as_json:
@@ -43,7 +43,7 @@ def list_(ray: Address = None, as_json: options.AsJson = False) -> None:
 def down(name: Annotated[str, typer.Argument(help="What the model is called.")], ray: Address = None) -> None:
     """End a fleet, when what its engines hold is answered. Servers in front of it then answer 503."""
     address = _address(ray)
-    from app.fleet import end_fleet  # here, because it needs Ray
+    from app.serving.fleet import end_fleet  # here, because it needs Ray
 
     end_fleet(address, name)
     say(f"the fleet of {name} is down")

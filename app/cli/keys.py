@@ -12,7 +12,7 @@ from app.cli.clock import duration, moment, until
 from app.cli.console import hint, print_json, say, table
 from app.cli.exits import EPILOG, USAGE, CommandError
 from app.cli.stores import operator, settings_with
-from range_store.api_keys import SCOPES, ApiKey, KeyStore
+from range_store.storage.api_keys import SCOPES, ApiKey, KeyStore
 
 app = typer.Typer(
     help="API keys: who may call the servers on this store. The first one makes keys necessary, for good.",
@@ -103,14 +103,14 @@ def revoke(
 
 @contextmanager
 def _key_store(redis_url: str | None, data_dir: Path | None) -> Iterator[KeyStore]:
-    from range_store.embedded import connect
+    from range_store.embedded.connection import connect
 
     with connect(**settings_with(redis_url=redis_url, data_dir=data_dir).redis) as client:
         yield KeyStore(client)
 
 
 def _check_rate(text: str) -> None:
-    from app.rates import rate
+    from app.security.rates import rate
 
     try:
         rate(text)

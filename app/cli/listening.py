@@ -22,7 +22,7 @@ from app.cli.exits import FAILED, INTERRUPTED, USAGE, CommandError, exit_code_of
 if TYPE_CHECKING:
     from fastapi import FastAPI
 
-    from app.protocol import Connections
+    from app.http.protocol import Connections
     from app.settings import Settings
 
 logger = logging.getLogger(__name__)
@@ -44,9 +44,9 @@ def guarded(settings: "Settings") -> "Settings":
     """
     if settings.loopback or settings.insecure or settings.require_keys:
         return settings
-    from range_store.api_keys import KeyStore
-    from range_store.embedded import connect
+    from range_store.embedded.connection import connect
     from range_store.errors import InvalidStoreAddress, StoreUnavailable
+    from range_store.storage.api_keys import KeyStore
 
     try:
         with connect(**settings.redis) as client:
@@ -100,7 +100,7 @@ def metrics_apart(settings: "Settings", app: "FastAPI") -> Iterator[str | None]:
     if settings.metrics_port is None:
         yield None
         return
-    from app.metrics import start_metrics_server
+    from app.serving.metrics import start_metrics_server
 
     host = settings.metrics_host or settings.host
     where = f"{host}:{settings.metrics_port}"
@@ -160,7 +160,7 @@ def observed(settings: "Settings") -> Iterator[None]:
     Raises:
         CommandError: an error that is none of those a user can meet; it is in the log.
     """
-    from app import logs, tracing
+    from app.observability import logs, tracing
 
     with logs.configured(settings), tracing.exported():
         try:
@@ -197,14 +197,14 @@ def listen(
     Raises:
         CommandError: the port was taken meanwhile, there was a failure, or accepted requests were cut off.
     """
-    from app.protocol import http_protocol
+    from app.http.protocol import http_protocol
 
     protocol = http_protocol(_within_open_files(settings), app.state.registry)
     config = uvicorn.Config(
         app,
         http=protocol,
         log_config=None,
-        access_log=False,  # app.access_log has the lines, without what callers put into paths
+        access_log=False,  # app.observability.access_log has the lines, without what callers put into paths
         server_header=False,
     )
     server = _Server(config, settings, protocol.shared, ready, draining, failure)

@@ -10,8 +10,8 @@ from typing import Annotated, Any, Literal, TypeVar
 import typer
 from typer.core import TyperCommand
 
-from app.jobs import RayChoice
-from range_store.erasure import RANKINGS, Damp, Ranking, Replacement
+from app.choices import RayChoice
+from range_store.domain.erasure import RANKINGS, Damp, Ranking, Replacement
 
 MODEL_PANEL, DATA_PANEL, STORE_PANEL, CLUSTER_PANEL = "Model", "Data", "Store", "Cluster"
 """Under which heading of --help an option stands."""

@@ -11,9 +11,9 @@ from app.cli.commands import command
 from app.cli.console import hint, print_json, say, table
 from app.cli.control import control_of, controls_of, find_range_set, store_only
 from app.cli.exits import CONFLICT, EPILOG, USAGE, CommandError
+from range_store.domain.range_set import CorpusIdentity, FitSettings
 from range_store.phrases import counted
-from range_store.published import Published
-from range_store.range_set import CorpusIdentity, FitSettings
+from range_store.storage.published import Published
 
 app = typer.Typer(
     help="Published range sets: list, look into, activate, move between stores.", epilog=EPILOG, no_args_is_help=True
@@ -149,7 +149,7 @@ def import_(
     as_json: options.AsJson = False,
 ) -> None:
     """Publish a range set from a file. Without --name it goes to the model that it was fitted on."""
-    from range_store.archive import read_archive
+    from range_store.storage.archive import read_archive
 
     if not file.is_file():
         raise CommandError(f"no such file: {file}", USAGE)

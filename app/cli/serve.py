@@ -7,15 +7,15 @@ from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
+from app.choices import ModelChoice
 from app.cli import options
 from app.cli.console import hint, progress, say
 from app.cli.exits import FAILED, UNREACHABLE, USAGE, CommandError
 from app.cli.listening import address_of, bind, fit_command, guarded, keys_create, listen, metrics_apart, observed
 from app.cli.stores import settings_with
-from app.jobs import ModelChoice
 
 if TYPE_CHECKING:
-    from app.service import Service
+    from app.serving.service import Service
     from app.settings import Settings
 
 Host = Annotated[
@@ -221,15 +221,15 @@ def serve(
         with progress("rows") as report:
             if settings.ray is not None:
                 report("starting engines on Ray", 0, 0)
-                from app.fleet import open_fleet  # here, because it needs Ray
+                from app.serving.fleet import open_fleet  # here, because it needs Ray
 
                 services = stack.enter_context(open_fleet(settings, redeploy=redeploy))
             else:
-                from app.inputs import check_model
+                from app.cli.inputs import check_model
 
                 check_model(ModelChoice.of(settings))
                 report("loading the model", 0, 0)
-                from app.wiring import open_service  # here, because it loads torch
+                from app.serving.wiring import open_service  # here, because it loads torch
 
                 services = [stack.enter_context(open_service(settings))]
         serve_until_told(services, settings, bound)

@@ -11,10 +11,10 @@ from app.cli.exits import CONFLICT, FAILED, UNREACHABLE, USAGE, CommandError
 from neuronlens import Client, NeuronLensError, NoAnswer
 from neuronlens import LiveState as Listing
 from neuronlens.api import Wait
-from range_store.erasure import Erasure
-from range_store.live import AuditEntry, LiveErasure, LiveState
-from range_store.published import Published
-from range_store.range_set import Provenance
+from range_store.domain.erasure import Erasure
+from range_store.domain.live import AuditEntry, LiveErasure, LiveState
+from range_store.domain.range_set import Provenance
+from range_store.storage.published import Published
 
 TIMEOUT = 30.0
 """Seconds for one answer."""

@@ -5,12 +5,12 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
+from app.choices import ModelChoice
 from app.cli.exits import CONFLICT, USAGE, CommandError
-from app.jobs import ModelChoice
 
 if TYPE_CHECKING:
     from app.settings import Settings
-    from range_store.store import RangeStore
+    from range_store.storage.store import RangeStore
 
 
 def settings_with(**overrides: Any) -> "Settings":
@@ -46,8 +46,8 @@ def store_of(settings: "Settings", name: str | None, *, publishes: bool = False)
         CommandError: no name was given, and there is not exactly one model with range sets.
         StoreUnavailable: Redis cannot be reached.
     """
-    from range_store.embedded import ANSWER_TIMEOUT, TRANSFER_TIMEOUT, connect
-    from range_store.store import RangeStore
+    from range_store.embedded.connection import ANSWER_TIMEOUT, TRANSFER_TIMEOUT, connect
+    from range_store.storage.store import RangeStore
 
     timeout = TRANSFER_TIMEOUT if publishes else ANSWER_TIMEOUT
     with connect(**settings.redis, timeout=timeout) as client:
@@ -62,8 +62,8 @@ def stores_of(settings: "Settings", name: str | None) -> Iterator[dict[str, "Ran
         CommandError: no model has range sets.
         StoreUnavailable: Redis cannot be reached.
     """
-    from range_store.embedded import connect
-    from range_store.store import RangeStore
+    from range_store.embedded.connection import connect
+    from range_store.storage.store import RangeStore
 
     with connect(**settings.redis) as client:
         chosen = name or _named(settings)
@@ -83,8 +83,8 @@ def _only_model(client: Any) -> str:
 
 def _models(client: Any) -> list[str]:
     """Names of the models that have range sets. Raises CommandError if there are none."""
-    from range_store.failures import reaching_redis
-    from range_store.keys import ModelKeys
+    from range_store.storage.failures import reaching_redis
+    from range_store.storage.keys import ModelKeys
 
     prefix = ModelKeys("").range_sets
     with reaching_redis():

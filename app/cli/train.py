@@ -6,12 +6,12 @@ from typing import Annotated, Literal
 
 import typer
 
+from app.choices import CorpusChoice, ModelChoice, NewModelChoice
 from app.cli import options
 from app.cli.commands import command
 from app.cli.console import hint, print_json, progress, say
 from app.cli.exits import INTERRUPTED
 from app.cli.stores import settings_with
-from app.jobs import CorpusChoice, ModelChoice, NewModelChoice
 from range_store.phrases import counted
 
 NEW_PANEL = "New model"
@@ -95,7 +95,7 @@ def train(
         raise typer.BadParameter(f"{out} is a file, not a directory", param_hint="--out")
     if not overwrite and out.is_dir() and any(out.iterdir()):
         raise typer.BadParameter(f"{out} is not empty: choose another, or pass --overwrite", param_hint="--out")
-    from app.inputs import check_model, check_texts
+    from app.cli.inputs import check_model, check_texts
 
     check_texts(learned, held_out)
     if base is not None:
@@ -103,7 +103,7 @@ def train(
     try:
         with progress("steps") as report:
             report("loading model and data", 0, 0)
-            from app.wiring import train_model  # here, because it loads torch
+            from app.serving.wiring import train_model  # here, because it loads torch
 
             trained = train_model(
                 start,

@@ -7,13 +7,13 @@ from fastapi import Depends, Query, Request
 from fastapi.dependencies.models import Dependant
 from starlette.convertors import Convertor, register_url_convertor
 
-from app.logs import note
-from app.problems import MOST_ERRORS, ApiError, FieldError
-from app.served import Served
-from app.service import Service
+from app.http.problems import MOST_ERRORS, ApiError, FieldError
+from app.observability.logs import note
+from app.serving.models import Served
+from app.serving.service import Service
+from range_store.domain.range_set import RangeSet
 from range_store.errors import NoRangeSet, StoreUnavailable
-from range_store.mirror import Snapshot
-from range_store.range_set import RangeSet
+from range_store.storage.mirror import Snapshot
 
 
 class Whole(Convertor[str]):

@@ -4,10 +4,10 @@ from typing import Annotated
 
 from fastapi import APIRouter, Query
 
-from app.problems import QUERY, documented
-from app.replies import AuditEntryOut, AuditOut
+from app.http.problems import QUERY, documented
+from app.live.store_calls import StoreCalling
 from app.routes import QueryChecked, Serving
-from app.store_calls import StoreCalling
+from app.schemas.replies import AuditEntryOut, AuditOut
 
 router = APIRouter(tags=["erasures"])
 

@@ -6,15 +6,15 @@ from typing import get_args
 
 from fastapi import APIRouter, Request
 
-from app.auth import Calling
-from app.problems import QUERY, documented
-from app.replies import CapabilitiesOut
-from app.requests import MOST
+from app.http.problems import QUERY, documented
 from app.routes import QueryChecked, Serving
 from app.routes.looking import MOST_TEXTS
-from app.service import Activation
-from range_store.api_keys import SCOPES
-from range_store.erasure import Method, Rule
+from app.schemas.replies import CapabilitiesOut
+from app.schemas.requests import MOST
+from app.security.auth import Calling
+from app.serving.service import Activation
+from range_store.domain.erasure import Method, Rule
+from range_store.storage.api_keys import SCOPES
 
 router = APIRouter(tags=["service"])
 

@@ -2,13 +2,13 @@
 
 from fastapi import APIRouter, Request
 
-from app.answering import MinGeneration, Timeout, answer_to, at_chance, ranked
-from app.auth import Calling
-from app.problems import BODY, QUERY, ApiError, documented
-from app.replies import Baseline, ClassifyOut, ErasureOut, ErasurePlan, Result, Usage
-from app.requests import ClassifyIn
+from app.http.problems import BODY, QUERY, ApiError, documented
 from app.routes import Asking, QueryChecked
-from app.service import Activation, Answer, Service
+from app.schemas.replies import Baseline, ClassifyOut, ErasureOut, ErasurePlan, Result, Usage
+from app.schemas.requests import ClassifyIn
+from app.security.auth import Calling
+from app.serving.classification import MinGeneration, Timeout, answer_to, at_chance, ranked
+from app.serving.service import Activation, Answer, Service
 
 router = APIRouter(tags=["classify"])
 

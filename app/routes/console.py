@@ -9,8 +9,8 @@ import plotly
 from fastapi import APIRouter, Request, Response
 from starlette.concurrency import run_in_threadpool
 
-from app.bodies import accepts_gzip
-from app.problems import ApiError
+from app.http.bodies import accepts_gzip
+from app.http.problems import ApiError
 
 router = APIRouter(include_in_schema=False)
 

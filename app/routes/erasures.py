@@ -7,18 +7,18 @@ from typing import Annotated, Any
 
 from fastapi import APIRouter, Depends, Header, Query, Request, Response
 
-from app.auth import Calling
-from app.everywhere import NOT_EVERYWHERE, Until, Waiting
-from app.logs import note
-from app.problems import BODY, QUERY, documented, header
-from app.replies import ErasureOut, LiveListOut, LiveOut
-from app.requests import LiveListIn, Reason, SwitchOnIn
+from app.http.problems import BODY, QUERY, documented, header
+from app.live.store_calls import StoreCalling, StoreCalls
+from app.live.wait_for_replicas import NOT_EVERYWHERE, Until, Waiting
+from app.observability.logs import note
 from app.routes import Asking, NamedConcept, QueryChecked, Serving, snapshot_of
-from app.service import Service
-from app.store_calls import StoreCalling, StoreCalls
+from app.schemas.replies import ErasureOut, LiveListOut, LiveOut
+from app.schemas.requests import LiveListIn, Reason, SwitchOnIn
+from app.security.auth import Calling
+from app.serving.service import Service
+from range_store.domain.live import LiveState
 from range_store.errors import RangeStoreError, StaleGeneration, StoreUnavailable
-from range_store.live import LiveState
-from range_store.store import RangeStore
+from range_store.storage.store import RangeStore
 
 router = APIRouter(tags=["erasures"])
 IfMatch = Annotated[str | None, Header(description="Change only if the live state is at this generation.")]

@@ -7,13 +7,13 @@ from typing import Any
 
 from fastapi import APIRouter
 
-from app.auth import Calling
-from app.events import HEARTBEAT, PAUSE, RECONNECT, TICK, EventStream, event
-from app.problems import QUERY, documented
+from app.http.problems import QUERY, documented
+from app.live.event_stream import HEARTBEAT, PAUSE, RECONNECT, TICK, EventStream, event
 from app.routes import QueryChecked, Serving
 from app.routes.erasures import live_list
-from app.service import Draining, Service
-from range_store.live import LiveState
+from app.security.auth import Calling
+from app.serving.service import Draining, Service
+from range_store.domain.live import LiveState
 
 router = APIRouter(tags=["service"])
 

@@ -8,14 +8,14 @@ from anyio import to_thread
 from fastapi import APIRouter, Header, Response
 from filelock import Timeout
 
-from app.auth import Calling
-from app.fit_jobs import KeyReused, QueueOfFitsFull
-from app.fit_replies import JobOut, JobsOut, job_out
-from app.fit_requests import DataRefused, DataUnusable, FitIn, source_of
-from app.problems import BODY, QUERY, ApiError, documented, header
+from app.http.problems import BODY, QUERY, ApiError, documented, header
+from app.jobs.records import KeyReused, QueueOfFitsFull
+from app.jobs.replies import JobOut, JobsOut, job_out
+from app.jobs.requests import DataRefused, DataUnusable, FitIn, source_of
 from app.routes import Asking, QueryChecked, Serving
-from app.service import KNOWN_DATA_SETS
-from range_store.erasure import resolve_layers
+from app.security.auth import Calling
+from app.serving.service import KNOWN_DATA_SETS
+from range_store.domain.erasure import resolve_layers
 
 logger = logging.getLogger(__name__)
 router = APIRouter(tags=["fits"])

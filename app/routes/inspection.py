@@ -8,8 +8,10 @@ from typing import Annotated
 
 from fastapi import APIRouter, Path, Query
 
-from app.problems import QUERY, ApiError, documented
-from app.replies import (
+from app.http.problems import QUERY, ApiError, documented
+from app.live.store_calls import StoreCalling
+from app.routes import NamedConcept, QueryChecked, Serving, active_range_set, snapshot_of
+from app.schemas.replies import (
     ConceptOut,
     ConceptsOut,
     Histogram,
@@ -19,11 +21,15 @@ from app.replies import (
     OverlapOut,
     RangesOut,
 )
-from app.routes import NamedConcept, QueryChecked, Serving, active_range_set, snapshot_of
-from app.store_calls import StoreCalling
-from range_store.erasure import Ranking
-from range_store.inspection import NeuronStatistics, block_index, neuron_statistics, overlap_of_tops, ranked_ranges
-from range_store.range_set import InspectLayer
+from range_store.domain.erasure import Ranking
+from range_store.domain.inspection import (
+    NeuronStatistics,
+    block_index,
+    neuron_statistics,
+    overlap_of_tops,
+    ranked_ranges,
+)
+from range_store.domain.range_set import InspectLayer
 
 router = APIRouter(tags=["inspection"], dependencies=[QueryChecked])
 

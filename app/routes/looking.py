@@ -4,16 +4,16 @@ from collections.abc import Sequence
 
 from fastapi import APIRouter, Request
 
-from app.answering import Timeout, check_size, unless_gone
-from app.auth import Caller, Calling, check_shown
-from app.logs import note
-from app.problems import BODY, QUERY, ApiError, FieldError, documented
-from app.replies import ActivationsOut, TextTokens, TextValues, Token, TokenizeOut
-from app.requests import ActivationsIn, TokenizeIn
+from app.http.problems import BODY, QUERY, ApiError, FieldError, documented
+from app.observability.logs import note
 from app.routes import Asking, QueryChecked, snapshot_of
 from app.routes.inspection import finite
-from app.service import Service
-from range_store.erasure import Site, resolve_layers
+from app.schemas.replies import ActivationsOut, TextTokens, TextValues, Token, TokenizeOut
+from app.schemas.requests import ActivationsIn, TokenizeIn
+from app.security.auth import Caller, Calling, check_shown
+from app.serving.classification import Timeout, check_size, unless_gone
+from app.serving.service import Service
+from range_store.domain.erasure import Site, resolve_layers
 from range_store.errors import InvalidErasure
 
 router = APIRouter(tags=["inspection"], dependencies=[QueryChecked])

@@ -3,19 +3,19 @@
 from fastapi import APIRouter, Response
 from starlette.convertors import StringConvertor, register_url_convertor
 
-from app.auth import Calling
-from app.everywhere import Waiting
-from app.problems import BODY, QUERY, documented
-from app.replies import LiveListOut, RangeSetOut, RangeSetsOut
-from app.requests import ActivateIn
+from app.http.problems import BODY, QUERY, documented
+from app.live.store_calls import StoreCalling
+from app.live.wait_for_replicas import Waiting
 from app.routes import Asking, QueryChecked, Serving
 from app.routes.erasures import CHANGES, ChangeId, Required, applied, one_of
-from app.store_calls import StoreCalling
+from app.schemas.replies import LiveListOut, RangeSetOut, RangeSetsOut
+from app.schemas.requests import ActivateIn
+from app.security.auth import Calling
+from range_store.domain.live import LiveState
+from range_store.domain.range_set import check_dtype, check_model
 from range_store.errors import UnknownRangeSet
-from range_store.live import LiveState
-from range_store.published import Published
-from range_store.range_set import check_dtype, check_model
-from range_store.store import RangeStore
+from range_store.storage.published import Published
+from range_store.storage.store import RangeStore
 
 router = APIRouter(tags=["range sets"])
 

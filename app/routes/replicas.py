@@ -2,12 +2,12 @@
 
 from fastapi import APIRouter
 
-from app.metrics import TARGETS, targets_of
-from app.problems import QUERY, documented
-from app.replies import ReplicaOut, ReplicasOut, TargetsOut
+from app.http.problems import QUERY, documented
+from app.live.store_calls import StoreCalling
 from app.routes import Asking, QueryChecked, Serving, snapshot_of
-from app.store_calls import StoreCalling
-from range_store.live import reaches
+from app.schemas.replies import ReplicaOut, ReplicasOut, TargetsOut
+from app.serving.metrics import TARGETS, targets_of
+from range_store.domain.live import reaches
 
 router = APIRouter(tags=["service"])
 

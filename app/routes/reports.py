@@ -9,10 +9,10 @@ from fastapi import APIRouter, Path, Response
 from starlette.responses import StreamingResponse
 from starlette.types import Receive, Scope, Send
 
-from app.problems import QUERY, ApiError, documented, header
-from app.replies import ReportOut, ReportsOut
-from app.reports import FileName, Report, UnknownReport, list_reports, open_file, read_report
+from app.http.problems import QUERY, ApiError, documented, header
 from app.routes import QueryChecked, Serving
+from app.schemas.replies import ReportOut, ReportsOut
+from app.serving.reports import FileName, Report, UnknownReport, list_reports, open_file, read_report
 
 router = APIRouter(tags=["reports"], dependencies=[QueryChecked])
 

@@ -4,14 +4,14 @@ from anyio import to_thread
 from fastapi import APIRouter, Request, Response
 from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
 
-from app.auth import Caller, Calling
-from app.problems import QUERY, ApiError, documented
-from app.readiness import checks_of
-from app.replies import Alive, ModelOut, ModelsOut, Ready
+from app.http.problems import QUERY, ApiError, documented
 from app.routes import Models, QueryChecked, meant
-from app.service import Service
+from app.schemas.replies import Alive, ModelOut, ModelsOut, Ready
+from app.security.auth import Caller, Calling
+from app.serving.readiness import checks_of
+from app.serving.service import Service
 from app.settings import LOOPBACK
-from range_store.range_set import dtype_mismatch
+from range_store.domain.range_set import dtype_mismatch
 
 router = APIRouter(tags=["service"])
 

@@ -5,10 +5,10 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from app.answering import at_chance
-from app.service import ModelFacts, TextAnswer
-from range_store.erasure import Erasure
-from range_store.range_set import ModelIdentity
+from app.serving.classification import at_chance
+from app.serving.service import ModelFacts, TextAnswer
+from range_store.domain.erasure import Erasure
+from range_store.domain.range_set import ModelIdentity
 
 IDENTITY = ModelIdentity(
     id="m", revision=None, kind="sequence-classification", family="bert", fingerprint="0" * 64,

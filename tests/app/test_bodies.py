@@ -10,8 +10,8 @@ from prometheus_client import CollectorRegistry
 from starlette.datastructures import Headers
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from app.bodies import PIECE, SMALL, BodyLimit, BodyMemory, Compression, GzipBodies, accepts_gzip
-from app.problems import BodyRefused
+from app.http.bodies import PIECE, SMALL, BodyLimit, BodyMemory, Compression, GzipBodies, accepts_gzip
+from app.http.problems import BodyRefused
 from tests.app.asgi import echo, send_request
 
 

@@ -11,10 +11,10 @@ import uvicorn
 from prometheus_client import CollectorRegistry
 from starlette.types import Receive, Scope, Send
 
-from app.events import EventStream
-from app.middleware import Faults
-from app.news import KEPT_JOBS, News
-from app.protocol import http_protocol
+from app.http.middleware import Faults
+from app.http.protocol import http_protocol
+from app.live.event_stream import EventStream
+from app.live.feed import KEPT_JOBS, News
 from app.settings import Settings
 from tests.range_store.waiting import until
 
@@ -51,7 +51,7 @@ class Flood:
 
 @pytest.fixture
 def flood(monkeypatch: pytest.MonkeyPatch) -> Iterator[Flood]:
-    monkeypatch.setattr("app.events.TICK", 0.02)
+    monkeypatch.setattr("app.live.event_stream.TICK", 0.02)
     made = Flood()
     made.thread.start()
     until(lambda: made.server.started)
@@ -70,7 +70,7 @@ def test_a_stream_is_aborted_if_its_reader_stopped_reading(
         until(flood.blocked)
         assert flood.open == 1
         if reason == "out of patience":
-            monkeypatch.setattr("app.events.PATIENCE", 0.1)
+            monkeypatch.setattr("app.live.event_stream.PATIENCE", 0.1)
         else:
             flood.on = False
         until(lambda: flood.open == 0 and not flood.server.server_state.connections)
@@ -83,7 +83,7 @@ def test_a_fault_breaks_the_stream_and_is_logged_without_its_message(
     url = f"http://127.0.0.1:{flood.server.servers[0].sockets[0].getsockname()[1]}/"
     with pytest.raises(httpx.RemoteProtocolError), httpx.stream("GET", url, timeout=60) as answer:
         answer.read()
-    assert [record.message for record in caplog.records if record.name == "app.middleware"] == [
+    assert [record.message for record in caplog.records if record.name == "app.http.middleware"] == [
         "request None failed: ArithmeticError"
     ]
 

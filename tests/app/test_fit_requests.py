@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from app.fit_requests import FILES, DataRefused, DataUnusable, FitIn, source_of
+from app.jobs.requests import FILES, DataRefused, DataUnusable, FitIn, source_of
 from app.settings import Settings
 from workers.fitting.files import COMPRESSED, KINDS, kind_of
 

@@ -7,10 +7,10 @@ from pathlib import Path
 
 import pytest
 
-from app.keyring import LOST, Keyring, Refused, memory_of
-from range_store.api_keys import KeyStore
-from range_store.embedded import EmbeddedRedis, connect
-from range_store.keys import API_KEYS
+from app.security.keyring import LOST, Keyring, Refused, memory_of
+from range_store.embedded.connection import EmbeddedRedis, connect
+from range_store.storage.api_keys import KeyStore
+from range_store.storage.keys import API_KEYS
 
 
 @pytest.fixture

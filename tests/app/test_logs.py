@@ -20,7 +20,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from app.cli import run
-from app.logs import FIELDS, JsonLines, RequestFacts, TextLines, begin, configured, note
+from app.observability.logs import FIELDS, JsonLines, RequestFacts, TextLines, begin, configured, note
 from app.settings import Settings
 
 SECRET = "a text that no log may contain"
@@ -182,7 +182,7 @@ def test_an_unexpected_error_is_one_log_line_and_one_error_line(
     def broken(*_: object) -> None:
         raise ZeroDivisionError(SECRET)
 
-    monkeypatch.setattr("app.wiring.open_service", broken)
+    monkeypatch.setattr("app.serving.wiring.open_service", broken)
     (tmp_path / "config.json").touch()
     code = run(["serve", "--model", str(tmp_path), "--port", "0", "--data-dir", str(tmp_path)])
     *lines, last = capsys.readouterr().err.splitlines()

@@ -8,7 +8,7 @@ import httpx
 import pytest
 from prometheus_client import CollectorRegistry
 
-from app.metrics import start_metrics_server
+from app.serving.metrics import start_metrics_server
 
 
 @contextmanager
@@ -35,7 +35,7 @@ def test_head_answers_as_get_without_a_body(path: str) -> None:
 def test_a_silent_connection_ends(
     sent: bytes, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr("app.metrics._Silent.timeout", 0.05)
+    monkeypatch.setattr("app.serving.metrics._Silent.timeout", 0.05)
     with serving() as port, socket.create_connection(("127.0.0.1", port), timeout=60) as connection:
         connection.sendall(sent)
         assert connection.recv(1) == b""

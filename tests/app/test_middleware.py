@@ -6,7 +6,7 @@ import pytest
 from prometheus_client import CollectorRegistry
 from starlette.types import ASGIApp, Receive, Scope, Send
 
-from app.middleware import Faults, HostCheck, HttpMetrics, RequestId
+from app.http.middleware import Faults, HostCheck, HttpMetrics, RequestId
 from tests.app.asgi import echo, send_request
 
 

@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from prometheus_client import CollectorRegistry
 from starlette.types import Receive, Scope, Send
 
-from app.protocol import Connections, HttpConnection, http_protocol
+from app.http.protocol import Connections, HttpConnection, http_protocol
 from app.settings import Settings
 from tests.range_store.waiting import until
 

@@ -7,9 +7,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from pydantic import ValidationError
 
-from app.requests import MOST, ClassifyIn
-from app.shapes import without_tags
-from range_store.erasure import Damp, Erasure
+from app.schemas.requests import MOST, ClassifyIn
+from app.schemas.unions import without_tags
+from range_store.domain.erasure import Damp, Erasure
 
 NAMES = st.text(st.characters(exclude_categories=["Cs"]), min_size=1, max_size=20)
 SETTINGS = st.fixed_dictionaries(

@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import array_shapes, arrays
 
-from app.scores import near, scores_of
+from app.serving.scores import near, scores_of
 
 LOGITS = arrays(
     np.float32,

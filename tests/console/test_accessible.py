@@ -7,7 +7,7 @@ import pytest
 from axe_playwright_python.sync_playwright import Axe
 from playwright.sync_api import Route, expect
 
-from range_store.api_keys import KeyStore
+from range_store.storage.api_keys import KeyStore
 from tests.console.conftest import NARROW, WIDE, OpenWindow, Window, start_long_fit
 from tests.range_store.builders import random_range_set
 from tests.servers import RunningServer

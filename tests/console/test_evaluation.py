@@ -3,7 +3,7 @@
 import pytest
 from playwright.sync_api import expect
 
-from range_store.api_keys import KeyStore
+from range_store.storage.api_keys import KeyStore
 from tests.console.conftest import NARROW, WIDE, OpenWindow, assert_no_horizontal_scroll, enter_key
 from tests.servers import RunningServer
 

@@ -7,8 +7,8 @@ from pathlib import Path
 import pytest
 from playwright.sync_api import Locator, Page, expect
 
-from range_store.api_keys import KeyStore
-from range_store.embedded import EmbeddedRedis
+from range_store.embedded.connection import EmbeddedRedis
+from range_store.storage.api_keys import KeyStore
 from tests.console.conftest import (
     NARROW,
     WIDE,

@@ -6,7 +6,7 @@ from collections.abc import Callable
 import pytest
 from playwright.sync_api import Locator, Page, expect
 
-from range_store.codec import assemble
+from range_store.storage.codec import assemble
 from tests.console.conftest import NARROW, OpenWindow, assert_no_horizontal_scroll
 from tests.range_store.builders import random_layer, random_provenance, random_range_set
 from tests.range_store.waiting import until

@@ -9,9 +9,9 @@ import sys
 import pytest
 from playwright.sync_api import Page, Request, Route, expect
 
-from range_store.api_keys import KeyStore
-from range_store.erasure import Erasure
-from range_store.live import LiveErasure
+from range_store.domain.erasure import Erasure
+from range_store.domain.live import LiveErasure
+from range_store.storage.api_keys import KeyStore
 from tests.console.conftest import NARROW, WIDE, OpenWindow, assert_no_horizontal_scroll, enter_key
 from tests.range_store.builders import random_range_set
 from tests.range_store.waiting import until

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import yaml
 
-from app.metrics import TARGETS
+from app.serving.metrics import TARGETS
 from tests.docker.conftest import DOCKER, PASSWORDS, ROOT, check_settings, system_program
 
 MAIN = ROOT / "docker-compose.yml"

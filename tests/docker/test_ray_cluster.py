@@ -9,7 +9,7 @@ import jsonschema
 import pytest
 import yaml
 
-from app.metrics import TARGETS
+from app.serving.metrics import TARGETS
 from tests.docker.conftest import ROOT
 from tests.docker.test_kubernetes import KUBERNETES, Manifest, check, documents
 

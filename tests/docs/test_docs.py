@@ -6,8 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from app.logs import FIELDS
-from app.problems import CODES
+from app.http.problems import CODES
+from app.observability.logs import FIELDS
 from app.settings import table
 from tests.app.openapi import openapi
 from workers.models.families import FAMILIES

@@ -16,7 +16,7 @@ import pytest
 import uvicorn
 
 from app.main import create_app
-from app.service import Service
+from app.serving.service import Service
 from app.settings import Settings
 from tests.range_store.waiting import until
 
@@ -56,7 +56,7 @@ def on_fleet(cluster: str) -> Opened:
 
     A replica takes seconds to start, so services with the same settings share a fleet.
     """
-    from app.fleet import open_fleet
+    from app.serving.fleet import open_fleet
 
     names: dict[str, str] = {}
 

@@ -8,7 +8,7 @@ import httpx
 import pytest
 
 from app.routes.console import FILES, PLOTLY
-from range_store.api_keys import KeyStore
+from range_store.storage.api_keys import KeyStore
 from tests.servers import RunningServer
 
 NAMES = sorted(path.name for path in FILES.iterdir())

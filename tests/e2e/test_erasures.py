@@ -9,9 +9,9 @@ from urllib.parse import quote
 import httpx
 import pytest
 
-from range_store.clock import StoreClock
-from range_store.embedded import EmbeddedRedis, connect
-from range_store.store import RangeStore
+from range_store.embedded.connection import EmbeddedRedis, connect
+from range_store.storage.clock import StoreClock
+from range_store.storage.store import RangeStore
 from tests.range_store.builders import in_dtype, random_range_set
 from tests.range_store.waiting import until
 from tests.servers import RunningServer, random_ranges, with_ranges

@@ -9,8 +9,8 @@ from typing import Any
 import httpx
 import pytest
 
-from range_store.api_keys import KeyStore
-from range_store.clock import StoreClock
+from range_store.storage.api_keys import KeyStore
+from range_store.storage.clock import StoreClock
 from tests.e2e.faults.processes import RedisProcess
 from tests.e2e.listening import Listener
 from tests.e2e.test_metrics import series
@@ -40,7 +40,7 @@ def listen() -> Iterator[Listen]:
 @pytest.fixture
 def advance_clock(monkeypatch: pytest.MonkeyPatch) -> Callable[[float], None]:
     """`advance_clock(seconds)`: move wall and store clock of this process. Streams look ten times a second."""
-    monkeypatch.setattr("app.events.TICK", 0.1)
+    monkeypatch.setattr("app.live.event_stream.TICK", 0.1)
     monkeypatch.setattr("app.routes.events.TICK", 0.1)
     real, stored, ahead = time.time, StoreClock.now, 0.0
 

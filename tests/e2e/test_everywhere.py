@@ -8,12 +8,12 @@ from typing import Any
 import httpx
 import pytest
 
-from app.metrics import start_metrics_server
-from app.service import Service
-from range_store import replicas, reporter
-from range_store.erasure import Erasure
-from range_store.live import LiveErasure, LiveState
-from range_store.replicas import SILENT_SECONDS
+from app.serving.metrics import start_metrics_server
+from app.serving.service import Service
+from range_store.domain.erasure import Erasure
+from range_store.domain.live import LiveErasure, LiveState
+from range_store.storage import replicas, reporter
+from range_store.storage.replicas import SILENT_SECONDS
 from tests.range_store.waiting import until
 from tests.servers import RunningServer, with_ranges
 from workers.engine import following
@@ -124,7 +124,7 @@ def test_timeout_of_wait_all_names_the_missing_replicas(server: RunningServer, p
 
 def test_many_waiting_requests_do_not_block_others(server: RunningServer, monkeypatch: pytest.MonkeyPatch) -> None:
     """There are more of them than threads for store calls."""
-    monkeypatch.setattr("app.store_calls.PATIENCE", 60.0)
+    monkeypatch.setattr("app.live.store_calls.PATIENCE", 60.0)
     store = settle_replicas(server).service.store
     store.replicas.report(SILENT_REPLICA, "00000000-1", None, seconds=600)
     waits = {"wait": "all", "wait_seconds": "60"}

@@ -9,12 +9,12 @@ from typing import Any
 import httpx
 import pytest
 
-from app.auth import scope_of
 from app.cli import run
-from range_store.api_keys import KeyStore
-from range_store.clock import StoreClock
-from range_store.embedded import EmbeddedRedis
-from range_store.store import RangeStore
+from app.security.auth import scope_of
+from range_store.embedded.connection import EmbeddedRedis
+from range_store.storage.api_keys import KeyStore
+from range_store.storage.clock import StoreClock
+from range_store.storage.store import RangeStore
 from tests.range_store.waiting import until
 from tests.servers import RunningServer, with_ranges
 from workers.fitting.fit import Fitted

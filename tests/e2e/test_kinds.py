@@ -11,11 +11,11 @@ import numpy as np
 import pytest
 import redis
 
+from app.serving.wiring import open_service
 from app.settings import Settings
-from app.wiring import open_service
-from range_store.embedded import EmbeddedRedis
-from range_store.erasure import Erasure
-from range_store.plan import resolve
+from range_store.domain.erasure import Erasure
+from range_store.domain.plan import resolve
+from range_store.embedded.connection import EmbeddedRedis
 from tests.e2e.dropin.protocols import refused
 from tests.servers import RunningServer, with_ranges
 from tests.workers.checkpoints import LABELS, TEMPLATE, save_label_token, save_language_model

@@ -9,7 +9,7 @@ import httpx
 import numpy as np
 import pytest
 
-from range_store.api_keys import KeyStore
+from range_store.storage.api_keys import KeyStore
 from tests.servers import RunningServer, with_ranges
 from tests.workers.checkpoints import TEMPLATE, save_label_token, save_language_model, save_tiny
 from workers.engine import looking

@@ -6,10 +6,10 @@ from collections.abc import Callable
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
-from range_store.clock import StoreClock
-from range_store.erasure import Erasure
-from range_store.keys import ModelKeys
-from range_store.live import LiveErasure
+from range_store.domain.erasure import Erasure
+from range_store.domain.live import LiveErasure
+from range_store.storage.clock import StoreClock
+from range_store.storage.keys import ModelKeys
 from tests.range_store.waiting import until
 from tests.servers import RunningServer, with_ranges
 from workers.engine.metrics import MOST_CONCEPTS, OTHER_CONCEPTS

@@ -17,7 +17,7 @@ import pytest
 from opentelemetry.proto.collector.trace.v1.trace_service_pb2 import ExportTraceServiceRequest
 
 from app.cli import run
-from app.logs import FIELDS, configured
+from app.observability.logs import FIELDS, configured
 from app.settings import Settings
 from tests.processes import Running
 from tests.servers import RunningServer
@@ -152,7 +152,7 @@ def test_callers_cannot_write_into_logs_and_traces(
         "method": "POST", "route": "/v1/classify", "status": 200, "texts": 2, "key": "news-desk", "client": "127.0.0.1",
         "trace_id": TRACE,
     }  # fmt: skip
-    assert sum(line["logger"] == "app.access_log" for line in lines) == 13
+    assert sum(line["logger"] == "app.observability.access_log" for line in lines) == 13
     assert all(re.fullmatch("[0-9a-f]{32}", each.get("request_id", "0" * 32)) or each is answered for each in lines)
 
     assert not any(SECRET.encode() in body or token.encode() in body for body in collector.bodies)
@@ -200,7 +200,7 @@ def test_unreachable_collector_delays_neither_requests_nor_shutdown(
 ) -> None:
     with unreachable() as url:
         served = serve(
-            code="import app.tracing; app.tracing.FLUSH_SECONDS = 0.2",
+            code="import app.observability.tracing; app.observability.tracing.FLUSH_SECONDS = 0.2",
             OTEL_EXPORTER_OTLP_ENDPOINT=url,
             OTEL_BSP_SCHEDULE_DELAY="50",
             OTEL_EXPORTER_OTLP_TIMEOUT="600",
@@ -210,7 +210,7 @@ def test_unreachable_collector_delays_neither_requests_nor_shutdown(
                 assert client.post("/v1/classify", json={"inputs": "a text"}).status_code == 200
         assert served.stop() == 0  # `stop` gives up after 120 s, long before the timeout of the collector
     lines = [json.loads(line) for line in served.stderr]
-    assert any(line["logger"] == "app.tracing" for line in lines)
+    assert any(line["logger"] == "app.observability.tracing" for line in lines)
     assert not any("exception" in line for line in lines)
     assert SECRET not in "".join(served.stderr)
 
@@ -254,7 +254,9 @@ def test_log_names_the_trace_of_the_caller_without_an_export(
     assert "traceresponse" not in failed.headers
     lines = [json.loads(line) for line in capsys.readouterr().err.splitlines()]
     about = [line for line in lines if line.get("request_id") == failed.headers["x-request-id"]]
-    assert {"workers.engine.engine", "app.problems", "app.access_log"} <= {line["logger"] for line in about}
+    assert {"workers.engine.engine", "app.http.problems", "app.observability.access_log"} <= {
+        line["logger"] for line in about
+    }
     assert {(line["trace_id"], line["span_id"]) for line in about} == {(TRACE, PARENT)}
     assert all(line["generation"] for line in about)
     assert SECRET not in json.dumps(lines)

@@ -5,7 +5,7 @@ from pathlib import Path
 import httpx
 import numpy as np
 
-from app.fleet import open_fleet
+from app.serving.fleet import open_fleet
 from app.settings import Settings
 from tests.e2e.on_ray import over_http
 from tests.servers import LABELS, RunningServer

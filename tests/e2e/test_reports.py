@@ -13,8 +13,8 @@ import httpx
 import pytest
 from starlette.types import Message
 
-from app.reports import open_file
 from app.routes.reports import PIECE, FileStream
+from app.serving.reports import open_file
 from tests.e2e.reports import PAGE, write_report
 from tests.servers import RunningServer
 

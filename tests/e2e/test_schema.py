@@ -21,11 +21,11 @@ import schemathesis
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from app.auth import scope_of
-from app.fit_runner import FitRunner
-from range_store.api_keys import KeyStore
-from range_store.erasure import Erasure
-from range_store.live import LiveErasure
+from app.jobs.runner import FitRunner
+from app.security.auth import scope_of
+from range_store.domain.erasure import Erasure
+from range_store.domain.live import LiveErasure
+from range_store.storage.api_keys import KeyStore
 from tests.e2e.reports import write_report
 from tests.servers import RunningServer, with_ranges
 from tests.workers.texts import labelled_texts, write_jsonl

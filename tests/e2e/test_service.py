@@ -15,8 +15,8 @@ import numpy as np
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
-from app.fit_jobs import FitJob, FitJobs
-from app.logs import fields_of
+from app.jobs.records import FitJob, FitJobs
+from app.observability.logs import fields_of
 from app.openapi import document
 from app.routes.dropin import dialect_of
 from tests.range_store.waiting import until

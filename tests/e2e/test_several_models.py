@@ -12,10 +12,10 @@ import httpx
 import pytest
 
 from app.main import create_app
-from app.service import Service
+from app.serving.service import Service
 from app.settings import Settings
-from range_store.api_keys import KeyStore
-from range_store.embedded import EmbeddedRedis
+from range_store.embedded.connection import EmbeddedRedis
+from range_store.storage.api_keys import KeyStore
 from tests.range_store.waiting import until
 from tests.servers import RunningServer, random_ranges, with_ranges
 from workers.models.loading import LoadedModel

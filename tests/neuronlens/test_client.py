@@ -17,7 +17,7 @@ import pytest
 from pydantic import BaseModel
 
 import neuronlens.api
-from app import requests
+from app.schemas import requests
 from neuronlens import (
     Conflict,
     DeadlineExceeded,
@@ -38,7 +38,7 @@ from neuronlens import (
     errors,
 )
 from neuronlens.erasing import ErasuresSpec
-from range_store.erasure import RANKINGS
+from range_store.domain.erasure import RANKINGS
 from tests.e2e.reports import write_report
 from tests.neuronlens.conftest import Clock
 from tests.range_store.builders import random_range_set

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from app.fit_requests import FitIn
+from app.jobs.requests import FitIn
 from neuronlens import Client, Conflict, DeadlineExceeded, FitSettings, Invalid, JobChanged, NotFound, Refused
 from neuronlens.replies import Job
 from tests.neuronlens.conftest import Clock, Received, Scripted, refusal

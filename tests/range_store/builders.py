@@ -4,9 +4,8 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from range_store.codec import assemble
-from range_store.erasure import STATISTICAL, Ranking
-from range_store.range_set import (
+from range_store.domain.erasure import STATISTICAL, Ranking
+from range_store.domain.range_set import (
     CorpusIdentity,
     FitSettings,
     InspectLayer,
@@ -15,7 +14,8 @@ from range_store.range_set import (
     RangeSet,
     ServeLayer,
 )
-from range_store.rankings import saliency
+from range_store.domain.rankings import saliency
+from range_store.storage.codec import assemble
 
 CONCEPTS = ("Business", "Sci/Tech", "Sports", "World")
 FINGERPRINT = "ab" * 32

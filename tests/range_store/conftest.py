@@ -5,7 +5,7 @@ import uuid
 import pytest
 import redis
 
-from range_store.store import RangeStore
+from range_store.storage.store import RangeStore
 
 
 @pytest.fixture

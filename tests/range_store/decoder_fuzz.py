@@ -24,9 +24,13 @@ from hypothesis import HealthCheck, Phase, given, seed, settings
 from hypothesis import strategies as st
 from pydantic import ValidationError
 
-from range_store.api_keys import Keys, KeyStore
-from range_store.archive import ENTRY, Archive, decode_archive, encode_archive
-from range_store.codec import (
+from range_store.domain.erasure import Damp, Erasure
+from range_store.domain.live import LiveErasure, LiveState
+from range_store.embedded.connection import connect
+from range_store.errors import InvalidKey, InvalidRangeSet
+from range_store.storage.api_keys import Keys, KeyStore
+from range_store.storage.archive import ENTRY, Archive, decode_archive, encode_archive
+from range_store.storage.codec import (
     Meta,
     assemble,
     decode_inspect,
@@ -40,12 +44,8 @@ from range_store.codec import (
     inspect_part,
     serve_part,
 )
-from range_store.embedded import connect
-from range_store.erasure import Damp, Erasure
-from range_store.errors import InvalidKey, InvalidRangeSet
-from range_store.keys import API_KEYS
-from range_store.live import LiveErasure, LiveState
-from range_store.store import RangeStore
+from range_store.storage.keys import API_KEYS
+from range_store.storage.store import RangeStore
 from tests.range_store.builders import random_range_set
 
 MEMORY = 512 * 1024 * 1024

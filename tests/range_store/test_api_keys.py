@@ -8,9 +8,9 @@ import redis
 from hypothesis import given
 from hypothesis import strategies as st
 
-from range_store.api_keys import REVOKED_KEPT, SCOPES, ApiKey, Keys, KeyStore
 from range_store.errors import InvalidKey, UnknownKey
-from range_store.keys import API_KEYS
+from range_store.storage.api_keys import REVOKED_KEPT, SCOPES, ApiKey, Keys, KeyStore
+from range_store.storage.keys import API_KEYS
 
 
 @pytest.fixture

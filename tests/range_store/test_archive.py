@@ -10,10 +10,10 @@ import safetensors.numpy
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from range_store.archive import ENTRY, decode_archive, encode_archive, read_archive, write_archive
-from range_store.codec import describe, to_safetensors
+from range_store.domain.range_set import RangeSet
 from range_store.errors import InvalidRangeSet
-from range_store.range_set import RangeSet
+from range_store.storage.archive import ENTRY, decode_archive, encode_archive, read_archive, write_archive
+from range_store.storage.codec import describe, to_safetensors
 from tests.range_store.builders import random_range_set
 
 RANGE_SET, INSPECT = random_range_set(
@@ -117,7 +117,7 @@ def test_equivalent_header_in_another_notation_is_refused() -> None:
 
 
 def test_unknown_or_missing_arrays_are_refused() -> None:
-    from range_store.archive import _read_entry
+    from range_store.storage.archive import _read_entry
 
     entry = {ENTRY: _read_entry(FILE).model_dump_json()}
     tensors = safetensors.numpy.load(FILE)

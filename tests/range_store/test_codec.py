@@ -12,7 +12,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 
-from range_store.codec import (
+from range_store.domain.range_set import InspectLayer, Provenance, RangeSet, ServeLayer, content_id, field_names
+from range_store.errors import InvalidRangeSet
+from range_store.storage.codec import (
     Meta,
     assemble,
     decode_inspect,
@@ -27,8 +29,6 @@ from range_store.codec import (
     serve_part,
     to_safetensors,
 )
-from range_store.errors import InvalidRangeSet
-from range_store.range_set import InspectLayer, Provenance, RangeSet, ServeLayer, content_id, field_names
 from tests.range_store.builders import random_layer, random_provenance, random_range_set
 
 RANGE_SET, INSPECT = random_range_set(0)

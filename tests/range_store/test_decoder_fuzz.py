@@ -33,7 +33,7 @@ def test_fuzzer_finds_a_decoder_that_accepts_damage() -> None:
     """A decoder that takes any arrays of a part, however they are written, fails within the inputs of the fast test."""
     done = run_python(
         "-c",
-        "from range_store import codec; from tests.range_store import decoder_fuzz; "
+        "from range_store.storage import codec; from tests.range_store import decoder_fuzz; "
         "codec._checked = lambda data, meta, part: codec.from_safetensors(data); "
         "decoder_fuzz.fuzz(500, 5, shrink=False)",
     )

@@ -13,17 +13,17 @@ from pathlib import Path
 import pytest
 import redis
 
-from range_store import embedded_server
-from range_store.embedded import EmbeddedRedis, connect
-from range_store.embedded_server import EmbeddedServer
+from range_store.embedded import server as embedded_server
+from range_store.embedded.connection import EmbeddedRedis, connect
+from range_store.embedded.server import EmbeddedServer
 from range_store.errors import StoreUnavailable
-from range_store.failures import reaching_redis
+from range_store.storage.failures import reaching_redis
 from tests.range_store.waiting import until
 
 CLIENT_PROGRAM = """
 import sys
 from pathlib import Path
-from range_store.embedded import connect
+from range_store.embedded.connection import connect
 with connect(None, Path(sys.argv[1])) as client:
     print(client.incr("processes"), client.info("server")["process_id"], flush=True)
     sys.stdin.readline()

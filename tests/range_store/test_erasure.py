@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from pydantic import ValidationError
 
 from range_store import errors
-from range_store.erasure import Damp, Erasure, check_distinct, resolve_layers
+from range_store.domain.erasure import Damp, Erasure, check_distinct, resolve_layers
 from range_store.errors import InvalidErasure, RangeStoreError
 from range_store.phrases import counted
 

@@ -9,8 +9,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from pydantic import ValidationError
 
-from range_store.clock import StoreClock
-from range_store.erasure import Erasure
+from range_store.domain.erasure import Erasure
+from range_store.domain.live import LiveErasure, LiveState, new_epoch, new_state, reaches
 from range_store.errors import (
     InvalidErasure,
     InvalidRangeSet,
@@ -22,9 +22,9 @@ from range_store.errors import (
     UnknownRangeSet,
     UnresolvableErasure,
 )
-from range_store.keys import CHANGES
-from range_store.live import LiveErasure, LiveState, new_epoch, new_state, reaches
-from range_store.store import RangeStore
+from range_store.storage.clock import StoreClock
+from range_store.storage.keys import CHANGES
+from range_store.storage.store import RangeStore
 from tests.range_store.builders import CONCEPTS, random_range_set
 from tests.range_store.waiting import until
 
@@ -89,7 +89,7 @@ def test_every_change_increments_the_generation_and_is_audited(active: RangeStor
 def test_a_request_is_told_from_all_others_among_the_last_changes(
     active: RangeStore, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("range_store.store.RECENT", 5)
+    monkeypatch.setattr("range_store.storage.store.RECENT", 5)
     active.set_erasure(erasing("World"), request="a")
     active.set_erasures([erasing("Sports")], request="b")
     active.remove_erasure("Sports", request="c")
@@ -400,7 +400,7 @@ def test_invalid_state_is_rejected() -> None:
 def test_a_wrong_clock_of_a_server_ends_no_erasure(active: RangeStore, monkeypatch: pytest.MonkeyPatch) -> None:
     """Expiry goes by Redis's time, which all servers share."""
     real = time.time()
-    monkeypatch.setattr("range_store.clock.time.time", lambda: real + 3600)
+    monkeypatch.setattr("range_store.storage.clock.time.time", lambda: real + 3600)
     ahead = RangeStore(active.client, active.model)
     assert ahead.clock.now() == real + 3600, "nothing was read yet"
     ahead.live()
@@ -416,7 +416,7 @@ def test_between_reads_the_clock_goes_on_by_the_monotonic_clock(monkeypatch: pyt
     """Redis answered half-way between the call and its answer."""
     clock = StoreClock()
     monotonic = iter([7.0, 10.0])
-    monkeypatch.setattr("range_store.clock.time.monotonic", lambda: next(monotonic))
+    monkeypatch.setattr("range_store.storage.clock.time.monotonic", lambda: next(monotonic))
     clock.set(1000.0, began=5.0)
     assert clock.now() == 1004.0
 

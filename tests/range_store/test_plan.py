@@ -8,12 +8,12 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from range_store.codec import assemble
-from range_store.erasure import STATISTICAL, Damp, Erasure, Method
+from range_store.domain.erasure import STATISTICAL, Damp, Erasure, Method
+from range_store.domain.plan import NO_ERASURE, LayerMask, resolve
+from range_store.domain.range_set import RangeSet, check_dtype, check_model, dtype_mismatch
+from range_store.domain.rankings import count_of_top, top
 from range_store.errors import DtypeMismatch, ForeignRangeSet, InvalidErasure, NotFitted, UnknownConcept
-from range_store.plan import NO_ERASURE, LayerMask, resolve
-from range_store.range_set import RangeSet, check_dtype, check_model, dtype_mismatch
-from range_store.rankings import count_of_top, top
+from range_store.storage.codec import assemble
 from tests.range_store.builders import CONCEPTS, FINGERPRINT, random_range_set
 
 RANGE_SET, INSPECT = random_range_set(700, hidden=16)

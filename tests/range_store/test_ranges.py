@@ -5,7 +5,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from range_store.ranges import EMPTY, bounds, overlap_coefficient
+from range_store.domain.ranges import EMPTY, bounds, overlap_coefficient
 
 pytestmark = pytest.mark.filterwarnings("error")
 """Degenerate statistics are expected: they must not warn."""

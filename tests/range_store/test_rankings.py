@@ -10,8 +10,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 
-from range_store.erasure import STATISTICAL
-from range_store.rankings import count_of_top, mean_of_others, order, saliency, smallest_fraction, top
+from range_store.domain.erasure import STATISTICAL
+from range_store.domain.rankings import count_of_top, mean_of_others, order, saliency, smallest_fraction, top
 
 pytestmark = pytest.mark.filterwarnings("error")
 """Degenerate statistics are expected: they must not warn."""

@@ -12,10 +12,10 @@ import pytest
 import trustme
 
 from app.settings import Settings
-from range_store.api_keys import KeyStore
-from range_store.embedded import connect
+from range_store.embedded.connection import connect
 from range_store.errors import StoreUnavailable
-from range_store.store import RangeStore
+from range_store.storage.api_keys import KeyStore
+from range_store.storage.store import RangeStore
 from tests.ports import free_port
 from tests.range_store.builders import random_range_set
 from tests.range_store.waiting import until

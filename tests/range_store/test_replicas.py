@@ -9,13 +9,13 @@ import redis
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from range_store import replicas as roster_module
-from range_store import reporter
-from range_store.erasure import Erasure
+from range_store.domain.erasure import Erasure
+from range_store.domain.live import LiveErasure, LiveState, reaches
 from range_store.errors import StoreUnavailable
-from range_store.live import LiveErasure, LiveState, reaches
-from range_store.mirror import Mirror
-from range_store.replicas import (
+from range_store.storage import replicas as roster_module
+from range_store.storage import reporter
+from range_store.storage.mirror import Mirror
+from range_store.storage.replicas import (
     LEASE_SECONDS,
     SILENT_SECONDS,
     Follow,
@@ -24,7 +24,7 @@ from range_store.replicas import (
     Roster,
     new_name,
 )
-from range_store.store import RangeStore
+from range_store.storage.store import RangeStore
 from tests.range_store.builders import FINGERPRINT, random_range_set
 from tests.range_store.waiting import until
 

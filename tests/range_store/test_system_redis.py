@@ -10,12 +10,12 @@ from pathlib import Path
 import pytest
 import redis
 
-from range_store.embedded import connect
-from range_store.erasure import Erasure
+from range_store.domain.erasure import Erasure
+from range_store.domain.live import LiveErasure
+from range_store.embedded.connection import connect
 from range_store.errors import StaleGeneration, StoreUnavailable
-from range_store.live import LiveErasure
-from range_store.mirror import Mirror
-from range_store.store import RangeStore
+from range_store.storage.mirror import Mirror
+from range_store.storage.store import RangeStore
 from tests.range_store.builders import random_range_set
 from tests.range_store.waiting import until
 

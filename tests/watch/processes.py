@@ -8,16 +8,16 @@ import httpx
 import pytest
 import redis
 
-from range_store.store import RangeStore
+from range_store.storage.store import RangeStore
 from tests.ports import free_port
 from tests.processes import Running, answers
 from tests.range_store.waiting import until
 
 NAME = "watched"
 FAIL_ON_LONG_TEXTS = """
-import app.wiring
+import app.serving.wiring
 from contextlib import contextmanager
-opened = app.wiring.open_service
+opened = app.serving.wiring.open_service
 @contextmanager
 def open_service(settings):
     with opened(settings) as service:
@@ -28,7 +28,7 @@ def open_service(settings):
             return forward(batch)
         service.engine._forward = failing
         yield service
-app.wiring.open_service = open_service
+app.serving.wiring.open_service = open_service
 """
 LOSE_REQUESTS = """
 import os

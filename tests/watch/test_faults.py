@@ -16,8 +16,8 @@ from pathlib import Path
 
 import pytest
 
-from range_store.erasure import Erasure
-from range_store.live import LiveErasure
+from range_store.domain.erasure import Erasure
+from range_store.domain.live import LiveErasure
 from tests.range_store.builders import random_range_set
 from tests.range_store.waiting import until
 from tests.servers import LABELS

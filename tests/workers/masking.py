@@ -6,7 +6,7 @@ from typing import Self
 import torch
 from torch import Tensor
 
-from range_store.erasure import Positions, Site
+from range_store.domain.erasure import Positions, Site
 from workers.models.tokens import TokenBatch
 
 

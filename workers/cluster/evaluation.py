@@ -4,8 +4,8 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from range_store.plan import resolve
-from range_store.range_set import RangeSet
+from range_store.domain.plan import resolve
+from range_store.domain.range_set import RangeSet
 from workers.cluster.nodes import Job, ModelPool
 from workers.evaluation.measure import (
     MeasureCancelled,

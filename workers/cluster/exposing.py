@@ -9,7 +9,7 @@ from prometheus_client import CollectorRegistry, disable_created_metrics, start_
 from prometheus_client.metrics_core import Metric
 from prometheus_client.registry import Collector
 
-from range_store.mirror import Mirror
+from range_store.storage.mirror import Mirror
 from workers.engine.live_metrics import add_under, live_state, loaded, register_process
 from workers.models.facts import ModelFacts
 

@@ -12,7 +12,7 @@ from typing import Unpack
 import numpy as np
 import numpy.typing as npt
 
-from range_store.range_set import FitSettings
+from range_store.domain.range_set import FitSettings
 from workers.cluster.nodes import Job, ModelPool
 from workers.fitting.checkpoint import BlockStates
 from workers.fitting.corpus import Block, Corpus

@@ -18,7 +18,7 @@ from prometheus_client import CollectorRegistry
 from ray.exceptions import RayError, RayTaskError, TaskCancelledError
 from ray.serve.exceptions import BackPressureError, RayServeException
 
-from range_store.erasure import Erasure, Site
+from range_store.domain.erasure import Erasure, Site
 from range_store.errors import Behind
 from workers.cluster.errors import first_line
 from workers.cluster.messages import Answered, Origin, Refused, Reply, Wanted

@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 
-from range_store.erasure import Erasure
+from range_store.domain.erasure import Erasure
 from range_store.errors import RangeStoreError
 from workers.engine.answers import Answer, Load, Logits, Source, TextAnswer
 from workers.engine.errors import EngineError, EngineFailed

@@ -19,8 +19,8 @@ import ray
 import torch
 from ray.exceptions import RayError, RayTaskError
 
+from range_store.domain.range_set import ModelIdentity
 from range_store.errors import RangeStoreError
-from range_store.range_set import ModelIdentity
 from workers.cluster.connection import TELL_SECONDS, free
 from workers.cluster.errors import ClusterError, first_line
 from workers.fitting.errors import CorpusError

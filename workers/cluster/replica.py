@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 from ray import serve
 from ray.serve.exceptions import RayServeException
 
-from range_store.replicas import new_name
+from range_store.storage.replicas import new_name
 from workers.cluster.errors import ClusterError
 from workers.cluster.exposing import MetricsAt, MetricsServer, ReplicaMetrics, served
 from workers.cluster.messages import TOLD, Answered, Origin, Refused, Reply, Wanted
@@ -38,7 +38,7 @@ class ReplicaSettings:
         name: what the model is called in the store.
         model: arguments of `workers.models.loading.load_model`, `source` among them.
         threads: CPU threads of torch.
-        redis: arguments of `range_store.embedded.connect`, but for `directory`.
+        redis: arguments of `range_store.embedded.connection.connect`, but for `directory`.
         engine: fields of `workers.engine.settings.EngineSettings`; `max_batch_tokens` may be None: by the device.
         poll_seconds: how often the live state is read again.
         metrics: where each serves its own; None: nowhere.
@@ -73,9 +73,9 @@ class Replica:
     def __init__(self, settings: ReplicaSettings, name: str | None = None) -> None:
         from prometheus_client import CollectorRegistry
 
-        from range_store.embedded import connect
-        from range_store.mirror import Mirror
-        from range_store.store import RangeStore
+        from range_store.embedded.connection import connect
+        from range_store.storage.mirror import Mirror
+        from range_store.storage.store import RangeStore
         from workers.engine.engine import Engine
         from workers.engine.settings import EngineSettings, batch_tokens_for
 

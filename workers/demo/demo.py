@@ -8,7 +8,7 @@ from pathlib import Path
 
 from filelock import FileLock
 
-from range_store.store import RangeStore
+from range_store.storage.store import RangeStore
 from range_store.whole_files import private_directory
 from workers.demo.minilm import SHA256, minilm_directory
 from workers.evaluation.evaluate import Evaluation, evaluate

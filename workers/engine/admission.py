@@ -7,11 +7,11 @@ from dataclasses import dataclass
 
 import torch
 
-from range_store.erasure import Erasure
+from range_store.domain.erasure import Erasure
+from range_store.domain.plan import NO_ERASURE, resolve
+from range_store.domain.range_set import RangeSet
 from range_store.errors import EnforcedErasure, NoRangeSet, StoreUnavailable
-from range_store.mirror import Mirror
-from range_store.plan import NO_ERASURE, resolve
-from range_store.range_set import RangeSet
+from range_store.storage.mirror import Mirror
 from workers.engine.answers import Source
 from workers.engine.following import Following
 from workers.engine.masks import DevicePlan
@@ -70,7 +70,7 @@ class Planner:
             StoreUnavailable: the live erasures were never read, so it cannot be known what must be erased.
             NoRangeSet: something is to be erased, and no range set is active.
             EnforcedErasure: an erasure of the request acts below an enforced one.
-            InvalidErasure, UnknownConcept, NotFitted: see `range_store.plan.resolve`.
+            InvalidErasure, UnknownConcept, NotFitted: see `range_store.domain.plan.resolve`.
         """
         await self._following.reach(min_generation, timeout)
         snapshot = self._mirror.snapshot

@@ -10,7 +10,7 @@ from typing import Literal, Protocol
 import numpy as np
 import numpy.typing as npt
 
-from range_store.erasure import Erasure, Site
+from range_store.domain.erasure import Erasure, Site
 from workers.engine.errors import QueueFull
 from workers.engine.settings import EngineSettings
 from workers.models.shown import ShownText

@@ -19,8 +19,8 @@ from typing import Any
 import torch
 from prometheus_client import CollectorRegistry
 
-from range_store.erasure import Erasure
-from range_store.mirror import Mirror
+from range_store.domain.erasure import Erasure
+from range_store.storage.mirror import Mirror
 from workers.engine.admission import Planner
 from workers.engine.answers import Answer, Load, Logits, TextAnswer
 from workers.engine.enforcing import capped

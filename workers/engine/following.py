@@ -7,7 +7,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
 
 from range_store.errors import Behind, RangeStoreError
-from range_store.mirror import Mirror, Snapshot
+from range_store.storage.mirror import Mirror, Snapshot
 
 PATIENCE = 3.0
 """Seconds that a request waits at most for a generation that the store itself does not have yet."""

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from range_store.erasure import Positions
+from range_store.domain.erasure import Positions
 from workers.engine.masks import DevicePlan, MaskTable, PlanGrid, stack_plans
 from workers.models.loading import Steerable
 from workers.models.steered import Trunk

@@ -9,8 +9,8 @@ from prometheus_client import CollectorRegistry, Info, PlatformCollector, Proces
 from prometheus_client.core import GaugeMetricFamily, InfoMetricFamily
 from prometheus_client.metrics_core import Metric
 
-from range_store.live import LiveErasure
-from range_store.mirror import Mirror, Trouble
+from range_store.domain.live import LiveErasure
+from range_store.storage.mirror import Mirror, Trouble
 from workers.engine.metrics import MOST_CONCEPTS, OTHER_CONCEPTS
 from workers.models.facts import ModelFacts
 

@@ -12,7 +12,7 @@ from typing import Any, Literal
 import numpy as np
 import numpy.typing as npt
 
-from range_store.erasure import Site
+from range_store.domain.erasure import Site
 from workers.engine.errands import Errand, Result
 from workers.engine.errors import DeadlineExceeded, EngineError, EngineFailed, QueueFull, RequestTooLarge
 from workers.models.loading import LoadedModel

@@ -11,8 +11,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from range_store.erasure import Positions, Site
-from range_store.plan import LayerMask, Plan
+from range_store.domain.erasure import Positions, Site
+from range_store.domain.plan import LayerMask, Plan
 from workers.models.tokens import TokenBatch
 
 

@@ -4,9 +4,9 @@ from collections.abc import Iterator, Mapping
 
 import numpy as np
 
-from range_store.erasure import Ranking
-from range_store.inspection import overlap_of_tops
-from range_store.range_set import InspectLayer, RangeSet
+from range_store.domain.erasure import Ranking
+from range_store.domain.inspection import overlap_of_tops
+from range_store.domain.range_set import InspectLayer, RangeSet
 from workers.evaluation import figures
 from workers.evaluation.html import Section, figure, folded, shaded, table
 from workers.evaluation.statistics import BINS_NEEDED, neurons_by_rank, neurons_of_every_concept, shapes

@@ -7,7 +7,7 @@ from typing import Literal
 
 from scipy.special import ndtri
 
-from range_store.range_set import InspectLayer, RangeSet
+from range_store.domain.range_set import InspectLayer, RangeSet
 from workers.evaluation.measures import MEAN, Row
 from workers.evaluation.statistics import range_overlap
 

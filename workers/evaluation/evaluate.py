@@ -7,7 +7,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any, Protocol, TypedDict, Unpack
 
-from range_store.range_set import ModelIdentity, RangeSet
+from range_store.domain.range_set import ModelIdentity, RangeSet
 from workers.evaluation.bootstrap import Bootstrap
 from workers.evaluation.measure import CHECKPOINT_SECONDS, MeasureCancelled, MeasureProgress, measure, truth_of
 from workers.evaluation.measures import Outcomes, Row, Summary

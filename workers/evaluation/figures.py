@@ -7,8 +7,8 @@ import numpy as np
 import plotly.graph_objects as go
 from plotly.subplots import make_subplots
 
-from range_store.range_set import InspectLayer, RangeSet
-from range_store.ranges import bounds
+from range_store.domain.range_set import InspectLayer, RangeSet
+from range_store.domain.ranges import bounds
 from workers.evaluation.measures import Row
 from workers.evaluation.statistics import ShownNeuron
 

@@ -7,8 +7,8 @@ from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
 
-from range_store.inspection import overlap_of_tops
-from range_store.range_set import InspectLayer, RangeSet
+from range_store.domain.inspection import overlap_of_tops
+from range_store.domain.range_set import InspectLayer, RangeSet
 from range_store.whole_files import written_whole
 from workers.evaluation.activations import OVERLAP_FRACTION
 from workers.evaluation.claims import claims

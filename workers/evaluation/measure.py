@@ -13,9 +13,9 @@ import numpy.typing as npt
 from safetensors import SafetensorError
 from safetensors.numpy import load_file, save_file
 
-from range_store.erasure import Positions
-from range_store.plan import resolve
-from range_store.range_set import ModelIdentity, RangeSet
+from range_store.domain.erasure import Positions
+from range_store.domain.plan import resolve
+from range_store.domain.range_set import ModelIdentity, RangeSet
 from range_store.whole_files import written_whole
 from workers.engine.forward import WHOLE_PASS, PlanSweep, open_trunk
 from workers.engine.masks import DevicePlan

@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from range_store.erasure import Damp, Erasure
+from range_store.domain.erasure import Damp, Erasure
 from workers.evaluation.bootstrap import Bootstrap
 from workers.evaluation.settings import Others
 from workers.models.predictions import CHANCE, NO_LABEL, Head, predicted_labels

@@ -9,8 +9,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from range_store.plan import resolve
-from range_store.range_set import RangeSet
+from range_store.domain.plan import resolve
+from range_store.domain.range_set import RangeSet
 from workers.engine.masks import DevicePlan, MaskTable
 from workers.evaluation.evaluate import Evaluation, EvaluationError
 from workers.evaluation.measures import MEAN

@@ -8,8 +8,8 @@ from typing import Any
 
 import numpy as np
 
+from range_store.domain.range_set import InspectLayer, RangeSet
 from range_store.phrases import counted
-from range_store.range_set import InspectLayer, RangeSet
 from range_store.whole_files import written_whole
 from workers.evaluation import figures
 from workers.evaluation.activations import densities, overlap, statistics

@@ -5,7 +5,7 @@ from dataclasses import asdict, dataclass
 from itertools import product
 from typing import Any, Literal
 
-from range_store.erasure import Erasure, Method, Positions, Ranking, Replacement, resolve_layers
+from range_store.domain.erasure import Erasure, Method, Positions, Ranking, Replacement, resolve_layers
 
 Others = Literal["pooled", "classes"]
 Layers = tuple[int, ...]

@@ -9,10 +9,10 @@ import numpy as np
 import numpy.typing as npt
 from scipy.special import ndtr
 
-from range_store.erasure import Ranking
-from range_store.range_set import InspectLayer, RangeSet
-from range_store.ranges import bounds, overlap_coefficient
-from range_store.rankings import order, top
+from range_store.domain.erasure import Ranking
+from range_store.domain.range_set import InspectLayer, RangeSet
+from range_store.domain.ranges import bounds, overlap_coefficient
+from range_store.domain.rankings import order, top
 
 Floats = npt.NDArray[np.float64]
 NORMAL_ENOUGH = 0.1

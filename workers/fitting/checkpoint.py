@@ -13,7 +13,7 @@ import numpy.typing as npt
 from safetensors import SafetensorError
 from safetensors.numpy import load_file, save_file
 
-from range_store.range_set import FitSettings, ModelIdentity
+from range_store.domain.range_set import FitSettings, ModelIdentity
 from range_store.whole_files import private_directory, remove_leftovers, written_whole
 from workers.fitting.corpus import Corpus
 from workers.fitting.fitter import RangeFitter

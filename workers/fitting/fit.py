@@ -16,9 +16,8 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from range_store.codec import assemble
-from range_store.erasure import STATISTICAL, Ranking, Site, resolve_layers
-from range_store.range_set import (
+from range_store.domain.erasure import STATISTICAL, Ranking, Site, resolve_layers
+from range_store.domain.range_set import (
     CorpusIdentity,
     FitSettings,
     InspectLayer,
@@ -27,6 +26,7 @@ from range_store.range_set import (
     Provenance,
     RangeSet,
 )
+from range_store.storage.codec import assemble
 from workers.fitting.checkpoint import BlockStates, Checkpoint, Counters
 from workers.fitting.corpus import Block, Corpus, match_labels
 from workers.fitting.errors import CorpusError

@@ -7,9 +7,9 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from range_store.erasure import Ranking
-from range_store.range_set import InspectLayer, ProbeSettings, ServeLayer
-from range_store.rankings import saliency
+from range_store.domain.erasure import Ranking
+from range_store.domain.range_set import InspectLayer, ProbeSettings, ServeLayer
+from range_store.domain.rankings import saliency
 from workers.fitting.histograms import count, edges_from
 from workers.fitting.moments import Moments
 from workers.fitting.probe import ProbeSample, probe_saliency

@@ -12,7 +12,7 @@ import numpy.typing as npt
 from sklearn.exceptions import ConvergenceWarning
 from sklearn.linear_model import LogisticRegression
 
-from range_store.range_set import ProbeSettings
+from range_store.domain.range_set import ProbeSettings
 
 logger = logging.getLogger(__name__)
 

@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 from typing import Literal
 
-from range_store.range_set import ModelIdentity
+from range_store.domain.range_set import ModelIdentity
 from workers.models.predictions import Activation, activation_of
 
 

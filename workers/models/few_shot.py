@@ -20,7 +20,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from range_store.erasure import Site
+from range_store.domain.erasure import Site
 from workers.models.families import Family
 from workers.models.plain_prompts import PlainPrompts, counted_once
 from workers.models.prefixes import PrefixCache, Prefixes

@@ -18,7 +18,7 @@ from safetensors import SafetensorError
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
 from transformers.utils.hub import cached_file
 
-from range_store.range_set import Kind, ModelIdentity
+from range_store.domain.range_set import Kind, ModelIdentity
 from workers.models.errors import CheckpointError
 from workers.models.facts import ModelFacts
 from workers.models.families import Family, family_of

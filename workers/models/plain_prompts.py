@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from range_store.erasure import Site
+from range_store.domain.erasure import Site
 from workers.models.families import Family
 from workers.models.steered import Masking, state_of
 from workers.models.tokens import TokenBatch

@@ -7,7 +7,7 @@ from typing import Annotated
 
 from pydantic import Field, ValidationError, model_validator
 
-from range_store.erasure import Frozen
+from range_store.domain.erasure import Frozen
 from workers.models.errors import CheckpointError
 
 TEMPLATES = Path(__file__).parent / "templates"

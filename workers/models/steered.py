@@ -21,7 +21,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from range_store.erasure import Positions, Site
+from range_store.domain.erasure import Positions, Site
 from workers.models.families import Family
 from workers.models.label_token import LabelTokenClassifier
 from workers.models.packing import ATTENTION, Packing

@@ -9,7 +9,7 @@ from typing import Any
 from starlette.datastructures import Headers, MutableHeaders
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from app.problems import MEDIA_TYPE, Problem
+from app.http.problems import MEDIA_TYPE, Problem
 
 JSON = "application/json"
 

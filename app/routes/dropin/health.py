@@ -2,7 +2,7 @@
 
 from fastapi import APIRouter, Response
 
-from app.problems import documented
+from app.http.problems import documented
 from app.routes import Models
 from app.routes.dropin.tei import TeiProblem
 from app.routes.service import readyz

@@ -10,16 +10,16 @@ from fastapi import APIRouter, Request, Response
 from pydantic import ConfigDict, Field, model_validator
 from pydantic_core import PydanticCustomError
 
-from app.answering import MinGeneration, Timeout, answer_to, ranked
-from app.auth import Calling
-from app.problems import BODY, Problem, documented
-from app.replies import Score
-from app.requests import erasures_of
+from app.http.problems import BODY, Problem, documented
 from app.routes import Serving
 from app.routes.dropin.dialect import Dialect
 from app.routes.dropin.steering import TOLD, Loose, Steered, tell
-from app.service import TextOrPair
-from app.shapes import LIST, OBJECT, TEXT, by_shape
+from app.schemas.replies import Score
+from app.schemas.requests import erasures_of
+from app.schemas.unions import LIST, OBJECT, TEXT, by_shape
+from app.security.auth import Calling
+from app.serving.classification import MinGeneration, Timeout, answer_to, ranked
+from app.serving.service import TextOrPair
 
 
 class HfProblem(Problem):

@@ -6,9 +6,9 @@ from urllib.parse import quote
 from fastapi import Response
 from pydantic import BaseModel, ConfigDict, Field
 
-from app.problems import ApiError
-from app.requests import Erase
-from app.service import Answer, ModelFacts
+from app.http.problems import ApiError
+from app.schemas.requests import Erase
+from app.serving.service import Answer, ModelFacts
 
 LONGEST_HEADER = 2000
 """Most characters of `X-NeuronLens-Erased`; many clients take 8,000 for all headers together."""

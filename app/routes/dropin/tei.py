@@ -10,16 +10,16 @@ from typing import Annotated, Any, Literal
 from fastapi import APIRouter, Request, Response
 from pydantic import BaseModel, ConfigDict, Field
 
-from app.answering import MinGeneration, Timeout, answer_to, ranked
-from app.auth import Calling
-from app.problems import BODY, Problem, documented
-from app.replies import Score
-from app.requests import erasures_of
+from app.http.problems import BODY, Problem, documented
 from app.routes import Serving
 from app.routes.dropin.dialect import Dialect
 from app.routes.dropin.steering import TOLD, Steered, check_truncation_side, tell
-from app.service import TextOrPair
-from app.shapes import LIST, TEXT, by_shape
+from app.schemas.replies import Score
+from app.schemas.requests import erasures_of
+from app.schemas.unions import LIST, TEXT, by_shape
+from app.security.auth import Calling
+from app.serving.classification import MinGeneration, Timeout, answer_to, ranked
+from app.serving.service import TextOrPair
 
 ErrorType = Literal["Unhealthy", "Backend", "Overloaded", "Validation", "Tokenizer"]
 

@@ -9,14 +9,14 @@ from fastapi.exceptions import RequestValidationError
 from fastapi.routing import APIRoute
 from pydantic import BaseModel, ConfigDict, Field
 
-from app.answering import Timeout, check_size, unless_gone
-from app.logs import note
-from app.problems import BODY, ApiError, documented
-from app.requests import Inputs
+from app.http.problems import BODY, ApiError, documented
+from app.observability.logs import note
 from app.routes import Asking
 from app.routes.dropin.steering import Loose
 from app.routes.looking import MOST_TEXTS
-from app.service import ShownToken
+from app.schemas.requests import Inputs
+from app.serving.classification import Timeout, check_size, unless_gone
+from app.serving.service import ShownToken
 
 OF_VLLM = "tokenize_of_vllm"
 """Set in a request's state where its body is vLLM's."""

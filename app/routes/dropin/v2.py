@@ -14,11 +14,7 @@ from fastapi import APIRouter, Depends, Request, Response
 from pydantic import Field
 from starlette.convertors import register_url_convertor
 
-from app.answering import MinGeneration, Timeout, all_scores, answer_to
-from app.auth import Calling
-from app.problems import ApiError, Problem, documented
-from app.readiness import conditions
-from app.requests import erasures_of
+from app.http.problems import ApiError, Problem, documented
 from app.routes import Models, Whole, meant
 from app.routes.dropin.dialect import Dialect
 from app.routes.dropin.steering import TOLD, erased_header, tell
@@ -34,8 +30,12 @@ from app.routes.dropin.v2_shapes import (
     TensorMetadata,
     TensorOut,
 )
-from app.served import Served
-from app.service import Activation, Answer, Logits, Service
+from app.schemas.requests import erasures_of
+from app.security.auth import Calling
+from app.serving.classification import MinGeneration, Timeout, all_scores, answer_to
+from app.serving.models import Served
+from app.serving.readiness import conditions
+from app.serving.service import Activation, Answer, Logits, Service
 
 
 class V2Problem(Problem):

@@ -6,10 +6,10 @@ from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field
 
-from app.problems import ApiError
-from app.requests import Erase, storable
+from app.http.problems import ApiError
 from app.routes.dropin.steering import Loose
-from app.shapes import LIST, TEXT, by_shape
+from app.schemas.requests import Erase, storable
+from app.schemas.unions import LIST, TEXT, by_shape
 
 
 def _parsed(value: Any) -> Any:

@@ -10,14 +10,14 @@ from typing import Annotated, Any, Literal
 from fastapi import APIRouter, Request, Response
 from pydantic import BaseModel, ConfigDict, Field
 
-from app.answering import MinGeneration, Timeout, all_scores, answer_to
-from app.auth import Calling
-from app.problems import ApiError, Problem, documented
-from app.requests import Inputs, erasures_of
+from app.http.problems import ApiError, Problem, documented
 from app.routes import Asking
 from app.routes.dropin.dialect import Dialect
 from app.routes.dropin.steering import TOLD, Steered, check_truncation_side, tell
-from app.service import Activation, Answer
+from app.schemas.requests import Inputs, erasures_of
+from app.security.auth import Calling
+from app.serving.classification import MinGeneration, Timeout, all_scores, answer_to
+from app.serving.service import Activation, Answer
 
 
 class VllmErrorInfo(BaseModel):

@@ -10,8 +10,8 @@ import pytest
 import redis
 
 from app.cli import run
-from range_store.embedded import EmbeddedRedis
-from range_store.store import RangeStore
+from range_store.embedded.connection import EmbeddedRedis
+from range_store.storage.store import RangeStore
 from tests.range_store.builders import random_range_set
 
 

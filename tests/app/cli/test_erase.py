@@ -7,8 +7,8 @@ from itertools import pairwise
 import pytest
 import redis
 
-from range_store.embedded import EmbeddedRedis
-from range_store.erasure import RANKINGS, STATISTICAL, Damp, Erasure
+from range_store.domain.erasure import RANKINGS, STATISTICAL, Damp, Erasure
+from range_store.embedded.connection import EmbeddedRedis
 from tests.app.cli.conftest import Cli, Prepared
 
 

@@ -16,9 +16,9 @@ import typer
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
 
 from app.cli import options
-from app.reports import list_reports
-from range_store.embedded import EmbeddedRedis
-from range_store.store import RangeStore
+from app.serving.reports import list_reports
+from range_store.embedded.connection import EmbeddedRedis
+from range_store.storage.store import RangeStore
 from tests.app.cli.conftest import Cli, Ended
 from tests.workers.checkpoints import LABELS, TEMPLATE, save_language_model, save_tiny
 from tests.workers.texts import labelled_texts, write_jsonl

@@ -7,8 +7,8 @@ import pytest
 
 from app.cli.listening import fit_command
 from app.settings import Settings
-from range_store.api_keys import KeyStore
-from range_store.embedded import connect
+from range_store.embedded.connection import connect
+from range_store.storage.api_keys import KeyStore
 from tests.app.cli.conftest import Cli
 
 

@@ -8,7 +8,7 @@ from typer.testing import CliRunner
 
 from app.cli import options
 from app.cli.clock import duration
-from range_store.erasure import RANKINGS, Damp
+from range_store.domain.erasure import RANKINGS, Damp
 
 ENTRIES = st.text(st.characters(exclude_categories=("Cs", "Cc")), min_size=1).map(str.strip).filter(bool)
 

@@ -11,11 +11,11 @@ import redis
 import uvicorn
 
 from app.main import create_app
+from app.serving.wiring import open_service
 from app.settings import Settings
-from app.wiring import open_service
-from range_store.embedded import EmbeddedRedis
-from range_store.live import LiveState
-from range_store.store import RangeStore
+from range_store.domain.live import LiveState
+from range_store.embedded.connection import EmbeddedRedis
+from range_store.storage.store import RangeStore
 from tests.app.cli.conftest import Cli
 from tests.range_store.waiting import until
 from tests.workers.checkpoints import save_tiny

@@ -5,12 +5,12 @@ from pathlib import Path
 import pytest
 
 from app.cli.fit import _activate, _dtype
-from app.fit_process import environment
+from app.jobs.process import environment
 from app.settings import Settings
-from range_store.codec import assemble
-from range_store.erasure import Erasure
+from range_store.domain.erasure import Erasure
+from range_store.domain.live import LiveErasure
 from range_store.errors import DtypeMismatch
-from range_store.live import LiveErasure
+from range_store.storage.codec import assemble
 from tests.app.cli.conftest import Cli, Prepared
 from tests.range_store.builders import random_range_set
 
@@ -185,7 +185,7 @@ def test_show_says_on_how_many_rows_it_was_fitted(cli: Cli, prepared: Prepared) 
 
 
 def write(file: Path, seed: int) -> None:
-    from range_store.archive import write_archive
+    from range_store.storage.archive import write_archive
 
     write_archive(file, *random_range_set(seed))
 

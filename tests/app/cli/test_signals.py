@@ -10,8 +10,8 @@ from pathlib import Path
 import httpx
 import pytest
 
-from range_store.embedded import EmbeddedRedis
-from range_store.store import RangeStore
+from range_store.embedded.connection import EmbeddedRedis
+from range_store.storage.store import RangeStore
 from tests.app.cli.conftest import Cli
 from tests.processes import NEURONLENS, Running
 from tests.range_store.waiting import until

@@ -7,10 +7,10 @@ from typing import Any
 import pytest
 import redis
 
-from app.fleet import end_fleet, fleets, open_fleet
-from app.service import Service
+from app.serving.fleet import end_fleet, fleets, open_fleet
+from app.serving.service import Service
 from app.settings import Settings
-from range_store.embedded import EmbeddedRedis
+from range_store.embedded.connection import EmbeddedRedis
 from workers.cluster.serve_status import status_of
 from workers.fitting.fit import Fitted
 from workers.models.loading import LoadedModel

@@ -46,7 +46,7 @@ def test_server_on_a_private_cluster_loads_no_torch_and_leaves_no_process(model:
         until(lambda: "mine-1" in _log_of_workers(place))
         (there,) = _lines_of_request(_log_of_workers(place).splitlines())
         known = {"request_id": "mine-1", "trace_id": TRACE, "span_id": PARENT, "model": "tiny-news"}
-        assert there.items() >= {**known, "logger": "app.replica", "level": "debug", "texts": 2}.items()
+        assert there.items() >= {**known, "logger": "app.serving.logged_replica", "level": "debug", "texts": 2}.items()
         assert SECRET not in _log_of_workers(place)
         os.killpg(server.pid, signal.SIGINT)  # as a terminal does
         assert server.wait(120) == 0, server.stderr and server.stderr.read()

@@ -10,9 +10,9 @@ import redis
 from prometheus_client import CollectorRegistry
 from ray.serve.schema import ApplicationStatus
 
-from app.parts import engine_limits
+from app.serving.assembly import engine_limits
 from app.settings import Settings
-from range_store.embedded import EmbeddedRedis
+from range_store.embedded.connection import EmbeddedRedis
 from tests.range_store.waiting import until
 from workers.cluster import fleet, serve_status
 from workers.cluster.errors import ClusterError

@@ -18,15 +18,15 @@ from prometheus_client import CollectorRegistry
 from prometheus_client.metrics_core import Metric
 from prometheus_client.parser import text_string_to_metric_families
 
-from app.metrics import targets_of
-from app.replica import LoggedReplica
-from app.replies import TargetsOut
-from app.service import Service
-from range_store.erasure import Erasure, Method
+from app.schemas.replies import TargetsOut
+from app.serving.logged_replica import LoggedReplica
+from app.serving.metrics import targets_of
+from app.serving.service import Service
+from range_store.domain.erasure import Erasure, Method
+from range_store.domain.live import LiveErasure
 from range_store.errors import NotFitted, UnknownConcept
-from range_store.live import LiveErasure
-from range_store.mirror import Mirror
-from range_store.replicas import Roster
+from range_store.storage.mirror import Mirror
+from range_store.storage.replicas import Roster
 from tests.e2e.cluster.conftest import activated, pids
 from tests.range_store.waiting import until
 from tests.workers.texts import labelled_texts
@@ -69,7 +69,7 @@ def fleet(open_services: Callable[..., list[Service]], fitted: Fitted, stops: Pa
             return await super().classify(wanted)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("app.fleet.LoggedReplica", Stopping)
+        patch.setattr("app.serving.fleet.LoggedReplica", Stopping)
         service = activated(open_services("two", replicas=2, **PATIENT)[0], fitted)
         until(lambda: len(pids(service)) == 2 and not behind(service), 300)
         return service

@@ -12,7 +12,7 @@ from typing import Any
 import psutil
 import pytest
 
-from app.service import Service
+from app.serving.service import Service
 from tests.e2e.cluster.conftest import activated, pids
 from tests.e2e.on_ray import over_http
 from tests.range_store.waiting import until

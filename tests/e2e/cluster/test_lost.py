@@ -15,8 +15,8 @@ import redis
 
 import workers.cluster  # noqa: F401 (sets environment variables that Ray reads when it is imported)
 from app.cli.exits import UNREACHABLE
-from range_store.embedded import EmbeddedRedis
-from range_store.store import RangeStore
+from range_store.embedded.connection import EmbeddedRedis
+from range_store.storage.store import RangeStore
 from tests.processes import Running
 from tests.range_store.waiting import until
 from workers.fitting.fit import Fitted
@@ -32,7 +32,7 @@ pytestmark = pytest.mark.full
 ON_NODE = """
 import functools, os, time
 import workers.cluster, ray
-from app import fleet
+from app.serving import fleet
 from workers.cluster import lifeline
 ray.init = functools.partial(ray.init, _node_ip_address={node!r})
 lifeline.head_seconds = lambda: 1.0 if os.path.exists({directory!r} + "/head") else 3600.0

@@ -13,10 +13,10 @@ from typing import Any
 import numpy as np
 import pytest
 
-from app.replica import LoggedReplica
-from app.service import Service
-from range_store.erasure import Erasure
-from range_store.live import LiveErasure
+from app.serving.logged_replica import LoggedReplica
+from app.serving.service import Service
+from range_store.domain.erasure import Erasure
+from range_store.domain.live import LiveErasure
 from tests.e2e.cluster.conftest import activated, pids
 from tests.range_store.waiting import until
 from tests.workers.checkpoints import save_tiny
@@ -84,7 +84,7 @@ def break_some_engines() -> Iterator[None]:
             await super().reconfigure(config)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("app.fleet.LoggedReplica", SometimesBroken)
+        patch.setattr("app.serving.fleet.LoggedReplica", SometimesBroken)
         yield
 
 

@@ -16,10 +16,10 @@ import numpy as np
 import pytest
 import redis
 
-from app.service import Service
+from app.serving.service import Service
+from app.serving.wiring import open_service
 from app.settings import Settings
-from app.wiring import open_service
-from range_store.embedded import EmbeddedRedis
+from range_store.embedded.connection import EmbeddedRedis
 from tests.e2e.cluster.conftest import pids
 from tests.range_store.waiting import until
 from tests.workers.texts import labelled_texts
@@ -34,7 +34,7 @@ TEXTS = [text for text, _ in labelled_texts(8, seed=17)]
 PROGRAM = """
 import asyncio, json, logging, sys
 logging.basicConfig(level="INFO", stream=sys.stdout, format="%(message)s", force=True)
-from app.fleet import open_fleet
+from app.serving.fleet import open_fleet
 from app.settings import Settings
 from workers.cluster import launching, lease
 settings, texts, pauses = map(json.loads, sys.argv[1:])

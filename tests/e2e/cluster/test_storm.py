@@ -12,9 +12,9 @@ import httpx
 import pytest
 import redis
 
-from app.service import Service
-from range_store.embedded import EmbeddedRedis
-from range_store.live import reaches
+from app.serving.service import Service
+from range_store.domain.live import reaches
+from range_store.embedded.connection import EmbeddedRedis
 from tests.e2e.cluster.conftest import activated, pids
 from tests.processes import Running
 from tests.range_store.waiting import until

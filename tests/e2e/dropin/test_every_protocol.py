@@ -11,8 +11,8 @@ import jsonschema
 import pytest
 
 from app.routes.dropin.steering import LONGEST_HEADER, erased_header
-from range_store.erasure import Erasure
-from range_store.live import LiveErasure
+from range_store.domain.erasure import Erasure
+from range_store.domain.live import LiveErasure
 from tests.e2e.dropin.protocols import PROTOCOLS, TEI_ERROR, Protocol, Scores, refused
 from tests.range_store.waiting import until
 from tests.servers import KeyedServer, RunningServer, with_ranges

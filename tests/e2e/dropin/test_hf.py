@@ -17,8 +17,8 @@ from huggingface_hub import (
 from huggingface_hub.errors import HfHubHTTPError
 
 from app.routes.dropin.hf import OTHER_TASKS
-from range_store.erasure import Erasure
-from range_store.live import LiveErasure
+from range_store.domain.erasure import Erasure
+from range_store.domain.live import LiveErasure
 from tests.e2e.dropin.protocols import refused
 from tests.servers import LABELS, KeyedServer, RunningServer
 from tests.workers.texts import labelled_texts

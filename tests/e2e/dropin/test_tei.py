@@ -12,7 +12,7 @@ import torch
 from tei_client import HttpClient, ModelType
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
-from app.problems import ApiError
+from app.http.problems import ApiError
 from app.routes.dropin.steering import check_truncation_side
 from tests.e2e.dropin.protocols import TEI_ERROR, TEI_INFO, TEI_PREDICTIONS, refused
 from tests.servers import LABELS, RunningServer

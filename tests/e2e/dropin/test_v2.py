@@ -11,8 +11,8 @@ import pytest
 import tritonclient.http as triton
 from tritonclient.utils import InferenceServerException
 
-from range_store.erasure import Erasure
-from range_store.live import LiveErasure
+from range_store.domain.erasure import Erasure
+from range_store.domain.live import LiveErasure
 from tests.e2e.dropin.protocols import V2_ERROR, V2_INFERRED, V2_MODEL, V2_SERVER, refused
 from tests.servers import LABELS, KeyedServer, RunningServer
 from tests.workers.texts import labelled_texts

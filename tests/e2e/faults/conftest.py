@@ -5,9 +5,9 @@ from pathlib import Path
 
 import pytest
 
-from range_store.erasure import Erasure
-from range_store.live import LiveErasure
-from range_store.store import RangeStore
+from range_store.domain.erasure import Erasure
+from range_store.domain.live import LiveErasure
+from range_store.storage.store import RangeStore
 from tests.e2e.faults.processes import RedisProcess, Served
 from tests.range_store.waiting import until
 from workers.fitting.fit import Fitted

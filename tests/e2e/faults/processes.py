@@ -11,7 +11,7 @@ from typing import Any
 import httpx
 import redis
 
-from range_store.embedded_server import _executable
+from range_store.embedded.server import _executable
 from tests.ports import free_port
 from tests.processes import Running
 from tests.range_store.waiting import until

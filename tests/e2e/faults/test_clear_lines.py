@@ -13,10 +13,10 @@ import httpx
 import pytest
 
 from app.cli import run
-from range_store.archive import write_archive
-from range_store.erasure import Erasure
-from range_store.live import LiveErasure
-from range_store.store import RangeStore
+from range_store.domain.erasure import Erasure
+from range_store.domain.live import LiveErasure
+from range_store.storage.archive import write_archive
+from range_store.storage.store import RangeStore
 from tests.e2e.faults.processes import RedisProcess
 from tests.processes import Running
 from tests.servers import RunningServer as InProcess
@@ -30,10 +30,10 @@ SMALL_DISK = 65536
 """Bytes."""
 FREQUENT_CHECKPOINTS = """
 import functools
-import app.wiring
+import app.serving.wiring
 
-app.wiring.CHECKPOINT_SECONDS = 0.0  # of `fit`
-app.wiring._fit = functools.partial(app.wiring._fit, checkpoint_seconds=0.0)  # of `evaluate`
+app.serving.wiring.CHECKPOINT_SECONDS = 0.0  # of `fit`
+app.serving.wiring._fit = functools.partial(app.serving.wiring._fit, checkpoint_seconds=0.0)  # of `evaluate`
 """
 
 

@@ -13,18 +13,18 @@ from typing import cast
 import pytest
 import redis
 
-from range_store.keys import RANGE_SET
-from range_store.store import RangeStore
+from range_store.storage.keys import RANGE_SET
+from range_store.storage.store import RangeStore
 from tests.e2e.faults.processes import RedisProcess, Served
 from tests.processes import Running
 from tests.servers import LABELS
 from tests.workers.texts import labelled_texts, write_jsonl
 from workers.models.loading import LoadedModel
 
-FREQUENT_CHECKPOINTS = "import app.wiring; app.wiring.CHECKPOINT_SECONDS = {seconds}\n"
+FREQUENT_CHECKPOINTS = "import app.serving.wiring; app.serving.wiring.CHECKPOINT_SECONDS = {seconds}\n"
 DIE_WHILE_FITTING = """
 import os, signal
-from app import wiring
+from app.serving import wiring
 
 fit = wiring._fit
 
@@ -38,7 +38,7 @@ wiring._fit = fit_and_die
 """
 DIE_WHILE_PUBLISHING = """
 import os, signal
-from range_store import published
+from range_store.storage import published
 
 encode = published.encode_parts
 

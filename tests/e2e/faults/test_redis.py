@@ -12,12 +12,12 @@ from typing import Any
 import httpx
 import pytest
 
-from app import store_calls
 from app.cli import run
-from app.store_calls import AT_ONCE
-from range_store.erasure import Erasure
-from range_store.live import LiveErasure, LiveState
-from range_store.store import RangeStore
+from app.live import store_calls
+from app.live.store_calls import AT_ONCE
+from range_store.domain.erasure import Erasure
+from range_store.domain.live import LiveErasure, LiveState
+from range_store.storage.store import RangeStore
 from tests.e2e.faults.processes import TEXTS, Load, RedisProcess, Served
 from tests.processes import Running
 from tests.range_store.waiting import until

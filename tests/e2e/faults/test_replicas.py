@@ -10,7 +10,7 @@ from typing import Any
 import httpx
 import pytest
 
-from range_store.store import RangeStore
+from range_store.storage.store import RangeStore
 from tests.e2e.faults.processes import TEXTS, RedisProcess, Served
 from tests.range_store.waiting import until
 from workers.fitting.fit import Fitted
@@ -18,7 +18,7 @@ from workers.models.loading import LoadedModel
 
 PATIENT = 60.0
 """Seconds that a toggle may take to reach every replica."""
-LONG_LEASE = "from range_store.replicas import Replicas; Replicas.report.__defaults__ = (3600.0, None, None)"
+LONG_LEASE = "from range_store.storage.replicas import Replicas; Replicas.report.__defaults__ = (3600.0, None, None)"
 """Nobody is forgotten while a test runs, however slow the machine is."""
 
 

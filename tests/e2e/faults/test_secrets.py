@@ -7,8 +7,8 @@ import httpx
 import pytest
 
 from app.cli import run
-from range_store.embedded import connect
-from range_store.store import RangeStore
+from range_store.embedded.connection import connect
+from range_store.storage.store import RangeStore
 from tests.e2e.faults.processes import RedisProcess
 from tests.processes import Running
 from tests.range_store.waiting import until

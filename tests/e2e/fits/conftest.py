@@ -10,7 +10,7 @@ from typing import Any
 import httpx
 import pytest
 
-from app import fit_process
+from app.jobs import process as fit_process
 from tests.forking import ForkedFits, forker
 from tests.servers import RunningServer
 from tests.workers.texts import labelled_texts, write_jsonl
@@ -40,7 +40,7 @@ HOLD_ROWS = 500
 HOLDING = """
 import time
 from pathlib import Path
-from app import fit_child
+from app.jobs import child as fit_child
 
 report = fit_child.JobProgress.__call__
 

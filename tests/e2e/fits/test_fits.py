@@ -11,9 +11,10 @@ from typing import Any
 import httpx
 import pytest
 
-from app import fit_process, fit_runner
-from range_store.api_keys import KeyStore
-from range_store.embedded import EmbeddedRedis
+from app.jobs import process as fit_process
+from app.jobs import runner as fit_runner
+from range_store.embedded.connection import EmbeddedRedis
+from range_store.storage.api_keys import KeyStore
 from tests.e2e.fits.conftest import (
     HOLD_ROWS,
     MEDIUM,

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 from safetensors.numpy import load_file
 
-from app import fit_runner
+from app.jobs import runner as fit_runner
 from tests.e2e.faults.processes import Served
 from tests.e2e.fits.conftest import (
     HOLD_ROWS,
@@ -31,7 +31,7 @@ from workers.fitting.rows import BLOCK_ROWS
 from workers.models.loading import LoadedModel
 
 FORK_FITS = """
-from app import fit_process
+from app.jobs import process as fit_process
 from tests.forking import ForkedFits
 
 fit_process.subprocess = ForkedFits({address!r}, {code!r})

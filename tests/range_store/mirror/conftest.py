@@ -4,9 +4,9 @@ from collections.abc import Iterator
 
 import pytest
 
-from range_store.clock import StoreClock
-from range_store.mirror import Mirror
-from range_store.store import RangeStore
+from range_store.storage.clock import StoreClock
+from range_store.storage.mirror import Mirror
+from range_store.storage.store import RangeStore
 from tests.range_store.builders import FINGERPRINT, random_range_set
 from tests.range_store.mirror.controlled import Clock, Mirrors
 
@@ -36,6 +36,6 @@ def mirrors(store: RangeStore) -> Iterator[Mirrors]:
 def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
     """The time that mirrors see, by Redis's clock too."""
     clock = Clock()
-    monkeypatch.setattr("range_store.mirror.time", clock)
+    monkeypatch.setattr("range_store.storage.mirror.time", clock)
     monkeypatch.setattr(StoreClock, "now", lambda self: clock.time())
     return clock

@@ -6,10 +6,10 @@ from typing import Any
 
 import pytest
 
-from range_store.erasure import Erasure
-from range_store.live import LiveErasure
-from range_store.mirror import Mirror, Snapshot
-from range_store.store import RangeStore
+from range_store.domain.erasure import Erasure
+from range_store.domain.live import LiveErasure
+from range_store.storage.mirror import Mirror, Snapshot
+from range_store.storage.store import RangeStore
 
 NEVER = 3600.0
 """As `poll`: the timer does not read during a test."""
@@ -36,7 +36,7 @@ def empty(store: RangeStore) -> None:
 
 def logged(caplog: pytest.LogCaptureFixture) -> list[tuple[str, str]]:
     """Level and message of every record of the mirror."""
-    return [(each.levelname, each.getMessage()) for each in caplog.records if each.name == "range_store.mirror"]
+    return [(each.levelname, each.getMessage()) for each in caplog.records if each.name == "range_store.storage.mirror"]
 
 
 def fields(caplog: pytest.LogCaptureFixture) -> list[tuple[object, object]]:
@@ -44,7 +44,7 @@ def fields(caplog: pytest.LogCaptureFixture) -> list[tuple[object, object]]:
     return [
         (getattr(each, "model", None), getattr(each, "generation", None))
         for each in caplog.records
-        if each.name == "range_store.mirror"
+        if each.name == "range_store.storage.mirror"
     ]
 
 

@@ -5,12 +5,12 @@ import threading
 import pytest
 import redis
 
+from range_store.domain.live import LiveState
+from range_store.domain.range_set import Provenance
 from range_store.errors import StoreUnavailable, UnknownRangeSet
-from range_store.keys import CHANGES
-from range_store.live import LiveState
-from range_store.mirror import ATTEMPTS, Mirror, Snapshot
-from range_store.range_set import Provenance
-from range_store.store import RangeStore
+from range_store.storage.keys import CHANGES
+from range_store.storage.mirror import ATTEMPTS, Mirror, Snapshot
+from range_store.storage.store import RangeStore
 from tests.range_store.builders import random_range_set
 from tests.range_store.mirror.controlled import NEVER, Clock, Mirrors, erasing
 from tests.range_store.waiting import until

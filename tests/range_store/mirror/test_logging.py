@@ -6,7 +6,8 @@ import shlex
 import pytest
 import redis
 
-from range_store.erasure import Erasure
+from range_store.domain.erasure import Erasure
+from range_store.domain.live import LiveErasure, LiveState
 from range_store.errors import (
     ForeignRangeSet,
     InvalidRangeSet,
@@ -14,16 +15,15 @@ from range_store.errors import (
     StoreUnavailable,
     UnknownRangeSet,
 )
-from range_store.live import LiveErasure, LiveState
-from range_store.mirror import REMIND_SECONDS, LostState, Snapshot, Trouble, _kind
-from range_store.store import RangeStore
+from range_store.storage.mirror import REMIND_SECONDS, LostState, Snapshot, Trouble, _kind
+from range_store.storage.store import RangeStore
 from tests.range_store.builders import random_range_set
 from tests.range_store.mirror.controlled import Clock, Mirrors, empty, erasing, fields, logged
 
 
 @pytest.fixture(autouse=True)
 def _all_levels(caplog: pytest.LogCaptureFixture) -> None:
-    caplog.set_level(logging.INFO, "range_store.mirror")
+    caplog.set_level(logging.INFO, "range_store.storage.mirror")
 
 
 @pytest.fixture

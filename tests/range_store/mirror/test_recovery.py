@@ -8,14 +8,14 @@ from pathlib import Path
 
 import pytest
 
-from range_store.embedded import connect
-from range_store.embedded_server import EmbeddedServer
-from range_store.erasure import Erasure
+from range_store.domain.erasure import Erasure
+from range_store.domain.live import LiveErasure, LiveState
+from range_store.embedded.connection import connect
+from range_store.embedded.server import EmbeddedServer
 from range_store.errors import ForeignRangeSet, InvalidRangeSet, StoreUnavailable, UnknownRangeSet
-from range_store.keys import part_key
-from range_store.live import LiveErasure, LiveState
-from range_store.mirror import Mirror
-from range_store.store import RangeStore
+from range_store.storage.keys import part_key
+from range_store.storage.mirror import Mirror
+from range_store.storage.store import RangeStore
 from tests.range_store.builders import random_range_set
 from tests.range_store.mirror.controlled import Mirrors, concepts, empty, erasing
 from tests.range_store.waiting import until

@@ -2,10 +2,10 @@
 
 import pytest
 
-from range_store import reporter
-from range_store.mirror import Mirror
-from range_store.replicas import Replicas
-from range_store.store import RangeStore
+from range_store.storage import reporter
+from range_store.storage.mirror import Mirror
+from range_store.storage.replicas import Replicas
+from range_store.storage.store import RangeStore
 from tests.range_store.mirror.controlled import Clock, Mirrors, erasing
 from tests.range_store.waiting import until
 
@@ -15,7 +15,7 @@ NAME = "here:1:x"
 @pytest.fixture
 def clock(clock: Clock, monkeypatch: pytest.MonkeyPatch) -> Clock:
     """The time that mirrors and their reporters see."""
-    monkeypatch.setattr("range_store.reporter.time", clock)
+    monkeypatch.setattr("range_store.storage.reporter.time", clock)
     return clock
 
 

@@ -5,12 +5,12 @@ import logging
 import pytest
 import redis
 
-from range_store import mirror as mirror_module
+from range_store.domain.live import LiveState
 from range_store.errors import InvalidRangeSet, StoreUnavailable
-from range_store.keys import CHANGES
-from range_store.live import LiveState
-from range_store.mirror import FIRST_BACKOFF, LAST_BACKOFF, LostState, Mirror
-from range_store.store import RangeStore
+from range_store.storage import mirror as mirror_module
+from range_store.storage.keys import CHANGES
+from range_store.storage.mirror import FIRST_BACKOFF, LAST_BACKOFF, LostState, Mirror
+from range_store.storage.store import RangeStore
 from tests.range_store.mirror.controlled import (
     NEVER,
     WALL,

@@ -7,7 +7,7 @@ import pytest
 import redis
 import torch
 
-from range_store.store import RangeStore
+from range_store.storage.store import RangeStore
 from workers.demo.demo import Demo, prepare
 
 

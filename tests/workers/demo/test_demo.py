@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import redis
 
-from range_store.store import RangeStore
+from range_store.storage.store import RangeStore
 from tests.workers.checkpoints import save_tiny
 from tests.workers.texts import labelled_texts, write_jsonl
 from workers.demo import demo

@@ -8,8 +8,8 @@ import pytest
 import redis
 from prometheus_client import CollectorRegistry
 
-from range_store.mirror import Mirror
-from range_store.store import RangeStore
+from range_store.storage.mirror import Mirror
+from range_store.storage.store import RangeStore
 from tests.workers.checkpoints import LABELS
 from tests.workers.engine.running import Running
 from tests.workers.texts import labelled_texts, write_jsonl

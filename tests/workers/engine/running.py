@@ -11,11 +11,11 @@ import numpy as np
 import torch
 from prometheus_client import CollectorRegistry
 
-from range_store.erasure import Damp, Erasure
-from range_store.mirror import Mirror
-from range_store.plan import resolve
-from range_store.range_set import RangeSet
-from range_store.store import RangeStore
+from range_store.domain.erasure import Damp, Erasure
+from range_store.domain.plan import resolve
+from range_store.domain.range_set import RangeSet
+from range_store.storage.mirror import Mirror
+from range_store.storage.store import RangeStore
 from tests.workers.checkpoints import LABELS
 from tests.workers.masking import Alike
 from tests.workers.texts import labelled_texts

@@ -9,12 +9,12 @@ import pytest
 import redis
 import torch
 
-from range_store.erasure import Damp, Erasure
+from range_store.domain.erasure import Damp, Erasure
+from range_store.domain.live import LiveErasure
+from range_store.domain.plan import NO_ERASURE
 from range_store.errors import Behind, InvalidErasure, NoRangeSet, StoreUnavailable, UnknownConcept
-from range_store.live import LiveErasure
-from range_store.mirror import Mirror
-from range_store.plan import NO_ERASURE
-from range_store.store import RangeStore
+from range_store.storage.mirror import Mirror
+from range_store.storage.store import RangeStore
 from tests.range_store.builders import FINGERPRINT, random_range_set
 from workers.engine.admission import Admission, Planner
 

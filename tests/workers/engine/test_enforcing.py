@@ -8,9 +8,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from range_store.erasure import Erasure
+from range_store.domain.erasure import Erasure
+from range_store.domain.live import LiveErasure
 from range_store.errors import EnforcedErasure
-from range_store.live import LiveErasure
 from tests.workers.checkpoints import LABELS
 from tests.workers.engine.running import TEXTS, TOLERANCE, Running, alone, random_erasures
 from workers.engine.enforcing import capped

@@ -17,10 +17,10 @@ import redis
 import torch
 from prometheus_client import CollectorRegistry
 
-from range_store.erasure import Erasure
-from range_store.live import LiveErasure
-from range_store.mirror import Mirror
-from range_store.store import RangeStore
+from range_store.domain.erasure import Erasure
+from range_store.domain.live import LiveErasure
+from range_store.storage.mirror import Mirror
+from range_store.storage.store import RangeStore
 from tests.workers.checkpoints import LABELS, save_tiny
 from tests.workers.engine.running import NEAR, TEXTS, TOLERANCE, Running, alone, random_erasures
 from tests.workers.texts import labelled_texts, write_jsonl

@@ -7,8 +7,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from range_store.erasure import Erasure, Positions
-from range_store.plan import LayerMask, Plan
+from range_store.domain.erasure import Erasure, Positions
+from range_store.domain.plan import LayerMask, Plan
 from workers.engine.masks import DeviceMask, DevicePlan, MaskTable, PlanGrid, maskable, stack_plans
 from workers.models.tokens import TokenBatch
 

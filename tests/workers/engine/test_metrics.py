@@ -4,7 +4,7 @@ from collections.abc import Callable
 
 import pytest
 
-from range_store.erasure import Erasure
+from range_store.domain.erasure import Erasure
 from tests.workers.engine.running import TEXTS, Running
 from workers.engine.metrics import MOST_CONCEPTS, OTHER_CONCEPTS
 from workers.models.prepack import STEP

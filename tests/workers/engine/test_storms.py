@@ -11,8 +11,8 @@ from typing import Any
 import numpy as np
 import pytest
 
-from range_store.erasure import Erasure
-from range_store.live import LiveErasure
+from range_store.domain.erasure import Erasure
+from range_store.domain.live import LiveErasure
 from tests.workers.engine.running import NEAR, TEXTS, TOLERANCE, Running, alone
 from tests.workers.texts import labelled_texts
 from workers.engine.answers import Answer

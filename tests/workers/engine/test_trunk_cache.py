@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 
-from range_store.erasure import Erasure
+from range_store.domain.erasure import Erasure
 from tests.workers.engine.running import TEXTS, Running
 from workers.engine.trunk_cache import TrunkCache
 from workers.models.loading import LoadedModel, load_model

@@ -6,7 +6,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from range_store.range_set import RangeSet, ServeLayer
+from range_store.domain.range_set import RangeSet, ServeLayer
 from tests.range_store.builders import random_range_set
 from workers.evaluation.claims import Claim, claims
 from workers.evaluation.measures import MEAN, Row

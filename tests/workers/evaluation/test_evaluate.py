@@ -13,9 +13,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from range_store.erasure import Erasure
-from range_store.plan import resolve
-from range_store.range_set import RangeSet
+from range_store.domain.erasure import Erasure
+from range_store.domain.plan import resolve
+from range_store.domain.range_set import RangeSet
 from tests.processes import Running
 from tests.workers.checkpoints import LABELS, save_tiny
 from tests.workers.masking import Alike

@@ -11,8 +11,8 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from range_store.erasure import Erasure
-from range_store.plan import resolve
+from range_store.domain.erasure import Erasure
+from range_store.domain.plan import resolve
 from tests.workers.checkpoints import LABELS, save_label_token
 from tests.workers.texts import labelled_texts, write_jsonl
 from workers.engine.forward import PlanSweep, Variant, steer_variants

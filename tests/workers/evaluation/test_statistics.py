@@ -6,7 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy import stats
 
-from range_store.range_set import InspectLayer
+from range_store.domain.range_set import InspectLayer
 from tests.range_store.builders import random_range_set
 from workers.evaluation.statistics import (
     POOLED,

@@ -9,10 +9,10 @@ import numpy as np
 import pytest
 import torch
 
-from range_store.erasure import Erasure
+from range_store.domain.erasure import Erasure
+from range_store.domain.plan import resolve
+from range_store.domain.rankings import saliency
 from range_store.errors import InvalidErasure
-from range_store.plan import resolve
-from range_store.rankings import saliency
 from tests.processes import Running
 from tests.workers.checkpoints import LABELS, save_tiny
 from tests.workers.texts import labelled_texts, write_jsonl

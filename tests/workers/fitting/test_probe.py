@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 from scipy.optimize import minimize
 
-from range_store.range_set import ProbeSettings
+from range_store.domain.range_set import ProbeSettings
 from workers.fitting.probe import ProbeSample, probe_saliency
 
 CONCEPTS = ("a", "b", "c")

@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, GPT2Model
 
-from range_store.erasure import Positions, Site
-from range_store.plan import LayerMask, Plan
+from range_store.domain.erasure import Positions, Site
+from range_store.domain.plan import LayerMask, Plan
 from workers.engine.masks import DevicePlan, MaskTable
 from workers.models.families import FAMILIES
 from workers.models.few_shot import UNSAID, FewShotModel

@@ -1,0 +1,222 @@
+"""Services whose engines run on a Ray cluster. Without torch: this process is only their ingress."""
+
+import logging
+import os
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import redis
+from prometheus_client import CollectorRegistry
+
+from app.choices import ModelChoice
+from app.cli.exits import UNREACHABLE, end_at_once
+from app.observability.logs import serving
+from app.observability.tracing import traceparent
+from app.serving.assembly import engine_limits, service_around
+from app.serving.logged_replica import LoggedReplica, Logs
+from app.serving.service import Answerer, Service
+from app.settings import Settings
+from range_store.embedded.connection import EmbeddedRedis, connect
+from range_store.errors import StoreUnavailable
+from range_store.storage.mirror import Mirror
+from range_store.storage.replicas import Replicas
+from workers.cluster.connection import PRIVATE, connected
+from workers.cluster.errors import ClusterError
+from workers.cluster.exposing import MetricsAt
+from workers.cluster.fleet import Fleet
+from workers.cluster.launching import FleetPlan, RunningFleet, names, room, running, take_down
+from workers.cluster.messages import Origin
+from workers.cluster.replica import ReplicaSettings
+from workers.engine.settings import EngineSettings
+
+logger = logging.getLogger(__name__)
+
+GRACE_SECONDS = 5.0
+"""When the cluster is lost, `/readyz` says 503 at once; for so long what replicas still answer is answered. Then what
+waits is given up (503), and the server ends."""
+END_SECONDS = 10.0
+"""If it has not ended after so long, as it waits for what is lost, it ends there and then."""
+
+
+@contextmanager
+def open_fleet(
+    settings: Settings, *, redeploy: bool = False, scaling: Mapping[str, float] | None = None
+) -> Iterator[list[Service]]:
+    """Services in front of fleets, one for each model of the settings, the default first.
+
+    A fleet is started, or found where it runs; on a private cluster it ends with them.
+
+    Args:
+        redeploy: replace the replicas of a fleet that runs with other settings.
+        scaling: what differs from `workers.cluster.scaling.DEFAULTS`.
+
+    Raises:
+        ClusterError: there is no such cluster, or a fleet does not come up.
+        ModelError: a checkpoint cannot be served.
+        StoreUnavailable: Redis cannot be reached.
+    """
+    assert settings.ray is not None
+    private = settings.ray == PRIVATE
+    models = settings.per_model()
+    with ExitStack() as stack:
+        client = stack.enter_context(connect(**settings.redis))
+        url = client.url if isinstance(client, EmbeddedRedis) else str(settings.redis_url)
+        end = _End()
+        cpus = len(models) * _private_cpus(settings)
+        lifeline = stack.enter_context(connected(settings.ray, cpus, lost=end))
+        assert lifeline is not None
+        stack.callback(lambda: end_at_once() if lifeline.away else None)
+        plans = [_plan(each, url, len(models), scaling or {}) for each in models]
+        services = []
+        for each, plan in zip(models, plans, strict=True):
+            replicas = Replicas(client, plan.settings.name)
+            fleet = stack.enter_context(
+                running(
+                    plan,
+                    redeploy=redeploy,
+                    keep=not private,
+                    away=lambda: lifeline.away,
+                    ended=partial(_forgotten, replicas),
+                )
+            )
+            services.append(stack.enter_context(_service(each, fleet, client, end)))
+        yield services
+
+
+class _End:
+    """What happens when the cluster is lost: see `GRACE_SECONDS`, `END_SECONDS`."""
+
+    def __init__(self) -> None:
+        self.fleets: list[Fleet] = []
+
+    def __call__(self, why: str) -> None:
+        logger.critical("the Ray cluster is lost: %s; this server ends", why)
+        for fleet in self.fleets:
+            fleet.lose()
+        time.sleep(GRACE_SECONDS)
+        for fleet in self.fleets:
+            fleet.give_up(why)
+        time.sleep(END_SECONDS)
+        logger.critical("it waits for what is lost, and ends at once")
+        os._exit(UNREACHABLE)
+
+
+def _forgotten(replicas: Replicas, ended: str) -> bool:
+    """Whether nobody waits any more for a replica that Serve has seen end."""
+    try:
+        return replicas.forget(ended)
+    except StoreUnavailable:  # it is asked again, and the report expires by itself
+        return False
+
+
+@contextmanager
+def _service(settings: Settings, fleet: RunningFleet, client: redis.Redis, end: _End) -> Iterator[Service]:
+    limits = EngineSettings(max_batch_tokens=fleet.max_batch_tokens, **engine_limits(settings))
+
+    @contextmanager
+    def answering(mirror: Mirror, registry: CollectorRegistry) -> Iterator[Answerer]:
+        def generation() -> str | None:
+            return mirror.snapshot.live.generation if mirror.snapshot is not None else None
+
+        def origin() -> Origin:
+            request = serving()
+            return Origin(request.request_id if request is not None else None, traceparent())
+
+        made = Fleet(fleet.handle, limits, fleet.replicas, fleet.wanted, generation, registry, origin)
+        end.fleets.append(made)
+        yield made
+
+    with service_around(settings, fleet.facts, client, answering) as service:
+        yield service
+
+
+def fleets(address: str) -> list[str]:
+    """The models that have a fleet on a cluster. Raises ClusterError."""
+    with connected(address):
+        return names()
+
+
+def end_fleet(address: str, name: str) -> None:
+    """Take the fleet of a model down. Raises ClusterError: there is none of that name, or no cluster."""
+    with connected(address):
+        take_down(name)
+
+
+def _private_cpus(settings: Settings) -> int:
+    """What a private cluster must offer, however many cores there are."""
+    replicas = settings.max_replicas if settings.replicas == "auto" else settings.replicas
+    return (replicas or 1) * (settings.threads or 1)
+
+
+def _plan(settings: Settings, redis_url: str, models: int, scaling: Mapping[str, float]) -> FleetPlan:
+    choice = ModelChoice.of(settings)
+    if choice.device.startswith("cuda:"):
+        raise ClusterError(f"on Ray the cluster chooses the GPU: --device cuda instead of {choice.device}")
+    auto = settings.replicas == "auto"
+    wanted = None if settings.replicas == "auto" else settings.replicas
+
+    def with_threads(threads: int) -> FleetPlan:
+        return _plan(settings.model_copy(update={"threads": threads}), redis_url, models, scaling)
+
+    most = room(choice.device, settings.threads, None if auto else models * (wanted or 1))
+    return FleetPlan(
+        ReplicaSettings(
+            choice.served_name,
+            _model(choice),
+            most.threads,
+            _redis(settings, redis_url),
+            _engine(settings),
+            settings.poll_seconds,
+            _metrics(settings),
+        ),
+        replicas=wanted,
+        max_replicas=(settings.max_replicas or max(1, most.replicas // models)) if auto else None,
+        cpus=most.threads,
+        gpus=most.gpus,
+        drain_seconds=settings.drain_seconds,
+        scaling=scaling,
+        replica=LoggedReplica,
+        more=(Logs(settings.log_level, settings.log_format),),
+        sharing=None if settings.threads else with_threads,
+    )
+
+
+def _model(choice: ModelChoice) -> dict[str, Any]:
+    """Arguments of `load_model`. Replicas work in other directories."""
+    return {
+        "source": _absolute(choice.source),
+        "revision": choice.revision,
+        "device": choice.device,
+        "dtype": choice.dtype,
+        "allow_pickle": choice.allow_pickle,
+        "name": choice.served_name,
+        "template": None if choice.template is None else _absolute(choice.template),
+        "scoring": choice.scoring,
+        "plain": choice.plain,
+        "compiled": choice.compile,
+    }
+
+
+def _metrics(settings: Settings) -> MetricsAt | None:
+    """Replicas of a private cluster are as far from others as the server itself is."""
+    if settings.replica_metrics_port == "off":
+        return None
+    here_only = settings.ray == PRIVATE and settings.loopback
+    return MetricsAt("127.0.0.1" if here_only else None, settings.replica_metrics_port)
+
+
+def _absolute(path: str) -> str:
+    """The path of what is here; a name of something else, as on the hub, stays as it is."""
+    return os.path.abspath(Path(path).expanduser()) if Path(path).expanduser().exists() else path
+
+
+def _redis(settings: Settings, url: str) -> dict[str, Any]:
+    return {**{key: value for key, value in settings.redis.items() if key != "directory"}, "url": url}
+
+
+def _engine(settings: Settings) -> dict[str, Any]:
+    return {"max_batch_tokens": settings.max_batch_tokens, **engine_limits(settings)}

@@ -1,0 +1,52 @@
+"""A replica of a fleet that logs as a server does: lines name the request that the ingress serves, and its trace."""
+
+import logging
+import time
+from contextlib import ExitStack
+from dataclasses import dataclass
+
+from app.observability.logs import RequestFacts, begin, configured, note
+from app.observability.tracing import follow
+from workers.cluster.messages import Answered, Origin, Refused, Wanted
+from workers.cluster.replica import Replica, ReplicaSettings, replica_name
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Logs:
+    """How the ingress logs, and not what this node's environment says; see `app.observability.logs.HowToLog`."""
+
+    log_level: str
+    log_format: str
+
+
+class LoggedReplica(Replica):
+    """Writes to stderr, which is a file of Ray's on its node (docs/observing.md)."""
+
+    def __init__(self, settings: ReplicaSettings, logs: Logs) -> None:
+        name = replica_name()
+        self._logging = ExitStack()
+        self._logging.enter_context(configured(logs, model=settings.name, replica=name))
+        super().__init__(settings, name)
+
+    def _join(self) -> None:
+        super()._join()
+        logger.info("the replica joined, and takes requests")
+
+    def _serves(self, origin: Origin) -> None:
+        begin(RequestFacts(origin.request_id))
+        follow(origin.traceparent)
+
+    async def _answered(self, wanted: Wanted) -> Answered | Refused:
+        began = time.perf_counter()
+        outcome = await super()._answered(wanted)
+        note(generation=outcome.generation if isinstance(outcome, Answered) else None)
+        said = "answered" if isinstance(outcome, Answered) else f"not answered: {outcome.kind}"
+        logger.debug(said, extra={"texts": len(wanted.texts), "seconds": round(time.perf_counter() - began, 6)})
+        return outcome
+
+    def __del__(self) -> None:
+        super().__del__()
+        logger.info("the replica has answered what it held, and goes")
+        self._logging.close()

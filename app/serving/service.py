@@ -1,0 +1,98 @@
+"""A service as the routes see it, and what of `workers` they need: answers, errors, facts. Without torch.
+
+`app.serving.wiring` makes one around an engine of this process.
+"""
+
+import time
+from dataclasses import dataclass, field
+
+from prometheus_client import CollectorRegistry
+
+from app.jobs.records import FitJobs
+from app.jobs.runner import FitRunner
+from app.live.feed import News
+from app.security.keyring import Keyring
+from app.settings import Settings
+from range_store.storage.mirror import Mirror
+from range_store.storage.store import RangeStore
+from workers.engine.answers import Answer, Answerer, Logits, TextAnswer
+from workers.engine.errors import (
+    DeadlineExceeded,
+    Draining,
+    EngineError,
+    EngineFailed,
+    QueueFull,
+    ReplicaLost,
+    RequestTooLarge,
+)
+from workers.engine.live_metrics import add_under, live_state, loaded, register_process
+from workers.engine.metrics import MOST_CONCEPTS, OTHER_CONCEPTS
+from workers.fitting.known import KNOWN
+from workers.models.errors import EmptyText, PairUnsupported, TextTooLong, UnknownToken
+from workers.models.facts import ModelFacts
+from workers.models.predictions import CHANCE, Activation, no_better_than_chance
+from workers.models.shown import ShownToken
+from workers.models.texts import TextOrPair, characters
+
+__all__ = [
+    "CHANCE",
+    "KNOWN_DATA_SETS",
+    "MOST_CONCEPTS",
+    "OTHER_CONCEPTS",
+    "Activation",
+    "Answer",
+    "Answerer",
+    "DeadlineExceeded",
+    "Draining",
+    "EmptyText",
+    "EngineError",
+    "EngineFailed",
+    "Logits",
+    "ModelFacts",
+    "PairUnsupported",
+    "QueueFull",
+    "ReplicaLost",
+    "RequestTooLarge",
+    "Service",
+    "ShownToken",
+    "TextAnswer",
+    "TextOrPair",
+    "TextTooLong",
+    "UnknownToken",
+    "add_under",
+    "characters",
+    "live_state",
+    "loaded",
+    "no_better_than_chance",
+    "register_process",
+]
+
+KNOWN_DATA_SETS = tuple(KNOWN)
+"""Names that a job's `dataset` may be."""
+
+
+@dataclass(frozen=True, eq=False)
+class Service:
+    """What one model is served by: store, mirror of the live state, keys, what answers, fits beside it.
+
+    A process may have several, each with a registry of its own; the keyring may be shared.
+    """
+
+    settings: Settings
+    model: ModelFacts
+    store: RangeStore
+    mirror: Mirror
+    keyring: Keyring
+    engine: Answerer
+    registry: CollectorRegistry
+    name: str
+    news: News
+    jobs: FitJobs
+    fits: FitRunner
+    started_at: float = field(default_factory=time.time)
+    """Unix seconds."""
+
+    def drain(self) -> None:
+        """Take no new requests, and have nobody wait until this replica follows a change; from a signal handler too."""
+        self.engine.drain()
+        self.mirror.withdraw()

@@ -1,0 +1,254 @@
+"""A range set: the immutable, content-addressed result of one fit.
+
+Statistics come in two parts, because they have two kinds of reader: `ServeLayer` is what masking needs and every
+worker loads; `InspectLayer` (higher moments, histograms) is read on demand. `Provenance` says where they are from.
+
+C: concepts, D: neurons (hidden size), B: histogram bins between the first and the last edge.
+"""
+
+import dataclasses
+import hashlib
+import json
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from typing import Annotated, Any, Literal
+
+import numpy as np
+import numpy.typing as npt
+from pydantic import Field, model_validator
+
+from range_store.domain.erasure import Frozen, Ranking, Site
+from range_store.errors import DtypeMismatch, ForeignRangeSet, NotFitted, UnknownConcept
+
+FORMAT: Literal[1] = 1
+"""Version of the stored form; a reader refuses any other."""
+
+Floats = npt.NDArray[np.float64]
+Digest = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
+
+
+Kind = Literal["sequence-classification", "label-token", "few-shot"]
+"""How a model classifies: by a head, by one added token per label, or by what a prompted LM says."""
+
+
+class ModelIdentity(Frozen):
+    """Which model the statistics are of. `fingerprint` hashes config and weights: it decides, names do not."""
+
+    id: str
+    revision: str | None
+    kind: Kind
+    family: str
+    fingerprint: Digest
+    labels: tuple[str, ...]
+    n_layers: Annotated[int, Field(ge=1)]
+    hidden_size: Annotated[int, Field(ge=1)]
+
+
+class CorpusIdentity(Frozen):
+    """Which texts were fitted. `sha256` covers every text and label in order; `counts` has one entry per concept.
+
+    `selection` says in words which rows of the source they are: all, or a sample and its seed. `truncated` texts were
+    cut to fit the model, `empty` ones held no token and were left out, `odd` ones hold characters that look damaged.
+    """
+
+    name: str
+    split: str | None
+    selection: str = "all rows"
+    sha256: Digest
+    rows: Annotated[int, Field(ge=1)]
+    truncated: Annotated[int, Field(ge=0)]
+    empty: Annotated[int, Field(ge=0)] = 0
+    odd: Annotated[int, Field(ge=0)] = 0
+    counts: dict[str, Annotated[int, Field(ge=1)]]
+
+
+class ProbeSettings(Frozen):
+    """How the `probe` ranking was trained: mean log loss + l1·Σ|w| + l2·Σw², on standardised states of a sample."""
+
+    l1: Annotated[float, Field(ge=0)] = 1e-3
+    l2: Annotated[float, Field(ge=0)] = 1e-3
+    rows: Annotated[int, Field(ge=2)] = 4096
+    seed: Annotated[int, Field(ge=0)] = 0
+    iterations: Annotated[int, Field(ge=1)] = 200
+
+
+class FitSettings(Frozen):
+    """Choices of the fit, each of which changes the numbers."""
+
+    layers: tuple[int, ...]
+    rankings: tuple[Ranking, ...]
+    site: Site = "block_output"
+    position: Literal["read", "mean"] = "read"
+    dtype: str
+    bins: Annotated[int, Field(ge=1)]
+    batch_tokens: Annotated[int, Field(ge=1)]
+    block_rows: Annotated[int, Field(ge=1)]
+    threads: Annotated[int, Field(ge=1)]
+    texts: Literal["all", "correct"] = "all"
+    rows_per_class: Annotated[int, Field(ge=1)] | None = None
+    probe: ProbeSettings | None = None
+    edge_rows: Annotated[int, Field(ge=1)] | None = Field(None, exclude_if=lambda rows: rows is None)
+    """Rows of all of the corpus that set the edges of the histograms; None: those of its first block. Left out where it
+    is None, so that range sets from before there was such a choice keep their ids and files."""
+
+
+class Provenance(Frozen):
+    """Where a range set comes from."""
+
+    format: Literal[1] = FORMAT
+    model: ModelIdentity
+    corpus: CorpusIdentity
+    settings: FitSettings
+    versions: dict[str, str]
+    created_at: float
+
+    @property
+    def concepts(self) -> tuple[str, ...]:
+        """The concepts in the order of the statistics' first axis."""
+        return tuple(self.corpus.counts)
+
+    @model_validator(mode="after")
+    def _layers_exist(self) -> "Provenance":
+        layers = self.settings.layers
+        if list(layers) != sorted(set(layers)) or not all(0 <= layer < self.model.n_layers for layer in layers):
+            raise ValueError(f"layers {layers} do not fit a model of {self.model.n_layers} blocks")
+        return self
+
+
+@dataclass(frozen=True, eq=False)
+class ServeLayer:
+    """What masking at one layer needs: mean and std [C, D] float64, saliency per ranking [C, D] float64."""
+
+    mean: Floats
+    std: Floats
+    saliency: Mapping[Ranking, Floats]
+
+
+@dataclass(frozen=True, eq=False)
+class InspectLayer:
+    """The rest of one layer's statistics.
+
+    mean_abs, third and fourth central moment (m3, m4), minimum, maximum: [C, D] float64.
+    edges: [D, B + 1] float64, ascending. histogram: [C, D, B + 2] uint32; column 0 counts values below the first
+    edge and the last column those at or above the last edge.
+    """
+
+    mean_abs: Floats
+    m3: Floats
+    m4: Floats
+    minimum: Floats
+    maximum: Floats
+    edges: Floats
+    histogram: npt.NDArray[np.uint32]
+
+
+@dataclass(frozen=True, eq=False)
+class RangeSet:
+    """Statistics for masking at every fitted layer, with their provenance and content id."""
+
+    id: str
+    provenance: Provenance
+    layers: Mapping[int, ServeLayer]
+
+    @property
+    def concepts(self) -> tuple[str, ...]:
+        return self.provenance.concepts
+
+    @property
+    def counts(self) -> npt.NDArray[np.int64]:
+        """Texts per concept, [C]."""
+        return np.array(list(self.provenance.corpus.counts.values()), dtype=np.int64)
+
+    def concept_index(self, concept: str) -> int:
+        """Row of `concept` in the statistics.
+
+        Raises:
+            UnknownConcept: there is none; the error lists those there are.
+        """
+        try:
+            return self.concepts.index(concept)
+        except ValueError:
+            raise UnknownConcept(concept, self.concepts) from None
+
+    def layer(self, layer: int) -> ServeLayer:
+        """Statistics of block `layer`, counted from 0.
+
+        Raises:
+            NotFitted: the fit left that layer out; the error names those it has.
+        """
+        if layer not in self.layers:
+            raise NotFitted("layer", [layer], self.provenance.settings.layers)
+        return self.layers[layer]
+
+    def saliency(self, layer: int, ranking: Ranking, concept: str) -> Floats:
+        """Saliency [D] of one concept at one layer.
+
+        Raises:
+            NotFitted: that layer or ranking was not fitted.
+            UnknownConcept: there is no such concept.
+        """
+        serve = self.layer(layer)
+        if ranking not in serve.saliency:
+            raise NotFitted("ranking", [ranking], self.provenance.settings.rankings)
+        of_concept: Floats = serve.saliency[ranking][self.concept_index(concept)]
+        return of_concept
+
+
+def check_model(provenance: Provenance, fingerprint: str, earlier: str | None = None) -> None:
+    """Raises ForeignRangeSet unless the statistics are of the model with that fingerprint.
+
+    Args:
+        earlier: what earlier versions had for it; see `workers.models.fingerprints`.
+    """
+    if provenance.model.fingerprint not in (fingerprint, earlier):
+        raise ForeignRangeSet(
+            f"the range set was fitted on {provenance.model.id!r} (fingerprint {provenance.model.fingerprint[:12]}), "
+            f"not on the model in use (fingerprint {fingerprint[:12]}): fit this model, or activate another range set"
+        )
+
+
+def dtype_mismatch(provenance: Provenance, dtype: str) -> str | None:
+    """What to say where the model runs in another dtype than the one that the range set was fitted in."""
+    fitted = provenance.settings.dtype
+    if fitted == dtype:
+        return None
+    return (
+        f"the range set was fitted in {fitted}, and the model runs in {dtype}, where its ranges erase less: "
+        f"fit in {dtype}, or run the model in {fitted}"
+    )
+
+
+def check_dtype(provenance: Provenance, served: Iterable[str]) -> None:
+    """Raises DtypeMismatch unless the statistics are of the dtypes that the model is served in."""
+    if said := next(filter(None, (dtype_mismatch(provenance, dtype) for dtype in served)), None):
+        raise DtypeMismatch(f"{said}; or use force")
+
+
+def content_id(provenance: Provenance, parts: Mapping[str, str]) -> str:
+    """The id of a range set: a hash of what was fitted and of every stored part's digest.
+
+    When and with which library versions it was made is left out: the same numbers have the same id.
+
+    Args:
+        parts: sha256 of the bytes of each stored part, by the part's name.
+    """
+    identity: dict[str, Any] = provenance.model_dump(mode="json", exclude={"created_at", "versions"})
+    for said_by_the_rows in ("selection", "empty", "odd"):  # the hash of the rows says exactly what they are
+        del identity["corpus"][said_by_the_rows]
+    for later in ("texts", "rows_per_class", "probe"):  # ids from before there was such a choice stay what they were
+        if identity["settings"][later] == FitSettings.model_fields[later].default:
+            del identity["settings"][later]
+    identity["corpus"]["counts"] = list(provenance.corpus.counts.items())  # their order is the statistics' order
+    identity["parts"] = dict(sorted(parts.items()))
+    canonical = json.dumps(identity, sort_keys=True, separators=(",", ":"), ensure_ascii=True)
+    return hashlib.sha256(canonical.encode()).hexdigest()[:20]
+
+
+def shape_of(provenance: Provenance) -> tuple[int, int, int]:
+    """(C, D, B): concepts, neurons, histogram bins."""
+    return len(provenance.concepts), provenance.model.hidden_size, provenance.settings.bins
+
+
+def field_names(kind: type[ServeLayer] | type[InspectLayer]) -> tuple[str, ...]:
+    """Names of a part's arrays."""
+    return tuple(field.name for field in dataclasses.fields(kind))

@@ -1,0 +1,198 @@
+"""API keys: who may call a server, as all servers on one Redis share them.
+
+A key is shown once, when it is made. The store holds its SHA-256, which is enough for 32 random bytes: there is nothing
+that a slow hash would have to make harder to guess. All keys are one JSON document, changed by compare-and-set. That
+the document exists means that keys are in force, even if none is left in it.
+"""
+
+import hashlib
+import hmac
+import re
+import secrets
+from collections.abc import Iterable
+from typing import Annotated, Literal, Protocol
+
+import redis
+from pydantic import Field, ValidationError
+
+from range_store.domain.erasure import Frozen
+from range_store.errors import InvalidKey, StoreUnavailable, UnknownKey
+from range_store.storage.clock import StoreClock
+from range_store.storage.failures import reaching_redis
+from range_store.storage.keys import API_KEYS, CHANGES
+from range_store.storage.scripts import CHANGE_DOCUMENT
+
+Scope = Literal["infer", "read", "admin"]
+SCOPES: tuple[Scope, ...] = ("infer", "read", "admin")
+"""What a key may do: classify; look; change live state. `admin` may do all three."""
+REVOKED_KEPT = 100
+"""Revoked keys that the document still names, so that it can be told who held one, and until when."""
+ATTEMPTS = 50
+TOKEN = re.compile(r"nl_([0-9a-f]{8})_[A-Za-z0-9_-]{43}")
+
+Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._@-]{0,63}$")]
+
+
+class ApiKey(Frozen):
+    """A key as it is stored: never the token itself. Times are Unix seconds.
+
+    `rate_limit`: as the `limits` package writes it ("600/minute"); None: the server's own.
+    """
+
+    id: Annotated[str, Field(pattern=r"^[0-9a-f]{8}$")]
+    name: Name
+    scopes: Annotated[tuple[Scope, ...], Field(min_length=1)]
+    sha256: Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
+    created_at: float
+    created_by: str | None = None
+    expires_at: float | None = None
+    rate_limit: str | None = None
+    revoked_at: float | None = None
+    revoked_by: str | None = None
+
+    def good(self, now: float) -> bool:
+        """Neither revoked nor expired at Unix time `now`."""
+        return self.revoked_at is None and (self.expires_at is None or self.expires_at > now)
+
+    def may(self, scope: Scope) -> bool:
+        """Whether the key has a scope."""
+        return scope in self.scopes or "admin" in self.scopes
+
+
+class Keys(Frozen):
+    """All keys. Of two documents the one with the later `changed_at` is the newer."""
+
+    changed_at: float
+    keys: tuple[ApiKey, ...] = ()
+
+    def of_token(self, token: str) -> ApiKey | None:
+        """The key whose token this is, revoked and expired ones too, or None. Takes as long for a wrong one."""
+        matched = TOKEN.fullmatch(token)
+        digest = _digest(token)
+        found = next((each for each in self.keys if matched and each.id == matched[1]), None)
+        same = hmac.compare_digest(found.sha256 if found else _digest(""), digest)
+        return found if found and same else None
+
+    def good(self, now: float) -> tuple[ApiKey, ...]:
+        """The keys that open something at Unix time `now`."""
+        return tuple(each for each in self.keys if each.good(now))
+
+
+class KeyStore:
+    """The keys in Redis; may be used from any thread. Every method raises StoreUnavailable if Redis is away."""
+
+    def __init__(self, client: redis.Redis) -> None:
+        self._client = client
+        self._change_document = client.register_script(CHANGE_DOCUMENT)
+        self.clock = StoreClock()
+        """The time by which keys expire, once keys were read."""
+
+    def read(self) -> Keys | None:
+        """All keys, or None where there never were any, or Redis was emptied.
+
+        Raises:
+            InvalidKey: the document is unreadable.
+        """
+        return self._read()[1]
+
+    def create(
+        self,
+        name: str,
+        scopes: Iterable[Scope],
+        *,
+        expires_at: float | None = None,
+        rate_limit: str | None = None,
+        by: str | None = None,
+    ) -> tuple[ApiKey, str]:
+        """Make a key. Gives it, and its token, which nobody can show again.
+
+        Raises:
+            InvalidKey: the name is unusable or taken, or there is no scope.
+        """
+        id_ = secrets.token_hex(4)
+        token = f"nl_{id_}_{secrets.token_urlsafe(32)}"
+        wanted = set(scopes)
+        try:
+            key = ApiKey(
+                id=id_,
+                name=name,
+                scopes=tuple(scope for scope in SCOPES if scope in wanted),
+                sha256=_digest(token),
+                created_at=self.clock.now(),
+                created_by=by,
+                expires_at=expires_at,
+                rate_limit=rate_limit,
+            )
+        except ValidationError as error:
+            field = str(error.errors()[0]["loc"][0])
+            raise InvalidKey(_WANTED.get(field, f"{field} of a key is unusable")) from None
+
+        def add(keys: tuple[ApiKey, ...], now: float) -> tuple[ApiKey, ...]:
+            if any(each.name == name and each.good(now) for each in keys):
+                raise InvalidKey(f"there is a key {name!r} already: revoke it first, or choose another name")
+            return (*keys, key)
+
+        self._change(add)
+        return key, token
+
+    def revoke(self, name: str, by: str | None = None) -> ApiKey:
+        """Make a key useless. That keys are in force stays so, even if it was the last one.
+
+        Raises:
+            UnknownKey: no key has that name or id, or it is revoked already.
+        """
+        revoked: list[ApiKey] = []
+
+        def mark(keys: tuple[ApiKey, ...], now: float) -> tuple[ApiKey, ...]:
+            named = [each for each in keys if each.revoked_at is None and name in (each.name, each.id)]
+            if not named:
+                raise UnknownKey(name)
+            found = next((each for each in named if each.good(now)), named[0])
+            revoked[:] = [found.model_copy(update={"revoked_at": now, "revoked_by": by})]
+            return tuple(revoked[0] if each is found else each for each in keys)
+
+        self._change(mark)
+        return revoked[0]
+
+    def _change(self, decide: "_Decision") -> None:
+        for _ in range(ATTEMPTS):
+            raw, before = self._read()
+            now = self.clock.now()
+            keys = decide(before.keys if before else (), now)
+            revoked = [each for each in keys if each.revoked_at is not None]
+            forgotten = set(sorted(each.revoked_at or 0.0 for each in revoked)[:-REVOKED_KEPT])
+            kept = tuple(each for each in keys if each.revoked_at not in forgotten)
+            # later than what stands there, whatever this machine's clock says
+            after = Keys(changed_at=max(now, before.changed_at + 1e-3 if before else 0.0), keys=kept)
+            arguments: list[bytes | str] = [raw, after.model_dump_json(), CHANGES, "{}"]
+            with reaching_redis():
+                if self._change_document([API_KEYS], arguments) == b"done":
+                    return
+        raise StoreUnavailable("the keys change too fast: try again")
+
+    def _read(self) -> tuple[bytes, Keys | None]:
+        raw = self.clock.get(self._client, API_KEYS)
+        if raw is None:
+            return b"", None
+        try:
+            return raw, Keys.model_validate_json(raw)
+        except ValidationError:
+            raise InvalidKey(
+                f"{API_KEYS} in Redis is unreadable: written by something else, or by a newer version?"
+            ) from None
+
+
+class _Decision(Protocol):
+    """Decides what the keys are to become; may be asked again."""
+
+    def __call__(self, keys: tuple[ApiKey, ...], now: float) -> tuple[ApiKey, ...]: ...
+
+
+_WANTED = {
+    "name": "the name of a key is 1 to 64 letters, digits and . _ @ -, and begins with a letter or digit",
+    "scopes": f"a key needs at least one scope: {', '.join(SCOPES)}",
+}
+
+
+def _digest(token: str) -> str:
+    return hashlib.sha256(token.encode(errors="replace")).hexdigest()

@@ -1,0 +1,40 @@
+"""The time that all servers of a store share: Redis's, so that a wrong clock of one machine ends no erasure."""
+
+import time
+
+import redis
+
+from range_store.storage.failures import reaching_redis
+
+
+class StoreClock:
+    """Unix time by Redis's clock.
+
+    Between reads, and while Redis is away, it goes on by this machine's monotonic clock; before the first read it is
+    this machine's own time.
+    """
+
+    def __init__(self) -> None:
+        self._offset: float | None = None
+
+    def get(self, client: redis.Redis, key: str) -> bytes | None:
+        """Read a key, and the time with it.
+
+        Raises:
+            StoreUnavailable: Redis cannot be reached or refuses.
+        """
+        began = time.monotonic()
+        with reaching_redis(), client.pipeline(transaction=False) as both:
+            both.get(key)
+            both.time()
+            value, (seconds, microseconds) = both.execute()
+        self.set(seconds + microseconds / 1e6, began)
+        return value if isinstance(value, bytes) else None
+
+    def set(self, redis_time: float, began: float) -> None:
+        """Take over what Redis said the time was, in answer to a call that began at `began` by the monotonic clock."""
+        self._offset = redis_time - (began + time.monotonic()) / 2
+
+    def now(self) -> float:
+        """Unix time in seconds."""
+        return time.time() if self._offset is None else self._offset + time.monotonic()
