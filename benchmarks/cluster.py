@@ -5,7 +5,7 @@
     python benchmarks/cluster.py serve --cache-dir DEMO --repeat 5
     python benchmarks/cluster.py simulate --replicas 16 64 --rate TEXTS_PER_SECOND
 
-`read`: texts per second of the process that reads a corpus for a fit on a cluster: hashed first, then cut into blocks;
+`read`: texts per second of the process that reads a corpus for a fit on a cluster: hashed first, then cut into chunks;
 no model works, and starting is left out.
 
 `fit`: texts per second of a fit of the last block in one process, with one actor and with two, each on one thread,
@@ -40,7 +40,7 @@ from workers.cluster.reading import Files
 from workers.demo.demo import CORPUS, make_classifier
 from workers.fitting.corpus import load_corpus
 from workers.fitting.fit import fit
-from workers.fitting.rows import BLOCK_ROWS
+from workers.fitting.rows import CHUNK_ROWS
 from workers.models.loading import LoadedModel, load_model
 
 
@@ -61,12 +61,12 @@ def bench_read(data: Path, rows: int) -> None:
             started = time.perf_counter()
             corpus = load_corpus(str(path), table=Files.open(str(path)))
             hashed = time.perf_counter()
-            for _ in corpus.blocks(0):
+            for _ in corpus.chunks(0):
                 pass
             return hashed - started, time.perf_counter() - hashed
 
         seconds(small)  # starts the processes
-        for name, few, all_of in zip(("hashed", "cut into blocks"), seconds(small), seconds(large), strict=True):
+        for name, few, all_of in zip(("hashed", "cut into chunks"), seconds(small), seconds(large), strict=True):
             print(f"{name}: {(rows - rows // 10) / (all_of - few):.0f} texts/s, of {size:.0f} bytes each")
 
 
@@ -88,7 +88,7 @@ def bench_fit(cache_dir: Path, data: Path, rows: int, repeat: int) -> None:
     source = str(make_classifier(cache_dir, lambda *now: None))
     large, half, small = (
         repeated(data, count, cache_dir / f"cluster-{name}.jsonl")
-        for name, count in (("large", rows), ("half", rows // 2), ("small", 2 * BLOCK_ROWS))
+        for name, count in (("large", rows), ("half", rows // 2), ("small", 2 * CHUNK_ROWS))
     )
     torch.set_num_threads(1)
     model = load_model(source, device="cpu")

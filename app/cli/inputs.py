@@ -2,8 +2,8 @@
 
 from app.choices import CorpusChoice, ModelChoice, RayChoice
 from workers.fitting.files import is_hub
-from workers.fitting.known import KNOWN
-from workers.fitting.sources import check_on_hub, check_source, known_dataset, load_label_map
+from workers.fitting.paper_datasets import PAPER_DATASETS
+from workers.fitting.sources import check_on_hub, check_source, load_label_map, paper_dataset
 from workers.models.prompts import load_template
 from workers.models.source import check_checkpoint
 
@@ -28,10 +28,10 @@ def check_texts(*choices: CorpusChoice | None, cluster: RayChoice | None = None)
     """
     for choice in choices:
         if choice is not None:
-            known_dataset(choice.dataset)
+            paper_dataset(choice.dataset)
             if choice.label_map is not None:
                 load_label_map(choice.label_map)
             if cluster is None:
                 check_source(choice.source)
-            if choice.source is not None and choice.source not in KNOWN and is_hub(choice.source):
+            if choice.source is not None and choice.source not in PAPER_DATASETS and is_hub(choice.source):
                 check_on_hub(choice.source)

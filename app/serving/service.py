@@ -27,7 +27,7 @@ from workers.engine.errors import (
 )
 from workers.engine.live_metrics import add_under, live_state, loaded, register_process
 from workers.engine.metrics import MOST_CONCEPTS, OTHER_CONCEPTS
-from workers.fitting.known import KNOWN
+from workers.fitting.paper_datasets import PAPER_DATASETS
 from workers.models.errors import EmptyText, PairUnsupported, TextTooLong, UnknownToken
 from workers.models.facts import ModelFacts
 from workers.models.predictions import CHANCE, Activation, no_better_than_chance
@@ -67,7 +67,7 @@ __all__ = [
     "register_process",
 ]
 
-KNOWN_DATA_SETS = tuple(KNOWN)
+KNOWN_DATA_SETS = tuple(PAPER_DATASETS)
 """Names that a job's `dataset` may be."""
 
 

@@ -116,7 +116,7 @@ def open_demo(settings: Settings, report: Report, *, rebuild: bool = False) -> I
 def fit_corpus(
     model: ModelChoice, data: CorpusChoice, *, report: Report, cluster: RayChoice | None = None, **settings: Any
 ) -> Fitted:
-    """Load model and corpus, and fit, here or on a cluster; `settings` are those of `workers.fitting.fit.begin`."""
+    """Load model and corpus, and fit, here or on a cluster; `settings` are those of `workers.fitting.fit.start_fit`."""
 
     def fitting(now: FitProgress) -> None:
         report("fitting", now.rows_done, now.rows_total)

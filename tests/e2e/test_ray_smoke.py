@@ -14,10 +14,10 @@ from workers.cluster.connection import PRIVATE, connected
 from workers.cluster.fitting import fit_on
 from workers.cluster.nodes import Layout, ModelPool
 from workers.fitting.corpus import load_corpus
-from workers.fitting.fit import FitChoices, Fitted, fit
+from workers.fitting.fit import FitOptions, Fitted, fit
 from workers.models.loading import LoadedModel
 
-CHOICES: FitChoices = {"layers": (-1,), "bins": 16}
+CHOICES: FitOptions = {"layers": (-1,), "bins": 16}
 ROWS = [(text, label.replace("SciTech", "Sci/Tech")) for text, label in labelled_texts(60, seed=5)]
 
 

@@ -1,4 +1,4 @@
-"""Measuring on a pool of models: block by block, so in the very batches of one process, and with its outcomes."""
+"""Measuring on a pool of models: chunk by chunk, so in the very batches of one process, and with its outcomes."""
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -11,27 +11,27 @@ from workers.evaluation.measure import (
     MeasureCancelled,
     MeasureProgress,
     Measurer,
-    Measuring,
+    MeasureRun,
     batches_of,
-    begin,
+    start_measuring,
 )
 from workers.evaluation.measures import Labels, Outcomes
 from workers.evaluation.settings import EvaluationSettings, Setting
-from workers.fitting.corpus import Block, Corpus
-from workers.fitting.rows import BLOCK_ROWS
+from workers.fitting.corpus import Chunk, Corpus
+from workers.fitting.rows import CHUNK_ROWS
 from workers.models.loading import LoadedModel
 from workers.models.predictions import Head
 
 
 @dataclass(frozen=True, eq=False)
 class Asked:
-    """A block to measure, and the index of each text's true label."""
+    """A chunk to measure, and the index of each text's true label."""
 
-    block: Block
+    chunk: Chunk
     truth: Labels
 
     def __str__(self) -> str:
-        first = self.block.index * BLOCK_ROWS
+        first = self.chunk.index * CHUNK_ROWS
         return f"rows {first + 1:,} to {first + len(self.truth):,}"
 
 
@@ -46,7 +46,7 @@ class _Known:
 
 
 class Answering:
-    """On an actor: outcomes of blocks under every erasure."""
+    """On an actor: outcomes of chunks under every erasure."""
 
     def __init__(self, model: LoadedModel, known: _Known) -> None:
         self._model, self._known = model, known
@@ -55,7 +55,7 @@ class Answering:
 
     def __call__(self, asked: Asked) -> Outcomes:
         outcomes = Outcomes.empty(self._erasures, len(asked.truth), self._known.head)
-        for at, batch in batches_of(self._model, asked.block, self._known.settings.batch_tokens):
+        for at, batch in batches_of(self._model, asked.chunk, self._known.settings.batch_tokens):
             self._measurer.add(outcomes, at, batch, asked.truth[at])
         return outcomes
 
@@ -82,7 +82,7 @@ def measure_on(
         for erasure in setting.erasures:
             resolve(range_set, [erasure])
     about = pool.about
-    under_way = begin(
+    under_way = start_measuring(
         about.identity,
         about.dtype,
         about.head,
@@ -104,7 +104,7 @@ def measure_on(
     job = Job[Asked, Outcomes].of(Answering, _Known(range_set, tuple(grid), settings, about.head))
     try:
         for asked, part, _ in pool.in_order(job, _left(under_way)):
-            rows = slice(asked.block.index * BLOCK_ROWS, asked.block.index * BLOCK_ROWS + len(asked.truth))
+            rows = slice(asked.chunk.index * CHUNK_ROWS, asked.chunk.index * CHUNK_ROWS + len(asked.truth))
             for name in ("base_predicted", "base_confidence", "predicted", "confidence", "kl", "used", "done"):
                 getattr(outcomes, name)[..., rows] = getattr(part, name)
             if progress is not None:
@@ -116,9 +116,9 @@ def measure_on(
     return under_way.end()
 
 
-def _left(under_way: Measuring) -> Iterator[Asked]:
-    """Blocks that are not done."""
-    for block in under_way.corpus.blocks():
-        rows = slice(block.index * BLOCK_ROWS, block.index * BLOCK_ROWS + len(block.texts))
+def _left(under_way: MeasureRun) -> Iterator[Asked]:
+    """Chunks that are not done."""
+    for chunk in under_way.corpus.chunks():
+        rows = slice(chunk.index * CHUNK_ROWS, chunk.index * CHUNK_ROWS + len(chunk.texts))
         if not under_way.outcomes.done[rows].all():
-            yield Asked(block, under_way.truth[rows])
+            yield Asked(chunk, under_way.truth[rows])

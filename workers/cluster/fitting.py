@@ -1,7 +1,7 @@
 """A fit on a pool of models: the very result of one process, whatever the number of actors and whoever of them died.
 
-An actor gets a *span*, some blocks in a row, and gives each block's moments and one histogram of all of them. Here they
-are counted in by the order of the blocks, into the same fitter and checkpoint as in one process.
+An actor gets a *span*, some chunks in a row, and gives each chunk's moments and one histogram of all of them. Here they
+are counted in by the order of the chunks, into the same fitter and checkpoint as in one process.
 """
 
 from collections.abc import Callable, Iterator, Mapping
@@ -14,53 +14,53 @@ import numpy.typing as npt
 
 from range_store.domain.range_set import FitSettings
 from workers.cluster.nodes import Job, ModelPool
-from workers.fitting.checkpoint import BlockStates
-from workers.fitting.corpus import Block, Corpus
+from workers.fitting.checkpoint import ChunkStates
+from workers.fitting.corpus import Chunk, Corpus
 from workers.fitting.fit import (
     FitCancelled,
-    FitChoices,
+    FitOptions,
     FitProgress,
+    FitRun,
     Fitted,
-    Pass,
-    begin,
-    count_in,
-    sampled_states,
-    states_of,
+    add_chunk,
+    record_sample,
+    record_states,
+    start_fit,
 )
 from workers.fitting.fitter import Part, RangeFitter
 from workers.fitting.probe import ProbeSample
-from workers.fitting.rows import BLOCK_ROWS
+from workers.fitting.rows import CHUNK_ROWS
 from workers.models.loading import LoadedModel
 
 SPAN_SECONDS = 5.0
 """A span takes about so long: it is what a death costs, and what stands behind one histogram that is sent."""
-MOST_BLOCKS = 16
+MAX_CHUNKS = 16
 
 
 @dataclass(frozen=True)
 class Span:
-    """Blocks in a row.
+    """Chunks in a row.
 
     sampled: indices of those of their rows that the probe is trained on. room: of each concept, only the first so many.
     """
 
-    blocks: tuple[Block, ...]
+    chunks: tuple[Chunk, ...]
     sampled: npt.NDArray[np.int64] | None
     room: Mapping[str, int] | None
 
     def __str__(self) -> str:
-        first, last = self.blocks[0], self.blocks[-1]
-        return f"rows {first.index * BLOCK_ROWS + 1:,} to {last.index * BLOCK_ROWS + len(last.texts):,}"
+        first, last = self.chunks[0], self.chunks[-1]
+        return f"rows {first.index * CHUNK_ROWS + 1:,} to {last.index * CHUNK_ROWS + len(last.texts):,}"
 
 
 @dataclass(frozen=True)
 class Sample:
-    """Texts of all of the corpus, as a block."""
+    """Texts of all of the corpus, as a chunk."""
 
-    block: Block
+    chunk: Chunk
 
     def __str__(self) -> str:
-        return f"a sample of {len(self.block.texts):,} rows"
+        return f"a sample of {len(self.chunk.texts):,} rows"
 
 
 @dataclass(frozen=True, eq=False)
@@ -96,12 +96,12 @@ class Counting:
         fitter.edges = known.edges
         moments = []
         truncated = empty = 0
-        for block in span.blocks:
-            states, cut, without = states_of(self._model, block, settings, None, _go_on)
+        for chunk in span.chunks:
+            states, cut, without = record_states(self._model, chunk, settings, None, _go_on)
             room = span.room and {name: most - fitter.counts[name] for name, most in span.room.items()}
-            moments.append(count_in(fitter, block, states, room))
+            moments.append(add_chunk(fitter, chunk, states, room))
             truncated, empty = truncated + cut, empty + without
-        counts = fitter.histogram if len(span.blocks) * BLOCK_ROWS >= 1 << 16 else fitter.histogram.astype(np.uint16)
+        counts = fitter.histogram if len(span.chunks) * CHUNK_ROWS >= 1 << 16 else fitter.histogram.astype(np.uint16)
         part = Part(tuple(moments), counts, fitter.edges, fitter.sample)
         return Counted(part, fitter.counts, truncated, empty)
 
@@ -113,11 +113,11 @@ class Sampling:
         self._model, self._settings = model, settings
 
     def __call__(self, sample: Sample) -> npt.NDArray[np.float32]:
-        return sampled_states(self._model, sample.block, self._settings, _go_on)
+        return record_sample(self._model, sample.chunk, self._settings, _go_on)
 
 
-def _go_on(now: BlockStates) -> None:
-    """Nothing is to be done between the batches of a block."""
+def _go_on(now: ChunkStates) -> None:
+    """Nothing is to be done between the batches of a chunk."""
 
 
 def fit_on(
@@ -126,20 +126,20 @@ def fit_on(
     *,
     progress: Callable[[FitProgress], None] | None = None,
     cancelled: Callable[[], bool] | None = None,
-    **choices: Unpack[FitChoices],
+    **choices: Unpack[FitOptions],
 ) -> Fitted:
     """Fit ranges of every concept of `corpus` on the pool. Stopped, it goes on with the span that is due, here or in
     one process with as many threads as an actor.
 
     Args:
-        choices: those of `workers.fitting.fit.begin`.
+        choices: those of `workers.fitting.fit.start_fit`.
 
     Raises:
         InvalidErasure, CorpusError, FitCancelled: as `workers.fitting.fit.fit`.
         ModelError, ClusterError: see `ModelPool`.
     """
     about = pool.about
-    under_way = begin(about.identity, about.dtype, about.head, about.threads, corpus, **choices)
+    under_way = start_fit(about.identity, about.dtype, about.head, about.threads, corpus, **choices)
     spans = _Spans(under_way, pool.layout.actors)
 
     def tick() -> None:
@@ -153,7 +153,7 @@ def fit_on(
             whole = False
             under_way.fitter.merge(result.part)
             counters = under_way.counters
-            counters.next_block += len(result.part.moments)
+            counters.next_chunk += len(result.part.moments)
             counters.truncated += result.truncated
             counters.empty += result.empty
             whole = True
@@ -170,43 +170,43 @@ def fit_on(
 
 
 class _Spans:
-    """Cuts the blocks that are left into spans, longer ones where blocks are quick."""
+    """Cuts the chunks that are left into spans, longer ones where chunks are quick."""
 
-    def __init__(self, under_way: Pass, actors: int) -> None:
+    def __init__(self, under_way: FitRun, actors: int) -> None:
         self._pass, self._actors = under_way, actors
-        self._blocks = under_way.corpus.blocks(under_way.counters.next_block)
-        self._left = -(-len(under_way.corpus) // BLOCK_ROWS) - under_way.counters.next_block
+        self._chunks = under_way.corpus.chunks(under_way.counters.next_chunk)
+        self._left = -(-len(under_way.corpus) // CHUNK_ROWS) - under_way.counters.next_chunk
         self._length = 1
         self.resumed = under_way.rows_done
 
     def learn(self, seconds: float) -> None:
-        """A block took so long."""
-        self._length = max(1, min(MOST_BLOCKS, int(SPAN_SECONDS / max(seconds, 1e-3))))
+        """A chunk took so long."""
+        self._length = max(1, min(MAX_CHUNKS, int(SPAN_SECONDS / max(seconds, 1e-3))))
 
     def next(self, most: int | None = None) -> Span | None:
-        """The next span; None when all blocks are taken. Towards the end they are short, so that all end together."""
+        """The next span; None when all chunks are taken. Towards the end they are short, so that all end together."""
         length = most or min(self._length, -(-self._left // (2 * self._actors)))
-        blocks = tuple(islice(self._blocks, max(1, length)))
-        if not blocks:
+        chunks = tuple(islice(self._chunks, max(1, length)))
+        if not chunks:
             return None
-        self._left -= len(blocks)
+        self._left -= len(chunks)
         sample = self._pass.fitter.sample
-        first, end = blocks[0].index * BLOCK_ROWS, (blocks[-1].index + 1) * BLOCK_ROWS
-        return Span(blocks, None if sample is None else sample.between(first, end).rows, self._pass.room())
+        first, end = chunks[0].index * CHUNK_ROWS, (chunks[-1].index + 1) * CHUNK_ROWS
+        return Span(chunks, None if sample is None else sample.between(first, end).rows, self._pass.room())
 
     def __iter__(self) -> Iterator[Span]:
         while (span := self.next()) is not None:
             yield span
 
 
-def _counted(pool: ModelPool, under_way: Pass, spans: _Spans) -> Iterator[tuple[Counted, float]]:
+def _counted(pool: ModelPool, under_way: FitRun, spans: _Spans) -> Iterator[tuple[Counted, float]]:
     """What came of every span, in order, and in how many seconds."""
     known = _Known(under_way.corpus.concepts, under_way.settings, under_way.fitter.edges)
-    if (sample := under_way.edge_sample()) is not None:  # all blocks wait for the edges
+    if (sample := under_way.edge_sample()) is not None:  # all chunks wait for the edges
         job_of_sample = Job[Sample, npt.NDArray[np.float32]].of(Sampling, under_way.settings)
         under_way.set_edges(pool.call(job_of_sample, Sample(sample)))
         known = replace(known, edges=under_way.fitter.edges)
-    while under_way.fitter.edges is None:  # then the first block with a text that counts sets them
+    while under_way.fitter.edges is None:  # then the first chunk with a text that counts sets them
         first = spans.next(1)
         if first is None:
             return

@@ -26,7 +26,7 @@ from workers.fitting.files import (
     texts_of,
     without_password,
 )
-from workers.fitting.rows import BLOCK_ROWS, Rows
+from workers.fitting.rows import CHUNK_ROWS, Rows
 
 AT_ONCE = 4
 """Files at addresses that are read at once, since each takes its time to answer; their texts are taken in order."""
@@ -106,9 +106,9 @@ class FileRows:
         for table in self._selected(first):
             texts += texts_of(table)
             labels += labels_of(table)
-            while len(texts) >= BLOCK_ROWS:
-                yield texts[:BLOCK_ROWS], labels[:BLOCK_ROWS]
-                texts, labels = texts[BLOCK_ROWS:], labels[BLOCK_ROWS:]
+            while len(texts) >= CHUNK_ROWS:
+                yield texts[:CHUNK_ROWS], labels[:CHUNK_ROWS]
+                texts, labels = texts[CHUNK_ROWS:], labels[CHUNK_ROWS:]
         if texts:
             yield texts, labels
 
@@ -182,7 +182,7 @@ class FileRows:
         at_once = min(AT_ONCE, len(files)) if self.remote else 1
         tables = listed.map_batches(parse, batch_size=1, batch_format="pyarrow", concurrency=at_once, **options)
         try:
-            yield from tables.iter_batches(batch_size=BLOCK_ROWS, batch_format="pyarrow", prefetch_batches=4)
+            yield from tables.iter_batches(batch_size=CHUNK_ROWS, batch_format="pyarrow", prefetch_batches=4)
         except RayTaskError as error:
             cause: BaseException | None = error
             while cause is not None and not isinstance(cause, CorpusError):

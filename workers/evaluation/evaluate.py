@@ -58,7 +58,7 @@ class Measure(Protocol):
     ) -> tuple[Outcomes, Path | None]: ...
 
 
-class EvaluationChoices(TypedDict, total=False):
+class EvaluationOptions(TypedDict, total=False):
     """What `evaluate_by` is told, which says what each means."""
 
     selection: Corpus | None
@@ -73,7 +73,7 @@ def evaluate(
     range_set: RangeSet,
     test: Corpus,
     settings: EvaluationSettings,
-    **choices: Unpack[EvaluationChoices],
+    **choices: Unpack[EvaluationOptions],
 ) -> Evaluation:
     """`evaluate_by` of a model in this process."""
     return evaluate_by(partial(measure, model), model.identity, range_set, test, settings, **choices)

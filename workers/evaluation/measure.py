@@ -21,8 +21,8 @@ from workers.engine.forward import WHOLE_PASS, PlanSweep, open_trunk
 from workers.engine.masks import DevicePlan
 from workers.evaluation.measures import Labels, Outcomes
 from workers.evaluation.settings import EvaluationSettings, Layers, Setting
-from workers.fitting.corpus import Block, Corpus
-from workers.fitting.rows import BLOCK_ROWS
+from workers.fitting.corpus import Chunk, Corpus
+from workers.fitting.rows import CHUNK_ROWS
 from workers.models.errors import PredictsNoLabels
 from workers.models.loading import LoadedModel
 from workers.models.predictions import Head
@@ -60,7 +60,7 @@ class MeasureCancelled(Exception):
 def truth_of(corpus: Corpus, labels: Sequence[str]) -> Labels:
     """Index of the true label of every text, [N]. All concepts of the corpus are labels."""
     index = {label: number for number, label in enumerate(labels)}
-    return np.array([index[concept] for block in corpus.blocks() for concept in block.concepts], dtype=np.int16)
+    return np.array([index[concept] for chunk in corpus.chunks() for concept in chunk.concepts], dtype=np.int16)
 
 
 @dataclass(frozen=True, eq=False)
@@ -93,7 +93,7 @@ def measure(
         PredictsNoLabels: a regression model.
         MeasureCancelled: `cancelled` said so.
     """
-    under_way = begin(
+    under_way = start_measuring(
         model.identity,
         model.dtype,
         model.head,
@@ -175,7 +175,7 @@ class Measurer:
 
 
 @dataclass(eq=False)
-class Measuring:
+class MeasureRun:
     """A measuring that is under way."""
 
     corpus: Corpus
@@ -218,7 +218,7 @@ class Measuring:
         return self.outcomes, self.checkpoint
 
 
-def begin(
+def start_measuring(
     model: ModelIdentity,
     dtype: str,
     head: Head,
@@ -229,7 +229,7 @@ def begin(
     *,
     checkpoint_dir: Path | None,
     checkpoint_seconds: float,
-) -> Measuring:
+) -> MeasureRun:
     """A measuring at its start, or where a checkpoint left it.
 
     Args:
@@ -247,31 +247,31 @@ def begin(
         checkpoint = _checkpoint_path(checkpoint_dir, model, dtype, range_set, corpus, grid, settings)
         outcomes = _load(checkpoint, outcomes)
     truth = truth_of(corpus, model.labels)
-    return Measuring(corpus, settings, truth, outcomes, checkpoint, checkpoint_seconds, int(outcomes.done.sum()))
+    return MeasureRun(corpus, settings, truth, outcomes, checkpoint, checkpoint_seconds, int(outcomes.done.sum()))
 
 
 def batches(
     model: LoadedModel, corpus: Corpus, batch_tokens: int
 ) -> Iterator[tuple[npt.NDArray[np.int64], TokenBatch, float, float]]:
-    """Length-sorted batches, block by block, with the rows of their texts. Texts without a token are left out.
+    """Length-sorted batches, chunk by chunk, with the rows of their texts. Texts without a token are left out.
 
     Beside each stand the share of the corpus' tokens before it and its own; every text counts as long as the mean of
-    its block until the block is read.
+    its chunk until the chunk is read.
     """
-    for block in corpus.blocks():
-        parts = list(batches_of(model, block, batch_tokens))
+    for chunk in corpus.chunks():
+        parts = list(batches_of(model, chunk, batch_tokens))
         sizes = np.array([batch.ids.numel() for _, batch in parts], dtype=np.float64)
-        shares = sizes / sizes.sum() * len(block.texts) / len(corpus)
-        before = block.index * BLOCK_ROWS / len(corpus) + np.cumsum(shares) - shares
+        shares = sizes / sizes.sum() * len(chunk.texts) / len(corpus)
+        before = chunk.index * CHUNK_ROWS / len(corpus) + np.cumsum(shares) - shares
         for (rows, batch), earlier, own in zip(parts, before.tolist(), shares.tolist(), strict=True):
-            yield rows + block.index * BLOCK_ROWS, batch, earlier, own
+            yield rows + chunk.index * CHUNK_ROWS, batch, earlier, own
 
 
 def batches_of(
-    model: LoadedModel, block: Block, batch_tokens: int
+    model: LoadedModel, chunk: Chunk, batch_tokens: int
 ) -> Iterator[tuple[npt.NDArray[np.int64], TokenBatch]]:
-    """Length-sorted batches of a block, with the places of their texts in it."""
-    encoded = model.tokens.encode(block.texts, keep_empty=True)
+    """Length-sorted batches of a chunk, with the places of their texts in it."""
+    encoded = model.tokens.encode(chunk.texts, keep_empty=True)
     some = [row for row, text in enumerate(encoded) if text.ids]
     for places in length_sorted([len(encoded[row].ids) for row in some], batch_tokens):
         rows = [some[place] for place in places]

@@ -102,8 +102,8 @@ def _texts(model: LoadedModel, steered: FewShotModel, test: Corpus) -> list[tupl
     bos = steered.model.config.bos_token_id
     start = (bos,) if steered.prefix and steered.prefix[0] == bos else ()
     found = []
-    for block in test.blocks():
-        for text in model.tokens.encode(block.texts, keep_empty=True):
+    for chunk in test.chunks():
+        for text in model.tokens.encode(chunk.texts, keep_empty=True):
             ids = start + text.ids[: max(0, len(text.ids) - len(model.tokens.suffix))]
             if len(ids) > 1:
                 found.append(ids)

@@ -1,4 +1,4 @@
 """Fitting: one pass over a labelled corpus, statistics of every layer, concept and neuron.
 
-`corpus.py` reads rows in blocks · `moments.py` exact streaming moments · `histograms.py` densities · `fit.py` the pass.
+`corpus.py` reads rows in chunks · `moments.py` exact streaming moments · `histograms.py` densities · `fit.py` the pass.
 """

@@ -25,8 +25,8 @@ LONGEST = 45.0
 
 
 @dataclass(eq=False)
-class BlockStates:
-    """States [n, L, D] of one block's texts, as far as they are recorded.
+class ChunkStates:
+    """States [n, L, D] of one chunk's texts, as far as they are recorded.
 
     done: texts whose batch went through, [n]; kept: those of them that count (they have tokens and, if only these
     are wanted, the model gets them right), [n].
@@ -37,16 +37,16 @@ class BlockStates:
     kept: npt.NDArray[np.bool_]
 
     @classmethod
-    def empty(cls, texts: int, layers: int, hidden: int) -> "BlockStates":
+    def empty(cls, texts: int, layers: int, hidden: int) -> "ChunkStates":
         flags = np.zeros(texts, dtype=np.bool_)
         return cls(np.zeros((texts, layers, hidden), dtype=np.float32), flags, flags.copy())
 
 
 @dataclass
 class Counters:
-    """How far the fit is: blocks counted in; and texts so far that were cut, or had no token."""
+    """How far the fit is: chunks counted in; and texts so far that were cut, or had no token."""
 
-    next_block: int = 0
+    next_chunk: int = 0
     truncated: int = 0
     empty: int = 0
 
@@ -74,17 +74,17 @@ class Checkpoint:
         what = json.dumps([model.fingerprint, corpus.sha256, settings.model_dump(mode="json")])
         return cls(directory / f"fit-{hashlib.sha256(what.encode()).hexdigest()[:20]}.safetensors", seconds)
 
-    def load(self, fitter: RangeFitter) -> tuple[Counters, BlockStates | None]:
-        """Put the saved statistics into `fitter`; gives how far it was, and the block that was under way."""
+    def load(self, fitter: RangeFitter) -> tuple[Counters, ChunkStates | None]:
+        """Put the saved statistics into `fitter`; gives how far it was, and the chunk that was under way."""
         if not self.path.exists():
             return Counters(), None
         try:
             arrays = load_file(self.path)
             counters = Counters(*(arrays[f"counters.{name}"].item() for name in vars(Counters())))
             names = ("states", "done", "kept")
-            block = BlockStates(*(arrays[f"block.{n}"].copy() for n in names)) if "block.states" in arrays else None
+            chunk = ChunkStates(*(arrays[f"chunk.{n}"].copy() for n in names)) if "chunk.states" in arrays else None
             fitter.restore(arrays)
-            return counters, block
+            return counters, chunk
         except (SafetensorError, OSError, KeyError, ValueError, TypeError) as error:
             logger.warning("the checkpoint %s cannot be read (%s): starting over", self.path, error)
             return Counters(), None
@@ -95,7 +95,7 @@ class Checkpoint:
         every = min(max(self.seconds, 20 * self.cost), max(LONGEST, self.seconds)) if self.seconds else 0.0
         return time.monotonic() - self.saved >= every
 
-    def save(self, fitter: RangeFitter, counters: Counters, block: BlockStates | None) -> None:
+    def save(self, fitter: RangeFitter, counters: Counters, chunk: ChunkStates | None) -> None:
         """Write it whole or not at all.
 
         Raises:
@@ -104,8 +104,8 @@ class Checkpoint:
         started = time.monotonic()
         arrays: dict[str, npt.NDArray[Any]] = fitter.arrays()
         arrays |= {f"counters.{name}": np.array(value) for name, value in vars(counters).items()}
-        if block is not None:
-            arrays |= {f"block.{name}": getattr(block, name) for name in ("states", "done", "kept")}
+        if chunk is not None:
+            arrays |= {f"chunk.{name}": getattr(chunk, name) for name in ("states", "done", "kept")}
         with written_whole(self.path) as partial:
             save_file({name: np.ascontiguousarray(array) for name, array in arrays.items()}, partial)
         self.saved = time.monotonic()

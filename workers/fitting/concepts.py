@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from workers.fitting.errors import CorpusError
-from workers.fitting.known import KnownDataset
+from workers.fitting.paper_datasets import PaperDataset
 
 _NUMBER = re.compile(r"0|-?[1-9][0-9]*")
 """How a whole number is written; "01" is a name like any other."""
@@ -27,7 +27,7 @@ class Concepts:
     1. The label map has the label, or the class name that it stands for in the data.
     2. The data name their class numbers: the number is that name.
     3. The model has a label of that name.
-    4. The data set is known (`known.KNOWN`): class numbers and other names of its classes are those classes.
+    4. The data set is known (`PAPER_DATASETS`): class numbers and other names of its classes are those classes.
     5. It is a class number, counted from 0, of a model none of whose labels is a number.
     6. The label is the name of a concept that the model does not know.
 
@@ -39,7 +39,7 @@ class Concepts:
     labels: Sequence[str] = ()
     names: Sequence[str] | None = None
     label_map: Mapping[str, str] = field(default_factory=dict)
-    known: KnownDataset | None = None
+    known: PaperDataset | None = None
     counted: dict[int, str] = field(default_factory=dict, init=False)
     """Class numbers met so far that nothing but their order names, and the concepts that they were taken for."""
     _found: dict[str | int, str] = field(default_factory=dict, init=False)

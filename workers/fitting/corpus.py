@@ -1,4 +1,4 @@
-"""Labelled texts in blocks: of files or a hub name, memory-mapped; or of whatever else gives `Table`s."""
+"""Labelled texts in chunks: of files or a hub name, memory-mapped; or of whatever else gives `Table`s."""
 
 import hashlib
 import logging
@@ -18,10 +18,10 @@ from range_store.phrases import counted
 from workers.fitting.concepts import Concepts, LabelError
 from workers.fitting.errors import CorpusError
 from workers.fitting.files import is_hub, is_saved, reason_of, without_password
-from workers.fitting.known import KNOWN, KnownDataset
+from workers.fitting.paper_datasets import PAPER_DATASETS, PaperDataset
 from workers.fitting.row_sample import RowSample
-from workers.fitting.rows import BLOCK_ROWS, Files, Loaded, Rows, Table
-from workers.fitting.sources import check_source, known_dataset
+from workers.fitting.rows import CHUNK_ROWS, Files, Loaded, Rows, Table
+from workers.fitting.sources import check_source, paper_dataset
 
 logger = logging.getLogger(__name__)
 
@@ -29,7 +29,7 @@ _ODD = re.compile("[\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f\ufffd\ud800-\udfff]")
 
 
 @dataclass(frozen=True)
-class Block:
+class Chunk:
     """Rows `index`·1,024 and on: texts, and the concept of each."""
 
     index: int
@@ -60,12 +60,12 @@ class Corpus:
         digest = hashlib.sha256()
         self.odd = self.blank = 0
         self._sample = RowSample()
-        for block in self.blocks():
-            self._sample.update(block.index * BLOCK_ROWS, block.texts, block.concepts)
-            counts.update(block.concepts)
-            self.blank += sum(not text or text.isspace() for text in block.texts)
-            self.odd += sum(_ODD.search(text) is not None for text in block.texts)
-            for text, concept in zip(block.texts, block.concepts, strict=True):
+        for chunk in self.chunks():
+            self._sample.update(chunk.index * CHUNK_ROWS, chunk.texts, chunk.concepts)
+            counts.update(chunk.concepts)
+            self.blank += sum(not text or text.isspace() for text in chunk.texts)
+            self.odd += sum(_ODD.search(text) is not None for text in chunk.texts)
+            for text, concept in zip(chunk.texts, chunk.concepts, strict=True):
                 for part in (text.encode("utf-8", "surrogatepass"), concept.encode("utf-8", "surrogatepass")):
                     digest.update(len(part).to_bytes(8, "little"))
                     digest.update(part)
@@ -81,9 +81,9 @@ class Corpus:
         if self.blank:
             logger.warning("%s: %d of %d texts are empty", self.name, self.blank, len(self))
 
-    def sample(self, rows: int) -> Block:
-        """So many rows of all of the corpus, at most 1,024, drawn by a fixed seed, as a block."""
-        return Block(0, *self._sample.rows(rows))
+    def sample(self, rows: int) -> Chunk:
+        """So many rows of all of the corpus, at most 1,024, drawn by a fixed seed, as a chunk."""
+        return Chunk(0, *self._sample.rows(rows))
 
     def split_off(self, fraction: float, seed: int) -> tuple["Corpus", "Corpus"]:
         """The rest, and `fraction` of the rows, drawn by `seed`; both keep their order.
@@ -105,13 +105,13 @@ class Corpus:
             parts.append(Corpus(self.name, self.split, selection, rows, self._concepts))
         return parts[0], parts[1]
 
-    def blocks(self, start: int = 0) -> Iterator[Block]:
-        """Blocks of 1,024 rows from block `start` on.
+    def chunks(self, start: int = 0) -> Iterator[Chunk]:
+        """Chunks of 1,024 rows from chunk `start` on.
 
         Raises:
             CorpusError: a row without a text, or with a label that is no name or number; says which.
         """
-        first = start * BLOCK_ROWS
+        first = start * CHUNK_ROWS
         pieces = self._rows.read(first)
         while True:
             try:
@@ -119,14 +119,14 @@ class Corpus:
             except StopIteration:
                 return
             except UnicodeDecodeError:
-                last = min(first + BLOCK_ROWS, len(self))
+                last = min(first + CHUNK_ROWS, len(self))
                 raise CorpusError(f"{self.name}: a row between {first + 1} and {last} is not UTF-8") from None
             for offset, text in enumerate(texts):
                 if not isinstance(text, str):
                     raise CorpusError(f"{self._rows.where(first + offset)} has no text")
             concepts = tuple(self._concept(label, first + offset) for offset, label in enumerate(labels))
-            yield Block(first // BLOCK_ROWS, tuple(texts), concepts)
-            first += BLOCK_ROWS
+            yield Chunk(first // CHUNK_ROWS, tuple(texts), concepts)
+            first += CHUNK_ROWS
 
     def _concept(self, label: Any, row: int) -> str:
         try:
@@ -155,7 +155,7 @@ def load_corpus(
         source: a file, directory or pattern (`files.KINDS`), a directory of the `datasets` library, or the name of a
             data set on the hub. None: `dataset` from the hub.
         table: the data that `source` names, where they are opened already.
-        dataset: one of the paper's, by name (`known.KNOWN`): it names columns and classes, also for a file of it.
+        dataset: one of the paper's, by name (`PAPER_DATASETS`): it names columns and classes, also for a file of it.
         labels: the model's labels: `Concepts` says what they and the next two mean for the labels of the data.
         split: of a hub data set; "train" by default.
         text_field, label_field: columns; by default those of the data set, else "text" and "label".
@@ -166,9 +166,9 @@ def load_corpus(
     Raises:
         CorpusError: missing, unreadable, empty, or without the named columns.
     """
-    if dataset is None and source is not None and source in KNOWN and is_hub(source):
+    if dataset is None and source is not None and source in PAPER_DATASETS and is_hub(source):
         source, dataset = None, source
-    known = known_dataset(dataset)
+    known = paper_dataset(dataset)
     place = without_password(source or f"{dataset}")
     of_hub = table is None and (source is None or is_hub(source))
     if table is None:
@@ -227,8 +227,8 @@ def warn_of_shared(measured: Corpus, learned: Corpus, option: str) -> None:
     Args:
         option: that named the texts to measure on.
     """
-    digests = Counter(_digest(text) for block in measured.blocks() for text in block.texts)
-    found = {digest for block in learned.blocks() for text in block.texts if (digest := _digest(text)) in digests}
+    digests = Counter(_digest(text) for chunk in measured.chunks() for text in chunk.texts)
+    found = {digest for chunk in learned.chunks() for text in chunk.texts if (digest := _digest(text)) in digests}
     if shared := sum(digests[digest] for digest in found):
         logger.warning("%s: %d of %d texts of %s are also in --data", option, shared, len(measured), measured.name)
 
@@ -270,7 +270,7 @@ def _quieten() -> None:
     datasets.utils.logging.set_verbosity(logging.CRITICAL)
 
 
-def _from_hub(known: KnownDataset | None, name: str, split: str | None) -> datasets.Dataset:
+def _from_hub(known: PaperDataset | None, name: str, split: str | None) -> datasets.Dataset:
     if known is None:
         raise CorpusError("no data: name a file, or a data set")
     _quieten()

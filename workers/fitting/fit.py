@@ -1,6 +1,6 @@
 """One pass over a corpus: statistics of every layer, concept and neuron at once (DESIGN "Fitting is repeatable").
 
-A block of 1,024 rows is the unit of work: its batches form inside it, and blocks merge in index order, so that the
+A chunk of 1,024 rows is the unit of work: its batches form inside it, and chunks merge in index order, so that the
 result is bit for bit the same whether the fit ran through or was killed and resumed.
 """
 
@@ -27,14 +27,14 @@ from range_store.domain.range_set import (
     RangeSet,
 )
 from range_store.storage.codec import assemble
-from workers.fitting.checkpoint import BlockStates, Checkpoint, Counters
-from workers.fitting.corpus import Block, Corpus, match_labels
+from workers.fitting.checkpoint import Checkpoint, ChunkStates, Counters
+from workers.fitting.corpus import Chunk, Corpus, match_labels
 from workers.fitting.errors import CorpusError
 from workers.fitting.fitter import RangeFitter
 from workers.fitting.moments import Moments
 from workers.fitting.probe import ProbeSample
 from workers.fitting.row_sample import wanted_rows
-from workers.fitting.rows import BLOCK_ROWS
+from workers.fitting.rows import CHUNK_ROWS
 from workers.models.errors import PredictsNoLabels
 from workers.models.loading import LoadedModel
 from workers.models.predictions import Head, predicted_labels
@@ -75,8 +75,8 @@ class Fitted:
             self.checkpoint.unlink(missing_ok=True)
 
 
-class FitChoices(TypedDict, total=False):
-    """What `begin` is told, which says what each means."""
+class FitOptions(TypedDict, total=False):
+    """What `start_fit` is told, which says what each means."""
 
     layers: tuple[int, ...] | Literal["all"]
     rankings: tuple[Ranking, ...]
@@ -97,12 +97,12 @@ def fit(
     *,
     progress: Callable[[FitProgress], None] | None = None,
     cancelled: Callable[[], bool] | None = None,
-    **choices: Unpack[FitChoices],
+    **choices: Unpack[FitOptions],
 ) -> Fitted:
     """Fit ranges of every concept of `corpus` in this process.
 
     Args:
-        choices: those of `begin`.
+        choices: those of `start_fit`.
         cancelled: asked after every batch.
 
     Raises:
@@ -110,21 +110,21 @@ def fit(
         CorpusError: a row that cannot be used, or no text that counts.
         FitCancelled: `cancelled` said so.
     """
-    under_way = begin(model.identity, model.dtype, model.head, torch.get_num_threads(), corpus, **choices)
+    under_way = start_fit(model.identity, model.dtype, model.head, torch.get_num_threads(), corpus, **choices)
     counters, fitter, checkpoint = under_way.counters, under_way.fitter, under_way.checkpoint
     if (sample := under_way.edge_sample()) is not None:
 
-        def after_sample_batch(now: BlockStates) -> None:
+        def after_sample_batch(now: ChunkStates) -> None:
             if cancelled is not None and cancelled():
                 raise FitCancelled
 
-        under_way.set_edges(sampled_states(model, sample, under_way.settings, after_sample_batch))
+        under_way.set_edges(record_sample(model, sample, under_way.settings, after_sample_batch))
     before = under_way.rows_done
-    resumed = before + (int(under_way.block.done.sum()) if under_way.block else 0)
-    started_block = under_way.block
-    for block in corpus.blocks(counters.next_block):
+    resumed = before + (int(under_way.chunk.done.sum()) if under_way.chunk else 0)
+    started_chunk = under_way.chunk
+    for chunk in corpus.chunks(counters.next_chunk):
 
-        def after_batch(now: BlockStates, before: int = before) -> None:
+        def after_batch(now: ChunkStates, before: int = before) -> None:
             if cancelled is not None and cancelled():
                 raise FitCancelled
             if checkpoint and checkpoint.due:
@@ -132,22 +132,22 @@ def fit(
             if progress is not None:
                 progress(under_way.progress(before + int(now.done.sum()), resumed))
 
-        states, cut, empty = states_of(model, block, under_way.settings, started_block, after_batch)
-        started_block = None
-        count_in(fitter, block, states, under_way.room())
-        counters.next_block, counters.truncated, counters.empty = (
-            block.index + 1,
+        states, cut, empty = record_states(model, chunk, under_way.settings, started_chunk, after_batch)
+        started_chunk = None
+        add_chunk(fitter, chunk, states, under_way.room())
+        counters.next_chunk, counters.truncated, counters.empty = (
+            chunk.index + 1,
             counters.truncated + cut,
             counters.empty + empty,
         )
-        before += len(block.texts)
+        before += len(chunk.texts)
         if checkpoint and checkpoint.due:
             checkpoint.save(fitter, counters, None)
     return under_way.end()
 
 
 @dataclass(eq=False)
-class Pass:
+class FitRun:
     """A pass over a corpus that is under way: what it is to find, and how far it is."""
 
     model: ModelIdentity
@@ -156,22 +156,22 @@ class Pass:
     fitter: RangeFitter
     counters: Counters
     checkpoint: Checkpoint | None
-    block: BlockStates | None
-    """States of the next block, as far as an earlier run recorded them."""
+    chunk: ChunkStates | None
+    """States of the next chunk, as far as an earlier run recorded them."""
     started: float = field(default_factory=time.monotonic)
 
     @property
     def rows_done(self) -> int:
-        """Rows of the blocks that are counted in."""
-        return min(self.counters.next_block * BLOCK_ROWS, len(self.corpus))
+        """Rows of the chunks that are counted in."""
+        return min(self.counters.next_chunk * CHUNK_ROWS, len(self.corpus))
 
-    def edge_sample(self) -> Block | None:
-        """Texts that are to set the edges of the histograms first; None: they are set, or the first block sets them."""
+    def edge_sample(self) -> Chunk | None:
+        """Texts that are to set the edges of the histograms first; None: they are set, or the first chunk sets them."""
         rows = self.settings.edge_rows
         return None if rows is None or self.fitter.edges is not None else self.corpus.sample(rows)
 
     def set_edges(self, states: npt.NDArray[np.float32]) -> None:
-        """Set them around the states [n, L, D] of that sample's texts; if there are none, the first block does."""
+        """Set them around the states [n, L, D] of that sample's texts; if there are none, the first chunk does."""
         if len(states):
             self.fitter.set_edges(states)
 
@@ -190,7 +190,7 @@ class Pass:
         return _assemble(self.model, self.corpus, self.settings, self.fitter, self.counters, path)
 
 
-def begin(
+def start_fit(
     model: ModelIdentity,
     dtype: str,
     head: Head,
@@ -208,7 +208,7 @@ def begin(
     batch_tokens: int = 4096,
     checkpoint_dir: Path | None = None,
     checkpoint_seconds: float = CHECKPOINT_SECONDS,
-) -> Pass:
+) -> FitRun:
     """A pass over `corpus`, at its start or where a checkpoint left it.
 
     Args:
@@ -245,31 +245,31 @@ def begin(
         dtype=dtype,
         bins=bins,
         batch_tokens=batch_tokens,
-        block_rows=BLOCK_ROWS,
+        block_rows=CHUNK_ROWS,
         threads=threads,
         texts="correct" if correct_only else "all",
         rows_per_class=rows_per_class,
         probe=(probe or ProbeSettings()) if "probe" in rankings else None,
-        edge_rows=wanted_rows(len(corpus)) if len(corpus) > BLOCK_ROWS else None,
+        edge_rows=wanted_rows(len(corpus)) if len(corpus) > CHUNK_ROWS else None,
     )
     hidden = model.hidden_size
     sample = ProbeSample.drawn(len(corpus), len(chosen), hidden, settings.probe) if settings.probe else None
     fitter = RangeFitter(corpus.concepts, len(chosen), hidden, bins, sample)
     checkpoint = Checkpoint.of(checkpoint_dir, model, corpus, settings, checkpoint_seconds) if checkpoint_dir else None
-    counters, block = checkpoint.load(fitter) if checkpoint else (Counters(), None)
-    return Pass(model, corpus, settings, fitter, counters, checkpoint, block)
+    counters, chunk = checkpoint.load(fitter) if checkpoint else (Counters(), None)
+    return FitRun(model, corpus, settings, fitter, counters, checkpoint, chunk)
 
 
-def states_of(
+def record_states(
     model: LoadedModel,
-    block: Block,
+    chunk: Chunk,
     settings: FitSettings,
-    under_way: BlockStates | None,
-    after_batch: Callable[[BlockStates], None],
-) -> tuple[BlockStates, int, int]:
-    """States of every text of a block; how many texts were cut, and how many have no token."""
-    encoded = model.tokens.encode(block.texts, keep_empty=True)
-    now = under_way or BlockStates.empty(len(encoded), len(settings.layers), model.identity.hidden_size)
+    under_way: ChunkStates | None,
+    after_batch: Callable[[ChunkStates], None],
+) -> tuple[ChunkStates, int, int]:
+    """States of every text of a chunk; how many texts were cut, and how many have no token."""
+    encoded = model.tokens.encode(chunk.texts, keep_empty=True)
+    now = under_way or ChunkStates.empty(len(encoded), len(settings.layers), model.identity.hidden_size)
     some = [row for row, text in enumerate(encoded) if text.ids]
     for places in length_sorted([len(encoded[row].ids) for row in some], settings.batch_tokens):
         rows = [some[place] for place in places]
@@ -281,35 +281,35 @@ def states_of(
             now.states[rows, index] = recorded[layer].float().cpu().numpy()
         now.kept[rows] = True
         if settings.texts == "correct":
-            truth = [model.identity.labels.index(block.concepts[row]) for row in rows]
+            truth = [model.identity.labels.index(chunk.concepts[row]) for row in rows]
             now.kept[rows] = predicted_labels(logits.float().cpu().numpy(), model.head) == truth
         now.done[rows] = True
         after_batch(now)
     return now, sum(text.truncated for text in encoded), len(encoded) - len(some)
 
 
-def sampled_states(
-    model: LoadedModel, sample: Block, settings: FitSettings, after_batch: Callable[[BlockStates], None]
+def record_sample(
+    model: LoadedModel, sample: Chunk, settings: FitSettings, after_batch: Callable[[ChunkStates], None]
 ) -> npt.NDArray[np.float32]:
     """States [n, L, D] of those texts of a sample that count."""
-    states, _, _ = states_of(model, sample, settings, None, after_batch)
+    states, _, _ = record_states(model, sample, settings, None, after_batch)
     return states.states[states.kept]
 
 
-def count_in(
-    fitter: RangeFitter, block: Block, now: BlockStates, room: Mapping[str, int] | None = None
+def add_chunk(
+    fitter: RangeFitter, chunk: Chunk, now: ChunkStates, room: Mapping[str, int] | None = None
 ) -> dict[str, Moments]:
-    """Count the kept texts of a block in, and give their moments. room: of each concept, only the first so many."""
+    """Count the kept texts of a chunk in, and give their moments. room: of each concept, only the first so many."""
     kept = now.kept.copy()
     index = {concept: number for number, concept in enumerate(fitter.concepts)}
-    concept = np.array([index[name] for name in block.concepts], dtype=np.int64)
+    concept = np.array([index[name] for name in chunk.concepts], dtype=np.int64)
     if room is not None:
         for number, name in enumerate(fitter.concepts):
             own = np.flatnonzero(kept & (concept == number))
             kept[own[max(0, room[name]) :]] = False
     if fitter.sample is not None:
-        fitter.sample.update(block.index * BLOCK_ROWS, now.states, np.where(kept, concept, -1))
-    return fitter.update(now.states[kept], [name for name, keep in zip(block.concepts, kept, strict=True) if keep])
+        fitter.sample.update(chunk.index * CHUNK_ROWS, now.states, np.where(kept, concept, -1))
+    return fitter.update(now.states[kept], [name for name, keep in zip(chunk.concepts, kept, strict=True) if keep])
 
 
 def _assemble(

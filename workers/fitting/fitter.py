@@ -19,7 +19,7 @@ _MOMENTS = tuple(field.name for field in fields(Moments) if field.name != "count
 
 @dataclass(frozen=True, eq=False)
 class Part:
-    """Statistics of some blocks in a row, made elsewhere: moments stay apart by block, since the order that they merge
+    """Statistics of some chunks in a row, made elsewhere: moments stay apart by chunk, since the order that they merge
     in decides the last bits; the counts of a histogram are one sum [L, C, D, B + 2], of any unsigned type."""
 
     moments: tuple[dict[str, Moments], ...]
@@ -52,14 +52,14 @@ class RangeFitter:
         return {concept: moments.count for concept, moments in self.moments.items()}
 
     def update(self, states: npt.NDArray[np.floating], concepts: Sequence[str]) -> dict[str, Moments]:
-        """Count a block in, and give its own moments. Where the histograms have no edges yet, it sets them.
+        """Count a chunk in, and give its own moments. Where the histograms have no edges yet, it sets them.
 
         states: [n, L, D]; concepts: of each row.
         """
         n, layers, _ = states.shape
-        of_block: dict[str, Moments] = {}
+        of_chunk: dict[str, Moments] = {}
         if not n:
-            return of_block
+            return of_chunk
         if self.edges is None:
             self.set_edges(states)
         assert self.edges is not None
@@ -67,12 +67,12 @@ class RangeFitter:
         for c, concept in enumerate(self.concepts):
             own = states[of_row == concept]
             if len(own):
-                of_block[concept] = Moments.of(own)
-                self.moments[concept] = self.moments[concept].merge(of_block[concept])
+                of_chunk[concept] = Moments.of(own)
+                self.moments[concept] = self.moments[concept].merge(of_chunk[concept])
                 for layer in range(layers):
                     self.histogram[layer, c] += count(own[:, layer], self.edges[layer]).astype(np.uint32)
 
-        return of_block
+        return of_chunk
 
     def set_edges(self, states: npt.NDArray[np.floating]) -> None:
         """Let the histograms have edges around these states [n, L, D], of which there are some."""
@@ -80,10 +80,10 @@ class RangeFitter:
         self.edges = edges_from(states.reshape(n, layers * hidden), self.bins).reshape(layers, hidden, -1)
 
     def merge(self, part: "Part") -> None:
-        """Count the blocks of a part in, which come right after those that were counted in before."""
+        """Count the chunks of a part in, which come right after those that were counted in before."""
         self.edges = part.edges if self.edges is None else self.edges
-        for of_block in part.moments:
-            for concept, moments in of_block.items():
+        for of_chunk in part.moments:
+            for concept, moments in of_chunk.items():
                 self.moments[concept] = self.moments[concept].merge(moments)
         self.histogram += part.histogram
         if self.sample is not None and part.sample is not None:

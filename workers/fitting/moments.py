@@ -39,7 +39,7 @@ class Moments:
 
     @classmethod
     def of(cls, states: npt.NDArray[np.floating]) -> "Moments":
-        """Moments of a block held in memory. states: [n, *S], n ≥ 0."""
+        """Moments of a chunk held in memory. states: [n, *S], n ≥ 0."""
         if not len(states):
             return cls.empty(states.shape[1:])
         values = states.astype(np.float64)

@@ -28,7 +28,7 @@ class RowSample:
         self._drawn: list[tuple[float, int, str, str]] = []
 
     def update(self, first: int, texts: Sequence[str], concepts: Sequence[str]) -> None:
-        """Take in rows `first`, `first` + 1, …, a block of the corpus."""
+        """Take in rows `first`, `first` + 1, …, a chunk of the corpus."""
         numbers = np.random.default_rng((SEED, first)).random(len(texts))
         most = self._drawn[-1][0] if len(self._drawn) == MOST else 1.0
         new = [

@@ -16,8 +16,8 @@ import pyarrow as pa
 from workers.fitting.errors import CorpusError
 from workers.fitting.files import SCHEMA, columns_of, files_of, labels_of, tables, texts_of
 
-BLOCK_ROWS = 1024
-"""Rows of a block: the unit of work, checkpoint and retry."""
+CHUNK_ROWS = 1024
+"""Rows of a chunk: the unit of work, checkpoint and retry."""
 IN_MEMORY = 64 << 20
 """Bytes of texts that are kept in memory; more are kept in a file, which is mapped into it."""
 
@@ -93,8 +93,8 @@ class LoadedRows:
         return len(self.dataset)
 
     def read(self, first: int = 0) -> Iterator[tuple[list[Any], list[Any]]]:
-        for start in range(first, len(self.dataset), BLOCK_ROWS):
-            rows = self.dataset[start : start + BLOCK_ROWS]
+        for start in range(first, len(self.dataset), CHUNK_ROWS):
+            rows = self.dataset[start : start + CHUNK_ROWS]
             yield rows[self.text_field], rows[self.label_field]
 
     def select(self, chosen: npt.NDArray[np.int64]) -> Rows:
@@ -156,8 +156,8 @@ class FileRows:
         return len(self.chosen)
 
     def read(self, first: int = 0) -> Iterator[tuple[list[Any], list[Any]]]:
-        for start in range(first, len(self.chosen), BLOCK_ROWS):
-            rows = self.chosen[start : start + BLOCK_ROWS]
+        for start in range(first, len(self.chosen), CHUNK_ROWS):
+            rows = self.chosen[start : start + CHUNK_ROWS]
             part = self.table.slice(rows[0], rows[-1] - rows[0] + 1).take(pa.array(rows - rows[0]))
             yield texts_of(part), labels_of(part)
 

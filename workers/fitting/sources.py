@@ -5,7 +5,7 @@ from pathlib import Path
 
 from workers.fitting.errors import CorpusError
 from workers.fitting.files import files_of, is_hub, is_saved, without_password
-from workers.fitting.known import KNOWN, KnownDataset
+from workers.fitting.paper_datasets import PAPER_DATASETS, PaperDataset
 
 HUB_SECONDS = 10.0
 """How long the hub may take to say whether it has a data set."""
@@ -37,7 +37,7 @@ def check_on_hub(source: str) -> None:
         return
 
 
-def known_dataset(name: str | None) -> KnownDataset | None:
+def paper_dataset(name: str | None) -> PaperDataset | None:
     """One of the paper's data sets; None: none was named.
 
     Raises:
@@ -45,9 +45,9 @@ def known_dataset(name: str | None) -> KnownDataset | None:
     """
     if name is None:
         return None
-    if name not in KNOWN:
-        raise CorpusError(f"no data set {name!r} is known by name; known: {', '.join(KNOWN)}")
-    return KNOWN[name]
+    if name not in PAPER_DATASETS:
+        raise CorpusError(f"no data set {name!r} is known by name; known: {', '.join(PAPER_DATASETS)}")
+    return PAPER_DATASETS[name]
 
 
 def load_label_map(path: Path) -> dict[str, str]:

@@ -170,8 +170,8 @@ def _dataset(
 ) -> datasets.Dataset:
     """Token ids and label index of every row, texts cut so that the suffix fits; those without a token are left out."""
     columns: dict[str, list[Any]] = {"input_ids": [], "attention_mask": [], "labels": []}
-    for block in corpus.blocks():
-        clean = [text.encode("utf-8", "replace").decode("utf-8") for text in block.texts]
+    for chunk in corpus.chunks():
+        clean = [text.encode("utf-8", "replace").decode("utf-8") for text in chunk.texts]
         encoded = tokenizer(
             clean,
             truncation=True,
@@ -181,7 +181,7 @@ def _dataset(
             return_attention_mask=False,
             verbose=False,
         )["input_ids"]
-        for ids, concept in zip(encoded, block.concepts, strict=True):
+        for ids, concept in zip(encoded, chunk.concepts, strict=True):
             if ids or suffix:
                 columns["input_ids"].append([*ids, *suffix])
                 columns["attention_mask"].append([1] * (len(ids) + len(suffix)))

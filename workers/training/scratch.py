@@ -84,5 +84,5 @@ def new_model(new: NewModel, tokenizer: Any) -> Any:
 
 
 def _texts(corpus: Corpus) -> Iterator[str]:
-    for block in corpus.blocks():
-        yield from (text.encode("utf-8", "replace").decode("utf-8") for text in block.texts)
+    for chunk in corpus.chunks():
+        yield from (text.encode("utf-8", "replace").decode("utf-8") for text in chunk.texts)

@@ -33,7 +33,7 @@ def texts(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 SMALL = {"data": "news/small.jsonl", "bins": 16, "rankings": ["max"]}
 MEDIUM_ROWS = 1200
-"""More than one block."""
+"""More than one chunk."""
 MEDIUM = SMALL | {"data": "news/medium.jsonl", "layers": "all", "batch_tokens": 1024}
 HOLD_ROWS = 500
 """Rows after which a fit waits, while it is held."""

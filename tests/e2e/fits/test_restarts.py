@@ -27,7 +27,7 @@ from tests.forking import forker
 from tests.processes import end_redis
 from tests.range_store.waiting import until
 from tests.servers import RunningServer
-from workers.fitting.rows import BLOCK_ROWS
+from workers.fitting.rows import CHUNK_ROWS
 from workers.models.loading import LoadedModel
 
 FORK_FITS = """
@@ -88,11 +88,11 @@ def test_fit_of_a_killed_or_drained_server_goes_on_with_the_next(
 
 
 def rows_in(checkpoints: Path) -> int:
-    """How many texts the checkpoint of a fit has: whole blocks, and those of the block that was begun."""
+    """How many texts the checkpoint of a fit has: whole chunks, and those of the chunk that was begun."""
     (path,) = checkpoints.glob("fit-*.safetensors")
     arrays = load_file(path)
-    begun = arrays["block.done"].sum() if "block.done" in arrays else 0
-    return int(arrays["counters.next_block"].item() * BLOCK_ROWS + begun)
+    begun = arrays["chunk.done"].sum() if "chunk.done" in arrays else 0
+    return int(arrays["counters.next_chunk"].item() * CHUNK_ROWS + begun)
 
 
 def test_second_server_takes_over_the_fit_of_the_first(

@@ -40,12 +40,12 @@ from workers.cluster.evaluation import measure_on
 from workers.cluster.fitting import fit_on
 from workers.cluster.nodes import Job, Layout, ModelPool
 from workers.cluster.reading import Files
-from workers.evaluation.evaluate import EvaluationChoices, evaluate, evaluate_by
+from workers.evaluation.evaluate import EvaluationOptions, evaluate, evaluate_by
 from workers.evaluation.measure import MeasureCancelled, MeasureProgress
 from workers.evaluation.settings import EvaluationSettings
 from workers.fitting.corpus import Corpus, load_corpus
 from workers.fitting.errors import CorpusError
-from workers.fitting.fit import FitCancelled, FitChoices, FitProgress, Fitted, fit
+from workers.fitting.fit import FitCancelled, FitOptions, FitProgress, Fitted, fit
 from workers.models.errors import CheckpointError
 from workers.models.loading import LoadedModel, load_model
 
@@ -101,7 +101,7 @@ def corpus(path: Path) -> Corpus:
     return load_corpus(str(path), labels=LABELS)
 
 
-CHOICES: FitChoices = {"layers": "all", "bins": 32, "batch_tokens": 2048}
+CHOICES: FitOptions = {"layers": "all", "bins": 32, "batch_tokens": 2048}
 
 
 @pytest.fixture(scope="module")
@@ -261,7 +261,7 @@ def test_pool_that_waits_for_cpus_logs_what_is_free(
 def test_caps_probe_and_correct_only_give_the_fit_of_one_process(
     pool: ModelPool, model: LoadedModel, corpus: Corpus, path: Path
 ) -> None:
-    choices: FitChoices = {**CHOICES, "rankings": ("max", "probe"), "correct_only": True, "rows_per_class": 500}
+    choices: FitOptions = {**CHOICES, "rankings": ("max", "probe"), "correct_only": True, "rows_per_class": 500}
     fitted = fit_on(pool, on_cluster(path), **choices)
     assert max(fitted.range_set.counts) == 500, "the cap takes effect"
     assert fitted.range_set.id == fit(model, corpus, **choices).range_set.id
@@ -384,7 +384,7 @@ def test_evaluation_is_that_of_one_process_after_a_kill_and_a_resume(
     expected = repr(evaluate(model, local_fit.range_set, corpus, settings).rows)
     seen: list[MeasureProgress] = []
 
-    def on_pool(**choices: Unpack[EvaluationChoices]) -> str:
+    def on_pool(**choices: Unpack[EvaluationOptions]) -> str:
         by = functools.partial(measure_on, pool)
         drawn = on_cluster(path, max_rows=5000)
         return repr(evaluate_by(by, pool.about.identity, local_fit.range_set, drawn, settings, **choices).rows)

@@ -77,8 +77,8 @@ def test_rows_equal_a_plain_loop(tiny: Tiny, family: str, learned: Corpus, held_
     evaluation = evaluate(model, range_set, held_out, settings)
     texts = [
         (text, concept)
-        for block in held_out.blocks()
-        for text, concept in zip(block.texts, block.concepts, strict=True)
+        for chunk in held_out.chunks()
+        for text, concept in zip(chunk.texts, chunk.concepts, strict=True)
     ]
     truth = np.array([LABELS.index(concept) for _, concept in texts])
     alone = [model.tokens.pad([model.tokens.encode([text])[0].ids]) for text, _ in texts]
@@ -335,8 +335,8 @@ def test_layers_are_masked_jointly(tiny: Tiny, learned: Corpus, held_out: Corpus
     erasure = Erasure(concept="Sports", tau=1.0, layers=(0, 1))
     plan = DevicePlan.of(resolve(range_set, [erasure]), model.device)
     right = total = 0
-    for block in held_out.blocks():
-        for text, concept in zip(block.texts, block.concepts, strict=True):
+    for chunk in held_out.chunks():
+        for text, concept in zip(chunk.texts, chunk.concepts, strict=True):
             batch = model.tokens.pad([model.tokens.encode([text])[0].ids])
             logits = model.steered.hooked(batch, MaskTable([plan], torch.tensor([0])))
             right += LABELS[int(logits.argmax())] == concept == "Sports"
@@ -367,7 +367,7 @@ def test_positions_do_not_matter_at_the_last_block(tiny: Tiny, learned: Corpus, 
 def test_settings_are_chosen_on_separate_texts(tiny: Tiny, learned: Corpus, held_out: Corpus) -> None:
     model = tiny("bert")
     rest, kept = learned.split_off(0.3, seed=0)
-    texts = [{text for block in part.blocks() for text in block.texts} for part in (rest, kept)]
+    texts = [{text for chunk in part.chunks() for text in chunk.texts} for part in (rest, kept)]
     assert len(rest) + len(kept) == len(learned)
     assert len(kept) == round(0.3 * len(learned))
     assert sum(map(len, texts)) >= len(texts[0] | texts[1])
@@ -453,7 +453,7 @@ def test_number_of_settings_does_not_change_the_number_of_trunk_passes(
     finally:
         handle.remove()
     assert passes == one
-    texts = [text for block in held_out.blocks() for text in block.texts]
+    texts = [text for chunk in held_out.chunks() for text in chunk.texts]
     tokens = sum(len(text.ids) for text in model.tokens.encode(texts))
     assert tokens <= sum(one) < tokens + len(one) * STEP + tokens / 16, "every token runs once, with hardly any padding"
 

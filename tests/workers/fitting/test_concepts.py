@@ -5,7 +5,7 @@ from collections.abc import Sequence
 import pytest
 
 from workers.fitting.concepts import Concepts, LabelError
-from workers.fitting.known import KNOWN
+from workers.fitting.paper_datasets import PAPER_DATASETS
 
 NEWS = ("World", "Sports", "Business", "SciTech")
 TWELVE = tuple(str(number) for number in range(12))
@@ -60,7 +60,7 @@ def test_the_label_map_comes_first_for_numbers_too() -> None:
     names = {"0": "World", "1": "Sports", "2": "Business", "3": "SciTech"}
     for labels in ((), NEWS, tuple(reversed(NEWS)), TWELVE):
         assert named([0, 1, "2", "3"], Concepts(labels, label_map=names)) == list(NEWS)
-    assert named([0, 1], Concepts(NEWS, KNOWN["ag_news"].labels, {"0": "Politics"})) == ["Politics", "Sports"]
+    assert named([0, 1], Concepts(NEWS, PAPER_DATASETS["ag_news"].labels, {"0": "Politics"})) == ["Politics", "Sports"]
 
 
 def test_a_label_map_may_name_what_a_number_stands_for_in_the_data() -> None:
@@ -77,7 +77,7 @@ def test_names_that_the_data_give_to_numbers_are_the_labels() -> None:
 
 
 def test_numbers_of_a_known_data_set_are_its_classes() -> None:
-    known = KNOWN["ag_news"]
+    known = PAPER_DATASETS["ag_news"]
     assert named([3, "3"], Concepts(known=known)) == ["Sci/Tech", "Sci/Tech"]
     assert named([3, "0"], Concepts(tuple(reversed(NEWS)), known=known)) == ["SciTech", "World"]
     with pytest.raises(LabelError, match=r"label 4, .* from 0 \(World\) to 3 \(Sci/Tech\)"):
@@ -105,7 +105,7 @@ def test_classes_of_a_new_model_are_in_the_order_of_their_numbers() -> None:
     assert fresh.ordered(set(named([11, 2, 10, 0], fresh))) == ("0", "2", "10", "11")
     fresh = Concepts(names=("World", "Sports", "Business"))
     assert fresh.ordered(set(named([2, 1, 0], fresh))) == ("World", "Sports", "Business")
-    fresh = Concepts(known=KNOWN["imdb"], label_map={"neg": "worse", "pos": "better"})
+    fresh = Concepts(known=PAPER_DATASETS["imdb"], label_map={"neg": "worse", "pos": "better"})
     assert fresh.ordered(set(named(["pos", "neg"], fresh))) == ("worse", "better")
 
 

@@ -1,4 +1,4 @@
-"""Every format gives the same corpus, blocks cover every row once, and bad input gives a one-line error."""
+"""Every format gives the same corpus, chunks cover every row once, and bad input gives a one-line error."""
 
 import json
 from pathlib import Path
@@ -16,7 +16,7 @@ ROWS = [*labelled_texts(25, seed=0), ('odd, "quoted"\ttext\nwith é 漢字 🏆'
 
 
 def pairs(corpus: Corpus) -> list[tuple[str, str]]:
-    return [pair for block in corpus.blocks() for pair in zip(block.texts, block.concepts, strict=True)]
+    return [pair for chunk in corpus.chunks() for pair in zip(chunk.texts, chunk.concepts, strict=True)]
 
 
 @pytest.fixture
@@ -44,8 +44,8 @@ def test_concepts_are_in_model_order_then_by_name(tmp_path: Path) -> None:
 def test_blocks_have_1024_rows_and_can_start_at_any_block(tmp_path: Path) -> None:
     rows = [(f"text {n}", LABELS[n % 4]) for n in range(2500)]
     corpus = load_corpus(str(write_jsonl(tmp_path / "rows.jsonl", rows)), labels=LABELS)
-    assert [(block.index, len(block.texts)) for block in corpus.blocks()] == [(0, 1024), (1, 1024), (2, 452)]
-    assert [block.texts[0] for block in corpus.blocks(1)] == ["text 1024", "text 2048"]
+    assert [(chunk.index, len(chunk.texts)) for chunk in corpus.chunks()] == [(0, 1024), (1, 1024), (2, 452)]
+    assert [chunk.texts[0] for chunk in corpus.chunks(1)] == ["text 1024", "text 2048"]
     assert pairs(corpus) == rows
 
 

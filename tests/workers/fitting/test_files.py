@@ -174,7 +174,7 @@ def test_rows_of_several_files_are_named_by_file_and_row(tmp_path: Path) -> None
         write(tmp_path / name, [(f"{name} {number}", "x") for number in range(5)])
     (tmp_path / "empty.jsonl").write_text("")
     corpus = load_corpus(str(tmp_path))
-    assert [text for block in corpus.blocks() for text in block.texts] == [
+    assert [text for chunk in corpus.chunks() for text in chunk.texts] == [
         f"{name} {number}" for name in ("a.csv", "b.jsonl", "c.parquet") for number in range(5)
     ]
     write(tmp_path / "b.jsonl", [("a", "x"), ("b", "x")])
@@ -193,7 +193,7 @@ def test_large_corpora_are_kept_in_a_file_and_read_alike(tmp_path: Path, monkeyp
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
     large = load_corpus(str(path), max_rows=3000)
     assert (large.sha256, len(large)) == (small.sha256, 3000)
-    assert [block.texts for block in large.blocks(2)] == [block.texts for block in small.blocks(2)]
+    assert [chunk.texts for chunk in large.chunks(2)] == [chunk.texts for chunk in small.chunks(2)]
     assert list((tmp_path / "cache").iterdir()) == []
 
 

@@ -26,7 +26,7 @@ from workers.models.loading import LoadedModel, load_model
 
 Tiny = Callable[[str], LoadedModel]
 ROWS = 1024 + 150
-"""One whole block and a part of another."""
+"""One whole chunk and a part of another."""
 
 
 @pytest.fixture(scope="module")
@@ -45,7 +45,7 @@ def test_statistics_equal_the_whole_data_reference(tiny: Tiny, family: str, rows
     model = tiny(family)
     corpus = load_corpus(str(path), labels=LABELS, max_rows=rows)
     fitted = fit(model, corpus, layers="all", bins=32, batch_tokens=512)
-    texts = [pair for block in corpus.blocks() for pair in zip(block.texts, block.concepts, strict=True)]
+    texts = [pair for chunk in corpus.chunks() for pair in zip(chunk.texts, chunk.concepts, strict=True)]
     concepts = np.array([concept for _, concept in texts])
     encoded = [text.ids for text in model.tokens.encode([text for text, _ in texts])]
     lengths = np.array([len(ids) for ids in encoded])
@@ -98,7 +98,7 @@ def test_corpus_larger_than_a_bin_can_count_is_rejected(
 
 
 def test_order_of_the_rows_leaves_few_values_beyond_the_edges(tiny: Tiny, tmp_path: Path) -> None:
-    """The first block of this corpus holds the values of one class only."""
+    """The first chunk of this corpus holds the values of one class only."""
     rows = [("it rained all day", "World")] * 1030 + [(text, "Sports") for text, _ in labelled_texts(170, seed=5)]
     corpus = load_corpus(str(write_jsonl(tmp_path / "sorted.jsonl", rows)), labels=LABELS)
     fitted = fit(tiny("bert"), corpus, bins=16)
@@ -113,9 +113,9 @@ def test_first_block_sets_the_edges_where_no_text_of_the_sample_counts(
 ) -> None:
     model = tiny("bert")
     nothing = np.zeros((0, 1, model.identity.hidden_size), dtype=np.float32)
-    monkeypatch.setattr("workers.fitting.fit.sampled_states", lambda *_: nothing)
+    monkeypatch.setattr("workers.fitting.fit.record_sample", lambda *_: nothing)
     inspect = fit(model, corpus, bins=16).inspect[2]
-    first = next(iter(corpus.blocks()))
+    first = next(iter(corpus.chunks()))
     values = np.concatenate(
         [
             model.steered.record(model.tokens.batch(model.tokens.encode(first.texts[at : at + 64])), [2])[1][2].numpy()
@@ -235,7 +235,7 @@ def test_bfloat16_states_are_not_converted_before_fitting(path: Path, tmp_path: 
 
 
 def test_unfinished_block_is_resumed(tiny: Tiny, corpus: Corpus, tmp_path: Path) -> None:
-    """A block of long texts may take minutes, so its finished batches are saved too."""
+    """A chunk of long texts may take minutes, so its finished batches are saved too."""
     model = tiny("bert")
     seen: list[int] = []
     with pytest.raises(FitCancelled):
@@ -260,8 +260,8 @@ def test_correct_only_fits_the_texts_that_the_model_gets_right(tiny: Tiny, path:
     model = tiny("bert")
     corpus = load_corpus(str(write_jsonl(tmp_path / "labels.jsonl", labelled_texts(200, seed=6))), labels=LABELS)
     states: dict[str, list[torch.Tensor]] = {}
-    for block in corpus.blocks():
-        for text, concept in zip(block.texts, block.concepts, strict=True):
+    for chunk in corpus.chunks():
+        for text, concept in zip(chunk.texts, chunk.concepts, strict=True):
             logits, recorded = model.steered.record(model.tokens.pad([model.tokens.encode([text])[0].ids]), [2])
             if model.identity.labels[int(logits.argmax())] == concept:
                 states.setdefault(concept, []).append(recorded[2][0])
@@ -287,8 +287,8 @@ def test_mean_over_tokens_can_be_recorded(tiny: Tiny, tmp_path: Path) -> None:
     outputs: list[torch.Tensor] = []
     handle = model.steered.blocks[1].register_forward_hook(lambda module, args, output: outputs.append(output))
     states = []
-    for block in corpus.blocks():
-        for text in block.texts:
+    for chunk in corpus.chunks():
+        for text in chunk.texts:
             alone = model.tokens.pad([model.tokens.encode([text])[0].ids])
             model.steered.logits(replace(alone, packing=None))
             states.append(outputs[-1][0].mean(dim=0).double())

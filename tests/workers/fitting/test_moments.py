@@ -74,10 +74,10 @@ def test_merged_shards_in_any_order_equal_the_whole(
 @settings(deadline=None)
 def test_merge_is_associative_up_to_rounding(seed: int, n: list[int]) -> None:
     rng = np.random.default_rng(seed)
-    blocks = [(rng.normal(size=(size, 4)) + rng.normal() * 100).astype(np.float32) for size in n]
-    a, b, c = (Moments.of(block) for block in blocks)
+    chunks = [(rng.normal(size=(size, 4)) + rng.normal() * 100).astype(np.float32) for size in n]
+    a, b, c = (Moments.of(chunk) for chunk in chunks)
     left, right = a.merge(b).merge(c), a.merge(b.merge(c))
-    whole = np.concatenate(blocks)
+    whole = np.concatenate(chunks)
     if len(whole):
         assert_close(left, whole)
         assert_close(right, whole)

@@ -6,10 +6,10 @@ import pytest
 from workers.fitting.row_sample import MOST, RowSample, wanted_rows
 
 
-def drawn(rows: int, size: int, block: int = 1024) -> list[int]:
+def drawn(rows: int, size: int, chunk: int = 1024) -> list[int]:
     sample = RowSample()
-    for first in range(0, rows, block):
-        here = [str(row) for row in range(first, min(first + block, rows))]
+    for first in range(0, rows, chunk):
+        here = [str(row) for row in range(first, min(first + chunk, rows))]
         sample.update(first, here, [f"concept of {row}" for row in here])
     texts, concepts = sample.rows(size)
     assert concepts == tuple(f"concept of {text}" for text in texts)

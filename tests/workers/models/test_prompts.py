@@ -9,7 +9,7 @@ import torch
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 
 from tests.workers.checkpoints import save_language_model, save_tiny
-from workers.fitting.known import KNOWN
+from workers.fitting.paper_datasets import PAPER_DATASETS
 from workers.models.errors import CheckpointError, TextTooLong
 from workers.models.loading import load_model
 from workers.models.prompts import TEMPLATES, load_template
@@ -30,11 +30,11 @@ def write(path: Path, **changes: Any) -> str:
     return str(path)
 
 
-@pytest.mark.parametrize("name", sorted(KNOWN))
+@pytest.mark.parametrize("name", sorted(PAPER_DATASETS))
 def test_every_known_data_set_has_a_template_with_its_labels(name: str) -> None:
     template = load_template(name)
-    assert tuple(each.label for each in template.labels) == KNOWN[name].labels
-    assert {exemplar.label for exemplar in template.exemplars} == set(KNOWN[name].labels)
+    assert tuple(each.label for each in template.labels) == PAPER_DATASETS[name].labels
+    assert {exemplar.label for exemplar in template.exemplars} == set(PAPER_DATASETS[name].labels)
     assert load_template(template.id) == template
     assert template.prefix().endswith(template.between + template.before_text)
     for exemplar in template.exemplars:

@@ -6,7 +6,7 @@ from types import MappingProxyType
 
 
 @dataclass(frozen=True)
-class KnownDataset:
+class PaperDataset:
     """One data set.
 
     Attributes:
@@ -38,27 +38,27 @@ class KnownDataset:
         return {"train": self.train, "test": self.test}.get(wanted, wanted)
 
 
-KNOWN: Mapping[str, KnownDataset] = MappingProxyType(
+PAPER_DATASETS: Mapping[str, PaperDataset] = MappingProxyType(
     {
-        "imdb": KnownDataset(
+        "imdb": PaperDataset(
             "stanfordnlp/imdb", ("neg", "pos"), aliases=MappingProxyType({"negative": "neg", "positive": "pos"})
         ),
-        "sst2": KnownDataset(
+        "sst2": PaperDataset(
             "stanfordnlp/sst2",
             ("negative", "positive"),
             text_field="sentence",
             test="validation",  # the labels of its test split are not public
             aliases=MappingProxyType({"neg": "negative", "pos": "positive"}),
         ),
-        "ag_news": KnownDataset(
+        "ag_news": PaperDataset(
             "fancyzhx/ag_news",
             ("World", "Sports", "Business", "Sci/Tech"),
             aliases=MappingProxyType({"scitech": "Sci/Tech", "sci-tech": "Sci/Tech", "sci_tech": "Sci/Tech"}),
         ),
-        "emotion": KnownDataset(
+        "emotion": PaperDataset(
             "dair-ai/emotion", ("sadness", "joy", "love", "anger", "fear", "surprise"), config="split"
         ),
-        "dbpedia_14": KnownDataset(
+        "dbpedia_14": PaperDataset(
             "fancyzhx/dbpedia_14",
             (
                 "Company",

@@ -8,18 +8,18 @@ import pytest
 
 from workers.fitting.corpus import load_corpus
 from workers.fitting.errors import CorpusError
-from workers.fitting.known import KNOWN
+from workers.fitting.paper_datasets import PAPER_DATASETS
 
 
 def test_known_data_sets_have_their_number_of_classes() -> None:
-    assert {name: len(known.labels) for name, known in KNOWN.items()} == {
+    assert {name: len(known.labels) for name, known in PAPER_DATASETS.items()} == {
         "imdb": 2,
         "sst2": 2,
         "ag_news": 4,
         "emotion": 6,
         "dbpedia_14": 14,
     }
-    for known in KNOWN.values():
+    for known in PAPER_DATASETS.values():
         assert set(known.aliases.values()) <= set(known.labels)
         assert not set(known.aliases) & {label.casefold() for label in known.labels}
 
@@ -54,7 +54,7 @@ def test_class_numbers_and_columns_equal_those_of_the_hub(tmp_path: Path) -> Non
     path.write_text("idx,sentence,label\n0,fine,1\n1,dull,0\n2,bad,0\n")
     corpus = load_corpus(str(path), dataset="sst2")
     assert corpus.counts == {"negative": 2, "positive": 1}
-    assert next(corpus.blocks()).texts == ("fine", "dull", "bad")
+    assert next(corpus.chunks()).texts == ("fine", "dull", "bad")
 
 
 def test_rows_per_class_limits_every_class(tmp_path: Path) -> None:
@@ -65,7 +65,7 @@ def test_rows_per_class_limits_every_class(tmp_path: Path) -> None:
     assert corpus.counts == {"a": 10, "b": 7}
     assert corpus.sha256 == load_corpus(str(path), rows_per_class=10, seed=1).sha256
     assert corpus.sha256 != load_corpus(str(path), rows_per_class=10, seed=2).sha256
-    texts = next(corpus.blocks()).texts
+    texts = next(corpus.chunks()).texts
     assert list(texts) == [row["text"] for row in rows if row["text"] in set(texts)], "the order of the rows changed"
 
 
@@ -83,4 +83,4 @@ def test_published_files_get_the_names_of_the_hub() -> None:
     assert imdb.counts == {"neg": 2500, "pos": 2500}
     for name in ("ag_news", "emotion"):
         corpus = load_corpus(str(data_dir / name / "test.jsonl"), dataset=name)
-        assert tuple(corpus.counts) == KNOWN[name].labels
+        assert tuple(corpus.counts) == PAPER_DATASETS[name].labels
