@@ -16,6 +16,9 @@ pytest_plugins = ["tests.servers", "tests.e2e.on_ray"]
 settings.register_profile("unhurried", deadline=None)
 settings.load_profile("unhurried")
 
+# Ray gives its workers priority 15: beside processes that keep the cores busy they would hardly run
+os.environ.setdefault("RAY_worker_niceness", "0")
+
 
 if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:  # started in the background: commands under test would ignore it
     signal.signal(signal.SIGINT, signal.default_int_handler)
