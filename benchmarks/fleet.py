@@ -27,8 +27,8 @@ from range_store.storage.mirror import Mirror
 from range_store.storage.replicas import new_name
 from range_store.storage.store import RangeStore
 from workers.cluster.connection import PRIVATE, connected
-from workers.cluster.messages import Answered, Reply, Wanted
-from workers.cluster.replica import About, ReplicaSettings
+from workers.cluster.messages import CallReply, PackedAnswer, RemoteRequest
+from workers.cluster.replica import ReplicaInfo, ReplicaSettings
 from workers.demo.demo import CORPUS, make_classifier
 from workers.engine.answers import Answer, Load, TextAnswer
 from workers.models.facts import ModelFacts
@@ -160,10 +160,10 @@ class Sleeper:
         if config.get("fingerprint"):
             await asyncio.to_thread(self._mirror.start)
 
-    async def about(self) -> About:
-        return About(self._settings, self._facts, 1024, None)
+    async def info(self) -> ReplicaInfo:
+        return ReplicaInfo(self._settings, self._facts, 1024, None)
 
-    async def classify(self, wanted: Sequence[Wanted]) -> Reply:
+    async def classify(self, wanted: Sequence[RemoteRequest]) -> CallReply:
         texts = sum(len(each.texts) for each in wanted)
         now = time.monotonic()
         self._free_at = max(now, self._free_at) + texts * self._settings.model["seconds"]
@@ -172,7 +172,7 @@ class Sleeper:
         generation = snapshot.live.generation if snapshot else None
         logits = np.zeros(4, np.float32)
         answers = tuple(
-            Answered.of(
+            PackedAnswer.of(
                 Answer(
                     tuple(TextAnswer(logits, None, 0, False, 20) for _ in each.texts),
                     "none", (), frozenset(), None, generation,
@@ -180,7 +180,7 @@ class Sleeper:
             )
             for each in wanted
         )  # fmt: skip
-        return Reply(self._name, answers, Load(0, None, 0.0))
+        return CallReply(self._name, answers, Load(0, None, 0.0))
 
     def record_autoscaling_stats(self) -> dict[str, float]:
         return {}
@@ -209,7 +209,7 @@ def _run_ingress(place: Path, replicas: int, rate: float) -> None:
     from app.serving import fleet as wiring
     from app.serving.assembly import engine_limits
     from app.settings import Settings
-    from workers.cluster.launching import FleetPlan, running
+    from workers.cluster.launching import FleetPlan, running_fleet
 
     identity = ModelIdentity(
         id="sleepers", revision=None, kind="sequence-classification", family="bert", fingerprint="0" * 64,
@@ -223,9 +223,9 @@ def _run_ingress(place: Path, replicas: int, rate: float) -> None:
         model = {"facts": told, "identity": identity.model_dump(), "seconds": 1 / rate}
         engine = {"max_batch_tokens": 1024, **engine_limits(settings)}
         own = ReplicaSettings("sleepers", model, 1, {"url": client.url}, engine, settings.poll_seconds)
-        plan = FleetPlan(own, replicas, None, 0.01, 0.0, 5, replica=Sleeper)
+        plan = FleetPlan(own, replicas, None, 0.01, 0.0, 5, replica_class=Sleeper)
         with (
-            running(plan, keep=False) as fleet,
+            running_fleet(plan, keep=False) as fleet,
             wiring._service(settings, fleet, client, wiring._End()) as service,
             bind(settings) as bound,
         ):

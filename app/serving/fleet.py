@@ -26,10 +26,10 @@ from range_store.storage.mirror import Mirror
 from range_store.storage.replicas import Replicas
 from workers.cluster.connection import PRIVATE, connected
 from workers.cluster.errors import ClusterError
-from workers.cluster.exposing import MetricsAt
 from workers.cluster.fleet import Fleet
-from workers.cluster.launching import FleetPlan, RunningFleet, names, room, running, take_down
-from workers.cluster.messages import Origin
+from workers.cluster.launching import FleetPlan, RunningFleet, capacity, delete_fleet, fleet_names, running_fleet
+from workers.cluster.messages import RequestContext
+from workers.cluster.metrics import MetricsAddress
 from workers.cluster.replica import ReplicaSettings
 from workers.engine.settings import EngineSettings
 
@@ -67,20 +67,20 @@ def open_fleet(
         url = client.url if isinstance(client, EmbeddedRedis) else str(settings.redis_url)
         end = _End()
         cpus = len(models) * _private_cpus(settings)
-        lifeline = stack.enter_context(connected(settings.ray, cpus, lost=end))
-        assert lifeline is not None
-        stack.callback(lambda: end_at_once() if lifeline.away else None)
+        watch = stack.enter_context(connected(settings.ray, cpus, on_lost=end))
+        assert watch is not None
+        stack.callback(lambda: end_at_once() if watch.unreachable else None)
         plans = [_plan(each, url, len(models), scaling or {}) for each in models]
         services = []
         for each, plan in zip(models, plans, strict=True):
             replicas = Replicas(client, plan.settings.name)
             fleet = stack.enter_context(
-                running(
+                running_fleet(
                     plan,
                     redeploy=redeploy,
                     keep=not private,
-                    away=lambda: lifeline.away,
-                    ended=partial(_forgotten, replicas),
+                    unreachable=lambda: watch.unreachable,
+                    forget_replica=partial(_forgotten, replicas),
                 )
             )
             services.append(stack.enter_context(_service(each, fleet, client, end)))
@@ -96,10 +96,10 @@ class _End:
     def __call__(self, why: str) -> None:
         logger.critical("the Ray cluster is lost: %s; this server ends", why)
         for fleet in self.fleets:
-            fleet.lose()
+            fleet.mark_lost()
         time.sleep(GRACE_SECONDS)
         for fleet in self.fleets:
-            fleet.give_up(why)
+            fleet.fail_pending(why)
         time.sleep(END_SECONDS)
         logger.critical("it waits for what is lost, and ends at once")
         os._exit(UNREACHABLE)
@@ -122,11 +122,11 @@ def _service(settings: Settings, fleet: RunningFleet, client: redis.Redis, end: 
         def generation() -> str | None:
             return mirror.snapshot.live.generation if mirror.snapshot is not None else None
 
-        def origin() -> Origin:
+        def origin() -> RequestContext:
             request = serving()
-            return Origin(request.request_id if request is not None else None, traceparent())
+            return RequestContext(request.request_id if request is not None else None, traceparent())
 
-        made = Fleet(fleet.handle, limits, fleet.replicas, fleet.wanted, generation, registry, origin)
+        made = Fleet(fleet.handle, limits, fleet.replicas, fleet.target_replicas, generation, registry, origin)
         end.fleets.append(made)
         yield made
 
@@ -137,13 +137,13 @@ def _service(settings: Settings, fleet: RunningFleet, client: redis.Redis, end: 
 def fleets(address: str) -> list[str]:
     """The models that have a fleet on a cluster. Raises ClusterError."""
     with connected(address):
-        return names()
+        return fleet_names()
 
 
 def end_fleet(address: str, name: str) -> None:
     """Take the fleet of a model down. Raises ClusterError: there is none of that name, or no cluster."""
     with connected(address):
-        take_down(name)
+        delete_fleet(name)
 
 
 def _private_cpus(settings: Settings) -> int:
@@ -162,7 +162,7 @@ def _plan(settings: Settings, redis_url: str, models: int, scaling: Mapping[str,
     def with_threads(threads: int) -> FleetPlan:
         return _plan(settings.model_copy(update={"threads": threads}), redis_url, models, scaling)
 
-    most = room(choice.device, settings.threads, None if auto else models * (wanted or 1))
+    most = capacity(choice.device, settings.threads, None if auto else models * (wanted or 1))
     return FleetPlan(
         ReplicaSettings(
             choice.served_name,
@@ -179,9 +179,9 @@ def _plan(settings: Settings, redis_url: str, models: int, scaling: Mapping[str,
         gpus=most.gpus,
         drain_seconds=settings.drain_seconds,
         scaling=scaling,
-        replica=LoggedReplica,
-        more=(Logs(settings.log_level, settings.log_format),),
-        sharing=None if settings.threads else with_threads,
+        replica_class=LoggedReplica,
+        replica_args=(Logs(settings.log_level, settings.log_format),),
+        with_threads=None if settings.threads else with_threads,
     )
 
 
@@ -201,12 +201,12 @@ def _model(choice: ModelChoice) -> dict[str, Any]:
     }
 
 
-def _metrics(settings: Settings) -> MetricsAt | None:
+def _metrics(settings: Settings) -> MetricsAddress | None:
     """Replicas of a private cluster are as far from others as the server itself is."""
     if settings.replica_metrics_port == "off":
         return None
     here_only = settings.ray == PRIVATE and settings.loopback
-    return MetricsAt("127.0.0.1" if here_only else None, settings.replica_metrics_port)
+    return MetricsAddress("127.0.0.1" if here_only else None, settings.replica_metrics_port)
 
 
 def _absolute(path: str) -> str:

@@ -7,8 +7,8 @@ from dataclasses import dataclass
 
 from app.observability.logs import RequestFacts, begin, configured, note
 from app.observability.tracing import follow
-from workers.cluster.messages import Answered, Origin, Refused, Wanted
-from workers.cluster.replica import Replica, ReplicaSettings, replica_name
+from workers.cluster.messages import PackedAnswer, PackedError, RemoteRequest, RequestContext
+from workers.cluster.replica import EngineReplica, ReplicaSettings, replica_name
 
 logger = logging.getLogger(__name__)
 
@@ -21,7 +21,7 @@ class Logs:
     log_format: str
 
 
-class LoggedReplica(Replica):
+class LoggedReplica(EngineReplica):
     """Writes to stderr, which is a file of Ray's on its node (docs/observing.md)."""
 
     def __init__(self, settings: ReplicaSettings, logs: Logs) -> None:
@@ -34,15 +34,15 @@ class LoggedReplica(Replica):
         super()._join()
         logger.info("the replica joined, and takes requests")
 
-    def _serves(self, origin: Origin) -> None:
+    def _serves(self, origin: RequestContext) -> None:
         begin(RequestFacts(origin.request_id))
         follow(origin.traceparent)
 
-    async def _answered(self, wanted: Wanted) -> Answered | Refused:
+    async def _answered(self, wanted: RemoteRequest) -> PackedAnswer | PackedError:
         began = time.perf_counter()
         outcome = await super()._answered(wanted)
-        note(generation=outcome.generation if isinstance(outcome, Answered) else None)
-        said = "answered" if isinstance(outcome, Answered) else f"not answered: {outcome.kind}"
+        note(generation=outcome.generation if isinstance(outcome, PackedAnswer) else None)
+        said = "answered" if isinstance(outcome, PackedAnswer) else f"not answered: {outcome.kind}"
         logger.debug(said, extra={"texts": len(wanted.texts), "seconds": round(time.perf_counter() - began, 6)})
         return outcome
 

@@ -48,7 +48,7 @@ from workers.training.train import Epoch, TrainProgress, TrainReport, TrainSetti
 from workers.training.train import train as _train
 
 if TYPE_CHECKING:
-    from workers.cluster.nodes import ModelPool
+    from workers.cluster.model_pool import ModelPool
 
 __all__ = ["CHECKPOINT_SECONDS", "Demo", "Evaluation", "Row"]
 
@@ -125,7 +125,7 @@ def fit_corpus(
         with _pool(model, cluster, report, data) as pool:
             from workers.cluster.fitting import fit_on
 
-            labels = pool.about.identity.labels
+            labels = pool.model_info.identity.labels
             report("reading the texts", 0, 0)
             return fit_on(pool, _corpus_on_cluster(data, labels), progress=fitting, **settings)
     check_source(data.source)
@@ -140,21 +140,21 @@ def _pool(model: ModelChoice, cluster: RayChoice, report: Report, *data: CorpusC
     """Models on a cluster, as soon as one is loaded; only now is Ray imported.
 
     Raises:
-        ClusterError, ModelError: see `workers.cluster.nodes`.
+        ClusterError, ModelError: see `workers.cluster.model_pool`.
         CorpusError: data that are not there.
     """
     from workers.cluster.connection import PRIVATE, connected
-    from workers.cluster.nodes import Layout, ModelPool
-    from workers.cluster.reading import names_files
+    from workers.cluster.corpus_files import is_file_source
+    from workers.cluster.model_pool import ModelPool, PoolLayout
     from workers.fitting.files import files_of
 
     for each in data:
-        if each is not None and each.source is not None and names_files(each.source):
+        if each is not None and each.source is not None and is_file_source(each.source):
             files_of(each.source)  # known before a cluster is started for it
     report("starting a cluster" if cluster.address == PRIVATE else "joining the cluster", 0, 0)
     # Ray prints on stdout what its nodes say of processes that died; a command's result stands there
     with redirect_stdout(io.StringIO()), connected(cluster.address, (cluster.actors or 1) * (model.threads or 1)):
-        layout = Layout.of(cluster.actors, model.threads, model.device)
+        layout = PoolLayout.of(cluster.actors, model.threads, model.device)
         source, choices = _how_to_load(model)
         choices["device"] = "cuda" if layout.gpu else "cpu" if model.device == "auto" else model.device
         local = Path(source).expanduser()
@@ -165,10 +165,10 @@ def _pool(model: ModelChoice, cluster: RayChoice, report: Report, *data: CorpusC
 
 def _corpus_on_cluster(choice: CorpusChoice, labels: tuple[str, ...]) -> Corpus:
     """The corpus, of files on the nodes through Ray Data; a data set of the hub is read here."""
-    from workers.cluster.reading import Files, names_files
+    from workers.cluster.corpus_files import FileTable, is_file_source
 
-    files = choice.source is not None and names_files(choice.source)
-    return _corpus(choice, labels, Files.open(choice.source or "") if files else None)
+    files = choice.source is not None and is_file_source(choice.source)
+    return _corpus(choice, labels, FileTable.open(choice.source or "") if files else None)
 
 
 def train_model(
@@ -256,7 +256,7 @@ def evaluate_model(
             from workers.cluster.evaluation import measure_on
             from workers.cluster.fitting import fit_on
 
-            about = pool.about
+            about = pool.model_info
             work = (_corpus_on_cluster, partial(fit_on, pool), partial(measure_on, pool))
             hands = _Hands(
                 about.identity, about.earlier_fingerprint, about.dtype, about.template, *work, counts_overlap=False

@@ -12,7 +12,7 @@ from tests.servers import LABELS, RunningServer
 from tests.workers.texts import labelled_texts, write_jsonl
 from workers.cluster.connection import PRIVATE, connected
 from workers.cluster.fitting import fit_on
-from workers.cluster.nodes import Layout, ModelPool
+from workers.cluster.model_pool import ModelPool, PoolLayout
 from workers.fitting.corpus import load_corpus
 from workers.fitting.fit import FitOptions, Fitted, fit
 from workers.models.loading import LoadedModel
@@ -43,7 +43,7 @@ def test_ray_cluster_fits_and_serves_as_one_process_does(
         poll_seconds=0.2,
     )
     with connected(PRIVATE, cpus=1, object_store=100 << 20):
-        with ModelPool(model.source, {"device": "cpu"}, Layout(1, 1, gpu=False)) as pool:
+        with ModelPool(model.source, {"device": "cpu"}, PoolLayout(1, 1, gpu=False)) as pool:
             fitted_on_cluster = fit_on(pool, corpus, **CHOICES)
         assert fitted_on_cluster.range_set.id == fit(model, corpus, **CHOICES).range_set.id
 

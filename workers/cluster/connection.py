@@ -16,7 +16,7 @@ from ray._private import worker as _of_ray
 from ray.exceptions import RayError
 
 from workers.cluster.errors import ClusterUnavailable, first_line
-from workers.cluster.lifeline import Lifeline
+from workers.cluster.lifeline import ClusterWatch
 
 PRIVATE = "local"
 """The address of a cluster that is started on this machine, and ends with the work."""
@@ -33,28 +33,28 @@ TELL_SECONDS = 15.0
 
 @contextmanager
 def connected(
-    address: str, cpus: int = 0, object_store: int = OBJECT_STORE_BYTES, lost: Callable[[str], None] | None = None
-) -> Iterator[Lifeline | None]:
+    address: str, cpus: int = 0, object_store: int = OBJECT_STORE_BYTES, on_lost: Callable[[str], None] | None = None
+) -> Iterator[ClusterWatch | None]:
     """A connection to a cluster; one that this process has already is used, and left as it is.
 
     Args:
         address: `PRIVATE`, "auto" or "host:port".
         cpus: that a private cluster offers at least.
         object_store: bytes of a private cluster's.
-        lost: told why, in a thread, when the cluster is lost for good; None: nobody watches it.
+        on_lost: told why, in a thread, when the cluster is lost for good; None: nobody watches it.
 
     Raises:
         ClusterUnavailable: there is none at the address.
     """
     if ray.is_initialized():
-        with _watched(lost) as own:
+        with _watched(on_lost) as own:
             yield own
         return
     _check_reachable(address)
     handlers = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
     place = tempfile.mkdtemp(prefix="neuronlens-", dir="/tmp") if address == PRIVATE else None  # sockets: a short path
     options: dict[str, Any] = {"address": address}
-    lifeline: Lifeline | None = None
+    watch: ClusterWatch | None = None
     if place is not None:
         options |= {"num_cpus": max(cpus, os.cpu_count() or 1), "include_dashboard": False, "_temp_dir": place}
         options |= {"object_store_memory": object_store, "_system_config": KEEP_WORKERS}
@@ -67,10 +67,10 @@ def connected(
         if threading.current_thread() is threading.main_thread():
             for number, handler in handlers.items():  # Ray puts its own in their place
                 signal.signal(number, handler)
-        with _watched(lost) as lifeline:
-            yield lifeline
+        with _watched(on_lost) as watch:
+            yield watch
     finally:
-        if lifeline is None or not lifeline.away:
+        if watch is None or not watch.unreachable:
             ray.shutdown()
         elif place is not None and _of_ray.global_worker.node is not None:  # to be shut down it would have to answer
             _of_ray.global_worker.node.kill_all_processes(check_alive=False, allow_graceful=False)
@@ -79,18 +79,18 @@ def connected(
 
 
 @contextmanager
-def _watched(lost: Callable[[str], None] | None) -> Iterator[Lifeline | None]:
-    if lost is None:
+def _watched(on_lost: Callable[[str], None] | None) -> Iterator[ClusterWatch | None]:
+    if on_lost is None:
         yield None
         return
-    lifeline = Lifeline(lost)
+    watch = ClusterWatch(on_lost)
     try:
-        yield lifeline
+        yield watch
     finally:
-        lifeline.close()
+        watch.close()
 
 
-def free() -> str:
+def free_resources() -> str:
     """What the cluster has free now, in words; on all nodes together, so there may be room for nothing all the same."""
     left = ray.available_resources()
     return f"{left.get('CPU', 0):g} CPUs and {left.get('GPU', 0):g} GPUs are free on all nodes together"

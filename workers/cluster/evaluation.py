@@ -6,7 +6,7 @@ from pathlib import Path
 
 from range_store.domain.plan import resolve
 from range_store.domain.range_set import RangeSet
-from workers.cluster.nodes import Job, ModelPool
+from workers.cluster.model_pool import ActorFunction, ModelPool
 from workers.evaluation.measure import (
     MeasureCancelled,
     MeasureProgress,
@@ -81,7 +81,7 @@ def measure_on(
     for setting in grid:  # what cannot be resolved should be known here
         for erasure in setting.erasures:
             resolve(range_set, [erasure])
-    about = pool.about
+    about = pool.model_info
     under_way = start_measuring(
         about.identity,
         about.dtype,
@@ -100,10 +100,10 @@ def measure_on(
         if cancelled is not None and cancelled():
             raise MeasureCancelled
 
-    pool.tick = tick
-    job = Job[Asked, Outcomes].of(Answering, _Known(range_set, tuple(grid), settings, about.head))
+    pool.check_cancelled = tick
+    job = ActorFunction[Asked, Outcomes].of(Answering, _Known(range_set, tuple(grid), settings, about.head))
     try:
-        for asked, part, _ in pool.in_order(job, _left(under_way)):
+        for asked, part, _ in pool.map(job, _left(under_way)):
             rows = slice(asked.chunk.index * CHUNK_ROWS, asked.chunk.index * CHUNK_ROWS + len(asked.truth))
             for name in ("base_predicted", "base_confidence", "predicted", "confidence", "kl", "used", "done"):
                 getattr(outcomes, name)[..., rows] = getattr(part, name)

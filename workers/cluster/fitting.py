@@ -13,7 +13,7 @@ import numpy as np
 import numpy.typing as npt
 
 from range_store.domain.range_set import FitSettings
-from workers.cluster.nodes import Job, ModelPool
+from workers.cluster.model_pool import ActorFunction, ModelPool
 from workers.fitting.checkpoint import ChunkStates
 from workers.fitting.corpus import Chunk, Corpus
 from workers.fitting.fit import (
@@ -138,7 +138,7 @@ def fit_on(
         InvalidErasure, CorpusError, FitCancelled: as `workers.fitting.fit.fit`.
         ModelError, ClusterError: see `ModelPool`.
     """
-    about = pool.about
+    about = pool.model_info
     under_way = start_fit(about.identity, about.dtype, about.head, about.threads, corpus, **choices)
     spans = _Spans(under_way, pool.layout.actors)
 
@@ -146,7 +146,7 @@ def fit_on(
         if cancelled is not None and cancelled():
             raise FitCancelled
 
-    pool.tick = tick
+    pool.check_cancelled = tick
     whole = True
     try:
         for result, seconds in _counted(pool, under_way, spans):
@@ -203,18 +203,18 @@ def _counted(pool: ModelPool, under_way: FitRun, spans: _Spans) -> Iterator[tupl
     """What came of every span, in order, and in how many seconds."""
     known = _Known(under_way.corpus.concepts, under_way.settings, under_way.fitter.edges)
     if (sample := under_way.edge_sample()) is not None:  # all chunks wait for the edges
-        job_of_sample = Job[Sample, npt.NDArray[np.float32]].of(Sampling, under_way.settings)
+        job_of_sample = ActorFunction[Sample, npt.NDArray[np.float32]].of(Sampling, under_way.settings)
         under_way.set_edges(pool.call(job_of_sample, Sample(sample)))
         known = replace(known, edges=under_way.fitter.edges)
     while under_way.fitter.edges is None:  # then the first chunk with a text that counts sets them
         first = spans.next(1)
         if first is None:
             return
-        for _, result, seconds in pool.in_order(Job[Span, Counted].of(Counting, known), iter((first,))):
+        for _, result, seconds in pool.map(ActorFunction[Span, Counted].of(Counting, known), iter((first,))):
             yield result, seconds
         known = replace(known, edges=under_way.fitter.edges)
-    job = Job[Span, Counted].of(Counting, known)
-    for span, result, seconds in pool.in_order(job, iter(spans)):
+    job = ActorFunction[Span, Counted].of(Counting, known)
+    for span, result, seconds in pool.map(job, iter(spans)):
         room = under_way.room()
         if room is not None and any(count > room[name] for name, count in result.taken.items()):
             # spans before it took more than was known when it was handed out: with what is left now, it takes less

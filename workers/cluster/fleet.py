@@ -21,7 +21,7 @@ from ray.serve.exceptions import BackPressureError, RayServeException
 from range_store.domain.erasure import Erasure, Site
 from range_store.errors import Behind
 from workers.cluster.errors import first_line
-from workers.cluster.messages import Answered, Origin, Refused, Reply, Wanted
+from workers.cluster.messages import CallReply, PackedAnswer, PackedError, RemoteRequest, RequestContext
 from workers.cluster.metrics import FleetMetrics
 from workers.engine.answers import Answer, Load
 from workers.engine.errors import DeadlineExceeded, Draining, EngineError, EngineFailed, QueueFull, ReplicaLost
@@ -59,7 +59,7 @@ class _Held:
     `waits`: it asks for a generation by itself. `done`: its answer, an error of ours, or `ReplicaLost`.
     """
 
-    wanted: Wanted
+    wanted: RemoteRequest
     ends: float
     texts: int
     characters: int
@@ -91,7 +91,7 @@ class Fleet:
         wanted: Callable[[], int],
         generation: Callable[[], str | None],
         registry: CollectorRegistry,
-        origin: Callable[[], Origin] = Origin,
+        origin: Callable[[], RequestContext] = RequestContext,
     ) -> None:
         self.settings = settings
         self.origin = origin
@@ -116,11 +116,11 @@ class Fleet:
         """A replica takes requests, and so does this process."""
         return not self._draining and not self._lost and self._replicas() > 0
 
-    def lose(self) -> None:
+    def mark_lost(self) -> None:
         """The cluster is lost: not ready any more. What replicas still answer is answered. From any thread."""
         self._lost = True
 
-    def give_up(self, why: str) -> None:
+    def fail_pending(self, why: str) -> None:
         """Nothing is answered any more, nor what waits for an answer now. From any thread."""
         self._lost, self.failure = True, why
         if (waited_for := self._given_up) is not None:
@@ -167,7 +167,7 @@ class Fleet:
         Raises:
             ReplicaLost: the replica that had the request was lost, and so was the next one; or there is none.
         """
-        wanted = Wanted(texts, erase, compare, truncate, timeout, min_generation, self.origin())
+        wanted = RemoteRequest(texts, erase, compare, truncate, timeout, min_generation, self.origin())
         length = sum(map(characters, texts))
         try:
             self._check(len(texts), length)
@@ -202,13 +202,13 @@ class Fleet:
         while True:
             try:
                 found = await self._remote(method, *arguments)
-                if isinstance(found, Refused) and isinstance(error := found.error(), Draining):
+                if isinstance(found, PackedError) and isinstance(error := found.error(), Draining):
                     raise _SentBack(str(error))
                 return found
             except ReplicaLost as lost:
                 await trials.again(lost)
 
-    async def _answer(self, wanted: Wanted, texts: int, length: int) -> Answer:
+    async def _answer(self, wanted: RemoteRequest, texts: int, length: int) -> Answer:
         ends = math.inf if wanted.timeout is None else time.monotonic() + wanted.timeout
         waits = wanted.min_generation is not None
         if not waits:  # who changes something here, and then asks here, is answered under the change
@@ -287,7 +287,7 @@ class Fleet:
         wanted = [_with_time(each, now) for each in held]
         self.metrics.calls.observe(len(held))
         try:
-            reply: Reply = await self._remote("classify", wanted, unless=left.nobody)
+            reply: CallReply = await self._remote("classify", wanted, unless=left.nobody)
         except Exception as error:
             for each in held:
                 each.fail(error)
@@ -298,7 +298,7 @@ class Fleet:
         for each, outcome in zip(held, reply.outcomes, strict=True):
             if each.done.done():
                 continue
-            if isinstance(outcome, Answered):
+            if isinstance(outcome, PackedAnswer):
                 each.done.set_result(outcome.answer(reply.replica))
                 continue
             refusal = outcome.error()
@@ -380,7 +380,7 @@ class RemoteLooking:
                 found = await self._fleet.call("look", what, {**arguments, "timeout": timeout}, self._fleet.origin())
         except TimeoutError:
             raise DeadlineExceeded(timeout or 0.0) from None
-        if not isinstance(found, Refused):
+        if not isinstance(found, PackedError):
             return found
         error = found.error()
         raise DeadlineExceeded(timeout or 0.0) if isinstance(error, DeadlineExceeded) else error
@@ -442,7 +442,7 @@ def _calls_of(waiting: Sequence[_Held]) -> list[list[_Held]]:
     return calls
 
 
-def _with_time(held: _Held, now: float) -> Wanted:
+def _with_time(held: _Held, now: float) -> RemoteRequest:
     """What is sent: with the time that is left."""
     wanted = held.wanted
     if wanted.timeout is None:

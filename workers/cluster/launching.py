@@ -23,12 +23,12 @@ from ray.serve.exceptions import RayServeException
 from ray.serve.schema import ApplicationStatus, LoggingConfig
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-from workers.cluster.connection import TELL_SECONDS, free
+from workers.cluster.connection import TELL_SECONDS, free_resources
 from workers.cluster.errors import ClusterError, OtherFleet
 from workers.cluster.lease import lease
-from workers.cluster.replica import About, Replica, ReplicaSettings
+from workers.cluster.replica import EngineReplica, ReplicaInfo, ReplicaSettings
 from workers.cluster.scaling import autoscaling
-from workers.cluster.serve_status import DEPLOYMENT, Watch, applications, said, status_of
+from workers.cluster.serve_status import DEPLOYMENT, Watch, applications, fleet_status, said
 from workers.engine.settings import batch_tokens_for
 from workers.models.facts import ModelFacts
 
@@ -62,8 +62,8 @@ class FleetPlan:
         cpus, gpus: of each replica.
         drain_seconds: that a replica which is to go has for what it holds.
         replica: the actor, made of `settings` and of `more`, in which ingresses of one fleet may differ.
-        sharing: where the threads are a share of the CPUs that are there now, and nobody asked for so many: the plan
-            with another number of them. A fleet that runs keeps its own.
+        with_threads: makes this plan with another number of threads; given where the number is a default, so that a
+            running fleet keeps its own.
     """
 
     settings: ReplicaSettings
@@ -73,9 +73,9 @@ class FleetPlan:
     gpus: float
     drain_seconds: float
     scaling: Mapping[str, float] = field(default_factory=dict)
-    replica: type[Any] = Replica
-    more: tuple[Any, ...] = ()
-    sharing: "Callable[[int], FleetPlan] | None" = None
+    replica_class: type[Any] = EngineReplica
+    replica_args: tuple[Any, ...] = ()
+    with_threads: "Callable[[int], FleetPlan] | None" = None
 
     @property
     def name(self) -> str:
@@ -84,7 +84,7 @@ class FleetPlan:
     @property
     def version(self) -> str:
         """Of what a replica is made with. Serve replaces all replicas whose version is not the one it is told."""
-        kind = f"{self.replica.__module__}.{self.replica.__qualname__} {package_version('neuronlens')}"
+        kind = f"{self.replica_class.__module__}.{self.replica_class.__qualname__} {package_version('neuronlens')}"
         said = json.dumps([kind, asdict(self.settings)], sort_keys=True, default=str)
         return hashlib.sha256(said.encode()).hexdigest()[:16]
 
@@ -99,11 +99,11 @@ class RunningFleet:
     facts: ModelFacts
     max_batch_tokens: int
     replicas: Callable[[], int]
-    wanted: Callable[[], int]
+    target_replicas: Callable[[], int]
 
 
 @dataclass(frozen=True)
-class Room:
+class Capacity:
     """What a replica takes, and how many of them the cluster has room for now."""
 
     threads: int
@@ -111,8 +111,8 @@ class Room:
     replicas: int
 
 
-def room(device: str, threads: int | None, replicas: int | None) -> Room:
-    """Room for replicas on the cluster that this process is connected to: a GPU each where there are any, else CPUs.
+def capacity(device: str, threads: int | None, replicas: int | None) -> Capacity:
+    """What a replica takes, and how many fit: a GPU each where the cluster has any, else CPUs.
 
     Args:
         device: "auto" takes GPUs where the cluster has some.
@@ -130,25 +130,25 @@ def room(device: str, threads: int | None, replicas: int | None) -> Room:
     share = min(max(cpus, default=1), max(1, sum(cpus) // replicas)) if replicas else 1
     each = threads or share
     fit = gpus if with_gpu else sum(node // each for node in cpus)
-    return Room(each, 1.0 if with_gpu else 0.0, max(1, fit))
+    return Capacity(each, 1.0 if with_gpu else 0.0, max(1, fit))
 
 
 @contextmanager
-def running(
+def running_fleet(
     plan: FleetPlan,
     *,
     redeploy: bool = False,
     keep: bool = True,
-    away: Callable[[], bool] = lambda: False,
-    ended: Callable[[str], bool] = lambda replica: True,
+    unreachable: Callable[[], bool] = lambda: False,
+    forget_replica: Callable[[str], bool] = lambda replica: True,
 ) -> Iterator[RunningFleet]:
     """The fleet of a plan: started, or the one that runs. This process is connected to the cluster.
 
     Args:
         redeploy: replace the replicas of a fleet that runs with other settings, one by one.
         keep: leave it running afterwards; who did not start it does in any case.
-        away: whether the cluster does not answer; then nobody is told that this process leaves.
-        ended: see `Watch`.
+        unreachable: whether the cluster does not answer; then nobody is told that this process leaves.
+        forget_replica: see `Watch`.
 
     Raises:
         ClusterError: it does not come up; says why.
@@ -158,36 +158,36 @@ def running(
     _start_serve()
     started = False
     try:
-        with lease(plan.name, f"the fleet of {plan.settings.name!r}", FIRST_SECONDS, away):
+        with lease(plan.name, f"the fleet of {plan.settings.name!r}", FIRST_SECONDS, unreachable):
             if _is_there(plan):
-                about = _attach(plan, redeploy)
+                info = _attach(plan, redeploy)
             else:
-                about, started = _start(plan), True
-        assert about.facts is not None
-        watch = Watch(plan.name, ended)
+                info, started = _start(plan), True
+        assert info.facts is not None
+        watch = Watch(plan.name, forget_replica)
         handle = serve.get_app_handle(plan.name)
         watch.start()
         try:
-            yield RunningFleet(handle, about.facts, about.max_batch_tokens, watch.replicas, watch.wanted)
+            yield RunningFleet(handle, info.facts, info.max_batch_tokens, watch.replicas, watch.wanted)
         finally:
             watch.stop()
-            if not away():
+            if not unreachable():
                 handle.shutdown()
     finally:
-        if started and not keep and not away():
+        if started and not keep and not unreachable():
             with suppress(RayError, RayServeException):
                 serve.delete(plan.name)
 
 
-def names() -> list[str]:
+def fleet_names() -> list[str]:
     """The models that have a fleet on the cluster that this process is connected to."""
     return sorted(name.removeprefix(PREFIX) for name in applications() if name.startswith(PREFIX))
 
 
-def take_down(name: str) -> None:
+def delete_fleet(name: str) -> None:
     """End a fleet; what its replicas hold is answered first. Raises ClusterError if there is none of that name."""
-    if name not in names():
-        raise ClusterError(f"no fleet serves {name!r} here; there are: {', '.join(names()) or 'none'}")
+    if name not in fleet_names():
+        raise ClusterError(f"no fleet serves {name!r} here; there are: {', '.join(fleet_names()) or 'none'}")
     with said():
         serve.delete(PREFIX + name)
 
@@ -206,57 +206,57 @@ def _is_there(plan: FleetPlan) -> bool:
     Raises ClusterError: what goes does not end.
     """
     ends = time.monotonic() + FIRST_SECONDS
-    while (status := status_of(plan.name)) is not None and status.status == ApplicationStatus.DELETING:
+    while (status := fleet_status(plan.name)) is not None and status.status == ApplicationStatus.DELETING:
         if time.monotonic() > ends:
             raise ClusterError(f"the fleet of {plan.settings.name!r} is being taken down, and does not end")
         time.sleep(POLL_SECONDS)
     return status is not None and status.fingerprint is not None
 
 
-def _start(plan: FleetPlan) -> About:
+def _start(plan: FleetPlan) -> ReplicaInfo:
     """A new fleet. Nothing of it is left if it does not come up."""
     try:
         _deploy(plan, plan.replicas or 1, None)
         _wait_running(plan, plan.replicas or 1)
-        about = _about(plan)
-        if about.failure is not None:
-            raise about.failure.error()
-        assert about.facts is not None
-        _deploy(plan, plan.replicas or 1, about.facts.identity.fingerprint)
+        info = _replica_info(plan)
+        if info.failure is not None:
+            raise info.failure.error()
+        assert info.facts is not None
+        _deploy(plan, plan.replicas or 1, info.facts.identity.fingerprint)
         _wait_running(plan, plan.replicas or 1)
     except BaseException:
         with suppress(RayError, RayServeException):
             serve.delete(plan.name, _blocking=False)
         raise
-    return about
+    return info
 
 
-def _attach(plan: FleetPlan, redeploy: bool) -> About:
+def _attach(plan: FleetPlan, redeploy: bool) -> ReplicaInfo:
     """The fleet that runs; with the plan's number of replicas, if it has one, and its settings, if that is wanted."""
     _wait_running(plan, 1, all_of_it=False)
-    about = _about(plan)
-    if about.facts is None:
+    info = _replica_info(plan)
+    if info.facts is None:
         raise ClusterError(f"the fleet of {plan.settings.name!r} does not come up: `neuronlens fleet down` ends it")
-    fingerprint = about.facts.identity.fingerprint
-    gpus = float(about.facts.device.startswith("cuda"))
-    if plan.sharing is not None and about.settings.threads is not None:
-        plan = plan.sharing(about.settings.threads)
+    fingerprint = info.facts.identity.fingerprint
+    gpus = float(info.facts.device.startswith("cuda"))
+    if plan.with_threads is not None and info.settings.threads is not None:
+        plan = plan.with_threads(info.settings.threads)
     if redeploy:
         _try_out(plan, fingerprint)
     differs = [
         each.name
         for each in fields(ReplicaSettings)
-        if getattr(about.settings, each.name) != getattr(plan.settings, each.name)
+        if getattr(info.settings, each.name) != getattr(plan.settings, each.name)
     ]
     if differs and not redeploy:
         raise OtherFleet(
             f"a fleet serves {plan.settings.name!r} already, with other settings ({', '.join(differs)}): leave them as "
             "they are, pass --redeploy to replace its replicas one by one, or choose another --name"
         )
-    status = status_of(plan.name)
+    status = fleet_status(plan.name)
     replicas = plan.replicas or max(1, status.running if status is not None else 0)
     if differs:
-        before = replace(plan, settings=about.settings, cpus=about.settings.threads or plan.cpus, gpus=gpus)
+        before = replace(plan, settings=info.settings, cpus=info.settings.threads or plan.cpus, gpus=gpus)
         _deploy(plan, replicas, fingerprint)
         try:
             return _replaced(plan)
@@ -267,7 +267,7 @@ def _attach(plan: FleetPlan, redeploy: bool) -> About:
         plan = replace(plan, gpus=gpus)  # the first node with a GPU may have come since
         _deploy(plan, replicas, fingerprint)
         _wait_running(plan, plan.replicas or 1)
-    return about
+    return info
 
 
 class _Trial:
@@ -276,8 +276,8 @@ class _Trial:
     def __init__(self, kind: type[Any], *arguments: Any) -> None:
         self._one = kind(*arguments)
 
-    async def about(self) -> About:
-        told: About = await self._one.about()
+    async def info(self) -> ReplicaInfo:
+        told: ReplicaInfo = await self._one.info()
         return told
 
 
@@ -294,22 +294,22 @@ def _try_out(plan: FleetPlan, fingerprint: str) -> None:
     somewhere = NodeAffinitySchedulingStrategy(nodes[0], soft=False) if nodes else "DEFAULT"
     one = ray.remote(_Trial).options(num_cpus=0, scheduling_strategy=somewhere)
     with said():
-        made = one.remote(plan.replica, replace(plan.settings, model=model), *plan.more)
+        made = one.remote(plan.replica_class, replace(plan.settings, model=model), *plan.replica_args)
         try:
-            about: About = ray.get(made.about.remote(), timeout=FIRST_SECONDS)
+            info: ReplicaInfo = ray.get(made.info.remote(), timeout=FIRST_SECONDS)
         finally:
             ray.kill(made)
-    if about.failure is not None:
-        raise about.failure.error()
-    assert about.facts is not None
-    if about.facts.identity.fingerprint != fingerprint:
+    if info.failure is not None:
+        raise info.failure.error()
+    assert info.facts is not None
+    if info.facts.identity.fingerprint != fingerprint:
         raise OtherFleet(
-            f"the fleet of {plan.settings.name!r} serves another checkpoint than {about.facts.source}, and keeps it, "
+            f"the fleet of {plan.settings.name!r} serves another checkpoint than {info.facts.source}, and keeps it, "
             "with its range sets and live erasures: serve this one under another --name"
         )
 
 
-def _replaced(plan: FleetPlan) -> About:
+def _replaced(plan: FleetPlan) -> ReplicaInfo:
     """What a replica tells, when all have the plan's settings.
 
     Raises:
@@ -318,16 +318,16 @@ def _replaced(plan: FleetPlan) -> About:
     began = time.monotonic()
     told = False
     while True:
-        status = status_of(plan.name)
+        status = fleet_status(plan.name)
         waited = time.monotonic() - began
         if status is None or status.status == ApplicationStatus.DEPLOY_FAILED or waited > FIRST_SECONDS:
             why = status.why if status is not None else "Serve knows nothing of it"
             raise ClusterError(f"engines with these settings do not come up, and those that are left go on: {why}")
-        if status.status == ApplicationStatus.RUNNING and (about := _about(plan)).settings == plan.settings:
-            return about
+        if status.status == ApplicationStatus.RUNNING and (info := _replica_info(plan)).settings == plan.settings:
+            return info
         if not told and waited > TELL_SECONDS:
             told = True
-            logger.info("engines are still being replaced; %s", free())
+            logger.info("engines are still being replaced; %s", free_resources())
         time.sleep(POLL_SECONDS)
 
 
@@ -349,11 +349,11 @@ def _deploy(plan: FleetPlan, replicas: int, fingerprint: str | None) -> None:
         max_surge_percent=SURGE_PERCENT if _room_for_one(plan) else 0,
         logging_config=_quiet(),
         **number,
-    )(plan.replica)
+    )(plan.replica_class)
     deployment = deployment.options(version=plan.version, _internal=True)
     with said():
         serve.run_many(
-            [serve.RunTarget(deployment.bind(plan.settings, *plan.more), name=plan.name, route_prefix=None)],
+            [serve.RunTarget(deployment.bind(plan.settings, *plan.replica_args), name=plan.name, route_prefix=None)],
             wait_for_applications_running=False,
         )
 
@@ -376,7 +376,7 @@ def _wait_running(plan: FleetPlan, replicas: int, all_of_it: bool = True) -> Non
     began = time.monotonic()
     told = False
     while True:
-        status = status_of(plan.name)
+        status = fleet_status(plan.name)
         waited = time.monotonic() - began
         running = status.running if status is not None else 0
         if status is not None:
@@ -389,17 +389,17 @@ def _wait_running(plan: FleetPlan, replicas: int, all_of_it: bool = True) -> Non
         if not told and running < replicas and waited > TELL_SECONDS and not _room_for_one(plan):
             told = True
             each = f"{plan.cpus:g} CPUs" + (" and a GPU" if plan.gpus else "")
-            logger.warning("%d of %d engines run yet: each asks for %s, %s", running, replicas, each, free())
+            logger.warning("%d of %d engines run yet: each asks for %s, %s", running, replicas, each, free_resources())
         if waited > FIRST_SECONDS:
             why = status.why if status is not None else "Serve knows nothing of it"
             raise ClusterError(f"no replica of {plan.settings.name!r} came up in {FIRST_SECONDS:.0f} s: {why}")
         time.sleep(POLL_SECONDS)
 
 
-def _about(plan: FleetPlan) -> About:
+def _replica_info(plan: FleetPlan) -> ReplicaInfo:
     with said():
-        about: About = serve.get_app_handle(plan.name).about.remote().result(timeout_s=60)
-    return about
+        info: ReplicaInfo = serve.get_app_handle(plan.name).info.remote().result(timeout_s=60)
+    return info
 
 
 def _quiet() -> LoggingConfig:

@@ -32,7 +32,7 @@ def head_seconds() -> float:
     return max(1.0, ray_waits - PATIENCE_SECONDS)
 
 
-class Lifeline:
+class ClusterWatch:
     """Watches the cluster that this process is connected to, in a thread, until it is closed.
 
     Args:
@@ -41,7 +41,7 @@ class Lifeline:
 
     def __init__(self, told: Callable[[str], None]) -> None:
         self.lost: str | None = None
-        self.away = False
+        self.unreachable = False
         """Whether the head does not answer now, or all is lost: whoever waits for Ray may wait for long."""
         self._told = told
         self._closed = threading.Event()
@@ -69,13 +69,13 @@ class Lifeline:
                 self._lose("the Ray node of this machine has ended")
                 return
             if self._reached():
-                if self.away:
+                if self.unreachable:
                     logger.warning("the head of the Ray cluster, %s, answers again", self._head)
-                seen, self.away = time.monotonic(), False
+                seen, self.unreachable = time.monotonic(), False
                 continue
             missing = time.monotonic() - seen
-            if not self.away:
-                self.away = True
+            if not self.unreachable:
+                self.unreachable = True
                 most = head_seconds()
                 logger.warning(
                     "the head of the Ray cluster, %s, does not answer; engines do, for %g s", self._head, most
@@ -104,5 +104,5 @@ class Lifeline:
     def _lose(self, why: str) -> None:
         if self._closed.is_set():
             return
-        self.lost, self.away = why, True
+        self.lost, self.unreachable = why, True
         self._told(why)

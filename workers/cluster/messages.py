@@ -15,7 +15,7 @@ from workers.models.texts import TextOrPair
 
 
 @dataclass(frozen=True)
-class Origin:
+class RequestContext:
     """What a request is called where it came in: its id, and its place in a trace as a `traceparent`."""
 
     request_id: str | None = None
@@ -23,7 +23,7 @@ class Origin:
 
 
 @dataclass(frozen=True, eq=False)
-class Wanted:
+class RemoteRequest:
     """One request. `timeout`: seconds that are left of its time."""
 
     texts: Sequence[TextOrPair]
@@ -32,11 +32,11 @@ class Wanted:
     truncate: bool
     timeout: float | None
     min_generation: str | None
-    origin: Origin = Origin()
+    origin: RequestContext = RequestContext()
 
 
 @dataclass(frozen=True, eq=False)
-class Answered:
+class PackedAnswer:
     """An `Answer`, its texts packed into arrays: logits and baselines [N, K], one row of counts per text.
 
     `counts`: masked neurons, whether it was truncated, tokens, whether it has a baseline.
@@ -54,7 +54,7 @@ class Answered:
     running_seconds: float
 
     @classmethod
-    def of(cls, answer: Answer) -> "Answered":
+    def of(cls, answer: Answer) -> "PackedAnswer":
         texts = answer.texts
         baselines = [text.baseline for text in texts if text.baseline is not None]
         counts = [(text.masked_neurons, text.truncated, text.tokens, text.baseline is not None) for text in texts]
@@ -91,7 +91,7 @@ class Answered:
 
 
 @dataclass(frozen=True)
-class Refused:
+class PackedError:
     """An error: the name of its class, its message and its fields."""
 
     kind: str
@@ -99,7 +99,7 @@ class Refused:
     fields: dict[str, Any]
 
     @classmethod
-    def of(cls, error: Exception) -> "Refused":
+    def of(cls, error: Exception) -> "PackedError":
         return cls(type(error).__name__, str(error), dict(vars(error)))
 
     def error(self) -> Exception:
@@ -111,11 +111,11 @@ class Refused:
 
 
 @dataclass(frozen=True, eq=False)
-class Reply:
+class CallReply:
     """What a replica says to the requests of one call, in their order; and how it is. `gone`: it takes no more."""
 
     replica: str
-    outcomes: tuple[Answered | Refused, ...]
+    outcomes: tuple[PackedAnswer | PackedError, ...]
     load: Load
     gone: bool = False
 
@@ -126,6 +126,6 @@ def _kinds(base: type[Exception]) -> Iterator[type[Exception]]:
         yield from _kinds(kind)
 
 
-TOLD = (EngineError, RangeStoreError, ModelError)
+EXPECTED_ERRORS = (EngineError, RangeStoreError, ModelError)
 """What a replica tells as it is; anything else is a fault of the program, and in its log."""
-_KINDS = {kind.__name__: kind for base in TOLD for kind in _kinds(base)}
+_KINDS = {kind.__name__: kind for base in EXPECTED_ERRORS for kind in _kinds(base)}

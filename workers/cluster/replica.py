@@ -18,8 +18,15 @@ from ray.serve.exceptions import RayServeException
 
 from range_store.storage.replicas import new_name
 from workers.cluster.errors import ClusterError
-from workers.cluster.exposing import MetricsAt, MetricsServer, ReplicaMetrics, served
-from workers.cluster.messages import TOLD, Answered, Origin, Refused, Reply, Wanted
+from workers.cluster.messages import (
+    EXPECTED_ERRORS,
+    CallReply,
+    PackedAnswer,
+    PackedError,
+    RemoteRequest,
+    RequestContext,
+)
+from workers.cluster.metrics import MetricsAddress, MetricsServer, ReplicaMetrics, serve_metrics
 from workers.engine.answers import Load
 from workers.engine.errors import Draining, EngineFailed
 from workers.models.facts import ModelFacts
@@ -50,20 +57,20 @@ class ReplicaSettings:
     redis: dict[str, Any]
     engine: dict[str, Any]
     poll_seconds: float
-    metrics: MetricsAt | None = None
+    metrics: MetricsAddress | None = None
 
 
 @dataclass(frozen=True)
-class About:
+class ReplicaInfo:
     """What a replica tells of itself, before it joins too. `failure`: why it cannot serve."""
 
     settings: ReplicaSettings
     facts: ModelFacts | None
     max_batch_tokens: int
-    failure: Refused | None
+    failure: PackedError | None
 
 
-class Replica:
+class EngineReplica:
     """An actor of Ray Serve, which makes, routes to, watches and replaces it.
 
     It loads and warms up when it is made. It joins, and from then on answers, when it is told the fleet's fingerprint
@@ -82,7 +89,7 @@ class Replica:
         self._settings = settings
         self._name = name or replica_name()
         self._joined = False
-        self._failure: Refused | None = None
+        self._failure: PackedError | None = None
         self._engine: Engine | None = None
         self._mirror: Mirror | None = None
         self._facts: ModelFacts | None = None
@@ -108,8 +115,8 @@ class Replica:
             self._engine = Engine(model, self._mirror, EngineSettings(**engine), self._registry)
             self._engine.start()
             self._facts = model.facts
-        except TOLD as error:  # told by `about`; raised here, it would be words within words
-            self._failure = Refused.of(error)
+        except EXPECTED_ERRORS as error:  # told by `about`; raised here, it would be words within words
+            self._failure = PackedError.of(error)
 
     async def reconfigure(self, config: dict[str, Any]) -> None:
         """Join the fleet of the fingerprint, if it is told.
@@ -138,7 +145,7 @@ class Replica:
         assert self._mirror.reporter is not None
         assert self._facts is not None
         metrics = ReplicaMetrics(self._settings.name, self._registry, self._mirror, self._facts)
-        self._exposed = served(metrics, self._settings.metrics, get_node_ip_address())
+        self._exposed = serve_metrics(metrics, self._settings.metrics, get_node_ip_address())
         self._mirror.reporter.metrics = self._exposed.address if self._exposed is not None else None
         self._mirror.reporter.dtype = self._facts.dtype
         self._mirror.start()
@@ -150,26 +157,26 @@ class Replica:
             raise ClusterError(f"the live state of {self._settings.name} cannot be read: {why}")
         self._joined = True
 
-    async def about(self) -> About:
+    async def info(self) -> ReplicaInfo:
         """What this replica is."""
-        return About(self._settings, self._facts, self._max_batch_tokens, self._failure)
+        return ReplicaInfo(self._settings, self._facts, self._max_batch_tokens, self._failure)
 
-    async def classify(self, wanted: Sequence[Wanted]) -> Reply:
+    async def classify(self, wanted: Sequence[RemoteRequest]) -> CallReply:
         """Each request's answer, or the error that the engine gave it."""
         outcomes = await asyncio.gather(*(self._alone(one) for one in wanted))
         gone = self._ends()
-        return Reply(self._name, tuple(outcomes), self._load, gone)
+        return CallReply(self._name, tuple(outcomes), self._load, gone)
 
-    async def look(self, what: str, arguments: dict[str, Any], origin: Origin) -> Any:
-        """What `looking` gives: a list of tokens, an array, or the error as `Refused`."""
+    async def look(self, what: str, arguments: dict[str, Any], origin: RequestContext) -> Any:
+        """What `looking` gives: a list of tokens, an array, or the error as `PackedError`."""
         assert self._engine is not None
         self._serves(origin)
         try:
             if not self._joined:
                 raise Draining
             return await getattr(self._engine.looking, what)(**arguments)
-        except TOLD as error:
-            return Refused.of(error)
+        except EXPECTED_ERRORS as error:
+            return PackedError.of(error)
 
     def check_health(self) -> None:
         """Asked by Serve; raises if the engine died."""
@@ -201,18 +208,18 @@ class Replica:
             self._exposed.close()
         self._exposed = None
 
-    def _serves(self, origin: Origin) -> None:
+    def _serves(self, origin: RequestContext) -> None:
         """Called at the start of a request's own task."""
 
-    async def _alone(self, wanted: Wanted) -> Answered | Refused:
+    async def _alone(self, wanted: RemoteRequest) -> PackedAnswer | PackedError:
         """Its outcome. A fault of the program, too, is of this request: others that travelled with it go on."""
         try:
             return await self._answered(wanted)
         except Exception as error:
             logger.error("a request failed: %s", type(error).__name__, exc_info=error)
-            return Refused.of(EngineFailed("a fault in a replica; its log says more"))
+            return PackedError.of(EngineFailed("a fault in a replica; its log says more"))
 
-    async def _answered(self, wanted: Wanted) -> Answered | Refused:
+    async def _answered(self, wanted: RemoteRequest) -> PackedAnswer | PackedError:
         self._serves(wanted.origin)
         engine = self._engine
         try:
@@ -226,9 +233,9 @@ class Replica:
                 timeout=wanted.timeout,
                 min_generation=wanted.min_generation,
             )
-            return Answered.of(answer)
-        except TOLD as error:
-            return Refused.of(error)
+            return PackedAnswer.of(answer)
+        except EXPECTED_ERRORS as error:
+            return PackedError.of(error)
 
     @property
     def _load(self) -> Load:

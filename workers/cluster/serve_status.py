@@ -43,7 +43,7 @@ class FleetStatus:
     why: str
 
 
-def status_of(name: str) -> FleetStatus | None:
+def fleet_status(name: str) -> FleetStatus | None:
     """Of the fleet whose application has that name; None if there is none. Raises ClusterError."""
     application = applications().get(name)
     if application is None:
@@ -97,7 +97,7 @@ class Watch:
         self._running = self._wanted = 0
         self._stopping = threading.Event()
         self._thread = threading.Thread(target=self._run, name="fleet-watch", daemon=True)
-        self._see(status_of(name))
+        self._see(fleet_status(name))
 
     def replicas(self) -> int:
         return self._running
@@ -115,7 +115,7 @@ class Watch:
     def _run(self) -> None:
         while not self._stopping.wait(self.SECONDS):
             try:
-                self._see(status_of(self._name))
+                self._see(fleet_status(self._name))
             except ClusterError as error:  # the controller is being replaced, as when its node is lost
                 logger.warning("how many replicas run is not known: %s", error)
             except Exception:  # else what was last seen would be told for ever

@@ -11,7 +11,7 @@ from app.serving.fleet import end_fleet, fleets, open_fleet
 from app.serving.service import Service
 from app.settings import Settings
 from range_store.embedded.connection import EmbeddedRedis
-from workers.cluster.serve_status import status_of
+from workers.cluster.serve_status import fleet_status
 from workers.fitting.fit import Fitted
 from workers.models.loading import LoadedModel
 
@@ -56,7 +56,7 @@ def activated(service: Service, fitted: Fitted) -> Service:
 
 def pids(service: Service) -> dict[int, str]:
     """Process id and name of each replica of the fleet in the roster: Serve knows the last parts of their names."""
-    status = status_of(f"neuronlens:{service.name}")
+    status = fleet_status(f"neuronlens:{service.name}")
     ids = status.replicas if status is not None else ()
     names = [each.name for each in service.store.replicas.read().replicas]
     return {int(name.split(":")[1]): name for name in names if name.split(":")[2] in ids}

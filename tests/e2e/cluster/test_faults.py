@@ -17,9 +17,9 @@ from tests.range_store.waiting import until
 from workers.cluster import fleet, serve_status
 from workers.cluster.errors import ClusterError
 from workers.cluster.fleet import LEAVING_SECONDS, _SentBack, _Trials
-from workers.cluster.messages import Answered, Refused, Wanted
+from workers.cluster.messages import PackedAnswer, PackedError, RemoteRequest
 from workers.cluster.metrics import FleetMetrics
-from workers.cluster.replica import Replica, ReplicaSettings
+from workers.cluster.replica import EngineReplica, ReplicaSettings
 from workers.cluster.serve_status import FleetStatus, Watch
 from workers.engine.errors import EngineFailed, ReplicaLost
 from workers.models.loading import LoadedModel
@@ -45,19 +45,19 @@ def test_returned_request_is_retried_however_long_it_was_under_way(monkeypatch: 
 
 
 @pytest.fixture
-def replica(model: LoadedModel, redis_client: redis.Redis) -> Iterator[Replica]:
+def replica(model: LoadedModel, redis_client: redis.Redis) -> Iterator[EngineReplica]:
     """A replica that has joined its fleet, in this process."""
     assert isinstance(redis_client, EmbeddedRedis)
     engine = {"max_batch_tokens": 1024, **engine_limits(Settings())}
     of_model = {"source": model.source, "device": "cpu"}
-    made = Replica(ReplicaSettings("faulty", of_model, None, {"url": redis_client.url}, engine, 0.2))
+    made = EngineReplica(ReplicaSettings("faulty", of_model, None, {"url": redis_client.url}, engine, 0.2))
     asyncio.run(made.reconfigure({"fingerprint": model.identity.fingerprint}))
     yield made
     made.__del__()
 
 
 def test_fault_in_one_request_fails_no_other_of_the_same_call(
-    replica: Replica, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+    replica: EngineReplica, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     assert replica._engine is not None
     classify = replica._engine.classify
@@ -68,11 +68,11 @@ def test_fault_in_one_request_fails_no_other_of_the_same_call(
         return await classify(texts, *arguments, **named)
 
     monkeypatch.setattr(replica._engine, "classify", failing)
-    calls = [Wanted([text], None, False, True, None, None) for text in ("one", SECRET, "two")]
+    calls = [RemoteRequest([text], None, False, True, None, None) for text in ("one", SECRET, "two")]
     first, fault, second = asyncio.run(replica.classify(calls)).outcomes
-    assert isinstance(first, Answered)
-    assert isinstance(second, Answered)
-    assert isinstance(fault, Refused)
+    assert isinstance(first, PackedAnswer)
+    assert isinstance(second, PackedAnswer)
+    assert isinstance(fault, PackedError)
     assert isinstance(fault.error(), EngineFailed)
     assert SECRET not in str(fault.error())
     logged = [each.getMessage() for each in caplog.records if each.name == "workers.cluster.replica"]
@@ -92,7 +92,7 @@ def test_watch_continues_after_an_error(monkeypatch: pytest.MonkeyPatch, caplog:
         return FleetStatus(ApplicationStatus.RUNNING, replicas, 2, frozenset(), frozenset(), None, "RUNNING")
 
     seen += [running(2), ClusterError("it is replaced"), KeyError("replicas"), RuntimeError("changed"), running(1)]
-    monkeypatch.setattr(serve_status, "status_of", status)
+    monkeypatch.setattr(serve_status, "fleet_status", status)
     monkeypatch.setattr(Watch, "SECONDS", 0.01)
     watch = Watch("neuronlens:news", lambda replica: True)
     assert watch.replicas() == 2

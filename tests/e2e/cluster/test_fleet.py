@@ -31,7 +31,7 @@ from tests.e2e.cluster.conftest import activated, pids
 from tests.range_store.waiting import until
 from tests.workers.texts import labelled_texts
 from workers.cluster.errors import OtherFleet
-from workers.cluster.messages import Reply, Wanted
+from workers.cluster.messages import CallReply, RemoteRequest
 from workers.engine.answers import Answer
 from workers.engine.engine import Engine
 from workers.engine.errors import DeadlineExceeded, RequestTooLarge
@@ -61,7 +61,7 @@ def fleet(open_services: Callable[..., list[Service]], fitted: Fitted, stops: Pa
     """Two replicas, one on each node."""
 
     class Stopping(LoggedReplica):
-        async def classify(self, wanted: Sequence[Wanted]) -> Reply:
+        async def classify(self, wanted: Sequence[RemoteRequest]) -> CallReply:
             if len(wanted) > 1:
                 with suppress(FileNotFoundError):
                     stops.rename(stops.with_suffix(f".{os.getpid()}"))

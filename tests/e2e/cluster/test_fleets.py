@@ -20,8 +20,8 @@ from tests.workers.checkpoints import save_tiny
 from tests.workers.texts import labelled_texts
 from workers.cluster import launching
 from workers.cluster.errors import ClusterError
-from workers.cluster.launching import names
-from workers.cluster.serve_status import status_of
+from workers.cluster.launching import fleet_names
+from workers.cluster.serve_status import fleet_status
 from workers.engine.answers import Answer
 from workers.engine.errors import QueueFull, ReplicaLost
 from workers.fitting.fit import Fitted
@@ -174,14 +174,14 @@ def test_fleet_without_room_says_how_much_is_missing(
     with pytest.raises(ClusterError, match=r"^no replica of 'large' came up in 1 s: "):
         open_services("large", threads=17, drain_seconds=1)  # more than a node has
     (message,) = [each for each in caplog.messages if "engines run yet" in each]
-    until(lambda: "large" not in names(), 60)
+    until(lambda: "large" not in fleet_names(), 60)
     free = r"\d+ CPUs and 0 GPUs are free on all .*"
     assert re.fullmatch(f"0 of 1 engines run yet: each asks for 17 CPUs, {free}", message)
 
 
 def running(name: str) -> int:
     """Number of replicas that take requests."""
-    status = status_of(f"neuronlens:{name}")
+    status = fleet_status(f"neuronlens:{name}")
     return status.running if status is not None else 0
 
 

@@ -24,7 +24,7 @@ from tests.e2e.cluster.conftest import pids
 from tests.range_store.waiting import until
 from tests.workers.texts import labelled_texts
 from workers.cluster.errors import OtherFleet
-from workers.cluster.launching import names
+from workers.cluster.launching import fleet_names
 from workers.models.loading import LoadedModel
 
 pytestmark = pytest.mark.full
@@ -39,7 +39,7 @@ from app.settings import Settings
 from workers.cluster import launching, lease
 settings, texts, pauses = map(json.loads, sys.argv[1:])
 lease.TELL_SECONDS = 0.2
-about = launching._about
+about = launching._replica_info
 def pausing(plan):
     found = about(plan)
     print("half-way", flush=True)
@@ -47,7 +47,7 @@ def pausing(plan):
         raise launching.ClusterError("it does not come up")
     return found
 if pauses:
-    launching._about = pausing
+    launching._replica_info = pausing
 with open_fleet(Settings(**settings)) as (service,):
     answer = asyncio.run(service.engine.classify(texts, []))
     logits = json.dumps([text.logits.tolist() for text in answer.texts])
@@ -142,7 +142,7 @@ def test_processes_that_start_the_same_fleet_wait_for_each_other(starting: Start
     first.tell("go on")
     for each in (first, second):
         np.testing.assert_allclose(each.answers(), expected, atol=TOLERANCE)
-    assert names().count("shared") == 1
+    assert fleet_names().count("shared") == 1
 
 
 def test_fleet_keeps_its_threads_unless_others_are_asked_for(open_services: Callable[..., list[Service]]) -> None:

@@ -19,7 +19,7 @@ from tests.e2e.cluster.conftest import activated, pids
 from tests.processes import Running
 from tests.range_store.waiting import until
 from tests.workers.texts import labelled_texts
-from workers.cluster.messages import Answered
+from workers.cluster.messages import PackedAnswer
 from workers.fitting.fit import Fitted
 from workers.models.loading import LoadedModel
 
@@ -106,7 +106,9 @@ def test_toggles_reach_every_replica_while_one_is_killed(
 
     async def recorded(method: str, *arguments: Any, **more: Any) -> Any:
         reply = await remote(method, *arguments, **more)
-        generations.extend((reply.replica, each.generation) for each in reply.outcomes if isinstance(each, Answered))
+        generations.extend(
+            (reply.replica, each.generation) for each in reply.outcomes if isinstance(each, PackedAnswer)
+        )
         return reply
 
     monkeypatch.setattr(fleet.engine, "_remote", recorded)

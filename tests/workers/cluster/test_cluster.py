@@ -33,13 +33,13 @@ from app.cli import run
 from tests.range_store.waiting import until
 from tests.workers.checkpoints import LABELS, save_tiny
 from tests.workers.texts import labelled_texts, write_jsonl
-from workers.cluster import nodes
+from workers.cluster import model_pool
 from workers.cluster.connection import KEEP_WORKERS, connected
+from workers.cluster.corpus_files import FileTable
 from workers.cluster.errors import ClusterError
 from workers.cluster.evaluation import measure_on
 from workers.cluster.fitting import fit_on
-from workers.cluster.nodes import Job, Layout, ModelPool
-from workers.cluster.reading import Files
+from workers.cluster.model_pool import ActorFunction, ModelPool, PoolLayout
 from workers.evaluation.evaluate import EvaluationOptions, evaluate, evaluate_by
 from workers.evaluation.measure import MeasureCancelled, MeasureProgress
 from workers.evaluation.settings import EvaluationSettings
@@ -81,7 +81,7 @@ def source(tmp_path_factory: pytest.TempPathFactory) -> str:
 
 @pytest.fixture(scope="module")
 def pool(cluster: Cluster, source: str) -> Iterator[ModelPool]:
-    with ModelPool(source, {"device": "cpu"}, Layout(3, 1, gpu=False)) as models:
+    with ModelPool(source, {"device": "cpu"}, PoolLayout(3, 1, gpu=False)) as models:
         yield models
 
 
@@ -122,7 +122,7 @@ def numbers(fitted: Fitted) -> dict[str, bytes]:
 
 
 def on_cluster(source: object, **choices: Any) -> Corpus:
-    return load_corpus(str(source), table=Files.open(str(source)), labels=LABELS, **choices)
+    return load_corpus(str(source), table=FileTable.open(str(source)), labels=LABELS, **choices)
 
 
 def five_files(directory: Path, rows: Sequence[tuple[str, str]]) -> Path:
@@ -154,10 +154,10 @@ WRITERS: dict[str, Callable[[Path, Sequence[tuple[str, str]]], Path]] = {
 def test_model_that_does_not_load_is_an_error(cluster: Cluster, tmp_path: Path) -> None:
     missing = str(tmp_path / "missing")
     with (
-        ModelPool(missing, {"device": "cpu"}, Layout(1, 1, gpu=False)) as pool,
+        ModelPool(missing, {"device": "cpu"}, PoolLayout(1, 1, gpu=False)) as pool,
         pytest.raises(CheckpointError, match=f"^no such directory: {missing}$"),
     ):
-        assert pool.about
+        assert pool.model_info
 
 
 def test_interrupted_command_ends_its_cluster_and_can_be_resumed(
@@ -233,27 +233,27 @@ def test_layout_without_a_suitable_node_needs_actors_and_threads(cluster: Cluste
     with pytest.raises(
         ClusterError, match=r"^no node of the cluster has a GPU: --device cpu; --actors and --threads wait"
     ):
-        Layout.of(None, 1, "cuda")
-    assert Layout.of(2, 1, "cuda") == Layout(2, 1, gpu=True)
-    assert Layout.of(2, None, "auto") == Layout(2, 1, gpu=False)
+        PoolLayout.of(None, 1, "cuda")
+    assert PoolLayout.of(2, 1, "cuda") == PoolLayout(2, 1, gpu=True)
+    assert PoolLayout.of(2, None, "auto") == PoolLayout(2, 1, gpu=False)
 
 
 def test_pool_that_waits_for_cpus_logs_what_is_free(
     pool: ModelPool, source: str, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     until(lambda: ray.available_resources().get("CPU", 0) == 0, 120)
-    monkeypatch.setattr(nodes, "TELL_SECONDS", 0.1)
+    monkeypatch.setattr(model_pool, "TELL_SECONDS", 0.1)
 
     def logged() -> list[str]:
-        return [each.getMessage() for each in caplog.records if each.name == nodes.logger.name]
+        return [each.getMessage() for each in caplog.records if each.name == model_pool.logger.name]
 
     def cancel_once_logged() -> None:
         if logged():
             raise FitCancelled
 
-    waiting = ModelPool(source, {"device": "cpu"}, Layout(1, 2, gpu=False), cancel_once_logged)
+    waiting = ModelPool(source, {"device": "cpu"}, PoolLayout(1, 2, gpu=False), cancel_once_logged)
     with waiting, pytest.raises(FitCancelled):
-        assert waiting.about
+        assert waiting.model_info
     asked = "no model is loaded: 1 × 2 CPUs were asked for, 0 CPUs and 0 GPUs are free on all nodes together"
     assert logged() == [asked]
 
@@ -361,7 +361,7 @@ class _Victim:
 
 def all_ready(pool: ModelPool) -> bool:
     """Whether all actors answer; the work that this sends makes the pool replace those that have died."""
-    done = list(pool.in_order(Job[int, int].of(_Squares, 0), iter(range(30))))
+    done = list(pool.map(ActorFunction[int, int].of(_Squares, 0), iter(range(30))))
     return bool(done) and all(member.ready for member in pool._members)
 
 
@@ -387,7 +387,7 @@ def test_evaluation_is_that_of_one_process_after_a_kill_and_a_resume(
     def on_pool(**choices: Unpack[EvaluationOptions]) -> str:
         by = functools.partial(measure_on, pool)
         drawn = on_cluster(path, max_rows=5000)
-        return repr(evaluate_by(by, pool.about.identity, local_fit.range_set, drawn, settings, **choices).rows)
+        return repr(evaluate_by(by, pool.model_info.identity, local_fit.range_set, drawn, settings, **choices).rows)
 
     victim = _Victim(pool)
     assert on_pool(progress=lambda what, now: seen.append(now), cancelled=victim) == expected
@@ -419,12 +419,12 @@ def test_pool_gives_results_in_order_and_takes_few_tasks_ahead(pool: ModelPool) 
 
     ahead = []
     given = []
-    for number, square, _ in pool.in_order(Job[int, int].of(_Squares, 3), numbers_to_square()):
+    for number, square, _ in pool.map(ActorFunction[int, int].of(_Squares, 3), numbers_to_square()):
         assert square == 3 + number**2
         given.append(number)
         ahead.append(len(taken) - len(given))
     assert given == list(range(200))
-    assert max(ahead) <= (nodes.PER_ACTOR + 1) * 3
+    assert max(ahead) <= (model_pool.PER_ACTOR + 1) * 3
 
 
 class _Squares:
@@ -442,8 +442,8 @@ class _Squares:
 
 
 def test_abandoned_work_leaves_every_actor_free(pool: ModelPool) -> None:
-    job = Job[int, int].of(_Squares, 0)
-    for results in (pool.in_order(job, iter(range(100))), pool.in_order(job, iter([1, -1, 2, 3, 4, 5]))):
+    job = ActorFunction[int, int].of(_Squares, 0)
+    for results in (pool.map(job, iter(range(100))), pool.map(job, iter([1, -1, 2, 3, 4, 5]))):
         with suppress(ClusterError):
             next(results), next(results)
         results.close()
@@ -451,12 +451,12 @@ def test_abandoned_work_leaves_every_actor_free(pool: ModelPool) -> None:
 
 
 def test_error_of_an_actor_is_one_line(pool: ModelPool, monkeypatch: pytest.MonkeyPatch) -> None:
-    job = Job[int, int].of(_Squares, 0)
+    job = ActorFunction[int, int].of(_Squares, 0)
     with pytest.raises(ClusterError, match=r"^an actor failed: RuntimeError: not this one$"):
         pool.call(job, -1)
     assert pool.call(job, 4) == 16
     with monkeypatch.context() as patched:
-        patched.setattr(nodes, "ATTEMPTS", 1)
+        patched.setattr(model_pool, "ATTEMPTS", 1)
         with pytest.raises(ClusterError, match=r"^-2: whoever was given it died"):
             pool.call(job, -2)
 

@@ -21,7 +21,7 @@ from ray.exceptions import RayError, RayTaskError
 
 from range_store.domain.range_set import ModelIdentity
 from range_store.errors import RangeStoreError
-from workers.cluster.connection import TELL_SECONDS, free
+from workers.cluster.connection import TELL_SECONDS, free_resources
 from workers.cluster.errors import ClusterError, first_line
 from workers.fitting.errors import CorpusError
 from workers.models.errors import ModelError
@@ -41,7 +41,7 @@ Result = TypeVar("Result")
 
 
 @dataclass(frozen=True)
-class Layout:
+class PoolLayout:
     """How models are spread: so many actors, each with so many CPU threads, on a GPU of its own or on none."""
 
     actors: int
@@ -49,7 +49,7 @@ class Layout:
     gpu: bool
 
     @classmethod
-    def of(cls, actors: int | None, threads: int | None, device: str) -> "Layout":
+    def of(cls, actors: int | None, threads: int | None, device: str) -> "PoolLayout":
         """What the cluster has room for, where it is not said.
 
         Args:
@@ -81,7 +81,7 @@ class Layout:
 
 
 @dataclass(frozen=True)
-class About:
+class ModelInfo:
     """What an actor loaded, and where."""
 
     identity: ModelIdentity
@@ -104,12 +104,12 @@ class ModelActor:
         self._model: LoadedModel | None = None
         self._made: dict[str, Callable[[Any], Any]] = {}
 
-    def load(self) -> About:
+    def load(self) -> ModelInfo:
         """Load the model. Not done by `__init__`, whose errors Ray would wrap. Raises ModelError."""
         use_threads(self._threads)
         model = self._model = load_model(self._source, **self._choices)
         gpu = model.device.type == "cuda"
-        return About(
+        return ModelInfo(
             model.identity,
             model.earlier_fingerprint,
             model.dtype,
@@ -133,7 +133,7 @@ class ModelActor:
 
 
 @dataclass(frozen=True, eq=False)
-class Job(Generic[Task, Result]):
+class ActorFunction(Generic[Task, Result]):
     """Work of one kind: `make(model, shared)` gives what is called with every task; `shared` is sent to a node once."""
 
     make: Callable[[LoadedModel, Any], Callable[[Task], Result]]
@@ -141,7 +141,9 @@ class Job(Generic[Task, Result]):
     key: str
 
     @classmethod
-    def of(cls, make: Callable[[LoadedModel, Any], Callable[[Task], Result]], shared: Any) -> "Job[Task, Result]":
+    def of(
+        cls, make: Callable[[LoadedModel, Any], Callable[[Task], Result]], shared: Any
+    ) -> "ActorFunction[Task, Result]":
         kept = ray.put(shared)
         return cls(make, kept, kept.hex())
 
@@ -150,7 +152,7 @@ class Job(Generic[Task, Result]):
 class _Member:
     handle: Any
     loading: Any
-    about: About | None = None
+    about: ModelInfo | None = None
     in_hand: int = 0
 
     @property
@@ -177,16 +179,16 @@ class ModelPool:
 
     Args:
         source, choices: arguments of `load_model`.
-        tick: called about twice a second while work is waited for, and with each result; what it raises ends the work.
+        check_cancelled: called about twice a second during a wait, and with each result; its exceptions end the work.
     """
 
     source: str
     choices: Mapping[str, Any]
-    layout: Layout
-    tick: Callable[[], None] = lambda: None
+    layout: PoolLayout
+    check_cancelled: Callable[[], None] = lambda: None
     _members: list[_Member] = field(default_factory=list)
     _deaths: int = 0
-    _about: About | None = None
+    _about: ModelInfo | None = None
     _without_since: float | None = None
 
     def __enter__(self) -> "ModelPool":
@@ -199,13 +201,13 @@ class ModelPool:
                 ray.kill(member.handle)
 
     @property
-    def about(self) -> About:
+    def model_info(self) -> ModelInfo:
         """What all actors loaded; waits for the first of them. Raises ModelError, ClusterError."""
         while self._about is None:
             self._wait({}, {})
         return self._about
 
-    def in_order(self, job: Job[Task, Result], tasks: Iterator[Task]) -> Iterator[tuple[Task, Result, float]]:
+    def map(self, job: ActorFunction[Task, Result], tasks: Iterator[Task]) -> Iterator[tuple[Task, Result, float]]:
         """Each task, in their order, with its result and the seconds that it took.
 
         Tasks are taken as actors come free, and only so many ahead of the first that is not done that memory does not
@@ -217,13 +219,13 @@ class ModelPool:
         """
         yield from self._in_order(job, tasks, PER_ACTOR)
 
-    def call(self, job: Job[Task, Result], task: Task) -> Result:
+    def call(self, job: ActorFunction[Task, Result], task: Task) -> Result:
         """One task, done now, whatever else is in hand."""
         (done,) = self._in_order(job, iter((task,)), math.inf)
         return done[1]
 
     def _in_order(
-        self, job: Job[Task, Result], tasks: Iterator[Task], at_once: float
+        self, job: ActorFunction[Task, Result], tasks: Iterator[Task], at_once: float
     ) -> Iterator[tuple[Task, Result, float]]:
         in_hand: dict[Any, _Piece[Task]] = {}
         try:
@@ -234,7 +236,7 @@ class ModelPool:
                 piece.member.in_hand -= 1
 
     def _handed(
-        self, job: Job[Task, Result], tasks: Iterator[Task], at_once: float, in_hand: dict[Any, _Piece[Task]]
+        self, job: ActorFunction[Task, Result], tasks: Iterator[Task], at_once: float, in_hand: dict[Any, _Piece[Task]]
     ) -> Iterator[tuple[Task, Result, float]]:
         window = (PER_ACTOR + 1) * len(self._members)
         again: list[_Piece[Task]] = []
@@ -264,7 +266,7 @@ class ModelPool:
                 piece.result = None
                 given += 1
                 yield piece.task, result, piece.seconds
-                self.tick()
+                self.check_cancelled()
             if in_hand or self._free(at_once) is None:
                 again += self._wait(in_hand, done)
 
@@ -279,7 +281,7 @@ class ModelPool:
         ready = [member for member in self._members if member.ready and member.in_hand < at_once]
         return min(ready, key=lambda member: member.in_hand, default=None)
 
-    def _hand(self, job: Job[Task, Result], piece: _Piece[Task], member: _Member) -> None:
+    def _hand(self, job: ActorFunction[Task, Result], piece: _Piece[Task], member: _Member) -> None:
         work = member.handle.work.options(num_returns=2)
         piece.said, piece.result = work.remote(job.key, job.make, job.shared, piece.task)
         piece.member = member
@@ -287,7 +289,7 @@ class ModelPool:
 
     def _wait(self, in_hand: dict[Any, _Piece[Task]], done: dict[int, _Piece[Task]]) -> list[_Piece[Task]]:
         """Wait a while for what comes first, and put it into `done`; gives the pieces that must be handed out again."""
-        self.tick()
+        self.check_cancelled()
         self._tell()
         loading = {member.loading: member for member in self._members if member.loading is not None}
         refs = [*in_hand, *loading]
@@ -319,12 +321,12 @@ class ModelPool:
             self._without_since = time.monotonic()
         elif time.monotonic() - self._without_since > TELL_SECONDS:
             self._without_since = math.inf  # it is said once
-            logger.warning("no model is loaded: %s were asked for, %s", self.layout, free())
+            logger.warning("no model is loaded: %s were asked for, %s", self.layout, free_resources())
 
     def _loaded(self, member: _Member) -> None:
         """An actor that loads its model is done with it, one way or another."""
         try:
-            about: About = ray.get(member.loading)
+            about: ModelInfo = ray.get(member.loading)
         except RayTaskError as error:
             raise _reason(error) from None
         except RayError as error:

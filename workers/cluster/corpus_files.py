@@ -29,18 +29,18 @@ from workers.fitting.files import (
 from workers.fitting.rows import CHUNK_ROWS, Rows
 
 AT_ONCE = 4
-"""Files at addresses that are read at once, since each takes its time to answer; their texts are taken in order."""
+"""FileTable at addresses that are read at once, since each takes its time to answer; their texts are taken in order."""
 BLOCK_BYTES = 4 << 20
 """Of texts that travel together."""
 
 
-def names_files(source: str) -> bool:
+def is_file_source(source: str) -> bool:
     """Whether a corpus's source is of files that Ray reads, and no data set of the `datasets` library."""
     return "://" in source or not (is_hub(source) or is_saved(source))
 
 
 @dataclass(frozen=True)
-class Files:
+class FileTable:
     """A table of many files, as `workers.fitting.rows.Table`; its columns are those of the first with any rows."""
 
     paths: tuple[str, ...]
@@ -49,7 +49,7 @@ class Files:
     _names: dict[str, list[str]]
 
     @classmethod
-    def open(cls, source: str) -> "Files":
+    def open(cls, source: str) -> "FileTable":
         """Raises CorpusError: there are no files, or the first cannot be read, or none holds any rows."""
         paths = files_of(source)
         found = columns_of(paths)
@@ -72,7 +72,7 @@ class Files:
 class FileRows:
     """A text and a label per row of many files: those at the places `chosen`, or all.
 
-    Files on this machine are read on this machine, whatever nodes there are; addresses are read on any node.
+    FileTable on this machine are read on this machine, whatever nodes there are; addresses are read on any node.
     """
 
     paths: tuple[str, ...]
