@@ -15,8 +15,8 @@ from app.http.bodies import BodyLimit, BodyMemory, Compression, GzipBodies
 from app.http.middleware import Faults, FullQueue, HeadAsGet, HostCheck, HttpMetrics, RequestId
 from app.http.problems import Problem
 from app.http.templates import Templates
-from app.live.store_calls import StoreCalls
-from app.live.wait_for_replicas import Everywhere
+from app.live.store_threads import StoreThreads
+from app.live.wait_for_replicas import ReplicaWaiter
 from app.observability.access_log import AccessLog
 from app.observability.tracing import Traces
 from app.routes import (
@@ -117,9 +117,9 @@ def create_app(settings: Settings, running: Service | Sequence[Service] = ()) ->
     app.state.served = served
     app.state.registry = registry
     app.state.templates = Templates(app.routes)
-    app.state.store_calls = StoreCalls()
+    app.state.store_threads = StoreThreads()
     app.state.scrapes = CapacityLimiter(2)  # on threads of their own: others may wait for the store or for files
-    app.state.everywhere = Everywhere(app.state.store_calls)
+    app.state.replica_waiter = ReplicaWaiter(app.state.store_threads, settings.request_timeout)
     _document(app)
     # the last added is the outermost
     app.add_middleware(BinaryTensors, infers=dropin.infers)

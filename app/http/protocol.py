@@ -9,7 +9,6 @@ from prometheus_client import CollectorRegistry, Counter, Gauge
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
 from app.http.problems import new_request_id, problem_response
-from app.live.event_stream import ABORT
 
 if TYPE_CHECKING:
     from app.settings import Settings
@@ -18,6 +17,8 @@ LINGER = 2.0
 """Seconds for which a client that is still sending may read the last reply before its connection is broken."""
 LAST_CALL = 0.05
 """Seconds for which an idle connection is still read when the server stops: a request may have arrived already."""
+ABORT = "neuronlens.abort"
+"""Extension of the ASGI scope: breaks the connection without waiting for the client to read what was written."""
 CUT = ("displaced", "refused", "late_head", "unread_body", "stalled_reader")
 """Why the server ended a connection that was not merely idle; the labels of `neuronlens_connections_cut_total`."""
 _PER_HEADER = 4

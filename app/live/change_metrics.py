@@ -1,4 +1,4 @@
-"""Counts changes of the live state as this process applies them, whoever made them and from wherever."""
+"""Metrics of changes to the live state, as this process applies them."""
 
 import time
 from collections.abc import Iterator, Mapping
@@ -11,15 +11,15 @@ from range_store.storage.mirror import Snapshot
 CHANGES = ("on", "off", "settings", "range_set", "anew")
 
 
-class LiveChanges:
-    """Told of every snapshot, in order, it counts what differs from the one before; the first is only remembered.
+class LiveChangeMetrics:
+    """Counts the differences between each snapshot it is called with and the one before.
 
     Args:
-        most_concepts: names that get series of their own; all further ones share `other`.
+        max_concepts: concepts with series of their own; all others share the name `other`.
     """
 
-    def __init__(self, registry: CollectorRegistry, most_concepts: int, other: str) -> None:
-        self._most, self._other = most_concepts, other
+    def __init__(self, registry: CollectorRegistry, max_concepts: int, other: str) -> None:
+        self._max_concepts, self._other = max_concepts, other
         self._before: Snapshot | None = None
         self._concepts: set[str] = set()
         self.changes = Counter(
@@ -48,14 +48,14 @@ class LiveChanges:
 
     def _bounded(self, concept: str) -> str:
         if concept not in self._concepts and concept:
-            if len(self._concepts) >= self._most:
+            if len(self._concepts) >= self._max_concepts:
                 return self._other
             self._concepts.add(concept)
         return concept
 
 
 def _differences(before: Snapshot, after: Snapshot) -> Iterator[tuple[str, str]]:
-    """(change, concept) of all that differs."""
+    """Yield (change, concept) for each difference."""
     if before.live.epoch != after.live.epoch:
         yield "anew", ""
     if before.live.range_set != after.live.range_set:

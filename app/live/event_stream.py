@@ -1,7 +1,8 @@
-"""Server-sent events: what changed, told to whoever holds a stream open.
+"""Server-sent events over ASGI.
 
-A stream has no queue. It looks at what is true now, tells it if it differs from what it told last, and sleeps until it
-is woken: however slowly its reader reads, it is the newest state that comes next.
+A stream has no queue: it sends the current state whenever that differs from what it last sent, so a slow reader skips
+states and never lags behind. `sse-starlette` does not replace this module, because it cannot break the connection of a
+reader that stopped reading (it waits for the transport to flush), and it patches `uvicorn.Server` when imported.
 """
 
 import asyncio
@@ -14,77 +15,77 @@ from starlette.responses import Response
 from starlette.types import Message, Receive, Scope, Send
 
 from app.http.problems import problem_response
-from app.live.feed import News
+from app.http.protocol import ABORT
+from app.live.feed import ChangeFeed
 
 MEDIA_TYPE = "text/event-stream"
 TICK = 1.0
-"""Seconds after which a stream looks again whether it may go on, and what is true, woken or not."""
+"""Seconds between two checks of whether a stream may go on; also the longest time between two looks at the state."""
 PAUSE = 0.1
-"""Seconds between two looks: of a hundred changes a second, a reader needs the last."""
+"""Shortest time in seconds between two looks at the state: faster changes are merged."""
 HEARTBEAT = 15.0
-"""Seconds of silence after which a comment is sent, so that nobody on the way takes the connection for dead."""
+"""Seconds of silence after which a comment is sent, so that no proxy takes the connection for dead."""
 PATIENCE = 30.0
-"""Seconds that one message may wait for its reader."""
+"""Seconds that a reader may leave one message unread."""
 RECONNECT = b"retry: 1000\n\n"
-"""Milliseconds after which a browser tries again."""
+"""Milliseconds after which a browser reconnects."""
 
 
 def event(kind: str, data: bytes, id_: str | None = None) -> bytes:
-    """One event; `data` is one line."""
-    named = b"" if id_ is None else b"id: %s\n" % id_.encode()
-    return b"event: %s\n%sdata: %s\n\n" % (kind.encode(), named, data)
+    """Encode one event; `data` must be one line."""
+    id_line = b"" if id_ is None else b"id: %s\n" % id_.encode()
+    return b"event: %s\n%sdata: %s\n\n" % (kind.encode(), id_line, data)
 
 
 class EventStream(Response):
-    """A reply that goes on until the client hangs up or reads no more, or `may_go_on` says no.
+    """A reply that ends when the client disconnects, stops reading, or `may_go_on` returns False.
 
-    It then ends as a whole reply does. A reader that has stopped reading would never see that end, and hold a server
-    that shuts down: its connection is broken.
+    It ends like any complete reply, except that the connection of a client which stopped reading is aborted: that
+    client would never see the end, and hold up a server that shuts down.
 
     Args:
-        messages: given an event that is set on news, what to send; empty for nothing yet.
-        may_go_on: asked every `TICK` seconds.
-        key: the id of the caller's key, if there is one.
+        messages: yields the bytes to send; gets an event that is set when the feed changes.
+        may_go_on: called every `TICK` seconds.
+        key: id of the caller's API key.
     """
 
     media_type = MEDIA_TYPE
 
     def __init__(
         self,
-        news: News,
+        feed: ChangeFeed,
         messages: Callable[[asyncio.Event], AsyncIterator[bytes]],
         may_go_on: Callable[[], bool],
         key: str | None = None,
-        status_code: int = 200,  # FastAPI looks for it here
+        status_code: int = 200,  # FastAPI reads it from the signature
     ) -> None:
         super().__init__(status_code=status_code, headers={"Cache-Control": "no-store", "X-Accel-Buffering": "no"})
         del self.headers["content-length"]
-        self._news, self._messages, self._may_go_on = news, messages, may_go_on
-        self._key = key
+        self._feed, self._messages, self._may_go_on, self._key = feed, messages, may_go_on, key
         self._sending_since: float | None = None
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        with self._news.following(self._key) as woken:
-            if woken is None:
-                request_id = scope.get("state", {}).get("request_id")
-                detail = (
-                    f"of {self._news.most} streams for this model, or of the half for one key, none is left: "
-                    "close one, or try again"
-                )
-                refusal = problem_response(429, "too_many_streams", detail, request_id, {"Retry-After": "5"})
-                await refusal(scope, receive, send)
+        with self._feed.open_stream(self._key) as woken:
+            if woken is not None:
+                await self._stream(woken, scope, receive, send)
                 return
-            await self._stream(woken, scope, receive, send)
+            detail = (
+                f"too many event streams: at most {self._feed.max_streams} for this model and half of that for one "
+                "key; close one, or try again"
+            )
+            request_id = scope.get("state", {}).get("request_id")
+            refusal = problem_response(429, "too_many_streams", detail, request_id, {"Retry-After": "5"})
+            await refusal(scope, receive, send)
 
     async def _stream(self, woken: asyncio.Event, scope: Scope, receive: Receive, send: Send) -> None:
         gone = False
 
-        async def watch() -> None:
-            while self._may_go_on() and not self._stuck():
+        async def end_when_refused_or_stalled() -> None:
+            while self._may_go_on() and not self._stalled():
                 await asyncio.sleep(TICK)
             group.cancel_scope.cancel()
 
-        async def hear() -> None:
+        async def end_when_disconnected() -> None:
             nonlocal gone
             await disconnected(receive)
             gone = True
@@ -93,11 +94,11 @@ class EventStream(Response):
         await send({"type": "http.response.start", "status": self.status_code, "headers": self.raw_headers})
         try:
             async with anyio.create_task_group() as group:
-                group.start_soon(watch)
-                group.start_soon(hear)
+                group.start_soon(end_when_refused_or_stalled)
+                group.start_soon(end_when_disconnected)
                 async for message in self._messages(woken):
                     await self._send(send, {"type": "http.response.body", "body": message, "more_body": True})
-        except ExceptionGroup as errors:  # one of three tasks failed; the log is to name its error
+        except ExceptionGroup as errors:  # the log names the error itself
             raise errors.exceptions[0] from None
         if gone:
             return
@@ -110,20 +111,16 @@ class EventStream(Response):
     async def _send(self, send: Send, message: Message) -> None:
         self._sending_since = time.monotonic()
         await send(message)
-        self._sending_since = None  # not where it was cancelled: then it has not gone out
+        self._sending_since = None  # stays set if the send was cancelled: the message has not gone out
 
-    def _stuck(self) -> bool:
+    def _stalled(self) -> bool:
         return self._sending_since is not None and time.monotonic() - self._sending_since > PATIENCE
 
 
-ABORT = "neuronlens.abort"
-"""Extension of the ASGI scope: breaks the connection without waiting for what was written to be read."""
-
-
 async def disconnected(receive: Receive) -> None:
-    """Returns when the client hangs up, or sends what it should not."""
+    """Return when the client disconnects or sends a body that is refused."""
     try:
         while (await receive())["type"] != "http.disconnect":
             pass
     except HTTPException:
-        return  # a body, too large or too slow
+        return

@@ -1,4 +1,4 @@
-"""`?wait=all`: a change is answered when every replica of the model follows it, or has been waited for."""
+"""`?wait=all`: a change is answered once every replica of the model follows it."""
 
 import asyncio
 import time
@@ -8,101 +8,109 @@ from typing import Annotated, Any, Literal
 from fastapi import Depends, Query, Request
 
 from app.http.problems import ApiError, documented, header
-from app.live.store_calls import StoreCalls
-from app.serving.service import Service
+from app.live.store_threads import StoreThreads
 from range_store.errors import StoreUnavailable
+from range_store.storage.mirror import Mirror
 from range_store.storage.replicas import Follow, Roster
+from range_store.storage.store import RangeStore
 
 FIRST_PAUSE, LAST_PAUSE = 0.004, 0.05
-"""Seconds between two looks at who follows, for one who waits."""
-WAIT_SECONDS = 5.0
-"""How long a change waits unless it says so."""
+"""Seconds between two reads of the roster while a request waits."""
+DEFAULT_WAIT_SECONDS = 5.0
 
-NOT_EVERYWHERE: dict[int | str, dict[str, Any]] = documented(504)
-NOT_EVERYWHERE[504] |= {"headers": header("ETag", "The generation that the change made, quoted.")}
-"""The `responses` of an operation that may be waited for."""
+WAIT_RESPONSES: dict[int | str, dict[str, Any]] = documented(504)
+WAIT_RESPONSES[504] |= {"headers": header("ETag", "The generation that the change made, quoted.")}
+"""The `responses` of an operation that takes `?wait=all`."""
 
 
-class Everywhere:
-    """Waits for replicas. One per application; those who wait for a model at a time share each look at it."""
+class ReplicaWaiter:
+    """Waits for replicas. Requests that wait for the same model at the same time share each read of its roster.
 
-    def __init__(self, calls: StoreCalls) -> None:
-        self._calls = calls
-        self._looking: dict[str, asyncio.Lock] = {}
-        self._next: dict[str, asyncio.Task[Roster | StoreUnavailable]] = {}
+    Args:
+        max_seconds: longest wait of a request.
+    """
 
-    async def reached(self, service: Service, generation: str, seconds: float) -> None:
+    def __init__(self, threads: StoreThreads, max_seconds: float) -> None:
+        self.max_seconds = max_seconds
+        self._threads = threads
+        self._reading: dict[str, asyncio.Lock] = {}
+        self._next_read: dict[str, asyncio.Task[Roster | StoreUnavailable]] = {}
+
+    async def wait(self, store: RangeStore, mirror: Mirror, generation: str, seconds: float) -> None:
         """Return when every live replica reports `generation` or a later one of its epoch.
 
+        Args:
+            mirror: of this process, whose own replica must be among those that report.
+
         Raises:
-            ApiError: some do not after `seconds` (504 `not_everywhere`, which names them).
-            StoreUnavailable: the store does not say who does.
+            ApiError: some replicas do not after `seconds` (504 `not_everywhere`, with their names).
+            StoreUnavailable: the roster cannot be read.
         """
-        reporter = service.mirror.reporter
+        reporter = mirror.reporter
         follow = Follow(generation, lambda: None if reporter is None or reporter.withdrawn else reporter.name)
         ends = time.monotonic() + seconds
         pause = FIRST_PAUSE
-        seen = await self._look(service)  # however short the wait: what it tells is what is answered
-        while not (isinstance(seen, Roster) and follow.done(seen)):
+        roster = await self._read(store)  # however short the wait, the reply tells what a read found
+        while not (isinstance(roster, Roster) and follow.done(roster)):
             try:
                 async with asyncio.timeout(ends - time.monotonic()):
                     await asyncio.sleep(pause)
-                    seen = await self._look(service)
+                    roster = await self._read(store)
             except TimeoutError:
-                seen = await self._look(service)  # it may be this process that stood still, and not they
+                roster = await self._read(store)  # this process, and not the replicas, may have been paused
                 break
             pause = min(1.5 * pause, LAST_PAUSE)
-        if isinstance(seen, Roster) and follow.done(seen):
+        if isinstance(roster, Roster) and follow.done(roster):
             return
         made = f"the change is made, as generation {generation}"
-        if isinstance(seen, StoreUnavailable):
-            raise StoreUnavailable(f"{made}, but the store does not say who follows it: {seen}")
+        if isinstance(roster, StoreUnavailable):
+            raise StoreUnavailable(f"{made}, but the replicas that follow it cannot be read: {roster}")
         raise ApiError(
             504,
             "not_everywhere",
-            f"{made}, but not in force everywhere after {seconds:g} s: {follow.why()}",
+            f"{made}, but not in force on every replica after {seconds:g} s: {follow.why()}",
             {"ETag": f'"{generation}"'},
             generation=generation,
             missing=list(follow.missing),
         )
 
-    async def _look(self, service: Service) -> Roster | StoreUnavailable:
-        """The roster as it was after this call began."""
-        if service.name not in self._next:
-            self._next[service.name] = asyncio.create_task(self._read(service))
-        return await asyncio.shield(self._next[service.name])
+    async def _read(self, store: RangeStore) -> Roster | StoreUnavailable:
+        """Read the roster, by a read that starts after this call."""
+        if store.model not in self._next_read:
+            self._next_read[store.model] = asyncio.create_task(self._read_alone(store))
+        return await asyncio.shield(self._next_read[store.model])
 
-    async def _read(self, service: Service) -> Roster | StoreUnavailable:
-        async with self._looking.setdefault(service.name, asyncio.Lock()):
-            del self._next[service.name]  # who asks from now on must have a look that begins later
+    async def _read_alone(self, store: RangeStore) -> Roster | StoreUnavailable:
+        async with self._reading.setdefault(store.model, asyncio.Lock()):
+            del self._next_read[store.model]  # later callers need a read that starts later
             try:
-                return await self._calls(service.store.replicas.read)
-            except StoreUnavailable as error:  # not raised: those who asked may have gone
+                return await self._threads.run(store.replicas.read)
+            except StoreUnavailable as error:  # returned, since all who wait may have been cancelled
                 return error
 
 
-Until = Callable[[Service, str], Awaitable[None]]
+WaitForReplicas = Callable[[RangeStore, Mirror, str], Awaitable[None]]
+"""Waits, if the request asks for it, until every replica follows a generation."""
 
 
-async def _waiting(
+async def _get_wait(
     request: Request,
     wait: Annotated[
         Literal["all"] | None,
-        Query(description="`all`: answer when every replica of the model follows the change; 504 names who does not."),
+        Query(description="`all`: answer when every replica of the model follows the change; 504 names the others."),
     ] = None,
     wait_seconds: Annotated[
         float,
-        Query(gt=0, allow_inf_nan=False, description="How long to wait; no longer than the server's own time limit."),
-    ] = WAIT_SECONDS,
-) -> Until:
-    everywhere: Everywhere = request.app.state.everywhere
+        Query(gt=0, allow_inf_nan=False, description="How long to wait; at most the server's own time limit."),
+    ] = DEFAULT_WAIT_SECONDS,
+) -> WaitForReplicas:
+    waiter: ReplicaWaiter = request.app.state.replica_waiter
 
-    async def until(service: Service, generation: str) -> None:
+    async def wait_for_replicas(store: RangeStore, mirror: Mirror, generation: str) -> None:
         if wait is not None:
-            await everywhere.reached(service, generation, min(wait_seconds, service.settings.request_timeout))
+            await waiter.wait(store, mirror, generation, min(wait_seconds, waiter.max_seconds))
 
-    return until
+    return wait_for_replicas
 
 
-Waiting = Annotated[Until, Depends(_waiting)]
-"""Waits, where the caller asks for it, until a generation is in force everywhere."""
+WaitDep = Annotated[WaitForReplicas, Depends(_get_wait)]

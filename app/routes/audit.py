@@ -5,7 +5,7 @@ from typing import Annotated
 from fastapi import APIRouter, Query
 
 from app.http.problems import QUERY, documented
-from app.live.store_calls import StoreCalling
+from app.live.store_threads import StoreThreadsDep
 from app.routes import QueryChecked, Serving
 from app.schemas.replies import AuditEntryOut, AuditOut
 
@@ -15,9 +15,9 @@ Limit = Annotated[int, Query(ge=1, le=1000, description="Most entries.")]
 
 
 @router.get("/v1/audit", dependencies=[QueryChecked], responses=documented(*QUERY, 503))
-async def list_audit(service: Serving, calls: StoreCalling, limit: Limit = 100) -> AuditOut:
+async def list_audit(service: Serving, store_threads: StoreThreadsDep, limit: Limit = 100) -> AuditOut:
     """The last changes of the live state, newest first."""
-    entries = await calls(lambda: service.store.audit(limit))
+    entries = await store_threads.run(lambda: service.store.audit(limit))
     return AuditOut(
         model=service.name, entries=[AuditEntryOut.model_validate(each.model_dump(mode="json")) for each in entries]
     )

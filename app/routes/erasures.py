@@ -8,8 +8,8 @@ from typing import Annotated, Any
 from fastapi import APIRouter, Depends, Header, Query, Request, Response
 
 from app.http.problems import BODY, QUERY, documented, header
-from app.live.store_calls import StoreCalling, StoreCalls
-from app.live.wait_for_replicas import NOT_EVERYWHERE, Until, Waiting
+from app.live.store_threads import StoreThreads, StoreThreadsDep
+from app.live.wait_for_replicas import WAIT_RESPONSES, WaitDep, WaitForReplicas
 from app.observability.logs import note
 from app.routes import Asking, NamedConcept, QueryChecked, Serving, snapshot_of
 from app.schemas.replies import ErasureOut, LiveListOut, LiveOut
@@ -23,7 +23,7 @@ from range_store.storage.store import RangeStore
 router = APIRouter(tags=["erasures"])
 IfMatch = Annotated[str | None, Header(description="Change only if the live state is at this generation.")]
 WITH_ETAG: dict[int | str, dict[str, Any]] = {200: {"headers": header("ETag", "The generation, quoted.")}}
-CHANGES = documented(*QUERY, 409, 412, 503) | NOT_EVERYWHERE | WITH_ETAG
+CHANGES = documented(*QUERY, 409, 412, 503) | WAIT_RESPONSES | WITH_ETAG
 
 
 async def named_generations(if_match: IfMatch = None) -> tuple[str, ...]:
@@ -76,12 +76,12 @@ async def list_erasures(service: Serving, response: Response) -> LiveListOut:
 @router.put("/v1/erasures", dependencies=[QueryChecked], responses=CHANGES | documented(*BODY))
 async def replace_erasures(
     asking: Asking,
-    calls: StoreCalling,
+    store_threads: StoreThreadsDep,
     caller: Calling,
     body: LiveListIn,
     required: Required,
     change_id: ChangeId,
-    until: Waiting,
+    wait_for_replicas: WaitDep,
     response: Response,
 ) -> LiveListOut:
     """Replace all live erasures in one generation."""
@@ -92,18 +92,18 @@ async def replace_erasures(
     def change(store: RangeStore) -> LiveState:
         return store.set_erasures(wanted, one_of(store, required), caller.by, body.reason, change_id)
 
-    return await applied(service, calls, change, change_id, until, response)
+    return await applied(service, store_threads, change, change_id, wait_for_replicas, response)
 
 
 @router.put("/v1/erasures/{concept:whole}", dependencies=[QueryChecked], responses=CHANGES | documented(*BODY))
 async def switch_on(
     asking: Asking,
-    calls: StoreCalling,
+    store_threads: StoreThreadsDep,
     caller: Calling,
     concept: NamedConcept,
     required: Required,
     change_id: ChangeId,
-    until: Waiting,
+    wait_for_replicas: WaitDep,
     response: Response,
     body: SwitchOnIn | None = None,
 ) -> LiveListOut:
@@ -115,18 +115,18 @@ async def switch_on(
     def change(store: RangeStore) -> LiveState:
         return store.set_erasure(wanted, one_of(store, required), change_id)
 
-    return await applied(service, calls, change, change_id, until, response)
+    return await applied(service, store_threads, change, change_id, wait_for_replicas, response)
 
 
 @router.delete("/v1/erasures/{concept:whole}", dependencies=[QueryChecked], responses=CHANGES)
 async def switch_off(
     service: Serving,
-    calls: StoreCalling,
+    store_threads: StoreThreadsDep,
     caller: Calling,
     concept: NamedConcept,
     required: Required,
     change_id: ChangeId,
-    until: Waiting,
+    wait_for_replicas: WaitDep,
     response: Response,
     reason: Annotated[Reason | None, Query()] = None,
 ) -> LiveListOut:
@@ -135,18 +135,18 @@ async def switch_off(
     def change(store: RangeStore) -> LiveState:
         return store.remove_erasure(concept, one_of(store, required), caller.by, reason, change_id)
 
-    return await applied(service, calls, change, change_id, until, response)
+    return await applied(service, store_threads, change, change_id, wait_for_replicas, response)
 
 
 async def applied(
     service: Service,
-    calls: StoreCalls,
+    store_threads: StoreThreads,
     change: Callable[[RangeStore], LiveState],
     change_id: str,
-    until: Until,
+    wait_for_replicas: WaitForReplicas,
     response: Response,
 ) -> LiveListOut:
-    """Make a change and reply to it: this process's next admitted request sees it; everybody's, if `until` waits.
+    """Make a change and reply to it. The next request that this process admits sees it.
 
     A request that is sent again because its first answer was lost may find that it has made the change already: then
     it is answered as made, and not as stale.
@@ -173,8 +173,8 @@ async def applied(
             ) from error
         return state
 
-    state = await calls(work)
-    await until(service, state.generation)
+    state = await store_threads.run(work)
+    await wait_for_replicas(service.store, service.mirror, state.generation)
     return listing(service, state, response)
 
 

@@ -1,4 +1,4 @@
-"""`GET /v1/events`: server-sent events of what changes, at connect and from then on."""
+"""`GET /v1/events`: server-sent events with the current state at connect, and with every change of it."""
 
 import asyncio
 import time
@@ -13,7 +13,6 @@ from app.routes import QueryChecked, Serving
 from app.routes.erasures import live_list
 from app.security.auth import Calling
 from app.serving.service import Draining, Service
-from range_store.domain.live import LiveState
 
 router = APIRouter(tags=["service"])
 
@@ -23,7 +22,10 @@ EXAMPLE = (
     "event: range_sets\ndata: {}\n\n"
 )
 STREAM: dict[int | str, dict[str, Any]] = {
-    200: {"description": "Events, until somebody hangs up.", "content": {"text/event-stream": {"example": EXAMPLE}}}
+    200: {
+        "description": "Events until the client disconnects.",
+        "content": {"text/event-stream": {"example": EXAMPLE}},
+    }
 }
 
 
@@ -34,11 +36,11 @@ STREAM: dict[int | str, dict[str, Any]] = {
     responses=STREAM | documented(*QUERY, 429, 503),
 )
 async def stream_events(service: Serving, caller: Calling) -> EventStream:
-    """Server-sent events of what changes, on this server or another one of the same store.
+    """Server-sent events of changes on this server or another one of the same store.
 
-    `live`: what is erased now, as `GET /v1/erasures` gives it, with the generation as id; first at connect.
-    `range_sets`: read `GET /v1/range-sets` again. `jobs`: a job, as `GET /v1/jobs/{id}` gives it. Every event is the
-    newest state, so a client that was away has missed nothing that still matters; `Last-Event-ID` is not needed.
+    `live`: the live erasures, as `GET /v1/erasures` returns them, with the generation as id; sent at connect.
+    `range_sets`: read `GET /v1/range-sets` again. `jobs`: a job, as `GET /v1/jobs/{id}` returns it. Every event holds
+    the newest state, so a client that reconnects needs no history and `Last-Event-ID` is ignored.
     """
     if service.engine.draining:
         raise Draining
@@ -47,64 +49,61 @@ async def stream_events(service: Serving, caller: Calling) -> EventStream:
         return not service.engine.draining and service.keyring.still_opens(caller.key, "read")
 
     return EventStream(
-        service.news, lambda woken: messages(service, woken), may_go_on, caller.key.id if caller.key else None
+        service.feed, lambda woken: messages(service, woken), may_go_on, caller.key.id if caller.key else None
     )
 
 
 async def messages(service: Service, woken: asyncio.Event) -> AsyncIterator[bytes]:
-    """Events as they come, and comments while none does; ends only where it is left."""
+    """Yield events as they become due, and a comment after every `HEARTBEAT` seconds of silence; never ends."""
     yield RECONNECT
-    told = _Told(service)
-    spoken = time.monotonic()
+    state = _StreamState(service)
+    sent_at = time.monotonic()
     while True:
         woken.clear()
-        news = told.what_is_new()
-        if not news and time.monotonic() - spoken >= HEARTBEAT:
-            news = b": no news\n\n"
-        if news:
-            yield news
-            spoken = time.monotonic()
+        message = state.due_events()
+        if not message and time.monotonic() - sent_at >= HEARTBEAT:
+            message = b": no news\n\n"
+        if message:
+            yield message
+            sent_at = time.monotonic()
         await asyncio.sleep(PAUSE)
         try:
-            async with asyncio.timeout(told.seconds_until_due()):
+            async with asyncio.timeout(state.seconds_until_due()):
                 await woken.wait()
         except TimeoutError:
             pass
 
 
-class _Told:
-    """What one stream has told."""
+class _StreamState:
+    """What one stream has sent."""
 
     def __init__(self, service: Service) -> None:
         self._service = service
         self._live: tuple[str, tuple[str, ...]] | None = None
         self._range_sets: object = None
-        self._jobs = 0
+        self._job_update = 0
 
-    def what_is_new(self) -> bytes:
-        """Every event that is due now."""
+    def due_events(self) -> bytes:
+        """Encode every event whose state differs from what was last sent."""
         service, due = self._service, []
         snapshot = service.mirror.snapshot
         if snapshot is not None:
             state = snapshot.live
             live = (state.generation, tuple(each.concept for each in state.at(service.mirror.now())))
             if live != self._live:
-                due.append(self._live_event(state))
+                due.append(event("live", live_list(service, state).model_dump_json().encode(), state.generation))
                 self._live = live
-            range_sets = (service.news.range_sets, state.range_set)
+            range_sets = (service.feed.range_sets, state.range_set)
             if range_sets != self._range_sets:
                 due.append(event("range_sets", b"{}"))
                 self._range_sets = range_sets
-        self._jobs, jobs = service.news.jobs_since(self._jobs)
+        self._job_update, jobs = service.feed.jobs_since(self._job_update)
         due.extend(event("jobs", job) for job in jobs)
         return b"".join(due)
 
     def seconds_until_due(self) -> float:
-        """When to look again unless woken: an erasure may expire, and nobody tells while the store is away."""
+        """Seconds until the next look unless woken: an erasure may expire, which wakes nobody while Redis is away."""
         snapshot = self._service.mirror.snapshot
         expiries = [each.expires_at for each in snapshot.live.erasures if each.expires_at] if snapshot else []
         now = self._service.mirror.now()
         return min([TICK, *(at - now for at in expiries if at > now)])
-
-    def _live_event(self, state: LiveState) -> bytes:
-        return event("live", live_list(self._service, state).model_dump_json().encode(), state.generation)

@@ -79,7 +79,7 @@ async def start_fit(
     except QueueOfFitsFull:
         detail = "as many fits wait as may: try again when one has ended, or cancel one"
         raise ApiError(429, "fit_queue_full", detail, {"Retry-After": "10"}) from None
-    service.news.tell_job(job.id, job.model_dump(mode="json"))
+    service.feed.set_job(job.id, job.model_dump(mode="json"))
     service.fits.wake()
     response.headers["Location"] = f"/v1/jobs/{job.id}"
     return job

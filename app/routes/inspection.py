@@ -9,7 +9,7 @@ from typing import Annotated
 from fastapi import APIRouter, Path, Query
 
 from app.http.problems import QUERY, ApiError, documented
-from app.live.store_calls import StoreCalling
+from app.live.store_threads import StoreThreadsDep
 from app.routes import NamedConcept, QueryChecked, Serving, active_range_set, snapshot_of
 from app.schemas.replies import (
     ConceptOut,
@@ -103,7 +103,7 @@ def list_ranges(
 @router.get("/v1/neurons/{layer}/{neuron}", responses=documented(*QUERY, 503))
 async def show_neuron(
     service: Serving,
-    calls: StoreCalling,
+    store_threads: StoreThreadsDep,
     layer: Annotated[int, Path(description="Block, from 0; negative ones from the end.")],
     neuron: int,
     tau: Tau = 2.5,
@@ -117,7 +117,7 @@ async def show_neuron(
         inspect = service.store.read_inspect(range_set.id, block)
         return inspect, neuron_statistics(range_set, inspect, block, neuron, tau)
 
-    inspect, found = await calls(read)
+    inspect, found = await store_threads.run(read)
     return NeuronOut(
         model=service.name,
         range_set=range_set.id,

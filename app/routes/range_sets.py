@@ -4,8 +4,8 @@ from fastapi import APIRouter, Response
 from starlette.convertors import StringConvertor, register_url_convertor
 
 from app.http.problems import BODY, QUERY, documented
-from app.live.store_calls import StoreCalling
-from app.live.wait_for_replicas import Waiting
+from app.live.store_threads import StoreThreadsDep
+from app.live.wait_for_replicas import WaitDep
 from app.routes import Asking, QueryChecked, Serving
 from app.routes.erasures import CHANGES, ChangeId, Required, applied, one_of
 from app.schemas.replies import LiveListOut, RangeSetOut, RangeSetsOut
@@ -30,17 +30,17 @@ register_url_convertor("named", _Named())
 
 
 @router.get("/v1/range-sets", dependencies=[QueryChecked], responses=documented(*QUERY, 503))
-async def list_range_sets(service: Serving, calls: StoreCalling) -> RangeSetsOut:
+async def list_range_sets(service: Serving, store_threads: StoreThreadsDep) -> RangeSetsOut:
     """Every published range set of the model, newest first."""
-    published = await calls(service.store.list)
+    published = await store_threads.run(service.store.list)
     active = next((each.id for each in published if each.active), None)
     return RangeSetsOut(model=service.name, active=active, range_sets=[_out(each) for each in published])
 
 
 @router.get("/v1/range-sets/{range_set:named}", dependencies=[QueryChecked], responses=documented(*QUERY, 503))
-async def show_range_set(service: Serving, calls: StoreCalling, range_set: str) -> RangeSetOut:
+async def show_range_set(service: Serving, store_threads: StoreThreadsDep, range_set: str) -> RangeSetOut:
     """Where a range set comes from: model, corpus, settings, versions."""
-    for each in await calls(service.store.list):
+    for each in await store_threads.run(service.store.list):
         if each.id == range_set:
             return _out(each)
     raise UnknownRangeSet(range_set)
@@ -49,12 +49,12 @@ async def show_range_set(service: Serving, calls: StoreCalling, range_set: str) 
 @router.put("/v1/range-sets/active", dependencies=[QueryChecked], responses=CHANGES | documented(*BODY))
 async def activate(
     asking: Asking,
-    calls: StoreCalling,
+    store_threads: StoreThreadsDep,
     caller: Calling,
     body: ActivateIn,
     required: Required,
     change_id: ChangeId,
-    until: Waiting,
+    wait_for_replicas: WaitDep,
     response: Response,
 ) -> LiveListOut:
     """Make a range set the one that erasures are resolved on, or go back to an older one."""
@@ -67,7 +67,7 @@ async def activate(
             check_dtype(provenance, (service.model.dtype,))
         return store.activate(body.id, body.force, one_of(store, required), caller.by, body.reason, change_id)
 
-    return await applied(service, calls, change, change_id, until, response)
+    return await applied(service, store_threads, change, change_id, wait_for_replicas, response)
 
 
 def _out(each: Published) -> RangeSetOut:

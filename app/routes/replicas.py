@@ -3,7 +3,7 @@
 from fastapi import APIRouter
 
 from app.http.problems import QUERY, documented
-from app.live.store_calls import StoreCalling
+from app.live.store_threads import StoreThreadsDep
 from app.routes import Asking, QueryChecked, Serving, snapshot_of
 from app.schemas.replies import ReplicaOut, ReplicasOut, TargetsOut
 from app.serving.metrics import TARGETS, targets_of
@@ -13,9 +13,9 @@ router = APIRouter(tags=["service"])
 
 
 @router.get("/v1/replicas", dependencies=[QueryChecked], responses=documented(*QUERY, 503))
-async def list_replicas(service: Serving, calls: StoreCalling) -> ReplicasOut:
+async def list_replicas(service: Serving, store_threads: StoreThreadsDep) -> ReplicasOut:
     """The live replicas of the model, as they reported; `?wait=all` on a change waits for all of them."""
-    roster = await calls(service.store.replicas.read)
+    roster = await store_threads.run(service.store.replicas.read)
     generation = snapshot_of(service).live.generation
     own = service.mirror.reporter
     return ReplicasOut(
@@ -36,10 +36,10 @@ async def list_replicas(service: Serving, calls: StoreCalling) -> ReplicasOut:
 
 
 @router.get(TARGETS, dependencies=[QueryChecked], responses=documented(*QUERY, 503))
-async def list_targets(asking: Asking, calls: StoreCalling) -> list[TargetsOut]:
+async def list_targets(asking: Asking, store_threads: StoreThreadsDep) -> list[TargetsOut]:
     """For Prometheus' `http_sd_configs`: the replicas of a fleet that serve metrics of their own.
 
     Of every model that is served here, unless `model` names one. Empty where the engine is in the server's own process.
     """
     services = list(asking.served) if asking.in_query is None else [asking.service()]
-    return await calls(lambda: targets_of(services))
+    return await store_threads.run(lambda: targets_of(services))

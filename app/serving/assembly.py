@@ -12,8 +12,8 @@ from prometheus_client import CollectorRegistry
 from app.jobs.records import FitJobs
 from app.jobs.replies import job_out
 from app.jobs.runner import FitRunner
-from app.live.change_metrics import LiveChanges
-from app.live.feed import News
+from app.live.change_metrics import LiveChangeMetrics
+from app.live.feed import ChangeFeed
 from app.security.keyring import Keyring, memory_of
 from app.serving.service import MOST_CONCEPTS, OTHER_CONCEPTS, Answerer, ModelFacts, Service
 from app.settings import Settings
@@ -51,15 +51,15 @@ def service_around(
     keyring = Keyring(KeyStore(client), required=settings.require_keys, memory=_key_memory(settings, client))
     keyring.refresh()
     registry = CollectorRegistry()
-    changes = LiveChanges(registry, MOST_CONCEPTS, OTHER_CONCEPTS)
-    news = News(settings.max_event_streams, registry)
+    changes = LiveChangeMetrics(registry, MOST_CONCEPTS, OTHER_CONCEPTS)
+    feed = ChangeFeed(settings.max_event_streams, registry)
 
     warned: str | None = None
 
     def changed(snapshot: Snapshot) -> None:
         nonlocal warned
         changes(snapshot)
-        news.wake()
+        feed.wake_streams()
         range_set = snapshot.range_set
         if range_set is not None and range_set.id != warned:
             warned = range_set.id
@@ -70,7 +70,7 @@ def service_around(
         keyring.refresh()
         if mirror.store_up:  # else who waits for a store that hangs would wait once more
             with suppress(RangeStoreError):
-                news.see_range_sets(store.ids())
+                feed.set_range_sets(store.ids())
 
     mirror = Mirror(
         store,
@@ -84,7 +84,7 @@ def service_around(
     store.guard = mirror.before_change
     jobs = FitJobs(settings.data_dir, name, model.identity.fingerprint)
     fits = FitRunner(jobs, settings, model.source, model.dtype, store, mirror)
-    fits.listeners.append(lambda job: news.tell_job(job.id, job_out(jobs, job).model_dump(mode="json")))
+    fits.listeners.append(lambda job: feed.set_job(job.id, job_out(jobs, job).model_dump(mode="json")))
     assert mirror.reporter is not None
     mirror.reporter.dtype = model.dtype
     mirror.start()
@@ -93,7 +93,7 @@ def service_around(
             if settings.fits or not all(job.over for job in jobs.list()):
                 fits.start()
             try:
-                yield Service(settings, model, store, mirror, keyring, answerer, registry, name, news, jobs, fits)
+                yield Service(settings, model, store, mirror, keyring, answerer, registry, name, feed, jobs, fits)
             finally:
                 answerer.drain()
                 mirror.withdraw()

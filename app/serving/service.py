@@ -10,7 +10,7 @@ from prometheus_client import CollectorRegistry
 
 from app.jobs.records import FitJobs
 from app.jobs.runner import FitRunner
-from app.live.feed import News
+from app.live.feed import ChangeFeed
 from app.security.keyring import Keyring
 from app.settings import Settings
 from range_store.storage.mirror import Mirror
@@ -86,7 +86,7 @@ class Service:
     engine: Answerer
     registry: CollectorRegistry
     name: str
-    news: News
+    feed: ChangeFeed
     jobs: FitJobs
     fits: FitRunner
     started_at: float = field(default_factory=time.time)

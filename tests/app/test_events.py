@@ -14,7 +14,7 @@ from starlette.types import Receive, Scope, Send
 from app.http.middleware import Faults
 from app.http.protocol import http_protocol
 from app.live.event_stream import EventStream
-from app.live.feed import KEPT_JOBS, News
+from app.live.feed import KEPT_JOBS, ChangeFeed
 from app.settings import Settings
 from tests.range_store.waiting import until
 
@@ -23,7 +23,7 @@ class Flood:
     """An application that streams megabytes while `on`, and a server for it."""
 
     def __init__(self) -> None:
-        self.news = News(10, CollectorRegistry())
+        self.feed = ChangeFeed(10, CollectorRegistry())
         self.on = True
         self.open = 0
         self.fault: Exception | None = None
@@ -35,7 +35,7 @@ class Flood:
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         self.open += 1
-        await Faults(EventStream(self.news, self.messages, lambda: self.on))(scope, receive, send)
+        await Faults(EventStream(self.feed, self.messages, lambda: self.on))(scope, receive, send)
         self.open -= 1
 
     async def messages(self, woken: asyncio.Event) -> AsyncIterator[bytes]:
@@ -90,7 +90,7 @@ def test_a_fault_breaks_the_stream_and_is_logged_without_its_message(
 
 def test_the_number_of_kept_jobs_is_bounded(flood: Flood) -> None:
     for number in range(KEPT_JOBS + 5):
-        flood.news.tell_job(f"job-{number}", {"id": number})
-    seen, jobs = flood.news.jobs_since(0)
+        flood.feed.set_job(f"job-{number}", {"id": number})
+    seen, jobs = flood.feed.jobs_since(0)
     assert [int(job.split(b":")[1].strip(b" }")) for job in jobs] == list(range(5, KEPT_JOBS + 5))
-    assert flood.news.jobs_since(seen) == (seen, [])
+    assert flood.feed.jobs_since(seen) == (seen, [])

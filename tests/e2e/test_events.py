@@ -112,13 +112,13 @@ def test_stream_reports_published_activated_and_removed_range_sets(
 def test_every_stream_reports_the_newest_state_of_a_job(fresh_server: RunningServer, listen: Listen) -> None:
     window = listen(fresh_server)
     until(lambda: window.of("live"))
-    news = fresh_server.service.news
-    news.tell_job("fit-1", {"id": "fit-1", "state": "running", "corpus": "Météo\n"})
+    feed = fresh_server.service.feed
+    feed.set_job("fit-1", {"id": "fit-1", "state": "running", "corpus": "Météo\n"})
     until(lambda: window.of("jobs"))
     assert window.of("jobs")[0].data == {"id": "fit-1", "state": "running", "corpus": "Météo\n"}
-    news.tell_job("fit-1", {"id": "fit-1", "state": "done"})
+    feed.set_job("fit-1", {"id": "fit-1", "state": "done"})
     until(lambda: len(window.of("jobs")) == 2)
-    news.tell_job("fit-1", {"id": "fit-1", "state": "queued"})  # an older report that arrives late
+    feed.set_job("fit-1", {"id": "fit-1", "state": "queued"})  # an older report that arrives late
     later = listen(fresh_server)
     until(lambda: later.of("jobs"))
     assert [each.data["state"] for each in later.of("jobs")] == ["done"]

@@ -124,7 +124,7 @@ def test_timeout_of_wait_all_names_the_missing_replicas(server: RunningServer, p
 
 def test_many_waiting_requests_do_not_block_others(server: RunningServer, monkeypatch: pytest.MonkeyPatch) -> None:
     """There are more of them than threads for store calls."""
-    monkeypatch.setattr("app.live.store_calls.PATIENCE", 60.0)
+    monkeypatch.setattr("app.live.store_threads.PATIENCE", 60.0)
     store = settle_replicas(server).service.store
     store.replicas.report(SILENT_REPLICA, "00000000-1", None, seconds=600)
     waits = {"wait": "all", "wait_seconds": "60"}

@@ -13,8 +13,8 @@ import httpx
 import pytest
 
 from app.cli import run
-from app.live import store_calls
-from app.live.store_calls import AT_ONCE
+from app.live import store_threads
+from app.live.store_threads import MAX_THREADS
 from range_store.domain.erasure import Erasure
 from range_store.domain.live import LiveErasure, LiveState
 from range_store.storage.store import RangeStore
@@ -118,16 +118,16 @@ def test_hanging_toggles_delay_no_other_request(server: InProcess, monkeypatch: 
         return change(*arguments)
 
     monkeypatch.setattr(store, "set_erasure", hang)
-    monkeypatch.setattr(store_calls, "PATIENCE", 60.0)
-    limits = httpx.Limits(max_connections=AT_ONCE + others)
+    monkeypatch.setattr(store_threads, "PATIENCE", 60.0)
+    limits = httpx.Limits(max_connections=MAX_THREADS + others)
     with (
         httpx.Client(base_url=server.url, timeout=300, limits=limits, trust_env=False) as client,
-        ThreadPoolExecutor(AT_ONCE + others) as pool,
+        ThreadPoolExecutor(MAX_THREADS + others) as pool,
     ):
-        toggles = [pool.submit(client.put, "/v1/erasures/World") for _ in range(AT_ONCE)]
+        toggles = [pool.submit(client.put, "/v1/erasures/World") for _ in range(MAX_THREADS)]
         try:
-            until(lambda: len(hanging) == AT_ONCE)
-            monkeypatch.setattr(store_calls, "PATIENCE", 0.1)
+            until(lambda: len(hanging) == MAX_THREADS)
+            monkeypatch.setattr(store_threads, "PATIENCE", 0.1)
             toggles += [pool.submit(client.put, "/v1/erasures/World") for _ in range(others)]
             until(lambda: sum(each.done() for each in toggles) == others)
             for path in ("/livez", "/readyz", "/metrics", "/v1/erasures", "/v1/concepts", "/v1/overlap"):
@@ -140,7 +140,7 @@ def test_hanging_toggles_delay_no_other_request(server: InProcess, monkeypatch: 
         finally:
             release.set()
         codes = [each.result().status_code for each in toggles]
-    assert (codes.count(200), codes.count(503)) == (AT_ONCE, others)
+    assert (codes.count(200), codes.count(503)) == (MAX_THREADS, others)
 
 
 def test_advice_in_the_log_restores_everything_after_redis_lost_its_data(

@@ -116,7 +116,7 @@ def test_second_server_takes_over_the_fit_of_the_first(
 
     def streamed_rows() -> int:
         """Rows that the event streams of the second server tell of."""
-        (newest,) = (json.loads(data) for data in second.service.news.jobs_since(0)[1])
+        (newest,) = (json.loads(data) for data in second.service.feed.jobs_since(0)[1])
         assert newest["id"] == job
         return newest["progress"]["rows_done"] if newest["progress"] else 0
 
