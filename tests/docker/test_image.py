@@ -161,7 +161,7 @@ def test_the_steps_of_the_build_stage_make_an_environment_thatserve_and_stop(
             *copied, _ = argument.split()
             for path in (ROOT / each for each in copied):
                 if path.is_dir():
-                    shutil.copytree(path, source / path.name, ignore=shutil.ignore_patterns("__pycache__"))
+                    shutil.copytree(path, source / path.relative_to(ROOT), ignore=shutil.ignore_patterns("__pycache__"))
                 else:
                     shutil.copy2(path, source)
         if word == "RUN" and argument.startswith("./install.sh"):

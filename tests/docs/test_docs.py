@@ -29,8 +29,9 @@ def test_configuration_page_lists_every_setting() -> None:
 def test_nothing_tells_to_install_neuronlens_by_name() -> None:
     """In the package index that name belongs to another project."""
     files = [*ROOT.glob("*.md"), *(ROOT / "docs").glob("*.md"), *(ROOT / "docker").rglob("*.*")]
+    files += [ROOT / "clients" / "python" / "README.md"]
     files += [
-        file for package in ("app", "neuronlens", "range_store", "workers") for file in (ROOT / package).rglob("*.py")
+        file for package in ("app", "clients", "range_store", "workers") for file in (ROOT / package).rglob("*.py")
     ]
     for file in files:
         assert not re.search(r"pip install [^\n`]*\bneuronlens", file.read_text("utf-8")), file
@@ -76,7 +77,12 @@ def anchors(page: Path) -> set[str]:
 
 
 @pytest.mark.parametrize(
-    "page", [str(path.relative_to(ROOT)) for folder in (".", "docs", "docker") for path in (ROOT / folder).glob("*.md")]
+    "page",
+    [
+        str(path.relative_to(ROOT))
+        for folder in (".", "docs", "docker", "clients/python")
+        for path in (ROOT / folder).glob("*.md")
+    ],
 )
 def test_links_between_pages_have_a_target(page: str) -> None:
     text = (ROOT / page).read_text("utf-8")

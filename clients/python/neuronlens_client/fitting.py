@@ -3,7 +3,7 @@
 from collections.abc import Mapping, Sequence
 from typing import Literal, TypedDict
 
-from neuronlens.api import Ranking
+from neuronlens_client.api import Ranking
 
 
 class FitSettings(TypedDict, total=False):

@@ -9,9 +9,9 @@ from typing import Any
 import httpx
 from pydantic import ValidationError
 
-from neuronlens.calls import CONNECT, Caller, pause_before
-from neuronlens.errors import NeuronLensError, NoAnswer, NotUnderstood, Overloaded, Unavailable
-from neuronlens.replies import Job, LiveState
+from neuronlens_client.calls import CONNECT, Caller, pause_before
+from neuronlens_client.errors import ConnectionFailed, NeuronLensError, Overloaded, Unavailable, UnexpectedReply
+from neuronlens_client.replies import Job, LiveState
 
 SILENCE = 45.0
 """Seconds without a byte after which a stream is taken for dead; the server breaks its silence every 15 s."""
@@ -67,11 +67,11 @@ class Following:
         self._in_touch = time.monotonic()
 
     def accepts(self, response: httpx.Response) -> bool:
-        """Whether a reply is the stream; raises NotUnderstood if it is another kind of success."""
+        """Whether a reply is the stream; raises UnexpectedReply if it is another kind of success."""
         if response.status_code >= 300:
             return False
         if not response.headers.get("content-type", "").startswith("text/event-stream"):
-            raise NotUnderstood("answered, but no stream of events", status=response.status_code)
+            raise UnexpectedReply("answered, but no stream of events", status=response.status_code)
         return True
 
     def feed(self, chunk: bytes) -> Iterator[Event]:
@@ -92,13 +92,13 @@ class Following:
         """
         self._buffer = b""
         if isinstance(error, httpx.RequestError):
-            error = NoAnswer(f"no events from {self.caller.shown} ({type(error).__name__})")
+            error = ConnectionFailed(f"no events from {self.caller.shown} ({type(error).__name__})")
         seconds = pause_before(self._failures, error.retry_after if error else None)
         self._failures += 1
-        if error is not None and not isinstance(error, NoAnswer | Overloaded | Unavailable):
+        if error is not None and not isinstance(error, ConnectionFailed | Overloaded | Unavailable):
             raise error
         if time.monotonic() + seconds - self._in_touch > self._patience:
-            raise error or NoAnswer(f"{self.caller.shown} ends every stream of events at once")
+            raise error or ConnectionFailed(f"{self.caller.shown} ends every stream of events at once")
         return seconds
 
     def _event(self, block: bytes) -> Event | None:
@@ -128,4 +128,4 @@ class Following:
                     return JobChanged(Job.model_validate(decoded))
             return OtherEvent(name, decoded)
         except (ValueError, AttributeError, ValidationError):
-            raise NotUnderstood("an event is not as this client knows it: is the server another version?") from None
+            raise UnexpectedReply("an event is not as this client knows it: is the server another version?") from None

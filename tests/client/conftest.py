@@ -14,7 +14,7 @@ from typing import Any
 
 import pytest
 
-from neuronlens import AsyncClient, Client
+from neuronlens_client import AsyncClient, Client
 from tests.servers import RunningServer, with_ranges
 from workers.fitting.fit import Fitted
 
@@ -93,9 +93,9 @@ def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
         await asyncio.sleep(0)
 
     for module in ("client", "calls", "events", "api"):
-        monkeypatch.setattr(f"neuronlens.{module}.time", made)
-    monkeypatch.setattr("neuronlens.async_client.asyncio", SimpleNamespace(**{**vars(asyncio), "sleep": sleep}))
-    monkeypatch.setattr("neuronlens.calls.random", SimpleNamespace(uniform=lambda low, high: high))
+        monkeypatch.setattr(f"neuronlens_client.{module}.time", made)
+    monkeypatch.setattr("neuronlens_client.async_client.asyncio", SimpleNamespace(**{**vars(asyncio), "sleep": sleep}))
+    monkeypatch.setattr("neuronlens_client.calls.random", SimpleNamespace(uniform=lambda low, high: high))
     return made
 
 

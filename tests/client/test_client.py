@@ -16,31 +16,31 @@ import httpx
 import pytest
 from pydantic import BaseModel
 
-import neuronlens.api
+import neuronlens_client.api
 from app.schemas import requests
-from neuronlens import (
+from neuronlens_client import (
+    AccessDenied,
     Conflict,
+    ConnectionFailed,
     DeadlineExceeded,
     ErasureSettings,
     ErasureSpec,
-    Invalid,
+    InvalidRequest,
     LiveSpec,
     NeuronLensError,
-    NoAnswer,
-    NotEverywhere,
     NotFound,
     Overloaded,
-    Refused,
+    ReplicasBehind,
     Result,
-    Stale,
+    StaleGeneration,
     TooLarge,
     Unavailable,
     errors,
 )
-from neuronlens.erasing import ErasuresSpec
+from neuronlens_client.erasing import ErasuresSpec
 from range_store.domain.erasure import RANKINGS
+from tests.client.conftest import Clock
 from tests.e2e.reports import write_report
-from tests.neuronlens.conftest import Clock
 from tests.range_store.builders import random_range_set
 from tests.range_store.waiting import until
 from tests.servers import KeyedServer, RunningServer
@@ -54,12 +54,12 @@ ERRORS: list[tuple[Callable[[Any], Any], type[NeuronLensError], str]] = [
     (lambda client: client.switch_on(".."), NotFound, "unknown_concept"),
     (lambda client: client.neuron(-1, 10**6), NotFound, "unknown_neuron"),
     (lambda client: client.range_set("x"), NotFound, "unknown_range_set"),
-    (lambda client: client.classify("a", erase=[{"concept": "Sports", "tau": -1}]), Invalid, "invalid"),
-    (lambda client: client.classify("a", erase={"concepts": ["Sports"], "tua": 1}), Invalid, "invalid"),
-    (lambda client: client.classify(["a", 3]), Invalid, "invalid"),
-    (lambda client: client.classify("word " * 5000, truncate=False), Invalid, "text_too_long"),
-    (lambda client: client.classify("a", erase=["Sports", "Sports"]), Invalid, "invalid_erasure"),
-    (lambda client: client.ranges("Sports", layer=0), Invalid, "not_fitted"),
+    (lambda client: client.classify("a", erase=[{"concept": "Sports", "tau": -1}]), InvalidRequest, "invalid"),
+    (lambda client: client.classify("a", erase={"concepts": ["Sports"], "tua": 1}), InvalidRequest, "invalid"),
+    (lambda client: client.classify(["a", 3]), InvalidRequest, "invalid"),
+    (lambda client: client.classify("word " * 5000, truncate=False), InvalidRequest, "text_too_long"),
+    (lambda client: client.classify("a", erase=["Sports", "Sports"]), InvalidRequest, "invalid_erasure"),
+    (lambda client: client.ranges("Sports", layer=0), InvalidRequest, "not_fitted"),
     (lambda client: client.classify("x" * 200_000), TooLarge, "text_too_large"),
 ]
 TEXTS = [text for text, _ in labelled_texts(12, seed=8)]
@@ -236,7 +236,7 @@ def test_neurons_are_read_page_by_page(
     client = client_of(server.url)
     whole = client.ranges("Météo & co")
     assert len(whole.neurons) == client.models().models[0].hidden_size
-    monkeypatch.setattr(neuronlens.api, "PAGE", 5)
+    monkeypatch.setattr(neuronlens_client.api, "PAGE", 5)
     assert client.ranges("Météo & co") == whole
     seven = client.ranges("Météo & co", limit=7)
     assert seven.neurons == whole.neurons[:7]
@@ -250,7 +250,7 @@ def test_live_erasures_are_switched_on_and_off(client_of: ClientOf, server: Runn
     assert on.concepts == (concept,)
     assert (on.erasures[0].tau, on.erasures[0].reason, on.erasures[0].enforced) == (3, "a try", True)
     assert client.erasures() == on
-    with pytest.raises(Stale) as raised:
+    with pytest.raises(StaleGeneration) as raised:
         client.switch_off(concept, if_match="00000000-1")
     assert raised.value.generation == on.generation
     off = client.switch_off(concept, reason="enough", if_match=on.generation)
@@ -266,7 +266,7 @@ def test_a_change_waits_for_all_replicas_and_requests_insist_on_it(
     client, store = client_of(fresh_server.url), fresh_server.service.store
     since = store.keys.replicas, "since"
     store.client.hset(*since, str(time.time() + 3600))  # too early to know which replicas report
-    with pytest.raises(NotEverywhere, match="is made") as raised:
+    with pytest.raises(ReplicasBehind, match="is made") as raised:
         client.switch_on("Sports", wait="all", wait_seconds=0.01)
     own = {each.name for each in client.replicas().replicas if each.this}
     assert raised.value.status == 504
@@ -275,7 +275,7 @@ def test_a_change_waits_for_all_replicas_and_requests_insist_on_it(
     store.client.hset(*since, "0")  # from now on, all live replicas have reported
     client.replace(["World"], wait="all", wait_seconds=60)
     store.replicas.report("elsewhere:1:ab", "00000000-1", None, seconds=600)
-    with pytest.raises(NotEverywhere) as raised:
+    with pytest.raises(ReplicasBehind) as raised:
         client.switch_off("World", wait="all", wait_seconds=0.2)
     assert {"elsewhere:1:ab"} <= set(raised.value.missing) <= {"elsewhere:1:ab"} | own
     listed = client.replicas()
@@ -317,7 +317,7 @@ def test_errors_have_the_code_of_the_server(client_of: ClientOf, server: Running
         assert error.request_id == "mine"
         if isinstance(error, NotFound) and error.code == "unknown_concept":
             assert "Sci/Tech" in error.known
-        if isinstance(error, Invalid) and error.code == "invalid":
+        if isinstance(error, InvalidRequest) and error.code == "invalid":
             assert error.errors[0]["loc"]
         if error.code == "not_fitted":
             assert error.problem["fitted"]
@@ -375,14 +375,14 @@ def test_keys_are_sent_and_never_shown(
         (infer.erasures, 403),
         (lambda: client_of(running.url, tokens["read"]).switch_off("Sports"), 403),
     ):
-        with pytest.raises(Refused) as raised:
+        with pytest.raises(AccessDenied) as raised:
             call()
         assert raised.value.status == status
         assert not any(token in f"{raised.value!r} {raised.value.__dict__}" for token in tokens.values())
     assert tokens["infer"] not in repr(infer)
     monkeypatch.setenv("NEURONLENS_API_KEY", tokens["read"])
     assert client_of(running.url).erasures().concepts == ("Sports",)
-    with pytest.raises(Refused):
+    with pytest.raises(AccessDenied):
         client_of(running.url, "").erasures()
 
 
@@ -428,12 +428,12 @@ def test_a_call_waits_while_the_queue_is_full(
 def test_a_given_httpx_client_stays_open(server: RunningServer) -> None:
     with httpx.Client() as http:
         for _ in range(2):
-            with neuronlens.Client(server.url, http=http) as client:
+            with neuronlens_client.Client(server.url, http=http) as client:
                 assert client.ready().status == "ready"
 
 
 def test_a_closed_client_raises(server: RunningServer) -> None:
-    client = neuronlens.Client(server.url)
+    client = neuronlens_client.Client(server.url)
     client.close()
     with pytest.raises(RuntimeError, match="closed"):
         client.ready()
@@ -441,11 +441,11 @@ def test_a_closed_client_raises(server: RunningServer) -> None:
 
 def test_the_type_of_an_answer_follows_the_type_of_the_inputs() -> None:
     """mypy checks the types of all calls in `test_typing.py`, which takes longer."""
-    for client in (neuronlens.Client, neuronlens.AsyncClient):
+    for client in (neuronlens_client.Client, neuronlens_client.AsyncClient):
         hints = [get_type_hints(overload) for overload in get_overloads(client.classify)]
         returned = {str(hint["inputs"]): hint["return"] for hint in hints}
-        assert returned[str(str)] is neuronlens.Answer
-        assert neuronlens.Answers in returned.values()
+        assert returned[str(str)] is neuronlens_client.Answer
+        assert neuronlens_client.Answers in returned.values()
 
 
 def test_both_clients_have_the_same_methods() -> None:
@@ -453,7 +453,7 @@ def test_both_clients_have_the_same_methods() -> None:
         found = inspect.getmembers(kind, inspect.isfunction)
         return {name: inspect.signature(each).parameters for name, each in found if not name.startswith("_")}
 
-    blocking, asynchronous = methods(neuronlens.Client), methods(neuronlens.AsyncClient)
+    blocking, asynchronous = methods(neuronlens_client.Client), methods(neuronlens_client.AsyncClient)
     assert blocking.pop("close") == asynchronous.pop("aclose")
     assert blocking == asynchronous
     assert len(blocking) > 10
@@ -463,14 +463,14 @@ def test_public_names_are_exported_and_errors_are_documented() -> None:
     kinds = [each for each in vars(errors).values() if isinstance(each, type) and issubclass(each, NeuronLensError)]
     assert len(kinds) > 10
     for kind in kinds:
-        assert kind.__name__ in neuronlens.__all__
+        assert kind.__name__ in neuronlens_client.__all__
         assert f"- {kind.__name__}" in (NeuronLensError.__doc__ or "")
-    assert all(hasattr(neuronlens, name) for name in neuronlens.__all__)
-    assert issubclass(NoAnswer, NeuronLensError)
+    assert all(hasattr(neuronlens_client, name) for name in neuronlens_client.__all__)
+    assert issubclass(ConnectionFailed, NeuronLensError)
 
 
 def test_the_client_imports_nothing_of_the_service() -> None:
-    code = "import sys, neuronlens; print(' '.join({name.partition('.')[0] for name in sys.modules}))"
+    code = "import sys, neuronlens_client; print(' '.join({name.partition('.')[0] for name in sys.modules}))"
     loaded = set(
         subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.split()
     )
@@ -479,6 +479,8 @@ def test_the_client_imports_nothing_of_the_service() -> None:
 
 
 def test_errors_can_be_pickled() -> None:
-    error = Stale("gone", status=412, code="stale_generation", request_id="r", problem={"generation": "00000000-2"})
+    error = StaleGeneration(
+        "gone", status=412, code="stale_generation", request_id="r", problem={"generation": "00000000-2"}
+    )
     again = pickle.loads(pickle.dumps(error))
     assert (str(again), again.generation, again.request_id) == (str(error), "00000000-2", "r")

@@ -12,21 +12,21 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from neuronlens import (
+from neuronlens_client import (
+    AccessDenied,
     Client,
+    ConnectionFailed,
     Event,
     LiveChanged,
-    NoAnswer,
     NotFound,
-    NotUnderstood,
     OtherEvent,
     RangeSetsChanged,
-    Refused,
     Unavailable,
+    UnexpectedReply,
 )
-from neuronlens.calls import Caller
-from neuronlens.events import Following
-from tests.neuronlens.conftest import Clock, Scripted, refusal
+from neuronlens_client.calls import Caller
+from neuronlens_client.events import Following
+from tests.client.conftest import Clock, Scripted, refusal
 from tests.servers import RunningServer
 
 ClientOf = Callable[..., Any]
@@ -73,11 +73,11 @@ def test_a_broken_stream_is_resumed_without_repetitions(client_of: ClientOf, scr
 @pytest.mark.parametrize(
     ("answer", "kind"),
     [
-        (refusal(403, "wrong_scope"), Refused),
+        (refusal(403, "wrong_scope"), AccessDenied),
         (refusal(404, "not_found"), NotFound),
-        ((200, {}, b"{}"), NotUnderstood),
-        ((200, STREAM, b"event: live\ndata: {}\n\n"), NotUnderstood),
-        ((200, STREAM, b"event: live\ndata: []\n\n"), NotUnderstood),
+        ((200, {}, b"{}"), UnexpectedReply),
+        ((200, STREAM, b"event: live\ndata: {}\n\n"), UnexpectedReply),
+        ((200, STREAM, b"event: live\ndata: []\n\n"), UnexpectedReply),
     ],
 )
 def test_errors_that_would_recur_end_the_stream(
@@ -92,14 +92,14 @@ def test_errors_that_would_recur_end_the_stream(
 def test_the_stream_is_given_up_after_the_patience(client_of: ClientOf, scripted: Scripted, clock: Clock) -> None:
     with socket.socket() as bound:
         bound.bind(("127.0.0.1", 0))
-        with pytest.raises(NoAnswer):
+        with pytest.raises(ConnectionFailed):
             next(client_of(f"http://127.0.0.1:{bound.getsockname()[1]}").events(patience=5))
     assert 0 < sum(clock.pauses) <= 5
     scripted.answers = [refusal(503, "draining", {"Retry-After": "0"})]
     with pytest.raises(Unavailable):
         next(client_of(scripted.url).events(patience=5))
     scripted.answers = [(200, STREAM, b"")]
-    with pytest.raises(NoAnswer):
+    with pytest.raises(ConnectionFailed):
         next(client_of(scripted.url).events(patience=5))
 
 

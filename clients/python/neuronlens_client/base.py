@@ -4,9 +4,9 @@ import os
 from collections.abc import Mapping
 from typing import Final, Unpack
 
-from neuronlens.api import Api
-from neuronlens.calls import Caller
-from neuronlens.erasing import Erasing, ErasureSettings, ErasureSpec, specs
+from neuronlens_client.api import Api
+from neuronlens_client.calls import Caller
+from neuronlens_client.erasing import ErasureContext, ErasureSettings, ErasureSpec, specs
 
 Texts = list[str] | tuple[str, ...]
 """Not any sequence of str: a str is one, and is answered otherwise."""
@@ -55,7 +55,7 @@ class BaseClient:
     def __repr__(self) -> str:
         return f"<{type(self).__name__} of {self._caller.shown}>"
 
-    def erase(self, *concepts: str | ErasureSpec, **settings: Unpack[ErasureSettings]) -> Erasing:
+    def erase(self, *concepts: str | ErasureSpec, **settings: Unpack[ErasureSettings]) -> ErasureContext:
         """A `with` block in which this client's requests erase concepts, in this thread or task only.
 
         Inner blocks add to outer ones, and win where they differ; a block without concepts erases nothing. An `erase=`
@@ -64,4 +64,4 @@ class BaseClient:
         >>> with client.erase("Sports", tau=2):
         ...     client.classify("The coach praised the goalkeeper.")
         """
-        return Erasing(self._api, specs(concepts, settings))
+        return ErasureContext(self._api, specs(concepts, settings))

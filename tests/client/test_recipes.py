@@ -43,7 +43,7 @@ def run(command: list[str], code: str, keyed_server: KeyedServer) -> "subprocess
     return subprocess.run(
         command,
         input=code.replace("http://127.0.0.1:8000", running.url),
-        env={**os.environ, "PYTHONPATH": str(ROOT), "NEURONLENS_API_KEY": tokens["admin"]},
+        env={**os.environ, "PYTHONPATH": str(ROOT / "clients" / "python"), "NEURONLENS_API_KEY": tokens["admin"]},
         capture_output=True,
         text=True,
         timeout=300,

@@ -8,19 +8,19 @@ from typing import Any
 
 import pytest
 
-from neuronlens import (
+from neuronlens_client import (
+    ConnectionFailed,
     DeadlineExceeded,
     NeuronLensError,
-    NoAnswer,
-    NotUnderstood,
     Overloaded,
-    Stale,
+    StaleGeneration,
     TooLarge,
     Unavailable,
+    UnexpectedReply,
 )
-from neuronlens.calls import FIRST_PAUSE, LONGEST_PAUSE, pause_before
-from neuronlens.errors import error_of
-from tests.neuronlens.conftest import LIVE, Clock, Received, Scripted, answering, classified, refusal
+from neuronlens_client.calls import FIRST_PAUSE, LONGEST_PAUSE, pause_before
+from neuronlens_client.errors import error_of
+from tests.client.conftest import LIVE, Clock, Received, Scripted, answering, classified, refusal
 
 ClientOf = Callable[..., Any]
 
@@ -91,7 +91,7 @@ def test_no_pause_goes_beyond_the_deadline(client_of: ClientOf, scripted: Script
 @pytest.mark.parametrize("answer", [refusal(503, "no_range_set"), refusal(504, "deadline_exceeded"), (500, {}, b"")])
 def test_errors_that_would_recur_are_raised_at_once(client_of: ClientOf, scripted: Scripted, answer: Any) -> None:
     scripted.answers = [answer]
-    with pytest.raises((Unavailable, DeadlineExceeded, NotUnderstood)):
+    with pytest.raises((Unavailable, DeadlineExceeded, UnexpectedReply)):
         client_of(scripted.url).classify("a")
     assert len(scripted.received) == 1
 
@@ -129,7 +129,7 @@ def test_a_change_that_was_certainly_not_made_is_repeated(client_of: ClientOf, s
 
 def test_a_stale_generation_is_raised_and_not_repeated(client_of: ClientOf, scripted: Scripted) -> None:
     scripted.answers = [refusal(412, "stale_generation", generation="00000000-9")]
-    with pytest.raises(Stale) as raised:
+    with pytest.raises(StaleGeneration) as raised:
         client_of(scripted.url).switch_off("a", if_match="00000000-1")
     assert raised.value.generation == "00000000-9"
     assert len(scripted.received) == 1
@@ -147,7 +147,7 @@ def test_an_unreachable_server_is_no_answer(client_of: ClientOf) -> None:
     with socket.socket() as bound:
         bound.bind(("127.0.0.1", 0))
         url = f"http://user:secret@127.0.0.1:{bound.getsockname()[1]}"  # pragma: allowlist secret
-        with pytest.raises(NoAnswer) as raised:
+        with pytest.raises(ConnectionFailed) as raised:
             client_of(url, retries=1).classify("a")
     assert "secret" not in str(raised.value)
     assert raised.value.status is None
@@ -155,7 +155,7 @@ def test_an_unreachable_server_is_no_answer(client_of: ClientOf) -> None:
 
 
 def test_a_server_that_sends_nothing_is_a_missed_deadline(client_of: ClientOf, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("neuronlens.calls.GRACE", 0.0)
+    monkeypatch.setattr("neuronlens_client.calls.GRACE", 0.0)
     with socket.socket() as bound:
         bound.bind(("127.0.0.1", 0))
         bound.listen()
@@ -168,7 +168,7 @@ def test_replies_of_another_kind_of_server_are_not_understood(
     client_of: ClientOf, scripted: Scripted, answer: Any
 ) -> None:
     scripted.answers = [answer]
-    with pytest.raises(NotUnderstood):
+    with pytest.raises(UnexpectedReply):
         client_of(scripted.url).classify("a secret text")
 
 

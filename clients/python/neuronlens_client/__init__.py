@@ -1,70 +1,70 @@
 """A client of the NeuronLens service: it needs httpx and pydantic, and nothing of the service itself.
 
->>> from neuronlens import Client
+>>> from neuronlens_client import Client
 >>> with Client("http://127.0.0.1:8000") as client:
 ...     client.classify("The coach praised the goalkeeper.", erase="Sports").label
 """
 
-from neuronlens.async_client import AsyncClient
-from neuronlens.client import Client
-from neuronlens.erasing import CONTEXT, Erase, Erasing, ErasureSettings, ErasureSpec, LiveSpec
-from neuronlens.errors import (
+from neuronlens_client.async_client import AsyncClient
+from neuronlens_client.client import Client
+from neuronlens_client.erasing import CONTEXT, Erase, ErasureContext, ErasureSettings, ErasureSpec, LiveSpec
+from neuronlens_client.errors import (
+    AccessDenied,
     Conflict,
+    ConnectionFailed,
     DeadlineExceeded,
-    Failed,
-    Invalid,
+    InvalidRequest,
     NeuronLensError,
-    NoAnswer,
-    NotEverywhere,
     NotFound,
-    NotUnderstood,
     Overloaded,
-    Refused,
-    Stale,
+    ReplicasBehind,
+    ServerError,
+    StaleGeneration,
     TooLarge,
     Unavailable,
+    UnexpectedReply,
 )
-from neuronlens.events import Event, JobChanged, LiveChanged, OtherEvent, RangeSetsChanged
-from neuronlens.fitting import FitSettings
-from neuronlens.replies import Answer, Answers, Job, LiveState, Plan, Replica, Replicas, Report, Result, Score
+from neuronlens_client.events import Event, JobChanged, LiveChanged, OtherEvent, RangeSetsChanged
+from neuronlens_client.fitting import FitSettings
+from neuronlens_client.replies import Answer, Answers, Job, LiveState, Plan, Replica, Replicas, Report, Result, Score
 
 __all__ = [
     "CONTEXT",
+    "AccessDenied",
     "Answer",
     "Answers",
     "AsyncClient",
     "Client",
     "Conflict",
+    "ConnectionFailed",
     "DeadlineExceeded",
     "Erase",
-    "Erasing",
+    "ErasureContext",
     "ErasureSettings",
     "ErasureSpec",
     "Event",
-    "Failed",
     "FitSettings",
-    "Invalid",
+    "InvalidRequest",
     "Job",
     "JobChanged",
     "LiveChanged",
     "LiveSpec",
     "LiveState",
     "NeuronLensError",
-    "NoAnswer",
-    "NotEverywhere",
     "NotFound",
-    "NotUnderstood",
     "OtherEvent",
     "Overloaded",
     "Plan",
     "RangeSetsChanged",
-    "Refused",
     "Replica",
     "Replicas",
+    "ReplicasBehind",
     "Report",
     "Result",
     "Score",
-    "Stale",
+    "ServerError",
+    "StaleGeneration",
     "TooLarge",
     "Unavailable",
+    "UnexpectedReply",
 ]

@@ -11,19 +11,19 @@ class NeuronLensError(Exception):
     """Base of all errors of this package.
 
     - NeuronLensError
-      - NoAnswer: the server cannot be reached, or the connection broke
+      - ConnectionFailed: the server cannot be reached, or the connection broke
       - DeadlineExceeded (504): no answer within the timeout, by the server's clock or by the client's
-      - NotEverywhere (504): a change with `wait="all"` is made, but some replicas do not follow it yet
-      - Refused (401, 403): no key, a wrong one, or one without the scope; an erasure below an enforced one
+      - ReplicasBehind (504): a change with `wait="all"` is made, but some replicas do not follow it yet
+      - AccessDenied (401, 403): no key, a wrong one, or one without the scope; an erasure below an enforced one
       - NotFound (404): no such concept, neuron, range set, model, job or path
       - Conflict (409): a range set of another model, an erasure that cannot be resolved, …
-      - Stale (412): somebody changed the live state first
+      - StaleGeneration (412): somebody changed the live state first
       - TooLarge (413): more, or longer, texts than the server takes
-      - Invalid (400, 415, 422): a field that the server does not take
+      - InvalidRequest (400, 415, 422): a field that the server does not take
       - Overloaded (429): a full queue, or more calls than the key may make
       - Unavailable (502, 503): starting, draining, without a range set, or cut off from the store
-      - Failed (500): a fault of the server; its log says more under the request id
-      - NotUnderstood: an answer that no NeuronLens server of this version gives
+      - ServerError (500): a fault of the server; its log says more under the request id
+      - UnexpectedReply: an answer that no NeuronLens server of this version gives
 
     What could be retried has been by the time that it is raised.
 
@@ -52,7 +52,7 @@ class NeuronLensError(Exception):
         super().__init__(f"{detail} ({said})" if said else detail)
 
 
-class NoAnswer(NeuronLensError):
+class ConnectionFailed(NeuronLensError):
     """The server cannot be reached, or the connection broke before the answer was whole."""
 
 
@@ -60,7 +60,7 @@ class DeadlineExceeded(NeuronLensError):
     """No answer within the timeout, by the server's clock (504) or by the client's (`status` is None)."""
 
 
-class NotEverywhere(NeuronLensError):
+class ReplicasBehind(NeuronLensError):
     """A change with `wait="all"` is made, but some replicas did not follow it in time; they may still."""
 
     @property
@@ -74,7 +74,7 @@ class NotEverywhere(NeuronLensError):
         return tuple(self.problem.get("missing") or ())
 
 
-class Refused(NeuronLensError):
+class AccessDenied(NeuronLensError):
     """No key or a wrong one (401), or one without the scope of the call (403)."""
 
 
@@ -90,7 +90,7 @@ class Conflict(NeuronLensError):
     """A range set of another model, or a live erasure that cannot be resolved on it."""
 
 
-class Stale(NeuronLensError):
+class StaleGeneration(NeuronLensError):
     """The live state is no longer at the generation named by `if_match`: another change came first.
 
     One's own change does not count where it is sent again, by this client or under the same `X-Request-ID`.
@@ -106,7 +106,7 @@ class TooLarge(NeuronLensError):
     """One text is too long for the server, or what cannot be sent in smaller parts is too large."""
 
 
-class Invalid(NeuronLensError):
+class InvalidRequest(NeuronLensError):
     """The server does not take a field, or cannot resolve it. `errors`: the invalid fields; `fitted`: what there is."""
 
     @property
@@ -126,26 +126,26 @@ class Unavailable(NeuronLensError):
     """
 
 
-class Failed(NeuronLensError):
+class ServerError(NeuronLensError):
     """A fault of the server."""
 
 
-class NotUnderstood(NeuronLensError):
+class UnexpectedReply(NeuronLensError):
     """An answer that no NeuronLens server of this version gives: a proxy's page, or another version's reply."""
 
 
 _KINDS: Mapping[int, type[NeuronLensError]] = {
-    400: Invalid,
-    401: Refused,
-    403: Refused,
+    400: InvalidRequest,
+    401: AccessDenied,
+    403: AccessDenied,
     404: NotFound,
     409: Conflict,
-    412: Stale,
+    412: StaleGeneration,
     413: TooLarge,
-    415: Invalid,
-    422: Invalid,
+    415: InvalidRequest,
+    422: InvalidRequest,
     429: Overloaded,
-    500: Failed,
+    500: ServerError,
     502: Unavailable,
     503: Unavailable,
     504: DeadlineExceeded,
@@ -163,11 +163,11 @@ def error_of(status: int, headers: Mapping[str, str], body: bytes) -> NeuronLens
     request_id = headers.get("x-request-id")
     retry_after = _seconds(headers.get("retry-after"))
     if not isinstance(problem, dict) or not isinstance(problem.get("code"), str):
-        kind = _KINDS[status] if status in _OF_PROXIES else NotUnderstood
+        kind = _KINDS[status] if status in _OF_PROXIES else UnexpectedReply
         detail = f"answered {status}, and not as NeuronLens does"
         return kind(detail, status=status, request_id=request_id, retry_after=retry_after)
     detail = str(problem.get("detail") or problem.get("title") or problem["code"])
-    kind = NotEverywhere if problem["code"] == "not_everywhere" else _KINDS.get(status, NeuronLensError)
+    kind = ReplicasBehind if problem["code"] == "not_everywhere" else _KINDS.get(status, NeuronLensError)
     return kind(
         detail,
         status=status,

@@ -1,4 +1,4 @@
-"""Every call of `/v1` as steps (`neuronlens.calls`): paths, fields and what the answer is."""
+"""Every call of `/v1` as steps (`neuronlens_client.calls`): paths, fields and what the answer is."""
 
 import math
 import time
@@ -6,10 +6,10 @@ from collections.abc import Mapping, Sequence
 from typing import Any, Literal
 from uuid import uuid4
 
-from neuronlens.calls import Caller, Pause, Steps, in_path
-from neuronlens.erasing import CONTEXT, Erase, ErasureSettings, FromContext, LiveSpec, erased_here, listed
-from neuronlens.errors import DeadlineExceeded, NotFound, Refused, TooLarge
-from neuronlens.replies import (
+from neuronlens_client.calls import Caller, Pause, Steps, in_path
+from neuronlens_client.erasing import CONTEXT, Erase, ErasureSettings, FromContext, LiveSpec, erased_here, listed
+from neuronlens_client.errors import AccessDenied, DeadlineExceeded, NotFound, TooLarge
+from neuronlens_client.replies import (
     Activations,
     Answer,
     Answers,
@@ -81,7 +81,7 @@ class Api:
             try:
                 limits = yield from self.caller.call("GET", "/v1/capabilities", Limits)
                 self._batch_size = limits.max_texts or BATCH
-            except (NotFound, Refused):  # an older server; a key that may infer only
+            except (NotFound, AccessDenied):  # an older server; a key that may infer only
                 self._batch_size = BATCH
         size = self._batch_size or BATCH
         return [texts[start : start + size] for start in range(0, max(len(texts), 1), size)]

@@ -1,4 +1,4 @@
-"""The asynchronous client: the same calls (`neuronlens.api`), awaited."""
+"""The asynchronous client: the same calls (`neuronlens_client.api`), awaited."""
 
 import asyncio
 from collections.abc import AsyncIterator, Mapping, Sequence
@@ -7,14 +7,14 @@ from typing import Self, Unpack, overload
 
 import httpx
 
-from neuronlens.api import Activation, Ranking, ReportFile, Wait, answer, answers
-from neuronlens.base import BaseClient, Texts
-from neuronlens.calls import Outcome, Pause, Send, Steps, T
-from neuronlens.erasing import CONTEXT, Erase, ErasureSettings, FromContext, LiveSpec
-from neuronlens.errors import NeuronLensError, error_of
-from neuronlens.events import Event, Following
-from neuronlens.fitting import FitSettings
-from neuronlens.replies import (
+from neuronlens_client.api import Activation, Ranking, ReportFile, Wait, answer, answers
+from neuronlens_client.base import BaseClient, Texts
+from neuronlens_client.calls import Outcome, Pause, Send, Steps, T
+from neuronlens_client.erasing import CONTEXT, Erase, ErasureSettings, FromContext, LiveSpec
+from neuronlens_client.errors import NeuronLensError, error_of
+from neuronlens_client.events import Event, Following
+from neuronlens_client.fitting import FitSettings
+from neuronlens_client.replies import (
     Activations,
     Answer,
     Answers,

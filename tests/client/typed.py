@@ -2,13 +2,13 @@
 
 from typing import assert_type
 
-from neuronlens import (
+from neuronlens_client import (
     Answer,
     Answers,
     AsyncClient,
     Client,
     Erase,
-    Erasing,
+    ErasureContext,
     ErasureSpec,
     LiveState,
     Plan,
@@ -28,7 +28,7 @@ def blocking(client: Client, either: str | list[str], erase: Erase) -> None:
     assert_type(client.switch_on("Sports", tau=2.0, layer="all", replacement={"damp": 0.5}), LiveState)
     spec: ErasureSpec = {"concept": "Sports", "tau": 2}
     with client.erase("Sports", spec, tau=2) as block:
-        assert_type(block, Erasing)
+        assert_type(block, ErasureContext)
     assert_type(client.reports().reports, tuple[Report, ...])
     assert_type(client.report_file("x", "run.json"), bytes)
     client.report_file("x", "../keys")  # type: ignore[arg-type]

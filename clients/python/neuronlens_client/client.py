@@ -1,4 +1,4 @@
-"""The blocking client: it makes the calls of `neuronlens.api` on httpx."""
+"""The blocking client: it makes the calls of `neuronlens_client.api` on httpx."""
 
 import time
 from collections.abc import Iterator, Mapping, Sequence
@@ -7,14 +7,14 @@ from typing import Self, Unpack, overload
 
 import httpx
 
-from neuronlens.api import Activation, Ranking, ReportFile, Wait, answer, answers
-from neuronlens.base import BaseClient, Texts
-from neuronlens.calls import Outcome, Pause, Send, Steps, T
-from neuronlens.erasing import CONTEXT, Erase, ErasureSettings, FromContext, LiveSpec
-from neuronlens.errors import NeuronLensError, error_of
-from neuronlens.events import Event, Following
-from neuronlens.fitting import FitSettings
-from neuronlens.replies import (
+from neuronlens_client.api import Activation, Ranking, ReportFile, Wait, answer, answers
+from neuronlens_client.base import BaseClient, Texts
+from neuronlens_client.calls import Outcome, Pause, Send, Steps, T
+from neuronlens_client.erasing import CONTEXT, Erase, ErasureSettings, FromContext, LiveSpec
+from neuronlens_client.errors import NeuronLensError, error_of
+from neuronlens_client.events import Event, Following
+from neuronlens_client.fitting import FitSettings
+from neuronlens_client.replies import (
     Activations,
     Answer,
     Answers,
@@ -200,8 +200,8 @@ class Client(BaseClient):
             wait_seconds: how long that may take; None: the server's default of 5.
 
         Raises:
-            NotEverywhere: the change is made, and some replicas do not follow it yet.
-            Stale: it is at another one. NotFound: no such concept. Invalid: not fitted so. See NeuronLensError.
+            ReplicasBehind: the change is made, and some replicas do not follow it yet.
+            StaleGeneration: it is at another one. NotFound: no such concept. See NeuronLensError.
         """
         return self._run(
             self._api.switch_on(concept, settings, enforced, reason, expires_in, if_match, (wait, wait_seconds))

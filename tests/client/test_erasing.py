@@ -11,8 +11,8 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from neuronlens import AsyncClient, Client
-from tests.neuronlens.conftest import Scripted, classified
+from neuronlens_client import AsyncClient, Client
+from tests.client.conftest import Scripted, classified
 
 ClientOf = Callable[..., Any]
 BLOCKS = st.lists(st.dictionaries(st.sampled_from("abcd"), st.sampled_from([1.0, 2.0, 3.0]), max_size=3), max_size=5)

@@ -69,7 +69,7 @@ def specs(concepts: Sequence[str | ErasureSpec], settings: ErasureSettings) -> t
     )
 
 
-class Erasing:
+class ErasureContext:
     """A block of code in which one client's requests erase concepts; for `with` and for `async with`.
 
     It may be entered again, inside itself too, and by several threads and tasks at once: each sees its own blocks only.
@@ -101,7 +101,7 @@ class Erasing:
         self.__exit__(kind, error, trace)
 
 
-_ENTERED: ContextVar[tuple[Erasing, ...]] = ContextVar("neuronlens_erasing", default=())
+_ENTERED: ContextVar[tuple[ErasureContext, ...]] = ContextVar("neuronlens_erasing", default=())
 
 
 def erased_here(of: object) -> list[ErasureSpec] | None:

@@ -7,10 +7,19 @@ from typing import Any
 import pytest
 
 from app.jobs.requests import FitIn
-from neuronlens import Client, Conflict, DeadlineExceeded, FitSettings, Invalid, JobChanged, NotFound, Refused
-from neuronlens.replies import Job
-from tests.neuronlens.conftest import Clock, Received, Scripted, refusal
-from tests.neuronlens.test_client import unknown_fields
+from neuronlens_client import (
+    AccessDenied,
+    Client,
+    Conflict,
+    DeadlineExceeded,
+    FitSettings,
+    InvalidRequest,
+    JobChanged,
+    NotFound,
+)
+from neuronlens_client.replies import Job
+from tests.client.conftest import Clock, Received, Scripted, refusal
+from tests.client.test_client import unknown_fields
 from tests.servers import RunningServer
 from tests.workers.texts import labelled_texts, write_jsonl
 
@@ -90,13 +99,13 @@ def test_a_job_is_waited_for_and_cancelled(client_of: ClientOf, scripted: Script
 
 def test_invalid_fits_are_rejected(client_of: ClientOf, fitting: RunningServer, server: RunningServer) -> None:
     client = client_of(fitting.url)
-    with pytest.raises(Invalid) as raised:
+    with pytest.raises(InvalidRequest) as raised:
         client.fit("../etc/passwd")
     assert raised.value.code == "unusable_data"
     with pytest.raises(NotFound) as missing:
         client.job("nonsense")
     assert missing.value.code == "unknown_job"
-    with pytest.raises(Refused) as refused:
+    with pytest.raises(AccessDenied) as refused:
         client_of(server.url).fit("a.jsonl")
     assert refused.value.code == "fits_disabled"
 
@@ -107,7 +116,7 @@ def test_a_fit_with_a_lost_reply_is_repeated_with_the_same_key(
     scripted.answers = ["cut", refusal(503, "jobs_unavailable", {"Retry-After": "0"}), refusal(422, "invalid")]
     client = client_of(scripted.url)
     for _ in range(2):
-        with pytest.raises(Invalid):
+        with pytest.raises(InvalidRequest):
             client.fit("a.jsonl")
     keys = [each.headers["idempotency-key"] for each in scripted.received]
     assert len(keys) == 4

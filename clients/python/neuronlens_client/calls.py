@@ -17,7 +17,7 @@ from urllib.parse import quote
 import httpx
 from pydantic import BaseModel, ValidationError
 
-from neuronlens.errors import DeadlineExceeded, NeuronLensError, NoAnswer, NotUnderstood, error_of
+from neuronlens_client.errors import ConnectionFailed, DeadlineExceeded, NeuronLensError, UnexpectedReply, error_of
 
 
 @dataclass(frozen=True)
@@ -106,7 +106,7 @@ class Caller:
         """As `fetch`, and the answer is understood.
 
         Raises:
-            NotUnderstood: it is no such reply.
+            UnexpectedReply: it is no such reply.
         """
         response = yield from self.fetch(
             method,
@@ -189,7 +189,7 @@ class Caller:
             return DeadlineExceeded(f"no answer from {self.shown} in time", request_id=request_id)
         # what httpx says of a header that cannot be sent would quote it
         said = str(error) if isinstance(error, httpx.NetworkError) and str(error) else type(error).__name__
-        return NoAnswer(f"no answer from {self.shown} ({said})", request_id=request_id)
+        return ConnectionFailed(f"no answer from {self.shown} ({said})", request_id=request_id)
 
 
 def in_path(name: str) -> str:
@@ -224,7 +224,7 @@ def _understood(response: httpx.Response, reply: type[R]) -> R:
     try:
         return reply.model_validate_json(response.content)
     except ValidationError:  # its message would quote the reply
-        raise NotUnderstood(
+        raise UnexpectedReply(
             f"the answer is no {reply.__name__} as this client knows it: is the server another version?",
             status=response.status_code,
             request_id=response.headers.get("x-request-id"),
