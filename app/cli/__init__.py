@@ -1,6 +1,6 @@
 """The command line (DESIGN "Command line"): `neuronlens`. One module per command or group of commands.
 
-`options` what several commands ask, and comma lists · `console` what people see · `exits` exit codes ·
+`options` what several commands ask, and comma lists · `terminal` output · `exits` exit codes ·
 `stores`, `control`, `server_control` the store, directly or through a running server · `listening` the HTTP server ·
 `clock` times and durations.
 Nothing here imports torch: jobs that need it go through `app.serving.wiring`, imported when they start.
@@ -16,13 +16,13 @@ import typer
 
 from app.cli import erase, fleet, keys, ranges
 from app.cli.audit import audit
-from app.cli.console import error_line, say
 from app.cli.demo import demo
 from app.cli.evaluate import evaluate
 from app.cli.exits import EPILOG, exit_code_of, leave
 from app.cli.fit import fit
 from app.cli.options import RayCommand
 from app.cli.serve import serve
+from app.cli.terminal import error_line, say
 from app.cli.train import train
 
 app = typer.Typer(

@@ -6,8 +6,8 @@ import typer
 
 from app.cli import options
 from app.cli.clock import moment
-from app.cli.console import hint, print_json, table
 from app.cli.control import control_of
+from app.cli.terminal import hint, print_json, table
 from range_store.domain.live import AuditEntry
 
 

@@ -7,11 +7,11 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from app.cli import options
-from app.cli.console import print_json, progress, say, table
 from app.cli.evaluate import about_chance
 from app.cli.listening import bind, guarded, observed
 from app.cli.serve import AccessLog, Host, Insecure, LogFormat, LogLevel, Port, serve_until_told
 from app.cli.stores import settings_with
+from app.cli.terminal import print_json, progress, say, table
 
 if TYPE_CHECKING:
     from app.serving.wiring import Demo

@@ -10,9 +10,9 @@ import typer
 from app.choices import CorpusChoice, DTypeChoice, ModelChoice
 from app.cli import options
 from app.cli.commands import command
-from app.cli.console import Report, hint, print_json, progress, say, table
 from app.cli.exits import INTERRUPTED
 from app.cli.stores import operator, settings_with, store_of
+from app.cli.terminal import Report, hint, print_json, progress, say, table
 from app.jobs import child as fit_child
 from range_store.domain.erasure import RANKINGS, STATISTICAL
 from range_store.domain.range_set import CorpusIdentity, ProbeSettings, check_dtype
@@ -73,7 +73,6 @@ def fit(
     """
     options.some_data(data, dataset)
     cluster = options.ray_choice(ray, actors)
-    report_to: AbstractContextManager[Report] = nullcontext(fit_child.begin(job)) if job else progress("rows")
     of_class = None if correct_only else rows_per_class
     corpus = CorpusChoice(data, dataset, split, text_field, label_field, label_map, max_rows, of_class, seed)
     rankings = options.rankings(ranking)
@@ -90,6 +89,9 @@ def fit(
         "scoring": scoring,
     }
     settings = settings_with(model=model, name=name, **how_to_load, **place)
+    report_to: AbstractContextManager[Report] = (
+        nullcontext(fit_child.begin(job, settings.fit_niceness)) if job else progress("rows")
+    )
     from app.cli.inputs import check_model, check_texts
 
     check_texts(corpus, cluster=cluster)

@@ -5,9 +5,9 @@ from typing import Annotated
 import typer
 
 from app.cli import options
-from app.cli.console import print_json, say, table
 from app.cli.exits import EPILOG, USAGE, CommandError
 from app.cli.stores import settings_with
+from app.cli.terminal import print_json, say, table
 
 app = typer.Typer(
     help="Engines on a Ray cluster, which stay when a server in front of them stops.",

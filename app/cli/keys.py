@@ -9,9 +9,9 @@ import typer
 
 from app.cli import options
 from app.cli.clock import duration, moment, until
-from app.cli.console import hint, print_json, say, table
 from app.cli.exits import EPILOG, USAGE, CommandError
 from app.cli.stores import operator, settings_with
+from app.cli.terminal import hint, print_json, say, table
 from range_store.storage.api_keys import SCOPES, ApiKey, KeyStore
 
 app = typer.Typer(
@@ -110,7 +110,7 @@ def _key_store(redis_url: str | None, data_dir: Path | None) -> Iterator[KeyStor
 
 
 def _check_rate(text: str) -> None:
-    from app.security.rates import rate
+    from app.rates import rate
 
     try:
         rate(text)

@@ -16,8 +16,8 @@ from typing import TYPE_CHECKING
 import uvicorn
 
 from app.cli.commands import command
-from app.cli.console import hint
 from app.cli.exits import FAILED, INTERRUPTED, USAGE, CommandError, exit_code_of
+from app.cli.terminal import hint
 
 if TYPE_CHECKING:
     from fastapi import FastAPI

@@ -9,10 +9,10 @@ import typer
 
 from app.choices import ModelChoice
 from app.cli import options
-from app.cli.console import hint, progress, say
-from app.cli.exits import FAILED, UNREACHABLE, USAGE, CommandError
+from app.cli.exits import FAILED, UNREACHABLE, USAGE, CommandError, end_at_once
 from app.cli.listening import address_of, bind, fit_command, guarded, keys_create, listen, metrics_apart, observed
 from app.cli.stores import settings_with
+from app.cli.terminal import hint, progress, say
 
 if TYPE_CHECKING:
     from app.serving.service import Service
@@ -223,7 +223,9 @@ def serve(
                 report("starting engines on Ray", 0, 0)
                 from app.serving.fleet import open_fleet  # here, because it needs Ray
 
-                services = stack.enter_context(open_fleet(settings, redeploy=redeploy))
+                services = stack.enter_context(
+                    open_fleet(settings, redeploy=redeploy, lost_exit_code=UNREACHABLE, skip_cleanup=end_at_once)
+                )
             else:
                 from app.cli.inputs import check_model
 

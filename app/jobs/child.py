@@ -27,11 +27,9 @@ CHECKPOINTS = "checkpoints"
 _PHASES = {"loading the model": "loading", "reading the texts": "reading"}
 
 
-def begin(job: Path) -> "JobProgress":
-    """Take the priority of the settings, watch for the server's end, and say that the job is under way."""
-    from app.cli.stores import settings_with  # here, because every command imports this module
-
-    os.nice(settings_with().fit_niceness)
+def begin(job: Path, niceness: int) -> "JobProgress":
+    """Lower this process's priority, watch for the server's end, and say that the job is under way."""
+    os.nice(niceness)
     threading.Thread(target=_end_with_server, name="server-watch", daemon=True).start()
     return JobProgress(job)
 

@@ -16,8 +16,8 @@ from starlette.types import Scope as AsgiScope
 
 from app.http.problems import ApiError, documented, header, problem_response
 from app.observability.logs import note
+from app.rates import rate
 from app.security.keyring import REASONS, Keyring, Refused
-from app.security.rates import rate
 from range_store.storage.api_keys import ApiKey, Scope
 
 OPEN = frozenset({"/livez", "/readyz", "/metrics", "/openapi.json", "/health", "/v2/health/live", "/v2/health/ready"})

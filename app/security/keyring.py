@@ -5,7 +5,7 @@ import logging
 import threading
 from pathlib import Path
 
-from app.security.rates import rate
+from app.rates import rate
 from range_store.errors import RangeStoreError
 from range_store.storage.api_keys import ApiKey, Keys, KeyStore, Scope
 from range_store.whole_files import private_directory

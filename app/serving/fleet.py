@@ -3,7 +3,7 @@
 import logging
 import os
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from functools import partial
 from pathlib import Path
@@ -13,7 +13,6 @@ import redis
 from prometheus_client import CollectorRegistry
 
 from app.choices import ModelChoice
-from app.cli.exits import UNREACHABLE, end_at_once
 from app.observability.logs import serving
 from app.observability.tracing import traceparent
 from app.serving.assembly import engine_limits, service_around
@@ -44,7 +43,12 @@ END_SECONDS = 10.0
 
 @contextmanager
 def open_fleet(
-    settings: Settings, *, redeploy: bool = False, scaling: Mapping[str, float] | None = None
+    settings: Settings,
+    *,
+    redeploy: bool = False,
+    scaling: Mapping[str, float] | None = None,
+    lost_exit_code: int = 1,
+    skip_cleanup: Callable[[], None] = lambda: None,
 ) -> Iterator[list[Service]]:
     """Services in front of fleets, one for each model of the settings, the default first.
 
@@ -53,6 +57,8 @@ def open_fleet(
     Args:
         redeploy: replace the replicas of a fleet that runs with other settings.
         scaling: what differs from `workers.cluster.scaling.DEFAULTS`.
+        lost_exit_code: exit code of this process if it hangs after the cluster is lost.
+        skip_cleanup: called on leaving if the cluster is lost: exit handlers of libraries would wait for it.
 
     Raises:
         ClusterError: there is no such cluster, or a fleet does not come up.
@@ -65,11 +71,11 @@ def open_fleet(
     with ExitStack() as stack:
         client = stack.enter_context(connect(**settings.redis))
         url = client.url if isinstance(client, EmbeddedRedis) else str(settings.redis_url)
-        end = _End()
+        end = _End(lost_exit_code)
         cpus = len(models) * _private_cpus(settings)
         watch = stack.enter_context(connected(settings.ray, cpus, on_lost=end))
         assert watch is not None
-        stack.callback(lambda: end_at_once() if watch.unreachable else None)
+        stack.callback(lambda: skip_cleanup() if watch.unreachable else None)
         plans = [_plan(each, url, len(models), scaling or {}) for each in models]
         services = []
         for each, plan in zip(models, plans, strict=True):
@@ -90,7 +96,8 @@ def open_fleet(
 class _End:
     """What happens when the cluster is lost: see `GRACE_SECONDS`, `END_SECONDS`."""
 
-    def __init__(self) -> None:
+    def __init__(self, exit_code: int) -> None:
+        self._exit_code = exit_code
         self.fleets: list[Fleet] = []
 
     def __call__(self, why: str) -> None:
@@ -102,7 +109,7 @@ class _End:
             fleet.fail_pending(why)
         time.sleep(END_SECONDS)
         logger.critical("it waits for what is lost, and ends at once")
-        os._exit(UNREACHABLE)
+        os._exit(self._exit_code)
 
 
 def _forgotten(replicas: Replicas, ended: str) -> bool:

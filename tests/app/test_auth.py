@@ -6,8 +6,8 @@ from pathlib import Path
 import pytest
 from starlette.datastructures import Headers
 
+from app.rates import rate
 from app.security.auth import scope_of, token_of
-from app.security.rates import rate
 from tests.app.openapi import operations
 
 PAGE = Path(__file__).parents[2] / "docs" / "http.md"
