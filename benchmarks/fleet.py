@@ -24,7 +24,7 @@ from client import Connection, Server, ask_all, bodies_of, serving, texts_of
 from range_store.domain.range_set import ModelIdentity
 from range_store.embedded.connection import EmbeddedRedis, connect
 from range_store.storage.mirror import Mirror
-from range_store.storage.replicas import new_name
+from range_store.storage.replicas import new_replica_name
 from range_store.storage.store import RangeStore
 from workers.cluster.connection import PRIVATE, connected
 from workers.cluster.messages import CallReply, PackedAnswer, RemoteRequest
@@ -151,7 +151,7 @@ class Sleeper:
     def __init__(self, settings: ReplicaSettings) -> None:
         self._settings = settings
         self._facts = ModelFacts(**{**settings.model["facts"], "identity": ModelIdentity(**settings.model["identity"])})
-        self._name = new_name()
+        self._name = new_replica_name()
         self._free_at = 0.0
         store = RangeStore(connect(**settings.redis, directory=Path()), settings.name)
         self._mirror = Mirror(store, self._facts.identity.fingerprint, poll=settings.poll_seconds, replica=self._name)

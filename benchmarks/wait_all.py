@@ -21,7 +21,7 @@ import numpy as np
 import redis
 from client import Connection, serving
 
-from range_store.domain.live import reaches
+from range_store.domain.live import is_at_least
 from range_store.embedded.connection import connect
 from range_store.storage.replicas import SILENT_SECONDS
 from workers.demo.demo import make_classifier
@@ -45,7 +45,7 @@ async def toggles(ports: list[int], number: int) -> tuple[list[float], list[floa
             made = json.loads(reply.body)["generation"]
             for connection in connections:
                 answer = await connection.ask(b'{"inputs": "the keeper saved a penalty"}')
-                assert reaches(json.loads(answer.body)["erasure"]["generation"], made), "not everywhere"
+                assert is_at_least(json.loads(answer.body)["erasure"]["generation"], made), "not everywhere"
     await connections[0].ask(b"", "/v1/erasures/Sports", "DELETE")
     for connection in connections:
         connection.close()

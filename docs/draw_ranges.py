@@ -12,8 +12,8 @@ from matplotlib.axes import Axes
 
 from app.settings import Settings
 from range_store.domain.range_set import InspectLayer, RangeSet
-from range_store.domain.ranges import bounds
-from range_store.domain.rankings import order
+from range_store.domain.ranges import range_bounds
+from range_store.domain.rankings import rank_order
 from range_store.embedded.connection import connect
 from range_store.storage.store import RangeStore
 from workers.demo.demo import NAME, prepare
@@ -33,10 +33,10 @@ def densities(axes: Axes, inspect: InspectLayer, concepts: tuple[str, ...], neur
 
 
 def draw(range_set: RangeSet, inspect: InspectLayer, layer: int, out: Path) -> None:
-    neuron = int(order(range_set.saliency(layer, "selectivity", CONCEPT))[0])
+    neuron = int(rank_order(range_set.saliency(layer, "selectivity", CONCEPT))[0])
     row = range_set.concept_index(CONCEPT)
     serve = range_set.layer(layer)
-    low, high = bounds("sigma", 2.5, range_set.counts[row], serve.mean[row, neuron], serve.std[row, neuron])
+    low, high = range_bounds("sigma", 2.5, range_set.counts[row], serve.mean[row, neuron], serve.std[row, neuron])
     figure, (left, right) = plt.subplots(1, 2, figsize=(11, 3.6), sharey=True, layout="constrained")
     for axes in (left, right):
         densities(axes, inspect, range_set.concepts, neuron)

@@ -15,7 +15,7 @@ Every error carries one sentence that says what to do. `app.http.problems` maps 
     ├── RangeSetInUse           removing the active range set                                    409
     ├── StaleGeneration         the live state has moved on since the caller read it             412
     ├── InvalidRangeSet         corrupt, truncated or foreign bytes                              500 / exit 1
-    ├── Behind                  a generation that this process does not hold, nor can get in time    503
+    ├── GenerationNotReached    a generation that this process does not hold, nor can get in time    503
     ├── NoRangeSet              nothing is active yet                                            503
     ├── InvalidKey              an API key that cannot be made, or an unreadable list of them    exit 2
     ├── UnknownKey              no such API key                                                  exit 4
@@ -97,7 +97,7 @@ class StaleGeneration(RangeStoreError):
         super().__init__(f"live state is at generation {current}, not {expected}: read it again and retry")
 
 
-class Behind(RangeStoreError):
+class GenerationNotReached(RangeStoreError):
     """A request asks for a generation that this process does not hold, and could not get in time."""
 
     def __init__(self, wanted: str, held: str | None, why: str) -> None:

@@ -27,7 +27,7 @@ from app.serving.service import Service
 from app.settings import Settings
 from range_store.domain.range_set import InspectLayer, ModelIdentity, RangeSet
 from range_store.embedded.connection import EmbeddedRedis, connect
-from range_store.storage.api_keys import KeyStore
+from range_store.storage.api_keys import ApiKeyStore
 from tests.processes import end_redis
 from tests.range_store.builders import random_range_set
 from tests.range_store.waiting import until
@@ -273,9 +273,9 @@ def own_redis(redis_of_module: EmbeddedRedis) -> EmbeddedRedis:
 @pytest.fixture
 def server_with_keys(
     own_redis: EmbeddedRedis, start_server: Callable[..., RunningServer], fitted: Fitted, tmp_path: Path
-) -> tuple[RunningServer, dict[str, str], KeyStore]:
+) -> tuple[RunningServer, dict[str, str], ApiKeyStore]:
     """A server that requires API keys, a token for each scope, and the key store."""
-    keys = KeyStore(own_redis)
+    keys = ApiKeyStore(own_redis)
     tokens = {scope: keys.create(f"the-{scope}", [scope])[1] for scope in ("infer", "read", "admin")}
     running = with_ranges(start_server(redis_url=own_redis.url), fitted)
     return running, tokens, keys
@@ -290,7 +290,7 @@ def shared_keyed_server(
 ) -> Iterator[KeyedServer]:
     directory = tmp_path_factory.mktemp("keyed")
     with connect(None, directory) as client, starting(request, client, model, directory) as start:
-        keys = KeyStore(client)
+        keys = ApiKeyStore(client)
         tokens = {scope: keys.create(f"the-{scope}", [scope])[1] for scope in ("infer", "read", "admin")}
         yield with_ranges(start(), fitted), tokens
     end_redis(directory)

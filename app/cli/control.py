@@ -11,8 +11,8 @@ from app.cli.server_control import ServerControl
 from app.cli.stores import operator, settings_with, store_of, stores_of
 from range_store.domain.live import AuditEntry, LiveErasure, LiveState
 from range_store.domain.range_set import check_dtype
-from range_store.storage.published import Published
-from range_store.storage.replicas import Follow
+from range_store.storage.range_sets import PublishedRangeSet
+from range_store.storage.replicas import ReplicaWait
 from range_store.storage.store import RangeStore
 
 if TYPE_CHECKING:
@@ -27,7 +27,7 @@ PAUSE = 0.02
 class Control(Protocol):
     """Range sets and live erasures of one model. Every change gives the live state that it made."""
 
-    def range_sets(self) -> Sequence[Published]:
+    def range_sets(self) -> Sequence[PublishedRangeSet]:
         """All published range sets, newest first."""
 
     def activate(self, range_set: str, *, force: bool, if_match: str | None) -> LiveState:
@@ -64,7 +64,7 @@ class StoreControl:
         self.store = store
         self._wait = wait
 
-    def range_sets(self) -> Sequence[Published]:
+    def range_sets(self) -> Sequence[PublishedRangeSet]:
         return self.store.list()
 
     def activate(self, range_set: str, *, force: bool, if_match: str | None) -> LiveState:
@@ -98,7 +98,7 @@ class StoreControl:
     def _followed(self, state: LiveState) -> LiveState:
         if self._wait is None:
             return self._unexpired(state)
-        follow, ends = Follow(state.generation), time.monotonic() + self._wait
+        follow, ends = ReplicaWait(state.generation), time.monotonic() + self._wait
         while not follow.done(self.store.replicas.read()):
             if time.monotonic() >= ends:
                 raise CommandError(
@@ -181,7 +181,7 @@ def store_only(control: Control, command: str) -> RangeStore:
     )
 
 
-def find_range_set(control: Control, id_or_prefix: str) -> Published:
+def find_range_set(control: Control, id_or_prefix: str) -> PublishedRangeSet:
     """The range set of that id, or the only one whose id begins so.
 
     Raises:

@@ -16,11 +16,11 @@ from app.cli.exits import INTERRUPTED
 from app.cli.fit import about_corpus
 from app.cli.stores import settings_with, store_of
 from app.cli.terminal import hint, print_json, progress, say, table
+from range_store.atomic_files import make_private_directory
 from range_store.domain.erasure import RANKINGS
 from range_store.domain.range_set import CorpusIdentity, ProbeSettings
-from range_store.phrases import counted
+from range_store.formatting import format_count
 from range_store.storage.store import RangeStore
-from range_store.whole_files import private_directory
 
 if TYPE_CHECKING:
     from app.serving.wiring import Evaluation, Row
@@ -193,7 +193,7 @@ def evaluate(
     everything = (chosen, learned, test, selection, range_set, settings_of_grid, settings_of_fit, perplexity)
     if out is None:
         out = settings.reports / _name_of(chosen, everything)
-        private_directory(settings.reports)
+        make_private_directory(settings.reports)
     if out.exists() and not out.is_dir():
         raise typer.BadParameter(f"{out} is a file, not a directory", param_hint="--out")
     from app.cli.inputs import check_model, check_texts
@@ -329,7 +329,7 @@ def about_chance(rows: "Sequence[Row]") -> list[str]:
         if gone:
             concepts = ", ".join(dict.fromkeys(row.target for row in gone))
             tops = ", ".join(f"{top:g}" for top in sorted({row.top_fraction for row in gone}))
-            share = f"{len(gone):,} of {counted(len(own), 'erasure')}"
+            share = f"{len(gone):,} of {format_count(len(own), 'erasure')}"
             lines.append(
                 f"at chance: {method} masking of {concepts} (top {tops}; {share}) gives nearly all texts one label "
                 "or equal scores: it erases everything, not the concept alone"

@@ -14,10 +14,10 @@ from app.cli.exits import INTERRUPTED
 from app.cli.stores import operator, settings_with, store_of
 from app.cli.terminal import Report, hint, print_json, progress, say, table
 from app.jobs import child as fit_child
-from range_store.domain.erasure import RANKINGS, STATISTICAL
+from range_store.domain.erasure import RANKINGS, STATISTICAL_RANKINGS
 from range_store.domain.range_set import CorpusIdentity, ProbeSettings, check_dtype
 from range_store.errors import RangeStoreError, StoreUnavailable
-from range_store.phrases import counted
+from range_store.formatting import format_count
 from range_store.storage.store import RangeStore
 
 
@@ -42,7 +42,7 @@ def fit(
     ranking: Annotated[
         str,
         typer.Option("--ranking", help=f"Out of {', '.join(RANKINGS)}, or all; probe is trained, which takes time."),
-    ] = ",".join(STATISTICAL),
+    ] = ",".join(STATISTICAL_RANKINGS),
     site: options.Site = "block_output",
     position: options.Position = "read",
     probe_l1: options.ProbeL1 = 1e-3,
@@ -171,18 +171,20 @@ def about_corpus(corpus: CorpusIdentity, labels: Sequence[str]) -> list[str]:
     if least == 1:
         lines.append("the smallest class has 1 text, whose values vary by nothing: its ranges hold no other text")
     elif least < 30:
-        lines.append(f"the smallest class has {counted(least, 'text')}: its ranges are uncertain")
+        lines.append(f"the smallest class has {format_count(least, 'text')}: its ranges are uncertain")
     if others := [concept for concept in corpus.counts if concept not in labels]:
         named = ", ".join(map(repr, others[:5])) + (", …" if len(others) > 5 else "")
         lines.append(
             f"concepts that are no labels of the model: {named}; its labels: {', '.join(map(repr, labels[:10]))}"
         )
     if corpus.truncated:
-        lines.append(f"longer than the model takes, and cut: {corpus.truncated:,} of {counted(corpus.rows, 'text')}")
+        lines.append(
+            f"longer than the model takes, and cut: {corpus.truncated:,} of {format_count(corpus.rows, 'text')}"
+        )
     if corpus.empty:
-        lines.append(f"without any token, and left out: {counted(corpus.empty, 'text')}")
+        lines.append(f"without any token, and left out: {format_count(corpus.empty, 'text')}")
     if corpus.odd:
-        odd = counted(corpus.odd, "text")
+        odd = format_count(corpus.odd, "text")
         lines.append(f"with control or replacement characters, which look like damage, and used: {odd}")
     return lines
 

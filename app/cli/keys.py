@@ -12,7 +12,7 @@ from app.cli.clock import duration, moment, until
 from app.cli.exits import EPILOG, USAGE, CommandError
 from app.cli.stores import operator, settings_with
 from app.cli.terminal import hint, print_json, say, table
-from range_store.storage.api_keys import SCOPES, ApiKey, KeyStore
+from range_store.storage.api_keys import SCOPES, ApiKey, ApiKeyStore
 
 app = typer.Typer(
     help="API keys: who may call the servers on this store. The first one makes keys necessary, for good.",
@@ -102,11 +102,11 @@ def revoke(
 
 
 @contextmanager
-def _key_store(redis_url: str | None, data_dir: Path | None) -> Iterator[KeyStore]:
+def _key_store(redis_url: str | None, data_dir: Path | None) -> Iterator[ApiKeyStore]:
     from range_store.embedded.connection import connect
 
     with connect(**settings_with(redis_url=redis_url, data_dir=data_dir).redis) as client:
-        yield KeyStore(client)
+        yield ApiKeyStore(client)
 
 
 def _check_rate(text: str) -> None:
@@ -118,7 +118,7 @@ def _check_rate(text: str) -> None:
         raise CommandError(f"--rate-limit: {error}", USAGE) from None
 
 
-def _as_json(key: ApiKey, store: KeyStore) -> dict[str, Any]:
+def _as_json(key: ApiKey, store: ApiKeyStore) -> dict[str, Any]:
     return {**key.model_dump(mode="json", exclude={"sha256"}), "in_force": key.good(store.clock.now())}
 
 

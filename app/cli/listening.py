@@ -46,11 +46,11 @@ def guarded(settings: "Settings") -> "Settings":
         return settings
     from range_store.embedded.connection import connect
     from range_store.errors import InvalidStoreAddress, StoreUnavailable
-    from range_store.storage.api_keys import KeyStore
+    from range_store.storage.api_keys import ApiKeyStore
 
     try:
         with connect(**settings.redis) as client:
-            exist = KeyStore(client).read() is not None
+            exist = ApiKeyStore(client).read() is not None
     except StoreUnavailable as error:
         if settings.redis_url is None or isinstance(error, InvalidStoreAddress):
             raise

@@ -12,8 +12,8 @@ from app.cli.control import control_of, controls_of, find_range_set, store_only
 from app.cli.exits import CONFLICT, EPILOG, USAGE, CommandError
 from app.cli.terminal import hint, print_json, say, table
 from range_store.domain.range_set import CorpusIdentity, FitSettings
-from range_store.phrases import counted
-from range_store.storage.published import Published
+from range_store.formatting import format_count
+from range_store.storage.range_sets import PublishedRangeSet
 
 app = typer.Typer(
     help="Published range sets: list, look into, activate, move between stores.", epilog=EPILOG, no_args_is_help=True
@@ -60,8 +60,8 @@ def show(
         return
     model, corpus, settings = found.provenance.model, found.provenance.corpus, found.provenance.settings
     say(f"range set {found.id}{', active' if found.active else ''}")
-    size = f"{counted(model.n_layers, 'block')} of {counted(model.hidden_size, 'neuron')}"
-    tokens = counted(settings.batch_tokens, "token")
+    size = f"{format_count(model.n_layers, 'block')} of {format_count(model.hidden_size, 'neuron')}"
+    tokens = format_count(settings.batch_tokens, "token")
     facts = [
         ("published", moment(found.published_at)),
         ("model", f"{model.id} ({model.family}, {size})"),
@@ -73,8 +73,8 @@ def show(
         ("corpus sha256", corpus.sha256),
         ("layers", ", ".join(map(str, settings.layers))),
         ("rankings", ", ".join(settings.rankings)),
-        ("arithmetic", f"{settings.dtype}, {counted(settings.threads, 'thread')}, {tokens} a batch"),
-        ("histograms", counted(settings.bins, "bin")),
+        ("arithmetic", f"{settings.dtype}, {format_count(settings.threads, 'thread')}, {tokens} a batch"),
+        ("histograms", format_count(settings.bins, "bin")),
         ("versions", ", ".join(f"{package} {version}" for package, version in found.provenance.versions.items())),
     ]
     table(("", ""), facts, header=False)
@@ -190,7 +190,7 @@ def remove(
         say(f"range set {found.id} removed")
 
 
-def _row(found: Published, model: str) -> tuple[object, ...]:
+def _row(found: PublishedRangeSet, model: str) -> tuple[object, ...]:
     corpus, settings = found.provenance.corpus, found.provenance.settings
     n_layers = found.provenance.model.n_layers
     layers = f"all {n_layers}" if len(settings.layers) == n_layers else ", ".join(map(str, settings.layers))
@@ -207,7 +207,7 @@ def _row(found: Published, model: str) -> tuple[object, ...]:
 
 def _fitted_on(corpus: CorpusIdentity, settings: FitSettings) -> str:
     """How many of the rows count, and why no more."""
-    parts = [f"{sum(corpus.counts.values()):,} of {counted(corpus.rows, 'row')}"]
+    parts = [f"{sum(corpus.counts.values()):,} of {format_count(corpus.rows, 'row')}"]
     if settings.texts == "correct":
         parts.append("only those that the model gets right")
     if settings.rows_per_class is not None:
@@ -217,7 +217,7 @@ def _fitted_on(corpus: CorpusIdentity, settings: FitSettings) -> str:
     return "; ".join(parts)
 
 
-def _summary(found: Published) -> dict[str, Any]:
+def _summary(found: PublishedRangeSet) -> dict[str, Any]:
     provenance = found.provenance
     return {
         "id": found.id,
@@ -233,7 +233,7 @@ def _summary(found: Published) -> dict[str, Any]:
     }
 
 
-def _whole(found: Published) -> dict[str, Any]:
+def _whole(found: PublishedRangeSet) -> dict[str, Any]:
     return {
         "id": found.id,
         "active": found.active,

@@ -14,7 +14,7 @@ from neuronlens_client.api import Wait
 from range_store.domain.erasure import Erasure
 from range_store.domain.live import AuditEntry, LiveErasure, LiveState
 from range_store.domain.range_set import Provenance
-from range_store.storage.published import Published
+from range_store.storage.range_sets import PublishedRangeSet
 
 TIMEOUT = 30.0
 """Seconds for one answer."""
@@ -68,10 +68,10 @@ class ServerControl:
         with self._asking():
             return [each.id for each in self._client.models().models]
 
-    def range_sets(self) -> Sequence[Published]:
+    def range_sets(self) -> Sequence[PublishedRangeSet]:
         with self._asking():
             return [
-                Published(each.id, each.published_at, each.active, Provenance.model_validate(each.provenance))
+                PublishedRangeSet(each.id, each.published_at, each.active, Provenance.model_validate(each.provenance))
                 for each in self._client.range_sets().range_sets
             ]
 

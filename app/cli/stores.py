@@ -83,11 +83,11 @@ def _only_model(client: Any) -> str:
 
 def _models(client: Any) -> list[str]:
     """Names of the models that have range sets. Raises CommandError if there are none."""
-    from range_store.storage.failures import reaching_redis
+    from range_store.redis_errors import translate_redis_errors
     from range_store.storage.keys import ModelKeys
 
     prefix = ModelKeys("").range_sets
-    with reaching_redis():
+    with translate_redis_errors():
         found = sorted(key.decode().removeprefix(prefix) for key in client.scan_iter(f"{prefix}*"))
     if not found:
         raise CommandError(

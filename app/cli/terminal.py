@@ -23,7 +23,7 @@ from rich.progress import (
 from rich.table import Column, Table
 from rich.text import Text
 
-from range_store.phrases import duration
+from range_store.formatting import format_duration
 
 Report = Callable[[str, int, int], None]
 """Told of progress: (what is being done, how much of it, out of how much; 0 where that is not known)."""
@@ -196,7 +196,7 @@ class _PlainProgress:
         elif done >= total > 0 or now - self._said >= PLAIN_SECONDS:
             self._said = now
             speed = (done - self._first) / max(now - self._started, 1e-9)
-            left = f", {duration((total - done) / speed)} left" if speed and done < total else ""
+            left = f", {format_duration((total - done) / speed)} left" if speed and done < total else ""
             self._say(f"{what}: {_count(done, total, self._unit)}, {_rate(speed, self._unit)}{left}")
 
     def _say(self, line: str) -> None:

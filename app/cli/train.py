@@ -12,7 +12,7 @@ from app.cli.commands import command
 from app.cli.exits import INTERRUPTED
 from app.cli.stores import settings_with
 from app.cli.terminal import hint, print_json, progress, say
-from range_store.phrases import counted
+from range_store.formatting import format_count
 
 NEW_PANEL = "New model"
 
@@ -130,7 +130,7 @@ def train(
     accuracy = (
         "" if trained.accuracy is None else f", accuracy {trained.accuracy:.3f} on {eval_data or 'the test split'}"
     )
-    size = f"{counted(trained.rows, 'row')} for {counted(len(trained.labels), 'label')}"
+    size = f"{format_count(trained.rows, 'row')} for {format_count(len(trained.labels), 'label')}"
     say(f"{out}: {trained.recipe} trained on {size} in {trained.seconds:.0f} s{accuracy}")
     say(f"labels: {', '.join(trained.labels)}")
     if trained.at_chance:

@@ -32,10 +32,10 @@ from app.serving.service import (
     UnknownToken,
 )
 from range_store.errors import (
-    Behind,
     DtypeMismatch,
     EnforcedErasure,
     ForeignRangeSet,
+    GenerationNotReached,
     InvalidErasure,
     InvalidRangeSet,
     NoRangeSet,
@@ -117,7 +117,7 @@ CODES: Mapping[type[Exception], tuple[int, str]] = {
     RangeSetInUse: (409, "range_set_in_use"),
     StaleGeneration: (412, "stale_generation"),
     InvalidRangeSet: (500, "invalid_range_set"),
-    Behind: (503, "behind"),
+    GenerationNotReached: (503, "behind"),
     NoRangeSet: (503, "no_range_set"),
     StoreUnavailable: (503, "store_unavailable"),
     TextTooLong: (422, "text_too_long"),
@@ -258,7 +258,7 @@ def domain_problem(error: Exception, request_id: str | None) -> JSONResponse:
         case StaleGeneration():
             members["generation"] = error.current
             headers["ETag"] = f'"{error.current}"'
-        case Behind():
+        case GenerationNotReached():
             members["generation"] = error.held
         case Draining():
             headers["Connection"] = "close"  # a new connection may lead to another replica

@@ -11,7 +11,7 @@ import threading
 import time
 from pathlib import Path
 
-from range_store.whole_files import written_whole
+from range_store.atomic_files import atomic_write
 
 EVERY = 0.5
 """Seconds between two writes of the progress."""
@@ -72,5 +72,5 @@ class JobProgress:
             "rows_per_second": round(rate, 2) if rate else None,
             "seconds_left": round((total - done) / rate, 1) if rate and phase == "fitting" else None,
         }
-        with written_whole(self._file) as partial:
+        with atomic_write(self._file) as partial:
             partial.write_text(json.dumps(progress), "utf-8")

@@ -20,7 +20,7 @@ from typing import Any, Final, Literal, get_args
 from filelock import FileLock
 from pydantic import BaseModel, ConfigDict, ValidationError
 
-from range_store.whole_files import private_directory, remove_leftovers, written_whole
+from range_store.atomic_files import atomic_write, make_private_directory, remove_partial_files
 
 State = Literal["queued", "running", "cancelling", "cancelled", "failed", "done"]
 STATES: Final = get_args(State)
@@ -167,13 +167,13 @@ class FitJobs:
 
     @contextmanager
     def _taking(self) -> Iterator[None]:
-        private_directory(self.directory)
+        make_private_directory(self.directory)
         with FileLock(self.directory / f"{self._named}.taking", timeout=10):
             yield
 
     def write(self, job: FitJob) -> None:
         """Keep a job as it is now."""
-        with written_whole(self.place(job.id) / "job.json") as partial:
+        with atomic_write(self.place(job.id) / "job.json") as partial:
             partial.write_text(job.model_dump_json(), "utf-8")
 
     def cancel(self, job: FitJob) -> None:
@@ -189,4 +189,4 @@ class FitJobs:
                 if not (place / "job.json").exists() and time.time() - place.stat().st_mtime > ABANDONED:
                     shutil.rmtree(place, ignore_errors=True)
                 else:
-                    remove_leftovers(place, "*")
+                    remove_partial_files(place, "*")

@@ -12,7 +12,7 @@ from pydantic import AfterValidator, ConfigDict, Field, model_validator
 from app.schemas.requests import MOST, Block, In, Reason
 from app.schemas.unions import LIST, TEXT, by_shape
 from app.settings import Settings
-from range_store.domain.erasure import STATISTICAL, Ranking, Site
+from range_store.domain.erasure import STATISTICAL_RANKINGS, Ranking, Site
 
 _HUB_NAME = re.compile(r"[\w-][\w.-]*(/[\w-][\w.-]*)?")
 FILES = re.compile(r".*[^/.].*(\.(jsonl|json|csv|tsv)(\.(gz|bz2|xz))?|\.parquet)", re.IGNORECASE | re.DOTALL)
@@ -64,7 +64,7 @@ class FitIn(In):
     correct_only: bool = False
     seed: Annotated[int, Field(ge=0, le=2**53)] = 0
     layers: LayersIn = Field([-1], description="Blocks; negative ones from the end.")
-    rankings: Annotated[list[Ranking], Field(min_length=1, max_length=5)] = Field(list(STATISTICAL))
+    rankings: Annotated[list[Ranking], Field(min_length=1, max_length=5)] = Field(list(STATISTICAL_RANKINGS))
     site: Site = "block_output"
     position: Literal["read", "mean"] = "read"
     probe_l1: Annotated[float, Field(ge=0)] = 1e-3

@@ -17,12 +17,12 @@ from app.jobs.process import FitProcess, alive, discard, kill_left, result_of
 from app.jobs.records import FitJob, FitJobs
 from app.jobs.requests import DataRefused, DataUnusable, FitIn
 from app.settings import Settings
+from range_store.atomic_files import make_private_directory
 from range_store.domain.range_set import check_dtype
 from range_store.errors import RangeStoreError, StoreUnavailable
-from range_store.phrases import counted
+from range_store.formatting import format_count
 from range_store.storage.mirror import Mirror
 from range_store.storage.store import RangeStore
-from range_store.whole_files import private_directory
 
 logger = logging.getLogger(__name__)
 
@@ -115,7 +115,7 @@ class FitRunner:
     def _mine(self) -> bool:
         if self._lock.is_locked:
             return True
-        private_directory(self._jobs.directory)
+        make_private_directory(self._jobs.directory)
         with suppress(Timeout):
             self._lock.acquire()
             self._jobs.forget_old()
@@ -174,7 +174,7 @@ class FitRunner:
             return
         if job.attempts >= ATTEMPTS:
             why = job.error or "the server ended while it ran"
-            self._over(job, state="failed", error=f"given up after {counted(job.attempts, 'attempt')}: {why}")
+            self._over(job, state="failed", error=f"given up after {format_count(job.attempts, 'attempt')}: {why}")
             return
         place = self._jobs.place(job.id)
         try:

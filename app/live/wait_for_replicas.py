@@ -11,7 +11,7 @@ from app.http.problems import ApiError, documented, header
 from app.live.store_threads import StoreThreads
 from range_store.errors import StoreUnavailable
 from range_store.storage.mirror import Mirror
-from range_store.storage.replicas import Follow, Roster
+from range_store.storage.replicas import ReplicaWait, Roster
 from range_store.storage.store import RangeStore
 
 FIRST_PAUSE, LAST_PAUSE = 0.004, 0.05
@@ -46,8 +46,8 @@ class ReplicaWaiter:
             ApiError: some replicas do not after `seconds` (504 `not_everywhere`, with their names).
             StoreUnavailable: the roster cannot be read.
         """
-        reporter = mirror.reporter
-        follow = Follow(generation, lambda: None if reporter is None or reporter.withdrawn else reporter.name)
+        heartbeat = mirror.heartbeat
+        follow = ReplicaWait(generation, lambda: None if heartbeat is None or heartbeat.withdrawn else heartbeat.name)
         ends = time.monotonic() + seconds
         pause = FIRST_PAUSE
         roster = await self._read(store)  # however short the wait, the reply tells what a read found

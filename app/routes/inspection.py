@@ -26,8 +26,8 @@ from range_store.domain.inspection import (
     NeuronStatistics,
     block_index,
     neuron_statistics,
-    overlap_of_tops,
     ranked_ranges,
+    salient_overlap,
 )
 from range_store.domain.range_set import InspectLayer
 
@@ -139,7 +139,7 @@ def show_overlap(
     """Polysemanticity: how far the concepts' salient neurons are the same ones (paper Figure 2)."""
     range_set = active_range_set(service)
     block = block_index(range_set, layer)
-    overlap = overlap_of_tops(range_set, block, ranking, top_fraction)
+    overlap = salient_overlap(range_set, block, ranking, top_fraction)
     return OverlapOut(
         model=service.name,
         range_set=range_set.id,

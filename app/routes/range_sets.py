@@ -14,7 +14,7 @@ from app.security.auth import Calling
 from range_store.domain.live import LiveState
 from range_store.domain.range_set import check_dtype, check_model
 from range_store.errors import UnknownRangeSet
-from range_store.storage.published import Published
+from range_store.storage.range_sets import PublishedRangeSet
 from range_store.storage.store import RangeStore
 
 router = APIRouter(tags=["range sets"])
@@ -70,7 +70,7 @@ async def activate(
     return await applied(service, store_threads, change, change_id, wait_for_replicas, response)
 
 
-def _out(each: Published) -> RangeSetOut:
+def _out(each: PublishedRangeSet) -> RangeSetOut:
     return RangeSetOut(
         id=each.id,
         published_at=each.published_at,

@@ -7,7 +7,7 @@ from app.live.store_threads import StoreThreadsDep
 from app.routes import Asking, QueryChecked, Serving, snapshot_of
 from app.schemas.replies import ReplicaOut, ReplicasOut, TargetsOut
 from app.serving.metrics import TARGETS, targets_of
-from range_store.domain.live import reaches
+from range_store.domain.live import is_at_least
 
 router = APIRouter(tags=["service"])
 
@@ -17,7 +17,7 @@ async def list_replicas(service: Serving, store_threads: StoreThreadsDep) -> Rep
     """The live replicas of the model, as they reported; `?wait=all` on a change waits for all of them."""
     roster = await store_threads.run(service.store.replicas.read)
     generation = snapshot_of(service).live.generation
-    own = service.mirror.reporter
+    own = service.mirror.heartbeat
     return ReplicasOut(
         model=service.name,
         generation=generation,
@@ -27,7 +27,7 @@ async def list_replicas(service: Serving, store_threads: StoreThreadsDep) -> Rep
                 generation=each.generation,
                 range_set=each.range_set,
                 age=max(0.0, roster.now - each.at),
-                current=each.generation is not None and reaches(each.generation, generation),
+                current=each.generation is not None and is_at_least(each.generation, generation),
                 this=own is not None and each.name == own.name,
             )
             for each in roster.replicas

@@ -6,7 +6,7 @@ from pydantic import BaseModel, Field
 
 from range_store.domain.erasure import Damp, Erasure, Method, Ranking, Rule, Site, resolve_layers
 from range_store.domain.live import Action
-from range_store.domain.range_set import Kind
+from range_store.domain.range_set import ModelKind
 from range_store.storage.api_keys import Scope
 
 
@@ -392,7 +392,7 @@ class CapabilitiesOut(BaseModel):
 
     version: str
     model: str
-    kind: Kind
+    kind: ModelKind
     labels: list[str]
     multi_label: bool
     layers: int

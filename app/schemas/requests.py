@@ -6,7 +6,7 @@ from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validat
 from pydantic_core import PydanticCustomError
 
 from app.schemas.unions import LIST, NUMBER, OBJECT, TEXT, by_shape
-from range_store.domain.erasure import Damp, Erasure, Method, Ranking, Replacement, Rule, check_distinct
+from range_store.domain.erasure import Damp, Erasure, Method, Ranking, Replacement, Rule, check_distinct_concepts
 from range_store.domain.live import Generation, LiveErasure
 from range_store.errors import InvalidErasure
 
@@ -131,7 +131,7 @@ def erasures_of(erase: Erase | None) -> list[Erasure] | None:
     else:
         plain = ErasureSettings()
         wanted = [plain.of(each) if isinstance(each, str) else each.of(each.concept) for each in erase]
-    check_distinct([erasure.concept for erasure in wanted])
+    check_distinct_concepts([erasure.concept for erasure in wanted])
     return wanted
 
 

@@ -6,9 +6,9 @@ import threading
 from pathlib import Path
 
 from app.rates import rate
+from range_store.atomic_files import make_private_directory
 from range_store.errors import RangeStoreError
-from range_store.storage.api_keys import ApiKey, Keys, KeyStore, Scope
-from range_store.whole_files import private_directory
+from range_store.storage.api_keys import ApiKey, ApiKeys, ApiKeyStore, Scope
 
 logger = logging.getLogger(__name__)
 
@@ -38,11 +38,11 @@ class Keyring:
         memory: the file that remembers; None: nothing outlives the process.
     """
 
-    def __init__(self, store: KeyStore, *, required: bool = False, memory: Path | None = None) -> None:
+    def __init__(self, store: ApiKeyStore, *, required: bool = False, memory: Path | None = None) -> None:
         self._store = store
         self._memory = memory
         self._required = required or (memory is not None and memory.exists())
-        self._known: Keys | None = None
+        self._known: ApiKeys | None = None
         self._problem: str | None = None
         self._told: set[str] = set()
         self._refreshing = threading.Lock()
@@ -85,7 +85,7 @@ class Keyring:
         if token is None:
             detail = "an API key is needed: send it as `Authorization: Bearer …` or `X-API-Key: …`"
             raise Refused("no_key", detail)
-        key = known.of_token(token)
+        key = known.find_by_token(token)
         if key is None or not key.good(self._store.clock.now()):
             raise Refused("bad_key", "this API key is wrong, revoked or expired")
         if not _readable(key):
@@ -100,7 +100,7 @@ class Keyring:
         found = next((each for each in held if each.id == key.id), None)
         return found is not None and found.good(self._store.clock.now()) and found.may(scope)
 
-    def _take(self, found: Keys) -> None:
+    def _take(self, found: ApiKeys) -> None:
         for key in found.good(self._store.clock.now()):
             if not _readable(key) and key.id not in self._told:
                 self._told.add(key.id)
@@ -114,7 +114,7 @@ class Keyring:
         self._required = True
         if self._memory is not None and not self._memory.exists():
             try:
-                private_directory(self._memory.parent)
+                make_private_directory(self._memory.parent)
                 self._memory.touch(mode=0o600)
             except OSError as error:
                 logger.warning(

@@ -19,9 +19,9 @@ from app.serving.service import MOST_CONCEPTS, OTHER_CONCEPTS, Answerer, ModelFa
 from app.settings import Settings
 from range_store.domain.range_set import dtype_mismatch
 from range_store.errors import RangeStoreError
-from range_store.storage.api_keys import KeyStore
+from range_store.storage.api_keys import ApiKeyStore
 from range_store.storage.mirror import Mirror, Snapshot
-from range_store.storage.replicas import new_name
+from range_store.storage.replicas import new_replica_name
 from range_store.storage.store import RangeStore
 
 logger = logging.getLogger(__name__)
@@ -48,7 +48,7 @@ def service_around(
     """A service that is ready to answer; on leaving, accepted requests are answered first."""
     name = settings.name or model.identity.id
     store = RangeStore(client, name)
-    keyring = Keyring(KeyStore(client), required=settings.require_keys, memory=_key_memory(settings, client))
+    keyring = Keyring(ApiKeyStore(client), required=settings.require_keys, memory=_key_memory(settings, client))
     keyring.refresh()
     registry = CollectorRegistry()
     changes = LiveChangeMetrics(registry, MOST_CONCEPTS, OTHER_CONCEPTS)
@@ -78,15 +78,15 @@ def service_around(
         poll=settings.poll_seconds,
         on_change=changed,
         also=also,
-        replica=new_name(),
+        replica=new_replica_name(),
         earlier=model.earlier_fingerprint,
     )
     store.guard = mirror.before_change
     jobs = FitJobs(settings.data_dir, name, model.identity.fingerprint)
     fits = FitRunner(jobs, settings, model.source, model.dtype, store, mirror)
     fits.listeners.append(lambda job: feed.set_job(job.id, job_out(jobs, job).model_dump(mode="json")))
-    assert mirror.reporter is not None
-    mirror.reporter.dtype = model.dtype
+    assert mirror.heartbeat is not None
+    mirror.heartbeat.dtype = model.dtype
     mirror.start()
     try:
         with answering(mirror, registry) as answerer:

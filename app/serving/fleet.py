@@ -22,7 +22,7 @@ from app.settings import Settings
 from range_store.embedded.connection import EmbeddedRedis, connect
 from range_store.errors import StoreUnavailable
 from range_store.storage.mirror import Mirror
-from range_store.storage.replicas import Replicas
+from range_store.storage.replicas import ReplicaRegistry
 from workers.cluster.connection import PRIVATE, connected
 from workers.cluster.errors import ClusterError
 from workers.cluster.fleet import Fleet
@@ -79,7 +79,7 @@ def open_fleet(
         plans = [_plan(each, url, len(models), scaling or {}) for each in models]
         services = []
         for each, plan in zip(models, plans, strict=True):
-            replicas = Replicas(client, plan.settings.name)
+            replicas = ReplicaRegistry(client, plan.settings.name)
             fleet = stack.enter_context(
                 running_fleet(
                     plan,
@@ -112,7 +112,7 @@ class _End:
         os._exit(self._exit_code)
 
 
-def _forgotten(replicas: Replicas, ended: str) -> bool:
+def _forgotten(replicas: ReplicaRegistry, ended: str) -> bool:
     """Whether nobody waits any more for a replica that Serve has seen end."""
     try:
         return replicas.forget(ended)

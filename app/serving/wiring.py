@@ -20,11 +20,11 @@ from app.choices import CorpusChoice, ModelChoice, NewModelChoice, RayChoice
 from app.serving.assembly import engine_limits, service_around
 from app.serving.service import Service
 from app.settings import Settings
+from range_store.atomic_files import remove_partial_files
 from range_store.domain.range_set import ModelIdentity, check_model, dtype_mismatch
 from range_store.embedded.connection import connect
 from range_store.storage.mirror import Mirror
 from range_store.storage.store import RangeStore
-from range_store.whole_files import remove_leftovers
 from workers.demo.demo import NAME as DEMO_NAME
 from workers.demo.demo import Demo, prepare
 from workers.engine.engine import Engine
@@ -372,7 +372,7 @@ def _evaluated(
 
 def _remove_checkpoints(out: Path) -> None:
     """Of this evaluation, and of any that was stopped before it in the same directory."""
-    remove_leftovers(out, "*")
+    remove_partial_files(out, "*")
     for checkpoint in (*out.glob(".measuring-*.safetensors"), *out.glob("fit-*.safetensors")):
         checkpoint.unlink(missing_ok=True)
 

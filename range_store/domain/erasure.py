@@ -5,13 +5,13 @@ from typing import Annotated, Literal
 from pydantic import BaseModel, ConfigDict, Field, field_validator
 
 from range_store.errors import InvalidErasure
-from range_store.phrases import counted
+from range_store.formatting import format_count
 
 Method = Literal["range", "neuron"]
 Rule = Literal["sigma"]
 Ranking = Literal["max", "probe", "probeless", "probeless_global", "selectivity"]
 RANKINGS: tuple[Ranking, ...] = ("max", "probe", "probeless", "probeless_global", "selectivity")
-STATISTICAL: tuple[Ranking, ...] = ("max", "probeless", "probeless_global", "selectivity")
+STATISTICAL_RANKINGS: tuple[Ranking, ...] = ("max", "probeless", "probeless_global", "selectivity")
 """The rankings that follow from statistics alone; `probe` is trained, so it is fitted only when asked for."""
 Site = Literal["block_output", "mlp_output"]
 """Where values are recorded and masked: what a block gives, or what its MLP adds to the residual stream."""
@@ -19,13 +19,13 @@ Positions = Literal["all", "read"]
 """Which tokens are masked: every real one, or those alone that the head reads."""
 
 
-class Frozen(BaseModel):
+class FrozenModel(BaseModel):
     """Base of the values that cross a border: immutable, unknown fields are errors."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
 
-class Damp(Frozen):
+class Damp(FrozenModel):
     """Replacement h ← damp · h: 0 erases, 1 leaves the neuron as it is."""
 
     damp: Annotated[float, Field(ge=0.0, le=1.0)]
@@ -35,7 +35,7 @@ Replacement = Literal["zero", "mean"] | Damp
 """What a masked neuron becomes: 0, its mean over the texts of the other concepts, or a fraction of itself."""
 
 
-class Erasure(Frozen):
+class Erasure(FrozenModel):
     """One concept taken out of the activations (paper §4; defaults from METHOD "Choices").
 
     `layers` are block indices, negative ones from the end, or "all" blocks of the model.
@@ -73,7 +73,7 @@ def resolve_layers(layers: tuple[int, ...] | Literal["all"], n_layers: int) -> t
     for layer in layers:
         if not -n_layers <= layer < n_layers:
             raise InvalidErasure(
-                f"layer {layer} is out of range: the model has {counted(n_layers, 'block')}, 0 to {n_layers - 1}"
+                f"layer {layer} is out of range: the model has {format_count(n_layers, 'block')}, 0 to {n_layers - 1}"
             )
         resolved.append(layer % n_layers)
     if len(set(resolved)) != len(resolved):
@@ -81,7 +81,7 @@ def resolve_layers(layers: tuple[int, ...] | Literal["all"], n_layers: int) -> t
     return tuple(sorted(resolved))
 
 
-def check_distinct(concepts: list[str]) -> None:
+def check_distinct_concepts(concepts: list[str]) -> None:
     """Raises InvalidErasure if a concept stands twice in one list of erasures."""
     for concept in concepts:
         if concepts.count(concept) > 1:

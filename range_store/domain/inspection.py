@@ -8,8 +8,8 @@ import numpy.typing as npt
 
 from range_store.domain.erasure import Ranking, resolve_layers
 from range_store.domain.range_set import InspectLayer, RangeSet
-from range_store.domain.ranges import bounds, overlap_coefficient
-from range_store.domain.rankings import count_of_top, order, top
+from range_store.domain.ranges import overlap_coefficient, range_bounds
+from range_store.domain.rankings import rank_order, top_count, top_neurons
 from range_store.errors import InvalidErasure, UnknownNeuron
 
 Floats = npt.NDArray[np.float64]
@@ -90,8 +90,8 @@ def ranked_ranges(
     serve = range_set.layer(layer)
     row = range_set.concept_index(concept)
     saliency = range_set.saliency(layer, ranking, concept)
-    chosen = order(saliency)[start : start + limit]
-    low, high = bounds("sigma", tau, range_set.counts[:, None], serve.mean[:, chosen], serve.std[:, chosen])
+    chosen = rank_order(saliency)[start : start + limit]
+    low, high = range_bounds("sigma", tau, range_set.counts[:, None], serve.mean[:, chosen], serve.std[:, chosen])
     overlaps = overlap_coefficient(low[row], high[row], low, high)
     return [
         RankedRange(
@@ -110,17 +110,17 @@ def ranked_ranges(
     ]
 
 
-def overlap_of_tops(range_set: RangeSet, layer: int, ranking: Ranking, top_fraction: float) -> Overlap:
+def salient_overlap(range_set: RangeSet, layer: int, ranking: Ranking, top_fraction: float) -> Overlap:
     """How far the salient sets of all concepts coincide.
 
     Raises:
         NotFitted: the range set lacks the layer or ranking.
     """
     hidden = range_set.provenance.model.hidden_size
-    k = count_of_top(top_fraction, hidden)
+    k = top_count(top_fraction, hidden)
     member = np.zeros((len(range_set.concepts), hidden), dtype=np.bool_)
     for row, concept in enumerate(range_set.concepts):
-        member[row, top(range_set.saliency(layer, ranking, concept), top_fraction)] = True
+        member[row, top_neurons(range_set.saliency(layer, ranking, concept), top_fraction)] = True
     shared = (member.astype(np.int64) @ member.T.astype(np.int64)).astype(np.float64)
     union = 2 * k - shared
     return Overlap(
@@ -145,9 +145,9 @@ def neuron_statistics(
     if not 0 <= neuron < hidden:
         raise UnknownNeuron(f"neuron {neuron} is out of range: a block has {hidden}, 0 to {hidden - 1}")
     serve = range_set.layer(layer)
-    low, high = bounds("sigma", tau, range_set.counts, serve.mean[:, neuron], serve.std[:, neuron])
+    low, high = range_bounds("sigma", tau, range_set.counts, serve.mean[:, neuron], serve.std[:, neuron])
     ranks = {
-        ranking: [int(np.flatnonzero(order(of_concept) == neuron)[0]) for of_concept in values]
+        ranking: [int(np.flatnonzero(rank_order(of_concept) == neuron)[0]) for of_concept in values]
         for ranking, values in serve.saliency.items()
     }
     found = []

@@ -7,14 +7,14 @@ from typing import Annotated, Literal
 
 from pydantic import Field, field_validator
 
-from range_store.domain.erasure import Erasure, Frozen, check_distinct
+from range_store.domain.erasure import Erasure, FrozenModel, check_distinct_concepts
 from range_store.errors import InvalidErasure
 
 Generation = Annotated[str, Field(pattern=r"^[0-9a-f]{8}-(0|[1-9][0-9]*)$")]
 """`epoch-counter`: the epoch is random where the state is created, so an emptied Redis never repeats a generation."""
 
 
-def reaches(generation: str, wanted: str) -> bool:
+def is_at_least(generation: str, wanted: str) -> bool:
     """Whether `generation` is `wanted` or a later one of the same epoch; of two epochs neither is the later one."""
     (epoch, counter), (wanted_epoch, wanted_counter) = generation.split("-"), wanted.split("-")
     return epoch == wanted_epoch and int(counter) >= int(wanted_counter)
@@ -24,7 +24,7 @@ Action = Literal["create", "set", "remove", "replace", "activate", "expire", "re
 """`restore`: a server put back what Redis had forgotten."""
 
 
-class LiveErasure(Frozen):
+class LiveErasure(FrozenModel):
     """An erasure that an operator switched on.
 
     `enforced`: joined to every plan, whatever the request says. `expires_at`, `since`: Unix seconds. `by`: who did it.
@@ -46,7 +46,7 @@ class LiveErasure(Frozen):
         return self.expires_at is not None and self.expires_at <= now
 
 
-class LiveState(Frozen):
+class LiveState(FrozenModel):
     """Active range set and live erasures, sorted by concept name, of one model."""
 
     generation: Generation
@@ -59,7 +59,7 @@ class LiveState(Frozen):
     @classmethod
     def _sorted_by_concept(cls, erasures: tuple[LiveErasure, ...]) -> tuple[LiveErasure, ...]:
         try:
-            check_distinct([each.concept for each in erasures])
+            check_distinct_concepts([each.concept for each in erasures])
         except InvalidErasure as error:
             raise ValueError(str(error)) from None
         return tuple(sorted(erasures, key=lambda each: each.concept))
@@ -72,9 +72,9 @@ class LiveState(Frozen):
     def counter(self) -> int:
         return int(self.generation.split("-")[1])
 
-    def reaches(self, generation: str) -> bool:
+    def is_at_least(self, generation: str) -> bool:
         """Whether this is that generation, or a later one of the same epoch or of one that continues it."""
-        return any(reaches(each, generation) for each in (self.generation, *self.continues))
+        return any(is_at_least(each, generation) for each in (self.generation, *self.continues))
 
     def at(self, now: float) -> tuple[LiveErasure, ...]:
         """The erasures that apply at Unix time `now`: expiry is obeyed even while Redis is away."""
@@ -85,7 +85,7 @@ class LiveState(Frozen):
         """Unix time at which the next erasure expires."""
         return min((each.expires_at for each in self.erasures if each.expires_at is not None), default=None)
 
-    def advanced(self, range_set: str | None, erasures: tuple[LiveErasure, ...]) -> "LiveState":
+    def next_generation(self, range_set: str | None, erasures: tuple[LiveErasure, ...]) -> "LiveState":
         """The next generation, with that range set and those erasures."""
         generation = f"{self.epoch}-{self.counter + 1}"
         return LiveState(generation=generation, range_set=range_set, erasures=erasures, continues=self.continues)
@@ -100,7 +100,7 @@ def new_epoch(states: Iterable[LiveState], range_set: str | None, erasures: tupl
     continues: dict[str, str] = {}
     for generation in (each for state in states for each in (state.generation, *state.continues)):
         epoch = generation.split("-")[0]
-        if epoch not in continues or reaches(generation, continues[epoch]):
+        if epoch not in continues or is_at_least(generation, continues[epoch]):
             continues[epoch] = generation
     return LiveState(
         generation=f"{secrets.token_hex(4)}-1",
@@ -110,12 +110,12 @@ def new_epoch(states: Iterable[LiveState], range_set: str | None, erasures: tupl
     )
 
 
-def new_state() -> LiveState:
+def initial_state() -> LiveState:
     """Nothing active, nothing erased, in an epoch of its own."""
     return LiveState(generation=f"{secrets.token_hex(4)}-0", range_set=None, erasures=())
 
 
-class Change(Frozen):
+class Change(FrozenModel):
     """What the audit keeps of one change. Texts of users are never part of it.
 
     `concepts`: those that the change was about. `dropped`: erasures that a forced activation took out.

@@ -7,10 +7,10 @@ from dataclasses import dataclass, field
 import numpy as np
 import numpy.typing as npt
 
-from range_store.domain.erasure import Damp, Erasure, Site, check_distinct, resolve_layers
+from range_store.domain.erasure import Damp, Erasure, Site, check_distinct_concepts, resolve_layers
 from range_store.domain.range_set import RangeSet
-from range_store.domain.ranges import EMPTY, bounds
-from range_store.domain.rankings import mean_of_others, smallest_fraction, top
+from range_store.domain.ranges import EMPTY, range_bounds
+from range_store.domain.rankings import min_top_fraction, rest_mean, top_neurons
 from range_store.errors import InvalidErasure
 
 
@@ -62,7 +62,7 @@ def resolve(range_set: RangeSet, erasures: Sequence[Erasure]) -> Plan:
     """
     if not erasures:
         return NO_ERASURE
-    check_distinct([erasure.concept for erasure in erasures])
+    check_distinct_concepts([erasure.concept for erasure in erasures])
     n_layers = range_set.provenance.model.n_layers
     resolved = tuple(e.model_copy(update={"layers": resolve_layers(e.layers, n_layers)}) for e in erasures)
     rows: dict[int, list[LayerMask]] = {}
@@ -79,12 +79,12 @@ def _mask(range_set: RangeSet, erasure: Erasure, layer: int) -> LayerMask:
     """The mask of one erasure at one layer, its arrays of shape [D]."""
     serve = range_set.layer(layer)
     concept = range_set.concept_index(erasure.concept)
-    salient = top(range_set.saliency(layer, erasure.ranking, erasure.concept), erasure.top_fraction)
+    salient = top_neurons(range_set.saliency(layer, erasure.ranking, erasure.concept), erasure.top_fraction)
     hidden = range_set.provenance.model.hidden_size
     if not salient.size:
         raise InvalidErasure(
             f"top_fraction {erasure.top_fraction:g} masks none of the {hidden} neurons, so {erasure.concept!r} would "
-            f"not be erased: use {smallest_fraction(hidden):g} or more"
+            f"not be erased: use {min_top_fraction(hidden):g} or more"
         )
     if isinstance(erasure.replacement, Damp) and erasure.replacement.damp == 1:
         raise InvalidErasure(f"damp 1 leaves every neuron as it is, so {erasure.concept!r} would not be erased")
@@ -95,7 +95,7 @@ def _mask(range_set: RangeSet, erasure: Erasure, layer: int) -> LayerMask:
         always[salient] = True
     else:
         count = range_set.counts[concept]
-        lows, highs = bounds(erasure.rule, erasure.tau, np.array(count), serve.mean[concept], serve.std[concept])
+        lows, highs = range_bounds(erasure.rule, erasure.tau, np.array(count), serve.mean[concept], serve.std[concept])
         with np.errstate(over="ignore"):  # a bound beyond float32 is no bound: ±∞
             low[salient], high[salient] = lows[salient], highs[salient]
     scale = np.zeros(hidden, dtype=np.float32)
@@ -103,7 +103,7 @@ def _mask(range_set: RangeSet, erasure: Erasure, layer: int) -> LayerMask:
     if isinstance(erasure.replacement, Damp):
         scale[:] = erasure.replacement.damp
     elif erasure.replacement == "mean":
-        others = mean_of_others(range_set.counts, serve.mean)[concept]
+        others = rest_mean(range_set.counts, serve.mean)[concept]
         offset[:] = np.where(np.isfinite(others), others, 0.0)  # a lone concept has no others: back to zero
     return LayerMask(low, high, always, scale, offset)
 

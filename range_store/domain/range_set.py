@@ -17,7 +17,7 @@ import numpy as np
 import numpy.typing as npt
 from pydantic import Field, model_validator
 
-from range_store.domain.erasure import Frozen, Ranking, Site
+from range_store.domain.erasure import FrozenModel, Ranking, Site
 from range_store.errors import DtypeMismatch, ForeignRangeSet, NotFitted, UnknownConcept
 
 FORMAT: Literal[1] = 1
@@ -27,16 +27,16 @@ Floats = npt.NDArray[np.float64]
 Digest = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
 
 
-Kind = Literal["sequence-classification", "label-token", "few-shot"]
+ModelKind = Literal["sequence-classification", "label-token", "few-shot"]
 """How a model classifies: by a head, by one added token per label, or by what a prompted LM says."""
 
 
-class ModelIdentity(Frozen):
+class ModelIdentity(FrozenModel):
     """Which model the statistics are of. `fingerprint` hashes config and weights: it decides, names do not."""
 
     id: str
     revision: str | None
-    kind: Kind
+    kind: ModelKind
     family: str
     fingerprint: Digest
     labels: tuple[str, ...]
@@ -44,7 +44,7 @@ class ModelIdentity(Frozen):
     hidden_size: Annotated[int, Field(ge=1)]
 
 
-class CorpusIdentity(Frozen):
+class CorpusIdentity(FrozenModel):
     """Which texts were fitted. `sha256` covers every text and label in order; `counts` has one entry per concept.
 
     `selection` says in words which rows of the source they are: all, or a sample and its seed. `truncated` texts were
@@ -62,7 +62,7 @@ class CorpusIdentity(Frozen):
     counts: dict[str, Annotated[int, Field(ge=1)]]
 
 
-class ProbeSettings(Frozen):
+class ProbeSettings(FrozenModel):
     """How the `probe` ranking was trained: mean log loss + l1·Σ|w| + l2·Σw², on standardised states of a sample."""
 
     l1: Annotated[float, Field(ge=0)] = 1e-3
@@ -72,7 +72,7 @@ class ProbeSettings(Frozen):
     iterations: Annotated[int, Field(ge=1)] = 200
 
 
-class FitSettings(Frozen):
+class FitSettings(FrozenModel):
     """Choices of the fit, each of which changes the numbers."""
 
     layers: tuple[int, ...]
@@ -92,7 +92,7 @@ class FitSettings(Frozen):
     is None, so that range sets from before there was such a choice keep their ids and files."""
 
 
-class Provenance(Frozen):
+class Provenance(FrozenModel):
     """Where a range set comes from."""
 
     format: Literal[1] = FORMAT
@@ -244,7 +244,7 @@ def content_id(provenance: Provenance, parts: Mapping[str, str]) -> str:
     return hashlib.sha256(canonical.encode()).hexdigest()[:20]
 
 
-def shape_of(provenance: Provenance) -> tuple[int, int, int]:
+def statistics_shape(provenance: Provenance) -> tuple[int, int, int]:
     """(C, D, B): concepts, neurons, histogram bins."""
     return len(provenance.concepts), provenance.model.hidden_size, provenance.settings.bins
 

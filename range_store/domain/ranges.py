@@ -9,7 +9,7 @@ EMPTY = (np.inf, -np.inf)
 """Bounds of a range that holds no value at all."""
 
 
-def bounds(
+def range_bounds(
     rule: Rule,
     tau: float,
     counts: npt.NDArray[np.int64],

@@ -50,23 +50,23 @@ def _selectivity(counts: npt.NDArray[np.int64], mean: Array, std: Array) -> Arra
     Where the pooled deviation is 0, equal means give 0 and different ones the largest finite number. Where there are no
     other texts, μ_r is NaN and so is the result.
     """
-    rest_mean = mean_of_others(counts, mean)
+    mean_of_rest = rest_mean(counts, mean)
     n = counts[:, None].astype(np.float64)
     n_rest = n.sum() - n
     # Σ over c' ≠ c of n_c'(σ² + (μ_c' − μ_r)²), written as squares so that no difference of large numbers occurs
     rest_variance_sum = np.zeros_like(mean)
     for c in range(len(counts)):
         others = np.arange(len(counts)) != c
-        rest_variance_sum[c] = (n[others] * (std[others] ** 2 + (mean[others] - rest_mean[c]) ** 2)).sum(axis=0)
+        rest_variance_sum[c] = (n[others] * (std[others] ** 2 + (mean[others] - mean_of_rest[c]) ** 2)).sum(axis=0)
     pooled = np.sqrt((n * std**2 + rest_variance_sum) / (n + n_rest))
-    gap = np.abs(mean - rest_mean)
+    gap = np.abs(mean - mean_of_rest)
     with np.errstate(divide="ignore", invalid="ignore"):
         ratio = gap / pooled
     ratio = np.where((pooled == 0) & (gap == 0), 0.0, ratio)
     return np.where((pooled == 0) & (gap > 0), np.finfo(np.float64).max, ratio)
 
 
-def mean_of_others(counts: npt.NDArray[np.int64], mean: Array) -> Array:
+def rest_mean(counts: npt.NDArray[np.int64], mean: Array) -> Array:
     """Mean over all texts of the other concepts, [C, D]; NaN where there are no others."""
     result = np.full_like(mean, np.nan)
     for c in range(len(counts)):
@@ -76,22 +76,22 @@ def mean_of_others(counts: npt.NDArray[np.int64], mean: Array) -> Array:
     return result
 
 
-def count_of_top(top_fraction: float, hidden: int) -> int:
+def top_count(top_fraction: float, hidden: int) -> int:
     """k = ⌊p·D⌋ in decimal arithmetic, so that 0.3 of 10 neurons is 3 whatever the binary rounding."""
     return int((Decimal(str(top_fraction)) * hidden).to_integral_value(ROUND_FLOOR))
 
 
-def order(saliency_of_concept: Array) -> npt.NDArray[np.int64]:
+def rank_order(saliency_of_concept: Array) -> npt.NDArray[np.int64]:
     """Neurons [D] from most to least salient; ties go to the lower index."""
     return np.argsort(-saliency_of_concept, kind="stable").astype(np.int64)
 
 
-def top(saliency_of_concept: Array, top_fraction: float) -> npt.NDArray[np.int64]:
+def top_neurons(saliency_of_concept: Array, top_fraction: float) -> npt.NDArray[np.int64]:
     """The k most salient neurons of one concept, most salient first."""
-    return order(saliency_of_concept)[: count_of_top(top_fraction, saliency_of_concept.shape[-1])]
+    return rank_order(saliency_of_concept)[: top_count(top_fraction, saliency_of_concept.shape[-1])]
 
 
-def smallest_fraction(neurons: int) -> float:
+def min_top_fraction(neurons: int) -> float:
     """A share with few digits that selects one of so many neurons; any smaller one of as many digits selects none."""
     scale = math.pow(10, len(str(neurons)))
     return math.ceil(scale / neurons) / scale

@@ -14,7 +14,7 @@ from redis.retry import Retry
 
 from range_store.embedded.server import EmbeddedServer
 from range_store.errors import InvalidStoreAddress, StoreUnavailable
-from range_store.storage.failures import reaching_redis
+from range_store.redis_errors import translate_redis_errors
 
 ANSWER_TIMEOUT = 2.0
 """Seconds that Redis may be silent, before or within an answer. However large an answer is, it comes in pieces, so this
@@ -103,7 +103,7 @@ class EmbeddedRedis(redis.Redis):
         server = EmbeddedServer(directory)
         with server.locked():
             client = cls(server, server.ensure(), timeout)
-            with reaching_redis():
+            with translate_redis_errors():
                 client.ping()  # its connection stays open: it tells others that the server is in use
         return client
 

@@ -24,8 +24,8 @@ from filelock import FileLock, Timeout
 from redis.backoff import NoBackoff
 from redis.retry import Retry
 
+from range_store.atomic_files import make_private_directory
 from range_store.errors import StoreUnavailable
-from range_store.whole_files import private_directory
 
 SOCKET_PATH_LIMIT = 100
 """Bytes that every system takes as the path of a unix socket (Linux 107, macOS 103)."""
@@ -50,7 +50,7 @@ class EmbeddedServer:
     def __init__(self, directory: Path) -> None:
         self.directory = directory.absolute()
         with self._touching_files():
-            private_directory(self.directory)
+            make_private_directory(self.directory)
             if not os.access(self.directory, os.W_OK | os.X_OK):
                 raise PermissionError(0, "not writable")
             self.directory = self.directory.resolve()

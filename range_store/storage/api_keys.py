@@ -15,10 +15,10 @@ from typing import Annotated, Literal, Protocol
 import redis
 from pydantic import Field, ValidationError
 
-from range_store.domain.erasure import Frozen
+from range_store.domain.erasure import FrozenModel
 from range_store.errors import InvalidKey, StoreUnavailable, UnknownKey
+from range_store.redis_errors import translate_redis_errors
 from range_store.storage.clock import StoreClock
-from range_store.storage.failures import reaching_redis
 from range_store.storage.keys import API_KEYS, CHANGES
 from range_store.storage.scripts import CHANGE_DOCUMENT
 
@@ -33,7 +33,7 @@ TOKEN = re.compile(r"nl_([0-9a-f]{8})_[A-Za-z0-9_-]{43}")
 Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._@-]{0,63}$")]
 
 
-class ApiKey(Frozen):
+class ApiKey(FrozenModel):
     """A key as it is stored: never the token itself. Times are Unix seconds.
 
     `rate_limit`: as the `limits` package writes it ("600/minute"); None: the server's own.
@@ -59,13 +59,13 @@ class ApiKey(Frozen):
         return scope in self.scopes or "admin" in self.scopes
 
 
-class Keys(Frozen):
+class ApiKeys(FrozenModel):
     """All keys. Of two documents the one with the later `changed_at` is the newer."""
 
     changed_at: float
     keys: tuple[ApiKey, ...] = ()
 
-    def of_token(self, token: str) -> ApiKey | None:
+    def find_by_token(self, token: str) -> ApiKey | None:
         """The key whose token this is, revoked and expired ones too, or None. Takes as long for a wrong one."""
         matched = TOKEN.fullmatch(token)
         digest = _digest(token)
@@ -78,7 +78,7 @@ class Keys(Frozen):
         return tuple(each for each in self.keys if each.good(now))
 
 
-class KeyStore:
+class ApiKeyStore:
     """The keys in Redis; may be used from any thread. Every method raises StoreUnavailable if Redis is away."""
 
     def __init__(self, client: redis.Redis) -> None:
@@ -87,7 +87,7 @@ class KeyStore:
         self.clock = StoreClock()
         """The time by which keys expire, once keys were read."""
 
-    def read(self) -> Keys | None:
+    def read(self) -> ApiKeys | None:
         """All keys, or None where there never were any, or Redis was emptied.
 
         Raises:
@@ -163,19 +163,19 @@ class KeyStore:
             forgotten = set(sorted(each.revoked_at or 0.0 for each in revoked)[:-REVOKED_KEPT])
             kept = tuple(each for each in keys if each.revoked_at not in forgotten)
             # later than what stands there, whatever this machine's clock says
-            after = Keys(changed_at=max(now, before.changed_at + 1e-3 if before else 0.0), keys=kept)
+            after = ApiKeys(changed_at=max(now, before.changed_at + 1e-3 if before else 0.0), keys=kept)
             arguments: list[bytes | str] = [raw, after.model_dump_json(), CHANGES, "{}"]
-            with reaching_redis():
+            with translate_redis_errors():
                 if self._change_document([API_KEYS], arguments) == b"done":
                     return
         raise StoreUnavailable("the keys change too fast: try again")
 
-    def _read(self) -> tuple[bytes, Keys | None]:
+    def _read(self) -> tuple[bytes, ApiKeys | None]:
         raw = self.clock.get(self._client, API_KEYS)
         if raw is None:
             return b"", None
         try:
-            return raw, Keys.model_validate_json(raw)
+            return raw, ApiKeys.model_validate_json(raw)
         except ValidationError:
             raise InvalidKey(
                 f"{API_KEYS} in Redis is unreadable: written by something else, or by a newer version?"

@@ -15,7 +15,8 @@ from typing import Any
 import numpy.typing as npt
 from pydantic import ValidationError
 
-from range_store.domain.erasure import Frozen
+from range_store.atomic_files import atomic_write
+from range_store.domain.erasure import FrozenModel
 from range_store.domain.range_set import Digest, InspectLayer, RangeSet, ServeLayer
 from range_store.errors import InvalidRangeSet
 from range_store.storage.codec import (
@@ -31,7 +32,6 @@ from range_store.storage.codec import (
     serve_layer,
     to_safetensors,
 )
-from range_store.whole_files import written_whole
 
 ENTRY = "neuronlens.range_set"
 """The file's only metadata entry."""
@@ -39,7 +39,7 @@ ENTRY = "neuronlens.range_set"
 _LENGTH = struct.Struct("<Q")
 
 
-class Archive(Frozen):
+class Archive(FrozenModel):
     """The metadata entry. `sha256` covers `meta` as it is stored."""
 
     id: str
@@ -114,7 +114,7 @@ def write_archive(path: Path, range_set: RangeSet, inspect: dict[int, InspectLay
         OSError: the directory is missing, full or not writable; names the file.
     """
     data = encode_archive(range_set, inspect)
-    with written_whole(path) as partial, partial.open("wb") as file:
+    with atomic_write(path) as partial, partial.open("wb") as file:
         file.write(data)
         file.flush()
         os.fsync(file.fileno())

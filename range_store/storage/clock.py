@@ -4,7 +4,7 @@ import time
 
 import redis
 
-from range_store.storage.failures import reaching_redis
+from range_store.redis_errors import translate_redis_errors
 
 
 class StoreClock:
@@ -24,7 +24,7 @@ class StoreClock:
             StoreUnavailable: Redis cannot be reached or refuses.
         """
         began = time.monotonic()
-        with reaching_redis(), client.pipeline(transaction=False) as both:
+        with translate_redis_errors(), client.pipeline(transaction=False) as both:
             both.get(key)
             both.time()
             value, (seconds, microseconds) = both.execute()

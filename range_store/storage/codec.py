@@ -14,7 +14,7 @@ import safetensors
 import safetensors.numpy
 from pydantic import ValidationError
 
-from range_store.domain.erasure import Frozen, Ranking
+from range_store.domain.erasure import FrozenModel, Ranking
 from range_store.domain.range_set import (
     Digest,
     InspectLayer,
@@ -23,7 +23,7 @@ from range_store.domain.range_set import (
     ServeLayer,
     content_id,
     field_names,
-    shape_of,
+    statistics_shape,
 )
 from range_store.errors import InvalidRangeSet
 
@@ -43,7 +43,7 @@ class Spec(NamedTuple):
     shape: tuple[int, ...]
 
 
-class Meta(Frozen):
+class Meta(FrozenModel):
     """What the store keeps of a range set beside its parts: provenance, and sha256 of every part by name."""
 
     provenance: Provenance
@@ -71,14 +71,14 @@ def part_names(provenance: Provenance) -> tuple[str, ...]:
 
 def serve_specs(provenance: Provenance) -> dict[str, Spec]:
     """Arrays of a serve part by stored name."""
-    concepts, hidden, _ = shape_of(provenance)
+    concepts, hidden, _ = statistics_shape(provenance)
     names = ["mean", "std", *(SALIENCY + ranking for ranking in provenance.settings.rankings)]
     return {name: Spec(_DTYPES["F64"], (concepts, hidden)) for name in names}
 
 
 def inspect_specs(provenance: Provenance) -> dict[str, Spec]:
     """Arrays of an inspect part by stored name."""
-    concepts, hidden, bins = shape_of(provenance)
+    concepts, hidden, bins = statistics_shape(provenance)
     specs = {name: Spec(_DTYPES["F64"], (concepts, hidden)) for name in field_names(InspectLayer)}
     specs["edges"] = Spec(_DTYPES["F64"], (hidden, bins + 1))
     specs["histogram"] = Spec(_DTYPES["U32"], (concepts, hidden, bins + 2))

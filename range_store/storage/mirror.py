@@ -27,9 +27,9 @@ from range_store.errors import (
     StoreUnavailable,
     UnknownRangeSet,
 )
-from range_store.storage.failures import explain
+from range_store.redis_errors import describe_redis_error
+from range_store.storage.heartbeat import Heartbeat
 from range_store.storage.keys import CHANGES
-from range_store.storage.reporter import Reporter
 from range_store.storage.store import RangeStore
 
 log = logging.getLogger(__name__)
@@ -42,7 +42,7 @@ FIRST_BACKOFF, LAST_BACKOFF = 0.05, 0.5
 """Seconds between two tries to reach Redis: it is found again half a second after its return at the latest."""
 REMIND_SECONDS = 60.0
 """How often what is wrong is logged again while it lasts."""
-Trouble = Literal["store_down", "lost", "range_set"]
+ProblemKind = Literal["store_down", "lost", "range_set"]
 """Why a snapshot is not the newest: Redis does not answer; it has lost the live state; what is active is unusable."""
 ATTEMPTS = 3
 
@@ -71,7 +71,7 @@ class Mirror:
         on_change: told of every snapshot whose generation differs from the one before, in order. It must be quick.
         also: called whenever the store is to be read, to read something else of it then. It must not raise.
         earlier: what earlier versions had for the fingerprint.
-        replica: name to report under (`range_store.storage.replicas.new_name`); None for a mere reader.
+        replica: name to report under (`range_store.storage.replicas.new_replica_name`); None for a mere reader.
     """
 
     def __init__(
@@ -99,13 +99,13 @@ class Mirror:
         """Whether Redis answered last time."""
         self.problem: str | None = None
         """Why the snapshot is not the newest, or None while it is."""
-        self.trouble: Trouble | None = None
+        self.problem_kind: ProblemKind | None = None
         """The kind of `problem`."""
         self._logged = 0.0
-        self.reporter: Reporter | None = None
+        self.heartbeat: Heartbeat | None = None
         """What tells others which generation this process answers under; None for a mere reader."""
         if replica is not None:
-            self.reporter = Reporter(store.replicas, replica, self._held, self.refresh)
+            self.heartbeat = Heartbeat(store.replicas, replica, self._held, self.refresh)
 
     def start(self) -> None:
         """Read once, and then keep reading in a thread. Does not fail while Redis is away: see `problem`."""
@@ -114,19 +114,19 @@ class Mirror:
                 self.refresh()
             self._thread = threading.Thread(target=self._run, name="neuronlens-mirror", daemon=True)
             self._thread.start()
-            if self.reporter is not None:
-                self.reporter.start()
+            if self.heartbeat is not None:
+                self.heartbeat.start()
 
     def withdraw(self) -> None:
         """Nobody is to wait any more until this replica follows, since it takes no requests. Goes on reading."""
-        if self.reporter is not None:
-            self.reporter.withdraw()
+        if self.heartbeat is not None:
+            self.heartbeat.withdraw()
 
     def close(self) -> None:
         """Stop reading and reporting. The snapshot stays."""
         self._stopping.set()
-        if self.reporter is not None:
-            self.reporter.close()
+        if self.heartbeat is not None:
+            self.heartbeat.close()
         if self._thread is not None:
             self._thread.join()
 
@@ -159,8 +159,8 @@ class Mirror:
             before, self.snapshot = self.snapshot, fresh
             self._note(None)
             if before is None or before.live != fresh.live:
-                if self.reporter is not None:
-                    self.reporter.wake()
+                if self.heartbeat is not None:
+                    self.heartbeat.wake()
                 self._tell(before, fresh)
             return fresh
 
@@ -168,14 +168,14 @@ class Mirror:
         """Read now, and have others count on this replica again if they may have given it up; raises as `refresh`."""
         lapsed = self.lapsed
         fresh = self.refresh()
-        if self.reporter is not None and lapsed:
-            self.reporter.tell()
+        if self.heartbeat is not None and lapsed:
+            self.heartbeat.tell()
         return fresh
 
     @property
     def lapsed(self) -> bool:
         """Whether others may have given up this replica, as after a pause: `catch_up` before the next admission."""
-        return self.reporter is not None and self.reporter.lapsed
+        return self.heartbeat is not None and self.heartbeat.lapsed
 
     def _held(self) -> LiveState | None:
         snapshot = self.snapshot
@@ -186,8 +186,8 @@ class Mirror:
             held = self.snapshot
             read_at = time.monotonic()
             if held is None:
-                if self.reporter is not None:
-                    self.reporter.tell()  # before the read: who changes something after it knows of this replica
+                if self.heartbeat is not None:
+                    self.heartbeat.tell()  # before the read: who changes something after it knows of this replica
                 live = self._store.live()
             else:
                 # what is gone is not created anew by one who knew it, but put back
@@ -218,7 +218,7 @@ class Mirror:
                 if self._restored(held.live, state) != state:
                     return True
             except (LostState, ForeignRangeSet):
-                if not activates or (state is not None and held.live.reaches(state.generation)):
+                if not activates or (state is not None and held.live.is_at_least(state.generation)):
                     raise
         if state is not None and state.range_set is not None and not activates:
             with suppress(UnknownRangeSet, InvalidRangeSet):
@@ -240,7 +240,7 @@ class Mirror:
             why = "Redis has lost the live state (was it emptied?)"
         elif found.generation == held.generation:
             why = f"Redis holds something else as generation {held.generation} (was an older copy of it changed?)"
-        elif held.reaches(found.generation):
+        elif held.is_at_least(found.generation):
             why = f"Redis went back from generation {held.generation} to {found.generation} (is it an older copy?)"
         else:
             why = f"Redis has lost the live state (it begins anew at {found.generation})"
@@ -271,8 +271,8 @@ class Mirror:
 
     def _note(self, error: RangeStoreError | None) -> None:
         """Remember what is wrong; log when it begins, when it ends, and now and then while it lasts."""
-        self.trouble = None if error is None else _kind(error)
-        self.store_up = self.trouble != "store_down"
+        self.problem_kind = None if error is None else _kind(error)
+        self.store_up = self.problem_kind != "store_down"
         before, self.problem = self.problem, None if error is None else str(error)
         if self.problem is None:
             if before is not None:
@@ -319,7 +319,7 @@ class Mirror:
             except (redis.RedisError, OSError) as error:
                 if heard:
                     said = "%s: no messages from Redis (%s); reading without them"
-                    log.info(said, self._store.model, explain(error), extra=self._where())
+                    log.info(said, self._store.model, describe_redis_error(error), extra=self._where())
                 with suppress(RangeStoreError):  # it says itself what is wrong
                     self.refresh()
             except StoreUnavailable:
@@ -385,7 +385,7 @@ class Mirror:
         return not isinstance(hint, dict) or hint.get("model") in (None, self._store.model)
 
 
-def _kind(error: RangeStoreError) -> Trouble:
+def _kind(error: RangeStoreError) -> ProblemKind:
     if isinstance(error, LostState):
         return "lost"
     return "store_down" if isinstance(error, StoreUnavailable) else "range_set"

@@ -17,8 +17,8 @@ from typing import Annotated, cast
 import redis
 from pydantic import BaseModel, ConfigDict, Field, field_validator
 
-from range_store.domain.live import Generation, reaches
-from range_store.storage.failures import reaching_redis
+from range_store.domain.live import Generation, is_at_least
+from range_store.redis_errors import translate_redis_errors
 from range_store.storage.keys import ModelKeys
 from range_store.storage.scripts import REPORT
 
@@ -38,7 +38,7 @@ Name = Annotated[str, Field(pattern=r"^\S{1,300}$")]
 ADDRESS = re.compile(r"([A-Za-z0-9_.-]{1,253}|\[[0-9A-Fa-f:.]{2,45}\]):[0-9]{1,5}")
 
 
-class Replica(BaseModel):
+class ReplicaStatus(BaseModel):
     """What one replica reported; a newer version may say more. Times are Unix seconds by Redis's clock.
 
     `name`: `host:process:random`, unique. `generation`: what it answers under; None while it has not read any.
@@ -82,7 +82,7 @@ class Roster:
 
     now: float
     since: float | None
-    replicas: tuple[Replica, ...]
+    replicas: tuple[ReplicaStatus, ...]
 
     @property
     def dtypes(self) -> tuple[str, ...]:
@@ -92,11 +92,13 @@ class Roster:
     def missing(self, generation: str) -> tuple[str, ...]:
         """Names of those that do not report that generation or a later one of its epoch."""
         return tuple(
-            each.name for each in self.replicas if each.generation is None or not reaches(each.generation, generation)
+            each.name
+            for each in self.replicas
+            if each.generation is None or not is_at_least(each.generation, generation)
         )
 
 
-class Replicas:
+class ReplicaRegistry:
     """The reports of one model's replicas. Each method costs one round trip, and may be called from any thread.
 
     Raises StoreUnavailable if Redis cannot be reached or refuses.
@@ -117,13 +119,13 @@ class Replicas:
         dtype: str | None = None,
     ) -> int:
         """A replica answers under that generation; holds for `seconds`. Gives how many report now."""
-        with reaching_redis():
+        with translate_redis_errors():
             told: list[str | float] = [name, generation or "", range_set or "", seconds, metrics or "", dtype or ""]
             return cast(int, self._report([self._key], told))
 
     def remove(self, name: str) -> None:
         """A replica takes no requests any more."""
-        with reaching_redis():
+        with translate_redis_errors():
             self._client.hdel(self._key, name)
 
     def forget(self, ended: str) -> bool:
@@ -140,7 +142,7 @@ class Replicas:
 
     def read(self) -> Roster:
         """Who reports now. What was written by something else is left out."""
-        with reaching_redis(), self._client.pipeline(transaction=False) as both:
+        with translate_redis_errors(), self._client.pipeline(transaction=False) as both:
             both.time()
             both.hgetall(self._key)
             (seconds, microseconds), held = both.execute()
@@ -148,7 +150,7 @@ class Replicas:
         found = []
         for name, report in held.items():
             try:
-                replica = Replica.model_validate({**json.loads(report), "name": name.decode()})
+                replica = ReplicaStatus.model_validate({**json.loads(report), "name": name.decode()})
             except (ValueError, TypeError, RecursionError):
                 continue
             if replica.expires > now:
@@ -157,7 +159,7 @@ class Replicas:
         return Roster(now, since, tuple(sorted(found, key=lambda each: each.name)))
 
 
-class Follow:
+class ReplicaWait:
     """Whether every replica follows a generation, told over several looks at the roster.
 
     Args:
@@ -197,7 +199,7 @@ class Follow:
         return "the replicas began to report only now (was Redis emptied?), and some may be missing among them"
 
 
-def new_name(unique: str | None = None) -> str:
+def new_replica_name(unique: str | None = None) -> str:
     """A name for a replica in this process; `unique`: its last part, else random."""
     host = re.sub(r"[\s:]", "-", socket.gethostname()) or "localhost"
     return f"{host}:{os.getpid()}:{unique or secrets.token_hex(4)}"

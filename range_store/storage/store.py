@@ -8,8 +8,8 @@ from typing import Any, Protocol
 import redis
 from pydantic import ValidationError
 
-from range_store.domain.erasure import check_distinct
-from range_store.domain.live import AuditEntry, Change, LiveErasure, LiveState, new_epoch, new_state, reaches
+from range_store.domain.erasure import check_distinct_concepts
+from range_store.domain.live import AuditEntry, Change, LiveErasure, LiveState, initial_state, is_at_least, new_epoch
 from range_store.domain.plan import resolve
 from range_store.domain.range_set import RangeSet
 from range_store.errors import (
@@ -22,15 +22,15 @@ from range_store.errors import (
     UnknownRangeSet,
     UnresolvableErasure,
 )
+from range_store.redis_errors import translate_redis_errors
 from range_store.storage.clock import StoreClock
 from range_store.storage.codec import assemble
-from range_store.storage.failures import reaching_redis
 from range_store.storage.keys import CHANGES
-from range_store.storage.published import Published, PublishedRangeSets
-from range_store.storage.replicas import Replicas
+from range_store.storage.range_sets import PublishedRangeSet, PublishedRangeSets
+from range_store.storage.replicas import ReplicaRegistry
 from range_store.storage.scripts import CHANGE_LIVE
 
-__all__ = ["Published", "RangeStore", "assemble"]
+__all__ = ["PublishedRangeSet", "RangeStore", "assemble"]
 
 AUDIT_LENGTH = 10_000
 RECENT = 100
@@ -67,7 +67,7 @@ class RangeStore(PublishedRangeSets):
         super().__init__(client, model)
         self._change_live = client.register_script(CHANGE_LIVE)
         self._resolver: RangeSet | None = None
-        self.replicas = Replicas(client, model)
+        self.replicas = ReplicaRegistry(client, model)
         """Which processes answer for the model, and under which generation."""
         self.clock = StoreClock()
         """The time by which erasures expire."""
@@ -86,7 +86,7 @@ class RangeStore(PublishedRangeSets):
         """The live state; an empty one, in an epoch of its own, is created where there is none."""
         _, state = self._read()
         while state is None:
-            created = new_state()
+            created = initial_state()
             change = Change(action="create", before=None, after=created.generation, range_set=None)
             self._write(b"", created, [change])
             _, state = self._read()  # another reader may have been first
@@ -107,11 +107,11 @@ class RangeStore(PublishedRangeSets):
             NoRangeSet: nothing is active that the erasures could be resolved on.
             InvalidErasure, UnknownConcept, NotFitted: one cannot be resolved on the active range set.
         """
-        check_distinct([each.concept for each in erasures])
+        check_distinct_concepts([each.concept for each in erasures])
 
         def replace(state: LiveState, now: float) -> tuple[LiveState, Change]:
             self._check_resolvable(state, erasures)
-            after = state.advanced(state.range_set, tuple(erasures))
+            after = state.next_generation(state.range_set, tuple(erasures))
             concepts = {each.concept for each in (*state.erasures, *erasures)}
             return after, _change("replace", state, after, concepts, by, reason)
 
@@ -129,7 +129,7 @@ class RangeStore(PublishedRangeSets):
         def switch_on(state: LiveState, now: float) -> tuple[LiveState, Change]:
             self._check_resolvable(state, [erasure])
             others = tuple(each for each in state.erasures if each.concept != erasure.concept)
-            after = state.advanced(state.range_set, (*others, erasure))
+            after = state.next_generation(state.range_set, (*others, erasure))
             return after, _change("set", state, after, [erasure.concept], erasure.by, erasure.reason)
 
         return self._change(switch_on, if_match, request=request)
@@ -156,7 +156,7 @@ class RangeStore(PublishedRangeSets):
                 if concept not in known:
                     raise UnknownConcept(concept, known)
                 return None
-            after = state.advanced(state.range_set, others)
+            after = state.next_generation(state.range_set, others)
             return after, _change("remove", state, after, [concept], by, reason)
 
         return self._change(switch_off, if_match, request=request)
@@ -196,7 +196,7 @@ class RangeStore(PublishedRangeSets):
                     + (" first, since they are enforced" if enforced else ", or use force to drop them")
                 )
             kept = tuple(each for each in state.erasures if each.concept not in why)
-            after = state.advanced(range_set, kept)
+            after = state.next_generation(range_set, kept)
             change = _change("activate", state, after, (), by, reason)
             return after, change.model_copy(update={"dropped": tuple(sorted(why))})
 
@@ -219,14 +219,14 @@ class RangeStore(PublishedRangeSets):
         erasures = held.at(now)
         if state is None:
             return new_epoch([held], held.range_set, erasures)
-        if state == held or (state.reaches(held.generation) and state.generation != held.generation):
+        if state == held or (state.is_at_least(held.generation) and state.generation != held.generation):
             return None
-        if held.reaches(state.generation):  # an older copy, or one that went another way since
+        if held.is_at_least(state.generation):  # an older copy, or one that went another way since
             return new_epoch([held, state], held.range_set, erasures)
         since = self._changes_since(held, state)
         named = {concept for change in since for concept in (*change.concepts, *change.dropped)}
         replaced = any(change.action == "replace" for change in since)
-        older = any(held.reaches(generation) for generation in state.continues)
+        older = any(held.is_at_least(generation) for generation in state.continues)
         theirs = {each.concept: each for each in state.at(now)}
         ours = {each.concept: each for each in erasures if each.enforced or not replaced}
         kept = {concept: each for concept, each in theirs.items() if concept in named or not older}
@@ -271,9 +271,9 @@ class RangeStore(PublishedRangeSets):
         """What operators changed after `held` and up to `state`, as far as the audit tells."""
         since = []
         for entry in self.audit(AUDIT_LENGTH):
-            if entry.after != state.generation and reaches(entry.after, state.generation):
+            if entry.after != state.generation and is_at_least(entry.after, state.generation):
                 continue  # made after the state was read, as by another server that puts back
-            if held.reaches(entry.after):
+            if held.is_at_least(entry.after):
                 break
             if entry.action in ("set", "remove", "replace", "activate"):
                 since.append(entry)
@@ -291,7 +291,7 @@ class RangeStore(PublishedRangeSets):
         Raises:
             InvalidRangeSet: an entry is unreadable.
         """
-        with reaching_redis():
+        with translate_redis_errors():
             stored: Any = self.client.xrevrange(self.keys.audit, count=max(limit, 1))
         entries = []
         for id_, fields in stored:
@@ -304,7 +304,7 @@ class RangeStore(PublishedRangeSets):
 
     def has_change_for(self, request: str) -> bool:
         """Whether one of the last changes was made for that `request`."""
-        with reaching_redis():
+        with translate_redis_errors():
             stored: Any = self.client.xrevrange(self.keys.audit, count=RECENT)
         return any(fields.get(b"request") == request.encode() for _, fields in stored)
 
@@ -332,7 +332,7 @@ class RangeStore(PublishedRangeSets):
             unexpired = state.at(at)
             if len(unexpired) < len(state.erasures):
                 expired = {each.concept for each in state.erasures if each.expired(at)}
-                before, state = state, state.advanced(state.range_set, unexpired)
+                before, state = state, state.next_generation(state.range_set, unexpired)
                 changes.append(_change("expire", before, state, expired, None, None))
             if decided := decide(state, at):
                 state, change = decided
@@ -373,7 +373,7 @@ class RangeStore(PublishedRangeSets):
             request or "",
             *(change.model_dump_json() for change in changes),
         ]
-        with reaching_redis():
+        with translate_redis_errors():
             answer = self._change_live([self.keys.live, self.keys.audit, self.keys.range_sets], arguments)
         if answer == b"unpublished":
             raise UnknownRangeSet(state.range_set or "")

@@ -9,13 +9,13 @@ import pytest
 
 from app.security.keyring import LOST, Keyring, Refused, memory_of
 from range_store.embedded.connection import EmbeddedRedis, connect
-from range_store.storage.api_keys import KeyStore
+from range_store.storage.api_keys import ApiKeyStore
 from range_store.storage.keys import API_KEYS
 
 
 @pytest.fixture
-def store(own_redis: EmbeddedRedis) -> KeyStore:
-    return KeyStore(own_redis)
+def store(own_redis: EmbeddedRedis) -> ApiKeyStore:
+    return ApiKeyStore(own_redis)
 
 
 def refused(keyring: Keyring, token: str | None) -> str:
@@ -24,7 +24,7 @@ def refused(keyring: Keyring, token: str | None) -> str:
     return caught.value.reason
 
 
-def test_no_key_is_required_until_the_first_is_created(store: KeyStore) -> None:
+def test_no_key_is_required_until_the_first_is_created(store: ApiKeyStore) -> None:
     keyring = Keyring(store)
     keyring.refresh()
     assert not keyring.in_force
@@ -36,7 +36,7 @@ def test_no_key_is_required_until_the_first_is_created(store: KeyStore) -> None:
     assert refused(keyring, "nl_wrong") == "bad_key"
 
 
-def test_revoked_and_expired_keys_are_rejected(store: KeyStore) -> None:
+def test_revoked_and_expired_keys_are_rejected(store: ApiKeyStore) -> None:
     keyring = Keyring(store)
     _, revoked = store.create("a", ["infer"])
     _, expired = store.create("b", ["infer"], expires_at=time.time() - 1)
@@ -46,7 +46,7 @@ def test_revoked_and_expired_keys_are_rejected(store: KeyStore) -> None:
 
 
 def test_keys_that_redis_loses_stay_in_force_and_survive_a_restart_as_a_lockout(
-    store: KeyStore, own_redis: EmbeddedRedis, tmp_path: Path, caplog: pytest.LogCaptureFixture
+    store: ApiKeyStore, own_redis: EmbeddedRedis, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     memory = memory_of(tmp_path / "new", "redis")
     keyring = Keyring(store, memory=memory)
@@ -66,7 +66,7 @@ def test_keys_that_redis_loses_stay_in_force_and_survive_a_restart_as_a_lockout(
     assert not Keyring(store, memory=memory_of(tmp_path, "another redis")).in_force
 
 
-def test_required_keys_reject_everyone_until_keys_are_known(store: KeyStore) -> None:
+def test_required_keys_reject_everyone_until_keys_are_known(store: ApiKeyStore) -> None:
     keyring = Keyring(store, required=True)
     keyring.refresh()
     assert refused(keyring, None) == "keys_unavailable"
@@ -75,7 +75,7 @@ def test_required_keys_reject_everyone_until_keys_are_known(store: KeyStore) -> 
     assert keyring.identify(token).name == "app"
 
 
-def test_an_older_list_does_not_restore_a_revoked_key(store: KeyStore, own_redis: EmbeddedRedis) -> None:
+def test_an_older_list_does_not_restore_a_revoked_key(store: ApiKeyStore, own_redis: EmbeddedRedis) -> None:
     keyring = Keyring(store)
     _, token = store.create("app", ["infer"])
     old = own_redis.get(API_KEYS)
@@ -90,7 +90,7 @@ def test_an_older_list_does_not_restore_a_revoked_key(store: KeyStore, own_redis
     assert keyring.identify(fresh).name == "new"
 
 
-def test_an_unreadable_list_is_ignored(store: KeyStore, own_redis: EmbeddedRedis) -> None:
+def test_an_unreadable_list_is_ignored(store: ApiKeyStore, own_redis: EmbeddedRedis) -> None:
     keyring = Keyring(store)
     _, token = store.create("app", ["infer"])
     keyring.refresh()
@@ -101,13 +101,13 @@ def test_an_unreadable_list_is_ignored(store: KeyStore, own_redis: EmbeddedRedis
 
 def test_required_keys_reject_everyone_while_redis_is_unreachable(tmp_path: Path) -> None:
     with connect(f"unix://{tmp_path}/nothing.sock", tmp_path) as client:
-        keyring = Keyring(KeyStore(client), required=True)
+        keyring = Keyring(ApiKeyStore(client), required=True)
         keyring.refresh()
         assert refused(keyring, "nl_") == "keys_unavailable"
 
 
 def test_a_memory_file_that_cannot_be_written_is_logged(
-    store: KeyStore, tmp_path: Path, caplog: pytest.LogCaptureFixture
+    store: ApiKeyStore, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     (tmp_path / "file").touch()
     keyring = Keyring(store, memory=memory_of(tmp_path / "file", "redis"))

@@ -7,7 +7,7 @@ import pytest
 from axe_playwright_python.sync_playwright import Axe
 from playwright.sync_api import Route, expect
 
-from range_store.storage.api_keys import KeyStore
+from range_store.storage.api_keys import ApiKeyStore
 from tests.console.conftest import NARROW, WIDE, OpenWindow, Window, start_long_fit
 from tests.range_store.builders import random_range_set
 from tests.servers import RunningServer
@@ -136,7 +136,7 @@ def test_errors_and_loading_states_are_accessible(server: RunningServer, window:
 
 @in_each_look
 def test_key_dialog_is_accessible(
-    server_with_keys: tuple[RunningServer, dict[str, str], KeyStore], window: OpenWindow, options: Look
+    server_with_keys: tuple[RunningServer, dict[str, str], ApiKeyStore], window: OpenWindow, options: Look
 ) -> None:
     opened = window(server_with_keys[0], **options)
     expect(opened.open("#/live").get_by_role("dialog", name="API key")).to_be_visible()

@@ -5,12 +5,12 @@ from playwright.sync_api import Page, Route, expect
 
 from range_store.domain.erasure import Erasure
 from range_store.domain.live import LiveErasure
-from range_store.storage.api_keys import KeyStore
+from range_store.storage.api_keys import ApiKeyStore
 from tests.console.conftest import OpenWindow, enter_key
 from tests.range_store.builders import random_range_set
 from tests.servers import RunningServer
 
-ServerWithKeys = tuple[RunningServer, dict[str, str], KeyStore]
+ServerWithKeys = tuple[RunningServer, dict[str, str], ApiKeyStore]
 
 
 @pytest.mark.system

@@ -3,7 +3,7 @@
 import pytest
 from playwright.sync_api import expect
 
-from range_store.storage.api_keys import KeyStore
+from range_store.storage.api_keys import ApiKeyStore
 from tests.console.conftest import NARROW, WIDE, OpenWindow, assert_no_horizontal_scroll, enter_key
 from tests.servers import RunningServer
 
@@ -48,7 +48,7 @@ def test_report_opens_in_place(server_with_evaluation: RunningServer, window: Op
 
 
 def test_report_script_cannot_leave_its_frame(
-    server_with_keys: tuple[RunningServer, dict[str, str], KeyStore], window: OpenWindow
+    server_with_keys: tuple[RunningServer, dict[str, str], ApiKeyStore], window: OpenWindow
 ) -> None:
     running, tokens, _ = server_with_keys
     folder = running.service.settings.reports / "hostile"

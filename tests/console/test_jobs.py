@@ -8,7 +8,7 @@ import pytest
 from playwright.sync_api import Locator, Page, expect
 
 from range_store.embedded.connection import EmbeddedRedis
-from range_store.storage.api_keys import KeyStore
+from range_store.storage.api_keys import ApiKeyStore
 from tests.console.conftest import (
     NARROW,
     WIDE,
@@ -91,7 +91,7 @@ def test_running_fit_shows_its_progress_and_is_cancelled(fitting_server: Running
 def test_only_an_admin_key_starts_and_cancels_a_fit(
     own_redis: EmbeddedRedis, start_server: Callable[..., RunningServer], corpora: Path, window: OpenWindow
 ) -> None:
-    keys = KeyStore(own_redis)
+    keys = ApiKeyStore(own_redis)
     tokens = {scope: keys.create(f"the-{scope}", [scope])[1] for scope in ("read", "admin")}
     running = start_server(redis_url=own_redis.url, fit_dirs=[corpora], fit_threads=1, fit_niceness=3, fit_device="cpu")
     page = window(running).open("#/live")

@@ -11,7 +11,7 @@ from playwright.sync_api import Page, Request, Route, expect
 
 from range_store.domain.erasure import Erasure
 from range_store.domain.live import LiveErasure
-from range_store.storage.api_keys import KeyStore
+from range_store.storage.api_keys import ApiKeyStore
 from tests.console.conftest import NARROW, WIDE, OpenWindow, assert_no_horizontal_scroll, enter_key
 from tests.range_store.builders import random_range_set
 from tests.range_store.waiting import until
@@ -168,7 +168,7 @@ def test_new_result_keeps_focus_and_opened_details(server: RunningServer, window
 
 
 def test_link_shares_the_state_but_not_the_key(
-    server_with_keys: tuple[RunningServer, dict[str, str], KeyStore], window: OpenWindow
+    server_with_keys: tuple[RunningServer, dict[str, str], ApiKeyStore], window: OpenWindow
 ) -> None:
     running, tokens, _ = server_with_keys
     first = window(running).open(f"#/try?text={TEXT}")
@@ -277,7 +277,7 @@ def test_live_erasures_are_applied_and_followed(server: RunningServer, window: O
 
 
 def test_enforced_erasure_hides_the_baseline_from_an_infer_key(
-    server_with_keys: tuple[RunningServer, dict[str, str], KeyStore], window: OpenWindow
+    server_with_keys: tuple[RunningServer, dict[str, str], ApiKeyStore], window: OpenWindow
 ) -> None:
     running, tokens, _ = server_with_keys
     running.service.store.set_erasure(LiveErasure(erasure=Erasure(concept="World"), enforced=True))

@@ -13,7 +13,7 @@ from range_store.domain.live import LiveErasure
 from range_store.embedded.connection import connect
 from range_store.errors import StoreUnavailable
 from range_store.storage.mirror import Mirror
-from range_store.storage.replicas import Replicas, new_name
+from range_store.storage.replicas import ReplicaRegistry, new_replica_name
 from range_store.storage.store import RangeStore
 from tests.docker.conftest import DOCKER, PASSWORDS, Store
 from tests.range_store.builders import random_range_set
@@ -70,13 +70,13 @@ def test_service_toggles_and_follows_but_cannot_publish(client: Client) -> None:
     store = RangeStore(client("service"), "news")
     store.activate(published)
     assert [each.id for each in store.list()] == [published]
-    replica = new_name()
+    replica = new_replica_name()
     mirror = Mirror(store, range_set.provenance.model.fingerprint, poll=300.0, replica=replica)
     mirror.start()
     try:
         until(lambda: mirror.snapshot is not None)
         for reader in (operator, store):
-            replicas = Replicas(reader.client, "news")
+            replicas = ReplicaRegistry(reader.client, "news")
             until(lambda replicas=replicas: not replicas.read().missing(store.live().generation))
             assert [each.name for each in replicas.read().replicas] == [replica]
 
@@ -94,7 +94,7 @@ def test_service_toggles_and_follows_but_cannot_publish(client: Client) -> None:
         until(lambda: mirror.snapshot is not None and mirror.snapshot.live == store.live())
     finally:
         mirror.close()
-    assert Replicas(operator.client, "news").read().replicas == ()
+    assert ReplicaRegistry(operator.client, "news").read().replicas == ()
     with pytest.raises(StoreUnavailable, match="ACL"):
         store.publish(*random_range_set(2))
     with pytest.raises(StoreUnavailable, match="ACL"):

@@ -11,7 +11,7 @@ import redis
 from range_store.domain.erasure import Erasure
 from range_store.domain.live import LiveErasure
 from range_store.embedded.connection import connect
-from range_store.storage.api_keys import KeyStore
+from range_store.storage.api_keys import ApiKeyStore
 from range_store.storage.mirror import Mirror
 from range_store.storage.store import RangeStore
 from tests.processes import answers
@@ -65,7 +65,7 @@ def test_a_backup_is_restored_and_a_server_puts_a_later_state_back(start: Start,
     old.mkdir()
     new.mkdir()
     client = start(old)
-    store, keys = RangeStore(client, "news"), KeyStore(client)
+    store, keys = RangeStore(client, "news"), ApiKeyStore(client)
     id_ = store.publish(*random_range_set(1))
     store.activate(id_)
     concept = store.provenance(id_).concepts[0]
@@ -84,11 +84,11 @@ def test_a_backup_is_restored_and_a_server_puts_a_later_state_back(start: Start,
     assert again.live() == kept
     assert again.read(id_).provenance == store.read(id_).provenance
     assert [entry.action for entry in again.audit()] == ["set", "activate", "create"]
-    known = KeyStore(restored).read()
+    known = ApiKeyStore(restored).read()
     assert known is not None
-    assert known.of_token(token) is not None
+    assert known.find_by_token(token) is not None
 
     mirror._store = again  # a server that knows the later state finds the older one
     state = mirror.refresh().live
-    assert (state.erasures, state.reaches(later.generation)) == ((), True)
+    assert (state.erasures, state.is_at_least(later.generation)) == ((), True)
     assert again.audit(1)[0].action == "restore"

@@ -8,7 +8,7 @@ import httpx
 import pytest
 
 from app.routes.console import FILES, PLOTLY
-from range_store.storage.api_keys import KeyStore
+from range_store.storage.api_keys import ApiKeyStore
 from tests.servers import RunningServer
 
 NAMES = sorted(path.name for path in FILES.iterdir())
@@ -23,7 +23,7 @@ def policy(response: httpx.Response) -> dict[str, str]:
 
 
 def test_only_the_files_of_the_console_need_no_key(
-    server_with_keys: tuple[RunningServer, dict[str, str], KeyStore], problem: Callable[..., object]
+    server_with_keys: tuple[RunningServer, dict[str, str], ApiKeyStore], problem: Callable[..., object]
 ) -> None:
     server, _, _ = server_with_keys
     for path in ("/", *(f"/console/{name}" for name in NAMES)):

@@ -9,7 +9,7 @@ from typing import Any
 import httpx
 import pytest
 
-from range_store.storage.api_keys import KeyStore
+from range_store.storage.api_keys import ApiKeyStore
 from range_store.storage.clock import StoreClock
 from tests.e2e.faults.processes import RedisProcess
 from tests.e2e.listening import Listener
@@ -21,7 +21,7 @@ from workers.fitting.fit import Fitted, fit
 from workers.models.loading import LoadedModel
 
 Listen = Callable[..., Listener]
-ServerWithKeys = tuple[RunningServer, dict[str, str], KeyStore]
+ServerWithKeys = tuple[RunningServer, dict[str, str], ApiKeyStore]
 HOUR = 3600.0
 
 
@@ -188,7 +188,7 @@ def test_stream_without_a_key_ends_when_the_first_key_is_created(
     running = with_ranges(start_server(redis_url=own_redis.url), fitted)
     window = listen(running)
     until(lambda: window.of("live"))
-    KeyStore(own_redis).create("first", ["read"])
+    ApiKeyStore(own_redis).create("first", ["read"])
     until(lambda: window.ended == "complete")
 
 
@@ -215,7 +215,7 @@ def test_one_key_takes_at_most_half_of_the_streams(
     listen: Listen,
     problem: Callable[..., dict[str, Any]],
 ) -> None:
-    keys = KeyStore(own_redis)
+    keys = ApiKeyStore(own_redis)
     one, other = (keys.create(name, ["read"])[1] for name in ("one", "other"))
     running = with_ranges(start_server(redis_url=own_redis.url, max_event_streams=4), fitted)
     windows = [listen(running, one), listen(running, one)]

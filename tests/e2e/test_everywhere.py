@@ -12,7 +12,7 @@ from app.serving.metrics import start_metrics_server
 from app.serving.service import Service
 from range_store.domain.erasure import Erasure
 from range_store.domain.live import LiveErasure, LiveState
-from range_store.storage import replicas, reporter
+from range_store.storage import heartbeat, replicas
 from range_store.storage.replicas import SILENT_SECONDS
 from tests.range_store.waiting import until
 from tests.servers import RunningServer, with_ranges
@@ -35,8 +35,8 @@ def settle_replicas(running: RunningServer) -> RunningServer:
 
 
 def replica_name(running: RunningServer) -> str:
-    assert running.service.mirror.reporter is not None
-    return running.service.mirror.reporter.name
+    assert running.service.mirror.heartbeat is not None
+    return running.service.mirror.heartbeat.name
 
 
 def generation(running: RunningServer) -> str:
@@ -56,7 +56,7 @@ def passive_server(
 ) -> RunningServer:
     """A server that reads the live state only when a request makes it do so."""
     monkeypatch.setattr(following, "PATIENCE", 25.0)
-    monkeypatch.setattr(reporter, "SILENT_SECONDS", 3600.0)
+    monkeypatch.setattr(heartbeat, "SILENT_SECONDS", 3600.0)
     running = with_ranges(start_server(), fitted)
     mirror = running.service.mirror
     assert mirror._thread is not None
@@ -70,7 +70,7 @@ def change_behind(running: RunningServer, *, enforced: bool = False) -> LiveStat
     store = running.service.store
     before = store.live()
     erasure = LiveErasure(erasure=Erasure(concept="World"), enforced=enforced)
-    state = before.advanced(before.range_set, (erasure,))
+    state = before.next_generation(before.range_set, (erasure,))
     store.client.set(store.keys.live, state.model_dump_json())
     return state
 
@@ -147,7 +147,7 @@ def test_emptied_replica_list_does_not_count_as_complete(
     store.client.delete(store.keys.replicas)
     reply = http.delete("/v1/erasures/Sports", params={"wait": "all", "wait_seconds": "0.05"})
     problem(reply, 504, "not_everywhere")
-    fresh_server.service.mirror.reporter.report()  # type: ignore[union-attr]
+    fresh_server.service.mirror.heartbeat.report()  # type: ignore[union-attr]
     reply = http.delete("/v1/erasures/Sports", params={"wait": "all", "wait_seconds": "0.05"})
     assert problem(reply, 504, "not_everywhere")["missing"] == []
     monkeypatch.setattr(replicas, "SILENT_SECONDS", 0.0)
@@ -302,7 +302,7 @@ def test_server_reads_the_store_after_a_silence_before_it_answers(
 ) -> None:
     """Others may have stopped waiting for it, and may have reported a change as in force everywhere."""
     monkeypatch.setattr(following, "LAPSED_PATIENCE", 20.0)
-    until(lambda: passive_server.service.mirror.reporter._heard_at)  # type: ignore[union-attr]
-    monkeypatch.setattr(reporter, "SILENT_SECONDS", -1.0)
+    until(lambda: passive_server.service.mirror.heartbeat._heard_at)  # type: ignore[union-attr]
+    monkeypatch.setattr(heartbeat, "SILENT_SECONDS", -1.0)
     state = change_behind(passive_server)
     assert passive_server.classify(TEXT).json()["erasure"]["generation"] == state.generation

@@ -12,7 +12,7 @@ import pytest
 from app.cli import run
 from app.security.auth import scope_of
 from range_store.embedded.connection import EmbeddedRedis
-from range_store.storage.api_keys import KeyStore
+from range_store.storage.api_keys import ApiKeyStore
 from range_store.storage.clock import StoreClock
 from range_store.storage.store import RangeStore
 from tests.range_store.waiting import until
@@ -21,7 +21,7 @@ from workers.fitting.fit import Fitted
 
 Problem = Callable[[httpx.Response, int, str], dict[str, Any]]
 Serve = Callable[..., RunningServer]
-ServerWithKeys = tuple[RunningServer, dict[str, str], KeyStore]
+ServerWithKeys = tuple[RunningServer, dict[str, str], ApiKeyStore]
 
 
 def bearer(token: str) -> dict[str, str]:
@@ -143,7 +143,7 @@ def test_first_key_puts_a_running_server_under_authentication(
 ) -> None:
     running = with_ranges(start_server(redis_url=own_redis.url, data_dir=tmp_path), fitted)
     assert running.classify("a").status_code == 200
-    _, token = KeyStore(own_redis).create("app", ["infer"])
+    _, token = ApiKeyStore(own_redis).create("app", ["infer"])
     until(lambda: running.classify("a").status_code == 401)
     assert running.http.post("/v1/classify", json={"inputs": "a"}, headers=bearer(token)).status_code == 200
     # with keys in force, DNS rebinding is harmless, and a proxy may use any host name
@@ -154,7 +154,7 @@ def test_emptied_redis_does_not_disable_authentication(
     own_redis: EmbeddedRedis, start_server: Serve, fitted: Fitted, tmp_path: Any, problem: Problem
 ) -> None:
     running = with_ranges(start_server(redis_url=own_redis.url, data_dir=tmp_path, name="one"), fitted)
-    keys = KeyStore(own_redis)
+    keys = ApiKeyStore(own_redis)
     _, token = keys.create("app", ["infer"])
     until(lambda: running.classify("a").status_code == 401)
     own_redis.flushall()

@@ -9,7 +9,7 @@ import httpx
 import numpy as np
 import pytest
 
-from range_store.storage.api_keys import KeyStore
+from range_store.storage.api_keys import ApiKeyStore
 from tests.servers import RunningServer, with_ranges
 from tests.workers.checkpoints import TEMPLATE, save_label_token, save_language_model, save_tiny
 from workers.engine import looking
@@ -113,7 +113,7 @@ def test_erasures_do_not_change_activations(server: RunningServer) -> None:
 
 
 def test_activations_need_admin_while_an_erasure_is_enforced(
-    server_with_keys: tuple[RunningServer, dict[str, str], KeyStore], problem: Problem
+    server_with_keys: tuple[RunningServer, dict[str, str], ApiKeyStore], problem: Problem
 ) -> None:
     server, tokens, _ = server_with_keys
     body = {"inputs": "a goal", "neurons": [1]}
@@ -240,7 +240,7 @@ def test_every_listed_capability_works(server: RunningServer) -> None:
     assert {"compare", "events", "tokenize", "activations", "reports"} <= set(listed["features"])
 
 
-def test_capabilities_name_the_caller(server_with_keys: tuple[RunningServer, dict[str, str], KeyStore]) -> None:
+def test_capabilities_name_the_caller(server_with_keys: tuple[RunningServer, dict[str, str], ApiKeyStore]) -> None:
     server, tokens, _ = server_with_keys
     listed = server.http.get("/v1/capabilities", headers={"X-API-Key": tokens["read"]}).json()
     assert (listed["key"], listed["scopes"], listed["keys_in_force"]) == ("the-read", ["read"], True)

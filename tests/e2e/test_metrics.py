@@ -93,7 +93,7 @@ def test_concepts_beyond_the_limit_share_a_series(fresh_server: RunningServer) -
     many = [LiveErasure(erasure=Erasure(concept=f"concept {n:04}")) for n in range(MOST_CONCEPTS + 5)]
     snapshot = fresh_server.service.mirror.snapshot
     assert snapshot is not None
-    state = snapshot.live.advanced(snapshot.live.range_set, tuple(many))
+    state = snapshot.live.next_generation(snapshot.live.range_set, tuple(many))
     fresh_server.service.store.client.set(ModelKeys(fresh_server.service.name).live, state.model_dump_json())
     fresh_server.service.store.client.publish("neuronlens:changes", "{}")
     until(lambda: len(series(fresh_server, "neuronlens_live_erasure")) == MOST_CONCEPTS + 1)

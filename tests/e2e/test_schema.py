@@ -25,7 +25,7 @@ from app.jobs.runner import FitRunner
 from app.security.auth import scope_of
 from range_store.domain.erasure import Erasure
 from range_store.domain.live import LiveErasure
-from range_store.storage.api_keys import KeyStore
+from range_store.storage.api_keys import ApiKeyStore
 from tests.e2e.reports import write_report
 from tests.servers import RunningServer, with_ranges
 from tests.workers.texts import labelled_texts, write_jsonl
@@ -153,7 +153,7 @@ bearer = {{ bearer = "{token}" }}
 
 
 FULL = pytest.mark.full
-ServerWithKeys = tuple[RunningServer, dict[str, str], KeyStore]
+ServerWithKeys = tuple[RunningServer, dict[str, str], ApiKeyStore]
 
 
 @pytest.fixture

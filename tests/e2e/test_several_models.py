@@ -15,7 +15,7 @@ from app.main import create_app
 from app.serving.service import Service
 from app.settings import Settings
 from range_store.embedded.connection import EmbeddedRedis
-from range_store.storage.api_keys import KeyStore
+from range_store.storage.api_keys import ApiKeyStore
 from tests.range_store.waiting import until
 from tests.servers import RunningServer, random_ranges, with_ranges
 from workers.models.loading import LoadedModel
@@ -273,7 +273,7 @@ def test_api_keys_apply_to_all_models(
     other: LoadedModel,
     problem: Problem,
 ) -> None:
-    tokens = [KeyStore(own_redis).create(f"the-{scope}", [scope])[1] for scope in ("infer", "admin")]
+    tokens = [ApiKeyStore(own_redis).create(f"the-{scope}", [scope])[1] for scope in ("infer", "admin")]
     infer, admin = ({"Authorization": f"Bearer {token}"} for token in tokens)
     running = start_server(model, other, redis_url=own_redis.url)
     server = with_ranges(running, random_ranges(model.identity, 0), random_ranges(other.identity, 1))

@@ -4,7 +4,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from range_store.domain.erasure import STATISTICAL, Ranking
+from range_store.domain.erasure import STATISTICAL_RANKINGS, Ranking
 from range_store.domain.range_set import (
     CorpusIdentity,
     FitSettings,
@@ -28,7 +28,7 @@ def random_provenance(
     hidden: int = 12,
     n_layers: int = 3,
     layers: Sequence[int] | None = None,
-    rankings: Sequence[Ranking] = STATISTICAL,
+    rankings: Sequence[Ranking] = STATISTICAL_RANKINGS,
     fingerprint: str = FINGERPRINT,
     bins: int = 6,
 ) -> Provenance:
@@ -99,7 +99,7 @@ def random_range_set(
     hidden: int = 12,
     n_layers: int = 3,
     layers: Sequence[int] | None = None,
-    rankings: Sequence[Ranking] = STATISTICAL,
+    rankings: Sequence[Ranking] = STATISTICAL_RANKINGS,
     fingerprint: str = FINGERPRINT,
     bins: int = 6,
 ) -> tuple[RangeSet, dict[int, InspectLayer]]:

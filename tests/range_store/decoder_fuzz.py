@@ -28,7 +28,7 @@ from range_store.domain.erasure import Damp, Erasure
 from range_store.domain.live import LiveErasure, LiveState
 from range_store.embedded.connection import connect
 from range_store.errors import InvalidKey, InvalidRangeSet
-from range_store.storage.api_keys import Keys, KeyStore
+from range_store.storage.api_keys import ApiKeys, ApiKeyStore
 from range_store.storage.archive import ENTRY, Archive, decode_archive, encode_archive
 from range_store.storage.codec import (
     Meta,
@@ -63,7 +63,7 @@ LIVE = LiveState(
         LiveErasure(erasure=Erasure(concept="é", layers="all", method="neuron"), enforced=True, by="http"),
     ),
 )
-KEYS = Keys.model_validate(
+KEYS = ApiKeys.model_validate(
     {
         "changed_at": 1.7e9,
         "keys": [
@@ -254,7 +254,7 @@ def damaged(draw: st.DrawFn) -> tuple[str, bytes]:
 class Target:
     """Decodes damaged data and counts the outcomes; raises if a decoder misbehaves."""
 
-    def __init__(self, store: RangeStore, keys: KeyStore) -> None:
+    def __init__(self, store: RangeStore, keys: ApiKeyStore) -> None:
         self.store, self.key_store = store, keys
         self.outcomes: Counter[str] = Counter()
 
@@ -302,14 +302,14 @@ class Target:
         assert state is not None
         assert LiveState.model_validate_json(state.model_dump_json()) == state
         assert state.at(0.0) == state.erasures or state.next_expiry is not None
-        assert state.advanced(None, ()).counter == state.counter + 1
+        assert state.next_generation(None, ()).counter == state.counter + 1
 
     def keys(self, data: bytes) -> None:
         self.store.client.set(API_KEYS, data)
         keys = self.key_store.read()
         assert keys is not None
-        assert Keys.model_validate_json(keys.model_dump_json()) == keys
-        assert keys.of_token("nl_0123abcd_" + "x" * 43) is None
+        assert ApiKeys.model_validate_json(keys.model_dump_json()) == keys
+        assert keys.find_by_token("nl_0123abcd_" + "x" * 43) is None
 
 
 def _refuses(decode: Callable[[bytes, Meta, int], object], data: bytes, meta: Meta, layer: int) -> bool:
@@ -330,7 +330,7 @@ def fuzz(inputs: int, chosen: int, shrink: bool = True) -> Counter[str]:
         BaseException: the failure; Hypothesis adds the input as a note.
     """
     with tempfile.TemporaryDirectory() as folder, connect(None, Path(folder)) as client:
-        target = Target(RangeStore(client, "fuzzed"), KeyStore(client))
+        target = Target(RangeStore(client, "fuzzed"), ApiKeyStore(client))
         for kind, data in VALID.items():
             target(kind, data)
         assert set(target.outcomes) == {f"{kind} accepted" for kind in VALID}

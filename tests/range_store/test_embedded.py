@@ -17,7 +17,7 @@ from range_store.embedded import server as embedded_server
 from range_store.embedded.connection import EmbeddedRedis, connect
 from range_store.embedded.server import EmbeddedServer
 from range_store.errors import StoreUnavailable
-from range_store.storage.failures import reaching_redis
+from range_store.redis_errors import translate_redis_errors
 from tests.range_store.waiting import until
 
 CLIENT_PROGRAM = """
@@ -245,7 +245,7 @@ def test_invalid_url_is_refused_without_its_password() -> None:
 
 def test_unreachable_redis_is_an_error_only_when_used() -> None:
     client = connect("redis://:secret@127.0.0.1:1/0", Path("unused"))
-    with pytest.raises(StoreUnavailable, match="cannot be reached") as caught, reaching_redis():
+    with pytest.raises(StoreUnavailable, match="cannot be reached") as caught, translate_redis_errors():
         client.ping()
     assert "secret" not in str(caught.value)
 
@@ -255,7 +255,7 @@ def test_each_refusal_of_redis_has_its_own_message(tmp_path: Path) -> None:
         messages = {}
 
         def refused(name: str, by: redis.Redis = client) -> None:
-            with pytest.raises(StoreUnavailable) as caught, reaching_redis():
+            with pytest.raises(StoreUnavailable) as caught, translate_redis_errors():
                 by.set("key", "value")
             messages[name] = str(caught.value)
 

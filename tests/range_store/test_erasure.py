@@ -10,9 +10,9 @@ from hypothesis import strategies as st
 from pydantic import ValidationError
 
 from range_store import errors
-from range_store.domain.erasure import Damp, Erasure, check_distinct, resolve_layers
+from range_store.domain.erasure import Damp, Erasure, check_distinct_concepts, resolve_layers
 from range_store.errors import InvalidErasure, RangeStoreError
-from range_store.phrases import counted
+from range_store.formatting import format_count
 
 
 def test_defaults_follow_the_method() -> None:
@@ -88,7 +88,7 @@ def test_layer_outside_the_model_is_rejected(n_layers: int, layer: int) -> None:
         with pytest.raises(InvalidErasure) as caught:
             resolve_layers((layer,), n_layers)
         assert str(caught.value) == (
-            f"layer {layer} is out of range: the model has {counted(n_layers, 'block')}, 0 to {n_layers - 1}"
+            f"layer {layer} is out of range: the model has {format_count(n_layers, 'block')}, 0 to {n_layers - 1}"
         )
 
 
@@ -101,9 +101,9 @@ def test_one_layer_under_two_names_is_rejected(n_layers: int, data: st.DataObjec
 
 
 def test_duplicate_concept_is_rejected() -> None:
-    check_distinct(["World", "world", "World "])
+    check_distinct_concepts(["World", "world", "World "])
     with pytest.raises(InvalidErasure) as caught:
-        check_distinct(["Sports", "World", "World"])
+        check_distinct_concepts(["Sports", "World", "World"])
     assert str(caught.value) == "concept 'World' is named twice"
 
 

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from pydantic import ValidationError
 
 from range_store.domain.erasure import Erasure
-from range_store.domain.live import LiveErasure, LiveState, new_epoch, new_state, reaches
+from range_store.domain.live import LiveErasure, LiveState, initial_state, is_at_least, new_epoch
 from range_store.errors import (
     InvalidErasure,
     InvalidRangeSet,
@@ -210,7 +210,7 @@ def test_one_of_several_conditional_changes_succeeds(active: RangeStore) -> None
 def test_repeated_write_is_applied_once(active: RangeStore) -> None:
     raw, state = active._read()
     assert state is not None
-    after = state.advanced(state.range_set, (erasing("World"),))
+    after = state.next_generation(state.range_set, (erasing("World"),))
     for _ in range(2):
         assert active._write(raw, after, [])
     assert active.live() == after
@@ -354,15 +354,15 @@ def test_state_survives_a_json_round_trip(each: list[tuple[str, float | None]]) 
 
 def test_advanced_state_is_the_next_generation() -> None:
     state = LiveState(generation="0123abcd-7", range_set="one", erasures=(erasing("World"),))
-    after = state.advanced("two", (erasing("Sports"),))
+    after = state.next_generation("two", (erasing("Sports"),))
     assert (state.epoch, state.counter) == ("0123abcd", 7)
     assert (after.generation, after.range_set, concepts(after)) == ("0123abcd-8", "two", ["Sports"])
 
 
 def test_new_state_is_empty_and_at_generation_zero() -> None:
-    state = new_state()
+    state = initial_state()
     assert (state.counter, state.range_set, state.erasures, state.next_expiry) == (0, None, (), None)
-    assert state.epoch != new_state().epoch
+    assert state.epoch != initial_state().epoch
 
 
 @given(st.sampled_from(["00000000", "0000000a"]), st.integers(0, 12), st.sampled_from(["00000000", "0000000a"]))
@@ -370,8 +370,8 @@ def test_later_generation_of_the_same_epoch_reaches_an_earlier_one(epoch: str, c
     state = LiveState(generation=f"{epoch}-{counter}", range_set=None, erasures=())
     for wanted in range(13):
         expected = epoch == other and counter >= wanted
-        assert reaches(state.generation, f"{other}-{wanted}") is expected
-        assert state.reaches(f"{other}-{wanted}") is expected
+        assert is_at_least(state.generation, f"{other}-{wanted}") is expected
+        assert state.is_at_least(f"{other}-{wanted}") is expected
 
 
 @pytest.mark.parametrize(("expires_at", "expired"), [(None, False), (99.0, True), (100.0, True), (100.5, False)])
@@ -428,16 +428,16 @@ def test_a_continued_state_reaches_every_generation_that_it_took_over() -> None:
     assert (state.counter, state.range_set, concepts(state)) == (1, "one", ["World"])
     assert state.epoch not in {"0000000a", "0000000b", "0000000c"}
     assert state.continues == ("0000000b-5", "0000000a-7", "0000000c-1")
-    assert all(state.reaches(each) for each in (*state.continues, "0000000b-4", state.generation))
-    assert not any(state.reaches(each) for each in ("0000000b-6", "0000000d-0", f"{state.epoch}-2"))
-    assert state.advanced(None, ()).continues == state.continues
+    assert all(state.is_at_least(each) for each in (*state.continues, "0000000b-4", state.generation))
+    assert not any(state.is_at_least(each) for each in ("0000000b-6", "0000000d-0", f"{state.epoch}-2"))
+    assert state.next_generation(None, ()).continues == state.continues
     assert LiveState.model_validate_json(state.model_dump_json()) == state
 
 
 def test_a_state_remembers_a_bounded_number_of_epochs() -> None:
-    state = new_state()
+    state = initial_state()
     first = state.generation
     for _ in range(20):
         state = new_epoch([state], None, ())
     assert len(state.continues) == 16
-    assert not state.reaches(first)
+    assert not state.is_at_least(first)

@@ -8,10 +8,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from range_store.domain.erasure import STATISTICAL, Damp, Erasure, Method
+from range_store.domain.erasure import STATISTICAL_RANKINGS, Damp, Erasure, Method
 from range_store.domain.plan import NO_ERASURE, LayerMask, resolve
 from range_store.domain.range_set import RangeSet, check_dtype, check_model, dtype_mismatch
-from range_store.domain.rankings import count_of_top, top
+from range_store.domain.rankings import top_count, top_neurons
 from range_store.errors import DtypeMismatch, ForeignRangeSet, InvalidErasure, NotFitted, UnknownConcept
 from range_store.storage.codec import assemble
 from tests.range_store.builders import CONCEPTS, FINGERPRINT, random_range_set
@@ -24,7 +24,7 @@ ERASURES = st.builds(
     method=st.sampled_from(["range", "neuron"]),
     tau=st.floats(0, 5),
     top_fraction=st.floats(0.07, 1),
-    ranking=st.sampled_from(STATISTICAL),
+    ranking=st.sampled_from(STATISTICAL_RANKINGS),
     layers=st.sampled_from([(-1,), (0,), (0, 2), (1, -1), "all"]),
     replacement=st.sampled_from(["zero", "mean"]) | st.builds(Damp, damp=st.floats(0, 0.99)),
 )
@@ -53,7 +53,7 @@ def expected(range_set: RangeSet, erasures: list[Erasure], layer: int, hidden: n
             continue
         c = range_set.concept_index(erasure.concept)
         mean, std = range_set.layers[layer].mean, range_set.layers[layer].std
-        for j in top(range_set.layers[layer].saliency[erasure.ranking][c], erasure.top_fraction):
+        for j in top_neurons(range_set.layers[layer].saliency[erasure.ranking][c], erasure.top_fraction):
             low, high = mean[c, j] - erasure.tau * std[c, j], mean[c, j] + erasure.tau * std[c, j]
             inside = counts[c] > 1 and np.float32(low) <= hidden[j] <= np.float32(high)
             if done[j] or not (inside or erasure.method == "neuron"):
@@ -97,7 +97,7 @@ def test_mask_rows_follow_the_order_of_the_erasures(erasures: list[Erasure]) -> 
             assert all(
                 np.array_equal(getattr(mask, f.name)[i], getattr(alone, f.name)[0]) for f in dataclasses.fields(mask)
             )
-            k = count_of_top(erasure.top_fraction, HIDDEN)
+            k = top_count(erasure.top_fraction, HIDDEN)
             possible = mask.always[i] | (mask.low[i] <= mask.high[i])
             single = RANGE_SET.counts[RANGE_SET.concept_index(erasure.concept)] < 2
             assert possible.sum() == (0 if single and erasure.method == "range" else k)

@@ -5,7 +5,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from range_store.domain.ranges import EMPTY, bounds, overlap_coefficient
+from range_store.domain.ranges import EMPTY, overlap_coefficient, range_bounds
 
 pytestmark = pytest.mark.filterwarnings("error")
 """Degenerate statistics are expected: they must not warn."""
@@ -15,7 +15,7 @@ Interval = tuple[float, float]
 
 
 def sigma(tau: float, count: int, mean: float, std: float) -> Interval:
-    low, high = bounds("sigma", tau, np.array(count), np.array(mean), np.array(std))
+    low, high = range_bounds("sigma", tau, np.array(count), np.array(mean), np.array(std))
     return float(low), float(high)
 
 
@@ -62,7 +62,7 @@ def test_larger_tau_contains_the_range_of_a_smaller_one(one: float, other: float
 
 def test_counts_broadcast_over_neurons() -> None:
     mean, std = np.zeros((2, 3)), np.ones((2, 3))
-    low, high = bounds("sigma", 1.0, np.array([[5], [1]]), mean, std)
+    low, high = range_bounds("sigma", 1.0, np.array([[5], [1]]), mean, std)
     assert low.tolist() == [[-1.0] * 3, [np.inf] * 3]
     assert high.tolist() == [[1.0] * 3, [-np.inf] * 3]
 

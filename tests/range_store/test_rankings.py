@@ -10,8 +10,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 
-from range_store.domain.erasure import STATISTICAL
-from range_store.domain.rankings import count_of_top, mean_of_others, order, saliency, smallest_fraction, top
+from range_store.domain.erasure import STATISTICAL_RANKINGS
+from range_store.domain.rankings import min_top_fraction, rank_order, rest_mean, saliency, top_count, top_neurons
 
 pytestmark = pytest.mark.filterwarnings("error")
 """Degenerate statistics are expected: they must not warn."""
@@ -77,17 +77,17 @@ def test_selectivity_without_deviation_is_zero_or_the_largest_number() -> None:
     counts, mean, flat = np.array([2, 2]), np.array([[1.0, 3.0], [1.0, 4.0]]), np.zeros((2, 2))
     found = saliency("selectivity", counts, mean, flat, np.abs(mean))
     assert found.tolist() == [[0.0, np.finfo(np.float64).max]] * 2
-    assert top(found[0], 0.5).tolist() == [1], "a neuron that separates perfectly comes first"
+    assert top_neurons(found[0], 0.5).tolist() == [1], "a neuron that separates perfectly comes first"
 
 
 def test_single_concept_has_no_selectivity() -> None:
     counts, mean, std = np.array([5]), np.ones((1, 3)), np.ones((1, 3))
     assert (saliency("selectivity", counts, mean, std, mean) == -np.inf).all()
     assert (saliency("probeless", counts, mean, std, mean) == 0).all()
-    assert np.isnan(mean_of_others(counts, mean)).all()
+    assert np.isnan(rest_mean(counts, mean)).all()
 
 
-@pytest.mark.parametrize("ranking", STATISTICAL)
+@pytest.mark.parametrize("ranking", STATISTICAL_RANKINGS)
 def test_unknown_statistics_rank_last(ranking: str) -> None:
     rng = np.random.default_rng(0)
     counts, mean, std = np.array([3, 4]), rng.normal(size=(2, 5)), rng.uniform(1, 2, (2, 5))
@@ -96,7 +96,7 @@ def test_unknown_statistics_rank_last(ranking: str) -> None:
     found = saliency(ranking, counts, mean, std, mean_abs)  # type: ignore[arg-type]
     assert not np.isnan(found).any()
     assert found[0, 2] == -np.inf
-    assert order(found[0])[-1] == 2
+    assert rank_order(found[0])[-1] == 2
     assert np.isfinite(np.delete(found, 2, axis=1)).all(), "other neurons are as they were"
 
 
@@ -109,36 +109,36 @@ def test_unknown_deviation_is_not_selective_even_with_equal_means() -> None:
 @given(raw_states(min_concepts=2))
 def test_mean_of_others_weights_every_text_once(states: Texts) -> None:
     counts, mean, _, _ = statistics(states)
-    found = mean_of_others(counts, mean)
+    found = rest_mean(counts, mean)
     for c in range(len(states)):
         rest = np.concatenate([other for i, other in enumerate(states) if i != c])
         assert np.allclose(found[c], rest.mean(0))
 
 
 def test_mean_of_others_ignores_concepts_without_texts() -> None:
-    found = mean_of_others(np.array([0, 3, 0]), np.array([[7.0], [5.0], [9.0]]))
+    found = rest_mean(np.array([0, 3, 0]), np.array([[7.0], [5.0], [9.0]]))
     assert found[0] == found[2] == 5.0
     assert np.isnan(found[1]), "the others have no text"
-    assert mean_of_others(np.array([1, 1]), np.array([[2.0], [3.0]])).tolist() == [[3.0], [2.0]], "one text is enough"
+    assert rest_mean(np.array([1, 1]), np.array([[2.0], [3.0]])).tolist() == [[3.0], [2.0]], "one text is enough"
 
 
 @given(st.integers(1, 1000), st.integers(1, 20_000))
 def test_top_count_is_exact_in_decimal_arithmetic(thousandths: int, hidden: int) -> None:
-    assert count_of_top(thousandths / 1000, hidden) == thousandths * hidden // 1000
+    assert top_count(thousandths / 1000, hidden) == thousandths * hidden // 1000
 
 
 @given(st.floats(0, 1, exclude_min=True), st.integers(1, 5000))
 def test_top_count_is_the_floor_of_the_decimal_product(fraction: float, hidden: int) -> None:
     exact = Fraction(repr(fraction)) * hidden
-    k = count_of_top(fraction, hidden)
+    k = top_count(fraction, hidden)
     assert k <= exact < k + 1
     assert 0 <= k <= hidden
 
 
 def test_top_count_avoids_binary_rounding() -> None:
     assert int(0.29 * 100) == 28
-    assert count_of_top(0.29, 100) == 29
-    assert (count_of_top(0.3, 10), count_of_top(0.3, 384), count_of_top(1.0, 384), count_of_top(0.3, 3)) == (
+    assert top_count(0.29, 100) == 29
+    assert (top_count(0.3, 10), top_count(0.3, 384), top_count(1.0, 384), top_count(0.3, 3)) == (
         3,
         115,
         384,
@@ -148,7 +148,7 @@ def test_top_count_avoids_binary_rounding() -> None:
 
 @given(arrays(np.float64, st.integers(1, 30), elements=st.sampled_from([-np.inf, -1.0, -0.0, 0.0, 0.5, 1.0, np.inf])))
 def test_order_is_descending_with_ties_by_index(values: np.ndarray) -> None:
-    found = order(values).tolist()
+    found = rank_order(values).tolist()
     assert sorted(found) == list(range(len(values)))
     for one, other in itertools.pairwise(found):
         assert values[one] > values[other] or (values[one] == values[other] and one < other)
@@ -156,15 +156,15 @@ def test_order_is_descending_with_ties_by_index(values: np.ndarray) -> None:
 
 @given(arrays(np.float64, st.integers(1, 30), elements=VALUES), st.floats(0, 1, exclude_min=True))
 def test_top_is_a_prefix_of_the_order(values: np.ndarray, fraction: float) -> None:
-    found = top(values, fraction)
+    found = top_neurons(values, fraction)
     assert found.dtype == np.int64
-    assert found.tolist() == order(values)[: count_of_top(fraction, len(values))].tolist()
-    assert top(values, 1.0).tolist() == order(values).tolist()
+    assert found.tolist() == rank_order(values)[: top_count(fraction, len(values))].tolist()
+    assert top_neurons(values, 1.0).tolist() == rank_order(values).tolist()
 
 
 @given(st.integers(1, 20_000))
 def test_the_smallest_fraction_selects_one_neuron(hidden: int) -> None:
-    fraction = smallest_fraction(hidden)
-    assert count_of_top(fraction, hidden) >= 1
+    fraction = min_top_fraction(hidden)
+    assert top_count(fraction, hidden) >= 1
     shorter = Decimal(str(fraction)) - Decimal(1).scaleb(-len(str(hidden)))
-    assert count_of_top(float(shorter), hidden) == 0
+    assert top_count(float(shorter), hidden) == 0

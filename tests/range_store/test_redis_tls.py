@@ -14,7 +14,7 @@ import trustme
 from app.settings import Settings
 from range_store.embedded.connection import connect
 from range_store.errors import StoreUnavailable
-from range_store.storage.api_keys import KeyStore
+from range_store.storage.api_keys import ApiKeyStore
 from range_store.storage.store import RangeStore
 from tests.ports import free_port
 from tests.range_store.builders import random_range_set
@@ -77,7 +77,7 @@ def test_store_works_with_tls_user_and_password(secured: Secured, tmp_path: Path
         store = RangeStore(client, "tls")
         store.activate(store.publish(*random_range_set(1)))
         assert store.live().counter == 1
-        assert KeyStore(client).read() is None
+        assert ApiKeyStore(client).read() is None
 
 
 @pytest.mark.parametrize("user", ["service", "nobody"])

@@ -10,19 +10,19 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from range_store.domain.erasure import Erasure
-from range_store.domain.live import LiveErasure, LiveState, reaches
+from range_store.domain.live import LiveErasure, LiveState, is_at_least
 from range_store.errors import StoreUnavailable
+from range_store.storage import heartbeat
 from range_store.storage import replicas as roster_module
-from range_store.storage import reporter
 from range_store.storage.mirror import Mirror
 from range_store.storage.replicas import (
     LEASE_SECONDS,
     SILENT_SECONDS,
-    Follow,
-    Replica,
-    Replicas,
+    ReplicaRegistry,
+    ReplicaStatus,
+    ReplicaWait,
     Roster,
-    new_name,
+    new_replica_name,
 )
 from range_store.storage.store import RangeStore
 from tests.range_store.builders import FINGERPRINT, random_range_set
@@ -37,8 +37,8 @@ generations = st.builds(lambda epoch, counter: f"{epoch}-{counter}", st.sampled_
 
 
 @pytest.fixture
-def replicas(store: RangeStore) -> Replicas:
-    return Replicas(store.client, store.model)
+def replicas(store: RangeStore) -> ReplicaRegistry:
+    return ReplicaRegistry(store.client, store.model)
 
 
 @pytest.fixture
@@ -47,7 +47,7 @@ def mirrors(store: RangeStore) -> Iterator[Mirrors]:
     made: list[Mirror] = []
 
     def make(**options: object) -> Mirror:
-        made.append(Mirror(store, FINGERPRINT, **({"poll": NEVER, "replica": new_name()} | options)))  # type: ignore[arg-type]
+        made.append(Mirror(store, FINGERPRINT, **({"poll": NEVER, "replica": new_replica_name()} | options)))  # type: ignore[arg-type]
         return made[-1]
 
     yield make
@@ -71,21 +71,21 @@ def names(roster: Roster) -> list[str]:
 
 
 def name_of(mirror: Mirror) -> str:
-    assert mirror.reporter is not None
-    return mirror.reporter.name
+    assert mirror.heartbeat is not None
+    return mirror.heartbeat.name
 
 
 def report(mirror: Mirror) -> None:
-    assert mirror.reporter is not None
-    mirror.reporter.report()
+    assert mirror.heartbeat is not None
+    mirror.heartbeat.report()
 
 
 @given(generations, generations)
 def test_later_generation_of_an_epoch_reaches_the_earlier_ones(one: str, other: str) -> None:
     (epoch, counter), (other_epoch, other_counter) = one.split("-"), other.split("-")
-    assert reaches(one, other) == (epoch == other_epoch and int(counter) >= int(other_counter))
+    assert is_at_least(one, other) == (epoch == other_epoch and int(counter) >= int(other_counter))
     if epoch != other_epoch:
-        assert not reaches(other, one)
+        assert not is_at_least(other, one)
 
 
 @settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
@@ -94,7 +94,7 @@ def test_later_generation_of_an_epoch_reaches_the_earlier_ones(one: str, other: 
     st.none() | generations,
 )
 def test_roster_holds_the_last_report_of_each_replica(
-    replicas: Replicas, store: RangeStore, reports: list[tuple[str, str | None, bool]], wanted: str | None
+    replicas: ReplicaRegistry, store: RangeStore, reports: list[tuple[str, str | None, bool]], wanted: str | None
 ) -> None:
     store.client.delete(store.keys.replicas)
     expected: dict[str, str | None] = {}
@@ -110,14 +110,14 @@ def test_roster_holds_the_last_report_of_each_replica(
     assert names(roster) == sorted(expected)
     assert all(each.at - 1e-3 <= roster.now < each.expires for each in roster.replicas)
     if wanted is not None:
-        behind = {name for name, at in expected.items() if at is None or not reaches(at, wanted)}
+        behind = {name for name, at in expected.items() if at is None or not is_at_least(at, wanted)}
         assert set(roster.missing(wanted)) == behind
     reported = any(not removed for *_, removed in reports)
     assert (roster.since is not None) == reported, "an empty roster differs from one that never was"
 
 
 def test_report_reads_the_whole_roster_rarely_in_a_large_fleet(
-    replicas: Replicas, store: RangeStore, redis_client: redis.Redis
+    replicas: ReplicaRegistry, store: RangeStore, redis_client: redis.Redis
 ) -> None:
     for n in range(320):
         replicas.report(f"ended-{n}", None, None, 0.001)
@@ -137,7 +137,7 @@ def test_report_reads_the_whole_roster_rarely_in_a_large_fleet(
     assert store.client.hlen(store.keys.replicas) == 641, "expired reports are swept all the same"
 
 
-def test_expired_report_is_ignored_and_swept_by_the_next_report(replicas: Replicas, store: RangeStore) -> None:
+def test_expired_report_is_ignored_and_swept_by_the_next_report(replicas: ReplicaRegistry, store: RangeStore) -> None:
     replicas.report("killed:1:x", "00000000-1", None)
     assert names(replicas.read()) == ["killed:1:x"]
     replicas.report("killed:1:x", "00000000-1", None, seconds=0.001)
@@ -152,7 +152,9 @@ def test_expired_report_is_ignored_and_swept_by_the_next_report(replicas: Replic
     "wrong",
     ["", "10.0.0.1", ":8002", "10.0.0.1:8002/x", "http://10.0.0.1:8002", "a b:1", "10.0.0.1:8002\n", "[::1:1", 7],
 )
-def test_invalid_metrics_address_is_left_out_of_a_report(replicas: Replicas, store: RangeStore, wrong: object) -> None:
+def test_invalid_metrics_address_is_left_out_of_a_report(
+    replicas: ReplicaRegistry, store: RangeStore, wrong: object
+) -> None:
     for address in ("10.0.0.1:8002", "[fe80::1]:8002", "node-3.example:1"):
         replicas.report("there:1:x", "00000000-1", None, metrics=address)
         assert [(each.host, each.metrics) for each in replicas.read().replicas] == [("there", address)]
@@ -164,9 +166,9 @@ def test_invalid_metrics_address_is_left_out_of_a_report(replicas: Replicas, sto
 
 
 def test_replicas_report_a_change_without_waiting_for_their_heartbeat(
-    active: RangeStore, replicas: Replicas, mirrors: Mirrors, monkeypatch: pytest.MonkeyPatch
+    active: RangeStore, replicas: ReplicaRegistry, mirrors: Mirrors, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(reporter, "HEARTBEAT_SECONDS", NEVER)
+    monkeypatch.setattr(heartbeat, "HEARTBEAT_SECONDS", NEVER)
     some, reader = [mirrors() for _ in range(3)], mirrors(replica=None)
     for mirror in (*some, reader):
         mirror.start()
@@ -178,11 +180,11 @@ def test_replicas_report_a_change_without_waiting_for_their_heartbeat(
     (first, *_) = replicas.read().replicas
     assert first.range_set == state.range_set
     assert first.expires - first.at == pytest.approx(LEASE_SECONDS, abs=0.01)
-    until(lambda: all(mirror.reporter and mirror.reporter.live == 3 for mirror in some))
+    until(lambda: all(mirror.heartbeat and mirror.heartbeat.live == 3 for mirror in some))
 
 
 def test_replica_that_has_not_read_a_change_is_missing(
-    active: RangeStore, replicas: Replicas, mirrors: Mirrors
+    active: RangeStore, replicas: ReplicaRegistry, mirrors: Mirrors
 ) -> None:
     stale = mirrors()
     stale.refresh()  # and never again by itself, as it was not started
@@ -192,14 +194,14 @@ def test_replica_that_has_not_read_a_change_is_missing(
     stale.refresh()
     report(stale)
     assert replicas.read().missing(before.generation) == ()
-    later = before.advanced(before.range_set, ())
+    later = before.next_generation(before.range_set, ())
     assert replicas.read().missing(later.generation) == (name_of(stale),)
 
 
 def test_report_is_renewed_and_created_again_after_a_loss(
-    active: RangeStore, replicas: Replicas, mirrors: Mirrors, monkeypatch: pytest.MonkeyPatch
+    active: RangeStore, replicas: ReplicaRegistry, mirrors: Mirrors, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(reporter, "HEARTBEAT_SECONDS", 0.02)
+    monkeypatch.setattr(heartbeat, "HEARTBEAT_SECONDS", 0.02)
     mirror = mirrors()
     mirror.start()
     (first,) = replicas.read().replicas
@@ -212,9 +214,9 @@ def test_report_is_renewed_and_created_again_after_a_loss(
 
 
 def test_ended_replica_is_forgotten_only_after_it_missed_a_heartbeat(
-    replicas: Replicas, monkeypatch: pytest.MonkeyPatch
+    replicas: ReplicaRegistry, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    other, ended = new_name("other"), new_name("ended")
+    other, ended = new_replica_name("other"), new_replica_name("ended")
     for name in (other, ended):
         replicas.report(name, None, None, NEVER)
     monkeypatch.setattr(roster_module, "HEARTBEAT_SECONDS", NEVER)
@@ -228,12 +230,12 @@ def test_ended_replica_is_forgotten_only_after_it_missed_a_heartbeat(
 
 def test_mirror_follows_while_its_reports_fail(
     active: RangeStore,
-    replicas: Replicas,
+    replicas: ReplicaRegistry,
     mirrors: Mirrors,
     monkeypatch: pytest.MonkeyPatch,
     caplog: pytest.LogCaptureFixture,
 ) -> None:
-    monkeypatch.setattr(reporter, "HEARTBEAT_SECONDS", 0.02)
+    monkeypatch.setattr(heartbeat, "HEARTBEAT_SECONDS", 0.02)
     active.client.set(active.keys.replicas, "another application's")
     mirror = mirrors()
     mirror.start()
@@ -250,7 +252,7 @@ def test_mirror_follows_while_its_reports_fail(
 
 def roster(now: float, since: float | None, **generations: str | None) -> Roster:
     reports = [
-        Replica(name=name, generation=generation, range_set=None, at=now, expires=now + 1)
+        ReplicaStatus(name=name, generation=generation, range_set=None, at=now, expires=now + 1)
         for name, generation in sorted(generations.items())
     ]
     return Roster(now, since, tuple(reports))
@@ -281,7 +283,7 @@ WANTED = "0000000a-5"
 def test_follow_waits_for_every_replica_that_can_be_alive(
     looks: list[Roster], done: bool, missing: tuple[str, ...]
 ) -> None:
-    follow = Follow(WANTED, lambda: "a")
+    follow = ReplicaWait(WANTED, lambda: "a")
     assert [follow.done(look) for look in looks][-1] == done
     assert follow.missing == missing
     if not done:
@@ -289,9 +291,9 @@ def test_follow_waits_for_every_replica_that_can_be_alive(
 
 
 def test_empty_roster_counts_as_all_once_it_has_settled() -> None:
-    assert Follow(WANTED).done(roster(SETTLED, 100))
-    assert not Follow(WANTED).done(roster(101, 100))
-    assert not Follow(WANTED, lambda: "a").done(roster(SETTLED, 100)), "the replica that asks is alive"
+    assert ReplicaWait(WANTED).done(roster(SETTLED, 100))
+    assert not ReplicaWait(WANTED).done(roster(101, 100))
+    assert not ReplicaWait(WANTED, lambda: "a").done(roster(SETTLED, 100)), "the replica that asks is alive"
 
 
 def test_stored_report_is_documented_json(active: RangeStore, mirrors: Mirrors, redis_client: redis.Redis) -> None:
@@ -305,7 +307,7 @@ def test_stored_report_is_documented_json(active: RangeStore, mirrors: Mirrors, 
     assert float(stored[b"since"]) <= held["at"] <= time.time() + 1
 
 
-def test_roster_names_the_dtypes_that_the_model_is_served_in(replicas: Replicas, store: RangeStore) -> None:
+def test_roster_names_the_dtypes_that_the_model_is_served_in(replicas: ReplicaRegistry, store: RangeStore) -> None:
     assert replicas.read().dtypes == ()
     for name, dtype in (("a:1:x", "float32"), ("b:1:x", "bfloat16"), ("c:1:x", "float32"), ("d:1:x", None)):
         replicas.report(name, None, None, dtype=dtype)
@@ -318,6 +320,6 @@ def test_roster_names_the_dtypes_that_the_model_is_served_in(replicas: Replicas,
 
 def test_reporter_reports_the_dtype(store: RangeStore, mirrors: Mirrors) -> None:
     mirror = mirrors()
-    mirror.reporter.dtype = "float16"  # type: ignore[union-attr]
-    mirror.reporter.report()  # type: ignore[union-attr]
+    mirror.heartbeat.dtype = "float16"  # type: ignore[union-attr]
+    mirror.heartbeat.report()  # type: ignore[union-attr]
     assert store.replicas.read().dtypes == ("float16",)

@@ -11,7 +11,7 @@ import redis
 
 from range_store.domain.plan import resolve
 from range_store.embedded.connection import connect
-from range_store.storage.api_keys import KeyStore
+from range_store.storage.api_keys import ApiKeyStore
 from range_store.storage.archive import encode_archive, read_archive
 from range_store.storage.mirror import Mirror
 from range_store.storage.store import RangeStore
@@ -86,10 +86,10 @@ def test_replicas_are_read(store: RangeStore) -> None:
 
 
 def test_api_keys_are_read_and_open(client: redis.Redis) -> None:
-    keys = KeyStore(client).read()
+    keys = ApiKeyStore(client).read()
     assert keys is not None
     assert keys.model_dump(mode="json") == BEFORE["keys"]
-    found = keys.of_token(BEFORE["token"])
+    found = keys.find_by_token(BEFORE["token"])
     assert found is not None
     assert (found.name, found.rate_limit) == ("dashboard", "600/minute")
     assert [each.name for each in keys.good(found.created_at)] == ["dashboard"]

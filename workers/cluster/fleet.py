@@ -19,7 +19,7 @@ from ray.exceptions import RayError, RayTaskError, TaskCancelledError
 from ray.serve.exceptions import BackPressureError, RayServeException
 
 from range_store.domain.erasure import Erasure, Site
-from range_store.errors import Behind
+from range_store.errors import GenerationNotReached
 from workers.cluster.errors import first_line
 from workers.cluster.messages import CallReply, PackedAnswer, PackedError, RemoteRequest, RequestContext
 from workers.cluster.metrics import FleetMetrics
@@ -222,7 +222,7 @@ class Fleet:
                 return await held.done
             except ReplicaLost as lost:
                 await trials.again(lost)
-            except Behind as behind:
+            except GenerationNotReached as behind:
                 behinds += 1
                 if waits or behinds == ATTEMPTS:
                     raise

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 from ray import serve
 from ray.serve.exceptions import RayServeException
 
-from range_store.storage.replicas import new_name
+from range_store.storage.replicas import new_replica_name
 from workers.cluster.errors import ClusterError
 from workers.cluster.messages import (
     EXPECTED_ERRORS,
@@ -142,12 +142,12 @@ class EngineReplica:
         from ray.util import get_node_ip_address
 
         assert self._mirror is not None
-        assert self._mirror.reporter is not None
+        assert self._mirror.heartbeat is not None
         assert self._facts is not None
         metrics = ReplicaMetrics(self._settings.name, self._registry, self._mirror, self._facts)
         self._exposed = serve_metrics(metrics, self._settings.metrics, get_node_ip_address())
-        self._mirror.reporter.metrics = self._exposed.address if self._exposed is not None else None
-        self._mirror.reporter.dtype = self._facts.dtype
+        self._mirror.heartbeat.metrics = self._exposed.address if self._exposed is not None else None
+        self._mirror.heartbeat.dtype = self._facts.dtype
         self._mirror.start()
         if self._mirror.snapshot is None:
             why = self._mirror.problem or "it gave nothing"
@@ -254,9 +254,9 @@ class EngineReplica:
 def replica_name() -> str:
     """For this process; its last part is its id in Serve, by which an ingress takes its report out when it ended."""
     try:
-        return new_name(str(serve.get_replica_context().replica_id.unique_id))
+        return new_replica_name(str(serve.get_replica_context().replica_id.unique_id))
     except RayServeException:  # made beside the fleet, to be looked at
-        return new_name()
+        return new_replica_name()
 
 
 def _load(settings: ReplicaSettings) -> "LoadedModel":

@@ -8,8 +8,8 @@ from pathlib import Path
 
 from filelock import FileLock
 
+from range_store.atomic_files import make_private_directory
 from range_store.storage.store import RangeStore
-from range_store.whole_files import private_directory
 from workers.demo.minilm import SHA256, minilm_directory
 from workers.evaluation.evaluate import Evaluation, evaluate
 from workers.evaluation.settings import EvaluationSettings
@@ -50,7 +50,7 @@ def make_classifier(directory: Path, report: Report, *, rebuild: bool = False) -
     recipe = hashlib.sha256(f"{SHA256} {EPOCHS} {LEARNING_RATE} {SEED}".encode())
     recipe.update((CORPUS / "train.jsonl").read_bytes())
     made = directory / f"model-{recipe.hexdigest()[:12]}"
-    private_directory(directory)
+    make_private_directory(directory)
     with FileLock(directory / "model.lock"):
         if rebuild:
             shutil.rmtree(made, ignore_errors=True)

@@ -66,7 +66,7 @@ class Planner:
             timeout: seconds that the request has, of which it may wait for that generation.
 
         Raises:
-            Behind: the live state is not at `min_generation`, and did not come there in time.
+            GenerationNotReached: the live state is not at `min_generation`, and did not come there in time.
             StoreUnavailable: the live erasures were never read, so it cannot be known what must be erased.
             NoRangeSet: something is to be erased, and no range set is active.
             EnforcedErasure: an erasure of the request acts below an enforced one.

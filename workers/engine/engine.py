@@ -157,7 +157,7 @@ class Engine:
             min_generation: of the live state, or a later one of its epoch; it is waited for a little.
 
         Raises:
-            Behind: it is not.
+            GenerationNotReached: it is not.
             QueueFull, RequestTooLarge, Draining, DeadlineExceeded, EngineFailed: see `workers.engine.errors`.
             TextTooLong, EmptyText, UnknownToken, PairUnsupported: see `workers.models.errors`.
             RangeStoreError: the erasures cannot be resolved, or no range set or snapshot is at hand.

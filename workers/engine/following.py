@@ -6,7 +6,7 @@ import time
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
 
-from range_store.errors import Behind, RangeStoreError
+from range_store.errors import GenerationNotReached, RangeStoreError
 from range_store.storage.mirror import Mirror, Snapshot
 
 PATIENCE = 3.0
@@ -38,7 +38,7 @@ class Following:
             timeout: seconds that the request has.
 
         Raises:
-            Behind: it is not, and the store has no such generation, or could not be read in time.
+            GenerationNotReached: it is not, and the store has no such generation, or could not be read in time.
         """
         if self._mirror.lapsed:
             with suppress(TimeoutError, RangeStoreError):
@@ -65,7 +65,7 @@ class Following:
                     except RangeStoreError as error:
                         why = str(error)
                     else:
-                        if found.reaches(wanted):
+                        if found.is_at_least(wanted):
                             return
                         if found.epoch != wanted.split("-")[0]:
                             raise self._behind(wanted, "the live state is of another epoch: it was created anew since")
@@ -84,8 +84,8 @@ class Following:
 
     def _holds(self, wanted: str) -> bool:
         snapshot = self._mirror.snapshot
-        return snapshot is not None and snapshot.live.reaches(wanted)
+        return snapshot is not None and snapshot.live.is_at_least(wanted)
 
-    def _behind(self, wanted: str, why: str) -> Behind:
+    def _behind(self, wanted: str, why: str) -> GenerationNotReached:
         snapshot = self._mirror.snapshot
-        return Behind(wanted, snapshot.live.generation if snapshot else None, why)
+        return GenerationNotReached(wanted, snapshot.live.generation if snapshot else None, why)

@@ -10,7 +10,7 @@ from prometheus_client.core import GaugeMetricFamily, InfoMetricFamily
 from prometheus_client.metrics_core import Metric
 
 from range_store.domain.live import LiveErasure
-from range_store.storage.mirror import Mirror, Trouble
+from range_store.storage.mirror import Mirror, ProblemKind
 from workers.engine.metrics import MOST_CONCEPTS, OTHER_CONCEPTS
 from workers.models.facts import ModelFacts
 
@@ -48,7 +48,7 @@ def loaded(model: ModelFacts) -> Metric:
 
 def live_state(mirror: Mirror) -> Iterator[Metric]:
     """What a mirror knows, and what is erased now."""
-    snapshot, trouble = mirror.snapshot, mirror.trouble
+    snapshot, trouble = mirror.snapshot, mirror.problem_kind
     live = snapshot.live if snapshot else None
     erased = live.at(mirror.now()) if live else ()
     yield GaugeMetricFamily("neuronlens_store_up", "1 if the store answered last time.", float(mirror.store_up))
@@ -60,14 +60,14 @@ def live_state(mirror: Mirror) -> Iterator[Metric]:
     yield GaugeMetricFamily(
         "neuronlens_replicas",
         "Live replicas of the model, this one too, at its last report; 0 while it makes none.",
-        float(mirror.reporter.live if mirror.reporter else 0),
+        float(mirror.heartbeat.live if mirror.heartbeat else 0),
     )
     problem = GaugeMetricFamily(
         "neuronlens_live_state_problem",
         "1 for the reason why the live state is not known to be the newest, if there is one.",
         labels=["problem"],
     )
-    for kind in get_args(Trouble):
+    for kind in get_args(ProblemKind):
         problem.add_metric([kind], float(kind == trouble))
     yield problem
     yield GaugeMetricFamily("neuronlens_live_erasures", "Concepts that are erased live.", float(len(erased)))

@@ -5,7 +5,7 @@ from collections.abc import Iterator, Mapping
 import numpy as np
 
 from range_store.domain.erasure import Ranking
-from range_store.domain.inspection import overlap_of_tops
+from range_store.domain.inspection import salient_overlap
 from range_store.domain.range_set import InspectLayer, RangeSet
 from workers.evaluation import figures
 from workers.evaluation.html import Section, figure, folded, shaded, table
@@ -22,7 +22,7 @@ def overlap(range_set: RangeSet) -> Section:
     parts: list[str] = []
     said = []
     for ranking in range_set.provenance.settings.rankings:
-        found = overlap_of_tops(range_set, last, ranking, OVERLAP_FRACTION)
+        found = salient_overlap(range_set, last, ranking, OVERLAP_FRACTION)
         others = ~np.eye(len(found.share), dtype=np.bool_)
         share = found.share[others].mean() if others.any() else float("nan")
         jaccard = found.jaccard[others].mean() if others.any() else float("nan")

@@ -8,7 +8,7 @@ import plotly.graph_objects as go
 from plotly.subplots import make_subplots
 
 from range_store.domain.range_set import InspectLayer, RangeSet
-from range_store.domain.ranges import bounds
+from range_store.domain.ranges import range_bounds
 from workers.evaluation.measures import Row
 from workers.evaluation.statistics import ShownNeuron
 
@@ -101,7 +101,7 @@ def densities(
     titles = [f"neuron {each.neuron}: {each.why}" for each in neurons]
     figure = make_subplots(lines, columns, subplot_titles=titles, vertical_spacing=0.5 / max(lines, 2))
     serve = range_set.layer(layer)
-    low, high = bounds("sigma", tau, range_set.counts[:, None], serve.mean, serve.std)
+    low, high = range_bounds("sigma", tau, range_set.counts[:, None], serve.mean, serve.std)
     lines_at_bounds: list[dict[str, object]] = []  # set at once: each call of add_vline copies all earlier lines
     for place, shown in enumerate(neurons):
         row, column = place // columns + 1, place % columns + 1

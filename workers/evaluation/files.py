@@ -7,9 +7,9 @@ from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
 
-from range_store.domain.inspection import overlap_of_tops
+from range_store.atomic_files import atomic_write
+from range_store.domain.inspection import salient_overlap
 from range_store.domain.range_set import InspectLayer, RangeSet
-from range_store.whole_files import written_whole
 from workers.evaluation.activations import OVERLAP_FRACTION
 from workers.evaluation.claims import claims
 from workers.evaluation.evaluate import Evaluation
@@ -42,7 +42,7 @@ def _statistics(evaluation: Evaluation, range_set: RangeSet, inspect: Mapping[in
     rankings = range_set.provenance.settings.rankings
     layers = {}
     for layer in sorted(inspect):
-        overlaps = {ranking: overlap_of_tops(range_set, layer, ranking, OVERLAP_FRACTION) for ranking in rankings}
+        overlaps = {ranking: salient_overlap(range_set, layer, ranking, OVERLAP_FRACTION) for ranking in rankings}
         layers[str(layer)] = {
             "shapes": [_finite(asdict(shape)) for shape in shapes(range_set, layer, inspect[layer])],
             "overlap_of_ranges": [_finite(asdict(range_overlap(range_set, layer, ranking))) for ranking in rankings],
@@ -71,5 +71,5 @@ def _json(value: object) -> str:
 
 
 def _replace(path: Path, text: str) -> None:
-    with written_whole(path) as partial:
+    with atomic_write(path) as partial:
         partial.write_text(text, "utf-8")

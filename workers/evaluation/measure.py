@@ -13,10 +13,10 @@ import numpy.typing as npt
 from safetensors import SafetensorError
 from safetensors.numpy import load_file, save_file
 
+from range_store.atomic_files import atomic_write
 from range_store.domain.erasure import Positions
 from range_store.domain.plan import resolve
 from range_store.domain.range_set import ModelIdentity, RangeSet
-from range_store.whole_files import written_whole
 from workers.engine.forward import WHOLE_PASS, PlanSweep, open_trunk
 from workers.engine.masks import DevicePlan
 from workers.evaluation.measures import Labels, Outcomes
@@ -206,7 +206,7 @@ class MeasureRun:
         if self.checkpoint is None:
             return
         started = time.monotonic()
-        with written_whole(self.checkpoint) as partial:
+        with atomic_write(self.checkpoint) as partial:
             save_file({name: np.ascontiguousarray(getattr(self.outcomes, name)) for name in _ARRAYS}, partial)
         self._saved = time.monotonic()
         self._cost = self._saved - started

@@ -8,9 +8,9 @@ from typing import Any
 
 import numpy as np
 
+from range_store.atomic_files import atomic_write
 from range_store.domain.range_set import InspectLayer, RangeSet
-from range_store.phrases import counted
-from range_store.whole_files import written_whole
+from range_store.formatting import format_count
 from workers.evaluation import figures
 from workers.evaluation.activations import densities, overlap, statistics
 from workers.evaluation.claims import claims
@@ -39,18 +39,18 @@ def write_report(
     fitted_at = time.strftime("%Y-%m-%d %H:%M UTC", time.gmtime(range_set.provenance.created_at))
     counts = test["counts"]
     named = ", ".join(f"{name} {number:,}" for name, number in counts.items())
-    classes = named if len(counts) <= MOST_NAMED else counted(len(counts), "class", "classes")
+    classes = named if len(counts) <= MOST_NAMED else format_count(len(counts), "class", "classes")
     facts = [
-        f"Model {model['id']} ({model['family']}, {model['kind']}, {counted(model['n_layers'], 'block')} of "
-        f"{counted(model['hidden_size'], 'neuron')}, fingerprint {model['fingerprint'][:12]}).",
-        f"Fitted on {corpus['name']}, {counted(corpus['rows'], 'row')} ({corpus['selection']}), sha256 "
+        f"Model {model['id']} ({model['family']}, {model['kind']}, {format_count(model['n_layers'], 'block')} of "
+        f"{format_count(model['hidden_size'], 'neuron')}, fingerprint {model['fingerprint'][:12]}).",
+        f"Fitted on {corpus['name']}, {format_count(corpus['rows'], 'row')} ({corpus['selection']}), sha256 "
         f"{corpus['sha256'][:12]}; {fitted_at}; range set {range_set.id}.",
-        f"Measured on {test['name']}, {counted(test['rows'], 'row')} ({test['selection']}), sha256 "
+        f"Measured on {test['name']}, {format_count(test['rows'], 'row')} ({test['selection']}), sha256 "
         f"{test['sha256'][:12]}: {classes}.",
     ]
     made = _Report(list(rows), run, choices, range_set, inspect)
     text = page(f"Erasing concepts from {model['id']}, measured on {test['name']}", facts, list(made.sections()))
-    with written_whole(path) as partial:
+    with atomic_write(path) as partial:
         partial.write_text(text, "utf-8", errors="replace")
 
 
@@ -151,7 +151,7 @@ class _Report:
             "Chosen settings",
             f"On texts of their own, {best.method} masking did best, with ΔCAcc − ΔAcc of {best.score:+.3f}; "
             "the deltas beside it are on the test texts.",
-            f"Chosen on {counted(selection['rows'], 'row') if selection else '?'} of {selection.get('name', '?')} "
+            f"Chosen on {format_count(selection['rows'], 'row') if selection else '?'} of {selection.get('name', '?')} "
             f"({selection.get('selection', '')}).",
             [table(("method", "setting", "out of", "score", *_DELTA_COLUMNS), lines)],
         )
@@ -179,7 +179,7 @@ class _Report:
             further.append(folded(title, drawn))
         if groups:
             of_all = "" if len(further) == len(groups) else f" of {len(groups):,}; all are in results.csv"
-            parts.append(folded(f"{counted(len(further), 'further setting')}{of_all}", "".join(further)))
+            parts.append(folded(f"{format_count(len(further), 'further setting')}{of_all}", "".join(further)))
         row = self.still
         return Section(
             "Tables 3–8: base, neuron masking, range masking, per class",

@@ -11,8 +11,8 @@ from scipy.special import ndtr
 
 from range_store.domain.erasure import Ranking
 from range_store.domain.range_set import InspectLayer, RangeSet
-from range_store.domain.ranges import bounds, overlap_coefficient
-from range_store.domain.rankings import order, top
+from range_store.domain.ranges import overlap_coefficient, range_bounds
+from range_store.domain.rankings import rank_order, top_neurons
 
 Floats = npt.NDArray[np.float64]
 NORMAL_ENOUGH = 0.1
@@ -151,12 +151,12 @@ def range_overlap(
 ) -> RangeOverlap:
     """Of the k highest and the k lowest neurons of each concept's ranking, against every other concept's range."""
     serve = range_set.layer(layer)
-    low, high = bounds("sigma", tau, range_set.counts[:, None], serve.mean, serve.std)
+    low, high = range_bounds("sigma", tau, range_set.counts[:, None], serve.mean, serve.std)
     at_top: list[float] = []
     at_bottom: list[float] = []
     k = 0
     for c, concept in enumerate(range_set.concepts):
-        ranked = order(range_set.saliency(layer, ranking, concept))
+        ranked = rank_order(range_set.saliency(layer, ranking, concept))
         k = max(1, int(len(ranked) * top_fraction))
         others = [other for other in range(len(range_set.concepts)) if other != c]
         for neurons, into in ((ranked[:k], at_top), (ranked[-k:], at_bottom)):
@@ -178,7 +178,7 @@ class ShownNeuron:
 
 def neurons_by_rank(range_set: RangeSet, layer: int, ranking: Ranking, concept: str) -> list[ShownNeuron]:
     """Two top, two middle and two bottom neurons of a concept's ranking (paper Figure 3)."""
-    ranked = order(range_set.saliency(layer, ranking, concept)).tolist()
+    ranked = rank_order(range_set.saliency(layer, ranking, concept)).tolist()
     middle = len(ranked) // 2
     places = {"top": ranked[:2], "middle": ranked[middle : middle + 2], "bottom": ranked[-2:]}
     return [ShownNeuron(neuron, where) for where, neurons in places.items() for neuron in neurons]
@@ -192,10 +192,10 @@ def neurons_of_every_concept(
     Where no neuron is in every concept's top set, those that are in the most.
     """
     serve = range_set.layer(layer)
-    low, high = bounds("sigma", tau, range_set.counts[:, None], serve.mean, serve.std)
+    low, high = range_bounds("sigma", tau, range_set.counts[:, None], serve.mean, serve.std)
     votes = np.zeros(low.shape[1], dtype=np.int64)
     for concept in range_set.concepts:
-        votes[top(range_set.saliency(layer, ranking, concept), top_fraction)] += 1
+        votes[top_neurons(range_set.saliency(layer, ranking, concept), top_fraction)] += 1
     shared = np.flatnonzero(votes == votes.max()) if votes.any() else np.zeros(0, dtype=np.int64)
     n = len(range_set.concepts)
     pairs = [(a, b) for a in range(n) for b in range(a + 1, n)]

@@ -2,7 +2,7 @@
 
 from collections.abc import Callable
 
-from range_store.phrases import counted, duration
+from range_store.formatting import format_count, format_duration
 from workers.evaluation.measure import MeasureProgress
 from workers.evaluation.settings import EvaluationSettings
 
@@ -40,8 +40,8 @@ class Workload:
     def __str__(self) -> str:
         chosen = f", and {self.choosing:,} to choose settings on" if self.choosing else ""
         return (
-            f"{counted(self.n_settings, 'setting')}, each for {counted(self.targets, 'target')}: "
-            f"{counted(self.n_settings * self.targets, 'erasure')} of {counted(self.texts, 'text')}{chosen}"
+            f"{format_count(self.n_settings, 'setting')}, each for {format_count(self.targets, 'target')}: "
+            f"{format_count(self.n_settings * self.targets, 'erasure')} of {format_count(self.texts, 'text')}{chosen}"
         )
 
     def advice(self) -> str:
@@ -76,8 +76,8 @@ class Estimate:
             left += seconds / share * work.texts / work.choosing
         if left >= LONG_SECONDS:
             self._tell(
-                f"warning: this takes about {duration(left)} more ({work}). To shorten it: {work.advice()}. "
+                f"warning: this takes about {format_duration(left)} more ({work}). To shorten it: {work.advice()}. "
                 "It can be stopped: the same command goes on where it was"
             )
         elif left >= TOLD_SECONDS:
-            self._tell(f"this takes about {duration(left)} more")
+            self._tell(f"this takes about {format_duration(left)} more")

@@ -13,8 +13,8 @@ import numpy.typing as npt
 from safetensors import SafetensorError
 from safetensors.numpy import load_file, save_file
 
+from range_store.atomic_files import atomic_write, make_private_directory, remove_partial_files
 from range_store.domain.range_set import FitSettings, ModelIdentity
-from range_store.whole_files import private_directory, remove_leftovers, written_whole
 from workers.fitting.corpus import Corpus
 from workers.fitting.fitter import RangeFitter
 
@@ -69,8 +69,8 @@ class Checkpoint:
     def of(
         cls, directory: Path, model: ModelIdentity, corpus: Corpus, settings: FitSettings, seconds: float
     ) -> "Checkpoint":
-        private_directory(directory)
-        remove_leftovers(directory, "fit-*")
+        make_private_directory(directory)
+        remove_partial_files(directory, "fit-*")
         what = json.dumps([model.fingerprint, corpus.sha256, settings.model_dump(mode="json")])
         return cls(directory / f"fit-{hashlib.sha256(what.encode()).hexdigest()[:20]}.safetensors", seconds)
 
@@ -106,7 +106,7 @@ class Checkpoint:
         arrays |= {f"counters.{name}": np.array(value) for name, value in vars(counters).items()}
         if chunk is not None:
             arrays |= {f"chunk.{name}": getattr(chunk, name) for name in ("states", "done", "kept")}
-        with written_whole(self.path) as partial:
+        with atomic_write(self.path) as partial:
             save_file({name: np.ascontiguousarray(array) for name, array in arrays.items()}, partial)
         self.saved = time.monotonic()
         self.cost = self.saved - started

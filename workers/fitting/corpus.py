@@ -14,7 +14,7 @@ import datasets
 import numpy as np
 import numpy.typing as npt
 
-from range_store.phrases import counted
+from range_store.formatting import format_count
 from workers.fitting.concepts import Concepts, LabelError
 from workers.fitting.errors import CorpusError
 from workers.fitting.files import is_hub, is_saved, reason_of, without_password
@@ -94,7 +94,7 @@ class Corpus:
         n = round(len(self) * fraction)
         if not 0 < n < len(self):
             raise CorpusError(
-                f"{self.name} has {counted(len(self), 'row')}: too few to keep some of them out of the fit"
+                f"{self.name} has {format_count(len(self), 'row')}: too few to keep some of them out of the fit"
             )
         out = np.zeros(len(self), dtype=np.bool_)
         out[np.random.default_rng(seed).choice(len(self), size=n, replace=False)] = True

@@ -16,7 +16,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from range_store.domain.erasure import STATISTICAL, Ranking, Site, resolve_layers
+from range_store.domain.erasure import STATISTICAL_RANKINGS, Ranking, Site, resolve_layers
 from range_store.domain.range_set import (
     CorpusIdentity,
     FitSettings,
@@ -198,7 +198,7 @@ def start_fit(
     corpus: Corpus,
     *,
     layers: tuple[int, ...] | Literal["all"] = (-1,),
-    rankings: tuple[Ranking, ...] = STATISTICAL,
+    rankings: tuple[Ranking, ...] = STATISTICAL_RANKINGS,
     site: Site = "block_output",
     position: Literal["read", "mean"] = "read",
     correct_only: bool = False,

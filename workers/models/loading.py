@@ -18,7 +18,7 @@ from safetensors import SafetensorError
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
 from transformers.utils.hub import cached_file
 
-from range_store.domain.range_set import Kind, ModelIdentity
+from range_store.domain.range_set import ModelIdentity, ModelKind
 from workers.models.errors import CheckpointError
 from workers.models.facts import ModelFacts
 from workers.models.families import Family, family_of
@@ -168,7 +168,7 @@ def load_model(
         prepack(model.get_submodule(family.blocks), torch_dtype)
     most = _max_tokens(tokenizer, config, family, pad)
     steered: Steerable
-    kind: Kind
+    kind: ModelKind
     labels: tuple[str, ...]
     if prompt is not None:
         kind, labels = "few-shot", tuple(label.label for label in prompt.labels)

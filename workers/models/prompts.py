@@ -7,7 +7,7 @@ from typing import Annotated
 
 from pydantic import Field, ValidationError, model_validator
 
-from range_store.domain.erasure import Frozen
+from range_store.domain.erasure import FrozenModel
 from workers.models.errors import CheckpointError
 
 TEMPLATES = Path(__file__).parent / "templates"
@@ -16,21 +16,21 @@ TEMPLATES = Path(__file__).parent / "templates"
 Text = Annotated[str, Field(min_length=1)]
 
 
-class LabelText(Frozen):
+class LabelText(FrozenModel):
     """A label, and the string that the model must produce for it, as it stands behind `after_text`."""
 
     label: Text
     text: Text
 
 
-class Exemplar(Frozen):
+class Exemplar(FrozenModel):
     """A text that is shown with its label."""
 
     text: Text
     label: Text
 
 
-class PromptTemplate(Frozen):
+class PromptTemplate(FrozenModel):
     """instruction, between; per exemplar before_text, text, after_text, its label's string, between; then the query."""
 
     name: Text

@@ -7,7 +7,7 @@ from itertools import pairwise
 import pytest
 import redis
 
-from range_store.domain.erasure import RANKINGS, STATISTICAL, Damp, Erasure
+from range_store.domain.erasure import RANKINGS, STATISTICAL_RANKINGS, Damp, Erasure
 from range_store.embedded.connection import EmbeddedRedis
 from tests.app.cli.conftest import Cli, Prepared
 
@@ -38,10 +38,10 @@ def test_on_sets_every_option(cli: Cli, prepared: Prepared) -> None:
 
 
 def test_on_accepts_every_ranking(cli: Cli, prepared: Prepared) -> None:
-    for ranking in STATISTICAL:  # the range sets of this test have these rankings only
+    for ranking in STATISTICAL_RANKINGS:  # the range sets of this test have these rankings only
         assert cli("erase", "on", "World", "--ranking", ranking, *prepared.options).exit_code == 0
         assert [live.erasure.ranking for live in prepared.store.live().erasures] == [ranking]
-    for ranking in set(RANKINGS) - set(STATISTICAL):
+    for ranking in set(RANKINGS) - set(STATISTICAL_RANKINGS):
         ended = cli("erase", "on", "World", "--ranking", ranking, *prepared.options)
         assert f"ranking {ranking} not fitted" in ended.stderr
 

@@ -8,7 +8,7 @@ import pytest
 from app.cli.listening import fit_command
 from app.settings import Settings
 from range_store.embedded.connection import connect
-from range_store.storage.api_keys import KeyStore
+from range_store.storage.api_keys import ApiKeyStore
 from tests.app.cli.conftest import Cli
 
 
@@ -22,9 +22,9 @@ def test_a_key_is_shown_only_when_it_is_created(cli: Cli, tmp_path: Path) -> Non
     assert token.startswith("nl_")
     assert "from now on" in made.stderr
     with connect(None, tmp_path / "redis") as client:
-        keys = KeyStore(client).read()
+        keys = ApiKeyStore(client).read()
     assert keys is not None
-    key = keys.of_token(token)
+    key = keys.find_by_token(token)
     assert key is not None
     assert (key.name, key.scopes) == ("shop", ("infer", "read"))
     listed = cli("keys", "list", *where)

@@ -18,7 +18,10 @@ from workers.models.loading import LoadedModel
 
 PATIENT = 60.0
 """Seconds that a toggle may take to reach every replica."""
-LONG_LEASE = "from range_store.storage.replicas import Replicas; Replicas.report.__defaults__ = (3600.0, None, None)"
+LONG_LEASE = (
+    "from range_store.storage.replicas import ReplicaRegistry; "
+    "ReplicaRegistry.report.__defaults__ = (3600.0, None, None)"
+)
 """Nobody is forgotten while a test runs, however slow the machine is."""
 
 

@@ -14,7 +14,7 @@ import pytest
 from app.jobs import process as fit_process
 from app.jobs import runner as fit_runner
 from range_store.embedded.connection import EmbeddedRedis
-from range_store.storage.api_keys import KeyStore
+from range_store.storage.api_keys import ApiKeyStore
 from tests.e2e.fits.conftest import (
     HOLD_ROWS,
     MEDIUM,
@@ -278,7 +278,7 @@ def test_server_without_fit_directories_refuses_fits(server: RunningServer, prob
 def test_fits_need_scopes_and_the_audit_names_the_key(
     own_redis: EmbeddedRedis, start_server: Callable[..., RunningServer], texts: Path, problem: Problem
 ) -> None:
-    keys = KeyStore(own_redis)
+    keys = ApiKeyStore(own_redis)
     tokens = {scope: keys.create(f"the-{scope}", [scope])[1] for scope in ("infer", "read", "admin")}
     running = start_server(redis_url=own_redis.url, fit_dirs=[texts], fit_threads=1, fit_niceness=0)
 

@@ -55,7 +55,7 @@ def test_poll_finds_a_change_without_a_message(active: RangeStore, mirrors: Mirr
     mirror = mirrors(poll=0.05)
     mirror.start()
     assert mirror.snapshot is not None
-    unannounced = mirror.snapshot.live.advanced(mirror.snapshot.live.range_set, (erasing("World"),))
+    unannounced = mirror.snapshot.live.next_generation(mirror.snapshot.live.range_set, (erasing("World"),))
     active.client.set(active.keys.live, unannounced.model_dump_json())
     until(lambda: mirror.snapshot.live == unannounced)
 

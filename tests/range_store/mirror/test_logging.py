@@ -15,7 +15,7 @@ from range_store.errors import (
     StoreUnavailable,
     UnknownRangeSet,
 )
-from range_store.storage.mirror import REMIND_SECONDS, LostState, Snapshot, Trouble, _kind
+from range_store.storage.mirror import REMIND_SECONDS, LostState, ProblemKind, Snapshot, _kind
 from range_store.storage.store import RangeStore
 from tests.range_store.builders import random_range_set
 from tests.range_store.mirror.controlled import Clock, Mirrors, empty, erasing, fields, logged
@@ -57,19 +57,19 @@ def failing(store: RangeStore, monkeypatch: pytest.MonkeyPatch, *errors: RangeSt
     ],
 )
 def test_trouble_is_the_kind_of_the_error(
-    active: RangeStore, mirrors: Mirrors, monkeypatch: pytest.MonkeyPatch, error: RangeStoreError, kind: Trouble
+    active: RangeStore, mirrors: Mirrors, monkeypatch: pytest.MonkeyPatch, error: RangeStoreError, kind: ProblemKind
 ) -> None:
     assert _kind(error) == kind
     mirror = mirrors()
-    assert (mirror.store_up, mirror.problem, mirror.trouble) == (False, None, None)
+    assert (mirror.store_up, mirror.problem, mirror.problem_kind) == (False, None, None)
     mirror.refresh()
-    assert (mirror.store_up, mirror.problem, mirror.trouble) == (True, None, None)
+    assert (mirror.store_up, mirror.problem, mirror.problem_kind) == (True, None, None)
     failing(active, monkeypatch, error, None)
     with pytest.raises(type(error)):
         mirror.refresh()
-    assert (mirror.store_up, mirror.problem, mirror.trouble) == (kind != "store_down", str(error), kind)
+    assert (mirror.store_up, mirror.problem, mirror.problem_kind) == (kind != "store_down", str(error), kind)
     mirror.refresh()
-    assert (mirror.store_up, mirror.problem, mirror.trouble) == (True, None, None)
+    assert (mirror.store_up, mirror.problem, mirror.problem_kind) == (True, None, None)
 
 
 def test_problem_is_logged_when_it_begins_and_when_it_ends(
@@ -230,7 +230,7 @@ def test_foreign_range_set_of_a_new_epoch_is_reported_as_foreign(active: RangeSt
     active.activate(active.publish(*random_range_set(602, fingerprint="ef" * 32)))
     with pytest.raises(ForeignRangeSet, match="efefef"):
         mirror.refresh()
-    assert mirror.trouble == "range_set"
+    assert mirror.problem_kind == "range_set"
     assert mirror.snapshot is held
 
 

@@ -102,7 +102,7 @@ def test_emptied_redis_drops_no_erasure(active: RangeStore, mirrors: Mirrors, ca
     assert concepts(newcomer.snapshot) == []
     with pytest.raises(StoreUnavailable, match="begins anew"):
         mirror.refresh()
-    assert (concepts(mirror.snapshot), mirror.trouble) == (["World"], "lost"), "reading is no decision"
+    assert (concepts(mirror.snapshot), mirror.problem_kind) == (["World"], "lost"), "reading is no decision"
 
 
 @pytest.mark.parametrize("activates", [False, True])
@@ -117,7 +117,7 @@ def test_forgotten_erasures_are_restored_with_the_range_set(
         mirror.start()
     held = active.live()
     empty(active)
-    until(lambda: all(mirror.trouble == "lost" for mirror in both))
+    until(lambda: all(mirror.problem_kind == "lost" for mirror in both))
     published = active.publish(*random_range_set(600))
     if activates:
         active.activate(published)
@@ -181,7 +181,7 @@ def test_old_copy_of_redis_undoes_nothing(active: RangeStore, mirrors: Mirrors) 
     state = mirror.refresh().live
     assert state == active.peek()
     assert state.epoch != held.epoch, "the generations that the copy lacks are never used again"
-    assert state.reaches(held.generation)
+    assert state.is_at_least(held.generation)
     assert (state.erasures, state.range_set) == (held.erasures, held.range_set)
     assert active.audit(1)[0].action == "restore"
 
@@ -243,7 +243,7 @@ def test_unreadable_state_keeps_the_last_good_snapshot(active: RangeStore, mirro
 def test_missing_range_set_keeps_the_last_good_snapshot(active: RangeStore, mirrors: Mirrors) -> None:
     mirror = mirrors()
     held = mirror.refresh()
-    nowhere = held.live.advanced("0" * 20, ())
+    nowhere = held.live.next_generation("0" * 20, ())
     active.client.set(active.keys.live, nowhere.model_dump_json())
     with pytest.raises(UnknownRangeSet):
         mirror.refresh()
@@ -325,7 +325,7 @@ def test_only_naming_it_drops_an_enforced_erasure(active: RangeStore, operator: 
     operator.set_erasures([erasing("Sci/Tech")])
     state = mirror.refresh().live
     assert named(state) == ["Business", "Sci/Tech"], "Sports was named; World, not enforced, was replaced"
-    assert state.reaches(held.generation)
+    assert state.is_at_least(held.generation)
 
 
 def test_servers_that_held_different_generations_agree_on_the_newest(
@@ -347,7 +347,7 @@ def test_servers_that_held_different_generations_agree_on_the_newest(
     assert behind.refresh().live == ahead.refresh().live == final
     generations = [first.generation, newest.generation, restored.generation, final.generation]
     assert len({generation.split("-")[0] for generation in generations}) == 3
-    assert all(final.reaches(generation) for generation in generations)
+    assert all(final.is_at_least(generation) for generation in generations)
     assert sum("put back" in record.message for record in caplog.records) == 2
 
 

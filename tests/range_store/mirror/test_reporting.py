@@ -2,9 +2,9 @@
 
 import pytest
 
-from range_store.storage import reporter
+from range_store.storage import heartbeat
 from range_store.storage.mirror import Mirror
-from range_store.storage.replicas import Replicas
+from range_store.storage.replicas import ReplicaRegistry
 from range_store.storage.store import RangeStore
 from tests.range_store.mirror.controlled import Clock, Mirrors, erasing
 from tests.range_store.waiting import until
@@ -15,18 +15,18 @@ NAME = "here:1:x"
 @pytest.fixture
 def clock(clock: Clock, monkeypatch: pytest.MonkeyPatch) -> Clock:
     """The time that mirrors and their reporters see."""
-    monkeypatch.setattr("range_store.storage.reporter.time", clock)
+    monkeypatch.setattr("range_store.storage.heartbeat.time", clock)
     return clock
 
 
 def reported(store: RangeStore) -> list[tuple[str, str | None]]:
     """Name and generation of every replica in the roster."""
-    return [(each.name, each.generation) for each in Replicas(store.client, store.model).read().replicas]
+    return [(each.name, each.generation) for each in ReplicaRegistry(store.client, store.model).read().replicas]
 
 
 def lapse(mirror: Mirror, clock: Clock) -> None:
     """Let so much time pass that others may have given up the replica."""
-    clock.advance(reporter.SILENT_SECONDS + 1.0)
+    clock.advance(heartbeat.SILENT_SECONDS + 1.0)
     assert mirror.lapsed
 
 
@@ -36,7 +36,7 @@ def test_mirror_without_a_name_reports_nothing(active: RangeStore, mirrors: Mirr
     clock.advance(1e6)
     mirror.catch_up()
     mirror.withdraw()
-    assert mirror.reporter is None
+    assert mirror.heartbeat is None
     assert not mirror.lapsed
     assert reported(active) == []
 
@@ -52,15 +52,15 @@ def test_replica_reports_the_generation_that_it_holds(active: RangeStore, mirror
     assert mirror._held() is None
     state = mirror.refresh().live
     assert mirror._held() == state
-    assert mirror.reporter is not None
-    mirror.reporter.tell()
+    assert mirror.heartbeat is not None
+    mirror.heartbeat.tell()
     assert reported(active) == [(NAME, state.generation)]
 
 
 def test_change_wakes_the_reporter(active: RangeStore, mirrors: Mirrors) -> None:
     mirror = mirrors(replica=NAME)
-    assert mirror.reporter is not None
-    wakes = mirror.reporter._wakes
+    assert mirror.heartbeat is not None
+    wakes = mirror.heartbeat._wakes
     mirror.refresh()
     assert wakes.qsize() == 1
     mirror.refresh()
@@ -95,8 +95,8 @@ def test_lapsed_replica_reads_before_it_reports(active: RangeStore, mirrors: Mir
     mirror.refresh()
     lapse(mirror, clock)
     state = active.set_erasure(erasing("World"))
-    assert mirror.reporter is not None
-    mirror.reporter.report()
+    assert mirror.heartbeat is not None
+    mirror.heartbeat.report()
     assert reported(active) == [(NAME, state.generation)]
 
 

@@ -12,7 +12,7 @@ import torch
 from range_store.domain.erasure import Damp, Erasure
 from range_store.domain.live import LiveErasure
 from range_store.domain.plan import NO_ERASURE
-from range_store.errors import Behind, InvalidErasure, NoRangeSet, StoreUnavailable, UnknownConcept
+from range_store.errors import GenerationNotReached, InvalidErasure, NoRangeSet, StoreUnavailable, UnknownConcept
 from range_store.storage.mirror import Mirror
 from range_store.storage.store import RangeStore
 from tests.range_store.builders import FINGERPRINT, random_range_set
@@ -100,7 +100,7 @@ def test_expired_erasures_do_not_apply(
 ) -> None:
     raw, state = active._read()
     assert state is not None
-    after = state.advanced(state.range_set, (live("Sports", enforced=True, expires_at=100.0), live("World")))
+    after = state.next_generation(state.range_set, (live("Sports", enforced=True, expires_at=100.0), live("World")))
     assert active._write(raw, after, [])
     planner = planner_of(active)
     monkeypatch.setattr(active.clock, "now", lambda: now)
@@ -211,8 +211,8 @@ def test_request_waits_for_the_generation_that_it_asks_for(active: RangeStore) -
 
 def test_request_for_a_future_generation_is_refused(active: RangeStore) -> None:
     state = active.live()
-    future = state.advanced(None, ()).generation
-    with pytest.raises(Behind) as caught:
+    future = state.next_generation(None, ()).generation
+    with pytest.raises(GenerationNotReached) as caught:
         admit(planner_of(active), None, future, timeout=0.0)
     assert (caught.value.wanted, caught.value.held) == (future, state.generation)
 

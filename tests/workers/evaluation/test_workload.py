@@ -1,6 +1,6 @@
 """How long an evaluation takes is told before it has taken it."""
 
-from range_store.phrases import counted, duration
+from range_store.formatting import format_count, format_duration
 from workers.evaluation.measure import MeasureProgress
 from workers.evaluation.settings import EvaluationSettings
 from workers.evaluation.workload import Estimate, Workload
@@ -52,8 +52,8 @@ def test_choosing_settings_foretells_the_measuring_too() -> None:
 
 
 def test_numbers_and_times_read_as_people_write_them() -> None:
-    assert [counted(number, "text") for number in (0, 1, 1680)] == ["0 texts", "1 text", "1,680 texts"]
-    assert counted(2, "class", "classes") == "2 classes"
+    assert [format_count(number, "text") for number in (0, 1, 1680)] == ["0 texts", "1 text", "1,680 texts"]
+    assert format_count(2, "class", "classes") == "2 classes"
     times = [(0.4, "0 s"), (59, "59 s"), (90, "2 min"), (3599, "1 h"), (3600, "1 h"), (12_000, "3 h 20 min")]
-    assert [duration(seconds) for seconds, _ in times] == [said for _, said in times]
-    assert duration(5 * 86_400) == "5 days"
+    assert [format_duration(seconds) for seconds, _ in times] == [said for _, said in times]
+    assert format_duration(5 * 86_400) == "5 days"

@@ -22,15 +22,15 @@ _REFUSALS = (
 
 
 @contextmanager
-def reaching_redis() -> Iterator[None]:
+def translate_redis_errors() -> Iterator[None]:
     """Turns every error of Redis inside the block into StoreUnavailable with a sentence that says what to do."""
     try:
         yield
     except (redis.RedisError, OSError) as error:
-        raise StoreUnavailable(explain(error)) from error
+        raise StoreUnavailable(describe_redis_error(error)) from error
 
 
-def explain(error: Exception) -> str:
+def describe_redis_error(error: Exception) -> str:
     """One sentence on an error of Redis or of the way to it. It never repeats a password."""
     text = " ".join(str(error).split())
     for code, sentence in _REFUSALS:

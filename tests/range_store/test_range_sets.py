@@ -20,7 +20,7 @@ from range_store.errors import (
 )
 from range_store.storage.codec import describe, encode_meta, encode_parts, serve_part
 from range_store.storage.keys import meta_key, part_key
-from range_store.storage.published import KEPT, UNPUBLISHED_SECONDS
+from range_store.storage.range_sets import KEPT, UNPUBLISHED_SECONDS
 from range_store.storage.scripts import PUT_PART
 from range_store.storage.store import RangeStore
 from tests.range_store.builders import random_range_set
@@ -56,7 +56,7 @@ def test_large_part_is_kept_in_pieces(store: RangeStore, monkeypatch: pytest.Mon
     whole = store.publish(range_set, inspect)
     unsplit = len(keys_of(store.client, whole))
     store.remove(whole)
-    monkeypatch.setattr("range_store.storage.published.PIECE_BYTES", piece)
+    monkeypatch.setattr("range_store.storage.range_sets.PIECE_BYTES", piece)
     store.publish(range_set, inspect)
     more = sum(-(-length // piece) - 1 for length in lengths.values())
     assert len(keys_of(store.client, whole)) == unsplit + more
@@ -72,14 +72,14 @@ def test_large_part_is_kept_in_pieces(store: RangeStore, monkeypatch: pytest.Mon
 def test_part_whose_length_is_that_of_a_piece_is_whole(store: RangeStore, monkeypatch: pytest.MonkeyPatch) -> None:
     range_set, inspect = small(191)
     _, lengths = describe(range_set.provenance, range_set.layers, inspect)
-    monkeypatch.setattr("range_store.storage.published.PIECE_BYTES", max(lengths.values()))
+    monkeypatch.setattr("range_store.storage.range_sets.PIECE_BYTES", max(lengths.values()))
     store.publish(range_set, inspect)
     assert len(keys_of(store.client, range_set.id)) == len(lengths) + 2
     assert store.read_inspect(range_set.id, 0).histogram.tolist() == inspect[0].histogram.tolist()
 
 
 def test_lost_piece_is_found(store: RangeStore, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("range_store.storage.published.PIECE_BYTES", 1000)
+    monkeypatch.setattr("range_store.storage.range_sets.PIECE_BYTES", 1000)
     range_set, inspect = random_range_set(192)
     store.publish(range_set, inspect)
     store.client.delete(part_key(range_set.id, "layer:1:inspect:1"))
@@ -92,7 +92,7 @@ def test_lost_piece_is_found(store: RangeStore, monkeypatch: pytest.MonkeyPatch)
 def test_part_from_before_there_were_pieces_is_read(store: RangeStore, monkeypatch: pytest.MonkeyPatch) -> None:
     range_set, inspect = random_range_set(193)
     store.publish(range_set, inspect)
-    monkeypatch.setattr("range_store.storage.published.PIECE_BYTES", 1000)
+    monkeypatch.setattr("range_store.storage.range_sets.PIECE_BYTES", 1000)
     assert store.read_inspect(range_set.id, 1).histogram.tolist() == inspect[1].histogram.tolist()
 
 
@@ -271,7 +271,7 @@ def test_readers_see_complete_range_sets_while_others_publish_and_remove(
 
     A publisher tries again when somebody removes the very range set meanwhile; the others remove 45 times each.
     """
-    monkeypatch.setattr("range_store.storage.published.ATTEMPTS", 100)
+    monkeypatch.setattr("range_store.storage.range_sets.ATTEMPTS", 100)
     made = [small(400 + n) for n in range(4)]
     stop = threading.Event()
     wrong: list[BaseException] = []

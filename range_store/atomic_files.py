@@ -15,7 +15,7 @@ _OS_ERROR = re.compile(r"\(os error (\d+)\)")
 """How safetensors tells what the system said."""
 
 
-def private_directory(path: Path) -> None:
+def make_private_directory(path: Path) -> None:
     """Make a directory, and the missing ones above it, that only its owner can enter (mode 0700).
 
     One that exists keeps its mode: whoever made it may have opened it to a group on purpose.
@@ -23,12 +23,12 @@ def private_directory(path: Path) -> None:
     try:
         path.mkdir(mode=0o700, exist_ok=True)
     except FileNotFoundError:
-        private_directory(path.parent)
+        make_private_directory(path.parent)
         path.mkdir(mode=0o700, exist_ok=True)
 
 
 @contextmanager
-def written_whole(path: Path) -> Iterator[Path]:
+def atomic_write(path: Path) -> Iterator[Path]:
     """A path to write to, which becomes `path` at the end; after an error nothing is left.
 
     It lies in a directory of its own beside `path`, where writers may put what they need meanwhile.
@@ -50,7 +50,7 @@ def written_whole(path: Path) -> Iterator[Path]:
         shutil.rmtree(partial, ignore_errors=True)
 
 
-def remove_leftovers(directory: Path, name: str) -> None:
+def remove_partial_files(directory: Path, name: str) -> None:
     """Take out what processes that were killed had written of files whose names match `name`, a glob."""
     for partial in directory.glob(f".{name}.*.partial"):
         found = _PARTIAL.search(partial.name)

@@ -1,7 +1,7 @@
 """Phrases that messages of all packages share."""
 
 
-def counted(number: int, word: str, plural: str = "") -> str:
+def format_count(number: int, word: str, plural: str = "") -> str:
     """A number and its word: "1 text", "1,680 texts".
 
     Args:
@@ -10,7 +10,7 @@ def counted(number: int, word: str, plural: str = "") -> str:
     return f"{number:,} {word if number == 1 else plural or word + 's'}"
 
 
-def duration(seconds: float) -> str:
+def format_duration(seconds: float) -> str:
     """A time as people say it: "40 s", "12 min", "3 h 20 min", "5 days"."""
     minutes = round(seconds / 60)
     if seconds < 60:

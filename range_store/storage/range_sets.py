@@ -11,6 +11,7 @@ import redis
 
 from range_store.domain.range_set import InspectLayer, Provenance, RangeSet
 from range_store.errors import InvalidRangeSet, NotFitted, RangeSetInUse, StoreUnavailable, UnknownRangeSet
+from range_store.redis_errors import translate_redis_errors
 from range_store.storage.archive import read_archive, write_archive
 from range_store.storage.codec import (
     Meta,
@@ -24,7 +25,6 @@ from range_store.storage.codec import (
     inspect_part,
     serve_part,
 )
-from range_store.storage.failures import reaching_redis
 from range_store.storage.keys import CHANGES, RANGE_SET, ModelKeys, meta_key, part_key
 from range_store.storage.scripts import LIST, PUBLISH, PUT_PART, REMOVE
 
@@ -38,7 +38,7 @@ PIECE_BYTES = 256 << 20
 
 
 @dataclass(frozen=True)
-class Published:
+class PublishedRangeSet:
     """A published range set. `published_at`: Unix seconds by Redis's clock. `active`: it serves live erasures."""
 
     id: str
@@ -81,7 +81,7 @@ class PublishedRangeSets:
         keys = [self.keys.range_sets, self.keys.live, meta_key(meta.id), *(part_key(meta.id, each) for each in pieces)]
         sizes = [len(stored_meta), *pieces.values()]
         arguments: list[str | int] = [meta.id, self.model, RANGE_SET, KEPT, CHANGES, self.hint(), *sizes]
-        with reaching_redis():
+        with translate_redis_errors():
             for _ in range(ATTEMPTS):
                 for name, data in encode_parts(range_set.provenance, range_set.layers, inspect):
                     for number, (piece, size) in enumerate(_pieces(name, len(data))):
@@ -94,24 +94,24 @@ class PublishedRangeSets:
                     return meta.id
         raise StoreUnavailable(f"{missing.decode()} keeps vanishing from Redis: does it evict keys (maxmemory-policy)?")
 
-    def list(self) -> tuple[Published, ...]:
+    def list(self) -> tuple[PublishedRangeSet, ...]:
         """All published range sets, newest first.
 
         Raises:
             InvalidRangeSet: one of them is corrupt; names it.
         """
-        with reaching_redis():
+        with translate_redis_errors():
             listed = cast(list[list[bytes]], self._list([self.keys.range_sets], [RANGE_SET]))
         active = self._active_id()
         found = []
         for id_, score, data in ((each.decode(errors="replace"), float(score), data) for each, score, data in listed):
             meta = decode_meta(_present(data or None, id_, "meta"), id_)
-            found.append(Published(id_, score, id_ == active, meta.provenance))
+            found.append(PublishedRangeSet(id_, score, id_ == active, meta.provenance))
         return tuple(found)
 
     def ids(self) -> tuple[str, ...]:
         """Ids of all published range sets, oldest first: what `list` would show, without reading it."""
-        with reaching_redis():
+        with translate_redis_errors():
             listed = cast("list[bytes]", self.client.zrange(self.keys.range_sets, 0, -1))
         return tuple(each.decode(errors="replace") for each in listed)
 
@@ -157,7 +157,7 @@ class PublishedRangeSets:
             UnknownRangeSet: none of that id is published.
             RangeSetInUse: it is active.
         """
-        with reaching_redis():
+        with translate_redis_errors():
             arguments = [id_, self.model, RANGE_SET, CHANGES, self.hint()]
             answer = self._remove([self.keys.range_sets, self.keys.live], arguments)
         if answer == b"unknown":
@@ -193,7 +193,7 @@ class PublishedRangeSets:
 
     def _stored_meta(self, meta: Meta) -> bytes | None:
         """Sound meta data of the same contents: date and library versions of the first publication stand."""
-        with reaching_redis():
+        with translate_redis_errors():
             stored = cast(bytes | None, self.client.get(meta_key(meta.id)))
         if stored is not None:
             with suppress(InvalidRangeSet):
@@ -217,7 +217,7 @@ class PublishedRangeSets:
 
     def _values(self, id_: str, names: Sequence[str]) -> Sequence[bytes | None]:
         """Values by name, in one step. Raises UnknownRangeSet."""
-        with reaching_redis():
+        with translate_redis_errors():
             pipeline = self.client.pipeline(transaction=True)
             pipeline.zscore(self.keys.range_sets, id_)
             for name in names:

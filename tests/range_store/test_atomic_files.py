@@ -11,25 +11,25 @@ import numpy as np
 import pytest
 from safetensors.numpy import save_file
 
-from range_store.whole_files import private_directory, remove_leftovers, written_whole
+from range_store.atomic_files import atomic_write, make_private_directory, remove_partial_files
 
 
 def test_a_private_directory_and_those_made_above_it_are_their_owners_alone(tmp_path: Path) -> None:
     tmp_path.chmod(0o755)
     for _ in range(2):
-        private_directory(tmp_path / "a" / "b" / "c")
+        make_private_directory(tmp_path / "a" / "b" / "c")
         modes = [stat.S_IMODE((tmp_path / each).stat().st_mode) for each in ("a/b/c", "a/b", "a", ".")]
         assert modes == [0o700, 0o700, 0o700, 0o755], "what is there keeps its mode"
     (tmp_path / "file").touch()
     with pytest.raises(NotADirectoryError) as caught:
-        private_directory(tmp_path / "file" / "data" / "fits")
+        make_private_directory(tmp_path / "file" / "data" / "fits")
     assert caught.value.filename == str(tmp_path / "file" / "data" / "fits")
 
 
 def test_file_is_replaced_when_writing_ends(tmp_path: Path) -> None:
     path = tmp_path / "results.json"
     path.write_text("old")
-    with written_whole(path) as partial:
+    with atomic_write(path) as partial:
         partial.write_text("new")
         assert path.read_text() == "old"
     assert path.read_text() == "new"
@@ -39,7 +39,7 @@ def test_file_is_replaced_when_writing_ends(tmp_path: Path) -> None:
 def test_error_keeps_the_old_file(tmp_path: Path) -> None:
     path = tmp_path / "results.json"
     path.write_text("old")
-    with pytest.raises(UnicodeEncodeError), written_whole(path) as partial, partial.open("w", encoding="ascii") as file:
+    with pytest.raises(UnicodeEncodeError), atomic_write(path) as partial, partial.open("w", encoding="ascii") as file:
         file.writelines(["ne", "ẇ"])
     assert path.read_text() == "old"
     assert list(tmp_path.iterdir()) == [path]
@@ -47,25 +47,25 @@ def test_error_keeps_the_old_file(tmp_path: Path) -> None:
 
 def test_system_error_names_the_target_file(tmp_path: Path) -> None:
     absent = tmp_path / "no" / "such" / "file"
-    with pytest.raises(FileNotFoundError) as caught, written_whole(absent) as partial:
+    with pytest.raises(FileNotFoundError) as caught, atomic_write(absent) as partial:
         partial.write_text("")
     assert caught.value.filename == str(absent)
     path = tmp_path / "arrays.safetensors"
-    with pytest.raises(FileNotFoundError) as caught, written_whole(path) as partial:
+    with pytest.raises(FileNotFoundError) as caught, atomic_write(path) as partial:
         save_file({"a": np.zeros(3)}, partial / "below" / "nothing")  # raises an error of its own
     assert caught.value.filename == str(path)
 
 
 def test_partial_files_of_killed_processes_are_removed(tmp_path: Path) -> None:
     killed = (
-        "import os, sys; from pathlib import Path; from range_store.whole_files import written_whole\n"
-        "with written_whole(Path(sys.argv[1])) as partial: partial.write_text('half'); os.kill(os.getpid(), 9)"
+        "import os, sys; from pathlib import Path; from range_store.atomic_files import atomic_write\n"
+        "with atomic_write(Path(sys.argv[1])) as partial: partial.write_text('half'); os.kill(os.getpid(), 9)"
     )
     for name in ("fit-1.safetensors", "other"):
         assert subprocess.run([sys.executable, "-c", killed, tmp_path / name], check=False).returncode == -9
-    with written_whole(tmp_path / "fit-2.safetensors") as partial_in_use:
+    with atomic_write(tmp_path / "fit-2.safetensors") as partial_in_use:
         assert len(list(tmp_path.iterdir())) == 3
-        remove_leftovers(tmp_path, "fit-*")
+        remove_partial_files(tmp_path, "fit-*")
         assert partial_in_use.parent.is_dir()
         left = sorted(path.name.split(".")[1] for path in tmp_path.iterdir())
         assert left == ["fit-2", "other"]
@@ -78,7 +78,7 @@ def test_threads_can_write_the_same_file(tmp_path: Path) -> None:
     barrier = threading.Barrier(2)
 
     def write(name: str) -> None:
-        with written_whole(path) as partial:
+        with atomic_write(path) as partial:
             barrier.wait(60)  # both are writing
             partial.write_text(name)
             if name == "first":

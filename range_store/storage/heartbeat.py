@@ -9,23 +9,23 @@ from queue import Empty, SimpleQueue
 
 from range_store.domain.live import LiveState
 from range_store.errors import RangeStoreError, StoreUnavailable
-from range_store.storage.replicas import HEARTBEAT_SECONDS, SILENT_SECONDS, Replicas
+from range_store.storage.replicas import HEARTBEAT_SECONDS, SILENT_SECONDS, ReplicaRegistry
 
 log = logging.getLogger(__name__)
 
 
-class Reporter:
+class Heartbeat:
     """Reports what `current` gives, at once when woken and every second, until it withdraws.
 
     Args:
-        name: of this replica; see `range_store.storage.replicas.new_name`.
+        name: of this replica; see `range_store.storage.replicas.new_replica_name`.
         current: the live state that requests are admitted under from now on; None before the first.
         read: reads the live state; called before a report that comes so late that others may have given up this one.
     """
 
     def __init__(
         self,
-        replicas: Replicas,
+        replicas: ReplicaRegistry,
         name: str,
         current: Callable[[], LiveState | None],
         read: Callable[[], object],
@@ -45,7 +45,7 @@ class Reporter:
         self._withdrawn = False
         self._heard_at: float | None = None
         self._failing = False
-        self._thread = threading.Thread(target=self._run, name="neuronlens-reporter", daemon=True)
+        self._thread = threading.Thread(target=self._run, name="neuronlens-heartbeat", daemon=True)
 
     @property
     def withdrawn(self) -> bool:
