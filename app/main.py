@@ -129,7 +129,13 @@ def create_app(settings: Settings, running: Service | Sequence[Service] = ()) ->
     app.add_middleware(GzipBodies, limit=settings.max_body_bytes)
     if served is not None:
         keyring = served.default.keyring
-        app.add_middleware(FullQueue, classifying=CLASSIFYING, named_in_body=NAMED_IN_BODY, served=served)
+        app.add_middleware(
+            FullQueue,
+            classifying=CLASSIFYING,
+            named_in_body=NAMED_IN_BODY,
+            default=served.default.name,
+            refusal=served.refusal,
+        )
         app.add_middleware(Authentication, keyring=keyring, rate_limit=settings.rate_limit, registry=registry)
     if settings.cors_origins:
         app.add_middleware(

@@ -6,9 +6,10 @@ from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
 
-from app.cli.exits import CONFLICT, UNREACHABLE, USAGE, CommandError
+from app.cli.exits import CommandError
 from app.cli.server_control import ServerControl
 from app.cli.stores import operator, settings_with, store_of, stores_of
+from app.errors import CONFLICT, UNREACHABLE, USAGE
 from range_store.domain.live import AuditEntry, LiveErasure, LiveState
 from range_store.domain.range_set import check_dtype
 from range_store.storage.range_sets import PublishedRangeSet

@@ -8,8 +8,9 @@ from pydantic import ValidationError
 from app.cli import options
 from app.cli.clock import duration, until
 from app.cli.control import WAIT_SECONDS, control_of
-from app.cli.exits import EPILOG, USAGE, CommandError
+from app.cli.exits import EPILOG, CommandError
 from app.cli.terminal import print_json, say, table
+from app.errors import USAGE
 from range_store.domain.erasure import Damp, Erasure, Ranking, Replacement
 from range_store.domain.live import LiveErasure, LiveState
 

@@ -12,10 +12,10 @@ import typer
 
 from app.choices import CorpusChoice, ModelChoice
 from app.cli import options
-from app.cli.exits import INTERRUPTED
 from app.cli.fit import about_corpus
 from app.cli.stores import settings_with, store_of
 from app.cli.terminal import hint, print_json, progress, say, table
+from app.errors import INTERRUPTED
 from range_store.atomic_files import make_private_directory
 from range_store.domain.erasure import RANKINGS
 from range_store.domain.range_set import CorpusIdentity, ProbeSettings

@@ -5,12 +5,8 @@ import os
 import sys
 from typing import Final, NoReturn
 
-OK: Final = 0
-FAILED: Final = 1
-USAGE: Final = 2
-UNREACHABLE: Final = 3
-CONFLICT: Final = 4
-INTERRUPTED: Final = 130
+from app import errors
+from app.errors import CONFLICT, FAILED, INTERRUPTED, OK, UNREACHABLE, USAGE
 
 MEANINGS: Final = {
     OK: "done",
@@ -23,35 +19,6 @@ MEANINGS: Final = {
 
 EPILOG: Final = "Exit codes: " + " · ".join(f"{code} {meaning}" for code, meaning in MEANINGS.items()) + "."
 """Printed below every --help."""
-
-EXIT_CODES: Final = {
-    "range_store.errors.InvalidErasure": USAGE,
-    "range_store.errors.NotFitted": USAGE,
-    "range_store.errors.InvalidRangeSet": FAILED,
-    "range_store.errors.InvalidKey": USAGE,
-    "range_store.errors.InvalidStoreAddress": USAGE,
-    "range_store.errors.StoreUnavailable": UNREACHABLE,
-    "range_store.errors.RangeStoreError": CONFLICT,
-    "app.observability.tracing.TracesUnavailable": USAGE,
-    "workers.models.errors.ModelError": USAGE,
-    "workers.fitting.errors.CorpusError": USAGE,
-    "workers.evaluation.evaluate.EvaluationError": USAGE,
-    "workers.cluster.errors.RayMissing": USAGE,
-    "workers.cluster.errors.ClusterUnavailable": UNREACHABLE,
-    "workers.cluster.errors.OtherFleet": CONFLICT,
-    "workers.cluster.errors.ClusterError": FAILED,
-    "workers.demo.minilm.DemoError": FAILED,
-    "workers.engine.errors.EngineError": FAILED,
-    "torch.OutOfMemoryError": FAILED,
-    "typer.exceptions.Abort": INTERRUPTED,
-    "builtins.OSError": FAILED,
-    "builtins.KeyboardInterrupt": INTERRUPTED,
-}
-"""Exit code by the nearest class of an error's ancestry.
-
-Classes are named, not imported: importing some of them would load torch, which `--help` and `erase` never need.
-"""
-
 
 _at_once = False
 
@@ -82,10 +49,4 @@ class CommandError(Exception):
 
 def exit_code_of(error: BaseException) -> int | None:
     """The exit code of an error that a user can meet; None for one that only a bug can cause."""
-    if isinstance(error, CommandError):
-        return error.exit_code
-    for kind in type(error).__mro__:
-        code = EXIT_CODES.get(f"{kind.__module__}.{kind.__qualname__}")
-        if code is not None:
-            return code
-    return None
+    return error.exit_code if isinstance(error, CommandError) else errors.exit_code_of(error)

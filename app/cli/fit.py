@@ -10,9 +10,9 @@ import typer
 from app.choices import CorpusChoice, DTypeChoice, ModelChoice
 from app.cli import options
 from app.cli.commands import command
-from app.cli.exits import INTERRUPTED
 from app.cli.stores import operator, settings_with, store_of
 from app.cli.terminal import Report, hint, print_json, progress, say, table
+from app.errors import INTERRUPTED
 from app.jobs import child as fit_child
 from range_store.domain.erasure import RANKINGS, STATISTICAL_RANKINGS
 from range_store.domain.range_set import CorpusIdentity, ProbeSettings, check_dtype

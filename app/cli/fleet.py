@@ -5,9 +5,10 @@ from typing import Annotated
 import typer
 
 from app.cli import options
-from app.cli.exits import EPILOG, USAGE, CommandError
+from app.cli.exits import EPILOG, CommandError
 from app.cli.stores import settings_with
 from app.cli.terminal import print_json, say, table
+from app.errors import USAGE
 
 app = typer.Typer(
     help="Engines on a Ray cluster, which stay when a server in front of them stops.",

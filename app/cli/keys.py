@@ -9,9 +9,10 @@ import typer
 
 from app.cli import options
 from app.cli.clock import duration, moment, until
-from app.cli.exits import EPILOG, USAGE, CommandError
+from app.cli.exits import EPILOG, CommandError
 from app.cli.stores import operator, settings_with
 from app.cli.terminal import hint, print_json, say, table
+from app.errors import USAGE
 from range_store.storage.api_keys import SCOPES, ApiKey, ApiKeyStore
 
 app = typer.Typer(

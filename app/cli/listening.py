@@ -16,8 +16,9 @@ from typing import TYPE_CHECKING
 import uvicorn
 
 from app.cli.commands import command
-from app.cli.exits import FAILED, INTERRUPTED, USAGE, CommandError, exit_code_of
+from app.cli.exits import CommandError, exit_code_of
 from app.cli.terminal import hint
+from app.errors import FAILED, INTERRUPTED, USAGE
 
 if TYPE_CHECKING:
     from fastapi import FastAPI

@@ -9,8 +9,9 @@ from app.cli import options
 from app.cli.clock import moment
 from app.cli.commands import command
 from app.cli.control import control_of, controls_of, find_range_set, store_only
-from app.cli.exits import CONFLICT, EPILOG, USAGE, CommandError
+from app.cli.exits import EPILOG, CommandError
 from app.cli.terminal import hint, print_json, say, table
+from app.errors import CONFLICT, USAGE
 from range_store.domain.range_set import CorpusIdentity, FitSettings
 from range_store.formatting import format_count
 from range_store.storage.range_sets import PublishedRangeSet

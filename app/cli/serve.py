@@ -9,10 +9,11 @@ import typer
 
 from app.choices import ModelChoice
 from app.cli import options
-from app.cli.exits import FAILED, UNREACHABLE, USAGE, CommandError, end_at_once
+from app.cli.exits import CommandError, end_at_once
 from app.cli.listening import address_of, bind, fit_command, guarded, keys_create, listen, metrics_apart, observed
 from app.cli.stores import settings_with
 from app.cli.terminal import hint, progress, say
+from app.errors import FAILED, UNREACHABLE, USAGE
 
 if TYPE_CHECKING:
     from app.serving.service import Service

@@ -7,7 +7,8 @@ from typing import Any, Self
 
 from pydantic import ValidationError
 
-from app.cli.exits import CONFLICT, FAILED, UNREACHABLE, USAGE, CommandError
+from app.cli.exits import CommandError
+from app.errors import FAILED, KINDS, STATUSES, UNREACHABLE, USAGE
 from neuronlens_client import Client, ConnectionFailed, NeuronLensError
 from neuronlens_client import LiveState as Listing
 from neuronlens_client.api import Wait
@@ -18,19 +19,6 @@ from range_store.storage.range_sets import PublishedRangeSet
 
 TIMEOUT = 30.0
 """Seconds for one answer."""
-
-_EXIT_CODES = {
-    400: USAGE,
-    413: USAGE,
-    422: USAGE,
-    404: CONFLICT,
-    409: CONFLICT,
-    412: CONFLICT,
-    502: UNREACHABLE,
-    503: UNREACHABLE,
-    504: UNREACHABLE,
-}
-"""Exit code by status; any other failure is FAILED."""
 
 
 class ServerControl:
@@ -157,5 +145,5 @@ def _said(error: NeuronLensError, url: str) -> CommandError:
     if error.status == 401:
         said = "this server wants an API key: set NEURONLENS_API_KEY to one that is good"
         return CommandError(str(error).replace(error.detail, said, 1), FAILED)
-    code = CONFLICT if error.code == "no_range_set" else _EXIT_CODES.get(error.status, FAILED)
-    return CommandError(str(error), code)
+    known = KINDS.get(error.code) or STATUSES.get(error.status)  # another version may have codes of its own
+    return CommandError(str(error), known.exit_code if known else FAILED)

@@ -6,7 +6,8 @@ from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 from app.choices import ModelChoice
-from app.cli.exits import CONFLICT, USAGE, CommandError
+from app.cli.exits import CommandError
+from app.errors import CONFLICT, USAGE
 
 if TYPE_CHECKING:
     from app.settings import Settings

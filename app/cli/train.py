@@ -9,9 +9,9 @@ import typer
 from app.choices import CorpusChoice, ModelChoice, NewModelChoice
 from app.cli import options
 from app.cli.commands import command
-from app.cli.exits import INTERRUPTED
 from app.cli.stores import settings_with
 from app.cli.terminal import hint, print_json, progress, say
+from app.errors import INTERRUPTED
 from range_store.formatting import format_count
 
 NEW_PANEL = "New model"

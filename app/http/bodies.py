@@ -8,7 +8,7 @@ from starlette.datastructures import Headers, MutableHeaders
 from starlette.middleware.gzip import GZipResponder, IdentityResponder
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from app.http.problems import BodyRefused, problem_response
+from app.http.problems import ApiError, problem_response
 
 SMALL = 65536
 """Bytes of a body that is let in however full the memory for bodies is: large ones never shut out small ones."""
@@ -64,9 +64,9 @@ class BodyLimit:
         if size > self.limit or not self.memory.room_for(size):
             request_id = scope.get("state", {}).get("request_id")
             if size > self.limit:
-                refusal = problem_response(413, "body_too_large", detail, request_id)
+                refusal = problem_response("body_too_large", detail, request_id)
             else:
-                refusal = problem_response(503, "too_many_bodies", full, request_id)
+                refusal = problem_response("too_many_bodies", full, request_id)
             await refusal(scope, receive, send)
             return
         received, held, more = 0, 0, True
@@ -81,16 +81,16 @@ class BodyLimit:
                     message = await receive()
             except TimeoutError:
                 late = f"the body took longer than {self.seconds:g} s to arrive"
-                raise BodyRefused(408, "request_timeout", late, {"Connection": "close"}) from None
+                raise ApiError("request_timeout", late, {"Connection": "close"}) from None
             more = message.get("more_body", False)
             received += len(message.get("body", b""))
             if received > self.limit:
-                raise BodyRefused(413, "body_too_large", detail)
+                raise ApiError("body_too_large", detail)
             if received > SMALL:
                 self.memory.held -= held
                 held = 0
                 if not self.memory.room_for(received):
-                    raise BodyRefused(503, "too_many_bodies", full)
+                    raise ApiError("too_many_bodies", full)
                 held = received
                 self.memory.held += held
             return message
@@ -123,7 +123,7 @@ class GzipBodies:
         else:
             detail = "Content-Encoding: only gzip is supported; send the body packed with gzip once, or as it is"
             request_id = scope.get("state", {}).get("request_id")
-            refusal = problem_response(415, "unsupported_media_type", detail, request_id, {"Accept-Encoding": "gzip"})
+            refusal = problem_response("unsupported_media_type", detail, request_id, {"Accept-Encoding": "gzip"})
             await refusal(scope, receive, send)
 
 
@@ -148,19 +148,19 @@ def _unpacked(receive: Receive, limit: int) -> Receive:
             packed, more = message.get("body", b""), message.get("more_body", False)
             received += len(packed)
             if received > limit:  # a packed body may be longer than what is in it
-                raise BodyRefused(413, "body_too_large", f"the body is larger than {limit} bytes")
+                raise ApiError("body_too_large", f"the body is larger than {limit} bytes")
         if unpacker.eof and packed:  # gzip allows several members, one after the other
             unpacker = zlib.decompressobj(wbits=31)
         try:
             piece = unpacker.decompress(packed, PIECE)
         except zlib.error:
-            raise BodyRefused(400, "malformed", "the body is not valid gzip, as its Content-Encoding says") from None
+            raise ApiError("malformed", "the body is not valid gzip, as its Content-Encoding says") from None
         packed = unpacker.unconsumed_tail or unpacker.unused_data
         pending = bool(packed) or (len(piece) == PIECE and not unpacker.eof)
         if not pending and not more:
             ended = True
             if not unpacker.eof:
-                raise BodyRefused(400, "malformed", "the body ends in the middle of its gzip data")
+                raise ApiError("malformed", "the body ends in the middle of its gzip data")
         return {"type": "http.request", "body": piece, "more_body": not ended}
 
     return unpack

@@ -10,8 +10,8 @@ from starlette.datastructures import Headers, MutableHeaders, QueryParams
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from app.http.problems import domain_problem, new_request_id, problem_response
+from app.observability.labels import method_of, route_of
 from app.observability.logs import described
-from app.serving.models import Served
 
 logger = logging.getLogger(__name__)
 
@@ -79,7 +79,7 @@ class Faults:
             if started:  # half a reply is out: only breaking the connection can still tell the client
                 raise HalfReply("a reply failed half-way") from None
             detail = "this is a fault of the service; its log says more under the request id"
-            await problem_response(500, "internal", detail, request_id)(scope, receive, send)
+            await problem_response("internal", detail, request_id)(scope, receive, send)
 
 
 class HeadAsGet:
@@ -120,7 +120,7 @@ class HostCheck:
             if host is None or (host["ipv6"] or host["name"]).lower() not in self.hosts:
                 request_id = scope.get("state", {}).get("request_id")
                 detail = "this server answers to loopback names only: see --host in the documentation"
-                await problem_response(421, "wrong_host", detail, request_id)(scope, receive, send)
+                await problem_response("wrong_host", detail, request_id)(scope, receive, send)
                 return
         await self.app(scope, receive, send)
 
@@ -131,19 +131,27 @@ class FullQueue:
     Args:
         classifying: the templates of these routes.
         named_in_body: those of them whose body may name the model.
+        default: the model of the other ones where nothing names one.
+        refusal: why a model takes no request now; asked with None where only the body can name the model.
     """
 
     def __init__(
-        self, app: ASGIApp, classifying: Collection[str], named_in_body: Collection[str], served: Served
+        self,
+        app: ASGIApp,
+        classifying: Collection[str],
+        named_in_body: Collection[str],
+        default: str,
+        refusal: Callable[[str | None], Exception | None],
     ) -> None:
         self.app = app
         self.classifying = classifying
         self.named_in_body = named_in_body
-        self.served = served
+        self.default = default
+        self.refusal = refusal
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] == "http" and scope["method"] == "POST" and (route := route_of(scope)) in self.classifying:
-            full = self.served.refusal(self._model(scope, route))  # asking counts
+            full = self.refusal(self._model(scope, route))  # asking counts
             if full is not None:
                 await domain_problem(full, scope.get("state", {}).get("request_id"))(scope, receive, send)
                 return
@@ -154,7 +162,7 @@ class FullQueue:
         if in_path := _INFERRED.fullmatch(scope["path"]):
             return in_path[1]
         in_query = QueryParams(scope["query_string"]).get("model")
-        return in_query or (None if route in self.named_in_body else self.served.default.name)
+        return in_query or (None if route in self.named_in_body else self.default)
 
 
 class HttpMetrics:
@@ -217,19 +225,5 @@ class HttpMetrics:
 
 ALERTED = (200, 424, 429, 500, 503, 504)
 """Statuses that are counted from 0 on where alerts watch; 424 is how `/predict` says that the model failed."""
-_METHODS = ("GET", "HEAD", "POST", "PUT", "DELETE", "OPTIONS", "PATCH")
 SECONDS = (0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1, 2, 5, 10, 20, 60)
 """Edges of the times: a latency objective must lie on one of them, or the share that meets it is a guess."""
-
-
-def route_of(scope: Scope) -> str:
-    """The template of the route that a request has reached, or was meant for; `unmatched` if there is none."""
-    reached = getattr(scope.get("route"), "path_format", None)
-    if reached is None and "app" in scope:  # refused on the way, for want of a key or of room
-        reached = scope["app"].state.templates.of(scope["method"], scope["path"])
-    return reached or "unmatched"
-
-
-def method_of(scope: Scope) -> str:
-    """The request's method, if it is a known one; else `other`."""
-    return scope["method"] if scope["method"] in _METHODS else "other"

@@ -1,4 +1,4 @@
-"""Errors as `application/problem+json` (RFC 9457): one table from exception to status and code.
+"""Errors as `application/problem+json` (RFC 9457). `app.errors` has the table of codes and statuses.
 
 No problem ever repeats a text that a user sent.
 """
@@ -18,36 +18,11 @@ from pydantic import BaseModel, Field
 from starlette.exceptions import HTTPException
 from starlette.routing import Match
 
+from app.errors import ERRORS, KINDS, kind_of
 from app.schemas.unions import without_tags
-from app.serving.service import (
-    DeadlineExceeded,
-    Draining,
-    EmptyText,
-    EngineFailed,
-    PairUnsupported,
-    QueueFull,
-    ReplicaLost,
-    RequestTooLarge,
-    TextTooLong,
-    UnknownToken,
-)
-from range_store.errors import (
-    DtypeMismatch,
-    EnforcedErasure,
-    ForeignRangeSet,
-    GenerationNotReached,
-    InvalidErasure,
-    InvalidRangeSet,
-    NoRangeSet,
-    NotFitted,
-    RangeSetInUse,
-    StaleGeneration,
-    StoreUnavailable,
-    UnknownConcept,
-    UnknownNeuron,
-    UnknownRangeSet,
-    UnresolvableErasure,
-)
+from range_store.errors import GenerationNotReached, NotFitted, RangeStoreError, StaleGeneration, UnknownConcept
+from workers.engine.errors import Draining, EngineError, QueueFull
+from workers.models.errors import TextError
 
 logger = logging.getLogger(__name__)
 
@@ -86,56 +61,19 @@ class Problem(BaseModel):
     checks: dict[str, bool] | None = Field(None, description="not_ready: each condition")
 
 
-class ApiError(Exception):
-    """An error that only HTTP knows."""
+class ApiError(HTTPException):
+    """An error that only HTTP knows, by its code in `app.errors.ERRORS`; `members` are further ones of the problem.
 
-    def __init__(
-        self, status: int, code: str, detail: str, headers: Mapping[str, str] | None = None, **members: Any
-    ) -> None:
-        self.status, self.code, self.detail, self.headers, self.members = status, code, detail, headers, members
-        super().__init__(detail)
+    It is an HTTPException because FastAPI lets no other exception pass while it reads a body.
+    """
 
-
-class BodyRefused(HTTPException):
-    """A body cannot be taken. Raised while it is read: FastAPI lets nothing pass there but an HTTPException."""
-
-    def __init__(self, status: int, code: str, detail: str, headers: Mapping[str, str] | None = None) -> None:
-        super().__init__(status, detail, headers)
-        self.code = code
+    def __init__(self, code: str, detail: str, headers: Mapping[str, str] | None = None, **members: Any) -> None:
+        super().__init__(KINDS[code].status, detail, headers)
+        self.code, self.members = code, members
 
 
-CODES: Mapping[type[Exception], tuple[int, str]] = {
-    InvalidErasure: (422, "invalid_erasure"),
-    NotFitted: (422, "not_fitted"),
-    EnforcedErasure: (403, "enforced"),
-    UnknownConcept: (404, "unknown_concept"),
-    UnknownNeuron: (404, "unknown_neuron"),
-    UnknownRangeSet: (404, "unknown_range_set"),
-    ForeignRangeSet: (409, "foreign_range_set"),
-    DtypeMismatch: (409, "dtype_mismatch"),
-    UnresolvableErasure: (409, "unresolvable_erasure"),
-    RangeSetInUse: (409, "range_set_in_use"),
-    StaleGeneration: (412, "stale_generation"),
-    InvalidRangeSet: (500, "invalid_range_set"),
-    GenerationNotReached: (503, "behind"),
-    NoRangeSet: (503, "no_range_set"),
-    StoreUnavailable: (503, "store_unavailable"),
-    TextTooLong: (422, "text_too_long"),
-    EmptyText: (422, "empty_text"),
-    PairUnsupported: (422, "unsupported"),
-    UnknownToken: (422, "unsupported"),
-    QueueFull: (429, "queue_full"),
-    RequestTooLarge: (413, "request_too_large"),
-    Draining: (503, "draining"),
-    ReplicaLost: (503, "replica_lost"),
-    DeadlineExceeded: (504, "deadline_exceeded"),
-    EngineFailed: (500, "engine_failed"),
-}
-"""Status and code of every error that the domain and the engine raise."""
-
-LASTING = frozenset({"no_range_set"})
-"""Codes of 503 that end when somebody does something: trying again does not help."""
-_HTTP_CODES = {400: "malformed", 404: "not_found", 405: "method_not_allowed"}
+_FRAMEWORK_CODES = {400: "malformed", 404: "not_found", 405: "method_not_allowed"}
+"""Codes of the errors that FastAPI and Starlette raise."""
 
 
 class _ProblemResponse(JSONResponse):
@@ -148,7 +86,6 @@ class _ProblemResponse(JSONResponse):
 
 
 def problem_response(
-    status: int,
     code: str,
     detail: str,
     request_id: str | None,
@@ -156,21 +93,22 @@ def problem_response(
     **members: Any,
 ) -> JSONResponse:
     """A problem as a reply."""
+    kind = KINDS[code]
     problem = Problem(
         type=f"urn:neuronlens:problem:{code}",
-        title=HTTPStatus(status).phrase,
-        status=status,
+        title=HTTPStatus(kind.status).phrase,
+        status=kind.status,
         code=code,
         detail=detail,
         request_id=request_id,
         **members,
     )
     sent = dict(headers or {})
-    if status == 503 and code not in LASTING:
+    if kind.status == 503 and kind.retryable:
         sent.setdefault("Retry-After", "1")
     if request_id:
         sent["X-Request-ID"] = request_id
-    return _ProblemResponse(problem.model_dump(exclude_none=True), status, headers=sent)
+    return _ProblemResponse(problem.model_dump(exclude_none=True), kind.status, headers=sent)
 
 
 def new_request_id() -> str:
@@ -180,9 +118,8 @@ def new_request_id() -> str:
 
 def install(app: FastAPI) -> None:
     """Make every error of `app` a problem."""
-    for kind in CODES:
-        app.add_exception_handler(kind, _domain_error)
-    app.add_exception_handler(ApiError, _api_error)
+    for base in (RangeStoreError, EngineError, TextError):
+        app.add_exception_handler(base, _domain_error)
     app.add_exception_handler(RequestValidationError, _invalid)
     app.add_exception_handler(HTTPException, _http_error)
 
@@ -226,10 +163,16 @@ def header(name: str, description: str, kind: str = "string", required: bool = T
 
 _CONTENT = {MEDIA_TYPE: {"schema": {"$ref": "#/components/schemas/Problem"}}}
 _WAIT = "Seconds to wait before trying again."
+_LASTING = ", ".join(kind.code for kind in ERRORS if not kind.retryable)
 _HEADERS = {
     412: header("ETag", "The current generation, quoted."),
     429: header("Retry-After", _WAIT, "integer"),
-    503: header("Retry-After", f"{_WAIT} None with {', '.join(sorted(LASTING))}.", "integer", required=False),
+    503: header(
+        "Retry-After",
+        f"{_WAIT} None with {_LASTING}.",
+        "integer",
+        required=False,
+    ),
 }
 
 
@@ -246,8 +189,10 @@ async def _domain_error(request: Request, error: Exception) -> JSONResponse:
 
 
 def domain_problem(error: Exception, request_id: str | None) -> JSONResponse:
-    """The reply to an error of the domain or of the engine, one of `CODES`."""
-    status, code = next(CODES[kind] for kind in type(error).__mro__ if kind in CODES)
+    """The reply to an error of the range store, the engine or a model; raises it again if HTTP does not know it."""
+    kind = kind_of(error)
+    if kind is None:
+        raise error
     members: dict[str, Any] = {}
     headers: dict[str, str] = {}
     match error:
@@ -264,49 +209,43 @@ def domain_problem(error: Exception, request_id: str | None) -> JSONResponse:
             headers["Connection"] = "close"  # a new connection may lead to another replica
         case QueueFull():
             headers["Retry-After"] = str(max(1, round(error.retry_after)))
-    if status == 500:
+    if kind.status == 500:
         logger.error("request %s failed: %s: %s", request_id, type(error).__name__, error)
-    return problem_response(status, code, str(error), request_id, headers, **members)
-
-
-async def _api_error(request: Request, error: Exception) -> JSONResponse:
-    assert isinstance(error, ApiError)
-    request_id = _request_id(request)
-    return problem_response(error.status, error.code, error.detail, request_id, error.headers, **error.members)
+    return problem_response(kind.code, str(error), request_id, headers, **members)
 
 
 async def _invalid(request: Request, error: Exception) -> JSONResponse:
     assert isinstance(error, RequestValidationError)
     found = error.errors()
     if any(each["type"] == "json_invalid" for each in found):
-        return problem_response(400, "malformed", "the body cannot be read as JSON", _request_id(request))
+        return problem_response("malformed", "the body cannot be read as JSON", _request_id(request))
     if isinstance(error.body, bytes):
         detail = "the body is not declared as JSON: send Content-Type: application/json"
-        return problem_response(415, "unsupported_media_type", detail, _request_id(request))
+        return problem_response("unsupported_media_type", detail, _request_id(request))
     listed = [
         FieldError(loc=without_tags(each["loc"]), msg=each["msg"], type=each["type"]) for each in found[:MOST_ERRORS]
     ]
     where = ".".join(str(part) for part in listed[0].loc)
     more = f" (and {len(found) - 1} more)" if len(found) > 1 else ""
     detail = f"{where}: {listed[0].msg}{more}"
-    return problem_response(422, "invalid", detail, _request_id(request), errors=listed)
+    return problem_response("invalid", detail, _request_id(request), errors=listed)
 
 
 async def _http_error(request: Request, error: Exception) -> JSONResponse:
     assert isinstance(error, HTTPException)
-    if isinstance(error, BodyRefused):
-        return problem_response(error.status_code, error.code, error.detail, _request_id(request), error.headers)
-    code = _HTTP_CODES.get(error.status_code, "error")
-    detail, headers = str(error.detail), error.headers
-    match error.status_code:
-        case 400:
+    request_id = _request_id(request)
+    if isinstance(error, ApiError):
+        return problem_response(error.code, error.detail, request_id, error.headers, **error.members)
+    code, headers = _FRAMEWORK_CODES[error.status_code], error.headers
+    match code:
+        case "malformed":
             detail = "the body cannot be read as JSON"  # it nests too deeply, or is no text at all
-        case 404:
+        case "not_found":
             detail = "no such path; see /docs"
-        case 405:
+        case _:
             detail = f"this path does not take {request.method}; see /docs"
             headers = {"Allow": ", ".join(_methods(request))}
-    return problem_response(error.status_code, code, detail, _request_id(request), headers)
+    return problem_response(code, detail, request_id, headers)
 
 
 def _methods(request: Request) -> list[str]:

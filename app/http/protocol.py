@@ -13,6 +13,8 @@ from app.http.problems import new_request_id, problem_response
 if TYPE_CHECKING:
     from app.settings import Settings
 
+ABORT = "neuronlens.abort"
+"""Extension of the ASGI scope: breaks the connection without waiting for what was written to be read."""
 LINGER = 2.0
 """Seconds for which a client that is still sending may read the last reply before its connection is broken."""
 LAST_CALL = 0.05
@@ -88,7 +90,7 @@ class HttpConnection(HttpToolsProtocol):
         shared.open.add(self)
         if len(shared.open) > shared.bounds.max_connections and not self._displace_another():
             shared.cut.labels("refused").inc()
-            self._socket.write(_reply(503, "too_many_connections", "too many connections are open: try again"))
+            self._socket.write(_reply("too_many_connections", "too many connections are open: try again"))
             self._socket.close()
             return
         shared.waiting[self] = None
@@ -113,7 +115,7 @@ class HttpConnection(HttpToolsProtocol):
         try:
             self._feed(data)
         except httptools.HttpParserError:
-            self._refuse(400, "malformed", "this is not a valid HTTP request")
+            self._refuse("malformed", "this is not a valid HTTP request")
         self._fed_bytes = 0 if self._completed else fed
         if self._fed_bytes > self.shared.bounds.max_header_bytes:
             self._refuse_large()
@@ -159,7 +161,7 @@ class HttpConnection(HttpToolsProtocol):
         if self._head_bytes > self.shared.bounds.max_header_bytes:
             self._refuse_large()
         elif (fault := self._fault_of_head()) is not None:
-            self._refuse(400, "malformed", fault)
+            self._refuse("malformed", fault)
         if self._refused or self.parser.should_upgrade():
             return
         super().on_headers_complete()
@@ -224,9 +226,8 @@ class HttpConnection(HttpToolsProtocol):
 
     def _refuse_large(self) -> None:
         most = self.shared.bounds.max_header_bytes
-        self._refuse(
-            431, "head_too_large", f"the head of the request is larger than {most} bytes: send fewer or shorter headers"
-        )
+        detail = f"the head of the request is larger than {most} bytes: send fewer or shorter headers"
+        self._refuse("head_too_large", detail)
 
     def _refuse_late(self) -> None:
         if self._answering():
@@ -234,15 +235,15 @@ class HttpConnection(HttpToolsProtocol):
             return
         self.shared.cut.labels("late_head").inc()
         detail = f"the head of the request took longer than {self.shared.bounds.header_timeout:g} s"
-        self._refuse(408, "request_timeout", detail)
+        self._refuse("request_timeout", detail)
 
-    def _refuse(self, status: int, code: str, detail: str) -> None:
+    def _refuse(self, code: str, detail: str) -> None:
         """Write a problem, as the last thing on this connection, after the replies to the requests before this one."""
         if self._refused:
             return
         self._refused = True
         self._unwatch()
-        reply = _reply(status, code, detail)
+        reply = _reply(code, detail)
         answering = self._answering()
         if self._in_body and self.pipeline:
             self.pipeline.popleft()  # the refused request itself, which nobody has begun to answer
@@ -368,10 +369,10 @@ class _OrderlyTransport:
         return getattr(self._transport, name)
 
 
-def _reply(status: int, code: str, detail: str) -> bytes:
-    response = problem_response(status, code, detail, new_request_id(), {"connection": "close"})
+def _reply(code: str, detail: str) -> bytes:
+    response = problem_response(code, detail, new_request_id(), {"connection": "close"})
     head = b"".join(b"%s: %s\r\n" % each for each in response.raw_headers)
-    return b"HTTP/1.1 %d \r\n%s\r\n%s" % (status, head, bytes(response.body))
+    return b"HTTP/1.1 %d \r\n%s\r\n%s" % (response.status_code, head, bytes(response.body))
 
 
 def http_protocol(bounds: "Settings", registry: CollectorRegistry) -> type[HttpConnection]:

@@ -74,7 +74,7 @@ class EventStream(Response):
                 "key; close one, or try again"
             )
             request_id = scope.get("state", {}).get("request_id")
-            refusal = problem_response(429, "too_many_streams", detail, request_id, {"Retry-After": "5"})
+            refusal = problem_response("too_many_streams", detail, request_id, {"Retry-After": "5"})
             await refusal(scope, receive, send)
 
     async def _stream(self, woken: asyncio.Event, scope: Scope, receive: Receive, send: Send) -> None:

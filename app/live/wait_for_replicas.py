@@ -66,7 +66,6 @@ class ReplicaWaiter:
         if isinstance(roster, StoreUnavailable):
             raise StoreUnavailable(f"{made}, but the replicas that follow it cannot be read: {roster}")
         raise ApiError(
-            504,
             "not_everywhere",
             f"{made}, but not in force on every replica after {seconds:g} s: {follow.why()}",
             {"ETag": f'"{generation}"'},

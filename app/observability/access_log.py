@@ -7,7 +7,7 @@ from collections.abc import Callable
 
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from app.http.middleware import method_of, route_of
+from app.observability.labels import method_of, route_of
 from app.observability.logs import RequestFacts, begin
 
 logger = logging.getLogger(__name__)

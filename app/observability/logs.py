@@ -262,7 +262,7 @@ def configured(settings: HowToLog, **always: str) -> Iterator[None]:
         for name in SILENT:  # for good: their threads may outlast this
             logging.getLogger(name).setLevel("CRITICAL")
         levels = dict.fromkeys(OURS, level) | {"uvicorn": uvicorn}
-        # logged one by one by app.http.middleware, without the path
+        # app.observability.access_log logs requests, without their paths
         levels |= {"uvicorn.access": "CRITICAL", "huggingface_hub": "ERROR", "stderr": "INFO"}
         for name, wanted in ({"": "WARNING"} | levels).items():
             each = logging.getLogger(name)

@@ -21,7 +21,7 @@ from opentelemetry.trace.propagation.tracecontext import TraceContextTextMapProp
 from starlette.datastructures import Headers, MutableHeaders
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from app.http.middleware import method_of, route_of
+from app.observability.labels import method_of, route_of
 
 if TYPE_CHECKING:
     from opentelemetry.sdk.trace import ReadableSpan

@@ -11,9 +11,6 @@ from app.http.problems import MOST_ERRORS, ApiError, FieldError
 from app.observability.logs import note
 from app.serving.models import Served
 from app.serving.service import Service
-from range_store.domain.range_set import RangeSet
-from range_store.errors import NoRangeSet, StoreUnavailable
-from range_store.storage.mirror import Snapshot
 
 
 class Whole(Convertor[str]):
@@ -44,7 +41,7 @@ async def named_concept(
     if name is not None and concept != "-":
         detail = "query.name: the path names a concept already; it must be `-`"
         errors = [FieldError(loc=["query", "name"], msg="the path must be `-`", type="repeated")]
-        raise ApiError(422, "invalid", detail, errors=errors)
+        raise ApiError("invalid", detail, errors=errors)
     return name or concept
 
 
@@ -77,7 +74,7 @@ class Asked:
         """
         service = self.served.named(self.in_query if in_body is None else in_body)
         if in_body is not None and self.in_query not in (None, in_body):
-            raise ApiError(422, "invalid", "model: the query names one model and the body another")
+            raise ApiError("invalid", "model: the query names one model and the body another")
         return meant(service)
 
 
@@ -116,11 +113,11 @@ async def _check_query(request: Request, asking: Asking) -> None:
     if unknown := [name for name in request.query_params if name not in known]:
         detail = f"query.{unknown[0]}: no such parameter; this path has {', '.join(sorted(known))}"
         errors = [FieldError(loc=["query", name], msg="no such parameter", type="extra_forbidden") for name in unknown]
-        raise ApiError(422, "invalid", detail, errors=errors[:MOST_ERRORS])
+        raise ApiError("invalid", detail, errors=errors[:MOST_ERRORS])
     if len(request.query_params.multi_items()) > len(request.query_params):
         twice = [name for name in request.query_params if len(request.query_params.getlist(name)) > 1]
         errors = [FieldError(loc=["query", name], msg="given more than once", type="repeated") for name in twice]
-        raise ApiError(422, "invalid", f"query.{twice[0]}: given more than once", errors=errors)
+        raise ApiError("invalid", f"query.{twice[0]}: given more than once", errors=errors)
 
 
 def _query_names(dependant: Dependant) -> set[str]:
@@ -130,19 +127,3 @@ def _query_names(dependant: Dependant) -> set[str]:
 
 QueryChecked = Depends(_check_query)
 """Of every path below `/v1`: `?model=` names one that is served, and nothing stands in the query unknown or twice."""
-
-
-def snapshot_of(service: Service) -> Snapshot:
-    """The snapshot that answers come from; raises StoreUnavailable if there never was one."""
-    snapshot = service.mirror.snapshot
-    if snapshot is None:
-        raise StoreUnavailable("the live state was never read: the store cannot be reached")
-    return snapshot
-
-
-def active_range_set(service: Service) -> RangeSet:
-    """The active range set; raises NoRangeSet if there is none."""
-    range_set = snapshot_of(service).range_set
-    if range_set is None:
-        raise NoRangeSet("no range set is active: fit one with `neuronlens fit … --activate`")
-    return range_set

@@ -50,7 +50,7 @@ async def classify(
 
 def _one(in_body: str | None, in_header: str | None) -> str | None:
     if in_body and in_header and in_body != in_header:
-        raise ApiError(422, "invalid", "min_generation: the body and X-NeuronLens-Min-Generation name different ones")
+        raise ApiError("invalid", "min_generation: the body and X-NeuronLens-Min-Generation name different ones")
     return in_body or in_header
 
 

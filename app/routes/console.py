@@ -77,7 +77,7 @@ async def console(request: Request) -> Response:
 async def console_file(request: Request, name: str) -> Response:
     """What the page is made of."""
     if name not in _NAMES:
-        raise ApiError(404, "not_found", "no such path; see /docs")
+        raise ApiError("not_found", "no such path; see /docs")
     return await _reply(request, name)
 
 

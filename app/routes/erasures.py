@@ -11,7 +11,7 @@ from app.http.problems import BODY, QUERY, documented, header
 from app.live.store_threads import StoreThreads, StoreThreadsDep
 from app.live.wait_for_replicas import WAIT_RESPONSES, WaitDep, WaitForReplicas
 from app.observability.logs import note
-from app.routes import Asking, NamedConcept, QueryChecked, Serving, snapshot_of
+from app.routes import Asking, NamedConcept, QueryChecked, Serving
 from app.schemas.replies import ErasureOut, LiveListOut, LiveOut
 from app.schemas.requests import LiveListIn, Reason, SwitchOnIn
 from app.security.auth import Calling
@@ -70,7 +70,7 @@ def one_of(store: RangeStore, named: tuple[str, ...]) -> str | None:
 @router.get("/v1/erasures", dependencies=[QueryChecked], responses=documented(*QUERY, 503) | WITH_ETAG)
 async def list_erasures(service: Serving, response: Response) -> LiveListOut:
     """What is erased now, as this process applies it. The ETag is the generation."""
-    return listing(service, snapshot_of(service).live, response)
+    return listing(service, service.require_snapshot().live, response)
 
 
 @router.put("/v1/erasures", dependencies=[QueryChecked], responses=CHANGES | documented(*BODY))

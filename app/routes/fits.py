@@ -40,7 +40,7 @@ async def _of_files(work: Callable[[], Result]) -> Result:
         return await to_thread.run_sync(work)
     except (OSError, Timeout) as error:
         logger.error("the files of jobs cannot be written: %s", type(error).__name__, exc_info=error)
-        raise ApiError(503, "jobs_unavailable", "the server cannot keep jobs now; its log says why") from None
+        raise ApiError("jobs_unavailable", "the server cannot keep jobs now; its log says why") from None
 
 
 @router.post(
@@ -56,10 +56,10 @@ async def start_fit(
     service = asking.service(body.model)
     if not service.settings.fits:
         other = "use `neuronlens fit`" if service.settings.ray else "NEURONLENS_FIT_DIRS would allow them"
-        raise ApiError(403, "fits_disabled", f"this server takes no fits: {other}")
+        raise ApiError("fits_disabled", f"this server takes no fits: {other}")
     resolve_layers(body.layers if isinstance(body.layers, str) else tuple(body.layers), service.model.identity.n_layers)
     if body.dataset is not None and body.dataset not in KNOWN_DATA_SETS:
-        raise ApiError(422, "unusable_data", f"dataset: it is one of {', '.join(KNOWN_DATA_SETS)}, or left out")
+        raise ApiError("unusable_data", f"dataset: it is one of {', '.join(KNOWN_DATA_SETS)}, or left out")
     jobs = service.jobs
 
     def take() -> JobOut:
@@ -71,14 +71,14 @@ async def start_fit(
     try:
         job = await _of_files(take)
     except DataRefused as error:
-        raise ApiError(403, "fits_disabled", str(error)) from None
+        raise ApiError("fits_disabled", str(error)) from None
     except DataUnusable as error:
-        raise ApiError(422, "unusable_data", str(error)) from None
+        raise ApiError("unusable_data", str(error)) from None
     except KeyReused:
-        raise ApiError(409, "idempotency_key_reused", "this Idempotency-Key was sent with another request") from None
+        raise ApiError("idempotency_key_reused", "this Idempotency-Key was sent with another request") from None
     except QueueOfFitsFull:
         detail = "as many fits wait as may: try again when one has ended, or cancel one"
-        raise ApiError(429, "fit_queue_full", detail, {"Retry-After": "10"}) from None
+        raise ApiError("fit_queue_full", detail, {"Retry-After": "10"}) from None
     service.feed.set_job(job.id, job.model_dump(mode="json"))
     service.fits.wake()
     response.headers["Location"] = f"/v1/jobs/{job.id}"
@@ -99,7 +99,7 @@ async def show_job(service: Serving, job: str) -> JobOut:
     jobs = service.jobs
     found = await _of_files(lambda: jobs.find(job))
     if found is None:
-        raise ApiError(404, "unknown_job", "no such job of this model")
+        raise ApiError("unknown_job", "no such job of this model")
     return await _of_files(lambda: job_out(jobs, found))
 
 
@@ -111,11 +111,11 @@ async def cancel_job(service: Serving, job: str) -> JobOut:
     def cancel() -> JobOut:
         found = jobs.find(job)
         if found is None:
-            raise ApiError(404, "unknown_job", "no such job of this model")
+            raise ApiError("unknown_job", "no such job of this model")
         if found.state == "cancelled":
             return job_out(jobs, found)
         if found.over:
-            raise ApiError(409, "job_over", f"the job is over: it is {found.state}")
+            raise ApiError("job_over", f"the job is over: it is {found.state}")
         jobs.cancel(found)
         return job_out(jobs, jobs.find(job) or found)
 

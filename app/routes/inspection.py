@@ -10,7 +10,7 @@ from fastapi import APIRouter, Path, Query
 
 from app.http.problems import QUERY, ApiError, documented
 from app.live.store_threads import StoreThreadsDep
-from app.routes import NamedConcept, QueryChecked, Serving, active_range_set, snapshot_of
+from app.routes import NamedConcept, QueryChecked, Serving
 from app.schemas.replies import (
     ConceptOut,
     ConceptsOut,
@@ -40,7 +40,7 @@ Tau = Annotated[float, Query(ge=0, allow_inf_nan=False, description="Half-width 
 @router.get("/v1/concepts", responses=documented(*QUERY, 503))
 def list_concepts(service: Serving) -> ConceptsOut:
     """Concepts of the active range set, and whether each is erased now."""
-    range_set, live = active_range_set(service), snapshot_of(service).live
+    range_set, live = service.require_range_set(), service.require_snapshot().live
     erased = {each.concept: each.enforced for each in live.at(service.mirror.now())}
     return ConceptsOut(
         model=service.name,
@@ -70,7 +70,7 @@ def list_ranges(
     cursor: Annotated[str | None, Query(max_length=200, description="`next_cursor` of the page before.")] = None,
 ) -> RangesOut:
     """A concept's neurons by rank, each with its range and how far it overlaps the other concepts' ranges."""
-    range_set = active_range_set(service)
+    range_set = service.require_range_set()
     block = block_index(range_set, layer)
     start = _start(cursor, range_set.id)
     found = ranked_ranges(range_set, concept, block, ranking, tau, start, limit)
@@ -109,7 +109,7 @@ async def show_neuron(
     tau: Tau = 2.5,
 ) -> NeuronOut:
     """Every concept's statistics, range and histogram of one neuron."""
-    range_set = active_range_set(service)
+    range_set = service.require_range_set()
     block = block_index(range_set, layer)
     range_set.layer(block)
 
@@ -137,7 +137,7 @@ def show_overlap(
     ranking: Ranking = "max",
 ) -> OverlapOut:
     """Polysemanticity: how far the concepts' salient neurons are the same ones (paper Figure 2)."""
-    range_set = active_range_set(service)
+    range_set = service.require_range_set()
     block = block_index(range_set, layer)
     overlap = salient_overlap(range_set, block, ranking, top_fraction)
     return OverlapOut(
@@ -191,7 +191,7 @@ def _start(cursor: str | None, range_set: str) -> int:
         of, _, rank = base64.urlsafe_b64decode(cursor + "=" * (-len(cursor) % 4)).decode().rpartition(":")
         start = int(rank)
     except (ValueError, binascii.Error):
-        raise ApiError(422, "invalid_cursor", "cursor: use the next_cursor of a page as it is") from None
+        raise ApiError("invalid_cursor", "cursor: use the next_cursor of a page as it is") from None
     if of != range_set or start < 0:
-        raise ApiError(422, "stale_cursor", "cursor: another range set is active since; begin again without it")
+        raise ApiError("stale_cursor", "cursor: another range set is active since; begin again without it")
     return start

@@ -6,7 +6,7 @@ from fastapi import APIRouter, Request
 
 from app.http.problems import BODY, QUERY, ApiError, FieldError, documented
 from app.observability.logs import note
-from app.routes import Asking, QueryChecked, snapshot_of
+from app.routes import Asking, QueryChecked
 from app.routes.inspection import finite
 from app.schemas.replies import ActivationsOut, TextTokens, TextValues, Token, TokenizeOut
 from app.schemas.requests import ActivationsIn, TokenizeIn
@@ -81,7 +81,7 @@ async def show_activations(
     hidden = identity.hidden_size
     if unknown := [neuron for neuron in body.neurons if not 0 <= neuron < hidden]:
         raise _invalid("neurons", f"neuron {unknown[0]} is out of range: a block has {hidden}, 0 to {hidden - 1}")
-    range_set = snapshot_of(service).range_set
+    range_set = service.require_snapshot().range_set
     fitted = range_set.provenance.settings if range_set is not None else None
     site: Site = fitted.site if fitted else "block_output"
     position = fitted.position if fitted else "read"
@@ -100,20 +100,20 @@ async def show_activations(
 
 
 def _check(service: Service, caller: Caller) -> None:
-    live = snapshot_of(service).live.at(service.mirror.now())
+    live = service.require_snapshot().live.at(service.mirror.now())
     check_shown(caller, any(each.enforced for each in live), "activations")
 
 
 def _invalid(field: str, why: str) -> ApiError:
     errors = [FieldError(loc=["body", field], msg=why, type="out_of_range")]
-    return ApiError(422, "invalid", f"body.{field}: {why}", errors=errors)
+    return ApiError("invalid", f"body.{field}: {why}", errors=errors)
 
 
 def _texts(service: Service, inputs: str | list[str]) -> Sequence[str]:
     texts = [inputs] if isinstance(inputs, str) else inputs
     check_size(texts, service.settings)
     if len(texts) > MOST_TEXTS:
-        raise ApiError(413, "too_many_texts", f"{len(texts)} texts, the limit of this call is {MOST_TEXTS}: send fewer")
+        raise ApiError("too_many_texts", f"{len(texts)} texts, the limit of this call is {MOST_TEXTS}: send fewer")
     note(texts=len(texts))
     return texts
 

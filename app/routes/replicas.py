@@ -4,7 +4,7 @@ from fastapi import APIRouter
 
 from app.http.problems import QUERY, documented
 from app.live.store_threads import StoreThreadsDep
-from app.routes import Asking, QueryChecked, Serving, snapshot_of
+from app.routes import Asking, QueryChecked, Serving
 from app.schemas.replies import ReplicaOut, ReplicasOut, TargetsOut
 from app.serving.metrics import TARGETS, targets_of
 from range_store.domain.live import is_at_least
@@ -16,7 +16,7 @@ router = APIRouter(tags=["service"])
 async def list_replicas(service: Serving, store_threads: StoreThreadsDep) -> ReplicasOut:
     """The live replicas of the model, as they reported; `?wait=all` on a change waits for all of them."""
     roster = await store_threads.run(service.store.replicas.read)
-    generation = snapshot_of(service).live.generation
+    generation = service.require_snapshot().live.generation
     own = service.mirror.heartbeat
     return ReplicasOut(
         model=service.name,

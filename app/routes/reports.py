@@ -90,7 +90,7 @@ class FileStream(StreamingResponse):
 
 
 def _unknown() -> ApiError:
-    return ApiError(404, "unknown_report", "no such report, or it has no such file: see GET /v1/reports")
+    return ApiError("unknown_report", "no such report, or it has no such file: see GET /v1/reports")
 
 
 def _out(report: Report) -> ReportOut:

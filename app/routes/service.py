@@ -34,7 +34,7 @@ async def readyz(models: Models) -> Ready:
     if not all(checks.values()):
         failing = ", ".join(name for name, good in checks.items() if not good)
         detail = f"not ready: {failing}" + (f" ({problem})" if problem else "")
-        raise ApiError(503, "not_ready", detail, checks=checks)
+        raise ApiError("not_ready", detail, checks=checks)
     checks["store"] = all(service.mirror.store_up for service in models)
     snapshot = models.only.mirror.snapshot if models.only else None
     return Ready(
@@ -59,7 +59,7 @@ def _problem(service: Service) -> str | None:
 async def metrics(request: Request, models: Models) -> Response:
     """For Prometheus, unless they have a port of their own."""
     if models.default.settings.metrics_port is not None:
-        raise ApiError(404, "not_found", "metrics have a port of their own here")
+        raise ApiError("not_found", "metrics have a port of their own here")
     state = request.app.state
     written = await to_thread.run_sync(generate_latest, state.registry, limiter=state.scrapes)  # it reads files of jobs
     return Response(written, media_type=CONTENT_TYPE_LATEST)

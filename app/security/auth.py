@@ -1,7 +1,6 @@
 """Who may call what (docs/http.md "Keys"): one table, and the layer that keeps it before a body is read."""
 
 import time
-from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Annotated, Any
 
@@ -14,7 +13,7 @@ from starlette.datastructures import Headers
 from starlette.types import ASGIApp, Receive, Send
 from starlette.types import Scope as AsgiScope
 
-from app.http.problems import ApiError, documented, header, problem_response
+from app.http.problems import documented, header, problem_response
 from app.observability.logs import note
 from app.rates import rate
 from app.security.keyring import REASONS, Keyring, Refused
@@ -75,18 +74,7 @@ def check_shown(caller: Caller, enforced: bool, what: str) -> None:
     """Raises ApiError (403) if `what` shows what an operator hides by an enforced erasure."""
     if enforced and not caller.may("admin"):
         detail = f"{what}: an erasure is enforced, so only a key with scope admin may ask"
-        raise ApiError(403, "wrong_scope", detail, _HEADERS["wrong_scope"])
-
-
-_STATUS: Mapping[str, int] = {
-    "no_key": 401,
-    "bad_key": 401,
-    "wrong_scope": 403,
-    "rate_limited": 429,
-    "keys_unavailable": 503,
-}
-"""Status by reason, which is the problem's code too."""
-assert set(_STATUS) == set(REASONS)
+        raise Refused("wrong_scope", detail)
 
 
 class Authentication:
@@ -117,11 +105,10 @@ class Authentication:
             if needed is not None:
                 try:
                     scope.setdefault("state", {})["caller"] = self._admit(scope, needed)
-                except _TooOften as error:
-                    await self._refuse(error, {"Retry-After": str(error.seconds)}, scope, receive, send)
-                    return
                 except Refused as error:
-                    await self._refuse(error, _HEADERS.get(error.reason, {}), scope, receive, send)
+                    self.rejections.labels(error.code).inc()
+                    request_id = scope.get("state", {}).get("request_id")
+                    await problem_response(error.code, error.detail, request_id, error.headers)(scope, receive, send)
                     return
         await self.app(scope, receive, send)
 
@@ -140,27 +127,8 @@ class Authentication:
     def _count(self, who: str, limit: RateLimitItem | None) -> None:
         if limit is not None and not self.limiter.hit(limit, who):
             stats = self.limiter.get_window_stats(limit, who)
-            raise _TooOften(max(1, round(stats.reset_time - time.time())), limit)
-
-    async def _refuse(
-        self, why: Refused, headers: Mapping[str, str], scope: AsgiScope, receive: Receive, send: Send
-    ) -> None:
-        self.rejections.labels(why.reason).inc()
-        request_id = scope.get("state", {}).get("request_id")
-        await problem_response(_STATUS[why.reason], why.reason, why.detail, request_id, headers)(scope, receive, send)
-
-
-class _TooOften(Refused):
-    def __init__(self, seconds: int, limit: RateLimitItem) -> None:
-        self.seconds = seconds
-        super().__init__("rate_limited", f"too many calls: the limit is {limit}; try again in {seconds} s")
-
-
-_HEADERS: Mapping[str, Mapping[str, str]] = {
-    "no_key": {"WWW-Authenticate": "Bearer"},
-    "bad_key": {"WWW-Authenticate": 'Bearer error="invalid_token"'},
-    "wrong_scope": {"WWW-Authenticate": 'Bearer error="insufficient_scope"'},
-}
+            seconds = max(1, round(stats.reset_time - time.time()))
+            raise Refused("rate_limited", f"too many calls: the limit is {limit}; try again in {seconds} s", seconds)
 
 
 def token_of(headers: Headers) -> str | None:

@@ -5,6 +5,7 @@ import logging
 import threading
 from pathlib import Path
 
+from app.http.problems import ApiError
 from app.rates import rate
 from range_store.atomic_files import make_private_directory
 from range_store.errors import RangeStoreError
@@ -15,15 +16,22 @@ logger = logging.getLogger(__name__)
 LOST = "Redis has lost the API keys (was it emptied?)"
 
 
-class Refused(Exception):
-    """A caller may not come in. `reason` is one of `REASONS`."""
+class Refused(ApiError):
+    """A caller is refused; `code` is one of `REASONS`."""
 
-    def __init__(self, reason: str, detail: str) -> None:
-        self.reason, self.detail = reason, detail
-        super().__init__(detail)
+    def __init__(self, code: str, detail: str, retry_after: int | None = None) -> None:
+        headers = {} if retry_after is None else {"Retry-After": str(retry_after)}
+        if code in _CHALLENGES:
+            headers["WWW-Authenticate"] = _CHALLENGES[code]
+        super().__init__(code, detail, headers)
 
 
 REASONS = ("no_key", "bad_key", "wrong_scope", "rate_limited", "keys_unavailable")
+_CHALLENGES = {
+    "no_key": "Bearer",
+    "bad_key": 'Bearer error="invalid_token"',
+    "wrong_scope": 'Bearer error="insufficient_scope"',
+}
 
 
 class Keyring:

@@ -12,7 +12,6 @@ from opentelemetry.trace import Span
 from app.http.problems import ApiError
 from app.observability.logs import note
 from app.observability.tracing import step, step_done
-from app.routes import snapshot_of
 from app.schemas.replies import Score
 from app.security.auth import Caller, check_compare
 from app.serving.scores import near, scores_of
@@ -77,7 +76,7 @@ async def answer_to(
     """
     check_size(texts, service.settings)
     if compare:
-        check_compare(caller, any(each.enforced for each in snapshot_of(service).live.at(service.mirror.now())))
+        check_compare(caller, any(each.enforced for each in service.require_snapshot().live.at(service.mirror.now())))
     longest = service.settings.request_timeout
     note(texts=len(texts))
     with step("classify") as span:
@@ -109,7 +108,7 @@ def all_scores(logits: Sequence[npt.NDArray[np.float32]], activation: Activation
     """
     scores = scores_of(np.stack(logits), activation)
     if not np.isfinite(scores).all():
-        raise ApiError(500, "non_finite", "the model gave a score that is no finite number")
+        raise ApiError("non_finite", "the model gave a score that is no finite number")
     return scores
 
 
@@ -174,11 +173,11 @@ def _trace(span: Span, answer: Answer) -> None:
 def check_size(texts: Sequence[TextOrPair], settings: Settings) -> None:
     """Raises ApiError (413) if a request holds too many texts or pairs, or too long ones: a pair counts as one text."""
     if len(texts) > settings.max_texts:
-        raise ApiError(413, "too_many_texts", f"{len(texts)} texts, the limit is {settings.max_texts}: send fewer")
+        raise ApiError("too_many_texts", f"{len(texts)} texts, the limit is {settings.max_texts}: send fewer")
     for index, text in enumerate(texts):
         if (length := characters(text)) > settings.max_characters:
             detail = f"input {index} has {length} characters, the limit is {settings.max_characters}"
-            raise ApiError(413, "text_too_large", detail)
+            raise ApiError("text_too_large", detail)
 
 
 async def unless_gone(request: Request, work: Coroutine[Any, Any, Result]) -> Result:

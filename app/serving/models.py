@@ -38,7 +38,7 @@ class Served:
             return self.default
         if (service := self._services.get(name)) is None:
             has = ", ".join(map(repr, self.names))
-            raise ApiError(404, "unknown_model", f"no such model; this server has {has}", known=self.names)
+            raise ApiError("unknown_model", f"no such model; this server has {has}", known=self.names)
         return service
 
     def refusal(self, name: str | None) -> QueueFull | None:

@@ -13,7 +13,9 @@ from app.jobs.runner import FitRunner
 from app.live.feed import ChangeFeed
 from app.security.keyring import Keyring
 from app.settings import Settings
-from range_store.storage.mirror import Mirror
+from range_store.domain.range_set import RangeSet
+from range_store.errors import NoRangeSet, StoreUnavailable
+from range_store.storage.mirror import Mirror, Snapshot
 from range_store.storage.store import RangeStore
 from workers.engine.answers import Answer, Answerer, Logits, TextAnswer
 from workers.engine.errors import (
@@ -91,6 +93,18 @@ class Service:
     fits: FitRunner
     started_at: float = field(default_factory=time.time)
     """Unix seconds."""
+
+    def require_snapshot(self) -> Snapshot:
+        """The snapshot that answers come from; raises StoreUnavailable if the live state was never read."""
+        if (snapshot := self.mirror.snapshot) is None:
+            raise StoreUnavailable("the live state was never read: the store cannot be reached")
+        return snapshot
+
+    def require_range_set(self) -> RangeSet:
+        """The active range set; raises NoRangeSet if there is none."""
+        if (range_set := self.require_snapshot().range_set) is None:
+            raise NoRangeSet("no range set is active: fit one with `neuronlens fit … --activate`")
+        return range_set
 
     def drain(self) -> None:
         """Take no new requests, and have nobody wait until this replica follows a change; from a signal handler too."""

@@ -11,7 +11,7 @@ from starlette.datastructures import Headers
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from app.http.bodies import PIECE, SMALL, BodyLimit, BodyMemory, Compression, GzipBodies, accepts_gzip
-from app.http.problems import BodyRefused
+from app.http.problems import ApiError
 from tests.app.asgi import echo, send_request
 
 
@@ -40,7 +40,7 @@ def test_a_body_that_does_not_arrive_is_a_timeout() -> None:
 
         sent_body: list[bool] = []
         scope = {"type": "http", "method": "POST", "path": "/", "headers": [], "state": {}}
-        with pytest.raises(BodyRefused) as caught:
+        with pytest.raises(ApiError) as caught:
             await BodyLimit(echo, 100, 0.05, memory())(scope, receive, send)  # type: ignore[arg-type]
         assert caught.value.status_code == 408
         assert caught.value.headers == {"Connection": "close"}
@@ -140,7 +140,7 @@ PACKED = gzip.compress(b"a text that is packed", mtime=0)
 )
 @pytest.mark.parametrize("size", [1, 10**6])
 def test_what_is_not_gzip_is_malformed(body: bytes, size: int) -> None:
-    with pytest.raises(BodyRefused) as refused:
+    with pytest.raises(ApiError) as refused:
         asyncio.run(in_pieces(GzipBodies(echo, 10**6), body, size))
     assert (refused.value.status_code, refused.value.code) == (400, "malformed")
     assert "gzip" in refused.value.detail
@@ -157,7 +157,7 @@ def test_a_bomb_is_refused_before_it_is_unpacked() -> None:
             assert len(message["body"]) <= PIECE
             seen += len(message["body"])
 
-    with pytest.raises(BodyRefused) as refused:
+    with pytest.raises(ApiError) as refused:
         send_request(GzipBodies(BodyLimit(count, 200_000, 60, memory()), 200_000), content=bomb, headers=GZIPPED)
     assert (refused.value.status_code, refused.value.code) == (413, "body_too_large")
     assert seen <= 200_000
@@ -165,7 +165,7 @@ def test_a_bomb_is_refused_before_it_is_unpacked() -> None:
 
 def test_a_packed_body_without_content_is_bounded_too() -> None:
     nothing = gzip.compress(b"") * 1000
-    with pytest.raises(BodyRefused) as refused:
+    with pytest.raises(ApiError) as refused:
         asyncio.run(in_pieces(GzipBodies(BodyLimit(echo, 10**6, 60, memory()), 1000), nothing, 100))
     assert refused.value.code == "body_too_large"
 
@@ -200,7 +200,7 @@ def test_large_bodies_share_a_bounded_memory() -> None:
             refused = await client.post("/", content=large)
             assert (refused.status_code, refused.json()["code"]) == (503, "too_many_bodies")
             assert refused.headers["retry-after"]
-            with pytest.raises(BodyRefused) as unannounced:
+            with pytest.raises(ApiError) as unannounced:
                 await client.post("/", content=slowly())
             assert (unannounced.value.status_code, unannounced.value.code) == (503, "too_many_bodies")
             assert (await client.post("/", content=b"x" * SMALL)).status_code == 200
@@ -216,7 +216,7 @@ def test_large_bodies_share_a_bounded_memory() -> None:
 def test_a_refused_body_leaves_nothing_in_memory() -> None:
     shared = memory()
     body = b"x" * 3 * SMALL
-    with pytest.raises(BodyRefused):
+    with pytest.raises(ApiError):
         asyncio.run(in_pieces(BodyLimit(echo, 2 * SMALL, 60, shared), body, 1000))
     assert shared.held == 0
 

@@ -21,7 +21,7 @@ def store(own_redis: EmbeddedRedis) -> ApiKeyStore:
 def refused(keyring: Keyring, token: str | None) -> str:
     with pytest.raises(Refused) as caught:
         keyring.identify(token)
-    return caught.value.reason
+    return caught.value.code
 
 
 def test_no_key_is_required_until_the_first_is_created(store: ApiKeyStore) -> None:

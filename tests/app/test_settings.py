@@ -8,9 +8,10 @@ import pytest
 from pydantic import ValidationError
 
 from app.cli.demo import of_demo
-from app.cli.exits import USAGE, CommandError
+from app.cli.exits import CommandError
 from app.cli.listening import fit_command
 from app.cli.stores import settings_with
+from app.errors import USAGE
 from app.settings import Settings
 
 

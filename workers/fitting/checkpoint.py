@@ -1,70 +1,112 @@
-"""A job's state in one file, written now and then, so that a job that was killed resumes and ends in the same bits."""
+"""A fit's statistics so far in one file, so that a fit that was killed goes on and ends in the very same bits."""
 
 import hashlib
 import json
 import logging
 import time
-from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 from safetensors import SafetensorError
 from safetensors.numpy import load_file, save_file
 
-from range_store.atomic_files import atomic_write
+from range_store.atomic_files import atomic_write, make_private_directory, remove_partial_files
+from range_store.domain.range_set import FitSettings, ModelIdentity
+from workers.fitting.corpus import Corpus
+from workers.fitting.fitter import RangeFitter
 
 logger = logging.getLogger(__name__)
 
-MAX_INTERVAL = 45.0
-"""Seconds between two saves at most, whatever one costs: a kill loses less than a minute of work."""
-MAX_COST = 0.05
-"""Share of the time that saving may take, up to `MAX_INTERVAL`."""
-
-Arrays = dict[str, npt.NDArray[Any]]
-State = TypeVar("State")
+LONGEST = 45.0
+"""Seconds between two checkpoints at most, whatever one costs: a kill loses less than a minute."""
 
 
-def checkpoint_path(directory: Path, prefix: str, *inputs: object) -> Path:
-    """The file of a job in `directory`, named by everything that its result depends on. inputs: JSON values."""
-    digest = hashlib.sha256(json.dumps(inputs).encode()).hexdigest()
-    return directory / f"{prefix}{digest[:20]}.safetensors"
+@dataclass(eq=False)
+class ChunkStates:
+    """States [n, L, D] of one chunk's texts, as far as they are recorded.
 
-
-class Checkpoint:
-    """A file of named arrays that is replaced as a whole.
-
-    Args:
-        seconds: least time between two saves; 0: save whenever there is a chance to.
+    done: texts whose batch went through, [n]; kept: those of them that count (they have tokens and, if only these
+    are wanted, the model gets them right), [n].
     """
 
-    def __init__(self, path: Path, seconds: float) -> None:
-        self.path = path
-        self._seconds = seconds
-        self._saved = time.monotonic()
-        self._cost = 0.0
+    states: npt.NDArray[np.float32]
+    done: npt.NDArray[np.bool_]
+    kept: npt.NDArray[np.bool_]
 
-    def load(self, restore: Callable[[Arrays], State], fresh: State) -> State:
-        """What `restore` makes of the saved arrays; `fresh` if there are none, or they cannot be used."""
+    @classmethod
+    def empty(cls, texts: int, layers: int, hidden: int) -> "ChunkStates":
+        flags = np.zeros(texts, dtype=np.bool_)
+        return cls(np.zeros((texts, layers, hidden), dtype=np.float32), flags, flags.copy())
+
+
+@dataclass
+class Counters:
+    """How far the fit is: chunks counted in; and texts so far that were cut, or had no token."""
+
+    next_chunk: int = 0
+    truncated: int = 0
+    empty: int = 0
+
+
+@dataclass
+class Checkpoint:
+    """One file, named by everything that the result depends on.
+
+    Args:
+        seconds: least time between two of them; one that is slow to write is written less often, down to `LONGEST`;
+            0: at every batch.
+    """
+
+    path: Path
+    seconds: float
+    saved: float = field(default_factory=time.monotonic)
+    cost: float = 0.0
+
+    @classmethod
+    def of(
+        cls, directory: Path, model: ModelIdentity, corpus: Corpus, settings: FitSettings, seconds: float
+    ) -> "Checkpoint":
+        make_private_directory(directory)
+        remove_partial_files(directory, "fit-*")
+        what = json.dumps([model.fingerprint, corpus.sha256, settings.model_dump(mode="json")])
+        return cls(directory / f"fit-{hashlib.sha256(what.encode()).hexdigest()[:20]}.safetensors", seconds)
+
+    def load(self, fitter: RangeFitter) -> tuple[Counters, ChunkStates | None]:
+        """Put the saved statistics into `fitter`; gives how far it was, and the chunk that was under way."""
         if not self.path.exists():
-            return fresh
+            return Counters(), None
         try:
-            return restore(load_file(self.path))
+            arrays = load_file(self.path)
+            counters = Counters(*(arrays[f"counters.{name}"].item() for name in vars(Counters())))
+            names = ("states", "done", "kept")
+            chunk = ChunkStates(*(arrays[f"chunk.{n}"].copy() for n in names)) if "chunk.states" in arrays else None
+            fitter.restore(arrays)
+            return counters, chunk
         except (SafetensorError, OSError, KeyError, ValueError, TypeError) as error:
-            logger.warning("cannot read the checkpoint %s (%s): starting over", self.path, error)
-            return fresh
+            logger.warning("the checkpoint %s cannot be read (%s): starting over", self.path, error)
+            return Counters(), None
 
     @property
     def due(self) -> bool:
-        """Whether it is time to save again."""
-        interval = min(max(self._seconds, self._cost / MAX_COST), max(MAX_INTERVAL, self._seconds))
-        return not self._seconds or time.monotonic() - self._saved >= interval
+        """It is time for the next one: writing takes a twentieth of the time at most, up to `LONGEST`."""
+        every = min(max(self.seconds, 20 * self.cost), max(LONGEST, self.seconds)) if self.seconds else 0.0
+        return time.monotonic() - self.saved >= every
 
-    def save(self, arrays: Mapping[str, npt.NDArray[Any]]) -> None:
-        """Replace the file. Raises OSError, naming the file, if it cannot be written."""
+    def save(self, fitter: RangeFitter, counters: Counters, chunk: ChunkStates | None) -> None:
+        """Write it whole or not at all.
+
+        Raises:
+            OSError: it cannot be written; names the file.
+        """
         started = time.monotonic()
+        arrays: dict[str, npt.NDArray[Any]] = fitter.arrays()
+        arrays |= {f"counters.{name}": np.array(value) for name, value in vars(counters).items()}
+        if chunk is not None:
+            arrays |= {f"chunk.{name}": getattr(chunk, name) for name in ("states", "done", "kept")}
         with atomic_write(self.path) as partial:
             save_file({name: np.ascontiguousarray(array) for name, array in arrays.items()}, partial)
-        self._saved = time.monotonic()
-        self._cost = self._saved - started
+        self.saved = time.monotonic()
+        self.cost = self.saved - started

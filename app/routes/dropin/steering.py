@@ -46,7 +46,7 @@ def check_truncation_side(answer: Answer, model: ModelFacts, side: str, where: s
     for index, text in enumerate(answer.texts):
         if text.truncated:
             detail = f"{where}{index} is too long, and this model's texts are cut at the {model.truncation_side} only"
-            raise ApiError(422, "unsupported", detail)
+            raise ApiError("unsupported", detail)
 
 
 def tell(response: Response, answer: Answer) -> None:

@@ -10,6 +10,7 @@ from typing import Annotated, Any, Literal
 from fastapi import APIRouter, Request, Response
 from pydantic import BaseModel, ConfigDict, Field
 
+from app.errors import STATUSES, TeiType
 from app.http.problems import BODY, Problem, documented
 from app.routes import Serving
 from app.routes.dropin.dialect import Dialect
@@ -21,23 +22,20 @@ from app.security.auth import Calling
 from app.serving.classification import MinGeneration, Timeout, answer_to, ranked
 from app.serving.service import TextOrPair
 
-ErrorType = Literal["Unhealthy", "Backend", "Overloaded", "Validation", "Tokenizer"]
-
 
 class TeiProblem(Problem):
     """An error as clients of text-embeddings-inference read it."""
 
     error: str | None = Field(None, description="The same as `detail`.")
-    error_type: ErrorType | None = None
+    error_type: TeiType | None = None
 
 
-_STATUS = {"text_too_long": 413, "engine_failed": 424, "non_finite": 424}
-_TYPES: dict[int, ErrorType] = {424: "Backend", 429: "Overloaded", 500: "Backend", 503: "Unhealthy", 504: "Backend"}
+_OWN_STATUSES = {"text_too_long": 413, "engine_failed": 424, "non_finite": 424}
 
 
 def _say(problem: dict[str, Any]) -> tuple[int, dict[str, Any]]:
-    status = _STATUS.get(problem["code"], problem["status"])
-    kind = "Tokenizer" if problem["code"] == "empty_text" else _TYPES.get(status, "Validation")
+    status = _OWN_STATUSES.get(problem["code"], problem["status"])
+    kind = "Tokenizer" if problem["code"] == "empty_text" else STATUSES[problem["status"]].tei
     return status, {"error": problem["detail"], "error_type": kind}
 
 

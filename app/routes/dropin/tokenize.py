@@ -80,15 +80,15 @@ async def dropin_tokenize(
     asked: dict[str, Any] = request.scope["state"]
     asked[OF_VLLM] = body.prompt is not None or body.messages is not None
     if body.messages is not None:
-        raise ApiError(422, "unsupported", "messages: this server tokenizes texts, not chats: send a prompt")
+        raise ApiError("unsupported", "messages: this server tokenizes texts, not chats: send a prompt")
     if (body.inputs is None) == (body.prompt is None):
-        raise ApiError(422, "invalid", "say either inputs (text-embeddings-inference) or prompt (vLLM)")
+        raise ApiError("invalid", "say either inputs (text-embeddings-inference) or prompt (vLLM)")
     given = body.inputs if body.inputs is not None else body.prompt or ""
     texts = [given] if isinstance(given, str) else given
     service = asking.service(body.model if body.prompt is not None else None)
     check_size(texts, service.settings)
     if len(texts) > MOST_TEXTS:
-        raise ApiError(413, "too_many_texts", f"{len(texts)} texts, the limit of this call is {MOST_TEXTS}: send fewer")
+        raise ApiError("too_many_texts", f"{len(texts)} texts, the limit of this call is {MOST_TEXTS}: send fewer")
     note(texts=len(texts))
     longest = service.settings.request_timeout
     seconds = min(x_request_timeout or longest, longest)
@@ -96,7 +96,7 @@ async def dropin_tokenize(
     for index, text in enumerate(shown):
         if text.truncated:
             detail = f"input {index} has {text.total} tokens; this server lists no more than the model takes"
-            raise ApiError(422, "unsupported", detail)
+            raise ApiError("unsupported", detail)
     listed = [[each for each in text.tokens if body.add_special_tokens or not each.special] for text in shown]
     if body.prompt is not None:
         (tokens,) = listed

@@ -68,7 +68,7 @@ router = APIRouter(tags=["Open Inference Protocol"], responses={500: {"model": V
 
 async def _check_version(model_version: str) -> None:
     if model_version != MODEL_VERSION:
-        raise ApiError(404, "unknown_model", f"no such version; there is {MODEL_VERSION!r} alone")
+        raise ApiError("unknown_model", f"no such version; there is {MODEL_VERSION!r} alone")
 
 
 _KNOWN = [Depends(_check_version)]
@@ -178,14 +178,14 @@ async def v2_model(models: Models, model: str) -> ModelMetadata:
 def _named(models: Served, name: str) -> Service:
     """The service of a name; raises ApiError (404) if it is that of a model and a path that this server lacks."""
     if name not in models.names and (below := [each for each in models.names if name.startswith(f"{each}/")]):
-        raise ApiError(404, "not_found", f"no such path below the model {below[0]!r}; see /docs")
+        raise ApiError("not_found", f"no such path below the model {below[0]!r}; see /docs")
     return meant(models.named(name))
 
 
 def _check_ready(service: Service) -> None:
     failing = [name for name, good in conditions(service).items() if not good]
     if failing:
-        raise ApiError(503, "not_ready", f"not ready: {', '.join(failing)}")
+        raise ApiError("not_ready", f"not ready: {', '.join(failing)}")
 
 
 def _wanted(body: InferIn, chosen: InferParameters) -> list[str]:
@@ -195,7 +195,7 @@ def _wanted(body: InferIn, chosen: InferParameters) -> list[str]:
     wanted = [each.name for each in body.outputs or []]
     if unknown := [name for name in wanted if name not in known]:
         position = wanted.index(unknown[0])
-        raise ApiError(422, "invalid", f"outputs.{position}: no such output; there are {', '.join(known)}")
+        raise ApiError("invalid", f"outputs.{position}: no such output; there are {', '.join(known)}")
     return wanted or known
 
 

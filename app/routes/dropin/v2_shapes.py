@@ -56,7 +56,7 @@ class TensorIn(Loose):
         texts = [text for row in self.data for text in ([row] if isinstance(row, str) else row)]
         if len(texts) != math.prod(self.shape):
             wanted = math.prod(self.shape)
-            raise ApiError(422, "invalid", f"inputs.0: the shape is of {wanted} texts, there are {len(texts)}")
+            raise ApiError("invalid", f"inputs.0: the shape is of {wanted} texts, there are {len(texts)}")
         return texts
 
 

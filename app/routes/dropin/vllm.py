@@ -10,6 +10,7 @@ from typing import Annotated, Any, Literal
 from fastapi import APIRouter, Request, Response
 from pydantic import BaseModel, ConfigDict, Field
 
+from app.errors import STATUSES
 from app.http.problems import ApiError, Problem, documented
 from app.routes import Asking
 from app.routes.dropin.dialect import Dialect
@@ -33,23 +34,15 @@ class VllmProblem(Problem):
     error: VllmErrorInfo | None = None
 
 
-_TYPES = {
-    400: "BadRequestError",
-    401: "AuthenticationError",
-    403: "PermissionDeniedError",
-    404: "NotFoundError",
-    413: "BadRequestError",
-    415: "BadRequestError",
-    429: "RateLimitError",
-    503: "ServiceUnavailableError",
-}
-
-
 def _say(problem: dict[str, Any]) -> tuple[int, dict[str, Any]]:
     status = 400 if problem["status"] == 422 else problem["status"]
-    kind = _TYPES.get(status, "InternalServerError" if status >= 500 else "BadRequestError")
     where = [str(part) for part in problem["errors"][0]["loc"][1:]] if problem.get("errors") else []
-    info = {"message": problem["detail"], "type": kind, "param": ".".join(where) or None, "code": status}
+    info = {
+        "message": problem["detail"],
+        "type": STATUSES[status].vllm,
+        "param": ".".join(where) or None,
+        "code": status,
+    }
     return status, {"error": info}
 
 
@@ -126,10 +119,10 @@ async def vllm_classify(
     """Classify as vLLM does."""
     service = asking.service(body.model)
     if not body.input:
-        raise ApiError(422, "invalid", "input: there is nothing in it")
+        raise ApiError("invalid", "input: there is nothing in it")
     most, cut_to = service.model.max_tokens, body.truncate_prompt_tokens
     if cut_to is not None and cut_to > most:
-        raise ApiError(422, "invalid", f"truncate_prompt_tokens: {cut_to} is more than the {most} that the model takes")
+        raise ApiError("invalid", f"truncate_prompt_tokens: {cut_to} is more than the {most} that the model takes")
     answer = await answer_to(
         request,
         service,
@@ -165,4 +158,4 @@ def _check_lengths(answer: Answer, cut_to: int, most: int) -> None:
     for index, text in enumerate(answer.texts):
         if text.tokens > cut_to:
             detail = f"truncate_prompt_tokens: input {index} is longer, and this server cuts to {most} tokens only"
-            raise ApiError(422, "unsupported", detail)
+            raise ApiError("unsupported", detail)

@@ -7,18 +7,20 @@ import pytest
 import typer
 
 import workers
-from app.cli.exits import EXIT_CODES, MEANINGS, CommandError, exit_code_of
+from app.cli.exits import MEANINGS, CommandError, exit_code_of
+from app.errors import COMMAND_ERRORS, ERRORS
 from range_store import errors
 
 
 def test_every_named_class_exists() -> None:
-    for name in EXIT_CODES:
+    for name in (*COMMAND_ERRORS, *(name for kind in ERRORS for name in kind.classes)):
         module, _, kind = name.rpartition(".")
         assert issubclass(getattr(import_module(module), kind), BaseException), name
 
 
 def test_every_documented_code_is_used() -> None:
-    assert set(EXIT_CODES.values()) | {0} == set(MEANINGS)
+    used = {*COMMAND_ERRORS.values(), *(kind.exit_code for kind in ERRORS)}
+    assert used | {0} == set(MEANINGS)
 
 
 def test_every_error_of_store_and_workers_has_an_exit_code() -> None:
