@@ -35,7 +35,7 @@ from tests.workers.texts import labelled_texts, write_jsonl
 
 if TYPE_CHECKING:  # imported by the fixtures that need torch, so that other tests start without it
     from tests.e2e.on_ray import Opened
-    from workers.fitting.fit import Fitted
+    from workers.fitting.fit import FitResult
     from workers.models.loading import LoadedModel
 
 LABELS = ("World", "Sports", "Business", "Sci/Tech")
@@ -105,7 +105,7 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> LoadedModel:
 
 
 @pytest.fixture(scope="session")
-def fitted(model: LoadedModel, tmp_path_factory: pytest.TempPathFactory) -> Fitted:
+def fitted(model: LoadedModel, tmp_path_factory: pytest.TempPathFactory) -> FitResult:
     """Ranges of `model` at its last two blocks. The concept "Météo & co" is not a label of the model."""
     from workers.fitting.corpus import load_corpus
     from workers.fitting.fit import fit
@@ -195,7 +195,7 @@ def shared_server(
     request: pytest.FixtureRequest,
     redis_client: redis.Redis,
     model: LoadedModel,
-    fitted: Fitted,
+    fitted: FitResult,
     tmp_path_factory: pytest.TempPathFactory,
 ) -> Iterator[RunningServer]:
     """One server for all tests of this process. Tests use `server`, which is the same server after a reset."""
@@ -211,12 +211,12 @@ def server(shared_server: RunningServer) -> RunningServer:
 
 
 @pytest.fixture
-def fresh_server(start_server: Callable[..., RunningServer], fitted: Fitted) -> RunningServer:
+def fresh_server(start_server: Callable[..., RunningServer], fitted: FitResult) -> RunningServer:
     """A server for this test alone, with the ranges of `fitted` active."""
     return with_ranges(start_server(), fitted)
 
 
-def with_ranges(running: RunningServer, *ranges: Fitted | Ranges) -> RunningServer:
+def with_ranges(running: RunningServer, *ranges: FitResult | Ranges) -> RunningServer:
     """Publish and activate ranges on a server, one for each of its models. The first ones are those of a reset."""
     pairs = tuple(each if isinstance(each, tuple) else (each.range_set, each.inspect) for each in ranges)
     for service, (range_set, inspect) in zip(running.services, pairs, strict=True):
@@ -272,7 +272,7 @@ def own_redis(redis_of_module: EmbeddedRedis) -> EmbeddedRedis:
 
 @pytest.fixture
 def server_with_keys(
-    own_redis: EmbeddedRedis, start_server: Callable[..., RunningServer], fitted: Fitted, tmp_path: Path
+    own_redis: EmbeddedRedis, start_server: Callable[..., RunningServer], fitted: FitResult, tmp_path: Path
 ) -> tuple[RunningServer, dict[str, str], ApiKeyStore]:
     """A server that requires API keys, a token for each scope, and the key store."""
     keys = ApiKeyStore(own_redis)
@@ -286,7 +286,7 @@ KeyedServer = tuple[RunningServer, dict[str, str]]
 
 @pytest.fixture(scope="session")
 def shared_keyed_server(
-    request: pytest.FixtureRequest, model: LoadedModel, fitted: Fitted, tmp_path_factory: pytest.TempPathFactory
+    request: pytest.FixtureRequest, model: LoadedModel, fitted: FitResult, tmp_path_factory: pytest.TempPathFactory
 ) -> Iterator[KeyedServer]:
     directory = tmp_path_factory.mktemp("keyed")
     with connect(None, directory) as client, starting(request, client, model, directory) as start:

@@ -31,20 +31,21 @@ from workers.engine.engine import Engine
 from workers.engine.settings import EngineSettings, batch_tokens_for
 from workers.evaluation.evaluate import Evaluation, Measure, check_targets, evaluate_by, workload_of
 from workers.evaluation.files import write as write_evaluation
-from workers.evaluation.measure import MeasureProgress, measure
+from workers.evaluation.measure import measure
 from workers.evaluation.measures import Row
 from workers.evaluation.perplexity import check_perplexity, with_perplexity
 from workers.evaluation.settings import EvaluationSettings
 from workers.evaluation.workload import Estimate
-from workers.fitting.corpus import Corpus, load_corpus, match_labels, warn_of_shared
+from workers.fitting.corpus import Corpus, load_corpus, match_labels, warn_about_overlap
 from workers.fitting.errors import CorpusError
-from workers.fitting.fit import CHECKPOINT_SECONDS, FitProgress, Fitted
+from workers.fitting.fit import CHECKPOINT_SECONDS, FitResult
 from workers.fitting.fit import fit as _fit
+from workers.fitting.progress import Progress
 from workers.fitting.rows import Table
 from workers.fitting.sources import check_source, load_label_map
 from workers.models.loading import LoadedModel, load_model, use_threads
 from workers.training.scratch import NewModel
-from workers.training.train import Epoch, TrainProgress, TrainReport, TrainSettings
+from workers.training.train import Epoch, TrainReport, TrainSettings
 from workers.training.train import train as _train
 
 if TYPE_CHECKING:
@@ -115,11 +116,11 @@ def open_demo(settings: Settings, report: Report, *, rebuild: bool = False) -> I
 
 def fit_corpus(
     model: ModelChoice, data: CorpusChoice, *, report: Report, cluster: RayChoice | None = None, **settings: Any
-) -> Fitted:
+) -> FitResult:
     """Load model and corpus, and fit, here or on a cluster; `settings` are those of `workers.fitting.fit.start_fit`."""
 
-    def fitting(now: FitProgress) -> None:
-        report("fitting", now.rows_done, now.rows_total)
+    def fitting(now: Progress) -> None:
+        report(now.phase, now.done, now.total)
 
     if cluster is not None:
         with _pool(model, cluster, report, data) as pool:
@@ -192,14 +193,14 @@ def train_model(
     learned = _corpus(data, ())
     held_out = _corpus(eval_data, learned.concepts) if eval_data else None
     if held_out is not None:
-        warn_of_shared(held_out, learned, "--eval-data")
+        warn_about_overlap(held_out, learned, "--eval-data")
     chosen = TrainSettings(**settings)
 
-    def progress(now: TrainProgress) -> None:
-        if now.phase == "training" and now.steps_done == now.resumed_steps + 1:
-            begun = f"goes on from step {now.resumed_steps:,} of {now.steps_total:,}" if now.resumed_steps else "begins"
+    def progress(now: Progress) -> None:
+        if now.phase == "training" and now.done == now.resumed + 1:
+            begun = f"goes on from step {now.resumed:,} of {now.total:,}" if now.resumed else "begins"
             say(f"the training {begun}; stopped with Ctrl-C, it goes on when the same command is started again")
-        report(now.phase, now.steps_done, now.steps_total)
+        report(now.phase, now.done, now.total)
 
     def epoch(done: Epoch) -> None:
         say(f"epoch {done.number} of {chosen.epochs:g}: loss {done.loss:.3f}, accuracy {done.accuracy:.3f}")
@@ -285,7 +286,7 @@ class _Hands:
     dtype: str
     template: str | None
     corpus: Callable[[CorpusChoice, tuple[str, ...]], Corpus]
-    fit: Callable[..., Fitted]
+    fit: Callable[..., FitResult]
     measure: Measure
     counts_overlap: bool
     """Whether a further pass over the texts, to count those that are in both corpora, costs little."""
@@ -328,7 +329,7 @@ def _evaluated(
         if learned.sha256 == test.sha256:
             raise CorpusError(f"--test-data: {test.name} has the same rows as --data: name texts that it does not have")
         if hands.counts_overlap:
-            warn_of_shared(test, learned, "--test-data")
+            warn_about_overlap(test, learned, "--test-data")
         if choosing is None:
             learned, choosing = learned.split_off(KEPT_FOR_CHOOSING, chosen.seed)
         check_targets(chosen, learned.concepts)
@@ -340,15 +341,15 @@ def _evaluated(
             layers=tuple(sorted({layer for group in groups for layer in group})),
             rankings=chosen.rankings,
             checkpoint_dir=out,
-            progress=lambda now: report("fitting", now.rows_done, now.rows_total),
+            progress=lambda now: report(now.phase, now.done, now.total),
             **fit_settings,
         )
         range_set, inspect = fitted.range_set, fitted.inspect
     estimate = Estimate(work, tell)
 
-    def measuring(what: str, now: MeasureProgress) -> None:
-        report(what, int(now.share * now.rows_total), now.rows_total)
-        estimate(what, now)
+    def measuring(now: Progress) -> None:
+        report(now.phase, int(now.share * now.total), now.total)
+        estimate(now)
 
     evaluation = evaluate_by(
         hands.measure,

@@ -16,7 +16,7 @@ import pytest
 
 from neuronlens_client import AsyncClient, Client
 from tests.servers import RunningServer, with_ranges
-from workers.fitting.fit import Fitted
+from workers.fitting.fit import FitResult
 
 
 class Awaited:
@@ -209,7 +209,7 @@ def start_shared(start_module_server: Callable[..., RunningServer]) -> Callable[
     """`start_shared(**settings)`: a server of these settings, the same one for every test of the module."""
     found: dict[str, RunningServer] = {}
 
-    def same(fitted: Fitted | None = None, **settings: Any) -> RunningServer:
+    def same(fitted: FitResult | None = None, **settings: Any) -> RunningServer:
         key = repr((fitted is None, settings))
         if key not in found:
             started = start_module_server(**settings)

@@ -45,7 +45,7 @@ from tests.range_store.builders import random_range_set
 from tests.range_store.waiting import until
 from tests.servers import KeyedServer, RunningServer
 from tests.workers.texts import labelled_texts
-from workers.fitting.fit import Fitted
+from workers.fitting.fit import FitResult
 
 ClientOf = Callable[..., Any]
 StartShared = Callable[..., RunningServer]
@@ -153,7 +153,7 @@ def test_a_list_in_parts_gets_the_answers_of_the_whole(client_of: ClientOf, serv
 
 
 def test_a_list_is_split_into_parts_that_the_server_takes(
-    client_of: ClientOf, start_shared: StartShared, server: RunningServer, fitted: Fitted
+    client_of: ClientOf, start_shared: StartShared, server: RunningServer, fitted: FitResult
 ) -> None:
     small = start_shared(fitted, max_texts=5)
     found = client_of(small.url).classify(TEXTS, erase=["Sports"])
@@ -163,7 +163,7 @@ def test_a_list_is_split_into_parts_that_the_server_takes(
 
 
 def test_a_single_text_that_is_too_large_is_an_error(
-    client_of: ClientOf, start_shared: StartShared, fitted: Fitted
+    client_of: ClientOf, start_shared: StartShared, fitted: FitResult
 ) -> None:
     small = start_shared(fitted, max_queue_tokens=16)
     with pytest.raises(TooLarge) as raised:
@@ -397,7 +397,7 @@ def test_a_missed_deadline_is_an_error(client_of: ClientOf, server: RunningServe
 
 
 def test_a_call_waits_while_the_queue_is_full(
-    client_of: ClientOf, start_shared: StartShared, fitted: Fitted, clock: Clock
+    client_of: ClientOf, start_shared: StartShared, fitted: FitResult, clock: Clock
 ) -> None:
     running = start_shared(fitted, max_queue_texts=4)
     engine, lock, value = running.service.engine, running.model.steered._lock, running.value

@@ -25,7 +25,7 @@ from app.cli import run
 from tests.servers import RunningServer, with_ranges
 from tests.workers.checkpoints import save_tiny
 from tests.workers.texts import labelled_texts, write_jsonl
-from workers.fitting.fit import Fitted
+from workers.fitting.fit import FitResult
 
 CHROMIUM_FLAGS = (
     *("--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--disable-background-networking"),
@@ -178,7 +178,7 @@ def tab_to(page: Page, target: Locator, limit: int = 80) -> None:
 
 
 @pytest.fixture
-def server_with_report(start_server: Callable[..., RunningServer], fitted: Fitted, tmp_path: Path) -> RunningServer:
+def server_with_report(start_server: Callable[..., RunningServer], fitted: FitResult, tmp_path: Path) -> RunningServer:
     """A server with a minimal report named "tiny"."""
     folder = tmp_path / "reports" / "tiny"
     folder.mkdir(parents=True)
@@ -188,7 +188,7 @@ def server_with_report(start_server: Callable[..., RunningServer], fitted: Fitte
 
 @pytest.fixture
 def server_with_evaluation(
-    start_server: Callable[..., RunningServer], fitted: Fitted, evaluation: Path
+    start_server: Callable[..., RunningServer], fitted: FitResult, evaluation: Path
 ) -> RunningServer:
     """A server with a report that `neuronlens evaluate` made."""
     return with_ranges(start_server(reports_dir=evaluation), fitted)

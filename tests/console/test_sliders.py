@@ -7,7 +7,7 @@ from playwright.sync_api import Page, expect
 
 from tests.console.conftest import OpenWindow
 from tests.servers import RunningServer, with_ranges
-from workers.fitting.fit import Fitted
+from workers.fitting.fit import FitResult
 
 pytestmark = pytest.mark.system
 TEXT = "The striker scored twice in extra time and the home side won the cup."
@@ -107,7 +107,7 @@ def test_unanswered_request_does_not_hold_up_the_next(server: RunningServer, win
 
 
 def test_blocks_below_the_mask_are_computed_once(
-    start_server: Callable[..., RunningServer], fitted: Fitted, window: OpenWindow
+    start_server: Callable[..., RunningServer], fitted: FitResult, window: OpenWindow
 ) -> None:
     running = with_ranges(start_server(trunk_cache_mb=64), fitted)
 

@@ -14,7 +14,7 @@ import torch
 
 from tests.range_store.waiting import until
 from tests.servers import LABELS, RunningServer, with_ranges
-from workers.fitting.fit import Fitted
+from workers.fitting.fit import FitResult
 from workers.models.loading import LoadedModel, load_model
 
 Problem = Callable[[httpx.Response, int, str], dict[str, Any]]
@@ -197,7 +197,7 @@ def test_unknown_concepts_layers_and_models_are_rejected(server: RunningServer, 
 
 
 def test_oversized_requests_are_rejected(
-    start_server: Callable[..., RunningServer], fitted: Fitted, problem: Problem
+    start_server: Callable[..., RunningServer], fitted: FitResult, problem: Problem
 ) -> None:
     server = with_ranges(start_server(max_texts=3, max_characters=50, max_body_bytes=2000, max_queue_tokens=30), fitted)
     problem(server.classify(["a"] * 4), 413, "too_many_texts")

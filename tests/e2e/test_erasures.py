@@ -15,7 +15,7 @@ from range_store.storage.store import RangeStore
 from tests.range_store.builders import in_dtype, random_range_set
 from tests.range_store.waiting import until
 from tests.servers import RunningServer, random_ranges, with_ranges
-from workers.fitting.fit import Fitted
+from workers.fitting.fit import FitResult
 
 Problem = Callable[[httpx.Response, int, str], dict[str, Any]]
 TEXT = "the keeper saved a penalty"
@@ -247,7 +247,7 @@ def test_range_set_with_the_fingerprint_of_an_earlier_version_is_served(server: 
 
 
 def test_range_set_of_another_dtype_requires_force_and_readyz_says_so(
-    server: RunningServer, fitted: Fitted, problem: Problem, caplog: pytest.LogCaptureFixture
+    server: RunningServer, fitted: FitResult, problem: Problem, caplog: pytest.LogCaptureFixture
 ) -> None:
     published = server.service.store.publish(*in_dtype(fitted.range_set, fitted.inspect, "bfloat16"))
     refused = problem(server.http.put("/v1/range-sets/active", json={"id": published}), 409, "dtype_mismatch")
@@ -281,7 +281,7 @@ def test_two_servers_of_one_model_agree(server: RunningServer, start_server: Cal
 
 @pytest.mark.local  # behind a fleet, an engine that missed the last change before Redis stopped must answer 503
 def test_without_redis_the_last_snapshot_stays_in_force(
-    start_server: Callable[..., RunningServer], fitted: Fitted, problem: Problem, tmp_path: Path
+    start_server: Callable[..., RunningServer], fitted: FitResult, problem: Problem, tmp_path: Path
 ) -> None:
     with connect(None, tmp_path / "redis") as client:
         assert isinstance(client, EmbeddedRedis)

@@ -17,7 +17,7 @@ from tests.e2e.test_metrics import series
 from tests.range_store.waiting import until
 from tests.servers import RunningServer, with_ranges
 from workers.fitting.corpus import load_corpus
-from workers.fitting.fit import Fitted, fit
+from workers.fitting.fit import FitResult, fit
 from workers.models.loading import LoadedModel
 
 Listen = Callable[..., Listener]
@@ -54,7 +54,7 @@ def advance_clock(monkeypatch: pytest.MonkeyPatch) -> Callable[[float], None]:
 
 
 def test_streams_of_every_server_show_a_change(
-    start_server: Callable[..., RunningServer], fitted: Fitted, listen: Listen
+    start_server: Callable[..., RunningServer], fitted: FitResult, listen: Listen
 ) -> None:
     running = with_ranges(start_server(), fitted)
     other = start_server(name=running.service.name, poll_seconds=3600)  # it learns of changes by messages only
@@ -92,7 +92,7 @@ def test_comments_keep_a_quiet_stream_alive(
 
 
 def test_stream_reports_published_activated_and_removed_range_sets(
-    fresh_server: RunningServer, model: LoadedModel, fitted: Fitted, listen: Listen, tmp_path: Path
+    fresh_server: RunningServer, model: LoadedModel, fitted: FitResult, listen: Listen, tmp_path: Path
 ) -> None:
     window = listen(fresh_server)
     until(lambda: len(window.of("range_sets")) == 1)
@@ -126,7 +126,7 @@ def test_every_stream_reports_the_newest_state_of_a_job(fresh_server: RunningSer
 
 def test_stream_reports_an_expiry_even_while_redis_is_down(
     start_server: Callable[..., RunningServer],
-    fitted: Fitted,
+    fitted: FitResult,
     listen: Listen,
     tmp_path: Path,
     advance_clock: Callable[[float], None],
@@ -183,7 +183,7 @@ def test_stream_ends_when_its_key_ends(
 
 
 def test_stream_without_a_key_ends_when_the_first_key_is_created(
-    own_redis: Any, start_server: Callable[..., RunningServer], fitted: Fitted, listen: Listen
+    own_redis: Any, start_server: Callable[..., RunningServer], fitted: FitResult, listen: Listen
 ) -> None:
     running = with_ranges(start_server(redis_url=own_redis.url), fitted)
     window = listen(running)
@@ -193,7 +193,10 @@ def test_stream_without_a_key_ends_when_the_first_key_is_created(
 
 
 def test_streams_are_limited_and_counted_separately(
-    start_server: Callable[..., RunningServer], fitted: Fitted, listen: Listen, problem: Callable[..., dict[str, Any]]
+    start_server: Callable[..., RunningServer],
+    fitted: FitResult,
+    listen: Listen,
+    problem: Callable[..., dict[str, Any]],
 ) -> None:
     running = with_ranges(start_server(max_event_streams=2), fitted)
     windows = [listen(running), listen(running)]
@@ -211,7 +214,7 @@ def test_streams_are_limited_and_counted_separately(
 def test_one_key_takes_at_most_half_of_the_streams(
     own_redis: Any,
     start_server: Callable[..., RunningServer],
-    fitted: Fitted,
+    fitted: FitResult,
     listen: Listen,
     problem: Callable[..., dict[str, Any]],
 ) -> None:

@@ -17,7 +17,7 @@ from range_store.storage.replicas import SILENT_SECONDS
 from tests.range_store.waiting import until
 from tests.servers import RunningServer, with_ranges
 from workers.engine import following
-from workers.fitting.fit import Fitted
+from workers.fitting.fit import FitResult
 
 Problem = Callable[[httpx.Response, int, str], dict[str, Any]]
 TEXT = "the keeper saved a penalty"
@@ -52,7 +52,7 @@ def advance(generation: str, steps: int) -> str:
 
 @pytest.fixture
 def passive_server(
-    start_server: Callable[..., RunningServer], fitted: Fitted, monkeypatch: pytest.MonkeyPatch
+    start_server: Callable[..., RunningServer], fitted: FitResult, monkeypatch: pytest.MonkeyPatch
 ) -> RunningServer:
     """A server that reads the live state only when a request makes it do so."""
     monkeypatch.setattr(following, "PATIENCE", 25.0)
@@ -76,7 +76,7 @@ def change_behind(running: RunningServer, *, enforced: bool = False) -> LiveStat
 
 
 def test_change_with_wait_all_is_in_force_on_every_server(
-    start_server: Callable[..., RunningServer], fitted: Fitted
+    start_server: Callable[..., RunningServer], fitted: FitResult
 ) -> None:
     first = settle_replicas(with_ranges(start_server(), fitted))
     second = start_server(name=first.service.name)
@@ -202,7 +202,7 @@ def test_prometheus_finds_the_metrics_of_every_replica(two_models: RunningServer
         thread.join()
 
 
-def test_draining_server_is_not_waited_for(start_server: Callable[..., RunningServer], fitted: Fitted) -> None:
+def test_draining_server_is_not_waited_for(start_server: Callable[..., RunningServer], fitted: FitResult) -> None:
     first = settle_replicas(with_ranges(start_server(), fitted))
     draining = start_server(name=first.service.name, poll_seconds=300.0)
     draining.service.drain()

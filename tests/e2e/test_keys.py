@@ -17,7 +17,7 @@ from range_store.storage.clock import StoreClock
 from range_store.storage.store import RangeStore
 from tests.range_store.waiting import until
 from tests.servers import RunningServer, with_ranges
-from workers.fitting.fit import Fitted
+from workers.fitting.fit import FitResult
 
 Problem = Callable[[httpx.Response, int, str], dict[str, Any]]
 Serve = Callable[..., RunningServer]
@@ -139,7 +139,7 @@ def test_revoked_key_is_rejected_by_a_running_server(server_with_keys: ServerWit
 
 
 def test_first_key_puts_a_running_server_under_authentication(
-    own_redis: EmbeddedRedis, start_server: Serve, fitted: Fitted, tmp_path: Any
+    own_redis: EmbeddedRedis, start_server: Serve, fitted: FitResult, tmp_path: Any
 ) -> None:
     running = with_ranges(start_server(redis_url=own_redis.url, data_dir=tmp_path), fitted)
     assert running.classify("a").status_code == 200
@@ -151,7 +151,7 @@ def test_first_key_puts_a_running_server_under_authentication(
 
 
 def test_emptied_redis_does_not_disable_authentication(
-    own_redis: EmbeddedRedis, start_server: Serve, fitted: Fitted, tmp_path: Any, problem: Problem
+    own_redis: EmbeddedRedis, start_server: Serve, fitted: FitResult, tmp_path: Any, problem: Problem
 ) -> None:
     running = with_ranges(start_server(redis_url=own_redis.url, data_dir=tmp_path, name="one"), fitted)
     keys = ApiKeyStore(own_redis)
@@ -181,7 +181,9 @@ def test_rate_limit_applies_to_its_key_only(server_with_keys: ServerWithKeys, pr
     assert running.http.get("/v1/models", headers=bearer(tokens["read"])).status_code == 200
 
 
-def test_rate_limit_without_keys_applies_to_an_address(start_server: Serve, fitted: Fitted, problem: Problem) -> None:
+def test_rate_limit_without_keys_applies_to_an_address(
+    start_server: Serve, fitted: FitResult, problem: Problem
+) -> None:
     running = with_ranges(start_server(rate_limit="2/day"), fitted)
     assert [running.classify("a").status_code for _ in range(2)] == [200, 200]
     problem(running.classify("a"), 429, "rate_limited")

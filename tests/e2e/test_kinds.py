@@ -22,7 +22,7 @@ from tests.workers.checkpoints import LABELS, TEMPLATE, save_label_token, save_l
 from tests.workers.texts import labelled_texts, write_jsonl
 from workers.engine.masks import DevicePlan, MaskTable
 from workers.fitting.corpus import load_corpus
-from workers.fitting.fit import Fitted, fit
+from workers.fitting.fit import FitResult, fit
 from workers.models.loading import LoadedModel, load_model
 
 TEXTS = ["the cup final went to extra time", "a chip was patented", "voters queued at dawn after a long night"]
@@ -30,7 +30,7 @@ KINDS = ("label-token/gpt2", "few-shot/llama")
 
 
 @pytest.fixture(scope="module", params=KINDS)
-def kind(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> tuple[LoadedModel, Fitted]:
+def kind(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> tuple[LoadedModel, FitResult]:
     """A random model of each kind, and its ranges at every block."""
     which, family = request.param.split("/")
     directory = tmp_path_factory.mktemp("kinds")
@@ -53,7 +53,7 @@ def few_shot(family: str, directory: Path) -> tuple[str, str]:
 
 @pytest.fixture(scope="module")
 def shared_server_of_kind(
-    start_module_server: Callable[..., RunningServer], kind: tuple[LoadedModel, Fitted]
+    start_module_server: Callable[..., RunningServer], kind: tuple[LoadedModel, FitResult]
 ) -> RunningServer:
     model, fitted = kind
     return with_ranges(start_module_server(model), fitted)
@@ -66,7 +66,7 @@ def server_of_kind(shared_server_of_kind: RunningServer) -> RunningServer:
 
 
 def test_label_token_and_few_shot_models_are_served_and_steered(
-    kind: tuple[LoadedModel, Fitted], server_of_kind: RunningServer
+    kind: tuple[LoadedModel, FitResult], server_of_kind: RunningServer
 ) -> None:
     model, fitted = kind
     (listed,) = server_of_kind.http.get("/v1/models").json()["models"]

@@ -13,7 +13,7 @@ from range_store.storage.api_keys import ApiKeyStore
 from tests.servers import RunningServer, with_ranges
 from tests.workers.checkpoints import TEMPLATE, save_label_token, save_language_model, save_tiny
 from workers.engine import looking
-from workers.fitting.fit import Fitted
+from workers.fitting.fit import FitResult
 from workers.models.loading import load_model
 
 Problem = Callable[[httpx.Response, int, str], dict[str, Any]]
@@ -130,7 +130,7 @@ def test_activations_need_admin_while_an_erasure_is_enforced(
 
 
 @pytest.fixture(scope="module")
-def limited_server(start_module_server: StartServer, fitted: Fitted) -> RunningServer:
+def limited_server(start_module_server: StartServer, fitted: FitResult) -> RunningServer:
     """A server that accepts at most 100 characters in a text."""
     return with_ranges(start_module_server(max_characters=100), fitted)
 

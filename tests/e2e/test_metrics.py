@@ -13,7 +13,7 @@ from range_store.storage.keys import ModelKeys
 from tests.range_store.waiting import until
 from tests.servers import RunningServer, with_ranges
 from workers.engine.metrics import MOST_CONCEPTS, OTHER_CONCEPTS
-from workers.fitting.fit import Fitted
+from workers.fitting.fit import FitResult
 
 
 def series(server: RunningServer, name: str) -> dict[tuple[str, ...], float]:
@@ -26,7 +26,7 @@ def series(server: RunningServer, name: str) -> dict[tuple[str, ...], float]:
     }
 
 
-def test_ready_metrics_agree_with_readyz(start_server: Callable[..., RunningServer], fitted: Fitted) -> None:
+def test_ready_metrics_agree_with_readyz(start_server: Callable[..., RunningServer], fitted: FitResult) -> None:
     server = start_server()
     steps: tuple[tuple[float, Callable[[], object]], ...] = (
         (0.0, lambda: None),

@@ -16,7 +16,7 @@ import torch
 from tests.range_store.waiting import until
 from tests.servers import RunningServer, with_ranges
 from tests.workers.texts import labelled_texts
-from workers.fitting.fit import Fitted
+from workers.fitting.fit import FitResult
 from workers.models.loading import LoadedModel
 
 Problem = Callable[[httpx.Response, int, str], dict[str, Any]]
@@ -24,7 +24,7 @@ TEXTS = [text for text, _ in labelled_texts(30, seed=6)]
 
 
 @pytest.fixture
-def small_queue(start_server: Callable[..., RunningServer], fitted: Fitted) -> RunningServer:
+def small_queue(start_server: Callable[..., RunningServer], fitted: FitResult) -> RunningServer:
     """A server whose queue holds 24 texts."""
     return with_ranges(start_server(max_queue_texts=24), fitted)
 
@@ -117,7 +117,7 @@ def test_every_answer_under_random_overload_is_right_or_a_rejection(
 
 
 def test_request_larger_than_the_queue_is_rejected_with_413(
-    start_server: Callable[..., RunningServer], fitted: Fitted, problem: Problem
+    start_server: Callable[..., RunningServer], fitted: FitResult, problem: Problem
 ) -> None:
     running = with_ranges(start_server(max_queue_tokens=100), fitted)
     tokens = len(running.model.tokens.encode([TEXTS[0]])[0].ids)

@@ -14,7 +14,7 @@ from workers.cluster.connection import PRIVATE, connected
 from workers.cluster.fitting import fit_on
 from workers.cluster.model_pool import ModelPool, PoolLayout
 from workers.fitting.corpus import load_corpus
-from workers.fitting.fit import FitOptions, Fitted, fit
+from workers.fitting.fit import FitOptions, FitResult, fit
 from workers.models.loading import LoadedModel
 
 CHOICES: FitOptions = {"layers": (-1,), "bins": 16}
@@ -29,7 +29,7 @@ def scores(reply: httpx.Response) -> np.ndarray:
 
 
 def test_ray_cluster_fits_and_serves_as_one_process_does(
-    model: LoadedModel, fitted: Fitted, server: RunningServer, tmp_path: Path
+    model: LoadedModel, fitted: FitResult, server: RunningServer, tmp_path: Path
 ) -> None:
     corpus = load_corpus(str(write_jsonl(tmp_path / "train.jsonl", ROWS)), labels=LABELS)
     settings = Settings(

@@ -29,7 +29,7 @@ from range_store.storage.api_keys import ApiKeyStore
 from tests.e2e.reports import write_report
 from tests.servers import RunningServer, with_ranges
 from tests.workers.texts import labelled_texts, write_jsonl
-from workers.fitting.fit import Fitted
+from workers.fitting.fit import FitResult
 
 DOCUMENT = Path(__file__).parents[2] / "openapi.json"
 # without use_after_free: a cancelled job can still be read
@@ -394,7 +394,7 @@ def malformed_http(draw: st.DrawFn) -> bytes:
 
 @pytest.mark.parametrize("examples", [60, pytest.param(600, marks=FULL)])
 def test_malformed_http_gets_a_client_error_or_a_closed_connection(
-    start_server: Callable[..., RunningServer], fitted: Fitted, examples: int
+    start_server: Callable[..., RunningServer], fitted: FitResult, examples: int
 ) -> None:
     running = with_ranges(start_server(header_timeout=2.0, body_timeout=0.2), fitted)
     url = httpx.URL(running.url)

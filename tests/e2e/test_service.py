@@ -21,7 +21,7 @@ from app.openapi import document
 from app.routes.dropin import dialect_of
 from tests.range_store.waiting import until
 from tests.servers import LABELS, RunningServer, with_ranges
-from workers.fitting.fit import Fitted
+from workers.fitting.fit import FitResult
 
 Problem = Callable[[httpx.Response, int, str], dict[str, Any]]
 COMMITTED = Path(__file__).parents[2] / "openapi.json"
@@ -29,7 +29,7 @@ OPENAPI = json.loads(COMMITTED.read_text("utf-8"))
 
 
 def test_readiness_follows_range_set_and_drain(
-    start_server: Callable[..., RunningServer], fitted: Fitted, problem: Problem
+    start_server: Callable[..., RunningServer], fitted: FitResult, problem: Problem
 ) -> None:
     server = start_server()
     assert server.http.get("/livez").json() == {"status": "alive"}
@@ -141,7 +141,7 @@ def test_concepts_lists_labels_and_other_concepts(server: RunningServer) -> None
     }
 
 
-def test_paging_through_ranges_returns_every_neuron_once(server: RunningServer, fitted: Fitted) -> None:
+def test_paging_through_ranges_returns_every_neuron_once(server: RunningServer, fitted: FitResult) -> None:
     seen: list[dict[str, Any]] = []
     params: dict[str, Any] = {"limit": 9, "ranking": "selectivity", "tau": 2, "layer": -2}
     for _ in range(4):
@@ -196,7 +196,7 @@ def test_rejected_method_lists_the_allowed_methods(server: RunningServer) -> Non
     assert server.http.get("/v1/range-sets/active").status_code == 405, "'active' is not the id of a range set"
 
 
-def test_neuron_has_statistics_of_every_concept(server: RunningServer, fitted: Fitted) -> None:
+def test_neuron_has_statistics_of_every_concept(server: RunningServer, fitted: FitResult) -> None:
     neuron = server.http.get("/v1/neurons/-1/7").json()
     assert (neuron["layer"], neuron["neuron"], len(neuron["edges"])) == (2, 7, 65)
     inspect = fitted.inspect[2]

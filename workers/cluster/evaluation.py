@@ -1,23 +1,17 @@
 """Measuring on a pool of models: chunk by chunk, so in the very batches of one process, and with its outcomes."""
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from range_store.domain.plan import resolve
 from range_store.domain.range_set import RangeSet
 from workers.cluster.model_pool import ActorFunction, ModelPool
-from workers.evaluation.measure import (
-    MeasureCancelled,
-    MeasureProgress,
-    Measurer,
-    MeasureRun,
-    batches_of,
-    start_measuring,
-)
+from workers.evaluation.measure import Measurer, MeasureRun, batches_of, start_measuring
 from workers.evaluation.measures import Labels, Outcomes
 from workers.evaluation.settings import EvaluationSettings, Setting
 from workers.fitting.corpus import Chunk, Corpus
+from workers.fitting.progress import ProgressCallback
 from workers.fitting.rows import CHUNK_ROWS
 from workers.models.loading import LoadedModel
 from workers.models.predictions import Head
@@ -67,15 +61,15 @@ def measure_on(
     grid: Sequence[Setting],
     settings: EvaluationSettings,
     *,
+    phase: str,
     checkpoint_dir: Path | None,
     checkpoint_seconds: float,
-    progress: Callable[[MeasureProgress], None] | None,
-    cancelled: Callable[[], bool] | None,
+    progress: ProgressCallback | None,
 ) -> tuple[Outcomes, Path | None]:
     """As `workers.evaluation.measure.measure`, on the pool; it goes on from the other's checkpoint, and so back.
 
     Raises:
-        NotFitted, UnknownConcept, InvalidErasure, MeasureCancelled: as there.
+        NotFitted, UnknownConcept, InvalidErasure: as there.
         ModelError, ClusterError: see `ModelPool`.
     """
     for setting in grid:  # what cannot be resolved should be known here
@@ -90,17 +84,13 @@ def measure_on(
         corpus,
         grid,
         settings,
+        phase=phase,
         checkpoint_dir=checkpoint_dir,
         checkpoint_seconds=checkpoint_seconds,
     )
     outcomes = under_way.outcomes
     outcomes.turns[0] = 0  # a batch that one process was at is measured anew
 
-    def tick() -> None:
-        if cancelled is not None and cancelled():
-            raise MeasureCancelled
-
-    pool.check_cancelled = tick
     job = ActorFunction[Asked, Outcomes].of(Answering, _Known(range_set, tuple(grid), settings, about.head))
     try:
         for asked, part, _ in pool.map(job, _left(under_way)):
@@ -113,7 +103,7 @@ def measure_on(
     except BaseException:
         under_way.save()
         raise
-    return under_way.end()
+    return under_way.result()
 
 
 def _left(under_way: MeasureRun) -> Iterator[Asked]:

@@ -4,7 +4,7 @@ An actor gets a *span*, some chunks in a row, and gives each chunk's moments and
 are counted in by the order of the chunks, into the same fitter and checkpoint as in one process.
 """
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from itertools import islice
 from typing import Unpack
@@ -14,21 +14,12 @@ import numpy.typing as npt
 
 from range_store.domain.range_set import FitSettings
 from workers.cluster.model_pool import ActorFunction, ModelPool
-from workers.fitting.checkpoint import ChunkStates
 from workers.fitting.corpus import Chunk, Corpus
-from workers.fitting.fit import (
-    FitCancelled,
-    FitOptions,
-    FitProgress,
-    FitRun,
-    Fitted,
-    add_chunk,
-    record_sample,
-    record_states,
-    start_fit,
-)
+from workers.fitting.fit import FitOptions, FitResult, FitRun, add_chunk, start_fit
 from workers.fitting.fitter import Part, RangeFitter
 from workers.fitting.probe import ProbeSample
+from workers.fitting.progress import ProgressCallback
+from workers.fitting.recording import record_chunk, record_sample
 from workers.fitting.rows import CHUNK_ROWS
 from workers.models.loading import LoadedModel
 
@@ -97,10 +88,10 @@ class Counting:
         moments = []
         truncated = empty = 0
         for chunk in span.chunks:
-            states, cut, without = record_states(self._model, chunk, settings, None, _go_on)
+            states = record_chunk(self._model, chunk, settings)
             room = span.room and {name: most - fitter.counts[name] for name, most in span.room.items()}
             moments.append(add_chunk(fitter, chunk, states, room))
-            truncated, empty = truncated + cut, empty + without
+            truncated, empty = truncated + states.truncated, empty + states.empty
         counts = fitter.histogram if len(span.chunks) * CHUNK_ROWS >= 1 << 16 else fitter.histogram.astype(np.uint16)
         part = Part(tuple(moments), counts, fitter.edges, fitter.sample)
         return Counted(part, fitter.counts, truncated, empty)
@@ -113,60 +104,49 @@ class Sampling:
         self._model, self._settings = model, settings
 
     def __call__(self, sample: Sample) -> npt.NDArray[np.float32]:
-        return record_sample(self._model, sample.chunk, self._settings, _go_on)
-
-
-def _go_on(now: ChunkStates) -> None:
-    """Nothing is to be done between the batches of a chunk."""
+        return record_sample(self._model, sample.chunk, self._settings)
 
 
 def fit_on(
     pool: ModelPool,
     corpus: Corpus,
     *,
-    progress: Callable[[FitProgress], None] | None = None,
-    cancelled: Callable[[], bool] | None = None,
-    **choices: Unpack[FitOptions],
-) -> Fitted:
+    progress: ProgressCallback | None = None,
+    **options: Unpack[FitOptions],
+) -> FitResult:
     """Fit ranges of every concept of `corpus` on the pool. Stopped, it goes on with the span that is due, here or in
     one process with as many threads as an actor.
 
     Args:
-        choices: those of `workers.fitting.fit.start_fit`.
+        options: those of `workers.fitting.fit.start_fit`.
 
     Raises:
-        InvalidErasure, CorpusError, FitCancelled: as `workers.fitting.fit.fit`.
+        InvalidErasure, CorpusError: as `workers.fitting.fit.fit`.
         ModelError, ClusterError: see `ModelPool`.
     """
     about = pool.model_info
-    under_way = start_fit(about.identity, about.dtype, about.head, about.threads, corpus, **choices)
+    under_way = start_fit(about.identity, about.dtype, about.head, about.threads, corpus, **options)
+    under_way.unfinished = None  # an actor does a chunk as a whole
     spans = _Spans(under_way, pool.layout.actors)
 
-    def tick() -> None:
-        if cancelled is not None and cancelled():
-            raise FitCancelled
-
-    pool.check_cancelled = tick
     whole = True
     try:
         for result, seconds in _counted(pool, under_way, spans):
             whole = False
             under_way.fitter.merge(result.part)
-            counters = under_way.counters
-            counters.next_chunk += len(result.part.moments)
-            counters.truncated += result.truncated
-            counters.empty += result.empty
+            under_way.next_chunk += len(result.part.moments)
+            under_way.truncated += result.truncated
+            under_way.empty += result.empty
             whole = True
             spans.learn(seconds / len(result.part.moments))
             if progress is not None:
-                progress(under_way.progress(under_way.rows_done, spans.resumed))
-            if under_way.checkpoint and under_way.checkpoint.due:
-                under_way.checkpoint.save(under_way.fitter, counters, None)
+                progress(under_way.progress(spans.resumed))
+            under_way.save_if_due()
     except BaseException:
-        if under_way.checkpoint and whole and under_way.rows_done > spans.resumed:
-            under_way.checkpoint.save(under_way.fitter, under_way.counters, None)
+        if whole and under_way.rows_done > spans.resumed:
+            under_way.save()
         raise
-    return under_way.end()
+    return under_way.result()
 
 
 class _Spans:
@@ -174,8 +154,8 @@ class _Spans:
 
     def __init__(self, under_way: FitRun, actors: int) -> None:
         self._pass, self._actors = under_way, actors
-        self._chunks = under_way.corpus.chunks(under_way.counters.next_chunk)
-        self._left = -(-len(under_way.corpus) // CHUNK_ROWS) - under_way.counters.next_chunk
+        self._chunks = under_way.corpus.chunks(under_way.next_chunk)
+        self._left = -(-len(under_way.corpus) // CHUNK_ROWS) - under_way.next_chunk
         self._length = 1
         self.resumed = under_way.rows_done
 
@@ -192,7 +172,7 @@ class _Spans:
         self._left -= len(chunks)
         sample = self._pass.fitter.sample
         first, end = chunks[0].index * CHUNK_ROWS, (chunks[-1].index + 1) * CHUNK_ROWS
-        return Span(chunks, None if sample is None else sample.between(first, end).rows, self._pass.room())
+        return Span(chunks, None if sample is None else sample.between(first, end).rows, self._pass.remaining())
 
     def __iter__(self) -> Iterator[Span]:
         while (span := self.next()) is not None:
@@ -215,7 +195,7 @@ def _counted(pool: ModelPool, under_way: FitRun, spans: _Spans) -> Iterator[tupl
         known = replace(known, edges=under_way.fitter.edges)
     job = ActorFunction[Span, Counted].of(Counting, known)
     for span, result, seconds in pool.map(job, iter(spans)):
-        room = under_way.room()
+        room = under_way.remaining()
         if room is not None and any(count > room[name] for name, count in result.taken.items()):
             # spans before it took more than was known when it was handed out: with what is left now, it takes less
             result = pool.call(job, replace(span, room=room))

@@ -63,7 +63,7 @@ def make_classifier(directory: Path, report: Report, *, rebuild: bool = False) -
                 made,
                 TrainSettings(epochs=EPOCHS, learning_rate=LEARNING_RATE, seed=SEED),
                 overwrite=True,
-                progress=lambda now: report("training MiniLM", now.steps_done, now.steps_total),
+                progress=lambda now: report("training MiniLM", now.done, now.total),
             )
     return made
 
@@ -91,9 +91,7 @@ def prepare(directory: Path, store: RangeStore, report: Report, *, rebuild: bool
     if fitted and not rebuild:
         chosen = fitted[0]
     else:
-        made = fit(
-            model, learned, layers="all", progress=lambda now: report("fitting ranges", now.rows_done, now.rows_total)
-        )
+        made = fit(model, learned, layers="all", progress=lambda now: report("fitting ranges", now.done, now.total))
         chosen = store.publish(made.range_set, made.inspect)
     if store.live().range_set != chosen:
         store.activate(chosen, force=True, by="demo", reason="neuronlens demo")
@@ -102,7 +100,7 @@ def prepare(directory: Path, store: RangeStore, report: Report, *, rebuild: bool
         store.read(chosen),
         corpus("test"),
         EvaluationSettings(top_fractions=(1.0,)),
-        progress=lambda _, now: report("measuring on held-out sentences", now.rows_done, now.rows_total),
+        progress=lambda now: report("measuring on held-out sentences", now.done, now.total),
     )
     mean = evaluation.rows[-1]
     n_texts = sum(row.n_target for row in evaluation.rows[: len(CONCEPTS)])

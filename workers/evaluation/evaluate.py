@@ -1,7 +1,7 @@
 """An evaluation: settings chosen on texts of their own, measured on test texts, as rows with intervals."""
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from functools import partial
 from pathlib import Path
@@ -9,17 +9,14 @@ from typing import Any, Protocol, TypedDict, Unpack
 
 from range_store.domain.range_set import ModelIdentity, RangeSet
 from workers.evaluation.bootstrap import Bootstrap
-from workers.evaluation.measure import CHECKPOINT_SECONDS, MeasureCancelled, MeasureProgress, measure, truth_of
+from workers.evaluation.measure import CHECKPOINT_SECONDS, measure, truth_of
 from workers.evaluation.measures import Outcomes, Row, Summary
 from workers.evaluation.selection import Choice, choose
 from workers.evaluation.settings import EvaluationSettings, Setting, grid
 from workers.evaluation.workload import Workload
 from workers.fitting.corpus import Corpus, match_labels
+from workers.fitting.progress import ProgressCallback
 from workers.models.loading import LoadedModel
-
-EvaluationCancelled = MeasureCancelled
-Progress = Callable[[str, MeasureProgress], None]
-"""Told what is measured, "choosing" or "measuring", and how far that is."""
 
 
 class EvaluationError(Exception):
@@ -51,10 +48,10 @@ class Measure(Protocol):
         grid: Sequence[Setting],
         settings: EvaluationSettings,
         *,
+        phase: str,
         checkpoint_dir: Path | None,
         checkpoint_seconds: float,
-        progress: Callable[[MeasureProgress], None] | None,
-        cancelled: Callable[[], bool] | None,
+        progress: ProgressCallback | None,
     ) -> tuple[Outcomes, Path | None]: ...
 
 
@@ -64,8 +61,7 @@ class EvaluationOptions(TypedDict, total=False):
     selection: Corpus | None
     checkpoint_dir: Path | None
     checkpoint_seconds: float
-    progress: Progress | None
-    cancelled: Callable[[], bool] | None
+    progress: ProgressCallback | None
 
 
 def evaluate(
@@ -89,8 +85,7 @@ def evaluate_by(
     selection: Corpus | None = None,
     checkpoint_dir: Path | None = None,
     checkpoint_seconds: float = CHECKPOINT_SECONDS,
-    progress: Progress | None = None,
-    cancelled: Callable[[], bool] | None = None,
+    progress: ProgressCallback | None = None,
 ) -> Evaluation:
     """Erase each target in each setting, and measure its texts and all others.
 
@@ -105,7 +100,6 @@ def evaluate_by(
         CorpusError: labels of `test` or `selection` that the model does not have; both sides are listed.
         EvaluationError: a target without ranges, or no text that is left to measure.
         NotFitted, InvalidErasure: the range set cannot serve a setting.
-        EvaluationCancelled: `cancelled` said so.
     """
     started = time.monotonic()
     match_labels(test.concepts, model.labels)
@@ -114,19 +108,18 @@ def evaluate_by(
     check_targets(settings, range_set.concepts)
     settings_of_grid = list(grid(settings, groups, targets))
 
-    def rows_on(corpus: Corpus, what: str) -> tuple[list[Row], Path | None]:
-        return _rows(
-            measure,
-            model,
+    def rows_on(corpus: Corpus, phase: str) -> tuple[list[Row], Path | None]:
+        outcomes, path = measure(
             range_set,
             corpus,
             settings_of_grid,
             settings,
-            checkpoint_dir,
-            checkpoint_seconds,
-            None if progress is None else lambda now: progress(what, now),
-            cancelled,
+            phase=phase,
+            checkpoint_dir=checkpoint_dir,
+            checkpoint_seconds=checkpoint_seconds,
+            progress=progress,
         )
+        return _rows(outcomes, corpus, model.labels, settings_of_grid, settings), path
 
     choices: tuple[Choice, ...] = ()
     chosen_path = None
@@ -161,39 +154,19 @@ def check_targets(settings: EvaluationSettings, concepts: Sequence[str]) -> None
 
 
 def _rows(
-    measure: Measure,
-    model: ModelIdentity,
-    range_set: RangeSet,
-    corpus: Corpus,
-    settings_of_grid: Sequence[Setting],
-    settings: EvaluationSettings,
-    checkpoint_dir: Path | None,
-    checkpoint_seconds: float,
-    progress: Callable[[MeasureProgress], None] | None,
-    cancelled: Callable[[], bool] | None,
-) -> tuple[list[Row], Path | None]:
-    outcomes, path = measure(
-        range_set,
-        corpus,
-        settings_of_grid,
-        settings,
-        checkpoint_dir=checkpoint_dir,
-        checkpoint_seconds=checkpoint_seconds,
-        progress=progress,
-        cancelled=cancelled,
-    )
+    outcomes: Outcomes, corpus: Corpus, labels: tuple[str, ...], grid: Sequence[Setting], settings: EvaluationSettings
+) -> list[Row]:
     if not outcomes.used.any():
         raise EvaluationError(f"{corpus.name}: no text is left to measure")
-    labels = model.labels
     truth = truth_of(corpus, labels)
     bootstrap = Bootstrap(truth[outcomes.used], settings.resamples, settings.seed)
     summary = Summary(outcomes, truth, labels, bootstrap, settings.others)
     rows: list[Row] = []
-    place = 0
-    for setting in settings_of_grid:
-        rows += summary.rows(setting.erasures, place, setting.positions)
-        place += len(setting.erasures)
-    return rows, path
+    first = 0
+    for setting in grid:
+        rows += summary.rows(setting.erasures, first, setting.positions)
+        first += len(setting.erasures)
+    return rows
 
 
 def _offers_a_choice(settings_of_grid: Sequence[Setting]) -> bool:

@@ -1,19 +1,13 @@
 """One pass over labelled texts: the trunk once, and a tail for every erasure of every setting."""
 
-import hashlib
-import json
-import logging
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
 import numpy.typing as npt
-from safetensors import SafetensorError
-from safetensors.numpy import load_file, save_file
 
-from range_store.atomic_files import atomic_write
 from range_store.domain.erasure import Positions
 from range_store.domain.plan import resolve
 from range_store.domain.range_set import ModelIdentity, RangeSet
@@ -21,7 +15,9 @@ from workers.engine.forward import WHOLE_PASS, PlanSweep, open_trunk
 from workers.engine.masks import DevicePlan
 from workers.evaluation.measures import Labels, Outcomes
 from workers.evaluation.settings import EvaluationSettings, Layers, Setting
+from workers.fitting.checkpoint import Checkpoint, checkpoint_path
 from workers.fitting.corpus import Chunk, Corpus
+from workers.fitting.progress import Progress, ProgressCallback
 from workers.fitting.rows import CHUNK_ROWS
 from workers.models.errors import PredictsNoLabels
 from workers.models.loading import LoadedModel
@@ -29,32 +25,9 @@ from workers.models.predictions import Head
 from workers.models.steered import Trunk
 from workers.models.tokens import TokenBatch, length_sorted
 
-logger = logging.getLogger(__name__)
-
 CHECKPOINT_SECONDS = 30.0
-LONGEST = 50.0
-"""Seconds between two checkpoints at most, whatever one costs."""
 _HEAD = 0.1
 """What a head costs, in blocks; only shares of progress depend on it."""
-_ARRAYS = tuple(each.name for each in fields(Outcomes) if each.name != "head")
-
-
-@dataclass(frozen=True)
-class MeasureProgress:
-    """How far the measuring is; `resumed_rows` were done by an earlier run.
-
-    `share`: of the work, in [0, 1]; a row of a long text is more work than one of a short text.
-    """
-
-    rows_done: int
-    rows_total: int
-    seconds: float
-    resumed_rows: int
-    share: float
-
-
-class MeasureCancelled(Exception):
-    """Stopped by its caller; the checkpoint remains."""
 
 
 def truth_of(corpus: Corpus, labels: Sequence[str]) -> Labels:
@@ -79,21 +52,23 @@ def measure(
     grid: Sequence[Setting],
     settings: EvaluationSettings,
     *,
+    phase: str = "measuring",
     checkpoint_dir: Path | None = None,
     checkpoint_seconds: float = CHECKPOINT_SECONDS,
-    progress: Callable[[MeasureProgress], None] | None = None,
-    cancelled: Callable[[], bool] | None = None,
+    progress: ProgressCallback | None = None,
 ) -> tuple[Outcomes, Path | None]:
-    """Outcomes of every text under every erasure of `grid`, in its order; and the checkpoint, to be removed at the end.
+    """Outcomes of every text under every erasure of `grid`, in its order; and the checkpoint, to be deleted at the end.
 
-    Killed and started again with the same arguments, it goes on from the checkpoint and ends in the very same bits.
+    Killed and started again with the same arguments, it resumes from the checkpoint and ends in the same bits.
+
+    Args:
+        phase: name of this measurement in its progress.
 
     Raises:
         NotFitted, UnknownConcept, InvalidErasure: the range set cannot serve a setting.
         PredictsNoLabels: a regression model.
-        MeasureCancelled: `cancelled` said so.
     """
-    under_way = start_measuring(
+    run = start_measuring(
         model.identity,
         model.dtype,
         model.head,
@@ -101,30 +76,25 @@ def measure(
         corpus,
         grid,
         settings,
+        phase=phase,
         checkpoint_dir=checkpoint_dir,
         checkpoint_seconds=checkpoint_seconds,
     )
-    outcomes = under_way.outcomes
     measurer = Measurer(model, range_set, grid, settings)
-
-    def before_turn() -> None:
-        if cancelled is not None and cancelled():
-            raise MeasureCancelled
-
     for at, batch, before, own in batches(model, corpus, settings.batch_tokens):
-        if outcomes.done[at].all():
+        if run.outcomes.done[at].all():
             continue
 
         def after_turn(share: float, before: float = before, own: float = own) -> None:
-            under_way.save_if_due()
-            if progress is not None and share < 1:  # the end of a batch is told when it is stored
-                progress(under_way.progress(before + share * own))
+            run.save_if_due()
+            if progress is not None and share < 1:  # the end of a batch is reported once its texts are done
+                progress(run.progress(before + share * own))
 
-        measurer.add(outcomes, at, batch, under_way.truth[at], before_turn, after_turn)
+        measurer.add(run.outcomes, at, batch, run.truth[at], after_turn)
+        run.save_if_due()
         if progress is not None:
-            progress(under_way.progress(before + own))
-        under_way.save_if_due()
-    return under_way.end()
+            progress(run.progress(before + own))
+    return run.result()
 
 
 class Measurer:
@@ -143,7 +113,6 @@ class Measurer:
         at: npt.NDArray[np.int64],
         batch: TokenBatch,
         truth: Labels,
-        before_turn: Callable[[], None] = lambda: None,
         after_turn: Callable[[float], None] = lambda share: None,
     ) -> None:
         """Put what the model says of a batch, texts `at`, into `outcomes`.
@@ -165,7 +134,6 @@ class Measurer:
         blocks = model.identity.n_layers - 1
         costs = np.cumsum([(blocks - sweep.split + _HEAD) * (turn.stop - turn.start) for sweep, turn in turns])
         for number, (sweep, turn) in enumerate(turns):
-            before_turn()
             if number >= before and outcomes.used[at].any():  # a batch that was under way goes on where it was
                 logits = sweep.plans.logits(model.steered, batch, trunks[sweep.split], turn)
                 outcomes.add(sweep.places[turn], at, logits.float().cpu().numpy(), log, truth)
@@ -176,46 +144,43 @@ class Measurer:
 
 @dataclass(eq=False)
 class MeasureRun:
-    """A measuring that is under way."""
+    """A measurement that is under way. resumed: texts that an earlier run measured."""
 
+    phase: str
     corpus: Corpus
     settings: EvaluationSettings
     truth: Labels
     outcomes: Outcomes
-    checkpoint: Path | None
-    seconds: float
-    resumed: int
+    checkpoint: Checkpoint | None
     started: float = field(default_factory=time.monotonic)
-    _saved: float = field(default_factory=time.monotonic)
-    _cost: float = 0.0
+    resumed: int = field(init=False)
 
-    def progress(self, share: float | None = None) -> MeasureProgress:
-        """How far it is; without a share of the work, that of the rows."""
+    def __post_init__(self) -> None:
+        self.resumed = int(self.outcomes.done.sum())
+
+    def progress(self, share: float | None = None) -> Progress:
+        """How far the measurement is. share: of the work that is done; None: that of the rows."""
         done, total = int(self.outcomes.done.sum()), len(self.corpus)
         seconds = time.monotonic() - self.started
-        return MeasureProgress(done, total, seconds, self.resumed, done / total if share is None else share)
+        return Progress(self.phase, done, total, seconds, self.resumed, done / total if share is None else share)
 
     def save_if_due(self) -> None:
-        """Write the checkpoint now and then: one that is slow to write less often, down to `LONGEST`; 0: always."""
-        every = min(max(self.seconds, 20 * self._cost), LONGEST) if self.seconds else 0.0
-        if time.monotonic() - self._saved >= every:
+        """Save the checkpoint if there is one and it is time."""
+        if self.checkpoint is not None and self.checkpoint.due:
             self.save()
 
     def save(self) -> None:
-        """Write the checkpoint, if there is to be one."""
-        if self.checkpoint is None:
-            return
-        started = time.monotonic()
-        with atomic_write(self.checkpoint) as partial:
-            save_file({name: np.ascontiguousarray(getattr(self.outcomes, name)) for name in _ARRAYS}, partial)
-        self._saved = time.monotonic()
-        self._cost = self._saved - started
+        """Save the checkpoint, if there is one."""
+        if self.checkpoint is not None:
+            self.checkpoint.save(self.outcomes.arrays())
 
-    def end(self) -> tuple[Outcomes, Path | None]:
-        """Outcomes of a measuring that is done, and its checkpoint."""
-        if self.settings.rows_per_class is not None:
-            _cap(self.outcomes.used, self.truth, self.settings.rows_per_class)
-        return self.outcomes, self.checkpoint
+    def result(self) -> tuple[Outcomes, Path | None]:
+        """Outcomes when all texts are measured, and the path of the checkpoint."""
+        if (limit := self.settings.rows_per_class) is not None:
+            used = self.outcomes.used
+            for label in np.unique(self.truth):
+                used[np.flatnonzero(used & (self.truth == label))[limit:]] = False
+        return self.outcomes, self.checkpoint.path if self.checkpoint else None
 
 
 def start_measuring(
@@ -227,27 +192,29 @@ def start_measuring(
     grid: Sequence[Setting],
     settings: EvaluationSettings,
     *,
+    phase: str,
     checkpoint_dir: Path | None,
     checkpoint_seconds: float,
 ) -> MeasureRun:
-    """A measuring at its start, or where a checkpoint left it.
+    """A measurement at its start, or where a checkpoint left it.
 
     Args:
         dtype: of the model's parameters. head: how its logits are read.
 
     Raises:
-        PredictsNoLabels: it is a regression model.
+        PredictsNoLabels: a regression model.
     """
     if head == "none":
         raise PredictsNoLabels(model.id, "an evaluation")
-    n_erasures = sum(len(setting.erasures) for setting in grid)
-    outcomes = Outcomes.empty(n_erasures, len(corpus), head)
+    outcomes = Outcomes.empty(sum(len(setting.erasures) for setting in grid), len(corpus), head)
     checkpoint = None
-    if checkpoint_dir:
-        checkpoint = _checkpoint_path(checkpoint_dir, model, dtype, range_set, corpus, grid, settings)
-        outcomes = _load(checkpoint, outcomes)
-    truth = truth_of(corpus, model.labels)
-    return MeasureRun(corpus, settings, truth, outcomes, checkpoint, checkpoint_seconds, int(outcomes.done.sum()))
+    if checkpoint_dir is not None:
+        checkpoint_dir.mkdir(parents=True, exist_ok=True)
+        erasures = [(each.positions, [erasure.model_dump(mode="json") for erasure in each.erasures]) for each in grid]
+        inputs = (model.fingerprint, dtype, range_set.id, corpus.sha256, settings.as_json(), erasures)
+        checkpoint = Checkpoint(checkpoint_path(checkpoint_dir, ".measuring-", *inputs), checkpoint_seconds)
+        outcomes = checkpoint.load(outcomes.restored, outcomes)
+    return MeasureRun(phase, corpus, settings, truth_of(corpus, model.labels), outcomes, checkpoint)
 
 
 def batches(
@@ -308,43 +275,3 @@ def _trunks(
     logits = trunks[0].logits
     assert logits is not None
     return logits.float().cpu().numpy(), dict(zip(splits, trunks, strict=True))
-
-
-def _cap(used: npt.NDArray[np.bool_], truth: Labels, most: int) -> None:
-    """Leave the first `most` used texts of each class."""
-    for label in np.unique(truth):
-        used[np.flatnonzero(used & (truth == label))[most:]] = False
-
-
-def _checkpoint_path(
-    directory: Path,
-    model: ModelIdentity,
-    dtype: str,
-    range_set: RangeSet,
-    corpus: Corpus,
-    grid: Sequence[Setting],
-    settings: EvaluationSettings,
-) -> Path:
-    """Named by everything that the outcomes depend on."""
-    directory.mkdir(parents=True, exist_ok=True)
-    digest = hashlib.sha256()
-    for part in (model.fingerprint, dtype, range_set.id, corpus.sha256):
-        digest.update(part.encode())
-    digest.update(json.dumps(settings.as_json(), sort_keys=True).encode())
-    for setting in grid:
-        digest.update(repr((setting.positions, [erasure.model_dump_json() for erasure in setting.erasures])).encode())
-    return directory / f".measuring-{digest.hexdigest()[:20]}.safetensors"
-
-
-def _load(path: Path, fresh: Outcomes) -> Outcomes:
-    if not path.exists():
-        return fresh
-    try:
-        arrays = load_file(path)
-        loaded = Outcomes(**{name: arrays[name].copy() for name in _ARRAYS}, head=fresh.head)
-        if loaded.predicted.shape != fresh.predicted.shape or loaded.kl.shape != fresh.kl.shape:
-            raise ValueError("another shape")
-    except (SafetensorError, OSError, KeyError, ValueError) as error:
-        logger.warning("the checkpoint %s cannot be read (%s): starting over", path, error)
-        return fresh
-    return loaded

@@ -10,6 +10,7 @@ import numpy.typing as npt
 from range_store.domain.erasure import Damp, Erasure
 from workers.evaluation.bootstrap import Bootstrap
 from workers.evaluation.settings import Others
+from workers.fitting.checkpoint import Arrays
 from workers.models.predictions import CHANCE, NO_LABEL, Head, predicted_labels
 
 Floats = npt.NDArray[np.float64]
@@ -54,6 +55,17 @@ class Outcomes:
             np.zeros(1, np.int64),
             head,
         )
+
+    def arrays(self) -> Arrays:
+        """Everything but the head as arrays, for a checkpoint."""
+        return {name: value for name, value in vars(self).items() if name != "head"}
+
+    def restored(self, arrays: Arrays) -> "Outcomes":
+        """What `arrays` gave. Raises KeyError or ValueError if it is not of as many texts and erasures as these."""
+        found = Outcomes(**{name: arrays[name].copy() for name in self.arrays()}, head=self.head)
+        if found.kl.shape != self.kl.shape:
+            raise ValueError("other numbers of texts or erasures")
+        return found
 
     def add_base(self, at: npt.NDArray[np.int64], logits: npt.NDArray[np.float32], truth: Labels) -> Floats:
         """Put the unmasked model's logits [B, K] of texts `at` in; gives their `log_probabilities`."""

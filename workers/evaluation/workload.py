@@ -1,17 +1,17 @@
-"""How much work an evaluation is: its size, told before it begins, and an estimate, after the first seconds of it."""
+"""How much work an evaluation is: its size in words, and an estimate of its duration after the first seconds."""
 
 from collections.abc import Callable
 
 from range_store.formatting import format_count, format_duration
-from workers.evaluation.measure import MeasureProgress
 from workers.evaluation.settings import EvaluationSettings
+from workers.fitting.progress import Progress
 
-SEEN_SECONDS = 5.0
-"""Seconds of measuring that an estimate is made from."""
-TOLD_SECONDS = 60.0
-"""An estimate of less is not worth telling."""
+MEASURED_SECONDS = 5.0
+"""Seconds of progress that an estimate is made from."""
+SHORT_SECONDS = 60.0
+"""Shorter estimates are not reported."""
 LONG_SECONDS = 3600.0
-"""An evaluation that takes longer is warned of."""
+"""Longer estimates come with a warning, and with advice on how to make the evaluation shorter."""
 
 
 class Workload:
@@ -52,32 +52,33 @@ class Workload:
 
 
 class Estimate:
-    """Watches progress, and tells once how long the whole takes.
+    """Watches the progress of an evaluation, and says once how long the whole will take.
 
     Args:
-        tell: called with one line.
+        say: called with one line.
     """
 
-    def __init__(self, work: Workload, tell: Callable[[str], None]) -> None:
-        self._work, self._tell = work, tell
-        self._what, self._told = "", False
+    def __init__(self, work: Workload, say: Callable[[str], None]) -> None:
+        self._work, self._say = work, say
+        self._first: Progress | None = None
+        self._said = False
 
-    def __call__(self, what: str, now: MeasureProgress) -> None:
-        """Told of progress; `what` is "choosing settings" first, if settings are chosen, and then "measuring"."""
-        if what != self._what:
-            self._what, self._first = what, now
+    def __call__(self, now: Progress) -> None:
+        """Take in progress of the phase "choosing settings", if settings are chosen, and then of "measuring"."""
+        if self._first is None or self._first.phase != now.phase:
+            self._first = now
         seconds, share = now.seconds - self._first.seconds, now.share - self._first.share
-        if self._told or seconds < SEEN_SECONDS or share <= 0:
+        if self._said or seconds < MEASURED_SECONDS or share <= 0:
             return
-        self._told = True
+        self._said = True
         work = self._work
         left = seconds * (1 - now.share) / share
-        if what != "measuring":
+        if now.phase != "measuring":
             left += seconds / share * work.texts / work.choosing
         if left >= LONG_SECONDS:
-            self._tell(
-                f"warning: this takes about {format_duration(left)} more ({work}). To shorten it: {work.advice()}. "
-                "It can be stopped: the same command goes on where it was"
+            self._say(
+                f"warning: this will take about {format_duration(left)} more ({work}). To shorten it: {work.advice()}. "
+                "It can be stopped: the same command resumes it"
             )
-        elif left >= TOLD_SECONDS:
-            self._tell(f"this takes about {format_duration(left)} more")
+        elif left >= SHORT_SECONDS:
+            self._say(f"this will take about {format_duration(left)} more")

@@ -1,112 +1,70 @@
-"""A fit's statistics so far in one file, so that a fit that was killed goes on and ends in the very same bits."""
+"""A job's state in one file, written now and then, so that a job that was killed resumes and ends in the same bits."""
 
 import hashlib
 import json
 import logging
 import time
-from dataclasses import dataclass, field
+from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import numpy.typing as npt
 from safetensors import SafetensorError
 from safetensors.numpy import load_file, save_file
 
-from range_store.atomic_files import atomic_write, make_private_directory, remove_partial_files
-from range_store.domain.range_set import FitSettings, ModelIdentity
-from workers.fitting.corpus import Corpus
-from workers.fitting.fitter import RangeFitter
+from range_store.atomic_files import atomic_write
 
 logger = logging.getLogger(__name__)
 
-LONGEST = 45.0
-"""Seconds between two checkpoints at most, whatever one costs: a kill loses less than a minute."""
+MAX_INTERVAL = 45.0
+"""Seconds between two saves at most, whatever one costs: a kill loses less than a minute of work."""
+MAX_COST = 0.05
+"""Share of the time that saving may take, up to `MAX_INTERVAL`."""
+
+Arrays = dict[str, npt.NDArray[Any]]
+State = TypeVar("State")
 
 
-@dataclass(eq=False)
-class ChunkStates:
-    """States [n, L, D] of one chunk's texts, as far as they are recorded.
-
-    done: texts whose batch went through, [n]; kept: those of them that count (they have tokens and, if only these
-    are wanted, the model gets them right), [n].
-    """
-
-    states: npt.NDArray[np.float32]
-    done: npt.NDArray[np.bool_]
-    kept: npt.NDArray[np.bool_]
-
-    @classmethod
-    def empty(cls, texts: int, layers: int, hidden: int) -> "ChunkStates":
-        flags = np.zeros(texts, dtype=np.bool_)
-        return cls(np.zeros((texts, layers, hidden), dtype=np.float32), flags, flags.copy())
+def checkpoint_path(directory: Path, prefix: str, *inputs: object) -> Path:
+    """The file of a job in `directory`, named by everything that its result depends on. inputs: JSON values."""
+    digest = hashlib.sha256(json.dumps(inputs).encode()).hexdigest()
+    return directory / f"{prefix}{digest[:20]}.safetensors"
 
 
-@dataclass
-class Counters:
-    """How far the fit is: chunks counted in; and texts so far that were cut, or had no token."""
-
-    next_chunk: int = 0
-    truncated: int = 0
-    empty: int = 0
-
-
-@dataclass
 class Checkpoint:
-    """One file, named by everything that the result depends on.
+    """A file of named arrays that is replaced as a whole.
 
     Args:
-        seconds: least time between two of them; one that is slow to write is written less often, down to `LONGEST`;
-            0: at every batch.
+        seconds: least time between two saves; 0: save whenever there is a chance to.
     """
 
-    path: Path
-    seconds: float
-    saved: float = field(default_factory=time.monotonic)
-    cost: float = 0.0
+    def __init__(self, path: Path, seconds: float) -> None:
+        self.path = path
+        self._seconds = seconds
+        self._saved = time.monotonic()
+        self._cost = 0.0
 
-    @classmethod
-    def of(
-        cls, directory: Path, model: ModelIdentity, corpus: Corpus, settings: FitSettings, seconds: float
-    ) -> "Checkpoint":
-        make_private_directory(directory)
-        remove_partial_files(directory, "fit-*")
-        what = json.dumps([model.fingerprint, corpus.sha256, settings.model_dump(mode="json")])
-        return cls(directory / f"fit-{hashlib.sha256(what.encode()).hexdigest()[:20]}.safetensors", seconds)
-
-    def load(self, fitter: RangeFitter) -> tuple[Counters, ChunkStates | None]:
-        """Put the saved statistics into `fitter`; gives how far it was, and the chunk that was under way."""
+    def load(self, restore: Callable[[Arrays], State], fresh: State) -> State:
+        """What `restore` makes of the saved arrays; `fresh` if there are none, or they cannot be used."""
         if not self.path.exists():
-            return Counters(), None
+            return fresh
         try:
-            arrays = load_file(self.path)
-            counters = Counters(*(arrays[f"counters.{name}"].item() for name in vars(Counters())))
-            names = ("states", "done", "kept")
-            chunk = ChunkStates(*(arrays[f"chunk.{n}"].copy() for n in names)) if "chunk.states" in arrays else None
-            fitter.restore(arrays)
-            return counters, chunk
+            return restore(load_file(self.path))
         except (SafetensorError, OSError, KeyError, ValueError, TypeError) as error:
-            logger.warning("the checkpoint %s cannot be read (%s): starting over", self.path, error)
-            return Counters(), None
+            logger.warning("cannot read the checkpoint %s (%s): starting over", self.path, error)
+            return fresh
 
     @property
     def due(self) -> bool:
-        """It is time for the next one: writing takes a twentieth of the time at most, up to `LONGEST`."""
-        every = min(max(self.seconds, 20 * self.cost), max(LONGEST, self.seconds)) if self.seconds else 0.0
-        return time.monotonic() - self.saved >= every
+        """Whether it is time to save again."""
+        interval = min(max(self._seconds, self._cost / MAX_COST), max(MAX_INTERVAL, self._seconds))
+        return not self._seconds or time.monotonic() - self._saved >= interval
 
-    def save(self, fitter: RangeFitter, counters: Counters, chunk: ChunkStates | None) -> None:
-        """Write it whole or not at all.
-
-        Raises:
-            OSError: it cannot be written; names the file.
-        """
+    def save(self, arrays: Mapping[str, npt.NDArray[Any]]) -> None:
+        """Replace the file. Raises OSError, naming the file, if it cannot be written."""
         started = time.monotonic()
-        arrays: dict[str, npt.NDArray[Any]] = fitter.arrays()
-        arrays |= {f"counters.{name}": np.array(value) for name, value in vars(counters).items()}
-        if chunk is not None:
-            arrays |= {f"chunk.{name}": getattr(chunk, name) for name in ("states", "done", "kept")}
         with atomic_write(self.path) as partial:
             save_file({name: np.ascontiguousarray(array) for name, array in arrays.items()}, partial)
-        self.saved = time.monotonic()
-        self.cost = self.saved - started
+        self._saved = time.monotonic()
+        self._cost = self._saved - started

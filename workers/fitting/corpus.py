@@ -76,7 +76,7 @@ class Corpus:
     def __len__(self) -> int:
         return len(self._rows)
 
-    def warn_of_blank(self) -> None:
+    def warn_about_empty_texts(self) -> None:
         """Log how many texts are empty, if any are."""
         if self.blank:
             logger.warning("%s: %d of %d texts are empty", self.name, self.blank, len(self))
@@ -221,7 +221,7 @@ def match_labels(concepts: Sequence[str], labels: Sequence[str]) -> None:
         )
 
 
-def warn_of_shared(measured: Corpus, learned: Corpus, option: str) -> None:
+def warn_about_overlap(measured: Corpus, learned: Corpus, option: str) -> None:
     """Warn of texts to measure on that are also among those that were learned from.
 
     Args:

@@ -33,7 +33,7 @@ class ProbeSample:
         """Index of each row's concept; -1 for a row that was not seen, or was left out of the fit."""
 
     @classmethod
-    def drawn(cls, rows: int, n_layers: int, hidden: int, settings: ProbeSettings) -> "ProbeSample":
+    def draw(cls, rows: int, n_layers: int, hidden: int, settings: ProbeSettings) -> "ProbeSample":
         """A sample that the settings' seed draws from a corpus of so many rows."""
         size = min(rows, settings.rows)
         drawn = np.random.default_rng(settings.seed).choice(rows, size=size, replace=False)

@@ -5,17 +5,17 @@ from collections.abc import Sequence
 
 import numpy as np
 
-MOST = 1024
+MAX_ROWS = 1024
 """Rows that are kept at most."""
-FEWEST = 128
+MIN_ROWS = 128
 SHARE = 16
-"""One row of so many is wanted, but no fewer than `FEWEST` and no more than `MOST`."""
+"""One row of so many is wanted, but no fewer than `MIN_ROWS` and no more than `MAX_ROWS`."""
 SEED = 0
 
 
-def wanted_rows(rows: int) -> int:
+def sample_size(rows: int) -> int:
     """How many of a corpus's rows stand for all of them."""
-    return min(MOST, max(FEWEST, rows // SHARE))
+    return min(MAX_ROWS, max(MIN_ROWS, rows // SHARE))
 
 
 class RowSample:
@@ -30,11 +30,11 @@ class RowSample:
     def update(self, first: int, texts: Sequence[str], concepts: Sequence[str]) -> None:
         """Take in rows `first`, `first` + 1, …, a chunk of the corpus."""
         numbers = np.random.default_rng((SEED, first)).random(len(texts))
-        most = self._drawn[-1][0] if len(self._drawn) == MOST else 1.0
+        most = self._drawn[-1][0] if len(self._drawn) == MAX_ROWS else 1.0
         new = [
             (float(numbers[at]), first + at, texts[at], concepts[at]) for at in np.flatnonzero(numbers < most).tolist()
         ]
-        self._drawn = heapq.nsmallest(MOST, self._drawn + new)
+        self._drawn = heapq.nsmallest(MAX_ROWS, self._drawn + new)
 
     def rows(self, size: int) -> tuple[tuple[str, ...], tuple[str, ...]]:
         """Texts and concepts of so many rows of the sample, in the corpus's order."""

@@ -21,6 +21,7 @@ from transformers import Trainer, TrainerCallback, TrainingArguments, set_seed
 
 from workers.fitting.corpus import Corpus, match_labels
 from workers.fitting.errors import CorpusError
+from workers.fitting.progress import Progress, ProgressCallback
 from workers.models.errors import CheckpointError
 from workers.models.predictions import no_better_than_chance
 from workers.training.order import LengthPools
@@ -33,25 +34,7 @@ CHECKPOINT_SECONDS = 40.0
 EVAL_BATCH = 64
 
 
-class TrainingCancelled(Exception):
-    """Stopped by its caller; the checkpoint remains."""
-
-
 Phase = Literal["training", "measuring accuracy", "saving"]
-
-
-@dataclass(frozen=True)
-class TrainProgress:
-    """How far the training is, in optimiser steps, or in batches while accuracy is measured; 0 where it is not known.
-
-    `resumed_steps` were done by an earlier run.
-    """
-
-    steps_done: int
-    steps_total: int
-    seconds: float
-    resumed_steps: int
-    phase: Phase = "training"
 
 
 @dataclass(frozen=True)
@@ -102,9 +85,8 @@ def train(
     *,
     overwrite: bool = False,
     checkpoint_seconds: float = CHECKPOINT_SECONDS,
-    progress: Callable[[TrainProgress], None] | None = None,
+    progress: ProgressCallback | None = None,
     epoch: Callable[[Epoch], None] | None = None,
-    cancelled: Callable[[], bool] | None = None,
 ) -> TrainReport:
     """Train with one label per concept of `data`, and save checkpoint and tokenizer in `out`.
 
@@ -119,10 +101,9 @@ def train(
         CheckpointError: `base` cannot be loaded, `out` is in the way, or another process trains into it.
         UnsupportedModel: a family that could not be served afterwards.
         CorpusError: `data` has a single label, or `eval_data` labels that `data` does not have.
-        TrainingCancelled: `cancelled` said so.
     """
     settings = settings or TrainSettings()
-    run = _Run(settings, checkpoint_seconds, progress, epoch, cancelled, time.monotonic())
+    run = _Run(settings, checkpoint_seconds, progress, epoch)
     if not overwrite:
         _check_free(out)
     if isinstance(base, NewModel) and settings.recipe != "label-token":
@@ -163,7 +144,7 @@ def _warn_of_few(data: Corpus) -> None:
     if single:
         named = ", ".join(map(repr, single[:5])) + (", …" if len(single) > 5 else "")
         logger.warning("%s: only one row has the label %s: too few to learn it from", data.name, named)
-    data.warn_of_blank()
+    data.warn_about_empty_texts()
 
 
 def _at_chance(accuracy: float | None, measured: Corpus) -> bool:
@@ -225,23 +206,20 @@ class _Run:
         self,
         settings: TrainSettings,
         checkpoint_seconds: float,
-        progress: Callable[[TrainProgress], None] | None,
+        progress: ProgressCallback | None,
         epoch: Callable[[Epoch], None] | None,
-        cancelled: Callable[[], bool] | None,
-        started: float,
     ) -> None:
-        self.settings, self.started = settings, started
+        self.settings, self.started = settings, time.monotonic()
         self.last: Epoch | None = None
         self._checkpoint_seconds = checkpoint_seconds
-        self._progress, self._epoch, self._cancelled = progress, epoch, cancelled
+        self._progress, self._epoch = progress, epoch
         self._resumed = 0
 
     def tell(self, phase: Phase, done: int, total: int) -> None:
-        """Tell of the progress, and raise TrainingCancelled if the caller does not want the rest."""
-        if self._cancelled is not None and self._cancelled():
-            raise TrainingCancelled
+        """Report the progress to the caller."""
         if self._progress is not None:
-            self._progress(TrainProgress(done, total, time.monotonic() - self.started, self._resumed, phase))
+            seconds = time.monotonic() - self.started
+            self._progress(Progress(phase, done, total, seconds, self._resumed, done / total if total else 0.0))
 
     def __call__(self, task: Task, data: Corpus, eval_data: Corpus | None, scratch: Path) -> float | None:
         """Train to the end; the accuracy on `eval_data`."""

@@ -12,7 +12,7 @@ from app.serving.service import Service
 from app.settings import Settings
 from range_store.embedded.connection import EmbeddedRedis
 from workers.cluster.serve_status import fleet_status
-from workers.fitting.fit import Fitted
+from workers.fitting.fit import FitResult
 from workers.models.loading import LoadedModel
 
 
@@ -47,7 +47,7 @@ def open_services(
         yield start
 
 
-def activated(service: Service, fitted: Fitted) -> Service:
+def activated(service: Service, fitted: FitResult) -> Service:
     """Publish and activate ranges."""
     service.store.activate(service.store.publish(fitted.range_set, fitted.inspect))
     service.mirror.refresh()

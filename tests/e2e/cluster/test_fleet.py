@@ -36,7 +36,7 @@ from workers.engine.answers import Answer
 from workers.engine.engine import Engine
 from workers.engine.errors import DeadlineExceeded, RequestTooLarge
 from workers.engine.settings import EngineSettings
-from workers.fitting.fit import Fitted
+from workers.fitting.fit import FitResult
 from workers.models.errors import TextTooLong
 from workers.models.loading import LoadedModel
 
@@ -57,7 +57,7 @@ def stops(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def fleet(open_services: Callable[..., list[Service]], fitted: Fitted, stops: Path) -> Service:
+def fleet(open_services: Callable[..., list[Service]], fitted: FitResult, stops: Path) -> Service:
     """Two replicas, one on each node."""
 
     class Stopping(LoggedReplica):
@@ -293,7 +293,7 @@ def stopped(stops: Path) -> int | None:
 
 
 def test_second_ingress_finds_the_fleet_unless_its_settings_differ(
-    fleet: Service, open_services: Callable[..., list[Service]], fitted: Fitted
+    fleet: Service, open_services: Callable[..., list[Service]], fitted: FitResult
 ) -> None:
     (second,) = open_services("two", **PATIENT)
     with pytest.raises(OtherFleet, match="engine"):

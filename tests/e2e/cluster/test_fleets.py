@@ -24,7 +24,7 @@ from workers.cluster.launching import fleet_names
 from workers.cluster.serve_status import fleet_status
 from workers.engine.answers import Answer
 from workers.engine.errors import QueueFull, ReplicaLost
-from workers.fitting.fit import Fitted
+from workers.fitting.fit import FitResult
 from workers.models.loading import LoadedModel
 
 pytestmark = pytest.mark.full
@@ -65,7 +65,7 @@ def ingress(
 
 
 @pytest.fixture(scope="module")
-def both(ingress: Opening, fitted: Fitted) -> list[Service]:
+def both(ingress: Opening, fitted: FitResult) -> list[Service]:
     """The first ingress."""
     services = ingress()
     activated(services[0], fitted)

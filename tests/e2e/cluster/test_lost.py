@@ -19,7 +19,7 @@ from range_store.embedded.connection import EmbeddedRedis
 from range_store.storage.store import RangeStore
 from tests.processes import Running
 from tests.range_store.waiting import until
-from workers.fitting.fit import Fitted
+from workers.fitting.fit import FitResult
 from workers.models.loading import LoadedModel
 
 from ray.cluster_utils import Cluster  # isort: skip
@@ -98,7 +98,7 @@ def nodes() -> Iterator[Cluster]:
 
 @pytest.fixture
 def ingress(
-    nodes: Cluster, redis_client: redis.Redis, model: LoadedModel, fitted: Fitted, tmp_path: Path
+    nodes: Cluster, redis_client: redis.Redis, model: LoadedModel, fitted: FitResult, tmp_path: Path
 ) -> Iterator[Callable[[str], Ingress]]:
     """`ingress(node)`: starts a server on a node without CPUs, in front of one engine on another node."""
     assert isinstance(redis_client, EmbeddedRedis)

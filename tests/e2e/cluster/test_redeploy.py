@@ -23,7 +23,7 @@ from tests.workers.checkpoints import save_tiny
 from tests.workers.texts import labelled_texts
 from workers.cluster.errors import ClusterError, OtherFleet
 from workers.engine.answers import Answer
-from workers.fitting.fit import Fitted
+from workers.fitting.fit import FitResult
 from workers.models.errors import ModelError
 
 pytestmark = pytest.mark.full
@@ -89,7 +89,7 @@ def break_some_engines() -> Iterator[None]:
 
 
 @pytest.fixture(scope="module")
-def fleet(open_services: Opening, fitted: Fitted) -> Service:
+def fleet(open_services: Opening, fitted: FitResult) -> Service:
     """A fleet of two replicas, with a live erasure."""
     service = activated(open_services("rolling", replicas=2, **PATIENT)[0], fitted)
     service.store.set_erasure(LiveErasure(erasure=Erasure(concept="Sports", top_fraction=1.0)))
@@ -154,7 +154,7 @@ def test_redeploy_with_another_checkpoint_is_refused(
 
 
 def test_redeploy_without_spare_room_ends_an_engine_before_it_starts_another(
-    open_services: Opening, fitted: Fitted
+    open_services: Opening, fitted: FitResult
 ) -> None:
     choices: dict[str, Any] = {"replicas": 2, "threads": 9, **PATIENT}  # of the 16 CPUs of each of two nodes
     full = activated(open_services("full", **choices)[0], fitted)

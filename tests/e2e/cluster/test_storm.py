@@ -20,7 +20,7 @@ from tests.processes import Running
 from tests.range_store.waiting import until
 from tests.workers.texts import labelled_texts
 from workers.cluster.messages import PackedAnswer
-from workers.fitting.fit import Fitted
+from workers.fitting.fit import FitResult
 from workers.models.loading import LoadedModel
 
 pytestmark = pytest.mark.full
@@ -32,7 +32,7 @@ HOUR = 3600.0
 
 
 @pytest.fixture(scope="module")
-def fleet(open_services: Callable[..., list[Service]], fitted: Fitted) -> Service:
+def fleet(open_services: Callable[..., list[Service]], fitted: FitResult) -> Service:
     """A fleet of three replicas; its ingress is in this process."""
     return activated(open_services("storm", replicas=3, **PATIENT)[0], fitted)
 

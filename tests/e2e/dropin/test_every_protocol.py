@@ -17,7 +17,7 @@ from tests.e2e.dropin.protocols import PROTOCOLS, TEI_ERROR, Protocol, Scores, r
 from tests.range_store.waiting import until
 from tests.servers import KeyedServer, RunningServer, with_ranges
 from tests.workers.texts import labelled_texts
-from workers.fitting.fit import Fitted
+from workers.fitting.fit import FitResult
 
 TEXTS = [text for text, _ in labelled_texts(6, seed=6)]
 EVERYTHING = {"concepts": ["Sports", "World"], "top_fraction": 1.0, "tau": 3.0}
@@ -30,7 +30,7 @@ def protocol(request: pytest.FixtureRequest) -> Protocol:
 
 
 @pytest.fixture(scope="module")
-def small_server(start_module_server: Callable[..., RunningServer], fitted: Fitted) -> RunningServer:
+def small_server(start_module_server: Callable[..., RunningServer], fitted: FitResult) -> RunningServer:
     """A server that takes two short texts at a time."""
     limits = {"max_texts": 2, "max_characters": 50, "max_body_bytes": 2000, "max_queue_texts": 2}
     return with_ranges(start_module_server(**limits), fitted)

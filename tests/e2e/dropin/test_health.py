@@ -14,7 +14,7 @@ from tei_client import HttpClient
 
 from tests.e2e.dropin.protocols import TEI_ERROR, refused
 from tests.servers import KeyedServer, RunningServer, with_ranges
-from workers.fitting.fit import Fitted
+from workers.fitting.fit import FitResult
 
 
 def health_checks(url: str) -> set[bool]:
@@ -29,7 +29,7 @@ def health_checks(url: str) -> set[bool]:
         }
 
 
-def test_health_follows_readiness(start_server: Callable[..., RunningServer], fitted: Fitted) -> None:
+def test_health_follows_readiness(start_server: Callable[..., RunningServer], fitted: FitResult) -> None:
     running = start_server()  # no range set is active
     body = refused(running.http.get("/health"), 503, "not_ready")
     jsonschema.validate(body, TEI_ERROR)

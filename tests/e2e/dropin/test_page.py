@@ -9,7 +9,7 @@ import pytest
 
 from tests.docker.conftest import system_program
 from tests.servers import LABELS, RunningServer, with_ranges
-from workers.fitting.fit import Fitted
+from workers.fitting.fit import FitResult
 
 PAGE = (Path(__file__).parents[3] / "docs/dropin.md").read_text("utf-8")
 BLOCKS = re.findall(r"^```(\w*)\n(.*?)^```$", PAGE, re.MULTILINE | re.DOTALL)
@@ -17,7 +17,7 @@ PYTHON, SHELL = ([code for each, code in BLOCKS if each == language] for languag
 
 
 @pytest.fixture(scope="module")
-def demo(start_module_server: Callable[..., RunningServer], fitted: Fitted) -> RunningServer:
+def demo(start_module_server: Callable[..., RunningServer], fitted: FitResult) -> RunningServer:
     """A server whose model has the name that the page uses."""
     return with_ranges(start_module_server(name="demo-news"), fitted)
 

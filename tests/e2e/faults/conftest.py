@@ -10,7 +10,7 @@ from range_store.domain.live import LiveErasure
 from range_store.storage.store import RangeStore
 from tests.e2e.faults.processes import RedisProcess, Served
 from tests.range_store.waiting import until
-from workers.fitting.fit import Fitted
+from workers.fitting.fit import FitResult
 from workers.models.loading import LoadedModel
 
 
@@ -36,7 +36,7 @@ def store(redis_process: RedisProcess, server_process: Served) -> Iterator[Range
 
 
 @pytest.fixture
-def served(server_process: Served, store: RangeStore, fitted: Fitted) -> Served:
+def served(server_process: Served, store: RangeStore, fitted: FitResult) -> Served:
     """The server process, with an active range set and Sports erased."""
     store.activate(store.publish(fitted.range_set, fitted.inspect))
     state = store.set_erasures([LiveErasure(erasure=Erasure(concept="Sports"))])

@@ -22,7 +22,7 @@ from tests.processes import Running
 from tests.servers import RunningServer as InProcess
 from tests.servers import with_ranges
 from tests.workers.texts import labelled_texts, write_jsonl
-from workers.fitting.fit import Fitted
+from workers.fitting.fit import FitResult
 from workers.models.loading import LoadedModel
 
 FAILED, USAGE, UNREACHABLE = 1, 2, 3
@@ -38,7 +38,7 @@ app.serving.wiring._fit = functools.partial(app.serving.wiring._fit, checkpoint_
 
 
 @pytest.fixture(scope="module")
-def file(fitted: Fitted, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def file(fitted: FitResult, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """An exported range set."""
     path = tmp_path_factory.mktemp("exported") / "ranges.safetensors"
     write_archive(path, fitted.range_set, fitted.inspect)
@@ -115,7 +115,7 @@ def test_full_disk_is_reported_with_the_file(
     small_disk: SmallDisk,
     redis_process: RedisProcess,
     model: LoadedModel,
-    fitted: Fitted,
+    fitted: FitResult,
     data: Path,
     file: Path,
     tmp_path: Path,
@@ -210,7 +210,7 @@ def test_redis_without_memory_refuses_changes_and_serves_reads(
     start_redis: Callable[..., RedisProcess],
     start_server: Callable[..., InProcess],
     problem: Callable[[httpx.Response, int, str], dict[str, Any]],
-    fitted: Fitted,
+    fitted: FitResult,
     model: LoadedModel,
     data: Path,
     file: Path,

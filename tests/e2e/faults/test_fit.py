@@ -30,7 +30,7 @@ fit = wiring._fit
 
 def fit_and_die(*arguments, progress, **choices):
     def die(now):
-        if now.rows_done >= {rows}:
+        if now.done >= {rows}:
             os.kill(os.getpid(), signal.SIGKILL)
     return fit(*arguments, progress=die, **choices)
 
@@ -140,7 +140,7 @@ def test_killed_fit_publishes_nothing_and_resumes_to_the_same_range_set(
         assert fit_command.has_checkpoint()
         assert len(fit_command.stored_parts()) == parts
         assert read_everything(store, served) == {fit_command.active}
-    resumes = DIE_WHILE_FITTING.format(rows=0).replace("now.rows_done >= 0", "not now.resumed_rows")
+    resumes = DIE_WHILE_FITTING.format(rows=0).replace("now.done >= 0", "not now.resumed")
     assert fit_command.run(resumes) == 0, "a fit that starts anew is killed"
     assert fit_command.published() == {undisturbed}
     assert read_everything(store, served) == {fit_command.active, undisturbed}

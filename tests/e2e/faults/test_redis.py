@@ -23,7 +23,7 @@ from tests.processes import Running
 from tests.range_store.waiting import until
 from tests.servers import RunningServer as InProcess
 from tests.servers import with_ranges
-from workers.fitting.fit import Fitted
+from workers.fitting.fit import FitResult
 
 PROBLEM = 'neuronlens_live_state_problem{problem="%s"}'
 
@@ -183,7 +183,7 @@ def test_advice_in_the_log_restores_everything_after_redis_lost_its_data(
 
 def test_server_is_not_ready_while_its_snapshot_is_older_than_allowed(
     start_server: Callable[..., InProcess],
-    fitted: Fitted,
+    fitted: FitResult,
     start_redis: Callable[..., RedisProcess],
     problem: Callable[[httpx.Response, int, str], dict[str, Any]],
 ) -> None:

@@ -13,7 +13,7 @@ import pytest
 from range_store.storage.store import RangeStore
 from tests.e2e.faults.processes import TEXTS, RedisProcess, Served
 from tests.range_store.waiting import until
-from workers.fitting.fit import Fitted
+from workers.fitting.fit import FitResult
 from workers.models.loading import LoadedModel
 
 PATIENT = 60.0
@@ -51,7 +51,7 @@ def name_of(server: Served) -> str:
 
 @pytest.fixture
 def start_replicas(
-    redis_process: RedisProcess, model: LoadedModel, fitted: Fitted
+    redis_process: RedisProcess, model: LoadedModel, fitted: FitResult
 ) -> Iterator[Callable[..., list[Served]]]:
     """`start_replicas(2)`: server processes of one model, with an active range set."""
     name = f"replicas-{uuid.uuid4().hex[:8]}"

@@ -12,7 +12,7 @@ from range_store.storage.store import RangeStore
 from tests.e2e.faults.processes import RedisProcess
 from tests.processes import Running
 from tests.range_store.waiting import until
-from workers.fitting.fit import Fitted
+from workers.fitting.fit import FitResult
 from workers.models.loading import LoadedModel
 
 PASSWORD = "the-password-of-redis"
@@ -22,7 +22,7 @@ TEXT = "the text that no reply may repeat"
 def test_no_output_contains_a_secret_or_a_text(
     start_redis: Callable[..., RedisProcess],
     model: LoadedModel,
-    fitted: Fitted,
+    fitted: FitResult,
     tmp_path: Path,
     capsys: pytest.CaptureFixture[str],
 ) -> None:

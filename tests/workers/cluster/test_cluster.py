@@ -41,11 +41,11 @@ from workers.cluster.evaluation import measure_on
 from workers.cluster.fitting import fit_on
 from workers.cluster.model_pool import ActorFunction, ModelPool, PoolLayout
 from workers.evaluation.evaluate import EvaluationOptions, evaluate, evaluate_by
-from workers.evaluation.measure import MeasureCancelled, MeasureProgress
 from workers.evaluation.settings import EvaluationSettings
 from workers.fitting.corpus import Corpus, load_corpus
 from workers.fitting.errors import CorpusError
-from workers.fitting.fit import FitCancelled, FitOptions, FitProgress, Fitted, fit
+from workers.fitting.fit import FitOptions, FitResult, fit
+from workers.fitting.progress import Progress
 from workers.models.errors import CheckpointError
 from workers.models.loading import LoadedModel, load_model
 
@@ -105,12 +105,12 @@ CHOICES: FitOptions = {"layers": "all", "bins": 32, "batch_tokens": 2048}
 
 
 @pytest.fixture(scope="module")
-def local_fit(model: LoadedModel, corpus: Corpus) -> Fitted:
+def local_fit(model: LoadedModel, corpus: Corpus) -> FitResult:
     """The fit of one process."""
     return fit(model, corpus, **CHOICES)
 
 
-def numbers(fitted: Fitted) -> dict[str, bytes]:
+def numbers(fitted: FitResult) -> dict[str, bytes]:
     """The bytes of every array of a fit, by name."""
     found = {}
     for layer, serve in fitted.range_set.layers.items():
@@ -161,7 +161,7 @@ def test_model_that_does_not_load_is_an_error(cluster: Cluster, tmp_path: Path) 
 
 
 def test_interrupted_command_ends_its_cluster_and_can_be_resumed(
-    cluster: Cluster, source: str, local_fit: Fitted, path: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    cluster: Cluster, source: str, local_fit: FitResult, path: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """Interrupted on a private cluster, resumed on that of this file. Only the result is on stdout."""
     command = ["fit", "--model", source, "--data", str(path), "--layer", "all", "--bins", "32", "--threads", "1"]
@@ -216,14 +216,14 @@ def test_evaluate_writes_the_results_of_one_process(
 
 @pytest.mark.parametrize("written", WRITERS)
 def test_fit_is_that_of_one_process_for_every_file_format(
-    pool: ModelPool, local_fit: Fitted, corpus: Corpus, written: str, tmp_path: Path
+    pool: ModelPool, local_fit: FitResult, corpus: Corpus, written: str, tmp_path: Path
 ) -> None:
     found = on_cluster(WRITERS[written](tmp_path / written, ROWS))
     assert (found.sha256, found.counts, found.odd, len(found)) == (corpus.sha256, corpus.counts, 0, len(ROWS))
-    progress: list[FitProgress] = []
+    progress: list[Progress] = []
     fitted = fit_on(pool, found, progress=progress.append, **CHOICES)
     assert numbers(fitted) == numbers(local_fit)
-    assert progress[-1].rows_done == progress[-1].rows_total == len(ROWS)
+    assert progress[-1].done == progress[-1].total == len(ROWS)
     own, other = fitted.range_set.provenance, local_fit.range_set.provenance
     assert own.corpus.model_copy(update={"name": other.corpus.name}) == other.corpus
     assert (own.model, own.settings, own.versions) == (other.model, other.settings, other.versions)
@@ -249,10 +249,10 @@ def test_pool_that_waits_for_cpus_logs_what_is_free(
 
     def cancel_once_logged() -> None:
         if logged():
-            raise FitCancelled
+            raise Stopped
 
     waiting = ModelPool(source, {"device": "cpu"}, PoolLayout(1, 2, gpu=False), cancel_once_logged)
-    with waiting, pytest.raises(FitCancelled):
+    with waiting, pytest.raises(Stopped):
         assert waiting.model_info
     asked = "no model is loaded: 1 × 2 CPUs were asked for, 0 CPUs and 0 GPUs are free on all nodes together"
     assert logged() == [asked]
@@ -311,39 +311,37 @@ def test_error_names_the_file_and_row(cluster: Cluster, tmp_path: Path) -> None:
             on_cluster(tmp_path)
 
 
-def test_cancelled_fit_resumes_on_the_cluster_and_in_one_process(
-    pool: ModelPool, model: LoadedModel, local_fit: Fitted, corpus: Corpus, path: Path, tmp_path: Path
+class Stopped(Exception):
+    """Raised by a callback of these tests."""
+
+
+def stop_after_2048_rows(now: Progress) -> None:
+    if now.done >= 2048:
+        raise Stopped
+
+
+def test_stopped_fit_resumes_on_the_cluster_and_in_one_process(
+    pool: ModelPool, model: LoadedModel, local_fit: FitResult, corpus: Corpus, path: Path, tmp_path: Path
 ) -> None:
-    seen: list[FitProgress] = []
     own = on_cluster(path)
-    with pytest.raises(FitCancelled):
-        fit_on(
-            pool,
-            own,
-            checkpoint_dir=tmp_path,
-            progress=seen.append,
-            cancelled=lambda: bool(seen) and seen[-1].rows_done >= 2048,
-            **CHOICES,
-        )
+    with pytest.raises(Stopped):
+        fit_on(pool, own, checkpoint_dir=tmp_path, progress=stop_after_2048_rows, **CHOICES)
     (checkpoint,) = tmp_path.iterdir()
     kept = checkpoint.read_bytes()
-    progress: list[FitProgress] = []
+    progress: list[Progress] = []
     resumed = fit_on(pool, own, checkpoint_dir=tmp_path, progress=progress.append, **CHOICES)
-    assert 2048 <= progress[0].resumed_rows < len(ROWS)
+    assert 2048 <= progress[0].resumed < len(ROWS)
     assert resumed.range_set.id == local_fit.range_set.id
     assert numbers(resumed) == numbers(local_fit)
     checkpoint.write_bytes(kept)
     progress.clear()
     resumed = fit(model, corpus, checkpoint_dir=tmp_path, progress=progress.append, **CHOICES)
-    assert progress[0].resumed_rows >= 2048
+    assert progress[0].resumed >= 2048
     assert numbers(resumed) == numbers(local_fit)
 
 
 class _Victim:
-    """An actor that is stopped at once, so that it finishes no work, and killed as soon as it has been given some.
-
-    An instance is passed as `cancelled` of a fit or evaluation, and always says no.
-    """
+    """An actor that is stopped at once, so that it finishes no work; a call kills it if it has been given some."""
 
     def __init__(self, pool: ModelPool) -> None:
         until(lambda: all_ready(pool), 300)
@@ -352,11 +350,10 @@ class _Victim:
         self.pid = self._member.about.pid
         os.kill(self.pid, signal.SIGSTOP)
 
-    def __call__(self) -> bool:
+    def __call__(self) -> None:
         if self._member.in_hand:
             with suppress(ProcessLookupError):  # it has ended already
                 os.kill(self.pid, signal.SIGKILL)
-        return False
 
 
 def all_ready(pool: ModelPool) -> bool:
@@ -366,45 +363,53 @@ def all_ready(pool: ModelPool) -> bool:
 
 
 def test_killed_actor_does_not_change_the_fit(
-    pool: ModelPool, local_fit: Fitted, path: Path, caplog: pytest.LogCaptureFixture
+    pool: ModelPool,
+    local_fit: FitResult,
+    path: Path,
+    caplog: pytest.LogCaptureFixture,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     own = on_cluster(path)
     victim = _Victim(pool)
-    fitted = fit_on(pool, own, cancelled=victim, **CHOICES)
+    monkeypatch.setattr(pool, "check_cancelled", victim)
+    fitted = fit_on(pool, own, **CHOICES)
     assert f"an actor was lost, process {victim.pid} of node" in caplog.text
     assert fitted.range_set.id == local_fit.range_set.id
     assert numbers(fitted) == numbers(local_fit)
 
 
 def test_evaluation_is_that_of_one_process_after_a_kill_and_a_resume(
-    pool: ModelPool, model: LoadedModel, local_fit: Fitted, path: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+    pool: ModelPool,
+    model: LoadedModel,
+    local_fit: FitResult,
+    path: Path,
+    tmp_path: Path,
+    caplog: pytest.LogCaptureFixture,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     settings = EvaluationSettings(top_fractions=(0.3, 1.0), positions=("all", "read"), resamples=20, batch_tokens=2048)
     corpus = load_corpus(str(path), labels=LABELS, max_rows=5000)
     expected = repr(evaluate(model, local_fit.range_set, corpus, settings).rows)
-    seen: list[MeasureProgress] = []
+    seen: list[Progress] = []
 
-    def on_pool(**choices: Unpack[EvaluationOptions]) -> str:
+    def on_pool(**options: Unpack[EvaluationOptions]) -> str:
         by = functools.partial(measure_on, pool)
         drawn = on_cluster(path, max_rows=5000)
-        return repr(evaluate_by(by, pool.model_info.identity, local_fit.range_set, drawn, settings, **choices).rows)
+        return repr(evaluate_by(by, pool.model_info.identity, local_fit.range_set, drawn, settings, **options).rows)
 
     victim = _Victim(pool)
-    assert on_pool(progress=lambda what, now: seen.append(now), cancelled=victim) == expected
+    monkeypatch.setattr(pool, "check_cancelled", victim)
+    assert on_pool(progress=seen.append) == expected
+    monkeypatch.undo()
     assert f"an actor was lost, process {victim.pid} of node" in caplog.text
-    assert seen[-1].rows_done == 5000
-    seen.clear()
-    with pytest.raises(MeasureCancelled):
-        on_pool(
-            checkpoint_dir=tmp_path,
-            progress=lambda what, now: seen.append(now),
-            cancelled=lambda: bool(seen) and seen[-1].rows_done >= 2048,
-        )
+    assert seen[-1].done == 5000
+    with pytest.raises(Stopped):
+        on_pool(checkpoint_dir=tmp_path, progress=stop_after_2048_rows)
     (checkpoint,) = tmp_path.iterdir()
     kept = checkpoint.read_bytes()
     seen.clear()
-    assert on_pool(checkpoint_dir=tmp_path, progress=lambda what, now: seen.append(now)) == expected
-    assert 2048 <= seen[0].resumed_rows < 5000
+    assert on_pool(checkpoint_dir=tmp_path, progress=seen.append) == expected
+    assert 2048 <= seen[0].resumed < 5000
     checkpoint.write_bytes(kept)
     assert repr(evaluate(model, local_fit.range_set, corpus, settings, checkpoint_dir=tmp_path).rows) == expected
 
@@ -462,12 +467,17 @@ def test_error_of_an_actor_is_one_line(pool: ModelPool, monkeypatch: pytest.Monk
 
 
 def test_removed_node_does_not_change_the_fit(
-    pool: ModelPool, cluster: Cluster, local_fit: Fitted, path: Path, caplog: pytest.LogCaptureFixture
+    pool: ModelPool,
+    cluster: Cluster,
+    local_fit: FitResult,
+    path: Path,
+    caplog: pytest.LogCaptureFixture,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     removed: list[Any] = []
     until(lambda: all_ready(pool), 300)
 
-    def remove_node_once() -> bool:
+    def remove_node_once() -> None:
         busy = [member.about.pid for member in pool._members if member.in_hand and member.about]
         if not removed and len(busy) >= 2:  # the node runs one of them, and is removed before that one finishes
             for pid in busy:
@@ -477,9 +487,9 @@ def test_removed_node_does_not_change_the_fit(
             for pid in busy:
                 with suppress(ProcessLookupError):
                     os.kill(pid, signal.SIGCONT)
-        return False
 
-    fitted = fit_on(pool, on_cluster(path), cancelled=remove_node_once, **CHOICES)
+    monkeypatch.setattr(pool, "check_cancelled", remove_node_once)
+    fitted = fit_on(pool, on_cluster(path), **CHOICES)
     assert removed, "two actors had work at the same time"
     assert "an actor was lost" in caplog.text
     until(lambda: len([node for node in ray.nodes() if node["Alive"]]) == 1, 240)

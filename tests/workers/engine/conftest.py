@@ -16,18 +16,18 @@ from tests.workers.texts import labelled_texts, write_jsonl
 from workers.engine.engine import Engine
 from workers.engine.settings import EngineSettings
 from workers.fitting.corpus import load_corpus
-from workers.fitting.fit import Fitted, fit
+from workers.fitting.fit import FitResult, fit
 from workers.models.loading import LoadedModel
 
 Tiny = Callable[[str], LoadedModel]
 
 
 @pytest.fixture(scope="module")
-def fitted(tiny: Tiny, tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Fitted]:
+def fitted(tiny: Tiny, tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], FitResult]:
     path = write_jsonl(tmp_path_factory.mktemp("data") / "train.jsonl", labelled_texts(80, seed=1))
-    cache: dict[str, Fitted] = {}
+    cache: dict[str, FitResult] = {}
 
-    def of(family: str) -> Fitted:
+    def of(family: str) -> FitResult:
         if family not in cache:
             cache[family] = fit(tiny(family), load_corpus(str(path), labels=LABELS), layers="all")
         return cache[family]
@@ -36,7 +36,9 @@ def fitted(tiny: Tiny, tmp_path_factory: pytest.TempPathFactory) -> Callable[[st
 
 
 @pytest.fixture
-def start(redis_client: redis.Redis, tiny: Tiny, fitted: Callable[[str], Fitted]) -> Iterator[Callable[..., Running]]:
+def start(
+    redis_client: redis.Redis, tiny: Tiny, fitted: Callable[[str], FitResult]
+) -> Iterator[Callable[..., Running]]:
     """`start(family, **settings)` starts an engine with a store of its own."""
     running: list[Running] = []
 

@@ -22,15 +22,16 @@ from tests.workers.masking import Alike
 from tests.workers.texts import labelled_texts, write_jsonl
 from workers.engine.masks import DevicePlan, MaskTable
 from workers.evaluation.bootstrap import Bootstrap
-from workers.evaluation.evaluate import EvaluationCancelled, EvaluationError, evaluate
+from workers.evaluation.evaluate import EvaluationError, evaluate
 from workers.evaluation.files import write
-from workers.evaluation.measure import MeasureCancelled, MeasureProgress, measure
+from workers.evaluation.measure import measure
 from workers.evaluation.measures import CSV_COLUMNS, Labels, Outcomes, Summary
 from workers.evaluation.perplexity import check_perplexity
 from workers.evaluation.settings import EvaluationSettings, grid
 from workers.fitting.corpus import Corpus, load_corpus
 from workers.fitting.errors import CorpusError
 from workers.fitting.fit import fit
+from workers.fitting.progress import Progress
 from workers.models.errors import PredictsNoLabels
 from workers.models.loading import LoadedModel, load_model
 from workers.models.predictions import NO_LABEL, Head
@@ -183,10 +184,8 @@ def test_unknown_labels_and_targets_are_errors_that_list_both_sides(
         evaluate(model, range_set, held_out, EvaluationSettings(targets=("Weather",)))
 
 
-def test_evaluation_can_be_cancelled(tiny: Tiny, learned: Corpus, held_out: Corpus) -> None:
-    model = tiny("bert")
-    with pytest.raises(EvaluationCancelled):
-        evaluate(model, fit(model, learned).range_set, held_out, EvaluationSettings(), cancelled=lambda: True)
+class Stopped(Exception):
+    """Raised by a progress callback."""
 
 
 def test_confidence_is_finite_for_huge_logits() -> None:
@@ -385,7 +384,7 @@ def test_settings_are_chosen_on_separate_texts(tiny: Tiny, learned: Corpus, held
     assert evaluate(model, range_set, held_out, EvaluationSettings(), selection=kept).choices == ()
 
 
-def test_cancelled_evaluation_resumes_to_the_same_result(
+def test_stopped_evaluation_resumes_to_the_same_result(
     tiny: Tiny, learned: Corpus, held_out: Corpus, tmp_path: Path
 ) -> None:
     model = tiny("bert")
@@ -393,8 +392,14 @@ def test_cancelled_evaluation_resumes_to_the_same_result(
     settings = EvaluationSettings(batch_tokens=150, top_fractions=(0.3, 1.0))
     whole = evaluate(model, range_set, held_out, settings)
     grid_of = list(grid(settings, settings.resolved_layers(3), range_set.concepts))
-    first_run: list[MeasureProgress] = []
-    with pytest.raises(MeasureCancelled):
+    first_run: list[Progress] = []
+
+    def stop_after_10_rows(now: Progress) -> None:
+        first_run.append(now)
+        if now.done > 10:
+            raise Stopped
+
+    with pytest.raises(Stopped):
         measure(
             model,
             range_set,
@@ -403,19 +408,18 @@ def test_cancelled_evaluation_resumes_to_the_same_result(
             settings,
             checkpoint_dir=tmp_path,
             checkpoint_seconds=0,
-            progress=first_run.append,
-            cancelled=lambda: bool(first_run) and first_run[-1].rows_done > 10,
+            progress=stop_after_10_rows,
         )
-    resumed: list[MeasureProgress] = []
+    resumed: list[Progress] = []
     again = evaluate(
         model,
         range_set,
         held_out,
         settings,
         checkpoint_dir=tmp_path,
-        progress=lambda what, now: resumed.append(now),
+        progress=resumed.append,
     )
-    assert 0 < resumed[0].resumed_rows <= first_run[-1].rows_done
+    assert 0 < resumed[0].resumed <= first_run[-1].done
     assert repr(again.rows) == repr(whole.rows)
     assert len(again.checkpoints) == 1
     again.discard_checkpoints()
@@ -427,13 +431,13 @@ def test_progress_advances_with_every_turn_of_erasures(tiny: Tiny, learned: Corp
     model = tiny("bert")
     range_set = fit(model, learned, layers="all").range_set
     settings = EvaluationSettings(batch_tokens=2000, layers="all", top_fractions=(0.1, 0.2, 0.3, 1.0), resamples=0)
-    seen: list[MeasureProgress] = []
-    evaluate(model, range_set, held_out, settings, progress=lambda what, now: seen.append(now))
+    seen: list[Progress] = []
+    evaluate(model, range_set, held_out, settings, progress=seen.append)
     shares = [now.share for now in seen]
     assert shares == sorted(shares)
     assert shares[-1] == pytest.approx(1)
-    assert len({share for share, now in zip(shares, seen, strict=True) if now.rows_done == 0}) > 5
-    steps = np.diff([share for share, now in zip(shares, seen, strict=True) if now.rows_done == 0])
+    assert len({share for share, now in zip(shares, seen, strict=True) if now.done == 0}) > 5
+    steps = np.diff([share for share, now in zip(shares, seen, strict=True) if now.done == 0])
     assert steps[-1] < 0.05 * steps.sum(), "erasures at the last block run no further block"
 
 
@@ -468,8 +472,8 @@ from workers.fitting.corpus import load_corpus
 from workers.fitting.fit import fit
 from workers.models.loading import load_model
 
-def die_after_40_rows(what, now):
-    if now.rows_done > 40:
+def die_after_40_rows(now):
+    if now.done > 40:
         os.kill(os.getpid(), signal.SIGKILL)
 
 torch.set_num_threads(1)
@@ -490,11 +494,9 @@ def test_killed_evaluation_resumes_to_the_same_result(tmp_path: Path) -> None:
     model = load_model(source, device="cpu")
     range_set = fit(model, load_corpus(train, labels=LABELS)).range_set
     corpus, settings = load_corpus(test, labels=LABELS), EvaluationSettings(batch_tokens=60)
-    progress: list[MeasureProgress] = []
-    resumed = evaluate(
-        model, range_set, corpus, settings, checkpoint_dir=out, progress=lambda what, now: progress.append(now)
-    )
-    assert progress[0].resumed_rows > 0
+    progress: list[Progress] = []
+    resumed = evaluate(model, range_set, corpus, settings, checkpoint_dir=out, progress=progress.append)
+    assert progress[0].resumed > 0
     assert repr(resumed.rows) == repr(evaluate(model, range_set, corpus, settings).rows)
 
 
@@ -549,9 +551,14 @@ def test_unfinished_batch_is_resumed(tiny: Tiny, learned: Corpus, held_out: Corp
     try:
         whole = evaluate(model, range_set, held_out, settings)
         all_of_them = len(tails)
-        for stop_after in (8, 8):
+
+        def stop_after_8_tails(now: Progress) -> None:
+            if len(tails) > 8:
+                raise Stopped
+
+        for _ in range(2):
             tails.clear()
-            with pytest.raises(EvaluationCancelled):
+            with pytest.raises(Stopped):
                 evaluate(
                     model,
                     range_set,
@@ -559,7 +566,7 @@ def test_unfinished_batch_is_resumed(tiny: Tiny, learned: Corpus, held_out: Corp
                     settings,
                     checkpoint_dir=tmp_path,
                     checkpoint_seconds=0,
-                    cancelled=lambda stop=stop_after: len(tails) > stop,
+                    progress=stop_after_8_tails,
                 )
         tails.clear()
         resumed = evaluate(model, range_set, held_out, settings, checkpoint_dir=tmp_path)

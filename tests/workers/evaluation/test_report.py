@@ -17,7 +17,7 @@ from workers.evaluation.html import PLOTLY
 from workers.evaluation.report import write_report
 from workers.evaluation.settings import EvaluationSettings
 from workers.fitting.corpus import load_corpus
-from workers.fitting.fit import Fitted, fit
+from workers.fitting.fit import FitResult, fit
 from workers.models.loading import LoadedModel
 
 HOSTILE = '<script>alert("x")</script>'
@@ -26,7 +26,7 @@ HOSTILE = '<script>alert("x")</script>'
 @pytest.fixture(scope="module")
 def made(
     tiny: Callable[[str], LoadedModel], tmp_path_factory: pytest.TempPathFactory
-) -> tuple[Fitted, Evaluation, str]:
+) -> tuple[FitResult, Evaluation, str]:
     """An evaluation that sweeps every setting and has a concept named like a script, and its page."""
     model, directory = tiny("bert"), tmp_path_factory.mktemp("report")
     rows = [(text, HOSTILE if n % 5 == 0 else label) for n, (text, label) in enumerate(labelled_texts(60, seed=1))]
@@ -54,7 +54,7 @@ def headings(page: str) -> list[str]:
     return [unescape(each) for each in re.findall(r"<h2[^>]*>(.*?)</h2>", page)]
 
 
-def test_every_table_and_figure_has_a_section(made: tuple[Fitted, Evaluation, str]) -> None:
+def test_every_table_and_figure_has_a_section(made: tuple[FitResult, Evaluation, str]) -> None:
     found = headings(made[2])
     for part in (
         "The paper's claims",
@@ -82,7 +82,7 @@ def test_every_table_and_figure_has_a_section(made: tuple[Fitted, Evaluation, st
         assert sentence[1].rstrip().endswith((".", ":")), sentence[1]
 
 
-def test_class_tables_hold_the_measured_deltas(made: tuple[Fitted, Evaluation, str]) -> None:
+def test_class_tables_hold_the_measured_deltas(made: tuple[FitResult, Evaluation, str]) -> None:
     """Each row of the tables has four deltas with their intervals, in the order of the columns."""
     _, evaluation, page = made
     rows = [row for row in evaluation.rows if row.target == "Sports"]
@@ -97,14 +97,14 @@ def test_class_tables_hold_the_measured_deltas(made: tuple[Fitted, Evaluation, s
     assert evaluation.run["range_set"]["id"] in page
 
 
-def test_concept_named_like_a_script_is_escaped(made: tuple[Fitted, Evaluation, str]) -> None:
+def test_concept_named_like_a_script_is_escaped(made: tuple[FitResult, Evaluation, str]) -> None:
     page = made[2]
     assert HOSTILE not in page
     assert "&lt;script&gt;alert" in page
 
 
 def test_page_stays_below_2_megabytes(
-    made: tuple[Fitted, Evaluation, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    made: tuple[FitResult, Evaluation, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     fitted, evaluation, page = made
     assert len(page.encode()) < 2_000_000
@@ -124,7 +124,7 @@ def test_plotly_of_the_page_is_of_the_version_that_writes_the_figures() -> None:
 
 
 def test_page_names_the_data_and_how_many_texts_keep_their_label_by_masking(
-    made: tuple[Fitted, Evaluation, str],
+    made: tuple[FitResult, Evaluation, str],
 ) -> None:
     _, evaluation, page = made
     test = evaluation.run["test"]
@@ -141,13 +141,13 @@ def test_page_names_the_data_and_how_many_texts_keep_their_label_by_masking(
         assert any(f"{row.method} masking" in part and part.endswith(kept) for part in parts)
 
 
-def test_sweep_shows_accuracy_and_confidence_with_titles_of_all_axes(made: tuple[Fitted, Evaluation, str]) -> None:
+def test_sweep_shows_accuracy_and_confidence_with_titles_of_all_axes(made: tuple[FitResult, Evaluation, str]) -> None:
     titles = ("targets: ΔAcc", "all others: ΔCConf", "change of confidence", "share of the neurons that is masked")
     for title in (*titles, "value of the neuron", "density", "target, masking"):
         assert json.dumps(title) in made[2], title
 
 
-def test_other_class_that_loses_nothing_is_no_worst_one(made: tuple[Fitted, Evaluation, str], tmp_path: Path) -> None:
+def test_class_that_loses_nothing_is_no_worst_other(made: tuple[FitResult, Evaluation, str], tmp_path: Path) -> None:
     fitted, evaluation, _ = made
     path = tmp_path / "report.html"
     for change, shown in ((-0.125, "World<small>-0.125</small>"), (0.0, "none loses"), (0.125, "none loses")):
@@ -159,7 +159,7 @@ def test_other_class_that_loses_nothing_is_no_worst_one(made: tuple[Fitted, Eval
 
 
 def test_many_labels_are_a_shaded_table_instead_of_colours(
-    made: tuple[Fitted, Evaluation, str], tmp_path: Path
+    made: tuple[FitResult, Evaluation, str], tmp_path: Path
 ) -> None:
     fitted, evaluation, _ = made
     labels = [f"label {number}" for number in range(12)]
@@ -174,7 +174,7 @@ def test_many_labels_are_a_shaded_table_instead_of_colours(
     assert all(f"<th>{label}</th>" in section for label in (*labels, "no label"))
 
 
-def test_page_requests_nothing_from_other_hosts(made: tuple[Fitted, Evaluation, str]) -> None:
+def test_page_requests_nothing_from_other_hosts(made: tuple[FitResult, Evaluation, str]) -> None:
     without_scripts = re.sub(r"<script.*?</script>", "", made[2], flags=re.S)
     assert not re.search(r"""(src|href)\s*=\s*["']?(https?:)?//""", without_scripts)
     assert not re.search(r"<script[^>]+src=", made[2])
@@ -183,7 +183,7 @@ def test_page_requests_nothing_from_other_hosts(made: tuple[Fitted, Evaluation, 
 
 
 def test_page_of_a_single_setting_has_no_sweeps(
-    tiny: Callable[[str], LoadedModel], made: tuple[Fitted, Evaluation, str], tmp_path: Path
+    tiny: Callable[[str], LoadedModel], made: tuple[FitResult, Evaluation, str], tmp_path: Path
 ) -> None:
     fitted = made[0]
     test = load_corpus(str(write_jsonl(tmp_path / "test.jsonl", labelled_texts(20, seed=2))), labels=tuple(CLAUSES))

@@ -1,19 +1,19 @@
-"""How long an evaluation takes is told before it has taken it."""
+"""How long an evaluation will take is said after its first seconds."""
 
 from range_store.formatting import format_count, format_duration
-from workers.evaluation.measure import MeasureProgress
 from workers.evaluation.settings import EvaluationSettings
 from workers.evaluation.workload import Estimate, Workload
+from workers.fitting.progress import Progress
 
 SWEEP = EvaluationSettings(rankings=("max", "probe"), top_fractions=(0.1, 0.2, 0.3), taus=(1.0, 2.5), layers="all")
 
 
-def told(work: Workload, *seen: tuple[str, float, float]) -> list[str]:
-    """What is told after progress of (what, seconds, share)."""
+def estimates(work: Workload, *seen: tuple[str, float, float]) -> list[str]:
+    """What an estimate says after progress of (phase, seconds, share)."""
     lines: list[str] = []
     estimate = Estimate(work, lines.append)
-    for what, seconds, share in seen:
-        estimate(what, MeasureProgress(0, 100, seconds, 0, share))
+    for phase, seconds, share in seen:
+        estimate(Progress(phase, 0, 100, seconds, 0, share))
     return lines
 
 
@@ -26,29 +26,31 @@ def test_the_size_is_told_in_words() -> None:
 
 def test_the_first_seconds_tell_how_long_the_rest_takes() -> None:
     work = Workload(SWEEP, 36, 12, 4, 1000)
-    assert told(work, ("measuring", 1, 0.001), ("measuring", 5.9, 0.0069)) == []
-    assert told(work, ("measuring", 1, 0.001), ("measuring", 11, 0.011), ("measuring", 20, 0.02)) == [
-        "this takes about 16 min more"
+    assert estimates(work, ("measuring", 1, 0.001), ("measuring", 5.9, 0.0069)) == []
+    assert estimates(work, ("measuring", 1, 0.001), ("measuring", 11, 0.011), ("measuring", 20, 0.02)) == [
+        "this will take about 16 min more"
     ]
-    assert told(work, ("measuring", 0, 0.0), ("measuring", 6, 0.5)) == [], "six seconds are not worth a line"
-    assert told(work, ("measuring", 0, 0.5), ("measuring", 10, 0.51)) == ["this takes about 8 min more"], "resumed"
+    assert estimates(work, ("measuring", 0, 0.0), ("measuring", 6, 0.5)) == [], "six seconds are not worth a line"
+    assert estimates(work, ("measuring", 0, 0.5), ("measuring", 10, 0.51)) == ["this will take about 8 min more"], (
+        "resumed"
+    )
 
 
 def test_beyond_an_hour_what_to_cut_is_named_by_its_weight() -> None:
-    (line,) = told(Workload(SWEEP, 36, 12, 4, 1000), ("measuring", 0, 0.0), ("measuring", 6, 0.001))
-    assert line.startswith("warning: this takes about 1 h 40 min more (36 settings")
+    (line,) = estimates(Workload(SWEEP, 36, 12, 4, 1000), ("measuring", 0, 0.0), ("measuring", 6, 0.001))
+    assert line.startswith("warning: this will take about 1 h 40 min more (36 settings")
     options = "--layer (12), --target (4), --top-fraction (3), --tau (2), --ranking (2), --method (2)"
     assert f"fewer texts (--max-test-rows, now 1,000), or less of {options}" in line
-    assert "the same command goes on" in line
+    assert "the same command resumes it" in line
 
 
 def test_choosing_settings_foretells_the_measuring_too() -> None:
     work = Workload(SWEEP, 36, 12, 4, texts=900, choosing=100)
-    assert told(work, ("choosing settings", 0, 0.0), ("choosing settings", 10, 0.5), ("measuring", 20, 0.5)) == [
-        "this takes about 3 min more"
+    assert estimates(work, ("choosing settings", 0, 0.0), ("choosing settings", 10, 0.5), ("measuring", 20, 0.5)) == [
+        "this will take about 3 min more"
     ]
-    assert told(work, ("choosing settings", 0, 0.0), ("choosing settings", 4, 1.0), ("measuring", 4, 0.0),
-                ("measuring", 14, 0.1)) == ["this takes about 2 min more"]  # fmt: skip
+    assert estimates(work, ("choosing settings", 0, 0.0), ("choosing settings", 4, 1.0), ("measuring", 4, 0.0),
+                ("measuring", 14, 0.1)) == ["this will take about 2 min more"]  # fmt: skip
 
 
 def test_numbers_and_times_read_as_people_write_them() -> None:

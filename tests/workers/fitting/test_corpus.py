@@ -8,7 +8,7 @@ import pytest
 
 from tests.workers.checkpoints import LABELS
 from tests.workers.texts import labelled_texts, write_jsonl
-from workers.fitting.corpus import Corpus, load_corpus, match_labels, warn_of_shared
+from workers.fitting.corpus import Corpus, load_corpus, match_labels, warn_about_overlap
 from workers.fitting.errors import CorpusError
 from workers.fitting.sources import load_label_map
 
@@ -165,11 +165,11 @@ def test_texts_to_measure_on_that_were_learned_from_are_counted(
         return load_corpus(str(write_jsonl(tmp_path / f"{name}.jsonl", rows)), labels=LABELS)
 
     learned = corpus("train", rows)
-    warn_of_shared(corpus("other", [("other", "World")]), learned, "--eval-data")
+    warn_about_overlap(corpus("other", [("other", "World")]), learned, "--eval-data")
     assert not caplog.text
-    warn_of_shared(corpus("some", [*rows[3:6], rows[3], ("other", "World")]), learned, "--eval-data")
+    warn_about_overlap(corpus("some", [*rows[3:6], rows[3], ("other", "World")]), learned, "--eval-data")
     assert "--eval-data: 4 of 5 texts of some.jsonl are also in --data" in caplog.text
-    warn_of_shared(corpus("copy", rows), learned, "--test-data")
+    warn_about_overlap(corpus("copy", rows), learned, "--test-data")
     assert "--test-data: 20 of 20 texts of copy.jsonl are also in --data" in caplog.text
 
 

@@ -1,4 +1,4 @@
-"""Fitted statistics equal a whole-data reference, and an interrupted fit resumes to the same bits."""
+"""FitResult statistics equal a whole-data reference, and an interrupted fit resumes to the same bits."""
 
 import signal
 from collections.abc import Callable
@@ -19,8 +19,9 @@ from tests.workers.texts import labelled_texts, write_jsonl
 from workers.engine.masks import DevicePlan, MaskTable
 from workers.fitting.corpus import Corpus, load_corpus
 from workers.fitting.errors import CorpusError
-from workers.fitting.fit import MOST_ROWS, FitCancelled, FitProgress, Fitted, fit
+from workers.fitting.fit import MAX_ROWS, FitResult, fit
 from workers.fitting.histograms import edges_from
+from workers.fitting.progress import Progress
 from workers.models.families import FAMILIES
 from workers.models.loading import LoadedModel, load_model
 
@@ -91,8 +92,8 @@ def test_corpus_larger_than_a_bin_can_count_is_rejected(
 ) -> None:
     model = tiny("bert")
     counts = fit(model, corpus).inspect[model.identity.n_layers - 1].histogram
-    assert np.iinfo(counts.dtype).max == MOST_ROWS
-    monkeypatch.setattr("workers.fitting.fit.MOST_ROWS", len(corpus) - 1)
+    assert np.iinfo(counts.dtype).max == MAX_ROWS
+    monkeypatch.setattr("workers.fitting.fit.MAX_ROWS", len(corpus) - 1)
     with pytest.raises(CorpusError, match=f"--max-rows {len(corpus) - 1} or fewer"):
         fit(model, corpus)
 
@@ -108,7 +109,7 @@ def test_order_of_the_rows_leaves_few_values_beyond_the_edges(tiny: Tiny, tmp_pa
     assert (beyond < 0.05).all(), beyond
 
 
-def test_first_block_sets_the_edges_where_no_text_of_the_sample_counts(
+def test_first_chunk_sets_the_edges_where_no_text_of_the_sample_counts(
     tiny: Tiny, corpus: Corpus, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     model = tiny("bert")
@@ -126,7 +127,7 @@ def test_first_block_sets_the_edges_where_no_text_of_the_sample_counts(
     np.testing.assert_allclose(inspect.edges, expected, atol=1e-4)
 
 
-def test_one_block_sets_its_own_edges(tiny: Tiny, path: Path) -> None:
+def test_one_chunk_sets_its_own_edges(tiny: Tiny, path: Path) -> None:
     """So that range sets of small corpora keep their ids."""
     corpus = load_corpus(str(path), labels=LABELS, max_rows=100)
     settings = fit(tiny("bert"), corpus, bins=16).range_set.provenance.settings
@@ -142,16 +143,20 @@ def test_id_depends_on_the_settings_only(tiny: Tiny, corpus: Corpus) -> None:
     assert fit(model, corpus, bins=17).range_set.id != first
 
 
-def test_cancelled_fit_resumes_where_it_stopped(tiny: Tiny, corpus: Corpus, tmp_path: Path) -> None:
+class Stopped(Exception):
+    """Raised by a progress callback."""
+
+
+def test_stopped_fit_resumes_where_it_stopped(tiny: Tiny, corpus: Corpus, tmp_path: Path) -> None:
     model = tiny("bert")
     whole = fit(model, corpus, layers="all", bins=16)
-    progress: list[FitProgress] = []
-    seen: list[int] = []
+    progress: list[Progress] = []
 
-    def in_the_second_block() -> bool:
-        return bool(seen) and seen[-1] > 1024
+    def stop_in_the_second_chunk(now: Progress) -> None:
+        if now.done > 1024:
+            raise Stopped
 
-    with pytest.raises(FitCancelled):
+    with pytest.raises(Stopped):
         fit(
             model,
             corpus,
@@ -159,13 +164,12 @@ def test_cancelled_fit_resumes_where_it_stopped(tiny: Tiny, corpus: Corpus, tmp_
             bins=16,
             checkpoint_dir=tmp_path,
             checkpoint_seconds=0,
-            progress=lambda now: seen.append(now.rows_done),
-            cancelled=in_the_second_block,
+            progress=stop_in_the_second_chunk,
         )
     assert len(list(tmp_path.iterdir())) == 1
     resumed = fit(model, corpus, layers="all", bins=16, checkpoint_dir=tmp_path, progress=progress.append)
-    assert progress[0].resumed_rows > 0
-    assert progress[-1].rows_done == ROWS
+    assert progress[0].resumed > 0
+    assert progress[-1].done == ROWS
     assert resumed.range_set.id == whole.range_set.id
     resumed.discard_checkpoint()
     assert list(tmp_path.iterdir()) == []
@@ -183,44 +187,44 @@ def test_damaged_checkpoint_is_ignored(tiny: Tiny, corpus: Corpus, tmp_path: Pat
 def test_checkpoint_of_other_settings_is_ignored(tiny: Tiny, corpus: Corpus, tmp_path: Path) -> None:
     model = tiny("bert")
     fit(model, corpus, bins=16, checkpoint_dir=tmp_path, checkpoint_seconds=0)
-    progress: list[FitProgress] = []
+    progress: list[Progress] = []
     fit(model, corpus, bins=18, checkpoint_dir=tmp_path, progress=progress.append)
-    assert progress[0].resumed_rows == 0
+    assert progress[0].resumed == 0
 
 
-DIES_IN_THE_SECOND_BLOCK = """
+DIES_IN_THE_SECOND_CHUNK = """
 import os, signal, torch
 from pathlib import Path
 from workers.fitting.corpus import load_corpus
 from workers.fitting.fit import fit
 from workers.models.loading import load_model
 
-def die_in_the_second_block(now):
-    if now.rows_done > 1024:
+def die_in_the_second_chunk(now):
+    if now.done > 1024:
         os.kill(os.getpid(), signal.SIGKILL)
 
 torch.set_num_threads(1)
 model = load_model({source!r}, device="cpu")
 fit(model, load_corpus({data!r}, labels=model.identity.labels), layers="all", bins=16,
-    checkpoint_dir=Path({checkpoints!r}), checkpoint_seconds=0, progress=die_in_the_second_block)
+    checkpoint_dir=Path({checkpoints!r}), checkpoint_seconds=0, progress=die_in_the_second_chunk)
 """
 
 
 def test_killed_fit_resumes_to_the_same_bits(path: Path, tmp_path: Path) -> None:
     source = str(save_tiny("bert", tmp_path / "model"))
     checkpoints = tmp_path / "checkpoints"
-    code = DIES_IN_THE_SECOND_BLOCK.format(source=source, data=str(path), checkpoints=str(checkpoints))
+    code = DIES_IN_THE_SECOND_CHUNK.format(source=source, data=str(path), checkpoints=str(checkpoints))
     killed = Running([], code=code)
     assert killed.end() == -signal.SIGKILL, killed.stderr
     model = load_model(source, device="cpu")
     corpus = load_corpus(str(path), labels=LABELS)
-    progress: list[FitProgress] = []
+    progress: list[Progress] = []
     resumed = fit(model, corpus, layers="all", bins=16, checkpoint_dir=checkpoints, progress=progress.append)
-    assert progress[0].resumed_rows >= 1024
+    assert progress[0].resumed >= 1024
     assert bits(resumed) == bits(fit(model, corpus, layers="all", bins=16))
 
 
-def bits(fitted: Fitted) -> tuple[str, list[bytes]]:
+def bits(fitted: FitResult) -> tuple[str, list[bytes]]:
     arrays = [array.tobytes() for layer in fitted.inspect.values() for array in vars(layer).values()]
     return fitted.range_set.id, arrays
 
@@ -234,11 +238,17 @@ def test_bfloat16_states_are_not_converted_before_fitting(path: Path, tmp_path: 
     assert torch.equal(extremes.to(torch.bfloat16).double(), extremes), "recorded values are bfloat16 values"
 
 
-def test_unfinished_block_is_resumed(tiny: Tiny, corpus: Corpus, tmp_path: Path) -> None:
+def test_unfinished_chunk_is_resumed(tiny: Tiny, corpus: Corpus, tmp_path: Path) -> None:
     """A chunk of long texts may take minutes, so its finished batches are saved too."""
     model = tiny("bert")
     seen: list[int] = []
-    with pytest.raises(FitCancelled):
+
+    def stop_after_31_batches(now: Progress) -> None:
+        seen.append(now.done)
+        if len(seen) > 30:
+            raise Stopped
+
+    with pytest.raises(Stopped):
         fit(
             model,
             corpus,
@@ -246,13 +256,12 @@ def test_unfinished_block_is_resumed(tiny: Tiny, corpus: Corpus, tmp_path: Path)
             batch_tokens=500,
             checkpoint_dir=tmp_path,
             checkpoint_seconds=0,
-            progress=lambda now: seen.append(now.rows_done),
-            cancelled=lambda: len(seen) > 30,
+            progress=stop_after_31_batches,
         )
     assert seen[-1] < 1024
-    progress: list[FitProgress] = []
+    progress: list[Progress] = []
     resumed = fit(model, corpus, bins=16, batch_tokens=500, checkpoint_dir=tmp_path, progress=progress.append)
-    assert 0 < progress[0].resumed_rows < 1024
+    assert 0 < progress[0].resumed < 1024
     assert bits(resumed) == bits(fit(model, corpus, bins=16, batch_tokens=500))
 
 

@@ -16,7 +16,7 @@ def filled(settings: ProbeSettings, rows: int = 600, hidden: int = 5, seed: int 
     centres = np.zeros((3, hidden))
     centres[0, 0], centres[1, 1] = 2.0, -2.0  # neuron 0 separates a, neuron 1 separates b; the rest is noise
     states = (centres[concept] + rng.normal(size=(rows, hidden))) * np.array([1, 100, 1e-3, 1, 1])[:hidden] + 7
-    sample = ProbeSample.drawn(rows, 1, hidden, settings)
+    sample = ProbeSample.draw(rows, 1, hidden, settings)
     for start in range(0, rows, 250):
         part = slice(start, start + 250)
         sample.update(start, states[part, None].astype(np.float32), concept[part])
@@ -54,7 +54,7 @@ def test_probe_minimises_log_loss_with_both_penalties() -> None:
 
 def test_sample_depends_on_row_numbers_only() -> None:
     settings = ProbeSettings(rows=100, seed=3)
-    whole, parts = ProbeSample.drawn(500, 2, 4, settings), ProbeSample.drawn(500, 2, 4, settings)
+    whole, parts = ProbeSample.draw(500, 2, 4, settings), ProbeSample.draw(500, 2, 4, settings)
     states = np.random.default_rng(0).normal(size=(500, 2, 4)).astype(np.float32)
     concept = np.arange(500) % 3
     whole.update(0, states, concept)
@@ -64,7 +64,7 @@ def test_sample_depends_on_row_numbers_only() -> None:
     assert np.array_equal(whole.states, parts.states)
     assert np.array_equal(whole.concept, parts.concept)
     assert len(set(whole.rows)) == 100
-    assert not np.array_equal(whole.rows, ProbeSample.drawn(500, 2, 4, ProbeSettings(rows=100, seed=4)).rows)
+    assert not np.array_equal(whole.rows, ProbeSample.draw(500, 2, 4, ProbeSettings(rows=100, seed=4)).rows)
 
 
 @pytest.mark.parametrize("broken", [np.nan, np.inf, 5.0])

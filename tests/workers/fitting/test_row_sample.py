@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from workers.fitting.row_sample import MOST, RowSample, wanted_rows
+from workers.fitting.row_sample import MAX_ROWS, RowSample, sample_size
 
 
 def drawn(rows: int, size: int, chunk: int = 1024) -> list[int]:
@@ -20,7 +20,7 @@ def drawn(rows: int, size: int, chunk: int = 1024) -> list[int]:
 def test_rows_are_distinct_in_order_and_as_many_as_wanted(rows: int, size: int) -> None:
     found = drawn(rows, size)
     assert found == sorted(set(found))
-    assert len(found) == min(rows, size, MOST)
+    assert len(found) == min(rows, size, MAX_ROWS)
     assert all(0 <= row < rows for row in found)
     assert found == drawn(rows, size)
 
@@ -37,4 +37,4 @@ def test_smaller_sample_is_a_part_of_the_larger() -> None:
 
 @pytest.mark.parametrize(("rows", "wanted"), [(1025, 128), (2048, 128), (4096, 256), (16_384, 1024), (10**8, 1024)])
 def test_a_sixteenth_is_wanted_within_bounds(rows: int, wanted: int) -> None:
-    assert wanted_rows(rows) == wanted
+    assert sample_size(rows) == wanted

@@ -15,12 +15,13 @@ from tests.workers.checkpoints import save_tiny
 from tests.workers.texts import labelled_texts, write_jsonl
 from workers.fitting.corpus import Corpus, load_corpus
 from workers.fitting.errors import CorpusError
+from workers.fitting.progress import Progress
 from workers.models.errors import CheckpointError, TextTooLong, UnsupportedModel
 from workers.models.loading import load_model
 from workers.training.order import LengthPools
 from workers.training.recipes import LabelToken
 from workers.training.scratch import NewModel
-from workers.training.train import Epoch, TrainingCancelled, TrainProgress, TrainSettings, train
+from workers.training.train import Epoch, TrainSettings, train
 
 LEARNED = 0.9
 """Accuracy to reach; every training here reached 1.0."""
@@ -55,7 +56,7 @@ def test_fine_tuned_classifier_learns_and_can_be_loaded(
     family: str, learned: Corpus, held_out: Corpus, tmp_path: Path
 ) -> None:
     base = save_tiny(family, tmp_path / "base", labels=("one", "two"), n_layers=1)
-    steps: list[TrainProgress] = []
+    steps: list[Progress] = []
     epochs: list[Epoch] = []
     out = tmp_path / "out"
     settings = TrainSettings(epochs=12, learning_rate=5e-3)
@@ -63,7 +64,7 @@ def test_fine_tuned_classifier_learns_and_can_be_loaded(
     assert report.accuracy is not None
     assert report.accuracy >= LEARNED
     assert not report.at_chance
-    assert [(now.phase, now.steps_done, now.steps_total) for now in steps] == [
+    assert [(now.phase, now.done, now.total) for now in steps] == [
         *(("training", step, 120) for step in range(1, 121)), ("measuring accuracy", 1, 1), ("saving", 0, 0)
     ]  # fmt: skip
     assert [each.number for each in epochs] == list(range(1, 13))
@@ -102,7 +103,7 @@ def test_only_one_training_writes_to_a_directory(bert: str, learned: Corpus, tmp
     out, settings = tmp_path / "out[1]", TrainSettings(epochs=0.1)
     refused = []
 
-    def start_another(now: TrainProgress) -> None:
+    def start_another(now: Progress) -> None:
         for overwrite in (False, True):
             with pytest.raises(CheckpointError, match="another process is training"):
                 train(bert, learned, None, out, replace(settings, seed=1), overwrite=overwrite)
@@ -116,7 +117,7 @@ def test_only_one_training_writes_to_a_directory(bert: str, learned: Corpus, tmp
 def test_directory_that_was_filled_meanwhile_is_kept(bert: str, learned: Corpus, tmp_path: Path) -> None:
     out = tmp_path / "out"
 
-    def fill(now: TrainProgress) -> None:
+    def fill(now: Progress) -> None:
         out.mkdir(exist_ok=True)
         (out / "precious").touch()
 
@@ -125,7 +126,7 @@ def test_directory_that_was_filled_meanwhile_is_kept(bert: str, learned: Corpus,
     assert [path.name for path in out.iterdir()] == ["precious"]
 
 
-def test_what_can_hardly_be_learned_is_told(bert: str, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_warns_about_labels_with_few_texts(bert: str, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     rows = [("the cup", "Sports")] * 6 + [("the cup", "World")] * 6 + [("", "Other")]
     data = load_corpus(str(write_jsonl(tmp_path / "rows.jsonl", rows)))
     report = train(bert, data, None, tmp_path / "out", TrainSettings(epochs=1))
@@ -137,9 +138,15 @@ def test_what_can_hardly_be_learned_is_told(bert: str, tmp_path: Path, caplog: p
         train(bert, one, None, tmp_path / "other", TrainSettings(epochs=1))
 
 
-def test_training_cancelled_before_a_checkpoint_leaves_no_files(bert: str, learned: Corpus, tmp_path: Path) -> None:
-    with pytest.raises(TrainingCancelled):
-        train(bert, learned, None, tmp_path / "out", cancelled=lambda: True)
+def test_training_stopped_before_a_checkpoint_leaves_no_files(bert: str, learned: Corpus, tmp_path: Path) -> None:
+    class Stopped(Exception):
+        pass
+
+    def stop(now: Progress) -> None:
+        raise Stopped
+
+    with pytest.raises(Stopped):
+        train(bert, learned, None, tmp_path / "out", progress=stop)
     assert [path.name for path in tmp_path.iterdir()] == ["base"]
 
 
@@ -228,10 +235,11 @@ DIES_AT_STEP_7 = """
 import os, signal, torch
 from pathlib import Path
 from workers.fitting.corpus import load_corpus
+from workers.fitting.progress import Progress
 from workers.training.train import TrainSettings, train
 
 def die_at_step_7(now):
-    if now.steps_done == 7:
+    if now.done == 7:
         os.kill(os.getpid(), signal.SIGKILL)
 
 torch.set_num_threads(1)
@@ -249,9 +257,9 @@ def test_killed_training_resumes_to_the_same_weights(tmp_path: Path) -> None:
     assert killed.end() == -signal.SIGKILL, killed.stderr
     assert not out.exists()
     settings = TrainSettings(epochs=4, seed=5)
-    steps: list[TrainProgress] = []
+    steps: list[Progress] = []
     train(base, load_corpus(data), None, out, settings, progress=steps.append)
-    assert [(step.phase, step.resumed_steps) for step in steps] == [*[("training", 6)] * 6, ("saving", 6)]
+    assert [(step.phase, step.resumed) for step in steps] == [*[("training", 6)] * 6, ("saving", 6)]
     train(base, load_corpus(data), None, tmp_path / "whole", settings)
     assert weights(out) == weights(tmp_path / "whole")
     assert sorted(path.name for path in tmp_path.iterdir()) == ["base", "out", "train.jsonl", "whole"]
