@@ -20,6 +20,7 @@ from app.live.wait_for_replicas import ReplicaWaiter
 from app.observability.access_log import AccessLog
 from app.observability.tracing import Traces
 from app.routes import (
+    activations,
     audit,
     capabilities,
     classify,
@@ -29,7 +30,6 @@ from app.routes import (
     events,
     fits,
     inspection,
-    looking,
     range_sets,
     replicas,
     reports,
@@ -41,7 +41,7 @@ from app.security import auth
 from app.security.auth import Authentication
 from app.serving.classification import ClientGone, client_gone
 from app.serving.metrics import ModelMetrics
-from app.serving.models import Served
+from app.serving.models import ServedModels
 from app.serving.service import Service, register_process
 from app.settings import LOOPBACK, Settings
 
@@ -68,7 +68,7 @@ def create_app(settings: Settings, running: Service | Sequence[Service] = ()) ->
         ValueError: two services have the same name.
     """
     services = (running,) if isinstance(running, Service) else tuple(running)
-    served = Served(services) if services else None
+    served = ServedModels(services) if services else None
     app: FastAPI = FastAPIOffline(  # its /docs asks no other host for scripts
         title="NeuronLens",
         version=version("neuronlens"),
@@ -103,7 +103,7 @@ def create_app(settings: Settings, running: Service | Sequence[Service] = ()) ->
         replicas,
         fits,
         inspection,
-        looking,
+        activations,
         reports,
         console,
     ):
@@ -181,7 +181,7 @@ def create_app(settings: Settings, running: Service | Sequence[Service] = ()) ->
     return app
 
 
-def _generation(served: Served | None) -> str | None:
+def _generation(served: ServedModels | None) -> str | None:
     """The one in force, where there is only one model; of several, the request tells which."""
     only = served.only if served is not None else None
     snapshot = only.mirror.snapshot if only is not None else None

@@ -7,11 +7,11 @@ from typing import get_args
 from fastapi import APIRouter, Request
 
 from app.http.problems import QUERY, documented
-from app.routes import QueryChecked, Serving
-from app.routes.looking import MOST_TEXTS
+from app.routes.activations import MOST_TEXTS
+from app.routes.dependencies import QueryChecked, ServiceDep
 from app.schemas.replies import CapabilitiesOut
 from app.schemas.requests import MOST
-from app.security.auth import Calling
+from app.security.auth import CallerDep
 from app.serving.service import Activation
 from range_store.domain.erasure import Method, Rule
 from range_store.storage.api_keys import SCOPES
@@ -36,7 +36,7 @@ PROTOCOLS: Mapping[str, str] = {
 
 
 @router.get("/v1/capabilities", dependencies=[QueryChecked], responses=documented(*QUERY))
-async def show_capabilities(service: Serving, caller: Calling, request: Request) -> CapabilitiesOut:
+async def show_capabilities(service: ServiceDep, caller: CallerDep, request: Request) -> CapabilitiesOut:
     """What this server can do, its limits, and what the caller may do."""
     settings, model, snapshot = service.settings, service.model, service.mirror.snapshot
     range_set = snapshot.range_set if snapshot else None

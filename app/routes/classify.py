@@ -3,10 +3,10 @@
 from fastapi import APIRouter, Request
 
 from app.http.problems import BODY, QUERY, ApiError, documented
-from app.routes import Asking, QueryChecked
+from app.routes.dependencies import ModelDep, QueryChecked
 from app.schemas.replies import Baseline, ClassifyOut, ErasureOut, ErasurePlan, Result, Usage
 from app.schemas.requests import ClassifyIn
-from app.security.auth import Calling
+from app.security.auth import CallerDep
 from app.serving.classification import MinGeneration, Timeout, answer_to, at_chance, ranked
 from app.serving.service import Activation, Answer, Service
 
@@ -21,13 +21,13 @@ router = APIRouter(tags=["classify"])
 async def classify(
     request: Request,
     body: ClassifyIn,
-    asking: Asking,
-    caller: Calling,
+    selector: ModelDep,
+    caller: CallerDep,
     x_request_timeout: Timeout = None,
     min_generation: MinGeneration = None,
 ) -> ClassifyOut:
     """Classify one text or several while concepts are erased from the model's activations."""
-    service = asking.service(body.model)
+    service = selector.service(body.model)
     answer = await answer_to(
         request,
         service,

@@ -11,10 +11,10 @@ from app.http.problems import BODY, QUERY, documented, header
 from app.live.store_threads import StoreThreads, StoreThreadsDep
 from app.live.wait_for_replicas import WAIT_RESPONSES, WaitDep, WaitForReplicas
 from app.observability.logs import note
-from app.routes import Asking, NamedConcept, QueryChecked, Serving
+from app.routes.dependencies import ModelDep, NamedConcept, QueryChecked, ServiceDep
 from app.schemas.replies import ErasureOut, LiveListOut, LiveOut
 from app.schemas.requests import LiveListIn, Reason, SwitchOnIn
-from app.security.auth import Calling
+from app.security.auth import CallerDep
 from app.serving.service import Service
 from range_store.domain.live import LiveState
 from range_store.errors import RangeStoreError, StaleGeneration, StoreUnavailable
@@ -37,7 +37,7 @@ async def named_generations(if_match: IfMatch = None) -> tuple[str, ...]:
 Required = Annotated[tuple[str, ...], Depends(named_generations)]
 
 
-async def change_id(request: Request, caller: Calling) -> str:
+async def change_id(request: Request, caller: CallerDep) -> str:
     """What tells a change from every other, and is the same where a client sends its request again."""
     sent = (
         request.state.request_id,  # made here for each request, unless the client names its own
@@ -68,16 +68,16 @@ def one_of(store: RangeStore, named: tuple[str, ...]) -> str | None:
 
 
 @router.get("/v1/erasures", dependencies=[QueryChecked], responses=documented(*QUERY, 503) | WITH_ETAG)
-async def list_erasures(service: Serving, response: Response) -> LiveListOut:
+async def list_erasures(service: ServiceDep, response: Response) -> LiveListOut:
     """What is erased now, as this process applies it. The ETag is the generation."""
     return listing(service, service.require_snapshot().live, response)
 
 
 @router.put("/v1/erasures", dependencies=[QueryChecked], responses=CHANGES | documented(*BODY))
 async def replace_erasures(
-    asking: Asking,
+    selector: ModelDep,
     store_threads: StoreThreadsDep,
-    caller: Calling,
+    caller: CallerDep,
     body: LiveListIn,
     required: Required,
     change_id: ChangeId,
@@ -85,7 +85,7 @@ async def replace_erasures(
     response: Response,
 ) -> LiveListOut:
     """Replace all live erasures in one generation."""
-    service = asking.service(body.model)
+    service = selector.service(body.model)
     now = service.mirror.now()
     wanted = [each.live(each.concept, now, caller.by) for each in body.erasures]
 
@@ -97,9 +97,9 @@ async def replace_erasures(
 
 @router.put("/v1/erasures/{concept:whole}", dependencies=[QueryChecked], responses=CHANGES | documented(*BODY))
 async def switch_on(
-    asking: Asking,
+    selector: ModelDep,
     store_threads: StoreThreadsDep,
-    caller: Calling,
+    caller: CallerDep,
     concept: NamedConcept,
     required: Required,
     change_id: ChangeId,
@@ -109,7 +109,7 @@ async def switch_on(
 ) -> LiveListOut:
     """Erase a concept from every request that names nothing, or change how."""
     body = body or SwitchOnIn()
-    service = asking.service(body.model)
+    service = selector.service(body.model)
     wanted = body.live(concept, service.mirror.now(), caller.by)
 
     def change(store: RangeStore) -> LiveState:
@@ -120,9 +120,9 @@ async def switch_on(
 
 @router.delete("/v1/erasures/{concept:whole}", dependencies=[QueryChecked], responses=CHANGES)
 async def switch_off(
-    service: Serving,
+    service: ServiceDep,
     store_threads: StoreThreadsDep,
-    caller: Calling,
+    caller: CallerDep,
     concept: NamedConcept,
     required: Required,
     change_id: ChangeId,

@@ -9,9 +9,9 @@ from fastapi import APIRouter
 
 from app.http.problems import QUERY, documented
 from app.live.event_stream import HEARTBEAT, PAUSE, RECONNECT, TICK, EventStream, event
-from app.routes import QueryChecked, Serving
+from app.routes.dependencies import QueryChecked, ServiceDep
 from app.routes.erasures import live_list
-from app.security.auth import Calling
+from app.security.auth import CallerDep
 from app.serving.service import Draining, Service
 
 router = APIRouter(tags=["service"])
@@ -35,7 +35,7 @@ STREAM: dict[int | str, dict[str, Any]] = {
     response_class=EventStream,
     responses=STREAM | documented(*QUERY, 429, 503),
 )
-async def stream_events(service: Serving, caller: Calling) -> EventStream:
+async def stream_events(service: ServiceDep, caller: CallerDep) -> EventStream:
     """Server-sent events of changes on this server or another one of the same store.
 
     `live`: the live erasures, as `GET /v1/erasures` returns them, with the generation as id; sent at connect.

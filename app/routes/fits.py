@@ -12,8 +12,8 @@ from app.http.problems import BODY, QUERY, ApiError, documented, header
 from app.jobs.records import KeyReused, QueueOfFitsFull
 from app.jobs.replies import JobOut, JobsOut, job_out
 from app.jobs.requests import DataRefused, DataUnusable, FitIn, source_of
-from app.routes import Asking, QueryChecked, Serving
-from app.security.auth import Calling
+from app.routes.dependencies import ModelDep, QueryChecked, ServiceDep
+from app.security.auth import CallerDep
 from app.serving.service import KNOWN_DATA_SETS
 from range_store.domain.erasure import resolve_layers
 
@@ -50,10 +50,10 @@ async def _of_files(work: Callable[[], Result]) -> Result:
     responses=documented(*BODY, *QUERY, 403, 409, 429, 503) | ACCEPTED,
 )
 async def start_fit(
-    asking: Asking, caller: Calling, body: FitIn, response: Response, idempotency_key: IdempotencyKey = None
+    selector: ModelDep, caller: CallerDep, body: FitIn, response: Response, idempotency_key: IdempotencyKey = None
 ) -> JobOut:
     """Fit ranges on texts that the server can read, in a process beside it, as `neuronlens fit` would."""
-    service = asking.service(body.model)
+    service = selector.service(body.model)
     if not service.settings.fits:
         other = "use `neuronlens fit`" if service.settings.ray else "NEURONLENS_FIT_DIRS would allow them"
         raise ApiError("fits_disabled", f"this server takes no fits: {other}")
@@ -86,7 +86,7 @@ async def start_fit(
 
 
 @router.get("/v1/jobs", dependencies=[QueryChecked], responses=documented(*QUERY, 503))
-async def list_jobs(service: Serving) -> JobsOut:
+async def list_jobs(service: ServiceDep) -> JobsOut:
     """Every fit that waits or runs, and the last that are over, newest first."""
     jobs = service.jobs
     listed = await _of_files(lambda: [job_out(jobs, job) for job in jobs.list()])
@@ -94,7 +94,7 @@ async def list_jobs(service: Serving) -> JobsOut:
 
 
 @router.get("/v1/jobs/{job}", dependencies=[QueryChecked], responses=documented(*QUERY, 503))
-async def show_job(service: Serving, job: str) -> JobOut:
+async def show_job(service: ServiceDep, job: str) -> JobOut:
     """What a fit is doing, how far it is, and how it ended."""
     jobs = service.jobs
     found = await _of_files(lambda: jobs.find(job))
@@ -104,7 +104,7 @@ async def show_job(service: Serving, job: str) -> JobOut:
 
 
 @router.delete("/v1/jobs/{job}", dependencies=[QueryChecked], responses=documented(*QUERY, 409, 503))
-async def cancel_job(service: Serving, job: str) -> JobOut:
+async def cancel_job(service: ServiceDep, job: str) -> JobOut:
     """End a fit; it publishes nothing. It is `cancelling` until its process has ended. May be repeated."""
     jobs = service.jobs
 

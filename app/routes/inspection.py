@@ -10,7 +10,7 @@ from fastapi import APIRouter, Path, Query
 
 from app.http.problems import QUERY, ApiError, documented
 from app.live.store_threads import StoreThreadsDep
-from app.routes import NamedConcept, QueryChecked, Serving
+from app.routes.dependencies import NamedConcept, QueryChecked, ServiceDep
 from app.schemas.replies import (
     ConceptOut,
     ConceptsOut,
@@ -38,7 +38,7 @@ Tau = Annotated[float, Query(ge=0, allow_inf_nan=False, description="Half-width 
 
 
 @router.get("/v1/concepts", responses=documented(*QUERY, 503))
-def list_concepts(service: Serving) -> ConceptsOut:
+def list_concepts(service: ServiceDep) -> ConceptsOut:
     """Concepts of the active range set, and whether each is erased now."""
     range_set, live = service.require_range_set(), service.require_snapshot().live
     erased = {each.concept: each.enforced for each in live.at(service.mirror.now())}
@@ -61,7 +61,7 @@ def list_concepts(service: Serving) -> ConceptsOut:
 
 @router.get("/v1/concepts/{concept:whole}/ranges", responses=documented(*QUERY, 503))
 def list_ranges(
-    service: Serving,
+    service: ServiceDep,
     concept: NamedConcept,
     layer: Layer = -1,
     ranking: Ranking = "max",
@@ -102,7 +102,7 @@ def list_ranges(
 
 @router.get("/v1/neurons/{layer}/{neuron}", responses=documented(*QUERY, 503))
 async def show_neuron(
-    service: Serving,
+    service: ServiceDep,
     store_threads: StoreThreadsDep,
     layer: Annotated[int, Path(description="Block, from 0; negative ones from the end.")],
     neuron: int,
@@ -131,7 +131,7 @@ async def show_neuron(
 
 @router.get("/v1/overlap", responses=documented(*QUERY, 503))
 def show_overlap(
-    service: Serving,
+    service: ServiceDep,
     layer: Layer = -1,
     top_fraction: Annotated[float, Query(gt=0, le=1)] = 0.3,
     ranking: Ranking = "max",

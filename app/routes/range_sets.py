@@ -6,11 +6,11 @@ from starlette.convertors import StringConvertor, register_url_convertor
 from app.http.problems import BODY, QUERY, documented
 from app.live.store_threads import StoreThreadsDep
 from app.live.wait_for_replicas import WaitDep
-from app.routes import Asking, QueryChecked, Serving
+from app.routes.dependencies import ModelDep, QueryChecked, ServiceDep
 from app.routes.erasures import CHANGES, ChangeId, Required, applied, one_of
 from app.schemas.replies import LiveListOut, RangeSetOut, RangeSetsOut
 from app.schemas.requests import ActivateIn
-from app.security.auth import Calling
+from app.security.auth import CallerDep
 from range_store.domain.live import LiveState
 from range_store.domain.range_set import check_dtype, check_model
 from range_store.errors import UnknownRangeSet
@@ -30,7 +30,7 @@ register_url_convertor("named", _Named())
 
 
 @router.get("/v1/range-sets", dependencies=[QueryChecked], responses=documented(*QUERY, 503))
-async def list_range_sets(service: Serving, store_threads: StoreThreadsDep) -> RangeSetsOut:
+async def list_range_sets(service: ServiceDep, store_threads: StoreThreadsDep) -> RangeSetsOut:
     """Every published range set of the model, newest first."""
     published = await store_threads.run(service.store.list)
     active = next((each.id for each in published if each.active), None)
@@ -38,7 +38,7 @@ async def list_range_sets(service: Serving, store_threads: StoreThreadsDep) -> R
 
 
 @router.get("/v1/range-sets/{range_set:named}", dependencies=[QueryChecked], responses=documented(*QUERY, 503))
-async def show_range_set(service: Serving, store_threads: StoreThreadsDep, range_set: str) -> RangeSetOut:
+async def show_range_set(service: ServiceDep, store_threads: StoreThreadsDep, range_set: str) -> RangeSetOut:
     """Where a range set comes from: model, corpus, settings, versions."""
     for each in await store_threads.run(service.store.list):
         if each.id == range_set:
@@ -48,9 +48,9 @@ async def show_range_set(service: Serving, store_threads: StoreThreadsDep, range
 
 @router.put("/v1/range-sets/active", dependencies=[QueryChecked], responses=CHANGES | documented(*BODY))
 async def activate(
-    asking: Asking,
+    selector: ModelDep,
     store_threads: StoreThreadsDep,
-    caller: Calling,
+    caller: CallerDep,
     body: ActivateIn,
     required: Required,
     change_id: ChangeId,
@@ -58,7 +58,7 @@ async def activate(
     response: Response,
 ) -> LiveListOut:
     """Make a range set the one that erasures are resolved on, or go back to an older one."""
-    service = asking.service(body.model)
+    service = selector.service(body.model)
 
     def change(store: RangeStore) -> LiveState:
         provenance = store.provenance(body.id)

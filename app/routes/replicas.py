@@ -4,7 +4,7 @@ from fastapi import APIRouter
 
 from app.http.problems import QUERY, documented
 from app.live.store_threads import StoreThreadsDep
-from app.routes import Asking, QueryChecked, Serving
+from app.routes.dependencies import ModelDep, QueryChecked, ServiceDep
 from app.schemas.replies import ReplicaOut, ReplicasOut, TargetsOut
 from app.serving.metrics import TARGETS, targets_of
 from range_store.domain.live import is_at_least
@@ -13,7 +13,7 @@ router = APIRouter(tags=["service"])
 
 
 @router.get("/v1/replicas", dependencies=[QueryChecked], responses=documented(*QUERY, 503))
-async def list_replicas(service: Serving, store_threads: StoreThreadsDep) -> ReplicasOut:
+async def list_replicas(service: ServiceDep, store_threads: StoreThreadsDep) -> ReplicasOut:
     """The live replicas of the model, as they reported; `?wait=all` on a change waits for all of them."""
     roster = await store_threads.run(service.store.replicas.read)
     generation = service.require_snapshot().live.generation
@@ -36,10 +36,10 @@ async def list_replicas(service: Serving, store_threads: StoreThreadsDep) -> Rep
 
 
 @router.get(TARGETS, dependencies=[QueryChecked], responses=documented(*QUERY, 503))
-async def list_targets(asking: Asking, store_threads: StoreThreadsDep) -> list[TargetsOut]:
+async def list_targets(selector: ModelDep, store_threads: StoreThreadsDep) -> list[TargetsOut]:
     """For Prometheus' `http_sd_configs`: the replicas of a fleet that serve metrics of their own.
 
     Of every model that is served here, unless `model` names one. Empty where the engine is in the server's own process.
     """
-    services = list(asking.served) if asking.in_query is None else [asking.service()]
+    services = list(selector.served) if selector.in_query is None else [selector.service()]
     return await store_threads.run(lambda: targets_of(services))

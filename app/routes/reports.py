@@ -10,7 +10,7 @@ from starlette.responses import StreamingResponse
 from starlette.types import Receive, Scope, Send
 
 from app.http.problems import QUERY, ApiError, documented, header
-from app.routes import QueryChecked, Serving
+from app.routes.dependencies import QueryChecked, ServiceDep
 from app.schemas.replies import ReportOut, ReportsOut
 from app.serving.reports import FileName, Report, UnknownReport, list_reports, open_file, read_report
 
@@ -40,14 +40,14 @@ FILE: dict[int | str, dict[str, Any]] = {
 
 
 @router.get("/v1/reports", responses=documented(*QUERY))
-async def list_evaluations(service: Serving) -> ReportsOut:
+async def list_evaluations(service: ServiceDep) -> ReportsOut:
     """The newest 200 reports, newest first; those that are unfinished or unreadable too, and told as such."""
     found = await to_thread.run_sync(list_reports, service.settings.reports)
     return ReportsOut(reports=[_out(each) for each in found])
 
 
 @router.get("/v1/reports/{report}", responses=documented(*QUERY))
-async def show_report(service: Serving, report: Name) -> ReportOut:
+async def show_report(service: ServiceDep, report: Name) -> ReportOut:
     """One report."""
     try:
         return _out(await to_thread.run_sync(read_report, service.settings.reports, report))
@@ -56,7 +56,7 @@ async def show_report(service: Serving, report: Name) -> ReportOut:
 
 
 @router.get("/v1/reports/{report}/{file}", response_class=Response, responses=FILE | documented(*QUERY))
-async def show_report_file(service: Serving, report: Name, file: FileName) -> Response:
+async def show_report_file(service: ServiceDep, report: Name, file: FileName) -> Response:
     """The report as a page, its numbers, or every choice that they were made with."""
     try:
         stream = await to_thread.run_sync(open_file, service.settings.reports, report, file)

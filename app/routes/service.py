@@ -5,9 +5,9 @@ from fastapi import APIRouter, Request, Response
 from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
 
 from app.http.problems import QUERY, ApiError, documented
-from app.routes import Models, QueryChecked, meant
+from app.routes.dependencies import ModelsDep, QueryChecked, log_model
 from app.schemas.replies import Alive, ModelOut, ModelsOut, Ready
-from app.security.auth import Caller, Calling
+from app.security.auth import Caller, CallerDep
 from app.serving.readiness import checks_of
 from app.serving.service import Service
 from app.settings import LOOPBACK
@@ -23,7 +23,7 @@ async def livez() -> Alive:
 
 
 @router.get("/readyz", responses=documented(503))
-async def readyz(models: Models) -> Ready:
+async def readyz(models: ModelsDep) -> Ready:
     """Every model is warm and has a range set, and the service is not shutting down.
 
     A store that is away, or has forgotten everything, does not make it unready: the last good snapshot goes on
@@ -56,7 +56,7 @@ def _problem(service: Service) -> str | None:
 
 
 @router.get("/metrics", response_class=Response, responses={200: {"content": {"text/plain": {}}}, **documented(404)})
-async def metrics(request: Request, models: Models) -> Response:
+async def metrics(request: Request, models: ModelsDep) -> Response:
     """For Prometheus, unless they have a port of their own."""
     if models.default.settings.metrics_port is not None:
         raise ApiError("not_found", "metrics have a port of their own here")
@@ -66,16 +66,16 @@ async def metrics(request: Request, models: Models) -> Response:
 
 
 @router.get("/v1/models", dependencies=[QueryChecked], responses=documented(*QUERY))
-async def list_models(models: Models, caller: Calling, request: Request) -> ModelsOut:
+async def list_models(models: ModelsDep, caller: CallerDep, request: Request) -> ModelsOut:
     """What is loaded, the default first. Where it lies is told to scope admin, or, without keys, on this machine."""
     listed = [_out(service, _trusted(caller, request)) for service in models]
     return ModelsOut(models=listed, data=listed)
 
 
 @router.get("/v1/models/{id:whole}", dependencies=[QueryChecked], responses=documented(*QUERY))
-async def show_model(models: Models, caller: Calling, request: Request, id: str) -> ModelOut:
+async def show_model(models: ModelsDep, caller: CallerDep, request: Request, id: str) -> ModelOut:
     """One model that is loaded."""
-    return _out(meant(models.named(id)), _trusted(caller, request))
+    return _out(log_model(models.named(id)), _trusted(caller, request))
 
 
 def _trusted(caller: Caller, request: Request) -> bool:

@@ -62,7 +62,7 @@ async def get_caller(request: Request) -> Caller:
     return getattr(request.state, "caller", ANYONE)
 
 
-Calling = Annotated[Caller, Depends(get_caller)]
+CallerDep = Annotated[Caller, Depends(get_caller)]
 
 
 def check_compare(caller: Caller, enforced: bool) -> None:

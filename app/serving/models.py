@@ -6,7 +6,7 @@ from app.http.problems import ApiError
 from app.serving.service import QueueFull, Service
 
 
-class Served:
+class ServedModels:
     """The services of a process. The first is meant where nothing is named.
 
     Raises:

@@ -3,7 +3,7 @@
 from fastapi import APIRouter, Response
 
 from app.http.problems import documented
-from app.routes import Models
+from app.routes.dependencies import ModelsDep
 from app.routes.dropin.tei import TeiProblem
 from app.routes.service import readyz
 
@@ -11,7 +11,7 @@ router = APIRouter(tags=["Hugging Face", "text-embeddings-inference", "vLLM"], r
 
 
 @router.get("/health", response_class=Response, responses=documented(503))
-async def health(models: Models) -> Response:
+async def health(models: ModelsDep) -> Response:
     """Requests are answered, as `/readyz` means it; nothing more is said."""
     await readyz(models)
     return Response()

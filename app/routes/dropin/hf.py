@@ -11,13 +11,13 @@ from pydantic import ConfigDict, Field, model_validator
 from pydantic_core import PydanticCustomError
 
 from app.http.problems import BODY, Problem, documented
-from app.routes import Serving
+from app.routes.dependencies import ServiceDep
 from app.routes.dropin.dialect import Dialect
 from app.routes.dropin.steering import TOLD, Loose, Steered, tell
 from app.schemas.replies import Score
 from app.schemas.requests import erasures_of
 from app.schemas.unions import LIST, OBJECT, TEXT, by_shape
-from app.security.auth import Calling
+from app.security.auth import CallerDep
 from app.serving.classification import MinGeneration, Timeout, answer_to, ranked
 from app.serving.service import TextOrPair
 
@@ -136,8 +136,8 @@ async def huggingface_classify(
     request: Request,
     response: Response,
     body: HfIn,
-    service: Serving,
-    caller: Calling,
+    service: ServiceDep,
+    caller: CallerDep,
     x_request_timeout: Timeout = None,
     min_generation: MinGeneration = None,
 ) -> list[list[Score]]:

@@ -12,13 +12,13 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from app.errors import STATUSES, TeiType
 from app.http.problems import BODY, Problem, documented
-from app.routes import Serving
+from app.routes.dependencies import ServiceDep
 from app.routes.dropin.dialect import Dialect
 from app.routes.dropin.steering import TOLD, Steered, check_truncation_side, tell
 from app.schemas.replies import Score
 from app.schemas.requests import erasures_of
 from app.schemas.unions import LIST, TEXT, by_shape
-from app.security.auth import Calling
+from app.security.auth import CallerDep
 from app.serving.classification import MinGeneration, Timeout, answer_to, ranked
 from app.serving.service import TextOrPair
 
@@ -117,8 +117,8 @@ async def tei_predict(
     request: Request,
     response: Response,
     body: PredictIn,
-    service: Serving,
-    caller: Calling,
+    service: ServiceDep,
+    caller: CallerDep,
     x_request_timeout: Timeout = None,
     min_generation: MinGeneration = None,
 ) -> list[Score] | list[list[Score]]:
@@ -142,7 +142,7 @@ async def tei_predict(
 
 
 @router.get("/info", responses=documented(404, 422))
-async def tei_info(service: Serving) -> InfoOut:
+async def tei_info(service: ServiceDep) -> InfoOut:
     """What is loaded, as text-embeddings-inference tells it."""
     model, limits = service.model, service.engine.settings
     labels = model.identity.labels

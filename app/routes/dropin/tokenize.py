@@ -11,9 +11,9 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from app.http.problems import BODY, ApiError, documented
 from app.observability.logs import note
-from app.routes import Asking
+from app.routes.activations import MOST_TEXTS
+from app.routes.dependencies import ModelDep
 from app.routes.dropin.steering import Loose
-from app.routes.looking import MOST_TEXTS
 from app.schemas.requests import Inputs
 from app.serving.classification import Timeout, check_size, unless_gone
 from app.serving.service import ShownToken
@@ -74,7 +74,7 @@ class VllmTokens(BaseModel):
 
 @router.post("/tokenize", responses=documented(*BODY, 404, 422, 429, 503, 504))
 async def dropin_tokenize(
-    request: Request, body: DropinTokenizeIn, asking: Asking, x_request_timeout: Timeout = None
+    request: Request, body: DropinTokenizeIn, selector: ModelDep, x_request_timeout: Timeout = None
 ) -> list[list[SimpleToken]] | VllmTokens:
     """The tokens of texts: as text-embeddings-inference lists them, or for a `prompt` as vLLM does."""
     asked: dict[str, Any] = request.scope["state"]
@@ -85,7 +85,7 @@ async def dropin_tokenize(
         raise ApiError("invalid", "say either inputs (text-embeddings-inference) or prompt (vLLM)")
     given = body.inputs if body.inputs is not None else body.prompt or ""
     texts = [given] if isinstance(given, str) else given
-    service = asking.service(body.model if body.prompt is not None else None)
+    service = selector.service(body.model if body.prompt is not None else None)
     check_size(texts, service.settings)
     if len(texts) > MOST_TEXTS:
         raise ApiError("too_many_texts", f"{len(texts)} texts, the limit of this call is {MOST_TEXTS}: send fewer")

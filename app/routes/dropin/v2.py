@@ -15,7 +15,7 @@ from pydantic import Field
 from starlette.convertors import register_url_convertor
 
 from app.http.problems import ApiError, Problem, documented
-from app.routes import Models, Whole, meant
+from app.routes.dependencies import ModelsDep, Whole, log_model
 from app.routes.dropin.dialect import Dialect
 from app.routes.dropin.steering import TOLD, erased_header, tell
 from app.routes.dropin.v2_shapes import (
@@ -31,9 +31,9 @@ from app.routes.dropin.v2_shapes import (
     TensorOut,
 )
 from app.schemas.requests import erasures_of
-from app.security.auth import Calling
+from app.security.auth import CallerDep
 from app.serving.classification import MinGeneration, Timeout, all_scores, answer_to
-from app.serving.models import Served
+from app.serving.models import ServedModels
 from app.serving.readiness import conditions
 from app.serving.service import Activation, Answer, Logits, Service
 
@@ -81,7 +81,7 @@ async def v2_live() -> ServerLive:
 
 
 @router.get("/v2/health/ready", responses=documented(503))
-async def v2_ready(models: Models) -> ServerReady:
+async def v2_ready(models: ModelsDep) -> ServerReady:
     """Requests are answered, as `/readyz` means it."""
     for service in models:
         _check_ready(service)
@@ -97,7 +97,7 @@ async def v2_server() -> ServerMetadata:
 
 @router.get(_MODEL + "/ready", responses=_READY)
 @router.get(_VERSION + "/ready", name="v2_version_ready", responses=_READY, dependencies=_KNOWN)
-async def v2_model_ready(models: Models, model: str) -> ModelReady:
+async def v2_model_ready(models: ModelsDep, model: str) -> ModelReady:
     """The model answers."""
     service = _named(models, model)
     _check_ready(service)
@@ -116,8 +116,8 @@ async def v2_infer(
     request: Request,
     response: Response,
     body: InferIn,
-    models: Models,
-    caller: Calling,
+    models: ModelsDep,
+    caller: CallerDep,
     model: str,
     x_request_timeout: Timeout = None,
     min_generation: MinGeneration = None,
@@ -157,7 +157,7 @@ async def v2_infer(
 
 @router.get(_MODEL, responses=documented(404))
 @router.get(_VERSION, name="v2_version", responses=documented(404), dependencies=_KNOWN)
-async def v2_model(models: Models, model: str) -> ModelMetadata:
+async def v2_model(models: ModelsDep, model: str) -> ModelMetadata:
     """What goes into the model, and what comes out."""
     service = _named(models, model)
     labels = service.model.identity.labels
@@ -175,11 +175,11 @@ async def v2_model(models: Models, model: str) -> ModelMetadata:
     )
 
 
-def _named(models: Served, name: str) -> Service:
+def _named(models: ServedModels, name: str) -> Service:
     """The service of a name; raises ApiError (404) if it is that of a model and a path that this server lacks."""
     if name not in models.names and (below := [each for each in models.names if name.startswith(f"{each}/")]):
         raise ApiError("not_found", f"no such path below the model {below[0]!r}; see /docs")
-    return meant(models.named(name))
+    return log_model(models.named(name))
 
 
 def _check_ready(service: Service) -> None:

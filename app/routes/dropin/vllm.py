@@ -12,11 +12,11 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from app.errors import STATUSES
 from app.http.problems import ApiError, Problem, documented
-from app.routes import Asking
+from app.routes.dependencies import ModelDep
 from app.routes.dropin.dialect import Dialect
 from app.routes.dropin.steering import TOLD, Steered, check_truncation_side, tell
 from app.schemas.requests import Inputs, erasures_of
-from app.security.auth import Calling
+from app.security.auth import CallerDep
 from app.serving.classification import MinGeneration, Timeout, all_scores, answer_to
 from app.serving.service import Activation, Answer
 
@@ -111,13 +111,13 @@ async def vllm_classify(
     request: Request,
     response: Response,
     body: VllmClassifyIn,
-    asking: Asking,
-    caller: Calling,
+    selector: ModelDep,
+    caller: CallerDep,
     x_request_timeout: Timeout = None,
     min_generation: MinGeneration = None,
 ) -> VllmClassifyOut:
     """Classify as vLLM does."""
-    service = asking.service(body.model)
+    service = selector.service(body.model)
     if not body.input:
         raise ApiError("invalid", "input: there is nothing in it")
     most, cut_to = service.model.max_tokens, body.truncate_prompt_tokens

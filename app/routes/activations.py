@@ -6,11 +6,11 @@ from fastapi import APIRouter, Request
 
 from app.http.problems import BODY, QUERY, ApiError, FieldError, documented
 from app.observability.logs import note
-from app.routes import Asking, QueryChecked
+from app.routes.dependencies import ModelDep, QueryChecked
 from app.routes.inspection import finite
 from app.schemas.replies import ActivationsOut, TextTokens, TextValues, Token, TokenizeOut
 from app.schemas.requests import ActivationsIn, TokenizeIn
-from app.security.auth import Caller, Calling, check_shown
+from app.security.auth import Caller, CallerDep, check_shown
 from app.serving.classification import Timeout, check_size, unless_gone
 from app.serving.service import Service
 from range_store.domain.erasure import Site, resolve_layers
@@ -24,13 +24,13 @@ MOST_TEXTS = 64
 
 @router.post("/v1/tokenize", responses=documented(*QUERY, *BODY, 429, 503, 504))
 async def tokenize(
-    request: Request, body: TokenizeIn, asking: Asking, x_request_timeout: Timeout = None
+    request: Request, body: TokenizeIn, selector: ModelDep, x_request_timeout: Timeout = None
 ) -> TokenizeOut:
     """The tokens of texts, as the model gets them: cut where it takes no more, with the tokens that it needs around.
 
     `prefix_tokens` of a few-shot prompt stand before every text and are not listed.
     """
-    service = asking.service(body.model)
+    service = selector.service(body.model)
     texts = _texts(service, body.inputs)
     shown = await unless_gone(
         request, service.engine.looking.tokens(texts, timeout=_seconds(service, x_request_timeout))
@@ -63,14 +63,14 @@ async def tokenize(
 
 @router.post("/v1/activations", responses=documented(*QUERY, *BODY, 429, 503, 504))
 async def show_activations(
-    request: Request, body: ActivationsIn, asking: Asking, caller: Calling, x_request_timeout: Timeout = None
+    request: Request, body: ActivationsIn, selector: ModelDep, caller: CallerDep, x_request_timeout: Timeout = None
 ) -> ActivationsOut:
     """Values of neurons for texts, before anything is erased: where they fall among a neuron's ranges.
 
     Taken where the active range set was fitted (`site`, `position`), so that they compare with its ranges and
     histograms. While an erasure is enforced they would show what it hides, and need scope admin.
     """
-    service = asking.service(body.model)
+    service = selector.service(body.model)
     texts = _texts(service, body.inputs)
     _check(service, caller)
     identity = service.model.identity
