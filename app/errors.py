@@ -142,7 +142,6 @@ ERRORS: Final = (
     _kind("replica_lost", 503, _ENGINE + "ReplicaLost"),
     _kind("not_ready", 503),
     _kind("keys_unavailable", 503),
-    _kind("jobs_unavailable", 503),
     _kind("too_many_bodies", 503),
     _kind("too_many_connections", 503),
     _kind("deadline_exceeded", 504, _ENGINE + "DeadlineExceeded"),

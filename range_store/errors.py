@@ -126,7 +126,14 @@ class UnknownKey(RangeStoreError):
 
 
 class StoreUnavailable(RangeStoreError):
-    """Redis cannot be reached, or refuses to write."""
+    """Redis cannot be reached, or refuses to write.
+
+    `code`: Redis's error code ("NOPERM", "OOM", …) if it refused; None if it did not answer.
+    """
+
+    def __init__(self, message: str, code: str | None = None) -> None:
+        super().__init__(message)
+        self.code = code
 
 
 class InvalidStoreAddress(StoreUnavailable):

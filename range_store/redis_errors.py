@@ -8,17 +8,17 @@ import redis
 
 from range_store.errors import StoreUnavailable
 
-_REFUSALS = (
-    ("OOM", "Redis is out of memory and refuses to write: raise its maxmemory or remove range sets"),
-    ("READONLY", "this Redis is a read-only replica: point NEURONLENS_REDIS_URL at the primary"),
-    ("MISCONF", "Redis refuses to write because it cannot save to disk: see its log"),
-    ("NOAUTH", "Redis wants a password: put it into NEURONLENS_REDIS_URL"),
-    ("WRONGPASS", "Redis refuses the user name or password in NEURONLENS_REDIS_URL"),
-    ("NOPERM", "this Redis user may not run what the store needs: see its ACL"),
-    ("LOADING", "Redis is still loading its data: try again in a moment"),
-    ("BUSY", "Redis is busy with a long script: try again in a moment"),
-    ("WRONGTYPE", "a key of NeuronLens holds something else: is this Redis shared with another application?"),
-)
+_REFUSALS = {
+    "OOM": "Redis is out of memory and refuses to write: raise its maxmemory or remove range sets",
+    "READONLY": "this Redis is a read-only replica: point NEURONLENS_REDIS_URL at the primary",
+    "MISCONF": "Redis refuses to write because it cannot save to disk: see its log",
+    "NOAUTH": "Redis wants a password: put it into NEURONLENS_REDIS_URL",
+    "WRONGPASS": "Redis refuses the user name or password in NEURONLENS_REDIS_URL",
+    "NOPERM": "this Redis user may not run what the store needs: see its ACL",
+    "LOADING": "Redis is still loading its data: try again in a moment",
+    "BUSY": "Redis is busy with a long script: try again in a moment",
+    "WRONGTYPE": "a key of NeuronLens holds something else: is this Redis shared with another application?",
+}
 
 
 @contextmanager
@@ -27,35 +27,48 @@ def translate_redis_errors() -> Iterator[None]:
     try:
         yield
     except (redis.RedisError, OSError) as error:
-        raise StoreUnavailable(describe_redis_error(error)) from error
+        code, sentence = _diagnose(error)
+        raise StoreUnavailable(sentence, code) from error
 
 
 def describe_redis_error(error: Exception) -> str:
     """One sentence on an error of Redis or of the way to it. It never repeats a password."""
+    return _diagnose(error)[1]
+
+
+def _diagnose(error: Exception) -> tuple[str | None, str]:
+    """Redis's error code, or None if it did not answer, and a sentence."""
     text = " ".join(str(error).split())
-    for code, sentence in _REFUSALS:
-        if re.search(rf"(^|: -?){code}\b", text.upper()):  # in front, or in what a script was told
-            return sentence
-    if "The user executing the script can't run this" in text or "ACL failure in script" in text:
-        return dict(_REFUSALS)["NOPERM"]
+    code = _code(error, text)
+    if code in _REFUSALS:
+        return code, _REFUSALS[code]
     if text.startswith("the private Redis"):  # it was said already
-        return text
+        return None, text
+    match error:
+        case redis.TimeoutError():
+            return None, f"Redis does not answer in time ({text}): is it overloaded or cut off?"
+        case redis.ConnectionError() | OSError():
+            return None, f"Redis cannot be reached ({text}): is it running?"
+        case _:
+            return "ERR", f"Redis refused: {text}"
+
+
+def _code(error: Exception, text: str) -> str | None:
+    for code in _REFUSALS:
+        if re.search(rf"(^|: -?){code}\b", text.upper()):  # in front, or in what a script was told
+            return code
+    if "The user executing the script can't run this" in text or "ACL failure in script" in text:
+        return "NOPERM"
     match error:
         case redis.ReadOnlyError():
-            return dict(_REFUSALS)["READONLY"]
+            return "READONLY"
         case redis.OutOfMemoryError():
-            return dict(_REFUSALS)["OOM"]
+            return "OOM"
         case redis.BusyLoadingError():
-            return dict(_REFUSALS)["LOADING"]
-        case redis.AuthenticationError() if "required" in text.lower():
-            return dict(_REFUSALS)["NOAUTH"]
+            return "LOADING"
         case redis.AuthenticationError():
-            return dict(_REFUSALS)["WRONGPASS"]
+            return "NOAUTH" if "required" in text.lower() else "WRONGPASS"
         case redis.exceptions.NoPermissionError():
-            return dict(_REFUSALS)["NOPERM"]
-        case redis.TimeoutError():
-            return f"Redis does not answer in time ({text}): is it overloaded or cut off?"
-        case redis.ConnectionError() | OSError():
-            return f"Redis cannot be reached ({text}): is it running?"
+            return "NOPERM"
         case _:
-            return f"Redis refused: {text}"
+            return None

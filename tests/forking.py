@@ -113,7 +113,7 @@ class Forker:
 class ForkedFits:
     """Stands in for the module `subprocess` in `app.jobs.process`: the fits of a server become forks.
 
-    They get the arguments, environment, streams, descriptors and process group that a real start gives them.
+    They get the arguments, environment, streams and process group that a real start gives them.
 
     Args:
         address: of a forker.
@@ -132,25 +132,27 @@ class ForkedFits:
         command: Sequence[str],
         *,
         stdin: int,
-        stdout: IO[bytes],
+        stdout: int,
         stderr: IO[bytes],
         env: Mapping[str, str],
         process_group: int,
-        pass_fds: Sequence[int],
     ) -> Forked:
         assert list(command[:4]) == [sys.executable, "-P", "-m", "app.cli"], "start `neuronlens` as the forks do"
-        assert (stdin, process_group) == (subprocess.PIPE, 0)
+        assert (stdin, stdout, process_group) == (subprocess.PIPE, subprocess.PIPE, 0)
         self.commands.append(list(command))
         their_stdin, held = os.pipe()
+        out, their_stdout = os.pipe()
         try:
-            streams = (their_stdin, stdout.fileno(), stderr.fileno())
-            pid, status = _fork(self._address, command[4:], env, self._code, streams, pass_fds, own_group=True)
+            streams = (their_stdin, their_stdout, stderr.fileno())
+            pid, status = _fork(self._address, command[4:], env, self._code, streams, own_group=True)
         except BaseException:
             os.close(held)
+            os.close(out)
             raise
         finally:
             os.close(their_stdin)
-        return Forked(pid, status, None, None, os.fdopen(held, "wb"))
+            os.close(their_stdout)
+        return Forked(pid, status, os.fdopen(out, "r", encoding="utf-8"), None, os.fdopen(held, "wb"))
 
 
 def _fork(
@@ -159,7 +161,6 @@ def _fork(
     environment: Mapping[str, str],
     code: str,
     streams: tuple[int, int, int],
-    kept: Sequence[int] = (),
     own_group: bool = False,
 ) -> tuple[int, int]:
     """Ask for a fork; gives its pid and the descriptor that its exit code comes from."""
@@ -175,7 +176,7 @@ def _fork(
         with socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as connection:
             connection.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, MESSAGE_BYTES)
             connection.connect(address)
-            socket.send_fds(connection, [json.dumps(request).encode()], [their_status, *streams, *kept])
+            socket.send_fds(connection, [json.dumps(request).encode()], [their_status, *streams])
             pid = int(connection.recv(16))
     except BaseException:
         os.close(status)
@@ -248,11 +249,11 @@ def _main(listener: socket.socket) -> None:
         if not message:  # the process that asked has ended
             connection.close()
             continue
-        status, *rest = descriptors  # stdin, stdout, stderr, and what else the new process keeps open
+        status, *streams = descriptors
         request = json.loads(message)
         pid = os.fork()
         if pid == 0:
-            _become(request, rest[:3])
+            _become(request, streams)
             for each in (connection.detach(), listener.detach(), status, wake_read, wake_write, *ends.values()):
                 os.close(each)
             if request["code"]:
@@ -261,7 +262,7 @@ def _main(listener: socket.socket) -> None:
 
             main()
             raise SystemExit(0)
-        for each in rest:
+        for each in streams:
             os.close(each)
         ends[pid] = status
         with suppress(BrokenPipeError):

@@ -1,7 +1,7 @@
 """`neuronlens fit`: from labelled texts to a published range set."""
 
 from collections.abc import Sequence
-from contextlib import AbstractContextManager, nullcontext, suppress
+from contextlib import nullcontext, suppress
 from pathlib import Path
 from typing import Annotated, get_args
 
@@ -11,9 +11,9 @@ from app.choices import CorpusChoice, DTypeChoice, ModelChoice
 from app.cli import options
 from app.cli.commands import command
 from app.cli.stores import operator, settings_with, store_of
-from app.cli.terminal import Report, hint, print_json, progress, say, table
+from app.cli.terminal import hint, print_json, progress, say, table
 from app.errors import INTERRUPTED
-from app.jobs import child as fit_child
+from app.jobs import child
 from range_store.domain.erasure import RANKINGS, STATISTICAL_RANKINGS
 from range_store.domain.range_set import CorpusIdentity, ProbeSettings, check_dtype
 from range_store.errors import RangeStoreError, StoreUnavailable
@@ -65,7 +65,7 @@ def fit(
     redis_url: options.RedisUrl = None,
     data_dir: options.DataDir = None,
     as_json: options.AsJson = False,
-    job: Annotated[Path | None, typer.Option("--job", hidden=True)] = None,  # given by a server, see `fit_child`
+    job: Annotated[Path | None, typer.Option("--job", hidden=True)] = None,  # of a server, see `app.jobs.child`
 ) -> None:
     """Fit ranges: read every neuron's statistics per concept, in one pass over labelled texts.
 
@@ -73,6 +73,7 @@ def fit(
     """
     options.some_data(data, dataset)
     cluster = options.ray_choice(ray, actors)
+    server_job = child.ServerJob(job, settings_with().fit_niceness) if job else None
     of_class = None if correct_only else rows_per_class
     corpus = CorpusChoice(data, dataset, split, text_field, label_field, label_map, max_rows, of_class, seed)
     rankings = options.rankings(ranking)
@@ -89,20 +90,17 @@ def fit(
         "scoring": scoring,
     }
     settings = settings_with(model=model, name=name, **how_to_load, **place)
-    report_to: AbstractContextManager[Report] = (
-        nullcontext(fit_child.begin(job, settings.fit_niceness)) if job else progress("rows")
-    )
     from app.cli.inputs import check_model, check_texts
 
     check_texts(corpus, cluster=cluster)
     check_model(ModelChoice.of(settings), cluster)
-    with store_of(settings, None, publishes=True) as store:
-        store.peek()  # a store that is away should be known before the work, not after it
+    with server_job or nullcontext(), store_of(settings, None, publishes=True) as store:
+        store.peek()  # fail before the work if the store is away
         settings = settings.model_copy(update={"dtype": _dtype(settings.dtype, store)})
         try:
-            with report_to as report:
+            with nullcontext(server_job) if server_job else progress("rows") as report:
                 report("loading the model", 0, 0)
-                from app.serving.wiring import CHECKPOINT_SECONDS, fit_corpus  # here, because it loads torch
+                from app.serving.wiring import CHECKPOINT_SECONDS, fit_corpus  # loads torch
 
                 fitted = fit_corpus(
                     ModelChoice.of(settings),
@@ -116,8 +114,8 @@ def fit(
                     probe=ProbeSettings(l1=probe_l1, l2=probe_l2, rows=probe_rows, seed=seed),
                     bins=bins,
                     batch_tokens=batch_tokens,
-                    checkpoint_dir=job / fit_child.CHECKPOINTS if job else settings.data_dir / "fits",
-                    checkpoint_seconds=fit_child.CHECKPOINT_SECONDS if job else CHECKPOINT_SECONDS,
+                    checkpoint_dir=job / child.CHECKPOINTS if job else settings.data_dir / "fits",
+                    checkpoint_seconds=child.CHECKPOINT_SECONDS if job else CHECKPOINT_SECONDS,
                     cluster=cluster,
                     report=report,
                 )
@@ -126,6 +124,9 @@ def fit(
         except KeyboardInterrupt:
             hint("interrupted: the same command resumes from the last checkpoint")
             raise typer.Exit(INTERRUPTED) from None
+        if server_job:
+            server_job.published(published)
+            return
         fitted.discard_checkpoint()
         generation = _activate(store, published, **place) if activate else None
     provenance = fitted.range_set.provenance
@@ -157,8 +158,8 @@ def fit(
 
 
 def about_corpus(corpus: CorpusIdentity, labels: Sequence[str]) -> list[str]:
-    """What is worth knowing of the texts that were fitted: classes that are few, unequal or unknown to the model; texts
-    that were cut, left out or look damaged.
+    """Return warnings about the texts of a fit: classes that are small, unequal or unknown to the model; texts that
+    were cut, left out or look damaged.
     """
     least, most = min(corpus.counts.values()), max(corpus.counts.values())
     lines = []
@@ -190,23 +191,23 @@ def about_corpus(corpus: CorpusIdentity, labels: Sequence[str]) -> list[str]:
 
 
 def _served_dtypes(store: RangeStore) -> tuple[str, ...]:
-    """The types that the model is served in now; none where it cannot be known."""
-    with suppress(StoreUnavailable):  # a Redis user for fits may not look
+    """Return the dtypes that the model is served in now; none if they cannot be read."""
+    with suppress(StoreUnavailable):  # a Redis user for fits may lack the permission
         return store.replicas.read().dtypes
     return ()
 
 
 def _dtype(chosen: str, store: RangeStore) -> str:
-    """The type to fit in: `chosen`, or for `auto` the one that the model is served in, if it is served in one."""
+    """Return the dtype to fit in: `chosen`, or for `auto` the only one that the model is served in, if there is one."""
     served = _served_dtypes(store)
     if chosen != "auto" or len(served) != 1 or served[0] not in get_args(DTypeChoice):
         return chosen
-    hint(f"{store.model} is served in {served[0]}, and so it is fitted (--dtype)")
+    hint(f"fitting in {served[0]}, the dtype that {store.model} is served in; --dtype chooses another")
     return served[0]
 
 
 def _activate(store: RangeStore, published: str, **place: object) -> str:
-    """Activate, and give the generation that it made."""
+    """Activate a range set, and return the generation that this made."""
     try:
         check_dtype(store.provenance(published), _served_dtypes(store))
         return store.activate(published, by=operator(), reason="fit").generation

@@ -10,7 +10,7 @@ from typing import Any
 
 from prometheus_client import CollectorRegistry, Gauge
 
-from app.jobs.records import OVER
+from range_store.storage.jobs import OVER
 
 KEPT_JOBS = 32
 """Jobs whose newest state a new stream gets."""

@@ -9,9 +9,8 @@ from typing import Any
 import redis
 from prometheus_client import CollectorRegistry
 
-from app.jobs.records import FitJobs
-from app.jobs.replies import job_out
 from app.jobs.runner import FitRunner
+from app.jobs.schemas import JobOut
 from app.live.change_metrics import LiveChangeMetrics
 from app.live.feed import ChangeFeed
 from app.security.keyring import Keyring, memory_of
@@ -20,6 +19,7 @@ from app.settings import Settings
 from range_store.domain.range_set import dtype_mismatch
 from range_store.errors import RangeStoreError
 from range_store.storage.api_keys import ApiKeyStore
+from range_store.storage.jobs import Job, JobStore
 from range_store.storage.mirror import Mirror, Snapshot
 from range_store.storage.replicas import new_replica_name
 from range_store.storage.store import RangeStore
@@ -71,6 +71,10 @@ def service_around(
         if mirror.store_up:  # else who waits for a store that hangs would wait once more
             with suppress(RangeStoreError):
                 feed.set_range_sets(store.ids())
+                fits.refresh()
+
+    def job_changed(job: Job, progress: dict[str, Any] | None) -> None:
+        feed.set_job(job.id, JobOut.of(name, job, progress).model_dump(mode="json"))
 
     mirror = Mirror(
         store,
@@ -82,15 +86,14 @@ def service_around(
         earlier=model.earlier_fingerprint,
     )
     store.guard = mirror.before_change
-    jobs = FitJobs(settings.data_dir, name, model.identity.fingerprint)
-    fits = FitRunner(jobs, settings, model.source, model.dtype, store, mirror)
-    fits.listeners.append(lambda job: feed.set_job(job.id, job_out(jobs, job).model_dump(mode="json")))
+    jobs = JobStore(client, name)
+    fits = FitRunner(jobs, settings, model.source, model.dtype, model.identity.fingerprint, store, mirror, job_changed)
     assert mirror.heartbeat is not None
     mirror.heartbeat.dtype = model.dtype
     mirror.start()
     try:
         with answering(mirror, registry) as answerer:
-            if settings.fits or not all(job.over for job in jobs.list()):
+            if settings.fits:
                 fits.start()
             try:
                 yield Service(settings, model, store, mirror, keyring, answerer, registry, name, feed, jobs, fits)

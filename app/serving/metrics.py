@@ -16,12 +16,11 @@ from prometheus_client.exposition import ThreadingWSGIServer
 from prometheus_client.metrics_core import Metric
 from prometheus_client.registry import Collector
 
-from app.jobs.process import progress_of
-from app.jobs.records import STATES
 from app.schemas.replies import TargetsOut
 from app.serving.readiness import conditions
 from app.serving.service import Service, add_under, live_state, loaded
 from range_store.errors import StoreUnavailable
+from range_store.storage.jobs import JOB_STATES
 
 TARGETS = "/v1/replicas/targets"
 """Path of what Prometheus finds the replicas of a fleet by, on the API's port and on that of the metrics."""
@@ -123,20 +122,17 @@ class _State:
         yield by_condition
 
     def _fits(self) -> Iterator[Metric]:
-        jobs = self._service.jobs
-        found = jobs.list()
-        states = Counter(job.state for job in found)
+        jobs = self._service.fits.known
+        states = Counter(job.state for job in jobs.jobs)
         by_state = GaugeMetricFamily(
-            "neuronlens_fit_jobs", "Fits of this model that are remembered, by state.", labels=["state"]
+            "neuronlens_fit_jobs", "Fits of this model that are kept, by state.", labels=["state"]
         )
-        for state in STATES:
+        for state in JOB_STATES:
             by_state.add_metric([state], float(states[state]))
         yield by_state
-        done = 0.0
-        for progress in (progress_of(jobs.place(job.id)) for job in found if job.pid is not None):
-            done = progress.get("rows_done", 0) / (progress.get("rows_total") or 1)
+        progress = jobs.progress if any(jobs.progress_of(job) for job in jobs.jobs) else {}
         yield GaugeMetricFamily(
             "neuronlens_fit_progress_ratio",
             "Share of its texts that the fit under way has done; 0 where none is.",
-            done,
+            progress.get("rows_done", 0) / (progress.get("rows_total") or 1),
         )

@@ -8,13 +8,13 @@ from dataclasses import dataclass, field
 
 from prometheus_client import CollectorRegistry
 
-from app.jobs.records import FitJobs
 from app.jobs.runner import FitRunner
 from app.live.feed import ChangeFeed
 from app.security.keyring import Keyring
 from app.settings import Settings
 from range_store.domain.range_set import RangeSet
 from range_store.errors import NoRangeSet, StoreUnavailable
+from range_store.storage.jobs import JobStore
 from range_store.storage.mirror import Mirror, Snapshot
 from range_store.storage.store import RangeStore
 from workers.engine.answers import Answer, Answerer, Logits, TextAnswer
@@ -89,7 +89,7 @@ class Service:
     registry: CollectorRegistry
     name: str
     feed: ChangeFeed
-    jobs: FitJobs
+    jobs: JobStore
     fits: FitRunner
     started_at: float = field(default_factory=time.time)
     """Unix seconds."""

@@ -37,6 +37,16 @@ class ModelKeys:
         """Hash: what each live replica reports, as JSON by its name; field `since`: when the hash was begun."""
         return f"{PREFIX}replicas:{self.model}"
 
+    @property
+    def jobs(self) -> str:
+        """The fits started over HTTP, as JSON."""
+        return f"{PREFIX}jobs:{self.model}"
+
+    @property
+    def job_lease(self) -> str:
+        """What the server that runs the fits reports, as JSON; expires unless it is renewed."""
+        return f"{PREFIX}job-lease:{self.model}"
+
 
 def part_key(range_set: str, part: str) -> str:
     """Key of one part of a range set: `part` is a name of `range_store.storage.codec` ("layer:3:serve")."""

@@ -112,6 +112,18 @@ redis.call('PUBLISH', ARGV[3], ARGV[4])
 return 'done'
 """
 
+HOLD_LEASE = """
+-- KEYS: lease. ARGV: holder, report as JSON with the holder as `runner`, milliseconds that the lease lasts.
+-- Returns 1 if the caller holds the lease now, 0 while another one does.
+local held = redis.call('GET', KEYS[1])
+if held then
+  local readable, report = pcall(cjson.decode, held)
+  if readable and type(report) == 'table' and report['runner'] ~= ARGV[1] then return 0 end
+end
+redis.call('SET', KEYS[1], ARGV[2], 'PX', ARGV[3])
+return 1
+"""
+
 REPORT = """
 -- KEYS: replicas. ARGV: name, generation ('' before the first), range set ('' if none), seconds that the report holds,
 -- address of its metrics ('' if they are not served), type of the model's parameters ('' if unknown).

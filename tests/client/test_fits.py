@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from app.jobs.requests import FitIn
+from app.jobs.schemas import FitIn
 from neuronlens_client import (
     AccessDenied,
     Client,
@@ -113,7 +113,7 @@ def test_invalid_fits_are_rejected(client_of: ClientOf, fitting: RunningServer, 
 def test_a_fit_with_a_lost_reply_is_repeated_with_the_same_key(
     client_of: ClientOf, scripted: Scripted, clock: Clock
 ) -> None:
-    scripted.answers = ["cut", refusal(503, "jobs_unavailable", {"Retry-After": "0"}), refusal(422, "invalid")]
+    scripted.answers = ["cut", refusal(503, "store_unavailable", {"Retry-After": "0"}), refusal(422, "invalid")]
     client = client_of(scripted.url)
     for _ in range(2):
         with pytest.raises(InvalidRequest):

@@ -12,6 +12,7 @@ from range_store.domain.erasure import Erasure
 from range_store.domain.live import LiveErasure
 from range_store.embedded.connection import connect
 from range_store.errors import StoreUnavailable
+from range_store.storage.jobs import JobStore
 from range_store.storage.mirror import Mirror
 from range_store.storage.replicas import ReplicaRegistry, new_replica_name
 from range_store.storage.store import RangeStore
@@ -94,6 +95,12 @@ def test_service_toggles_and_follows_but_cannot_publish(client: Client) -> None:
         until(lambda: mirror.snapshot is not None and mirror.snapshot.live == store.live())
     finally:
         mirror.close()
+    jobs = JobStore(store.client, "news")
+    job = jobs.add({"data": "a.jsonl"}, "key:someone", None, "fingerprint", max_pending=1)
+    assert jobs.hold_lease("runner", job.id, {})
+    jobs.update(job, state="running")
+    jobs.release_lease("runner")
+    assert [each.state for each in JobStore(operator.client, "news").read().jobs] == ["running"]
     assert ReplicaRegistry(operator.client, "news").read().replicas == ()
     with pytest.raises(StoreUnavailable, match="ACL"):
         store.publish(*random_range_set(2))

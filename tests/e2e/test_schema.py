@@ -190,7 +190,8 @@ def explore(
     store.client.hset(store.keys.replicas, "since", "0")  # the list of replicas counts as complete
     live = store.live()
     # different keys make two jobs of the same request; the second one is still queued when it is cancelled
-    first, job = (running.service.jobs.take({"data": "news/long.jsonl"}, "test", key, 1000).id for key in "ab")
+    request = {"data": "news/long.jsonl"}
+    first, job = (running.service.jobs.add(request, "test", key, "fingerprint", max_pending=1000).id for key in "ab")
     assert first != job
     settings_of_schemathesis = CONFIG.format(
         job=job,

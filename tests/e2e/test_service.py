@@ -15,10 +15,10 @@ import numpy as np
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
-from app.jobs.records import FitJob, FitJobs
 from app.observability.logs import fields_of
 from app.openapi import document
 from app.routes.dropin import dialect_of
+from range_store.storage.jobs import Jobs, JobStore
 from tests.range_store.waiting import until
 from tests.servers import LABELS, RunningServer, with_ranges
 from workers.fitting.fit import FitResult
@@ -378,17 +378,18 @@ def test_head_answers_as_get_without_a_body(server: RunningServer) -> None:
     assert server.http.head("/v1/classify").headers["allow"] == "POST"
 
 
-def test_files_of_jobs_are_never_read_on_the_event_loop(server: RunningServer, monkeypatch: pytest.MonkeyPatch) -> None:
-    names, of_jobs = [], FitJobs.list
+def test_jobs_are_never_read_on_the_event_loop(server: RunningServer, monkeypatch: pytest.MonkeyPatch) -> None:
+    read = JobStore.read
+    reads = 0
 
-    def noting(jobs: FitJobs) -> list[FitJob]:
-        names.append(threading.current_thread().name)
+    def read_off_the_loop(jobs: JobStore) -> Jobs:
+        nonlocal reads
+        reads += 1
         with pytest.raises(RuntimeError):
             asyncio.get_running_loop()
-        return of_jobs(jobs)
+        return read(jobs)
 
-    monkeypatch.setattr(FitJobs, "list", noting)
-    for path in ("/metrics", "/v1/jobs"):
-        names.clear()
-        assert server.http.get(path).status_code == 200
-        assert names, path
+    monkeypatch.setattr(JobStore, "read", read_off_the_loop)
+    for path in ("/v1/jobs", "/v1/jobs/0123456789abcdef"):
+        assert server.http.get(path).status_code in (200, 404)
+    assert reads >= 2

@@ -76,7 +76,7 @@ def test_fit_takes_the_dtype_that_the_model_is_served_in(
     assert _dtype("auto", store) == "auto"
     store.replicas.report("host:1:x", None, None, seconds=600, dtype="bfloat16")
     assert _dtype("auto", store) == "bfloat16"
-    assert f"{store.model} is served in bfloat16, and so it is fitted" in capsys.readouterr().err
+    assert f"fitting in bfloat16, the dtype that {store.model} is served in" in capsys.readouterr().err
     assert _dtype("float32", store) == "float32"
     with pytest.raises(DtypeMismatch):
         _activate(store, prepared.last_only)

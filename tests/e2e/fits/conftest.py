@@ -1,6 +1,5 @@
 """Servers that take fits, and texts for them; every fit is a process of its own, on a tiny model."""
 
-import json
 import os
 import time
 from collections.abc import Callable
@@ -10,7 +9,7 @@ from typing import Any
 import httpx
 import pytest
 
-from app.jobs import process as fit_process
+from app.jobs import process
 from tests.forking import ForkedFits, forker
 from tests.servers import RunningServer
 from tests.workers.texts import labelled_texts, write_jsonl
@@ -40,19 +39,19 @@ HOLD_ROWS = 500
 HOLDING = """
 import time
 from pathlib import Path
-from app.jobs import child as fit_child
+from app.jobs import child
 
-report = fit_child.JobProgress.__call__
+report = child.ServerJob.__call__
 
 def report_and_wait(self, what, done, total):
     report(self, what, done, total)
     while what == "fitting" and done >= {rows} and Path({hold!r}).exists():
         time.sleep(0.01)
 
-fit_child.JobProgress.__call__ = report_and_wait
-fit_child.EVERY = fit_child.CHECKPOINT_SECONDS = 0.0
+child.ServerJob.__call__ = report_and_wait
+child.MESSAGE_SECONDS = child.CHECKPOINT_SECONDS = 0.0
 """
-"""Makes a fit wait while a file exists, and write its progress and a checkpoint after every batch."""
+"""Makes a fit wait while a file exists, and report its progress and write a checkpoint after every batch."""
 
 
 @pytest.fixture
@@ -65,7 +64,7 @@ def hold(tmp_path: Path) -> Path:
 def forked_fits(monkeypatch: pytest.MonkeyPatch, hold: Path) -> ForkedFits:
     """Servers of this process start fits as forks."""
     forks = ForkedFits(forker().address, HOLDING.format(rows=HOLD_ROWS, hold=str(hold)))
-    monkeypatch.setattr(fit_process, "subprocess", forks)
+    monkeypatch.setattr(process, "subprocess", forks)
     return forks
 
 
@@ -115,11 +114,15 @@ def reading(http: httpx.Client, job: str, rows: int = 1) -> dict[str, Any]:
     return now
 
 
-def process_of(directory: Path, job: str) -> int:
+def job_directory(data_dir: Path, job: str) -> Path:
+    """The directory of a job whose process was started."""
+    (directory,) = data_dir.glob(f"jobs/*/{job}")
+    return directory
+
+
+def process_of(data_dir: Path, job: str) -> int:
     """The pid of the process of a job."""
-    pid = json.loads((directory / "jobs" / job / "job.json").read_text())["pid"]
-    assert isinstance(pid, int)
-    return pid
+    return int((job_directory(data_dir, job) / "lock").read_text())
 
 
 def lives(pid: int) -> bool:

@@ -5,7 +5,7 @@ from pathlib import Path
 
 from tests.e2e.faults.conftest import start_redis  # noqa: F401 (fixture)
 from tests.e2e.faults.processes import RedisProcess
-from tests.e2e.fits.conftest import SMALL, over, started
+from tests.e2e.fits.conftest import SMALL, job_directory, over, started
 from tests.forking import ForkedFits
 from tests.range_store.waiting import until
 from tests.servers import RunningServer
@@ -40,6 +40,6 @@ def test_fit_publishes_as_its_own_redis_user_and_hides_the_password(
     assert (done["state"], done["error"]) == ("done", None)
     assert running.http.get("/v1/erasures").json()["range_set"] == done["range_set"]
     assert "secret" not in str(forked_fits.commands), "every user of the machine can read the command line"
-    until(lambda: not (tmp_path / "jobs" / job / "alive").exists())  # from then on no file is removed any more
+    until(lambda: [path.name for path in job_directory(tmp_path, job).iterdir()] == ["log"])
     for file in (tmp_path / "jobs").rglob("*"):
         assert file.is_dir() or b"secret" not in file.read_bytes(), file

@@ -11,8 +11,7 @@ from typing import Any
 import httpx
 import pytest
 
-from app.jobs import process as fit_process
-from app.jobs import runner as fit_runner
+from app.jobs import process, runner
 from range_store.embedded.connection import EmbeddedRedis
 from range_store.storage.api_keys import ApiKeyStore
 from tests.e2e.fits.conftest import (
@@ -21,6 +20,7 @@ from tests.e2e.fits.conftest import (
     MEDIUM_ROWS,
     SECONDS,
     SMALL,
+    job_directory,
     lives,
     over,
     process_of,
@@ -37,7 +37,7 @@ Problem = Callable[[httpx.Response, int, str], dict[str, Any]]
 
 
 def test_fit_is_published_activated_and_used(fitting: RunningServer, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(fit_process, "subprocess", subprocess)  # here the process is started as it is in production
+    monkeypatch.setattr(process, "subprocess", subprocess)  # here the process is started as it is in production
     job = started(fitting.http, SMALL | {"activate": True, "reason": "the first"})
     assert (job["state"], job["kind"], job["by"], job["model"]) == ("queued", "fit", "http", fitting.service.name)
     assert (job["request"]["layers"], job["request"]["activate"]) == ([-1], True)
@@ -111,15 +111,13 @@ def test_cancelled_fit_publishes_nothing_and_leaves_no_checkpoint(
     again = fitting.http.delete(f"/v1/jobs/{job}")
     assert (again.status_code, again.json()) == (200, ended), "a cancellation may be sent again"
     assert fitting.http.get("/v1/range-sets").json()["range_sets"] == []
-    kept = {"job.json", "log", "progress.json", "result.json"}
-    until(lambda: {path.name for path in (tmp_path / "jobs" / job).iterdir()} == kept)
-    assert (tmp_path / "jobs" / job / "result.json").read_bytes() == b""
+    until(lambda: [path.name for path in job_directory(tmp_path, job).iterdir()] == ["log"])
 
 
 def test_killed_fit_is_started_again(
     fitting: RunningServer, hold: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(fit_runner, "PAUSE", 0.0)
+    monkeypatch.setattr(runner, "PAUSE", 0.0)
     hold.touch()
     job = started(fitting.http, MEDIUM)["id"]
     reading(fitting.http, job, HOLD_ROWS)
@@ -294,4 +292,5 @@ def test_fits_need_scopes_and_the_audit_names_the_key(
     until(lambda: call("GET", f"/v1/jobs/{job}", "read").json()["state"] in ("done", "failed"), SECONDS)
     entries = call("GET", "/v1/audit", "admin").json()["entries"]
     assert entries[0]["by"] == "key:the-admin"
-    assert "nl_" not in (running.service.settings.data_dir / "jobs" / job / "job.json").read_text()
+    store = running.service.store
+    assert b"nl_" not in store.client.get(store.keys.jobs)

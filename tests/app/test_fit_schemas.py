@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from app.jobs.requests import FILES, DataRefused, DataUnusable, FitIn, source_of
+from app.jobs.schemas import DATA_FILE, DataRefused, DataUnusable, FitIn, source_of
 from app.settings import Settings
 from workers.fitting.files import COMPRESSED, KINDS, kind_of
 
@@ -81,6 +81,6 @@ def test_files_of_every_kind_that_can_be_read_may_be_named(place: Path) -> None:
         f"a.b{kind}{compressed}" for kind in (*KINDS, ".txt", ".gz", "") for compressed in (*COMPRESSED, "", ".zip")
     ]
     for name in [*names, "A.JSONL.GZ", ".jsonl", "a[1]?*.csv", "a::b.tsv", "é\n.csv"]:
-        assert bool(FILES.fullmatch(name)) == (kind_of(name) is not None), name
+        assert bool(DATA_FILE.fullmatch(name)) == (kind_of(name) is not None), name
     (place / "allowed" / "a[1].csv.gz").write_bytes(b"")
     assert source_of(FitIn(data="a[1].csv.gz"), with_hub(place)) == str(place / "allowed" / "a[1].csv.gz")
