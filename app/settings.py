@@ -1,32 +1,33 @@
-"""Configuration: the one place where it enters, from `NEURONLENS_…` variables or from the command line's options."""
+"""Configuration, from environment variables and command-line options."""
 
 import json
+import os
 import re
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self, cast
 
 from platformdirs import user_data_path
-from pydantic import BeforeValidator, Field, SecretStr, field_validator, model_validator
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, SecretStr, field_validator, model_validator
 from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
 
-from app.choices import ModelChoice
 from app.rates import rate
 
 LOOPBACK = ("127.0.0.1", "localhost", "::1")
+DType = Literal["auto", "float32", "bfloat16", "float16"]
 _ORIGIN = re.compile(r"[a-z][a-z0-9+.-]*://([a-z0-9._-]+|\[[0-9a-f:.]+\])(:[0-9]{1,5})?")
-"""What browsers send as `Origin`: lower case, no path."""
+"""An `Origin` header as browsers send it: lower case, no path."""
 
 
-def usual_data_dir() -> Path | None:
-    """Where data are kept unless a setting says otherwise: in the user's data directory; None without a home."""
+def default_data_dir() -> Path | None:
+    """NeuronLens's directory among the user's data; None for a user without a home directory."""
     try:
         return user_data_path("neuronlens", appauthor=False)
     except RuntimeError:
         return None
 
 
-def _entries(value: object) -> object:
-    """The entries of a list in an environment variable: separated by commas, or a JSON list."""
+def _list_entries(value: object) -> object:
+    """The entries of a list in an environment variable: comma-separated, or a JSON list."""
     if not isinstance(value, str):
         return value
     if not value.lstrip().startswith("["):
@@ -34,250 +35,316 @@ def _entries(value: object) -> object:
     try:
         return json.loads(value)
     except ValueError:
-        raise ValueError('begins as a JSON list does but is none: write a,b or ["a", "b"]') from None
+        raise ValueError('invalid JSON list: expected a,b or ["a", "b"]') from None
 
 
-Strings = Annotated[tuple[str, ...], NoDecode, BeforeValidator(_entries)]
-Paths = Annotated[tuple[Path, ...], NoDecode, BeforeValidator(_entries)]
+Strings = Annotated[tuple[str, ...], NoDecode, BeforeValidator(_list_entries)]
+Paths = Annotated[tuple[Path, ...], NoDecode, BeforeValidator(_list_entries)]
 
 
-class Settings(BaseSettings):
-    """Every setting is also the environment variable `NEURONLENS_` + its name in capitals.
+class ModelSettings(BaseModel):
+    """Which checkpoint to load, and how. `serve`, `fit`, `evaluate`, fits over HTTP and replicas on Ray all use it."""
 
-    `docs/configuration.md` lists them; a test holds it against this class.
+    model_config = ConfigDict(frozen=True)
+
+    model: str | None = Field(None, description="checkpoint to load: a directory, or the name of a model on the hub")
+    revision: str | None = Field(None, description="branch, tag or commit of a model on the hub")
+    name: str | None = Field(
+        None, description="name of the model in the store and the API; unset: the last part of its path"
+    )
+    device: str = Field(
+        "auto", description="device that runs the model: `cpu`, `cuda`, `cuda:1`, …; `auto`: a GPU if there is one"
+    )
+    dtype: DType = Field(
+        "auto",
+        description="type of the weights: `float32`, `bfloat16` or `float16`; `auto`: float32 on a CPU, else the "
+        "checkpoint's own",
+    )
+    threads: Annotated[int, Field(ge=1)] | None = Field(
+        None, description="number of CPU threads; unset: torch's default"
+    )
+    allow_pickle: bool = Field(
+        False,
+        description="accept pickled weights. They can run any code when loaded: use them only from a source that you "
+        "trust",
+    )
+    template: str | None = Field(
+        None,
+        description="prompt template, by name (`ag_news`, …) or JSON file, that makes a language model a few-shot "
+        "classifier",
+    )
+    scoring: Literal["restricted", "greedy"] = Field(
+        "restricted",
+        description="how a few-shot classifier scores labels: by their log-probability (`restricted`), or by decoding "
+        "five tokens (`greedy`)",
+    )
+    plain: bool = Field(
+        False,
+        description="give the same bits as transformers: batches are padded, oneDNN's weight layout is not used. "
+        "Slower",
+    )
+    compile: bool = Field(
+        False,
+        description="compile the model's blocks with `torch.compile`. Takes half a minute or more at start; needs a "
+        "C++ compiler on a CPU",
+    )
+
+    @property
+    def source(self) -> str:
+        """The checkpoint. Raises ValueError if none is set."""
+        if self.model is None:
+            raise ValueError("no model is set: pass --model, or set NEURONLENS_MODEL")
+        return self.model
+
+    @property
+    def served_name(self) -> str:
+        """Name of the model in the store."""
+        return self.name or Path(os.path.abspath(self.source)).name  # abspath: "." has a name, too
+
+    @property
+    def model_settings(self) -> "ModelSettings":
+        """These settings alone, without those of a server."""
+        return ModelSettings(**{name: getattr(self, name) for name in ModelSettings.model_fields})
+
+    def load_arguments(self) -> dict[str, Any]:
+        """Arguments of `workers.models.loading.load_model`."""
+        same = self.model_settings.model_dump(exclude={"model", "name", "threads", "compile"})
+        return {"source": self.source, "name": self.served_name, "compiled": self.compile, **same}
+
+
+class Settings(ModelSettings, BaseSettings):
+    """All settings. Each is also an environment variable: `NEURONLENS_` and its name in capitals.
+
+    The model's settings are inherited, not nested, so that their variables keep short names. The table in
+    `docs/configuration.md` is `settings_table()`.
     """
 
     model_config = SettingsConfigDict(env_prefix="NEURONLENS_", extra="ignore", frozen=True, allow_inf_nan=False)
 
+    also: Strings = Field(
+        (),
+        description="further models to serve, only with `--ray`: `NAME=CHECKPOINT`. The option can be repeated; the "
+        "variable is comma-separated or a JSON list. They share the first model's settings except `revision` and "
+        "`template`; unset: none",
+    )
+    max_batch_tokens: Annotated[int, Field(ge=16)] | None = Field(
+        None, description="tokens in one batch; unset: 1024 on a CPU, else 16384"
+    )
+    trunk_cache_mb: Annotated[int, Field(ge=0)] = Field(
+        0, description="megabytes of trunk states to cache, so that a repeated text only runs through the tail"
+    )
     redis_url: str | None = Field(
         None,
         repr=False,  # it may hold a password
-        description="the store: `redis://`, `rediss://` (TLS), `unix://`; unset: a private Redis in the data directory",
+        description="URL of the store: `redis://`, `rediss://` (TLS) or `unix://`; unset: a private Redis in the data "
+        "directory",
     )
-    redis_username: str | None = Field(None, description="ACL user of the store, if its URL names none")
-    redis_password: SecretStr | None = Field(None, description="password of the store, if its URL holds none")
+    redis_username: str | None = Field(None, description="ACL user of the store, unless the URL names one")
+    redis_password: SecretStr | None = Field(None, description="password of the store, unless the URL holds one")
     redis_ca_file: Path | None = Field(
-        None, description="certificates that a `rediss://` store is checked against; unset: those of the system"
+        None, description="CA certificates to verify a `rediss://` store with; unset: the system's"
     )
     data_dir: Path = Field(
-        default_factory=lambda: cast(Path, usual_data_dir()),  # None is refused below
+        default_factory=lambda: cast(Path, default_data_dir()),  # None is refused below
         validate_default=True,
-        description="where the private Redis, fits under way and the demo are kept; unset: the user's data directory. "
-        "What is made of it is open to its owner only (mode 0700)",
+        description="directory of the private Redis, of unfinished fits and of the demo. New directories are open to "
+        "their owner only (mode 0700); unset: the user's data directory",
     )
     reports_dir: Path | None = Field(
         None,
-        description="where `neuronlens evaluate` writes reports unless told otherwise, and `/v1/reports` finds them; "
+        description="where `neuronlens evaluate` writes reports by default, and where `/v1/reports` finds them; "
         "unset: `reports` in the data directory",
     )
-    url: str | None = Field(None, description="a running server that `neuronlens ranges` and `erase` talk to")
-    api_key: SecretStr | None = Field(None, description="key with which `ranges`, `erase` and `audit` call that server")
-    host: str = Field("127.0.0.1", description="address to listen at")
-    port: Annotated[int, Field(ge=0, le=65535)] = Field(8000, description="port to listen at; 0 takes any free one")
-    insecure: bool = Field(False, description="allow a host that other machines can reach, though there are no keys")
+    url: str | None = Field(
+        None,
+        description="URL of a running server that `ranges`, `erase` and `audit` connect to, like "
+        "`http://127.0.0.1:8000`; unset: they use the store",
+    )
+    api_key: SecretStr | None = Field(
+        None, description="API key that `ranges`, `erase` and `audit` send to that server"
+    )
+    host: str = Field("127.0.0.1", description="address to listen on")
+    port: Annotated[int, Field(ge=0, le=65535)] = Field(8000, description="port to listen on; 0: any free port")
+    insecure: bool = Field(
+        False, description="listen on an address that other machines can reach, although no API key exists"
+    )
     require_keys: bool = Field(
-        False, description="refuse every call while no API keys are known, whether or not there ever were any"
+        False, description="refuse every request while the store holds no API keys, even if it never held any"
     )
     rate_limit: str | None = Field(
-        None, description="calls of one key, like `600/minute`, unless the key has a limit of its own; unset: no limit"
+        None, description="rate limit of each API key without a limit of its own, like `600/minute`; unset: no limit"
     )
     cors_origins: Strings = Field(
         (),
-        description="origins whose pages a browser lets call the server, like `https://console.example`, separated by "
-        "commas or as a JSON list; empty: none",
+        description="origins whose pages may call the server from a browser, like `https://console.example`, "
+        "comma-separated or as a JSON list; unset: none",
     )
     metrics_port: Annotated[int, Field(ge=0, le=65535)] | None = Field(
-        None, description="port of its own for `/metrics`, which is then on no other"
+        None, description="serve `/metrics` on this port instead; unset: on the API's port"
     )
-    metrics_host: str | None = Field(None, description="address for that port; unset: the host")
-    model: str | None = Field(None, description="checkpoint to serve: a directory, or a name on the hub")
-    revision: str | None = Field(None, description="revision of a checkpoint on the hub")
-    name: str | None = Field(None, description="what to call the model; unset: the checkpoint's own name")
-    also: Strings = Field(
-        (),
-        description="further models to serve beside it: `NAME=CHECKPOINT`, separated by commas or as a JSON list; only "
-        "with `--ray`. "
-        "They have its settings but for `revision` and `template`, which are of the first",
-    )
-    device: str = Field("auto", description="where to run the model: `auto`, `cpu`, `cuda`, …")
-    dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field(
-        "auto", description="type to run the model in; `auto`: float32 on a CPU, the checkpoint's own elsewhere"
-    )
-    threads: Annotated[int, Field(ge=1)] | None = Field(None, description="CPU threads of torch; unset: its own choice")
-    allow_pickle: bool = Field(False, description="accept pickled weights, which can run code when they load")
-    template: str | None = Field(
-        None, description="prompt template, by name or file, that makes a language model a few-shot classifier"
-    )
-    scoring: Literal["restricted", "greedy"] = Field(
-        "restricted", description="how a few-shot classifier scores labels: their log-probability, or greedy decoding"
-    )
-    plain: bool = Field(
-        False,
-        description="run the model as transformers does, bit for bit: padded, and without oneDNN's weights; slower",
-    )
-    compile: bool = Field(
-        False, description="compile the model's blocks with `torch.compile`; takes half a minute or more at the start"
-    )
+    metrics_host: str | None = Field(None, description="address for that port; unset: `host`")
     ray: str | None = Field(
         None,
-        description="Ray cluster on which `serve` has its engines: `host:6379`, `auto` (the one that this machine is "
-        "part of) or `local` (a private one); unset: an engine in the server's own process",
+        description="Ray cluster that runs the engines: `host:6379`, `auto` (the cluster that this machine belongs to) "
+        "or `local` (a private one); unset: one engine in the server's process",
     )
     replicas: Annotated[int, Field(ge=1)] | Literal["auto"] | None = Field(
         None,
-        description="engines on that cluster, or `auto`: by the tokens that wait; unset: 1, or as many as run already",
+        description="number of engines on the cluster; `auto`: scaled by the number of queued tokens; "
+        "unset: 1, or the current number of a running fleet",
     )
     max_replicas: Annotated[int, Field(ge=1)] | None = Field(
-        None, description="most engines where their number is `auto`; unset: as many as the cluster has room for"
+        None, description="maximum number of engines with `auto`; unset: as many as the cluster has room for"
     )
     replica_metrics_port: Annotated[int, Field(ge=0, le=65535)] | Literal["off"] = Field(
         0,
-        description="port of an engine's own `/metrics` on that cluster, at its node's address: this, or the next that "
-        "is free; 0 takes any, `off`: none",
+        description="port of each engine's own `/metrics` on the cluster, at its node's address: this port, or the "
+        "next free one. 0: any free port. `off`: none",
     )
     max_header_bytes: Annotated[int, Field(ge=1024)] = Field(
-        32768, description="largest head of a request: its first line and all headers"
+        32768, description="maximum size of a request's head: request line and headers"
     )
-    header_timeout: Annotated[float, Field(gt=0)] = Field(10.0, description="seconds that the head may take to arrive")
-    body_timeout: Annotated[float, Field(gt=0)] = Field(30.0, description="seconds that the body may take to arrive")
+    header_timeout: Annotated[float, Field(gt=0)] = Field(10.0, description="seconds in which the head must arrive")
+    body_timeout: Annotated[float, Field(gt=0)] = Field(30.0, description="seconds in which the body must arrive")
     keep_alive: Annotated[int, Field(gt=0)] = Field(
         75,
-        description="seconds that a connection may lie idle: more than clients and proxies keep theirs, or they may "
-        "send a request just as it is closed",
+        description="seconds until an idle connection is closed. Longer than in clients and proxies, which may "
+        "otherwise send a request on a connection that is being closed",
     )
     write_timeout: Annotated[float, Field(gt=0)] = Field(
-        30.0, description="seconds after which a connection is broken if its client reads nothing of a reply"
+        30.0, description="seconds until a connection is aborted whose client does not read the response"
     )
     max_connections: Annotated[int, Field(ge=1)] = Field(
         1000,
-        description="connections that may be open at once, at most 128 less than `ulimit -n`; a further one displaces "
-        "the one that has been idle longest, and is refused (503) where none is idle",
+        description="maximum number of open connections, at least 128 below `ulimit -n`. A new connection then "
+        "replaces the one that has been idle longest, or is refused (503) if none is idle",
     )
-    max_body_bytes: Annotated[int, Field(ge=1024)] = Field(8388608, description="largest body of a request, unpacked")
+    max_body_bytes: Annotated[int, Field(ge=1024)] = Field(
+        8388608, description="maximum size of a request body after decompression"
+    )
     max_held_body_bytes: Annotated[int, Field(ge=1024)] = Field(
         268435456,
-        description="bytes that the bodies of all unanswered requests may hold together, those up to 64 KiB not "
-        "counted; more is refused (503)",
+        description="maximum total size of the bodies of unanswered requests, not counting bodies of up to 64 KiB; "
+        "further requests are refused (503)",
     )
-    max_texts: Annotated[int, Field(ge=1)] = Field(1024, description="most texts of a request")
-    max_characters: Annotated[int, Field(ge=1)] = Field(100000, description="most characters of a text")
+    max_texts: Annotated[int, Field(ge=1)] = Field(1024, description="maximum number of texts in a request")
+    max_characters: Annotated[int, Field(ge=1)] = Field(100000, description="maximum number of characters in a text")
     request_timeout: Annotated[float, Field(gt=0)] = Field(
-        60.0, description="seconds until a request is given up, unless it asks for less"
-    )
-    max_batch_tokens: Annotated[int, Field(ge=16)] | None = Field(
-        None, description="tokens of a batch; unset: 1024 on a CPU, else 16384"
+        60.0, description="seconds until a request times out, unless it sets a shorter timeout"
     )
     max_event_streams: Annotated[int, Field(ge=0)] = Field(
         100,
-        description="streams of `/v1/events` that may be open at once for each model, half of them of one key; "
-        "more are refused (429)",
+        description="maximum number of open `/v1/events` streams per model, half of them for one key; more are refused "
+        "(429)",
     )
-    max_queue_tokens: Annotated[int, Field(ge=16)] = Field(262144, description="tokens that may wait; more is refused")
-    max_queue_texts: Annotated[int, Field(ge=1)] = Field(16384, description="texts that may wait; more is refused")
+    max_queue_tokens: Annotated[int, Field(ge=16)] = Field(
+        262144, description="maximum number of queued tokens; further requests are refused"
+    )
+    max_queue_texts: Annotated[int, Field(ge=1)] = Field(
+        16384, description="maximum number of queued texts; further requests are refused"
+    )
     max_queue_seconds: Annotated[float, Field(gt=0)] = Field(
-        10.0, description="how long what waits may take, as measured, before more is refused"
-    )
-    trunk_cache_mb: Annotated[int, Field(ge=0)] = Field(
-        0, description="megabytes of trunk states kept, so that a text that comes again costs its tail only; 0: none"
+        10.0, description="maximum time that the queue takes at the measured rate; further requests are refused"
     )
     watched_batches: Annotated[float, Field(ge=0, le=1)] = Field(
-        0.01, description="share of batches whose erased texts are also answered bare, to count changed labels"
+        0.01,
+        description="share of batches whose erased texts are also classified without erasures, to count changed labels",
     )
     poll_seconds: Annotated[float, Field(gt=0)] = Field(
-        2.0, description="how often the live state is read again, told or not"
+        2.0, description="interval at which the live state is read again, in addition to the change feed"
     )
     max_snapshot_age: Annotated[float, Field(gt=0)] | None = Field(
         None,
-        description="seconds without word from the store after which `/readyz` answers 503, more than `poll_seconds`; "
-        "unset: never",
+        description="seconds without contact to the store after which `/readyz` answers 503; must be more than "
+        "`poll_seconds`; unset: never",
     )
     drain_seconds: Annotated[int, Field(ge=0)] = Field(
-        30, description="seconds for accepted requests after a stop signal; then the process ends"
+        30, description="seconds that accepted requests have to finish after a stop signal"
     )
     drain_delay: Annotated[float, Field(ge=0)] = Field(
         0.0,
-        description="of these, seconds for which new connections are answered (503) after SIGTERM even if nothing is "
-        "left to do: as long as a load balancer takes to see it. Ctrl-C does not wait",
+        description="minimum time after SIGTERM in which new connections are answered with 503, so that a load "
+        "balancer notices; part of `drain_seconds`. Ctrl-C does not wait",
     )
     fit_dirs: Paths = Field(
         (),
-        description="directories, separated by commas or as a JSON list, whose files `POST /v1/fits` may read; empty: "
-        "none. "
-        "Unless this or `fit_hub` is set, a server takes no fits",
+        description="directories whose files `POST /v1/fits` may read, comma-separated or as a JSON list. The server "
+        "accepts fits only if this or `fit_hub` is set; unset: none",
     )
-    fit_hub: bool = Field(False, description="let `POST /v1/fits` read data sets of the hub")
+    fit_hub: bool = Field(False, description="let `POST /v1/fits` read data sets from the hub")
     fit_device: str | None = Field(
-        None, description="where a server's fits run; unset: where its model does, which then stands there twice"
+        None,
+        description="device of the server's fits; unset: the device of the served model, which then holds two copies "
+        "of it",
     )
     fit_threads: Annotated[int, Field(ge=1)] | None = Field(
-        None, description="CPU threads of a server's fit; unset: half of the cores that the server may use"
+        None, description="number of CPU threads of the server's fits; unset: half of the server's cores"
     )
     fit_niceness: Annotated[int, Field(ge=0, le=19)] = Field(
-        19,
-        description="priority of a server's fit; 19: where cores are scarce, serving has them and the fit hardly moves",
+        19, description="niceness of the server's fits. At 19 a busy server leaves them almost no CPU time"
     )
     fit_queue: Annotated[int, Field(ge=0, le=100)] = Field(
-        4, description="fits that may wait for the one under way; more are refused"
+        4, description="maximum number of queued fits; more are refused"
     )
     fit_redis_username: str | None = Field(
-        None, description="ACL user with which a server's fits publish; unset: the server's own"
+        None, description="ACL user that the server's fits publish with; unset: the server's own"
     )
     fit_redis_password: SecretStr | None = Field(None, description="password of that user")
     log_level: Literal["debug", "info", "warning", "error"] = Field(
-        "info", description="what is logged; `debug`: every request"
+        "info", description="minimum level of log messages; `debug` logs every request"
     )
     log_format: Literal["auto", "json", "text"] = Field(
-        "auto", description="form of the log on stderr; `auto`: `text` on a terminal, elsewhere `json`"
+        "auto", description="format of the log on stderr; `auto`: `text` on a terminal, else `json`"
     )
-    access_log: bool = Field(False, description="log every request at `info`, by the template of its path")
+    access_log: bool = Field(False, description="log every request at level `info`, with its route instead of its path")
 
     @field_validator("data_dir", mode="before")
     @classmethod
-    def _somewhere(cls, value: object) -> object:
+    def _check_data_dir(cls, value: object) -> object:
         if value is None:
-            raise ValueError("you have no home directory: name a directory by --data-dir or NEURONLENS_DATA_DIR")
+            raise ValueError("you have no home directory: set a data directory with --data-dir or NEURONLENS_DATA_DIR")
         return value
 
     @field_validator("rate_limit")
     @classmethod
-    def _readable_rate(cls, value: str | None) -> str | None:
+    def _check_rate(cls, value: str | None) -> str | None:
         if value is not None:
             rate(value)
         return value
 
     @field_validator("cors_origins")
     @classmethod
-    def _named_origins(cls, value: tuple[str, ...]) -> tuple[str, ...]:
+    def _check_origins(cls, value: tuple[str, ...]) -> tuple[str, ...]:
         for each in value:
             if not _ORIGIN.fullmatch(each):
                 raise ValueError(
-                    f"{each!r} is not an origin: expected scheme and host as browsers send them, in lower case and "
-                    "without a path, like https://console.example or http://localhost:3000"
+                    f"{each!r} is not an origin: expected scheme and host in lower case and without a path, "
+                    "like https://console.example or http://localhost:3000"
                 )
         return value
 
     @field_validator("also")
     @classmethod
-    def _named_checkpoints(cls, value: tuple[str, ...]) -> tuple[str, ...]:
+    def _check_also(cls, value: tuple[str, ...]) -> tuple[str, ...]:
         for each in value:
             name, equals, checkpoint = each.partition("=")
             if not equals or not name.strip() or not checkpoint.strip():
-                raise ValueError(f"{each!r} is no NAME=CHECKPOINT, like news=models/news")
+                raise ValueError(f"invalid model {each!r}: expected NAME=CHECKPOINT, like news=models/news")
             if name != name.strip() or not name.isprintable():
-                raise ValueError(f"{name!r} is no name of a model: it holds spaces around it, or what is not printable")
+                raise ValueError(f"invalid model name {name!r}: remove spaces around it and unprintable characters")
         return value
 
     @model_validator(mode="after")
-    def _each_model_has_a_name_of_its_own(self) -> Self:
+    def _check_unique_names(self) -> Self:
         names = [each.partition("=")[0] for each in self.also]
         if self.model is not None:
-            names.append(ModelChoice.of(self).served_name)
-        if twice := [name for name in names if names.count(name) > 1]:
-            raise ValueError(f"two models have the name {twice[0]!r}: give each one of its own")
+            names.append(self.served_name)
+        if repeated := [name for name in names if names.count(name) > 1]:
+            raise ValueError(f"two models have the name {repeated[0]!r}: give each its own name")
         return self
 
     @model_validator(mode="after")
-    def _polled_before_it_is_old(self) -> Self:
+    def _check_snapshot_age(self) -> Self:
         if self.max_snapshot_age is not None and self.max_snapshot_age <= self.poll_seconds:
             raise ValueError(
                 f"NEURONLENS_MAX_SNAPSHOT_AGE ({self.max_snapshot_age:g}) must be more than NEURONLENS_POLL_SECONDS "
@@ -286,28 +353,27 @@ class Settings(BaseSettings):
         return self
 
     def per_model(self) -> tuple[Self, ...]:
-        """These settings for each model that is to be served, the first one first, as if it was the only one."""
-        first = self.model_copy(update={"also": ()})
+        """The settings of each served model, the first one first, as if it were the only one."""
         others = [each.partition("=") for each in self.also]
-        own = {"revision": None, "template": None}
+        own = {"also": (), "revision": None, "template": None}
         return (
-            first,
-            *(first.model_copy(update={**own, "name": name, "model": checkpoint}) for name, _, checkpoint in others),
+            self.model_copy(update={"also": ()}),
+            *(self.model_copy(update={**own, "name": name, "model": checkpoint}) for name, _, checkpoint in others),
         )
 
     @property
     def reports(self) -> Path:
-        """Where evaluations' reports lie."""
+        """Directory of evaluation reports."""
         return self.reports_dir or self.data_dir / "reports"
 
     @property
     def redis_dir(self) -> Path:
-        """Where the private Redis keeps its data."""
+        """Directory of the private Redis."""
         return self.data_dir / "redis"
 
     @property
     def redis(self) -> dict[str, Any]:
-        """How to reach the store: the arguments of `range_store.embedded.connection.connect`."""
+        """Arguments of `range_store.embedded.connection.connect`."""
         return {
             "url": self.redis_url,
             "directory": self.redis_dir,
@@ -318,7 +384,7 @@ class Settings(BaseSettings):
 
     @property
     def fits(self) -> bool:
-        """Whether the server takes fits."""
+        """Whether the server accepts fits."""
         return bool(self.fit_dirs) or self.fit_hub
 
     @property
@@ -327,7 +393,7 @@ class Settings(BaseSettings):
         return self.host in LOOPBACK
 
 
-def table() -> str:
+def settings_table() -> str:
     """The settings as rows of a Markdown table: variable, default, meaning."""
     rows = []
     for name, field in Settings.model_fields.items():

@@ -197,7 +197,9 @@ def _load() -> None:
     from transformers import BertForSequenceClassification  # noqa: F401  loaded when first used
 
     import app.cli.serve
-    import app.serving.wiring  # noqa: F401
+    import app.serving.evaluate
+    import app.serving.serve
+    import app.serving.train  # noqa: F401
 
     torch.set_num_threads(1)
     gc.collect()

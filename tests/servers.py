@@ -121,7 +121,7 @@ def starting(
     request: pytest.FixtureRequest, redis_client: redis.Redis, model: LoadedModel, data_dir: Path
 ) -> Iterator[Callable[..., RunningServer]]:
     """Yield `start(*models, **settings)`; leaving the context stops every server that it started."""
-    from app.serving.wiring import open_service
+    from app.serving.serve import open_service
 
     assert isinstance(redis_client, EmbeddedRedis)
     opened: Opened = request.getfixturevalue("on_fleet") if request.config.getoption("--fleet") else open_service

@@ -1,9 +1,8 @@
-"""The command line (DESIGN "Command line"): `neuronlens`. One module per command or group of commands.
+"""The command line, `neuronlens`: a module per command or group of commands.
 
-`options` what several commands ask, and comma lists · `terminal` output · `exits` exit codes ·
-`stores`, `control`, `server_control` the store, directly or through a running server · `listening` the HTTP server ·
-`clock` times and durations.
-Nothing here imports torch: jobs that need it go through `app.serving.wiring`, imported when they start.
+Shared by them: `options` and `parsing` (options and their values), `terminal` (output), `suggestions` (commands to run
+next), `exits` (exit codes), `control` and `server_control` (the store, or a server), `listening` (the HTTP server).
+Nothing here imports torch: commands import an entry point of `app.serving` when they need it.
 """
 
 import os
@@ -14,14 +13,14 @@ from typing import Annotated
 
 import typer
 
-from app.cli import erase, fleet, keys, ranges
-from app.cli.audit import audit
+from app.cli import erase, keys, ranges
 from app.cli.demo import demo
+from app.cli.erase import audit
 from app.cli.evaluate import evaluate
 from app.cli.exits import EPILOG, exit_code_of, leave
 from app.cli.fit import fit
 from app.cli.options import RayCommand
-from app.cli.serve import serve
+from app.cli.serve import fleet, serve
 from app.cli.terminal import error_line, say
 from app.cli.train import train
 
@@ -34,13 +33,13 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
 )
 for command in (demo, serve, fit, evaluate, train, audit):
-    # typer would keep the line breaks of every paragraph but the first
-    told = "\n\n".join(" ".join(paragraph.split()) for paragraph in (command.__doc__ or "").split("\n\n"))
-    app.command(help=told, epilog=EPILOG, cls=RayCommand)(command)
+    # Typer keeps the line breaks of all paragraphs but the first
+    text = "\n\n".join(" ".join(paragraph.split()) for paragraph in (command.__doc__ or "").split("\n\n"))
+    app.command(help=text, epilog=EPILOG, cls=RayCommand)(command)
 app.add_typer(ranges.app, name="ranges")
 app.add_typer(erase.app, name="erase")
 app.add_typer(keys.app, name="keys")
-app.add_typer(fleet.app, name="fleet")
+app.add_typer(fleet, name="fleet")
 
 
 def _version(wanted: bool) -> None:
@@ -54,22 +53,22 @@ def _version(wanted: bool) -> None:
 @app.callback()
 def _global_options(
     version: Annotated[
-        bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version and leave.")
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version and exit.")
     ] = False,
 ) -> None:
     pass
 
 
 def run(arguments: Sequence[str] | None = None) -> int:
-    """Run one command and give its exit code. An error that a user can meet is one line on stderr.
+    """Run a command and return its exit code. Expected errors are printed as one line on stderr.
 
     Args:
-        arguments: without the program's name; None: those of the process.
+        arguments: without the program's name; by default those of the process.
     """
     try:
         result = app(args=arguments, prog_name="neuronlens", standalone_mode=False)
     except typer.TyperException as error:
-        # without arguments, help was printed already, and the message is empty
+        # without arguments, the help is printed, and the message is empty
         if message := error.format_message().strip():
             context = getattr(error, "ctx", None)
             error_line(message.rstrip(".") + (f"; see `{context.command_path} --help`" if context else ""))
@@ -91,9 +90,9 @@ def _sentence(error: BaseException) -> str:
 
 def main() -> None:
     """Entry point of the command."""
-    # Progress is told by our own bars; those of the libraries would stand between them.
+    # these libraries' own progress bars would interrupt ours
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
-    os.environ.setdefault("HF_HUB_VERBOSITY", "error")  # its retries; what failed in the end is our own one line
+    os.environ.setdefault("HF_HUB_VERBOSITY", "error")  # hides its retries; we report the final failure
     os.environ.setdefault("HF_DATASETS_DISABLE_PROGRESS_BARS", "1")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     signal.signal(signal.SIGTERM, _interrupt)
@@ -101,5 +100,5 @@ def main() -> None:
 
 
 def _interrupt(number: int, frame: FrameType | None) -> None:
-    """SIGTERM ends a command as Ctrl-C does: what it holds (a private Redis, a scratch directory) is released."""
+    """Handle SIGTERM like Ctrl-C, so that a command releases its private Redis and scratch directories."""
     raise KeyboardInterrupt

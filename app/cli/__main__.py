@@ -1,4 +1,4 @@
-"""`python -m app.cli`: the command, where it is not known what it is called or where it lies."""
+"""`python -m app.cli`: the command `neuronlens`."""
 
 from app.cli import main
 

@@ -1,4 +1,4 @@
-"""`neuronlens demo`: everything at once, from nothing."""
+"""`neuronlens demo`: train, fit, measure and serve a small classifier."""
 
 from contextlib import ExitStack
 from pathlib import Path
@@ -7,85 +7,82 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from app.cli import options
-from app.cli.evaluate import about_chance
-from app.cli.listening import bind, guarded, observed
-from app.cli.serve import AccessLog, Host, Insecure, LogFormat, LogLevel, Port, serve_until_told
-from app.cli.stores import settings_with
+from app.cli.evaluate import chance_warnings
+from app.cli.listening import bind, observed, require_keys
+from app.cli.serve import serve_until_signal
 from app.cli.terminal import print_json, progress, say, table
+from app.settings import Settings
 
 if TYPE_CHECKING:
-    from app.serving.wiring import Demo
-    from app.settings import Settings
+    from workers.demo.demo import Demo
 
 _POST = "{address}/v1/classify -H 'Content-Type: application/json' -d"
 _TEXT = '"inputs": "The striker scored twice in extra time and the home side won the cup."'
 TRUNK_CACHE_MB = 64
-"""Megabytes of trunk states that the demo keeps."""
+"""Default of `trunk_cache_mb` for the demo: the web console's sliders classify one text again and again."""
 MEAN = "mean"
-"""Target name of the row that averages over the targets."""
-TO_TRY = (
+"""Target of the row with the average over all targets."""
+EXAMPLES = (
     "try:",
     f"""  curl -s {_POST} '{{{_TEXT}, "erase": {{"concepts": ["Sports"], "top_fraction": 1.0}}, "compare": true}}'""",
     """  curl -s -X PUT {address}/v1/erasures/Sports -H 'Content-Type: application/json' -d '{"top_fraction": 1.0}'""",
     f"""  curl -s {_POST} '{{{_TEXT}}}'""",
 )
-"""What to type when it serves; {address} stands for where."""
+"""Commands to try while it serves; `{address}` is replaced by the server's URL."""
 
 
+@options.expand
 def demo(
-    host: Host = None,
-    port: Port = None,
-    insecure: Insecure = None,
+    settings: Annotated[Settings, options.SettingsOptions("host", "port", "insecure", *options.LOGGING)],
     cache_dir: Annotated[
-        Path | None, typer.Option("--cache-dir", help="Where it is kept. Default: demo/ in the data directory.")
+        Path | None, typer.Option("--cache-dir", help="Directory of the demo. Default: demo/ in the data directory.")
     ] = None,
-    rebuild: Annotated[bool, typer.Option("--rebuild", help="Train and fit anew, whatever is cached.")] = False,
-    serve: Annotated[bool, typer.Option("--serve/--no-serve", help="Serve it when it is ready.")] = True,
-    log_level: LogLevel = None,
-    log_format: LogFormat = None,
-    access_log: AccessLog = None,
+    rebuild: Annotated[bool, typer.Option("--rebuild", help="Train and fit again, ignoring the cache.")] = False,
+    serve: Annotated[bool, typer.Option("--serve/--no-serve", help="Serve it at the end.")] = True,
     as_json: options.AsJson = False,
 ) -> None:
-    """Train a small classifier, fit its ranges, show what erasing does, and serve it.
+    """Train a small classifier, fit its ranges, show the effect of erasing, and serve it.
 
-    Needs nothing from outside, and keeps what it made: the second start is quick.
+    Needs no downloads. The results are cached, so the second start is quick.
     """
-    settings = settings_with(
-        host=host, port=port, insecure=insecure, log_level=log_level, log_format=log_format, access_log=access_log
-    )
-    settings = of_demo(settings, cache_dir)
+    settings = demo_settings(settings, cache_dir)
     with ExitStack() as stack:
         stack.enter_context(observed(settings))
-        settings = guarded(settings)
+        settings = require_keys(settings)
         bound = stack.enter_context(bind(settings)) if serve else None
-        with progress("") as report:
-            report("loading", 0, 0)
-            from app.serving.wiring import open_demo  # here, because it loads torch
+        with progress("") as on_progress:
+            on_progress("loading", 0, 0)
+            from app.serving.demo import open_demo  # here, because it loads torch
 
-            service, made = stack.enter_context(open_demo(settings, report, rebuild=rebuild))
+            service, made = stack.enter_context(open_demo(settings, on_progress, rebuild=rebuild))
         if as_json:
             rows = [row.as_json() for row in made.evaluation.rows]
             print_json({"accuracy": made.accuracy, "range_set": made.range_set, "rows": rows})
         else:
-            _show(made)
+            _print(made)
         if bound is not None:
-            serve_until_told([service], settings, bound, TO_TRY)
+            serve_until_signal([service], settings, bound, EXAMPLES)
 
 
-def of_demo(settings: "Settings", cache_dir: Path | None) -> "Settings":
-    """The demo's settings: a private Redis of its own, whatever store is named; reports where `evaluate` puts them."""
-    own = {"redis_url": None, "data_dir": cache_dir or settings.data_dir / "demo", "reports_dir": settings.reports}
-    # the console's sliders ask about one text again and again
-    return settings.model_copy(update={**own, "trunk_cache_mb": settings.trunk_cache_mb or TRUNK_CACHE_MB})
+def demo_settings(settings: Settings, cache_dir: Path | None) -> Settings:
+    """The settings with a private store for the demo, but with the usual reports."""
+    return settings.model_copy(
+        update={
+            "redis_url": None,
+            "data_dir": cache_dir or settings.data_dir / "demo",
+            "reports_dir": settings.reports,
+            "trunk_cache_mb": settings.trunk_cache_mb or TRUNK_CACHE_MB,
+        }
+    )
 
 
-def _show(made: "Demo") -> None:
-    """Target versus the others: unmasked, by neuron masking, by range masking."""
+def _print(made: "Demo") -> None:
+    """Print accuracies on the target and on the others: unmasked, with neuron masking, with range masking."""
     neuron = {row.target: row for row in made.evaluation.rows if row.method == "neuron"}
     ranged = {row.target: row for row in made.evaluation.rows if row.method == "range"}
     sentences = neuron[MEAN].n_target
     say(f"accuracy on {sentences} held-out sentences: {made.accuracy:.3f}")
-    say("the same when one concept is erased at all neurons of the last block: its own sentences | all others")
+    say("accuracy with one concept erased at all neurons of the last block: its own sentences | all others")
     table(
         ("erased", "unmasked", "neuron masking", "range masking"),
         [
@@ -98,5 +95,5 @@ def _show(made: "Demo") -> None:
             for target, row in neuron.items()
         ],
     )
-    for line in about_chance(made.evaluation.rows):
+    for line in chance_warnings(made.evaluation.rows):
         say(line)

@@ -1,97 +1,99 @@
-"""`neuronlens keys`: who may call the servers on a store."""
+"""`neuronlens keys`: API keys of the servers on a store."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
-from app.cli import options
-from app.cli.clock import duration, moment, until
+from app.cli import options, parsing
+from app.cli.control import operator
 from app.cli.exits import EPILOG, CommandError
-from app.cli.stores import operator, settings_with
-from app.cli.terminal import hint, print_json, say, table
+from app.cli.terminal import hint, moment, print_json, say, table, until
 from app.errors import USAGE
+from app.rates import rate
+from app.settings import Settings
 from range_store.storage.api_keys import SCOPES, ApiKey, ApiKeyStore
 
 app = typer.Typer(
-    help="API keys: who may call the servers on this store. The first one makes keys necessary, for good.",
+    help="API keys of the servers on this store. Once a key was created, servers require one for good.",
     epilog=EPILOG,
     no_args_is_help=True,
 )
+StoreSettings = Annotated[Settings, options.SettingsOptions(*options.STORE)]
 
 
 @app.command(epilog=EPILOG)
+@options.expand
 def create(
-    name: Annotated[str, typer.Argument(metavar="NAME", help="Who will hold it; the audit calls them by this name.")],
+    settings: StoreSettings,
+    name: Annotated[str, typer.Argument(metavar="NAME", help="Name of its holder, for the audit.")],
     scopes: Annotated[
         list[str],
         typer.Option(
             "--scope",
-            help="infer: classify · read: look · admin: all, live changes too. Several: repeat it, or use commas.",
+            help="infer: classify. read: inspect. admin: everything, including live changes. Can be repeated, "
+            "or a comma list.",
         ),
     ],
     expires_in: Annotated[
-        str | None, typer.Option("--expires-in", help="When it ends by itself: seconds, or 15m, 2h, 30d.")
+        str | None, typer.Option("--expires-in", help="Lifetime: seconds, or 15m, 2h, 30d. Default: unlimited.")
     ] = None,
     rate_limit: Annotated[
         str | None,
-        typer.Option("--rate-limit", help="Calls that each server takes, like 600/minute. Default: the server's own."),
+        typer.Option("--rate-limit", help="Rate limit on each server, like 600/minute. Default: the server's."),
     ] = None,
-    redis_url: options.RedisUrl = None,
-    data_dir: options.DataDir = None,
     as_json: options.AsJson = False,
 ) -> None:
-    """Make a key and print its token, this once: only a hash of it is stored."""
-    seconds = duration(expires_in) if expires_in else None
+    """Create a key and print its token. The token cannot be printed again: only its hash is stored."""
+    seconds = parsing.duration(expires_in) if expires_in else None
     if rate_limit is not None:
         _check_rate(rate_limit)
-    wanted = [scope for text in scopes for scope in options.choices(text, "--scope", SCOPES)]
-    with _key_store(redis_url, data_dir) as store:
+    chosen = [scope for text in scopes for scope in parsing.choices(text, "--scope", SCOPES)]
+    with _key_store(settings) as store:
         first = store.read() is None
         expires_at = None if seconds is None else store.clock.now() + seconds
-        key, token = store.create(name, wanted, expires_at=expires_at, rate_limit=rate_limit, by=operator())
+        key, token = store.create(name, chosen, expires_at=expires_at, rate_limit=rate_limit, by=operator())
     if as_json:
         print_json({**_as_json(key, store), "token": token})
     else:
         typer.echo(token)
     hint(f"key {name!r}, scope {', '.join(key.scopes)}: keep the token, it cannot be shown again")
     if first:
-        hint("from now on every call but the probes and /metrics needs a key, on every server of this store")
+        hint("from now on, every server of this store requires a key, except for its probes and /metrics")
 
 
 @app.command("list", epilog=EPILOG)
+@options.expand
 def list_(
-    everything: Annotated[bool, typer.Option("--all", help="Revoked and expired ones too.")] = False,
-    redis_url: options.RedisUrl = None,
-    data_dir: options.DataDir = None,
+    settings: StoreSettings,
+    everything: Annotated[bool, typer.Option("--all", help="Include revoked and expired keys.")] = False,
     as_json: options.AsJson = False,
 ) -> None:
-    """List the keys; never their tokens."""
-    with _key_store(redis_url, data_dir) as store:
+    """List the keys, without their tokens."""
+    with _key_store(settings) as store:
         found = store.read()
     now = store.clock.now()
-    shown = [] if found is None else list(found.keys if everything else found.good(now))
+    listed = [] if found is None else list(found.keys if everything else found.good(now))
     if as_json:
-        print_json({"in_force": found is not None, "keys": [_as_json(key, store) for key in shown]})
+        print_json({"in_force": found is not None, "keys": [_as_json(key, store) for key in listed]})
         return
-    if not shown:
-        say("no keys; whoever reaches a server may call it" if found is None else "no keys: every call is refused")
+    if not listed:
+        say("no keys: servers require none" if found is None else "no keys: servers refuse every request")
         return
     columns = ("name", "scopes", "id", "created", "by", "rate limit", "ends")
-    table(columns, [_row(key) for key in shown], spare=("by", "created"))
+    table(columns, [_row(key) for key in listed], spare=("by", "created"))
 
 
 @app.command(epilog=EPILOG)
+@options.expand
 def revoke(
-    name: Annotated[str, typer.Argument(metavar="NAME", help="A key's name or id.")],
-    redis_url: options.RedisUrl = None,
-    data_dir: options.DataDir = None,
+    settings: StoreSettings,
+    name: Annotated[str, typer.Argument(metavar="NAME", help="Name or id of the key.")],
     as_json: options.AsJson = False,
 ) -> None:
-    """Make a key useless, on every server within moments."""
-    with _key_store(redis_url, data_dir) as store:
+    """Revoke a key, on every server within moments."""
+    with _key_store(settings) as store:
         key = store.revoke(name, operator())
         found = store.read()
     if as_json:
@@ -99,20 +101,18 @@ def revoke(
     else:
         say(f"revoked {key.name!r} ({key.id})")
     if found is not None and not found.good(store.clock.now()):
-        hint("no key is left: every call is refused until there is one")
+        hint("no valid key is left: servers refuse every request until you create one")
 
 
 @contextmanager
-def _key_store(redis_url: str | None, data_dir: Path | None) -> Iterator[ApiKeyStore]:
+def _key_store(settings: Settings) -> Iterator[ApiKeyStore]:
     from range_store.embedded.connection import connect
 
-    with connect(**settings_with(redis_url=redis_url, data_dir=data_dir).redis) as client:
+    with connect(**settings.redis) as client:
         yield ApiKeyStore(client)
 
 
 def _check_rate(text: str) -> None:
-    from app.rates import rate
-
     try:
         rate(text)
     except ValueError as error:

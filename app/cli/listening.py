@@ -1,47 +1,44 @@
-"""Listening for `serve` and `demo`: a socket bound before the model loads, a server that drains, logs on stderr."""
+"""The HTTP server of `serve` and `demo`: a socket bound before the model loads, draining, and logs on stderr."""
 
 import asyncio
 import errno
 import logging
-import os
 import resource
 import signal
 import socket
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 import uvicorn
 
-from app.cli.commands import command
 from app.cli.exits import CommandError, exit_code_of
+from app.cli.suggestions import keys_create_command
 from app.cli.terminal import hint
 from app.errors import FAILED, INTERRUPTED, USAGE
+from app.settings import Settings
 
 if TYPE_CHECKING:
     from fastapi import FastAPI
 
     from app.http.protocol import Connections
-    from app.settings import Settings
 
 logger = logging.getLogger(__name__)
 
 OTHER_FILES = 128
-"""Open files of a server besides its connections: the store's sockets, the log, checkpoints, fits."""
+"""Open files of a server besides its connections: sockets of the store, logs, checkpoints, fits."""
 IDLE_GRACE = 0.2
-"""Seconds after SIGTERM in which a request may still come on a connection that was idle, and is told to close it."""
+"""Seconds after SIGTERM in which a request on an idle connection is still answered, with `Connection: close`."""
 
 
-def guarded(settings: "Settings") -> "Settings":
-    """The settings, so that nobody from outside comes in without a key.
+def require_keys(settings: Settings) -> Settings:
+    """The settings with `require_keys` if other machines can reach the server, so that none comes in without a key.
 
-    On an address that others reach, keys must exist, and are then required for good: should they be lost, everyone is
-    refused. A store that is away cannot tell: the server starts, and refuses everyone until it knows.
+    API keys must exist then. If they are lost later, or the store cannot be reached, every request is refused.
 
     Raises:
-        CommandError: others could reach the server, no keys exist, and that was not asked for by name.
+        CommandError: other machines could reach the server, no key exists, and `insecure` is not set.
     """
     if settings.loopback or settings.insecure or settings.require_keys:
         return settings
@@ -55,48 +52,23 @@ def guarded(settings: "Settings") -> "Settings":
     except StoreUnavailable as error:
         if settings.redis_url is None or isinstance(error, InvalidStoreAddress):
             raise
-        hint(f"{error}; every call is refused until the API keys are read")
+        hint(f"{error}; every request is refused until the API keys can be read")
         exist = True
     if not exist:
         raise CommandError(
-            f"--host {settings.host} lets other machines in, and no API key exists yet to tell who may: "
-            f"`{keys_create(settings)}` makes one; or serve at 127.0.0.1, or pass --insecure",
+            f"other machines can reach --host {settings.host}, but no API key exists: create one with "
+            f"`{keys_create_command(settings)}`, listen on 127.0.0.1, or pass --insecure",
             USAGE,
         )
     return settings.model_copy(update={"require_keys": True})
 
 
-def keys_create(settings: "Settings") -> str:
-    """The command that makes a key in the store of the settings."""
-    return command("keys", "create", "NAME", scope="infer", **_store_options(settings))
-
-
-def fit_command(settings: "Settings", source: str, name: str) -> str:
-    """The command that fits and activates ranges for a served model in the store of the settings."""
-    how_to_load: dict[str, object] = {"name": None if name == Path(source).name else name}
-    if source == settings.model:
-        how_to_load |= {"revision": settings.revision, "template": settings.template}
-        how_to_load |= {"dtype": None if settings.dtype == "auto" else settings.dtype}
-        how_to_load |= {"scoring": settings.scoring if settings.template else None}
-    return command("fit", model=source, **how_to_load, data="FILE", activate=True, **_store_options(settings))
-
-
-def _store_options(settings: "Settings") -> dict[str, object]:
-    """The options that lead other commands to a store that is not where they look by themselves."""
-    from app.settings import usual_data_dir
-
-    if settings.redis_url is not None:
-        by_itself = settings.redis_url == os.environ.get("NEURONLENS_REDIS_URL")
-        return {"redis_url": None if by_itself else settings.redis_url}
-    return {"data_dir": None if settings.data_dir == usual_data_dir() else settings.data_dir}
-
-
 @contextmanager
-def metrics_apart(settings: "Settings", app: "FastAPI") -> Iterator[str | None]:
-    """Serves /metrics, and where replicas have theirs, on their own port if the settings name one; gives where.
+def metrics_server(settings: Settings, app: "FastAPI") -> Iterator[str | None]:
+    """Serves /metrics and the replicas' targets on `metrics_port`, and yields the address; None without that setting.
 
     Raises:
-        CommandError: the port is taken or not allowed.
+        CommandError: the port is in use or not allowed.
     """
     if settings.metrics_port is None:
         yield None
@@ -118,18 +90,18 @@ def metrics_apart(settings: "Settings", app: "FastAPI") -> Iterator[str | None]:
         thread.join()
 
 
-def bind(settings: "Settings") -> socket.socket:
-    """A socket at the settings' address, so that a taken port is known before minutes of loading.
+def bind(settings: Settings) -> socket.socket:
+    """A socket at the settings' address, bound early so that a port in use fails before minutes of loading.
 
     Raises:
-        CommandError: the port is taken or not allowed, or there is no such address; says which.
+        CommandError: the port is in use or not allowed, or there is no such address.
     """
     where = f"{settings.host}:{settings.port}"
     try:
         family, kind, protocol, _, address = socket.getaddrinfo(
             settings.host, settings.port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
         )[0]
-    except (OSError, UnicodeError) as error:  # a name that no host can have is no OSError
+    except (OSError, UnicodeError) as error:  # an impossible host name raises UnicodeError
         raise CommandError(f"no such address: {settings.host} ({_reason(error)})", USAGE) from None
     bound = socket.socket(family, kind, protocol)
     try:
@@ -138,9 +110,11 @@ def bind(settings: "Settings") -> socket.socket:
     except OSError as error:
         bound.close()
         if error.errno == errno.EADDRINUSE:
-            raise CommandError(f"{where} is taken: stop what listens there, or choose another --port", FAILED) from None
+            raise CommandError(
+                f"{where} is in use: stop the program that listens there, or choose another --port", FAILED
+            ) from None
         code = USAGE if error.errno == errno.EADDRNOTAVAIL else FAILED
-        raise CommandError(f"cannot listen at {where}: {error.strerror}", code) from None
+        raise CommandError(f"cannot listen on {where}: {error.strerror}", code) from None
     return bound
 
 
@@ -149,17 +123,17 @@ def _reason(error: Exception) -> str:
 
 
 def address_of(bound: socket.socket) -> str:
-    """The URL of a bound socket, with the port that the system chose where 0 was asked for."""
+    """The URL of a bound socket, with the actual port."""
     host, port = bound.getsockname()[:2]
     return f"http://[{host}]:{port}" if bound.family == socket.AF_INET6 else f"http://{host}:{port}"
 
 
 @contextmanager
-def observed(settings: "Settings") -> Iterator[None]:
-    """Logs on stderr in the settings' format, and traces exported if they are asked for, until it is left.
+def observed(settings: Settings) -> Iterator[None]:
+    """Logs on stderr in the settings' format, and exports traces if they are configured.
 
     Raises:
-        CommandError: an error that is none of those a user can meet; it is in the log.
+        CommandError: a bug; its traceback is in the log.
     """
     from app.observability import logs, tracing
 
@@ -170,33 +144,33 @@ def observed(settings: "Settings") -> Iterator[None]:
             if exit_code_of(error) is not None:
                 raise
             logger.critical("the program failed: %s", type(error).__name__, exc_info=error)
-            raise CommandError(f"a fault of the program ({type(error).__name__}); its log says where") from None
+            raise CommandError(f"internal error ({type(error).__name__}): see the log") from None
 
 
 def listen(
     app: "FastAPI",
-    settings: "Settings",
+    settings: Settings,
     bound: socket.socket,
     *,
-    ready: Callable[[], None],
-    draining: Callable[[], None],
+    on_ready: Callable[[], None],
+    on_drain: Callable[[], None],
     failure: Callable[[], str | None],
-    failed: int = FAILED,
+    failure_exit_code: int = FAILED,
 ) -> None:
-    """Serve until SIGINT or SIGTERM; then answer what was accepted, for `settings.drain_seconds` at most.
+    """Serve until SIGINT or SIGTERM, then drain: answer accepted requests, for at most `settings.drain_seconds`.
 
-    Until that is done, and for `settings.drain_delay` after SIGTERM at least, new connections are taken, so that they
-    are told 503 instead of being refused. Every reply of that time closes its connection; idle connections are closed
-    after it. A second signal ends it at once.
+    While draining, and for at least `settings.drain_delay` after SIGTERM, new connections are still accepted, so that
+    they get a 503 instead of being refused. Every response closes its connection; idle connections are closed at the
+    end. A second signal stops the server immediately.
 
     Args:
-        ready: called when requests are taken.
-        draining: called at once when the signal comes; from a signal handler, so it must not wait.
-        failure: asked ten times a second; once it says why nothing can be answered any more, the server stops.
-        failed: exit code of that.
+        on_ready: called when requests are accepted.
+        on_drain: called from the signal handler, so it must not block.
+        failure: called ten times a second. When it returns a reason why no request can be answered, the server stops.
+        failure_exit_code: exit code in this case.
 
     Raises:
-        CommandError: the port was taken meanwhile, there was a failure, or accepted requests were cut off.
+        CommandError: listening failed, there was a failure, or accepted requests were cut off.
     """
     from app.http.protocol import http_protocol
 
@@ -205,48 +179,48 @@ def listen(
         app,
         http=protocol,
         log_config=None,
-        access_log=False,  # app.observability.access_log has the lines, without what callers put into paths
+        access_log=False,  # see app.observability.access_log, which does not log paths
         server_header=False,
     )
-    server = _Server(config, settings, protocol.shared, ready, draining, failure)
-    # uvicorn raises the signal again when it is done; by then it has done its work, and resources wait to be released
+    server = _Server(config, settings, protocol.shared, on_ready, on_drain, failure)
+    # uvicorn raises the signal again at the end, when resources are still to be released
     before = {each: signal.signal(each, _ignore) for each in (signal.SIGINT, signal.SIGTERM)}
     try:
         server.run(sockets=[bound])
     except OSError as error:
-        raise CommandError(f"cannot listen at {settings.host}:{settings.port}: {error.strerror}", FAILED) from None
+        raise CommandError(f"cannot listen on {settings.host}:{settings.port}: {error.strerror}", FAILED) from None
     finally:
         for each, handler in before.items():
             signal.signal(each, handler)
     if (why := failure()) is not None:
-        raise CommandError(f"the model cannot answer any more ({why}); start the server again", failed)
+        raise CommandError(f"the model failed ({why}): restart the server", failure_exit_code)
     if not server.started:
-        raise CommandError("the server did not start; its log says why", FAILED)
+        raise CommandError("the server did not start: see the log", FAILED)
     if server.cut_off and server.force_exit:
-        raise CommandError(f"stopped at once by a second signal; not answered: {server.cut_off}", INTERRUPTED)
+        raise CommandError(f"stopped by a second signal; requests not answered: {server.cut_off}", INTERRUPTED)
     if server.cut_off:
-        why = f"accepted requests that were not answered within {settings.drain_seconds} s: {server.cut_off}"
-        raise CommandError(f"{why}; NEURONLENS_DRAIN_SECONDS gives them longer", FAILED)
+        unanswered = f"accepted requests not answered within {settings.drain_seconds} s: {server.cut_off}"
+        raise CommandError(f"{unanswered}; NEURONLENS_DRAIN_SECONDS allows more time", FAILED)
 
 
 class _Server(uvicorn.Server):
-    """`cut_off`: how many accepted requests were not answered when it ended."""
+    """A server that drains. `cut_off`: number of accepted requests that were not answered at the end."""
 
     def __init__(
         self,
         config: uvicorn.Config,
-        settings: "Settings",
+        settings: Settings,
         connections: "Connections",
-        ready: Callable[[], None],
-        draining: Callable[[], None],
+        on_ready: Callable[[], None],
+        on_drain: Callable[[], None],
         failure: Callable[[], str | None],
     ) -> None:
         super().__init__(config)
         self._connections = connections
-        self._ready, self._draining, self._failure = ready, draining, failure
+        self._on_ready, self._on_drain, self._failure = on_ready, on_drain, failure
         self._drain_seconds, self._drain_delay = settings.drain_seconds, settings.drain_delay
-        self._told: float | None = None
-        """When the first signal came, by the monotonic clock."""
+        self._signalled_at: float | None = None
+        """Time of the first signal, by the monotonic clock."""
         self._listens_until = 0.0
         self.cut_off = 0
 
@@ -256,50 +230,50 @@ class _Server(uvicorn.Server):
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
         await super().startup(sockets)
         if self.started:
-            self._ready()
+            self._on_ready()
 
     def handle_exit(self, sig: int, frame: object) -> None:
-        if self._told is not None:
+        if self._signalled_at is not None:
             self.force_exit = True
         else:
-            self._told = time.monotonic()
+            self._signalled_at = time.monotonic()
             grace = IDLE_GRACE if self._connections.waiting else 0.0
-            self._listens_until = self._told + (max(self._drain_delay, grace) if sig == signal.SIGTERM else 0.0)
+            self._listens_until = self._signalled_at + (max(self._drain_delay, grace) if sig == signal.SIGTERM else 0.0)
             self._connections.draining = True
         super().handle_exit(sig, frame)  # type: ignore[arg-type]
-        self._draining()
+        self._on_drain()
 
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
-        ends = (self._told or time.monotonic()) + self._drain_seconds
+        ends = (self._signalled_at or time.monotonic()) + self._drain_seconds
         accepted = set(self.server_state.tasks)
         self._connections.draining = True
         for connection in self._connections.open:
             connection.answer_last()
         if self._failure() is None:
-            await self._go_on_listening(accepted, ends)
+            await self._keep_listening(accepted, ends)
         left = max(0.05, ends - time.monotonic())
-        self.config.timeout_graceful_shutdown = left  # type: ignore[assignment]  # any number of seconds will do
+        self.config.timeout_graceful_shutdown = left  # type: ignore[assignment]  # a float works, too
         await super().shutdown(sockets)
 
     async def _wait_tasks_to_complete(self) -> None:
         try:
             await super()._wait_tasks_to_complete()
-        finally:  # cancelled when the time is over; what is left is cancelled next
+        finally:  # cancelled at the timeout; the remaining tasks are cancelled next
             self.cut_off = len(self.server_state.tasks)
 
-    async def _go_on_listening(self, accepted: set[asyncio.Task[None]], ends: float) -> None:
-        """Return when those are done and it is time, at `ends` by the monotonic clock, or at a second signal."""
+    async def _keep_listening(self, accepted: set[asyncio.Task[None]], ends: float) -> None:
+        """Return when these tasks are done and the delay is over, at `ends`, or at a second signal."""
         tick = 0
         while not self.force_exit and (now := time.monotonic()) < ends:
             if now >= self._listens_until and all(task.done() for task in accepted):
                 return
             tick += 1
-            await super().on_tick(tick)  # it keeps the Date header
+            await super().on_tick(tick)  # updates the Date header
             await asyncio.sleep(0.05)
 
 
-def _within_open_files(settings: "Settings") -> "Settings":
-    """The settings, with as many connections as the limit on open files leaves room for."""
+def _within_open_files(settings: Settings) -> Settings:
+    """The settings, with `max_connections` within the limit on open files."""
     room = max(1, resource.getrlimit(resource.RLIMIT_NOFILE)[0] - OTHER_FILES)
     if room >= settings.max_connections:
         return settings

@@ -6,38 +6,38 @@ from typing import Annotated, Any
 import typer
 
 from app.cli import options
-from app.cli.clock import moment
-from app.cli.commands import command
-from app.cli.control import control_of, controls_of, find_range_set, store_only
+from app.cli.control import Control, ControlOptions, StoreControl
 from app.cli.exits import EPILOG, CommandError
-from app.cli.terminal import hint, print_json, say, table
+from app.cli.suggestions import command
+from app.cli.terminal import hint, moment, print_json, say, table
 from app.errors import CONFLICT, USAGE
 from range_store.domain.range_set import CorpusIdentity, FitSettings
 from range_store.formatting import format_count
 from range_store.storage.range_sets import PublishedRangeSet
+from range_store.storage.store import RangeStore
 
 app = typer.Typer(
-    help="Published range sets: list, look into, activate, move between stores.", epilog=EPILOG, no_args_is_help=True
+    help="PublishedRangeSet range sets: list, show, activate, and copy them between stores.",
+    epilog=EPILOG,
+    no_args_is_help=True,
 )
 
-RangeSetId = Annotated[str, typer.Argument(metavar="ID", help="Id of a range set, or its first characters.")]
+RangeSetId = Annotated[str, typer.Argument(metavar="ID", help="Id of a range set, or a unique prefix of it.")]
 
 
 @app.command("list", epilog=EPILOG)
+@options.expand
 def list_(
-    url: options.Url = None,
-    name: options.ServedName = None,
-    redis_url: options.RedisUrl = None,
-    data_dir: options.DataDir = None,
+    target: ControlOptions,
     as_json: options.AsJson = False,
 ) -> None:
-    """List range sets, newest first; without --name, those of every model."""
-    with controls_of(url, redis_url, data_dir, name) as controls:
+    """List range sets, newest first. Without --name, lists those of every model."""
+    with target.open_each() as controls:
         found = [(model, each) for model, control in controls.items() for each in control.range_sets()]
     if as_json:
         print_json([{**_summary(each), "name": model} for model, each in found])
     elif not found:
-        hint("no range set is published: fit one with `neuronlens fit`")
+        hint("no range sets: fit one with `neuronlens fit`")
     else:
         several = len(controls) > 1
         columns = ("id", "model", "active", "corpus", "rows", "layers", "published")
@@ -45,19 +45,17 @@ def list_(
 
 
 @app.command(epilog=EPILOG)
+@options.expand
 def show(
+    target: ControlOptions,
     id_: RangeSetId,
-    url: options.Url = None,
-    name: options.ServedName = None,
-    redis_url: options.RedisUrl = None,
-    data_dir: options.DataDir = None,
     as_json: options.AsJson = False,
 ) -> None:
-    """Show where a range set comes from: model, corpus, settings."""
-    with control_of(url, redis_url, data_dir, name) as control:
-        found = find_range_set(control, id_)
+    """Show the model, corpus and settings of a range set."""
+    with target.open() as control:
+        found = _find(control, id_)
     if as_json:
-        print_json(_whole(found))
+        print_json(_details(found))
         return
     model, corpus, settings = found.provenance.model, found.provenance.corpus, found.provenance.settings
     say(f"range set {found.id}{', active' if found.active else ''}")
@@ -74,7 +72,7 @@ def show(
         ("corpus sha256", corpus.sha256),
         ("layers", ", ".join(map(str, settings.layers))),
         ("rankings", ", ".join(settings.rankings)),
-        ("arithmetic", f"{settings.dtype}, {format_count(settings.threads, 'thread')}, {tokens} a batch"),
+        ("arithmetic", f"{settings.dtype}, {format_count(settings.threads, 'thread')}, {tokens} per batch"),
         ("histograms", format_count(settings.bins, "bin")),
         ("versions", ", ".join(f"{package} {version}" for package, version in found.provenance.versions.items())),
     ]
@@ -83,25 +81,23 @@ def show(
 
 
 @app.command(epilog=EPILOG)
+@options.expand
 def activate(
+    target: ControlOptions,
     id_: RangeSetId,
     force: Annotated[
         bool,
         typer.Option(
             "--force",
-            help="Drop live erasures that it cannot serve, but for enforced ones; take it fitted in another dtype.",
+            help="Drop live erasures that it does not support, except enforced ones, and accept another dtype.",
         ),
     ] = False,
     if_match: options.IfMatch = None,
-    url: options.Url = None,
-    name: options.ServedName = None,
-    redis_url: options.RedisUrl = None,
-    data_dir: options.DataDir = None,
     as_json: options.AsJson = False,
 ) -> None:
-    """Make a range set the one that erasures use; activating an older one rolls back."""
-    with control_of(url, redis_url, data_dir, name) as control:
-        found = find_range_set(control, id_)
+    """Make a range set the active one, which erasures use. Activate an older one to roll back."""
+    with target.open() as control:
+        found = _find(control, id_)
         before = {each.concept for each in control.live().erasures}
         state = control.activate(found.id, force=force, if_match=if_match)
     dropped = sorted(before - {each.concept for each in state.erasures}) if force else []
@@ -114,24 +110,22 @@ def activate(
 
 
 @app.command(epilog=EPILOG)
+@options.expand
 def export(
+    target: ControlOptions,
     id_: RangeSetId,
-    out: Annotated[Path, typer.Argument(metavar="FILE", help="File to write, .safetensors.")],
-    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the file if it is there.")] = False,
-    url: options.Url = None,
-    name: options.ServedName = None,
-    redis_url: options.RedisUrl = None,
-    data_dir: options.DataDir = None,
+    out: Annotated[Path, typer.Argument(metavar="FILE", help="Path of the new .safetensors file.")],
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an existing file.")] = False,
     as_json: options.AsJson = False,
 ) -> None:
     """Write a range set to one safetensors file."""
     if out.exists() and not overwrite:
-        raise CommandError(f"{out} is there already: choose another name, or pass --overwrite", CONFLICT)
+        raise CommandError(f"{out} exists: choose another name, or pass --overwrite", CONFLICT)
     if not out.absolute().parent.is_dir():
         raise CommandError(f"no such directory: {out.absolute().parent}", USAGE)
-    with control_of(url, redis_url, data_dir, name) as control:
-        store = store_only(control, "export")
-        found = find_range_set(control, id_)
+    with target.open() as control:
+        store = _store_of(control, "export")
+        found = _find(control, id_)
         store.export(found.id, out)
     if as_json:
         print_json({"id": found.id, "file": str(out), "bytes": out.stat().st_size})
@@ -140,50 +134,48 @@ def export(
 
 
 @app.command("import", epilog=EPILOG)
+@options.expand
 def import_(
-    file: Annotated[Path, typer.Argument(help="File that `ranges export` wrote.")],
-    activate: Annotated[bool, typer.Option("--activate", help="Make it the range set that erasures use.")] = False,
-    url: options.Url = None,
-    name: options.ServedName = None,
-    redis_url: options.RedisUrl = None,
-    data_dir: options.DataDir = None,
+    target: ControlOptions,
+    file: Annotated[Path, typer.Argument(help="File written by `ranges export`.")],
+    activate: options.Activate = False,
     as_json: options.AsJson = False,
 ) -> None:
-    """Publish a range set from a file. Without --name it goes to the model that it was fitted on."""
+    """Publish a range set from a file. Without --name, publishes it for the model that it was fitted on."""
     from range_store.storage.archive import read_archive
 
     if not file.is_file():
         raise CommandError(f"no such file: {file}", USAGE)
     range_set, inspect = read_archive(file)
-    model = name or range_set.provenance.model.id
-    with control_of(url, redis_url, data_dir, model, publishes=True) as control:
-        store = store_only(control, "import")
+    model = target.name or range_set.provenance.model.id
+    with target.open(name=model, publishes=True) as control:
+        store = _store_of(control, "import")
         there = range_set.id in store.ids()
         published = store.publish(range_set, inspect)
         generation = control.activate(published, force=False, if_match=None).generation if activate else None
     if as_json:
         print_json({"id": published, "model": model, "generation": generation})
         return
-    done = "was published already; it is the newest now" if there else "published"
+    done = "was already published; now it is the newest one" if there else "published"
     say(f"range set {published} of {model} {done}" + (f", active at generation {generation}" if activate else ""))
     if not activate:
-        activation = command("ranges", "activate", published, name=model, redis_url=redis_url, data_dir=data_dir)
+        activation = command(
+            "ranges", "activate", published, name=model, redis_url=target.redis_url, data_dir=target.data_dir
+        )
         hint(f"next: {activation}")
 
 
 @app.command(epilog=EPILOG)
+@options.expand
 def remove(
+    target: ControlOptions,
     id_: RangeSetId,
-    url: options.Url = None,
-    name: options.ServedName = None,
-    redis_url: options.RedisUrl = None,
-    data_dir: options.DataDir = None,
     as_json: options.AsJson = False,
 ) -> None:
-    """Take a range set out of the store; the active one cannot be."""
-    with control_of(url, redis_url, data_dir, name) as control:
-        store = store_only(control, "remove")
-        found = find_range_set(control, id_)
+    """Remove a range set from the store, unless it is active."""
+    with target.open() as control:
+        store = _store_of(control, "remove")
+        found = _find(control, id_)
         store.remove(found.id)
     if as_json:
         print_json({"id": found.id})
@@ -199,7 +191,7 @@ def _row(found: PublishedRangeSet, model: str) -> tuple[object, ...]:
         found.id,
         model,
         "yes" if found.active else "",
-        f"{corpus.name} {corpus.sha256[:8]}",  # many are called train.jsonl
+        f"{corpus.name} {corpus.sha256[:8]}",  # many corpora are called train.jsonl
         corpus.rows,
         layers,
         moment(found.published_at),
@@ -207,14 +199,14 @@ def _row(found: PublishedRangeSet, model: str) -> tuple[object, ...]:
 
 
 def _fitted_on(corpus: CorpusIdentity, settings: FitSettings) -> str:
-    """How many of the rows count, and why no more."""
+    """How many rows were used, and why not all of them."""
     parts = [f"{sum(corpus.counts.values()):,} of {format_count(corpus.rows, 'row')}"]
     if settings.texts == "correct":
-        parts.append("only those that the model gets right")
+        parts.append("only those that the model classifies correctly")
     if settings.rows_per_class is not None:
-        parts.append(f"at most {settings.rows_per_class:,} of each class")
-    parts += [f"{corpus.empty:,} without any token left out"] if corpus.empty else []
-    parts += [f"{corpus.truncated:,} cut to the model's length"] if corpus.truncated else []
+        parts.append(f"at most {settings.rows_per_class:,} per class")
+    parts += [f"{corpus.empty:,} without tokens left out"] if corpus.empty else []
+    parts += [f"{corpus.truncated:,} cut to the model's maximum length"] if corpus.truncated else []
     return "; ".join(parts)
 
 
@@ -234,10 +226,36 @@ def _summary(found: PublishedRangeSet) -> dict[str, Any]:
     }
 
 
-def _whole(found: PublishedRangeSet) -> dict[str, Any]:
+def _details(found: PublishedRangeSet) -> dict[str, Any]:
     return {
         "id": found.id,
         "active": found.active,
         "published_at": found.published_at,
         "provenance": found.provenance.model_dump(mode="json"),
     }
+
+
+def _store_of(control: Control, subcommand: str) -> RangeStore:
+    """The store, for operations without an HTTP route. Raises CommandError if the target is a server."""
+    if isinstance(control, StoreControl):
+        return control.store
+    raise CommandError(
+        f"`ranges {subcommand}` does not work over HTTP: pass --redis-url or --data-dir instead of --url", USAGE
+    )
+
+
+def _find(control: Control, id_or_prefix: str) -> PublishedRangeSet:
+    """The range set with this id, or the only one whose id starts with it.
+
+    Raises:
+        UnknownRangeSet: there is none.
+        CommandError: there are several.
+    """
+    from range_store.errors import UnknownRangeSet
+
+    found = [each for each in control.range_sets() if each.id.startswith(id_or_prefix)]
+    if not found:
+        raise UnknownRangeSet(id_or_prefix)
+    if len(found) > 1 and id_or_prefix not in [each.id for each in found]:
+        raise CommandError(f"several ids start with {id_or_prefix!r}: {', '.join(each.id for each in found)}", CONFLICT)
+    return next((each for each in found if each.id == id_or_prefix), found[0])

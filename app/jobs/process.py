@@ -11,9 +11,8 @@ from pathlib import Path
 from typing import Any, get_args
 from urllib.parse import urlsplit, urlunsplit
 
-from app.choices import DTypeChoice
 from app.jobs.schemas import FitIn, source_of
-from app.settings import Settings
+from app.settings import DType, ModelSettings, Settings
 
 LOG, LABEL_MAP = "log", "label_map.json"
 MAX_ERROR_LENGTH = 500
@@ -21,11 +20,7 @@ _SHARED_SETTINGS = (
     "fit_niceness",
     "data_dir",
     "redis_ca_file",
-    "revision",
-    "allow_pickle",
-    "plain",
-    "template",
-    "scoring",
+    *(set(ModelSettings.model_fields) - {"model", "compile"}),
 )
 """Settings that a fit takes over from its server."""
 
@@ -43,7 +38,7 @@ def environment(settings: Settings, dtype: str, name: str) -> dict[str, str]:
         dtype: the dtype that the model is served in; `auto` may mean another one on the device of the fit.
     """
     values = {each: getattr(settings, each) for each in _SHARED_SETTINGS}
-    values |= {"name": name, "dtype": dtype if dtype in get_args(DTypeChoice) else settings.dtype}
+    values |= {"name": name, "dtype": dtype if dtype in get_args(DType) else settings.dtype}
     values |= {"device": settings.fit_device or settings.device, "threads": threads_of(settings)}
     url, username, password = settings.redis_url, settings.redis_username, settings.redis_password
     if settings.fit_redis_username is not None or settings.fit_redis_password is not None:

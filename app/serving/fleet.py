@@ -12,13 +12,12 @@ from typing import Any
 import redis
 from prometheus_client import CollectorRegistry
 
-from app.choices import ModelChoice
 from app.observability.logs import serving
 from app.observability.tracing import traceparent
 from app.serving.assembly import engine_limits, service_around
 from app.serving.logged_replica import LoggedReplica, Logs
 from app.serving.service import Answerer, Service
-from app.settings import Settings
+from app.settings import ModelSettings, Settings
 from range_store.embedded.connection import EmbeddedRedis, connect
 from range_store.errors import StoreUnavailable
 from range_store.storage.mirror import Mirror
@@ -160,20 +159,19 @@ def _private_cpus(settings: Settings) -> int:
 
 
 def _plan(settings: Settings, redis_url: str, models: int, scaling: Mapping[str, float]) -> FleetPlan:
-    choice = ModelChoice.of(settings)
-    if choice.device.startswith("cuda:"):
-        raise ClusterError(f"on Ray the cluster chooses the GPU: --device cuda instead of {choice.device}")
+    if settings.device.startswith("cuda:"):
+        raise ClusterError(f"on Ray the cluster chooses the GPU: --device cuda instead of {settings.device}")
     auto = settings.replicas == "auto"
     wanted = None if settings.replicas == "auto" else settings.replicas
 
     def with_threads(threads: int) -> FleetPlan:
         return _plan(settings.model_copy(update={"threads": threads}), redis_url, models, scaling)
 
-    most = capacity(choice.device, settings.threads, None if auto else models * (wanted or 1))
+    most = capacity(settings.device, settings.threads, None if auto else models * (wanted or 1))
     return FleetPlan(
         ReplicaSettings(
-            choice.served_name,
-            _model(choice),
+            settings.served_name,
+            _load_arguments(settings),
             most.threads,
             _redis(settings, redis_url),
             _engine(settings),
@@ -192,20 +190,10 @@ def _plan(settings: Settings, redis_url: str, models: int, scaling: Mapping[str,
     )
 
 
-def _model(choice: ModelChoice) -> dict[str, Any]:
-    """Arguments of `load_model`. Replicas work in other directories."""
-    return {
-        "source": _absolute(choice.source),
-        "revision": choice.revision,
-        "device": choice.device,
-        "dtype": choice.dtype,
-        "allow_pickle": choice.allow_pickle,
-        "name": choice.served_name,
-        "template": None if choice.template is None else _absolute(choice.template),
-        "scoring": choice.scoring,
-        "plain": choice.plain,
-        "compiled": choice.compile,
-    }
+def _load_arguments(model: ModelSettings) -> dict[str, Any]:
+    """Arguments of `load_model` with absolute paths: replicas work in other directories."""
+    template = None if model.template is None else _absolute(model.template)
+    return {**model.load_arguments(), "source": _absolute(model.source), "template": template}
 
 
 def _metrics(settings: Settings) -> MetricsAddress | None:

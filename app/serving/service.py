@@ -1,6 +1,6 @@
 """A service as the routes see it, and what of `workers` they need: answers, errors, facts. Without torch.
 
-`app.serving.wiring` makes one around an engine of this process.
+`app.serving.serve` opens one with an engine in this process, `app.serving.fleet` one with engines on Ray.
 """
 
 import time

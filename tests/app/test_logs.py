@@ -182,12 +182,12 @@ def test_an_unexpected_error_is_one_log_line_and_one_error_line(
     def broken(*_: object) -> None:
         raise ZeroDivisionError(SECRET)
 
-    monkeypatch.setattr("app.serving.wiring.open_service", broken)
+    monkeypatch.setattr("app.serving.serve.open_service", broken)
     (tmp_path / "config.json").touch()
     code = run(["serve", "--model", str(tmp_path), "--port", "0", "--data-dir", str(tmp_path)])
     *lines, last = capsys.readouterr().err.splitlines()
     assert code == 1
-    assert last.startswith("error: a fault of the program (ZeroDivisionError)")
+    assert last.startswith("error: internal error (ZeroDivisionError)")
     records = [json.loads(line) for line in lines]
     assert records[-1]["level"] == "critical"
     assert any("in broken" in frame for frame in records[-1]["exception"]["frames"])

@@ -7,10 +7,10 @@ from pathlib import Path
 import pytest
 from pydantic import ValidationError
 
-from app.cli.demo import of_demo
+from app.cli.demo import demo_settings
 from app.cli.exits import CommandError
-from app.cli.listening import fit_command
-from app.cli.stores import settings_with
+from app.cli.options import settings_with
+from app.cli.suggestions import fit_command
 from app.errors import USAGE
 from app.settings import Settings
 
@@ -18,7 +18,7 @@ from app.settings import Settings
 def test_the_demo_has_its_own_store_and_the_reports_of_evaluate(tmp_path: Path) -> None:
     given = Settings(redis_url="redis://elsewhere", data_dir=tmp_path / "data")
     for cache_dir in (None, tmp_path / "cache"):
-        made = of_demo(given, cache_dir)
+        made = demo_settings(given, cache_dir)
         assert (made.redis_url, made.data_dir) == (None, cache_dir or given.data_dir / "demo")
         assert made.reports == given.reports == tmp_path / "data" / "reports"
 
@@ -127,7 +127,7 @@ def test_options_are_named_as_options_and_all_problems_at_once(monkeypatch: pyte
 
 @pytest.mark.parametrize("also", ["models/sport", "=models/sport", "sport=", " =x", "sport =x", "a\nb=x"])
 def test_invalid_further_models_are_rejected(also: str) -> None:
-    with pytest.raises(ValidationError, match=r"NAME=CHECKPOINT|no name of a model"):
+    with pytest.raises(ValidationError, match=r"NAME=CHECKPOINT|invalid model name"):
         Settings(model="news", also=(also,))
 
 

@@ -8,7 +8,7 @@ import pytest
 
 from app.errors import ERRORS
 from app.observability.logs import FIELDS
-from app.settings import table
+from app.settings import settings_table
 from tests.app.openapi import openapi
 from workers.models.families import FAMILIES
 
@@ -23,7 +23,7 @@ def test_models_page_lists_every_family() -> None:
 
 
 def test_configuration_page_lists_every_setting() -> None:
-    assert table() in (ROOT / "docs" / "configuration.md").read_text("utf-8")
+    assert settings_table() in (ROOT / "docs" / "configuration.md").read_text("utf-8")
 
 
 def test_nothing_tells_to_install_neuronlens_by_name() -> None:

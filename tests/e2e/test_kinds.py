@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import redis
 
-from app.serving.wiring import open_service
+from app.serving.serve import open_service
 from app.settings import Settings
 from range_store.domain.erasure import Erasure
 from range_store.domain.plan import resolve

@@ -15,9 +15,9 @@ from tests.range_store.waiting import until
 
 NAME = "watched"
 FAIL_ON_LONG_TEXTS = """
-import app.serving.wiring
+import app.serving.serve
 from contextlib import contextmanager
-opened = app.serving.wiring.open_service
+opened = app.serving.serve.open_service
 @contextmanager
 def open_service(settings):
     with opened(settings) as service:
@@ -28,7 +28,7 @@ def open_service(settings):
             return forward(batch)
         service.engine._forward = failing
         yield service
-app.serving.wiring.open_service = open_service
+app.serving.serve.open_service = open_service
 """
 LOSE_REQUESTS = """
 import os

@@ -16,7 +16,7 @@ from workers.models.source import check_checkpoint
 @pytest.fixture
 def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A directory with a checkpoint `my-model` and texts, where nothing can load torch and no hub can be reached."""
-    monkeypatch.setitem(sys.modules, "app.serving.wiring", None)
+    monkeypatch.setitem(sys.modules, "app.serving.loading", None)
     monkeypatch.setattr("huggingface_hub.get_hf_file_metadata", MagicMock(side_effect=ConnectionError("no route")))
     monkeypatch.setattr("huggingface_hub.HfApi.dataset_info", MagicMock(side_effect=ConnectionError("no route")))
     monkeypatch.chdir(tmp_path)

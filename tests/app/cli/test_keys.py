@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from app.cli.listening import fit_command
+from app.cli.suggestions import fit_command
 from app.settings import Settings
 from range_store.embedded.connection import connect
 from range_store.storage.api_keys import ApiKeyStore
@@ -15,7 +15,7 @@ from tests.app.cli.conftest import Cli
 def test_a_key_is_shown_only_when_it_is_created(cli: Cli, tmp_path: Path) -> None:
     where = ("--data-dir", tmp_path)
     empty = cli("keys", "list", *where)
-    assert "whoever reaches a server may call it" in empty.stdout
+    assert "servers require none" in empty.stdout
     made = cli("keys", "create", "shop", "--scope", "infer", "--scope", "read", *where)
     token = made.stdout.strip()
     assert made.exit_code == 0
@@ -41,12 +41,12 @@ def test_revoked_keys_are_listed_with_all_only(cli: Cli, tmp_path: Path) -> None
     cli("keys", "create", "shop", "--scope", "infer,read", "--expires-in", "30d", "--rate-limit", "5/minute", *where)
     revoked = cli("keys", "revoke", "shop", *where)
     assert revoked.exit_code == 0
-    assert "every call is refused" in revoked.stderr
+    assert "servers refuse every request" in revoked.stderr
     assert cli("keys", "list", "--json", *where).json == {"in_force": True, "keys": []}
     (listed,) = cli("keys", "list", "--all", "--json", *where).json["keys"]
     assert (listed["name"], listed["in_force"], listed["rate_limit"]) == ("shop", False, "5/minute")
     assert "revoked" in cli("keys", "list", "--all", *where).stdout
-    assert "every call is refused" in cli("keys", "list", *where).stdout
+    assert "servers refuse every request" in cli("keys", "list", *where).stdout
 
 
 @pytest.mark.parametrize(
@@ -56,7 +56,7 @@ def test_revoked_keys_are_listed_with_all_only(cli: Cli, tmp_path: Path) -> None
         (("create", "a", "--scope", "root"), 2, "infer, read, admin"),
         (("create", "a b", "--scope", "infer"), 2, "name of a key"),
         (("create", "a", "--scope", "infer", "--rate-limit", "often"), 2, "600/minute"),
-        (("create", "a", "--scope", "infer", "--expires-in", "soon"), 2, "no duration"),
+        (("create", "a", "--scope", "infer", "--expires-in", "soon"), 2, "invalid duration"),
         (("revoke", "nobody"), 4, "keys list"),
     ],
 )
@@ -82,7 +82,7 @@ def test_the_suggested_fit_command_names_the_model_and_the_store(tmp_path: Path)
     assert shlex.split(own)[-2:] == ["--data-dir", str(tmp_path / "a place")]
     prompted = Settings(model="my/model", template="ag_news", dtype="bfloat16", redis_url="redis://:secret@host")
     assert fit_command(prompted, "my/model", "model") == (
-        "neuronlens fit --model my/model --template ag_news --dtype bfloat16 --scoring restricted --data FILE "
+        "neuronlens fit --model my/model --dtype bfloat16 --template ag_news --data FILE "
         "--activate --redis-url redis://host"
     )
     assert "ag_news" not in fit_command(prompted, "another/model", "model")
@@ -100,4 +100,4 @@ def test_an_open_host_requires_keys(cli: Cli, tmp_path: Path) -> None:
 def test_an_open_host_with_an_unreachable_store_rejects_every_call(cli: Cli, tmp_path: Path) -> None:
     url = f"unix://{tmp_path}/no.sock"
     ended = cli("serve", "--model", tmp_path / "none", "--host", "0.0.0.0", "--port", "0", "--redis-url", url)
-    assert "every call is refused until" in ended.stderr
+    assert "every request is refused until" in ended.stderr

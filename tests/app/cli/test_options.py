@@ -6,8 +6,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from typer.testing import CliRunner
 
-from app.cli import options
-from app.cli.clock import duration
+from app.cli import options, parsing
 from range_store.domain.erasure import RANKINGS, Damp
 
 ENTRIES = st.text(st.characters(exclude_categories=("Cs", "Cc")), min_size=1).map(str.strip).filter(bool)
@@ -16,12 +15,12 @@ ENTRIES = st.text(st.characters(exclude_categories=("Cs", "Cc")), min_size=1).ma
 @given(st.lists(ENTRIES, min_size=1, unique=True))
 def test_any_names_can_be_quoted_in_a_comma_list(names: list[str]) -> None:
     written = ",".join('"' + name.replace('"', '""') + '"' for name in names)
-    assert options.words(written, "--target") == tuple(names)
+    assert parsing.words(written, "--target") == tuple(names)
 
 
 @given(st.lists(st.floats(0.001, 1.0), min_size=1, unique=True))
 def test_fractions_are_read_exactly(values: list[float]) -> None:
-    assert options.fractions(", ".join(map(repr, values))) == tuple(values)
+    assert parsing.fractions(", ".join(map(repr, values))) == tuple(values)
 
 
 @pytest.mark.parametrize(
@@ -30,9 +29,9 @@ def test_fractions_are_read_exactly(values: list[float]) -> None:
         ("0.3,x", "'x' is not a number"),
         ("0.3,,1", "empty entry"),
         ("", "empty entry"),
-        ("0.3,0.30", "0.3 stands there twice"),
-        ("0", "above 0, at most 1"),
-        ("1.5", "above 0, at most 1"),
+        ("0.3,0.30", "0.3 is listed twice"),
+        ("0", "above 0 and at most 1"),
+        ("1.5", "above 0 and at most 1"),
         ("nan", "'nan' is not a number"),
         ("inf", "'inf' is not a number"),
         ("-0.3", "out of bounds"),
@@ -40,51 +39,51 @@ def test_fractions_are_read_exactly(values: list[float]) -> None:
 )
 def test_invalid_fractions_report_why(text: str, message: str) -> None:
     with pytest.raises(typer.BadParameter, match=message) as raised:
-        options.fractions(text)
+        parsing.fractions(text)
     assert "--top-fraction" in raised.value.format_message()
 
 
 @given(st.lists(st.integers(-64, 64), min_size=1, unique=True))
 def test_layers_are_read_exactly(values: list[int]) -> None:
-    assert options.layers(",".join(map(str, values))) == tuple(values)
+    assert parsing.layers(",".join(map(str, values))) == tuple(values)
 
 
 def test_layers_are_all_or_different_blocks() -> None:
-    assert options.layers(" all ") == "all"
+    assert parsing.layers(" all ") == "all"
     with pytest.raises(typer.BadParameter, match="'last' is not a block"):
-        options.layers("4,last")
-    with pytest.raises(typer.BadParameter, match="twice"):
-        options.layers("4,4")
+        parsing.layers("4,last")
+    with pytest.raises(typer.BadParameter, match="listed twice"):
+        parsing.layers("4,4")
 
 
 def test_an_invalid_choice_lists_the_valid_ones() -> None:
-    assert options.choices("selectivity, max", "--ranking", RANKINGS) == ("selectivity", "max")
+    assert parsing.choices("selectivity, max", "--ranking", RANKINGS) == ("selectivity", "max")
     with pytest.raises(typer.BadParameter, match="'best' is not one of max, probe, probeless"):
-        options.choices("max,best", "--ranking", RANKINGS)
+        parsing.choices("max,best", "--ranking", RANKINGS)
 
 
 def test_taus_are_zero_or_more() -> None:
-    assert options.taus("0,2.5") == (0.0, 2.5)
-    with pytest.raises(typer.BadParameter, match="from 0 up"):
-        options.taus("-1")
+    assert parsing.taus("0,2.5") == (0.0, 2.5)
+    with pytest.raises(typer.BadParameter, match="at least 0"):
+        parsing.taus("-1")
 
 
 @given(st.floats(0, 1))
 def test_damping_factors_are_read_exactly(factor: float) -> None:
-    assert options.replacement(f"damp:{factor!r}") == Damp(damp=factor)
+    assert parsing.replacement(f"damp:{factor!r}") == Damp(damp=factor)
 
 
 @pytest.mark.parametrize("text", ["", "Zero", "damp", "damp:", "damp:2", "damp:x", "damp:-0.1", "mean:1"])
 def test_invalid_replacements_are_rejected(text: str) -> None:
     with pytest.raises(typer.BadParameter):
-        options.replacement(text)
+        parsing.replacement(text)
 
 
 def test_durations_have_one_unit() -> None:
-    assert [duration(text) for text in ("90", "90s", "1.5m", "2h", "1d")] == [90, 90, 90, 7200, 86400]
+    assert [parsing.duration(text) for text in ("90", "90s", "1.5m", "2h", "1d")] == [90, 90, 90, 7200, 86400]
     for text in ("", "soon", "-1", "0", "5 minutes", "1h30m"):
-        with pytest.raises(typer.BadParameter, match="no duration"):
-            duration(text)
+        with pytest.raises(typer.BadParameter, match="invalid duration"):
+            parsing.duration(text)
 
 
 @pytest.mark.parametrize(
@@ -103,8 +102,9 @@ def test_the_address_of_ray_is_optional(given: tuple[str, ...], ray: str | None,
     app = typer.Typer()
 
     @app.command(cls=options.RayCommand)
-    def command(ray: options.Ray = None, data: options.Data = None) -> None:
-        parsed.extend((ray, data))
+    @options.expand
+    def command(on_ray: options.ClusterOptions, texts: options.CorpusOptions) -> None:
+        parsed.extend((on_ray.ray, texts.data))
 
     ended = CliRunner().invoke(app, given)
     assert ended.exit_code == 0, ended.output

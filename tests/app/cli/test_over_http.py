@@ -11,7 +11,7 @@ import redis
 import uvicorn
 
 from app.main import create_app
-from app.serving.wiring import open_service
+from app.serving.serve import open_service
 from app.settings import Settings
 from range_store.domain.live import LiveState
 from range_store.embedded.connection import EmbeddedRedis
@@ -107,7 +107,7 @@ def test_a_change_waits_for_all_replicas(cli: Cli, server: Server) -> None:
         server.store.replicas.report(behind, "00000000-1", None, seconds=600)
         late = cli("erase", "on", "World", "--wait", "all", "--wait-seconds", "0.2", *options)
         assert late.exit_code == 3
-        assert live(server).generation in late.stderr, "the change is made"
+        assert live(server).generation in late.stderr, "the change is stored"
         assert behind in late.stderr
         assert [each.concept for each in live(server).erasures] == ["World"]
         server.store.replicas.remove(behind)
@@ -155,7 +155,7 @@ def test_the_environment_names_server_and_model(cli: Cli, server: Server, monkey
         (["erase", "on", "World", "--if-match", "00000000-0"], 4, "stale_generation"),
         (["erase", "on", "World", "--layer", "9"], 2, "invalid_erasure"),
         (["erase", "list", "--name", "other"], 4, "unknown_model"),
-        (["ranges", "activate", ""], 4, "begins several ids"),
+        (["ranges", "activate", ""], 4, "several ids start with"),
     ],
 )
 def test_an_error_of_the_server_is_one_line(

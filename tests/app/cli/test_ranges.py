@@ -79,7 +79,7 @@ def test_fit_takes_the_dtype_that_the_model_is_served_in(
     assert f"fitting in bfloat16, the dtype that {store.model} is served in" in capsys.readouterr().err
     assert _dtype("float32", store) == "float32"
     with pytest.raises(DtypeMismatch):
-        _activate(store, prepared.last_only)
+        _activate(store, prepared.last_only, Settings())
     assert f"neuronlens ranges activate {prepared.last_only} --force" in capsys.readouterr().err
     store.replicas.report("other:1:x", None, None, seconds=600, dtype="float32")
     assert _dtype("auto", store) == "auto", "two are served"
@@ -164,7 +164,7 @@ def test_list_without_a_name_has_every_model(cli: Cli, tmp_path: Path) -> None:
     assert [each["name"] for each in cli("ranges", "list", "--json", *place).json] == ["one", "two", "two"]
     assert cli("ranges", "list", "--name", "one", *place).stdout.split()[:2] == ["id", "corpus"]
     again = cli("ranges", "import", tmp_path / "1.safetensors", "--name", "two", *place)
-    assert "was published already; it is the newest now" in again.stdout
+    assert "was already published; now it is the newest one" in again.stdout
 
 
 def test_show_says_on_how_many_rows_it_was_fitted(cli: Cli, prepared: Prepared) -> None:
@@ -179,8 +179,8 @@ def test_show_says_on_how_many_rows_it_was_fitted(cli: Cli, prepared: Prepared) 
     shown = {line.split("  ")[0]: line.split("  ", 1)[1].strip() for line in lines if "  " in line}
     assert shown["rows"] == "2,000 (2000 of 9000 rows, drawn with seed 0)"
     assert shown["fitted on"] == (
-        f"{sum(fitted.counts.values())} of 2,000 rows; only those that the model gets right; at most 50 of each class; "
-        "3 without any token left out"
+        f"{sum(fitted.counts.values())} of 2,000 rows; only those that the model classifies correctly; "
+        "at most 50 per class; 3 without tokens left out"
     )
 
 
@@ -194,7 +194,7 @@ def write(file: Path, seed: int) -> None:
 def test_commands_without_an_http_route_reject_a_url(cli: Cli, command: list[str]) -> None:
     ended = cli("ranges", *command, "--url", "http://127.0.0.1:1")
     assert ended.exit_code == 2
-    assert "no HTTP route" in ended.stderr
+    assert "does not work over HTTP" in ended.stderr
 
 
 def test_url_and_redis_url_exclude_each_other(cli: Cli) -> None:

@@ -53,10 +53,10 @@ def losing(services, *args):
     def lost(*args, **kwargs):
         raise RuntimeError("CUDA error: an illegal memory access was encountered")
     services[0].engine.model.steered._call = lost
-    return serve_until_told(services, *args)
+    return serve_until_signal(services, *args)
 
 serve = sys.modules["app.cli.serve"]
-serve_until_told, serve.serve_until_told = serve.serve_until_told, losing
+serve_until_signal, serve.serve_until_signal = serve.serve_until_signal, losing
 """
 """The device is lost after the server has started."""
 
@@ -121,7 +121,7 @@ def test_a_taken_port_is_an_error(cli: Cli, tiny: Path, tmp_path: Path) -> None:
         ended = cli("serve", "--model", tiny, "--port", port, "--data-dir", tmp_path)
     assert ended.exit_code == 1
     assert ended.stderr.count("\n") == 1
-    assert f"{port} is taken" in ended.stderr
+    assert f"{port} is in use" in ended.stderr
 
 
 def test_a_server_without_keys_listens_on_loopback_only(cli: Cli, tiny: Path, tmp_path: Path) -> None:

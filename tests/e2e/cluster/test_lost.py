@@ -72,7 +72,7 @@ class Ingress:
         (self.directory / "grace").touch()
         assert self.running.end() == UNREACHABLE
         lines = "".join(self.running.stderr).splitlines()
-        assert re.fullmatch(f"error: the model cannot answer any more .{cause}.; start the server again", lines[-1])
+        assert re.fullmatch(f"error: the model failed .{cause}.: restart the server", lines[-1])
         assert any("the Ray cluster is lost" in line for line in lines)
 
     def close(self) -> None:

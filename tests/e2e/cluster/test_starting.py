@@ -16,8 +16,8 @@ import numpy as np
 import pytest
 import redis
 
+from app.serving.serve import open_service
 from app.serving.service import Service
-from app.serving.wiring import open_service
 from app.settings import Settings
 from range_store.embedded.connection import EmbeddedRedis
 from tests.e2e.cluster.conftest import pids

@@ -30,10 +30,11 @@ SMALL_DISK = 65536
 """Bytes."""
 FREQUENT_CHECKPOINTS = """
 import functools
-import app.serving.wiring
+import app.serving.evaluate
+import app.serving.fit
 
-app.serving.wiring.CHECKPOINT_SECONDS = 0.0  # of `fit`
-app.serving.wiring._fit = functools.partial(app.serving.wiring._fit, checkpoint_seconds=0.0)  # of `evaluate`
+app.serving.fit.CHECKPOINT_SECONDS = 0.0
+app.serving.evaluate.fit = functools.partial(app.serving.evaluate.fit, checkpoint_seconds=0.0)
 """
 
 

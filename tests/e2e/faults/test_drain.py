@@ -147,7 +147,7 @@ def test_sigint_ends_the_server_once_accepted_requests_are_answered(start: Calla
         holding.release()
         assert all(is_answered(each) for each in sent)
     assert server.command.end() == 0
-    assert "what was accepted is answered" in server.command.stderr[-1]
+    assert "all accepted requests are answered" in server.command.stderr[-1]
     assert "Traceback" not in "".join(server.command.stderr)
 
 
@@ -161,7 +161,7 @@ def test_second_signal_ends_the_server_and_reports_requests_cut_off(start: Calla
         assert holding.server.command.end() == 130
         assert not any(is_answered(each) for each in sent)
     said = holding.server.command.stderr[-1]
-    assert said == f"error: stopped at once by a second signal; not answered: {REQUESTS}\n"
+    assert said == f"error: stopped by a second signal; requests not answered: {REQUESTS}\n"
 
 
 def test_requests_are_cut_off_after_the_drain_time_and_reported(start: Callable[..., HoldingServer]) -> None:

@@ -21,12 +21,12 @@ from tests.servers import LABELS
 from tests.workers.texts import labelled_texts, write_jsonl
 from workers.models.loading import LoadedModel
 
-FREQUENT_CHECKPOINTS = "import app.serving.wiring; app.serving.wiring.CHECKPOINT_SECONDS = {seconds}\n"
+FREQUENT_CHECKPOINTS = "import app.serving.fit; app.serving.fit.CHECKPOINT_SECONDS = {seconds}\n"
 DIE_WHILE_FITTING = """
 import os, signal
-from app.serving import wiring
+from app.serving import fit as module
 
-fit = wiring._fit
+fit = module.fit
 
 def fit_and_die(*arguments, progress, **choices):
     def die(now):
@@ -34,7 +34,7 @@ def fit_and_die(*arguments, progress, **choices):
             os.kill(os.getpid(), signal.SIGKILL)
     return fit(*arguments, progress=die, **choices)
 
-wiring._fit = fit_and_die
+module.fit = fit_and_die
 """
 DIE_WHILE_PUBLISHING = """
 import os, signal

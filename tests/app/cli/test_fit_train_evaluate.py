@@ -15,7 +15,7 @@ import torch
 import typer
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
 
-from app.cli import options
+from app.cli import parsing
 from app.serving.reports import list_reports
 from range_store.embedded.connection import EmbeddedRedis
 from range_store.storage.store import RangeStore
@@ -134,9 +134,9 @@ def test_what_limits_a_fit_is_told(cli: Cli, tiny: Path, tmp_path: Path) -> None
     fitted = cli("fit", "--model", tiny, "--data", rows, "--data-dir", tmp_path, "--bins", "8", "--threads", "1")
     assert fitted.exit_code == 0, fitted.stderr
     for line in (
-        "all texts have the label Cups: no ranking can tell its neurons from others",
-        "the smallest class has 1 text, whose values vary by nothing: its ranges hold no other text",
-        "concepts that are no labels of the model: 'Cups'; its labels: 'World', 'Sports', 'Business', 'SciTech'",
+        "all texts have the label Cups: no ranking can distinguish its neurons from others",
+        "the smallest class has 1 text, so its values have no variance: its ranges contain no other text",
+        "concepts that are not labels of the model: 'Cups'; its labels: 'World', 'Sports', 'Business', 'SciTech'",
     ):
         assert line in fitted.stderr.splitlines()
 
@@ -179,7 +179,7 @@ def test_train_writes_a_checkpoint_that_evaluate_measures(
     assert (made / "model.safetensors").is_file()
     told = trained.stderr.splitlines()
     for line in (
-        "the training begins; stopped with Ctrl-C, it goes on",
+        "training starts; after Ctrl-C, the same command resumes it",
         "epoch 1 of 1: loss ",
         "measuring accuracy: 1/1",
     ):
@@ -233,7 +233,7 @@ def accuracy_of(checkpoint: Path, texts: Path) -> float:
         (["--target", "Sport"], "'Sports'"),
         (["--replacement", "one"], "damp:FACTOR"),
         (["--out", "{file}"], "is a file"),
-        (["--test-data", "{file}"], "--test-data: these are the texts of --data"),
+        (["--test-data", "{file}"], "--test-data: these are also the texts of --data"),
         (["--test-data", "{copy}"], "--test-data: copy.jsonl has the same rows as --data"),
         (["--select-on", "{copy_of_test}"], "--select-on: copy.csv has the same rows as --test-data"),
     ],
@@ -340,7 +340,7 @@ def test_settings_are_selected_on_given_or_held_out_texts(
     grid = ["--top-fraction", "0.3,1.0", "--out", tmp_path / "split"]
     split = cli(*evaluate, *grid)
     assert split.exit_code == 0, split.stderr
-    assert "chosen for range masking out of 2" in split.stdout
+    assert "selected for range masking among 2 settings" in split.stdout
     run = json.loads((tmp_path / "split" / "run.json").read_text())
     assert (run["range_set"]["corpus"]["rows"], run["selection"]["rows"]) == (72, 8)
     given = write_jsonl(tmp_path / "choose.jsonl", labelled_texts(20, seed=9))
@@ -373,20 +373,20 @@ def test_a_known_data_set_needs_no_label_map(cli: Cli, corpus: Path, held_out: P
     ],
 )
 def test_a_sweep_can_be_written_with_an_ellipsis(text: str, numbers: tuple[float, ...]) -> None:
-    assert options.fractions(text) == numbers
+    assert parsing.fractions(text) == numbers
 
 
 @pytest.mark.parametrize("text", ["…,1.0", "0.1,…", "0.5,…,0.1", "0.1,…,…,1", "0.00001,…,1"])
 def test_an_invalid_ellipsis_is_rejected(text: str) -> None:
     with pytest.raises(typer.BadParameter, match="…"):
-        options.fractions(text)
+        parsing.fractions(text)
 
 
 def test_layers_are_grouped_by_plus_signs() -> None:
-    assert options.layer_groups("-1, 0+2,1") == ((-1,), (0, 2), (1,))
-    assert options.layer_groups("all") == "all"
+    assert parsing.layer_groups("-1, 0+2,1") == ((-1,), (0, 2), (1,))
+    assert parsing.layer_groups("all") == "all"
     with pytest.raises(typer.BadParameter, match="4\\+5"):
-        options.layer_groups("4+")
+        parsing.layer_groups("4+")
 
 
 def test_reports_go_to_the_data_directory_one_per_command(
