@@ -23,9 +23,10 @@ import numpy as np
 import torch
 from transformers import AutoConfig, AutoModelForSequenceClassification
 
-from range_store.domain.plan import LayerMask, Plan
-from workers.engine.forward import Variant, steer_variants
-from workers.engine.masks import DevicePlan, MaskTable
+from range_store.domain.plan import LayerEdits, Plan
+from workers.edits.batch_edits import BatchEdits
+from workers.edits.slot_table import SlotTable
+from workers.edits.variants import Variants
 from workers.models.families import family_of
 from workers.models.steered import SteeredModel
 from workers.models.tokens import TextTokenizer, TokenBatch, length_sorted
@@ -73,7 +74,7 @@ class Measured:
     mask_share_of_pass: float
 
 
-def random_plan(seed: int, hidden: int, layer: int, device: torch.device) -> DevicePlan:
+def random_plan(seed: int, hidden: int, layer: int) -> Plan:
     """A range plan on three tenths of the neurons."""
     rng = np.random.default_rng(seed)
     low = np.full((1, hidden), np.inf, dtype=np.float32)
@@ -81,8 +82,8 @@ def random_plan(seed: int, hidden: int, layer: int, device: torch.device) -> Dev
     low[0, salient] = rng.normal(size=len(salient)) - 1
     high = np.where(np.isfinite(low), low + 2, -np.inf).astype(np.float32)
     nothing = np.zeros_like(low)
-    mask = LayerMask(low, high, np.zeros_like(low, dtype=np.bool_), nothing, nothing)
-    return DevicePlan.of(Plan((), {layer: mask}, f"plan {seed} of {layer}"), device)
+    mask = LayerEdits(low, high, np.zeros_like(low, dtype=np.bool_), nothing, nothing)
+    return Plan((), {layer: mask}, f"plan {seed} of {layer}")
 
 
 Rows = list[tuple[int, ...]]
@@ -138,8 +139,9 @@ def measure(
     steered.check(tokens.pad([rows[0][0], rows[-1][-1][:longest]], device))
     if not steered.splits:
         raise SystemExit(f"{shape} cannot be split here: its numbers would be those of whole passes")
-    plans = [random_plan(seed, config.hidden_size, last, device) for seed in range(PLANS)]
-    deep = random_plan(99, config.hidden_size, middle, device)
+    plans = [random_plan(seed, config.hidden_size, last) for seed in range(PLANS)]
+    deep = random_plan(99, config.hidden_size, middle)
+    table = SlotTable(config.hidden_size, device)
 
     def over(step: Callable[[TokenBatch], object]) -> Callable[[], None]:
         def run() -> None:
@@ -148,10 +150,12 @@ def measure(
 
         return run
 
-    def erased(batch: TokenBatch, some: list[DevicePlan], split: int, *, whole: bool, every: int = 1) -> None:
-        variants = [Variant(row, some[row % len(some)]) for row in range(0, len(batch.ids), every)]
+    def erased(batch: TokenBatch, some: list[Plan], split: int, *, whole: bool, every: int = 1) -> None:
+        rows = torch.arange(0, len(batch.ids), every, device=device)
         trunk = steered.trunk(batch, split, whole=whole)
-        steer_variants(steered, batch, trunk, variants, batch_tokens).logits.float().cpu()
+        of_rows = [some[row % len(some)] for row in range(0, len(batch.ids), every)]
+        variants = Variants(steered, table, batch, trunk, of_rows, rows.unsqueeze(1))
+        variants.run_all(batch_tokens).logits.float().cpu()
         if trunk.logits is not None:
             trunk.logits.float().cpu()
 
@@ -184,8 +188,8 @@ def measure(
     parameters = sum(p.numel() for p in steered.blocks.parameters())
     largest = max(batches, key=lambda batch: batch.ids.numel())
     hidden = torch.randn(*largest.ids.shape, config.hidden_size, device=device, dtype=dtype)
-    table = MaskTable(plans, torch.arange(len(hidden), device=device) % PLANS)
-    mask_time = seconds(lambda: table(last, hidden, largest), device, rounds=20)
+    edits = BatchEdits(table, [plans[row % PLANS] for row in range(len(hidden))])
+    mask_time = seconds(lambda: edits(last, hidden, largest), device, rounds=20)
     one_pass = seconds(lambda: steered.logits(largest), device, rounds=5)
     return Measured(
         shape=shape,

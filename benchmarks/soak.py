@@ -56,13 +56,13 @@ class ByHand:
     keys = ()
 
     def __init__(self, plan: Plan) -> None:
-        self.plan, self.layers, self.nearest = plan, plan.masks.keys(), float("inf")
+        self.plan, self.layers, self.nearest = plan, plan.edits.keys(), float("inf")
 
     def row(self, variant: int) -> "ByHand":
         return self
 
     def __call__(self, layer: int, hidden: torch.Tensor, batch: TokenBatch) -> torch.Tensor:
-        mask = self.plan.masks[layer]
+        mask = self.plan.edits[layer]
         becomes, done = hidden, torch.zeros_like(hidden, dtype=torch.bool)
         for low, high, always, scale, offset in zip(
             *map(torch.from_numpy, (mask.low, mask.high, mask.always, mask.scale, mask.offset)), strict=True

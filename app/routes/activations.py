@@ -33,7 +33,7 @@ async def tokenize(
     service = selector.service(body.model)
     texts = _texts(service, body.inputs)
     shown = await unless_gone(
-        request, service.engine.looking.tokens(texts, timeout=_seconds(service, x_request_timeout))
+        request, service.engine.inspector.tokens(texts, timeout=_seconds(service, x_request_timeout))
     )
     return TokenizeOut(
         model=service.name,
@@ -86,7 +86,7 @@ async def show_activations(
     site: Site = fitted.site if fitted else "block_output"
     position = fitted.position if fitted else "read"
     seconds = _seconds(service, x_request_timeout)
-    work = service.engine.looking.states(texts, layer, site=site, position=position, timeout=seconds)
+    work = service.engine.inspector.states(texts, layer, site=site, position=position, timeout=seconds)
     states = await unless_gone(request, work)
     _check(service, caller)  # it may have been switched on since
     return ActivationsOut(

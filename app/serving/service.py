@@ -33,8 +33,7 @@ from workers.fitting.paper_datasets import PAPER_DATASETS
 from workers.models.errors import EmptyText, PairUnsupported, TextTooLong, UnknownToken
 from workers.models.facts import ModelFacts
 from workers.models.predictions import CHANCE, Activation, no_better_than_chance
-from workers.models.shown import ShownToken
-from workers.models.texts import TextOrPair, characters
+from workers.models.texts import TextOrPair, TokenInfo, characters
 
 __all__ = [
     "CHANCE",
@@ -56,10 +55,10 @@ __all__ = [
     "ReplicaLost",
     "RequestTooLarge",
     "Service",
-    "ShownToken",
     "TextAnswer",
     "TextOrPair",
     "TextTooLong",
+    "TokenInfo",
     "UnknownToken",
     "add_under",
     "characters",

@@ -1,4 +1,4 @@
-"""A plan: the erasures of one request, resolved to bounds against one range set, and frozen."""
+"""A plan: the erasures of one request, resolved to edits against one range set, and frozen."""
 
 import hashlib
 from collections.abc import Mapping, Sequence
@@ -15,8 +15,8 @@ from range_store.errors import InvalidErasure
 
 
 @dataclass(frozen=True, eq=False)
-class LayerMask:
-    """What a plan does at one layer; one row of each array per erasure, in the plan's order (I erasures, D neurons).
+class LayerEdits:
+    """The edits of a plan at one block; one row of each array per erasure, in the plan's order (I erasures, D neurons).
 
     Neuron j is masked by erasure i when `always[i, j]`, or when low[i, j] ≤ h_j ≤ high[i, j]; it then becomes
     scale[i, j]·h_j + offset[i, j]. Where several erasures mask one neuron, the first one's replacement counts.
@@ -29,24 +29,33 @@ class LayerMask:
     scale: npt.NDArray[np.float32]
     offset: npt.NDArray[np.float32]
 
+    @property
+    def nbytes(self) -> int:
+        return sum(part.nbytes for part in (self.low, self.high, self.always, self.scale, self.offset))
+
 
 @dataclass(frozen=True, eq=False)
 class Plan:
-    """Erasures resolved to masks per layer. `layers` of each erasure are resolved block indices, ascending.
+    """Erasures resolved to edits per block. `layers` of each erasure are resolved block indices, ascending.
 
-    Plans with the same `key` do the same to a text. `site`: where in the blocks it masks. The empty plan has no masks
+    Plans with the same `key` do the same to a text. `site`: where in the blocks it edits. The empty plan has no edits
     and no split.
     """
 
     erasures: tuple[Erasure, ...] = ()
-    masks: Mapping[int, LayerMask] = field(default_factory=dict)
+    edits: Mapping[int, LayerEdits] = field(default_factory=dict)
     key: str = ""
     site: Site = "block_output"
 
     @property
     def split(self) -> int | None:
-        """The lowest masked block: trunk up to and including it, tail after it. None for the empty plan."""
-        return min(self.masks, default=None)
+        """The lowest edited block: trunk up to and including it, tail after it. None for the empty plan."""
+        return min(self.edits, default=None)
+
+    @property
+    def nbytes(self) -> int:
+        """Size of its edits."""
+        return sum(edits.nbytes for edits in self.edits.values())
 
 
 NO_ERASURE = Plan()
@@ -65,18 +74,18 @@ def resolve(range_set: RangeSet, erasures: Sequence[Erasure]) -> Plan:
     check_distinct_concepts([erasure.concept for erasure in erasures])
     n_layers = range_set.provenance.model.n_layers
     resolved = tuple(e.model_copy(update={"layers": resolve_layers(e.layers, n_layers)}) for e in erasures)
-    rows: dict[int, list[LayerMask]] = {}
+    rows: dict[int, list[LayerEdits]] = {}
     for erasure in resolved:
         for layer in erasure.layers:
             assert isinstance(layer, int)
-            rows.setdefault(layer, []).append(_mask(range_set, erasure, layer))
-    masks = {layer: _stack(masks) for layer, masks in sorted(rows.items())}
+            rows.setdefault(layer, []).append(_edits(range_set, erasure, layer))
+    edits = {layer: _stack(parts) for layer, parts in sorted(rows.items())}
     text = range_set.id + "".join(e.model_dump_json() for e in resolved)
-    return Plan(resolved, masks, hashlib.sha256(text.encode()).hexdigest(), range_set.provenance.settings.site)
+    return Plan(resolved, edits, hashlib.sha256(text.encode()).hexdigest(), range_set.provenance.settings.site)
 
 
-def _mask(range_set: RangeSet, erasure: Erasure, layer: int) -> LayerMask:
-    """The mask of one erasure at one layer, its arrays of shape [D]."""
+def _edits(range_set: RangeSet, erasure: Erasure, layer: int) -> LayerEdits:
+    """The edits of one erasure at one block, its arrays of shape [D]."""
     serve = range_set.layer(layer)
     concept = range_set.concept_index(erasure.concept)
     salient = top_neurons(range_set.saliency(layer, erasure.ranking, erasure.concept), erasure.top_fraction)
@@ -105,14 +114,9 @@ def _mask(range_set: RangeSet, erasure: Erasure, layer: int) -> LayerMask:
     elif erasure.replacement == "mean":
         others = rest_mean(range_set.counts, serve.mean)[concept]
         offset[:] = np.where(np.isfinite(others), others, 0.0)  # a lone concept has no others: back to zero
-    return LayerMask(low, high, always, scale, offset)
+    return LayerEdits(low, high, always, scale, offset)
 
 
-def _stack(masks: list[LayerMask]) -> LayerMask:
-    return LayerMask(
-        low=np.stack([mask.low for mask in masks]),
-        high=np.stack([mask.high for mask in masks]),
-        always=np.stack([mask.always for mask in masks]),
-        scale=np.stack([mask.scale for mask in masks]),
-        offset=np.stack([mask.offset for mask in masks]),
-    )
+def _stack(parts: list[LayerEdits]) -> LayerEdits:
+    names = ("low", "high", "always", "scale", "offset")
+    return LayerEdits(**{name: np.stack([getattr(part, name) for part in parts]) for name in names})

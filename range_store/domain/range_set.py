@@ -198,7 +198,7 @@ def check_model(provenance: Provenance, fingerprint: str, earlier: str | None = 
     """Raises ForeignRangeSet unless the statistics are of the model with that fingerprint.
 
     Args:
-        earlier: what earlier versions had for it; see `workers.models.fingerprints`.
+        earlier: what earlier versions had for it; see `workers.models.checkpoint`.
     """
     if provenance.model.fingerprint not in (fingerprint, earlier):
         raise ForeignRangeSet(

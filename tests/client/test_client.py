@@ -412,7 +412,7 @@ def test_a_call_waits_while_the_queue_is_full(
     with ThreadPoolExecutor(2) as pool:
         lock.acquire()  # the model answers nothing until the first pause of the client
         accepted = [pool.submit(running.classify, TEXTS[:4])]
-        until(lambda: engine._running)
+        until(lambda: engine._scheduler.running)
         accepted.append(pool.submit(running.classify, TEXTS[:4]))
         until(lambda: value("neuronlens_queue_texts") == 4)
         with pytest.raises(Overloaded):

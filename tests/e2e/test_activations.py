@@ -12,7 +12,7 @@ import pytest
 from range_store.storage.api_keys import ApiKeyStore
 from tests.servers import RunningServer, with_ranges
 from tests.workers.checkpoints import TEMPLATE, save_label_token, save_language_model, save_tiny
-from workers.engine import looking
+from workers.engine import inspector
 from workers.fitting.fit import FitResult
 from workers.models.loading import load_model
 
@@ -168,7 +168,7 @@ def test_draining_server_rejects_tokenize_and_activations(fresh_server: RunningS
 def test_reply_with_too_many_tokens_is_rejected(
     server: RunningServer, problem: Problem, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(looking, "MOST_SHOWN", 20)
+    monkeypatch.setattr(inspector, "MAX_LISTED_TOKENS", 20)
     rejected = server.http.post("/v1/tokenize", json={"inputs": ["a goal in the last minute"] * 10})
     assert "a reply holds 20" in problem(rejected, 413, "request_too_large")["detail"]
 
@@ -195,7 +195,7 @@ def test_too_many_waiting_calls_are_rejected_and_late_ones_time_out(
     server: RunningServer, problem: Problem, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     with monkeypatch.context() as patched:
-        patched.setattr(looking, "MOST_WAITING", 0)
+        patched.setattr(inspector, "MAX_CALLS", 0)
         rejected = server.http.post("/v1/tokenize", json={"inputs": "x"})
     problem(rejected, 429, "queue_full")
     assert rejected.headers["Retry-After"] == "1"

@@ -16,7 +16,7 @@ from range_store.storage import heartbeat, replicas
 from range_store.storage.replicas import SILENT_SECONDS
 from tests.range_store.waiting import until
 from tests.servers import RunningServer, with_ranges
-from workers.engine import following
+from workers.engine import generation_wait
 from workers.fitting.fit import FitResult
 
 Problem = Callable[[httpx.Response, int, str], dict[str, Any]]
@@ -55,7 +55,7 @@ def passive_server(
     start_server: Callable[..., RunningServer], fitted: FitResult, monkeypatch: pytest.MonkeyPatch
 ) -> RunningServer:
     """A server that reads the live state only when a request makes it do so."""
-    monkeypatch.setattr(following, "PATIENCE", 25.0)
+    monkeypatch.setattr(generation_wait, "MAX_SECONDS", 25.0)
     monkeypatch.setattr(heartbeat, "SILENT_SECONDS", 3600.0)
     running = with_ranges(start_server(), fitted)
     mirror = running.service.mirror
@@ -238,10 +238,10 @@ def test_min_generation_makes_the_server_read_the_store(passive_server: RunningS
 
 def test_requests_wait_for_a_generation_that_is_yet_to_come(passive_server: RunningServer) -> None:
     wanted = advance(generation(passive_server), 1)
-    waiting = passive_server.service.engine._planner._following
+    waiting = passive_server.service.engine._planner._generation_wait
     with ThreadPoolExecutor(20) as pool:
         replies = [pool.submit(passive_server.classify, TEXT, min_generation=wanted, erase=[]) for _ in range(20)]
-        until(lambda: waiting._waiting == 20)
+        until(lambda: waiting.waiting == 20)
         assert change_behind(passive_server).generation == wanted
         assert {each.result().json()["erasure"]["generation"] for each in replies} == {wanted}
 
@@ -252,11 +252,11 @@ def test_server_that_is_behind_names_the_generation_it_has(
     held = generation(server)
     epoch = held.split("-")[0]
     other_epoch = f"{(int(epoch, 16) + 1) % 2**32:08x}-0"
-    monkeypatch.setattr(following, "PATIENCE", 600.0)  # it is not waited for: another epoch never comes
+    monkeypatch.setattr(generation_wait, "MAX_SECONDS", 600.0)  # it is not waited for: another epoch never comes
     body = problem(server.classify(TEXT, min_generation=other_epoch), 503, "behind")
     assert (body["generation"], "epoch" in body["detail"]) == (held, True)
     headers = {HEADER: advance(held, 7)}
-    monkeypatch.setattr(following, "PATIENCE", 0.1)
+    monkeypatch.setattr(generation_wait, "MAX_SECONDS", 0.1)
     calls: list[tuple[str, dict[str, Any]]] = [
         ("/v1/classify", {"inputs": TEXT}),
         ("/v1/classify", {"inputs": TEXT, "erase": []}),
@@ -301,7 +301,7 @@ def test_server_reads_the_store_after_a_silence_before_it_answers(
     passive_server: RunningServer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Others may have stopped waiting for it, and may have reported a change as in force everywhere."""
-    monkeypatch.setattr(following, "LAPSED_PATIENCE", 20.0)
+    monkeypatch.setattr(generation_wait, "LAPSED_SECONDS", 20.0)
     until(lambda: passive_server.service.mirror.heartbeat._heard_at)  # type: ignore[union-attr]
     monkeypatch.setattr(heartbeat, "SILENT_SECONDS", -1.0)
     state = change_behind(passive_server)

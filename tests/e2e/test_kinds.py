@@ -19,8 +19,8 @@ from range_store.embedded.connection import EmbeddedRedis
 from tests.e2e.dropin.protocols import refused
 from tests.servers import RunningServer, with_ranges
 from tests.workers.checkpoints import LABELS, TEMPLATE, save_label_token, save_language_model
+from tests.workers.masking import edits_of
 from tests.workers.texts import labelled_texts, write_jsonl
-from workers.engine.masks import DevicePlan, MaskTable
 from workers.fitting.corpus import load_corpus
 from workers.fitting.fit import FitResult, fit
 from workers.models.loading import LoadedModel, load_model
@@ -83,8 +83,8 @@ def test_label_token_and_few_shot_models_are_served_and_steered(
         answer = server_of_kind.classify(TEXTS, erase=[erase], compare=True).json()
         resolved = tuple(layer % 3 for layer in layers)
         erasure = Erasure(concept="Sports", tau=1.0, top_fraction=1.0, layers=resolved)
-        plan = DevicePlan.of(resolve(fitted.range_set, [erasure]), model.device)
-        table = MaskTable([plan], batch.read * 0)
+        plan = resolve(fitted.range_set, [erasure])
+        table = edits_of([plan], len(batch.read))
         expected = model.steered.hooked(batch, table).softmax(dim=1).numpy()
         np.testing.assert_allclose(in_order(answer["results"]), expected, atol=1e-4)
         np.testing.assert_allclose(in_order([each["baseline"] for each in answer["results"]]), bare, atol=1e-5)

@@ -44,18 +44,18 @@ def test_full_queue_rejects_requests_and_answers_the_accepted_ones(
     running, engine = small_queue, small_queue.service.engine
     expected = {text: running.classify(text, erase=[]).json()["results"][0] for text in TEXTS}
     model_may_run = threading.Event()
-    run_batch = engine._answer
+    run_batch = engine._runner.answer
 
     def run_later(batch: Any) -> None:
         model_may_run.wait(120)
         run_batch(batch)
 
-    monkeypatch.setattr(engine, "_answer", run_later)
+    monkeypatch.setattr(engine._runner, "answer", run_later)
     accepted = [TEXTS[:1], *(TEXTS[start : start + 4] for start in range(0, 24, 4))]
     with ThreadPoolExecutor(len(accepted)) as pool:
         try:
             replies = [pool.submit(running.classify, accepted[0], erase=[])]
-            until(lambda: engine._running)
+            until(lambda: engine._scheduler.running)
             replies += [pool.submit(running.classify, texts, erase=[]) for texts in accepted[1:]]
             until(lambda: running.value("neuronlens_queue_texts") == 24)
             for count in (1, 4, 1, 4):
@@ -160,7 +160,7 @@ def test_clients_that_hang_up_do_not_disturb_other_clients(server: RunningServer
         check_results(answer, expected)
     until(lambda: server.value("neuronlens_queue_texts") == 0)
     engine = server.service.engine
-    until(lambda: (len(engine._queue), engine._untokenized) == (0, 0))
+    until(lambda: (len(engine._scheduler.queue), engine._scheduler.untokenized) == (0, 0))
     assert server.http.get("/readyz").status_code == 200
 
 

@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from range_store.domain.erasure import STATISTICAL_RANKINGS, Damp, Erasure, Method
-from range_store.domain.plan import NO_ERASURE, LayerMask, resolve
+from range_store.domain.plan import NO_ERASURE, LayerEdits, resolve
 from range_store.domain.range_set import RangeSet, check_dtype, check_model, dtype_mismatch
 from range_store.domain.rankings import top_count, top_neurons
 from range_store.errors import DtypeMismatch, ForeignRangeSet, InvalidErasure, NotFitted, UnknownConcept
@@ -31,8 +31,8 @@ ERASURES = st.builds(
 LISTS = st.lists(ERASURES, max_size=4, unique_by=lambda erasure: erasure.concept)
 
 
-def apply(mask: LayerMask, hidden: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """What `mask` makes of states [D], and which neurons it masks: by the words of LayerMask, one neuron at a time."""
+def apply(mask: LayerEdits, hidden: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """What `mask` makes of states [D], and which neurons it masks: by the words of LayerEdits, one neuron at a time."""
     result, masked = hidden.copy(), np.zeros(len(hidden), bool)
     for j, value in enumerate(hidden):
         for i in range(len(mask.low)):
@@ -78,7 +78,7 @@ def test_plan_follows_the_method(erasures: list[Erasure], seed: int) -> None:
         mean, std = RANGE_SET.layers[layer].mean, RANGE_SET.layers[layer].std
         concept = rng.integers(len(CONCEPTS))
         hidden = (mean[concept] + rng.normal(size=HIDDEN) * 2 * std[concept]).astype(np.float32)
-        found = apply(plan.masks[layer], hidden)[0] if layer in plan.masks else hidden
+        found = apply(plan.edits[layer], hidden)[0] if layer in plan.edits else hidden
         assert np.allclose(found, expected(RANGE_SET, erasures, layer, hidden), rtol=1e-6, atol=1e-6)
 
 
@@ -86,14 +86,14 @@ def test_plan_follows_the_method(erasures: list[Erasure], seed: int) -> None:
 def test_mask_rows_follow_the_order_of_the_erasures(erasures: list[Erasure]) -> None:
     plan = resolve(RANGE_SET, erasures)
     assert [each.concept for each in plan.erasures] == [each.concept for each in erasures]
-    for layer, mask in plan.masks.items():
+    for layer, mask in plan.edits.items():
         here = [e for e in plan.erasures if layer in e.layers]  # type: ignore[operator]
         for field in dataclasses.fields(mask):
             array = getattr(mask, field.name)
             assert array.shape == (len(here), HIDDEN)
             assert array.dtype == (np.bool_ if field.name == "always" else np.float32)
         for i, erasure in enumerate(here):
-            alone = resolve(RANGE_SET, [erasure]).masks[layer]
+            alone = resolve(RANGE_SET, [erasure]).edits[layer]
             assert all(
                 np.array_equal(getattr(mask, f.name)[i], getattr(alone, f.name)[0]) for f in dataclasses.fields(mask)
             )
@@ -102,8 +102,8 @@ def test_mask_rows_follow_the_order_of_the_erasures(erasures: list[Erasure]) -> 
             single = RANGE_SET.counts[RANGE_SET.concept_index(erasure.concept)] < 2
             assert possible.sum() == (0 if single and erasure.method == "range" else k)
             assert mask.always[i].any() == (erasure.method == "neuron" and k > 0)
-    assert plan.split == min(plan.masks, default=None)
-    assert set(plan.masks) == {layer for e in plan.erasures for layer in e.layers}
+    assert plan.split == min(plan.edits, default=None)
+    assert set(plan.edits) == {layer for e in plan.erasures for layer in e.layers}
 
 
 @given(st.floats(-50, 50, width=32), st.floats(0, 5))
@@ -112,7 +112,7 @@ def test_float32_bounds_contain_the_exact_range(value: float, tau: float) -> Non
     c = RANGE_SET.concept_index("World")
     mean, std = RANGE_SET.layers[0].mean[c], RANGE_SET.layers[0].std[c]
     exact = (mean - tau * std <= value) & (value <= mean + tau * std)
-    mask = plan.masks[0]
+    mask = plan.edits[0]
     found = (mask.low[0] <= np.float32(value)) & (np.float32(value) <= mask.high[0])
     assert (found | ~exact).all()
 
@@ -136,12 +136,12 @@ def test_key_depends_on_resolved_layers_and_the_range_set() -> None:
 
 def test_no_erasures_give_the_empty_plan() -> None:
     assert resolve(RANGE_SET, []) is NO_ERASURE
-    assert (NO_ERASURE.split, dict(NO_ERASURE.masks), NO_ERASURE.key) == (None, {}, "")
+    assert (NO_ERASURE.split, dict(NO_ERASURE.edits), NO_ERASURE.key) == (None, {}, "")
 
 
 def test_unbounded_range_equals_neuron_masking() -> None:
-    wide = resolve(RANGE_SET, [Erasure(concept="World", tau=1e30, top_fraction=0.5)]).masks[2]
-    whole = resolve(RANGE_SET, [Erasure(concept="World", method="neuron", top_fraction=0.5)]).masks[2]
+    wide = resolve(RANGE_SET, [Erasure(concept="World", tau=1e30, top_fraction=0.5)]).edits[2]
+    whole = resolve(RANGE_SET, [Erasure(concept="World", method="neuron", top_fraction=0.5)]).edits[2]
     for value in (-1e20, -1.0, 0.0, 1.0, 1e20):
         hidden = np.full(HIDDEN, value, np.float32)
         assert np.array_equal(apply(wide, hidden)[1], apply(whole, hidden)[1])
@@ -160,7 +160,7 @@ EVERY = Erasure(concept="this", top_fraction=1.0)
 
 def test_constant_neuron_is_masked_only_at_its_value() -> None:
     constant = np.array([[0.1, 0.1, 0.1]] * 2).astype(np.float32).astype(np.float64)
-    mask = resolve(with_layer(4, mean=constant, std=np.zeros((2, 3))), [EVERY]).masks[0]
+    mask = resolve(with_layer(4, mean=constant, std=np.zeros((2, 3))), [EVERY]).edits[0]
     hidden = np.array([0.1, np.nextafter(np.float32(0.1), np.float32(1)), 0.0], np.float32)
     assert apply(mask, hidden)[1].tolist() == [True, False, False]
 
@@ -168,8 +168,8 @@ def test_constant_neuron_is_masked_only_at_its_value() -> None:
 def test_unknown_statistics_mask_nothing_by_range_and_everything_by_neuron() -> None:
     unknown = np.full((2, 3), np.nan)
     for range_set in (with_layer(1), with_layer(5, mean=unknown), with_layer(5, std=unknown)):
-        by_range = resolve(range_set, [EVERY]).masks[0]
-        by_neuron = resolve(range_set, [EVERY.model_copy(update={"method": "neuron"})]).masks[0]
+        by_range = resolve(range_set, [EVERY]).edits[0]
+        by_neuron = resolve(range_set, [EVERY.model_copy(update={"method": "neuron"})]).edits[0]
         for value in (-1.0, 0.0, 1.0, np.nan, np.inf, -np.inf):
             hidden = np.full(3, value, np.float32)
             assert not apply(by_range, hidden)[1].any()
@@ -179,10 +179,10 @@ def test_unknown_statistics_mask_nothing_by_range_and_everything_by_neuron() -> 
 def test_unknown_mean_replacement_is_zero() -> None:
     mean = np.array([[1.0, 2.0, 3.0], [np.nan, 5.0, np.inf]])
     neuron = Erasure(concept="this", method="neuron", top_fraction=1.0, replacement="mean")
-    mask = resolve(with_layer(3, mean=mean), [neuron]).masks[0]
+    mask = resolve(with_layer(3, mean=mean), [neuron]).edits[0]
     assert apply(mask, np.ones(3, np.float32))[0].tolist() == [0.0, 5.0, 0.0]
     lone, _ = random_range_set(0, concepts=("this",), hidden=3, n_layers=1)
-    assert apply(resolve(lone, [neuron]).masks[0], np.ones(3, np.float32))[0].tolist() == [0.0, 0.0, 0.0]
+    assert apply(resolve(lone, [neuron]).edits[0], np.ones(3, np.float32))[0].tolist() == [0.0, 0.0, 0.0]
 
 
 def test_first_erasure_of_a_neuron_decides_its_replacement() -> None:
@@ -191,7 +191,7 @@ def test_first_erasure_of_a_neuron_decides_its_replacement() -> None:
     zeroed = Erasure(concept="that", replacement="zero", **settings)  # type: ignore[arg-type]
     hidden = np.full(3, 8.0, np.float32)
     for first, second, result in ((damped, zeroed, 4.0), (zeroed, damped, 0.0)):
-        assert apply(resolve(with_layer(3), [first, second]).masks[0], hidden)[0].tolist() == [result] * 3
+        assert apply(resolve(with_layer(3), [first, second]).edits[0], hidden)[0].tolist() == [result] * 3
 
 
 def test_plan_keeps_the_site_of_the_range_set() -> None:
@@ -204,12 +204,12 @@ def test_plan_keeps_the_site_of_the_range_set() -> None:
 
 def test_masks_are_ordered_by_layer() -> None:
     pair = [Erasure(concept="World", layers=(2,)), Erasure(concept="Sports", layers=(0, 1))]
-    assert list(resolve(RANGE_SET, pair).masks) == [0, 1, 2]
+    assert list(resolve(RANGE_SET, pair).edits) == [0, 1, 2]
 
 
 def test_unmasked_entries_are_neutral() -> None:
     """Neurons outside the top fraction keep the empty range, and so do all neurons under neuron masking."""
-    by_range = resolve(RANGE_SET, [Erasure(concept="World", top_fraction=0.5, replacement=Damp(damp=0.25))]).masks[2]
+    by_range = resolve(RANGE_SET, [Erasure(concept="World", top_fraction=0.5, replacement=Damp(damp=0.25))]).edits[2]
     salient = np.isfinite(by_range.low[0])
     assert salient.sum() == np.isfinite(by_range.high[0]).sum() == HIDDEN // 2
     assert (by_range.low[0][~salient] == np.inf).all()
@@ -217,7 +217,7 @@ def test_unmasked_entries_are_neutral() -> None:
     assert not by_range.always.any()
     assert (by_range.scale == 0.25).all()
     assert (by_range.offset == 0.0).all()
-    by_neuron = resolve(RANGE_SET, [Erasure(concept="World", method="neuron", top_fraction=0.5)]).masks[2]
+    by_neuron = resolve(RANGE_SET, [Erasure(concept="World", method="neuron", top_fraction=0.5)]).edits[2]
     assert np.array_equal(by_neuron.always[0], salient)
     assert (by_neuron.low == np.inf).all()
     assert (by_neuron.high == -np.inf).all()
@@ -227,7 +227,7 @@ def test_unmasked_entries_are_neutral() -> None:
 
 @pytest.mark.filterwarnings("error")
 def test_bounds_beyond_float32_are_infinite_without_a_warning() -> None:
-    mask = resolve(RANGE_SET, [Erasure(concept="World", tau=1e300, top_fraction=1.0)]).masks[2]
+    mask = resolve(RANGE_SET, [Erasure(concept="World", tau=1e300, top_fraction=1.0)]).edits[2]
     assert (mask.low == -np.inf).all()
     assert (mask.high == np.inf).all()
 
@@ -261,7 +261,7 @@ def test_an_erasure_that_erases_nothing_is_refused(method: Method) -> None:
     none = Erasure(concept="World", method=method, top_fraction=0.0026)
     with pytest.raises(InvalidErasure, match=r"0\.0026 masks none of the 384 neurons, .*'World'.* use 0\.003 or more"):
         resolve(range_set, [none])
-    (mask,) = resolve(range_set, [none.model_copy(update={"top_fraction": 0.003})]).masks.values()
+    (mask,) = resolve(range_set, [none.model_copy(update={"top_fraction": 0.003})]).edits.values()
     assert (mask.always | (mask.low <= mask.high)).sum() == 1
     with pytest.raises(InvalidErasure, match="damp 1 leaves every neuron as it is, so 'World'"):
         resolve(range_set, [Erasure(concept="World", method=method, replacement=Damp(damp=1.0))])

@@ -7,7 +7,16 @@ import torch
 from torch import Tensor
 
 from range_store.domain.erasure import Positions, Site
+from range_store.domain.plan import Plan
+from workers.edits.batch_edits import BatchEdits
+from workers.edits.slot_table import SlotTable
 from workers.models.tokens import TokenBatch
+
+
+def edits_of(plans: Sequence[Plan], repeats: int = 1, positions: Positions = "all") -> BatchEdits:
+    """Edits of a batch, with a slot table of their own on the CPU."""
+    some = next(iter(plans[0].edits.values()))
+    return BatchEdits(SlotTable(some.low.shape[1], "cpu"), plans, repeats, positions)
 
 
 class Alike:

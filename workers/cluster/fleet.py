@@ -26,8 +26,7 @@ from workers.cluster.metrics import FleetMetrics
 from workers.engine.answers import Answer, Load
 from workers.engine.errors import DeadlineExceeded, Draining, EngineError, EngineFailed, QueueFull, ReplicaLost
 from workers.engine.settings import EngineSettings
-from workers.models.shown import ShownText
-from workers.models.texts import TextOrPair, characters
+from workers.models.texts import TextOrPair, TokenizedText, characters
 
 PAUSE_SECONDS = 0.003
 """Least time between two sendings while calls are under way: a call costs both sides about a millisecond of CPU."""
@@ -95,7 +94,7 @@ class Fleet:
     ) -> None:
         self.settings = settings
         self.origin = origin
-        self.looking = RemoteLooking(self)
+        self.inspector = RemoteInspector(self)
         self.failure: str | None = None
         self.metrics = FleetMetrics(registry, replicas, wanted)
         self._handle = handle
@@ -346,15 +345,15 @@ class Fleet:
                 answering.cancel()
 
 
-class RemoteLooking:
-    """Looks at what some replica makes of texts; see `workers.engine.answers.Looker`."""
+class RemoteInspector:
+    """Looks at what some replica makes of texts; see `workers.engine.answers.TextInspector`."""
 
     def __init__(self, fleet: Fleet) -> None:
         self._fleet = fleet
 
-    async def tokens(self, texts: Sequence[str], *, timeout: float | None = None) -> list[ShownText]:
-        """As `workers.engine.looking.Looking.tokens`."""
-        found: list[ShownText] = await self._look("tokens", timeout, texts=list(texts))
+    async def tokens(self, texts: Sequence[str], *, timeout: float | None = None) -> list[TokenizedText]:
+        """As `workers.engine.inspector.Looking.tokens`."""
+        found: list[TokenizedText] = await self._look("tokens", timeout, texts=list(texts))
         return found
 
     async def states(
@@ -366,7 +365,7 @@ class RemoteLooking:
         position: Literal["read", "mean"] = "read",
         timeout: float | None = None,
     ) -> npt.NDArray[np.float32]:
-        """As `workers.engine.looking.Looking.states`."""
+        """As `workers.engine.inspector.Looking.states`."""
         found: npt.NDArray[np.float32] = await self._look(
             "states", timeout, texts=list(texts), layer=layer, site=site, position=position
         )

@@ -174,7 +174,7 @@ class EngineReplica:
         try:
             if not self._joined:
                 raise Draining
-            return await getattr(self._engine.looking, what)(**arguments)
+            return await getattr(self._engine.inspector, what)(**arguments)
         except EXPECTED_ERRORS as error:
             return PackedError.of(error)
 

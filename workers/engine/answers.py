@@ -1,6 +1,6 @@
-"""Answers, and what gives them: the engine of this process, or a fleet of engines elsewhere.
+"""Answers, and the interface of whatever gives them: the engine of this process, or a fleet of engines elsewhere.
 
-Without torch: whoever replies over HTTP needs no more than this.
+Without torch: replying over HTTP needs no more than this.
 """
 
 from collections.abc import Sequence
@@ -13,8 +13,7 @@ import numpy.typing as npt
 from range_store.domain.erasure import Erasure, Site
 from workers.engine.errors import QueueFull
 from workers.engine.settings import EngineSettings
-from workers.models.shown import ShownText
-from workers.models.texts import TextOrPair
+from workers.models.texts import TextOrPair, TokenizedText
 
 Logits = npt.NDArray[np.float32]
 Source = Literal["live", "request", "none"]
@@ -23,7 +22,7 @@ Source = Literal["live", "request", "none"]
 
 @dataclass(frozen=True, eq=False)
 class TextAnswer:
-    """One text's logits [K], those of the bare model if `compare` was asked for, and what was done to it."""
+    """One text's logits [K], those of the bare model if the request compares them, and counts."""
 
     logits: Logits
     baseline: Logits | None
@@ -36,8 +35,10 @@ class TextAnswer:
 class Answer:
     """A request's answers in its order, and the plan that it was admitted with.
 
-    `erasures` have their layers resolved to block indices; `enforced` names the concepts that an operator enforces.
-    It was queued until its first text's batch began, and running from then on. `replica`: of a fleet, who gave it.
+    Attributes:
+        erasures: with their layers resolved to block indices. enforced: the concepts that an operator enforces.
+        queued_seconds: until its first text's batch began. running_seconds: from then on.
+        replica: of a fleet, the one that answered.
     """
 
     texts: tuple[TextAnswer, ...]
@@ -53,9 +54,11 @@ class Answer:
 
 @dataclass(frozen=True)
 class Load:
-    """How much an engine has before it. `tokens` wait or run; `retry_after`: seconds, if it takes no request now.
+    """How much an engine has to do.
 
-    `busy_seconds`: for how long its model has run since it started.
+    Attributes:
+        tokens: that wait or run. retry_after: seconds, if it takes no request now.
+        busy_seconds: how long its model has run since the start.
     """
 
     tokens: int
@@ -63,10 +66,10 @@ class Load:
     busy_seconds: float
 
 
-class Looker(Protocol):
-    """Looks at what a model makes of texts; see `workers.engine.looking.Looking`."""
+class TextInspector(Protocol):
+    """Gives tokens and states of texts; see `workers.engine.inspector.Inspector`."""
 
-    async def tokens(self, texts: Sequence[str], *, timeout: float | None = None) -> list[ShownText]:
+    async def tokens(self, texts: Sequence[str], *, timeout: float | None = None) -> list[TokenizedText]:
         """The tokens of each text."""
         ...
 
@@ -84,13 +87,13 @@ class Looker(Protocol):
 
 
 class Answerer(Protocol):
-    """What answers texts under erasures; see `workers.engine.engine.Engine`, whose words these are."""
+    """Answers texts under erasures; its members are described in `workers.engine.engine.Engine`."""
 
     @property
     def settings(self) -> EngineSettings: ...
 
     @property
-    def looking(self) -> Looker: ...
+    def inspector(self) -> TextInspector: ...
 
     @property
     def failure(self) -> str | None: ...

@@ -27,7 +27,7 @@ class Queued(Protocol):
         ...
 
     @property
-    def split(self) -> int:
+    def split(self) -> int | None:
         """The block at which its batch is split: a batch holds one split only, so a deep one slows nobody else."""
         ...
 
@@ -87,7 +87,7 @@ class BatchQueue(Generic[Item]):
         at = next(place for place, (key, _) in enumerate(window) if key == oldest)
         return [self._pop(key) for key, _ in self._grow(window, at)]
 
-    def _window(self, split: int) -> Iterator[tuple[int, Item]]:
+    def _window(self, split: int | None) -> Iterator[tuple[int, Item]]:
         """The oldest texts of a split, a few batches full: so many that their lengths can be chosen among.
 
         More would let late texts overtake early ones again and again.

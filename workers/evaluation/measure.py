@@ -7,12 +7,13 @@ from pathlib import Path
 
 import numpy as np
 import numpy.typing as npt
+import torch
 
 from range_store.domain.erasure import Positions
-from range_store.domain.plan import resolve
+from range_store.domain.plan import Plan, resolve
 from range_store.domain.range_set import ModelIdentity, RangeSet
-from workers.engine.forward import WHOLE_PASS, PlanSweep, open_trunk
-from workers.engine.masks import DevicePlan
+from workers.edits.slot_table import SlotTable
+from workers.edits.variants import Variants
 from workers.evaluation.measures import Labels, Outcomes
 from workers.evaluation.settings import EvaluationSettings, Layers, Setting
 from workers.fitting.checkpoint import Checkpoint, checkpoint_path
@@ -22,8 +23,8 @@ from workers.fitting.rows import CHUNK_ROWS
 from workers.models.errors import PredictsNoLabels
 from workers.models.loading import LoadedModel
 from workers.models.predictions import Head
-from workers.models.steered import Trunk
-from workers.models.tokens import TokenBatch, length_sorted
+from workers.models.steerable import Trunk
+from workers.models.tokens import TokenBatch
 
 CHECKPOINT_SECONDS = 30.0
 _HEAD = 0.1
@@ -40,9 +41,10 @@ def truth_of(corpus: Corpus, labels: Sequence[str]) -> Labels:
 class _Sweep:
     """The erasures of all settings with one group of layers and positions, at places of the outcomes' first axis."""
 
-    split: int
+    split: int | None
     places: npt.NDArray[np.int64]
-    plans: PlanSweep
+    plans: Sequence[Plan]
+    positions: Positions
 
 
 def measure(
@@ -105,7 +107,8 @@ class Measurer:
     ) -> None:
         self._model, self._settings = model, settings
         self._sweeps = _sweeps(model, range_set, grid)
-        self._splits = sorted({sweep.split for sweep in self._sweeps})
+        self._slots = SlotTable(model.identity.hidden_size, model.device)
+        self._splits = list({sweep.split: None for sweep in self._sweeps})
 
     def add(
         self,
@@ -127,19 +130,26 @@ class Measurer:
         outcomes.used[at] = (outcomes.base_predicted[at] == truth) if settings.correct_only else True
         before = int(outcomes.turns[0])
         turns = [
-            (sweep, turn)
+            (sweep, variants, turn)
             for sweep in self._sweeps
-            for turn in sweep.plans.turns(model.steered, batch, trunks[sweep.split], settings.batch_tokens)
+            for variants in [self._variants(sweep, batch, trunks[sweep.split])]
+            for turn in variants.turns(settings.batch_tokens)
         ]
-        blocks = model.identity.n_layers - 1
-        costs = np.cumsum([(blocks - sweep.split + _HEAD) * (turn.stop - turn.start) for sweep, turn in turns])
-        for number, (sweep, turn) in enumerate(turns):
+        n_layers = model.identity.n_layers
+        above = {split: n_layers if split is None else n_layers - 1 - split for split in self._splits}
+        costs = np.cumsum([(above[sweep.split] + _HEAD) * (turn.stop - turn.start) for sweep, _, turn in turns])
+        for number, (sweep, variants, turn) in enumerate(turns):
             if number >= before and outcomes.used[at].any():  # a batch that was under way goes on where it was
-                logits = sweep.plans.logits(model.steered, batch, trunks[sweep.split], turn)
+                logits = variants.run(turn, counted=False).logits
                 outcomes.add(sweep.places[turn], at, logits.float().cpu().numpy(), log, truth)
                 outcomes.turns[0] = number + 1
                 after_turn(float(costs[number] / costs[-1]))
         outcomes.done[at], outcomes.turns[0] = True, 0
+
+    def _variants(self, sweep: _Sweep, batch: TokenBatch, trunk: Trunk) -> Variants:
+        """Every text of the batch under every plan of a sweep."""
+        rows = torch.arange(len(batch.ids), device=batch.ids.device).expand(len(sweep.plans), -1)
+        return Variants(self._model.steered, self._slots, batch, trunk, sweep.plans, rows, sweep.positions)
 
 
 @dataclass(eq=False)
@@ -239,39 +249,35 @@ def batches_of(
 ) -> Iterator[tuple[npt.NDArray[np.int64], TokenBatch]]:
     """Length-sorted batches of a chunk, with the places of their texts in it."""
     encoded = model.tokens.encode(chunk.texts, keep_empty=True)
-    some = [row for row, text in enumerate(encoded) if text.ids]
-    for places in length_sorted([len(encoded[row].ids) for row in some], batch_tokens):
-        rows = [some[place] for place in places]
-        yield np.array(rows, dtype=np.int64), model.tokens.pad([encoded[row].ids for row in rows], model.device)
+    for rows, batch in model.tokens.batches(encoded, batch_tokens, model.device):
+        yield np.array(rows, dtype=np.int64), batch
 
 
 def _sweeps(model: LoadedModel, range_set: RangeSet, grid: Sequence[Setting]) -> list[_Sweep]:
-    found: dict[tuple[Layers, Positions], tuple[list[int], list[DevicePlan]]] = {}
+    found: dict[tuple[Layers, Positions], tuple[list[int], list[Plan]]] = {}
     place = 0
     for setting in grid:
         places, plans = found.setdefault((setting.layers, setting.positions), ([], []))
         for erasure in setting.erasures:
             places.append(place)
-            plans.append(DevicePlan.of(resolve(range_set, [erasure]), model.device))
+            plans.append(resolve(range_set, [erasure]))
             place += 1
     return [
         _Sweep(
-            min(layers) if plans[0].plan.site == "block_output" else WHOLE_PASS,
+            model.steered.split_for(layers, plans[0].site),
             np.array(places),
-            PlanSweep(plans, positions),
+            plans,
+            positions,
         )
         for (layers, positions), (places, plans) in found.items()
     ]
 
 
 def _trunks(
-    model: LoadedModel, batch: TokenBatch, splits: list[int]
-) -> tuple[npt.NDArray[np.float32], dict[int, Trunk]]:
+    model: LoadedModel, batch: TokenBatch, splits: list[int | None]
+) -> tuple[npt.NDArray[np.float32], dict[int | None, Trunk]]:
     """The unmasked model's logits [B, K], and the trunks, from one pass."""
-    if WHOLE_PASS in splits:
-        trunks = [open_trunk(model.steered, batch, WHOLE_PASS, whole=True)]
-    else:
-        trunks = model.steered.trunks(batch, splits, whole=True)
+    trunks = model.steered.trunks(batch, splits, whole=True)
     logits = trunks[0].logits
     assert logits is not None
     return logits.float().cpu().numpy(), dict(zip(splits, trunks, strict=True))

@@ -10,7 +10,6 @@ from range_store.domain.range_set import FitSettings
 from workers.fitting.corpus import Chunk
 from workers.models.loading import LoadedModel
 from workers.models.predictions import predicted_labels
-from workers.models.tokens import length_sorted
 
 
 @dataclass(eq=False)
@@ -51,13 +50,10 @@ def record_chunk(
     encoded = model.tokens.encode(chunk.texts, keep_empty=True)
     found = unfinished or ChunkStates.allocate(len(encoded), len(settings.layers), model.identity.hidden_size)
     found.truncated = sum(text.truncated for text in encoded)
-    nonempty = [row for row, text in enumerate(encoded) if text.ids]
-    found.empty = len(encoded) - len(nonempty)
-    for places in length_sorted([len(encoded[row].ids) for row in nonempty], settings.batch_tokens):
-        rows = [nonempty[place] for place in places]
+    found.empty = sum(not text.ids for text in encoded)
+    for rows, batch in model.tokens.batches(encoded, settings.batch_tokens, model.device):
         if found.done[rows].all():
             continue
-        batch = model.tokens.pad([encoded[row].ids for row in rows], model.device)
         logits, recorded = model.steered.record(batch, settings.layers, settings.site, settings.position)
         for index, layer in enumerate(settings.layers):
             found.states[rows, index] = recorded[layer].float().cpu().numpy()

@@ -3,8 +3,8 @@
 Everything in a transformer but attention looks at one token at a time, so a block takes the packed row as it is.
 Attention is registered with transformers under `ATTENTION` and lays queries, keys and values out text by text for its
 own matrix products alone, which are a few percent of the work; on a GPU, in half precision, a kernel for texts of
-varying length takes them as they lie. Outside of `Packing.everywhere` and `Packing.at_reads` it is transformers' own
-`sdpa` attention, to the bit.
+varying length takes them as they lie. Outside of `Packing.packed_attention` and `Packing.run_at_reads` it is
+transformers' own `sdpa` attention, to the bit.
 
 A packed row is filled up to one of a few sizes (`prepack.rounded`) with tokens that nothing looks at.
 
@@ -145,7 +145,7 @@ class Packing:
         return hidden[0].index_select(0, self.grid.flatten()).view(*self.grid.shape, *hidden.shape[2:])
 
     @contextmanager
-    def everywhere(self) -> Iterator[None]:
+    def packed_attention(self) -> Iterator[None]:
         """Inside, blocks take and give packed states of every token."""
 
         def attend(module: nn.Module, query: Tensor, key: Tensor, value: Tensor, **options: Any) -> tuple[Tensor, None]:
@@ -185,7 +185,7 @@ class Packing:
         )
         return cast(Tensor, given).unsqueeze(0)
 
-    def at_reads(self, block: nn.Module, hidden: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+    def run_at_reads(self, block: nn.Module, hidden: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """What `block` gives at the read positions, [1, B, D], out of the packed states [1, N, D].
 
         Keys and values are needed of all tokens; all else, the larger part of a block, of those that are read. The

@@ -11,15 +11,14 @@ from torch import Tensor
 
 from workers.models.errors import EmptyText, PairUnsupported, TextTooLong, UnknownToken
 from workers.models.packing import Packing
-from workers.models.shown import ShownText, ShownToken
-from workers.models.texts import TextOrPair
+from workers.models.texts import TextOrPair, TokenInfo, TokenizedText
 
 
 @dataclass(frozen=True)
 class Encoded:
-    """One text, or a pair, as token ids, special tokens included; `truncated` if the model takes no more of it.
+    """One text, or a pair, as token ids, special tokens included; `truncated` if it was cut to fit the model.
 
-    type_ids: of a pair, which tokens are of the first text (0) and which of the second (1), for models that are told.
+    type_ids: for a pair, 0 for tokens of the first text and 1 for those of the second, if the model has such ids.
     """
 
     ids: tuple[int, ...]
@@ -29,11 +28,13 @@ class Encoded:
 
 @dataclass(frozen=True, eq=False)
 class TokenBatch:
-    """Right-padded texts. ids: [B, T] int64; mask: [B, T] bool, True on real tokens; read: [B] int64.
+    """Right-padded texts.
 
-    also_read: [B, T] bool, positions that the head reads beside `read` (few-shot: the tokens of the label strings).
-    packing: the same texts end to end, for models that can take them so.
-    type_ids: [B, T] int64, token type ids, 0 on padding; None: all 0, or the model has none.
+    Attributes:
+        ids: [B, T] int64. mask: [B, T] bool, True on real tokens. read: read positions, [B] int64.
+        also_read: [B, T] bool, positions that the head reads beside `read` (few-shot: tokens of the label strings).
+        packing: the same texts end to end, for models that can take them so.
+        type_ids: [B, T] int64, token type ids, 0 on padding; None: all 0, or the model has none.
     """
 
     ids: Tensor
@@ -43,6 +44,11 @@ class TokenBatch:
     packing: Packing | None = None
     type_ids: Tensor | None = None
 
+    @classmethod
+    def full(cls, ids: Tensor) -> "TokenBatch":
+        """A batch without padding, read at the first token."""
+        return cls(ids, torch.ones_like(ids, dtype=torch.bool), torch.zeros_like(ids[:, 0]))
+
     @property
     def is_read(self) -> Tensor:
         """True at every position that the head reads, [B, T] bool."""
@@ -50,7 +56,7 @@ class TokenBatch:
         return at_read if self.also_read is None else at_read | self.also_read
 
     def rows(self, index: Tensor) -> "TokenBatch":
-        """The batch of these rows, each as often as it is named. index: [V] int64."""
+        """The batch of these rows, which may repeat. index: [V] int64."""
         also_read = None if self.also_read is None else self.also_read[index]
         type_ids = None if self.type_ids is None else self.type_ids[index]
         return TokenBatch(self.ids[index], self.mask[index], self.read[index], also_read, type_ids=type_ids)
@@ -58,13 +64,12 @@ class TokenBatch:
     def read_tokens(self) -> "TokenBatch":
         """The batch cut down to the one token at the read position, of shape [B, 1]."""
         at = self.read.unsqueeze(1)
-        ids = self.ids.gather(1, at)
         type_ids = None if self.type_ids is None else self.type_ids.gather(1, at)
-        return TokenBatch(ids, torch.ones_like(ids, dtype=torch.bool), torch.zeros_like(self.read), type_ids=type_ids)
+        return replace(TokenBatch.full(self.ids.gather(1, at)), type_ids=type_ids)
 
 
 class TextTokenizer:
-    """A Hugging Face tokenizer with this service's rules: no silent truncation, right padding.
+    """A Hugging Face tokenizer with the rules of this service: no silent truncation, right padding.
 
     Args:
         tokenizer: the checkpoint's tokenizer.
@@ -72,9 +77,9 @@ class TextTokenizer:
         pad_id: the token id that the *model* takes for padding (its head looks for it).
         reads: "first" or "last" real token.
         suffix: token ids that close every text (`<sep>`, or the end of a prompt). Then the tokenizer adds no special
-            tokens of its own, truncation cuts the text and never the suffix, and the last token is what is read.
-        typed: the model is told by token type ids which text of a pair a token is of.
-        known: the model has embeddings for so many tokens; None: for all that the tokenizer can give.
+            tokens of its own, truncation cuts the text and never the suffix, and the last token is read.
+        typed: the model takes token type ids, which say which text of a pair a token is of.
+        n_embeddings: tokens that the model has an embedding for; None: all that the tokenizer can give.
     """
 
     def __init__(
@@ -85,12 +90,12 @@ class TextTokenizer:
         reads: Literal["first", "last"],
         suffix: tuple[int, ...] = (),
         typed: bool = False,
-        known: int | None = None,
+        n_embeddings: int | None = None,
     ) -> None:
         self._tokenizer = tokenizer
         self._reads = reads
         self._typed = typed
-        self._known = known
+        self._n_embeddings = n_embeddings
         self.suffix = suffix
         self.max_tokens = max_tokens
         self.pad_id = pad_id
@@ -104,8 +109,8 @@ class TextTokenizer:
         """Token ids of each text or pair, as the tokenizer itself joins and cuts (the longer text first) a pair.
 
         Args:
-            keep_empty: a text without any token, or with one that the model has no embedding for, has no ids, instead
-                of being an error.
+            keep_empty: give a text without any token, or with one that the model has no embedding for, no ids, instead
+                of raising an error.
 
         Raises:
             TextTooLong: a text needs more than `max_tokens` tokens and `truncate` is False.
@@ -116,7 +121,7 @@ class TextTokenizer:
         if not texts:
             return []
         if self.suffix:
-            return self._only_known(self._encode_with_suffix(texts, truncate), keep_empty)
+            return self._only_embedded(self._encode_with_suffix(texts, truncate), keep_empty)
         encoded = self._encoded(texts, truncation=False)
         for index, text in enumerate(encoded):
             if not text.ids and not keep_empty:
@@ -128,16 +133,17 @@ class TextTokenizer:
             cut = self._encoded([texts[index] for index in long], truncation=True)
             for index, text in zip(long, cut, strict=True):
                 encoded[index] = replace(text, truncated=True)
-        return self._only_known(encoded, keep_empty)
+        return self._only_embedded(encoded, keep_empty)
 
-    def _only_known(self, encoded: list[Encoded], keep_empty: bool) -> list[Encoded]:
-        """Empties a text with a token that the model has no embedding for, or raises UnknownToken."""
-        if self._known is None:
+    def _only_embedded(self, encoded: list[Encoded], keep_empty: bool) -> list[Encoded]:
+        """Empty each text with a token that the model has no embedding for, or raise UnknownToken."""
+        if self._n_embeddings is None:
             return encoded
         for index, text in enumerate(encoded):
-            unknown = next((id_ for id_ in text.ids if id_ >= self._known), None)
+            unknown = next((id_ for id_ in text.ids if id_ >= self._n_embeddings), None)
             if unknown is not None and not keep_empty:
-                raise UnknownToken(index, self._tokenizer.convert_ids_to_tokens(unknown), unknown, self._known)
+                token = self._tokenizer.convert_ids_to_tokens(unknown)
+                raise UnknownToken(index, token, unknown, self._n_embeddings)
             if unknown is not None:
                 encoded[index] = Encoded(())
         return encoded
@@ -173,10 +179,10 @@ class TextTokenizer:
     def _tokenized(
         self, texts: Sequence[str], truncation: bool, seconds: Sequence[str] | None = None, **more: bool
     ) -> Any:
-        """seconds: what each of `texts` makes a pair with."""
+        """The tokenizer's own output. seconds: the second text of each pair."""
         return self._tokenizer(
-            _clean(texts),
-            None if seconds is None else _clean(seconds),
+            _without_surrogates(texts),
+            None if seconds is None else _without_surrogates(seconds),
             padding=False,
             add_special_tokens=not self.suffix,
             truncation=truncation,
@@ -187,38 +193,50 @@ class TextTokenizer:
             **more,
         )
 
-    def show(self, texts: Sequence[str]) -> list[ShownText]:
-        """The tokens of each text, as `encode` gives them with `truncate`, for people to look at.
+    def describe(self, texts: Sequence[str]) -> list[TokenizedText]:
+        """The tokens of each text, as `encode` gives them with `truncate`; a text may have none."""
+        encoded = self.encode(texts, keep_empty=True)
+        return [self._described(text, each) for text, each in zip(texts, encoded, strict=True)]
 
-        A text that gives no token is no error here.
-        """
-        return [self._shown(text, each) for text, each in zip(texts, self.encode(texts, keep_empty=True), strict=True)]
-
-    def _shown(self, text: str, encoded: Encoded) -> ShownText:
-        whole = self._tokenized([text], False)["input_ids"][0]
+    def _described(self, text: str, encoded: Encoded) -> TokenizedText:
+        total = len(self._tokenized([text], False)["input_ids"][0]) + len(self.suffix)
         spans: list[tuple[int, int] | None] = [None] * len(encoded.ids)
         own = len(encoded.ids) - len(self.suffix)
         if self._tokenizer.is_fast:
-            looked = self._tokenized(
+            details = self._tokenized(
                 [text],
                 encoded.truncated and not self.suffix,
                 return_offsets_mapping=True,
                 return_special_tokens_mask=True,
             )
             kept = slice(-own, None) if own and self.truncation_side == "left" else slice(own)
-            added, offsets = looked["special_tokens_mask"][0][kept], looked["offset_mapping"][0][kept]
-            spans[:own] = [None if special else span for span, special in zip(offsets, added, strict=True)]
-            special = [bool(each) for each in added] + [True] * len(self.suffix)
+            special = [bool(each) for each in details["special_tokens_mask"][0][kept]]
+            offsets = details["offset_mapping"][0][kept]
+            spans[:own] = [None if added else span for span, added in zip(offsets, special, strict=True)]
         else:
-            known = set(self._tokenizer.all_special_ids)
-            special = [each in known for each in encoded.ids[:own]] + [True] * len(self.suffix)
-        read = int(self.pad([encoded.ids]).read[0]) if encoded.ids else -1
+            special_ids = set(self._tokenizer.all_special_ids)
+            special = [each in special_ids for each in encoded.ids[:own]]
+        special += [True] * len(self.suffix)
+        read = int(self.batch([encoded]).read[0]) if encoded.ids else -1
         names: list[str] = self._tokenizer.convert_ids_to_tokens(list(encoded.ids))
         tokens = tuple(
-            ShownToken(id_, name, span[0] if span else None, span[1] if span else None, of_none, place == read)
-            for place, (id_, name, span, of_none) in enumerate(zip(encoded.ids, names, spans, special, strict=True))
+            TokenInfo(id_, name, span and span[0], span and span[1], added, place == read)
+            for place, (id_, name, span, added) in enumerate(zip(encoded.ids, names, spans, special, strict=True))
         )
-        return ShownText(tokens, len(whole) + len(self.suffix), encoded.truncated)
+        return TokenizedText(tokens, total, encoded.truncated)
+
+    def batches(
+        self, texts: Sequence[Encoded], batch_tokens: int, device: torch.device | str = "cpu"
+    ) -> Iterator[tuple[list[int], TokenBatch]]:
+        """Batches of texts of like length, with their places in `texts`; texts without a token are left out.
+
+        Args:
+            batch_tokens: see `length_sorted`.
+        """
+        places = [place for place, text in enumerate(texts) if text.ids]
+        for group in length_sorted([len(texts[place].ids) for place in places], batch_tokens):
+            rows = [places[index] for index in group]
+            yield rows, self.batch([texts[row] for row in rows], device)
 
     def batch(self, texts: Sequence[Encoded], device: torch.device | str = "cpu") -> TokenBatch:
         """Texts and pairs as one right-padded batch on `device`; with token type ids if any of them has some."""
@@ -235,8 +253,8 @@ class TextTokenizer:
         """Rows of token ids, and of token type ids where there are any, as one right-padded batch on `device`."""
         lengths = torch.tensor([len(row) for row in rows])
         mask = torch.arange(int(lengths.max())) < lengths.unsqueeze(1)
-        ids = _laid_out(rows, mask, self.pad_id)
-        type_ids = None if types is None else _laid_out(types, mask, 0)
+        ids = _padded(rows, mask, self.pad_id)
+        type_ids = None if types is None else _padded(types, mask, 0)
         read = self._read_positions(ids, mask)
         packing = Packing.of(ids, mask, read, type_ids).to(device)
         type_ids = None if type_ids is None else type_ids.to(device)
@@ -246,7 +264,7 @@ class TextTokenizer:
         """Where the head reads: token 0, or the last real token, [B].
 
         Decoder heads of transformers take the last token *that is not the pad id*. Where pad and eos are one id and
-        a text ends in it, that is an earlier token; what is fitted and masked must be what is read.
+        a text ends in it, that is an earlier token; fitting and erasing must act on the token that is read.
         """
         if self._reads == "first":
             return torch.zeros(len(ids), dtype=torch.int64)
@@ -256,12 +274,12 @@ class TextTokenizer:
         return (torch.arange(ids.shape[1]) * readable).argmax(dim=1)
 
 
-def _clean(texts: Sequence[str]) -> list[str]:
+def _without_surrogates(texts: Sequence[str]) -> list[str]:
     """A lone surrogate is legal in JSON, but no tokenizer takes it."""
     return [text.encode("utf-8", "replace").decode("utf-8") for text in texts]
 
 
-def _laid_out(rows: Sequence[Sequence[int]], mask: Tensor, padding: int) -> Tensor:
+def _padded(rows: Sequence[Sequence[int]], mask: Tensor, padding: int) -> Tensor:
     """Rows of numbers as [B, T] int64: where `mask` is True, and `padding` elsewhere."""
     numbers = torch.full(mask.shape, padding, dtype=torch.int64)
     numbers[mask] = torch.from_numpy(np.fromiter(chain.from_iterable(rows), np.int64, int(mask.sum())))

@@ -16,7 +16,7 @@ from app.routes.dependencies import ModelDep
 from app.routes.dropin.steering import Loose
 from app.schemas.requests import Inputs
 from app.serving.classification import Timeout, check_size, unless_gone
-from app.serving.service import ShownToken
+from app.serving.service import TokenInfo
 
 OF_VLLM = "tokenize_of_vllm"
 """Set in a request's state where its body is vLLM's."""
@@ -92,7 +92,7 @@ async def dropin_tokenize(
     note(texts=len(texts))
     longest = service.settings.request_timeout
     seconds = min(x_request_timeout or longest, longest)
-    shown = await unless_gone(request, service.engine.looking.tokens(texts, timeout=seconds))
+    shown = await unless_gone(request, service.engine.inspector.tokens(texts, timeout=seconds))
     for index, text in enumerate(shown):
         if text.truncated:
             detail = f"input {index} has {text.total} tokens; this server lists no more than the model takes"
@@ -109,7 +109,7 @@ async def dropin_tokenize(
     return [_simple(text, tokens) for text, tokens in zip(texts, listed, strict=True)]
 
 
-def _simple(text: str, tokens: Sequence[ShownToken]) -> list[SimpleToken]:
+def _simple(text: str, tokens: Sequence[TokenInfo]) -> list[SimpleToken]:
     """As `into_tokens` of its `core/src/tokenization.rs`: places are of bytes, and a token's text is what stands there.
 
     A token without a place has its name in the vocabulary.

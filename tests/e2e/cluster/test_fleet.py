@@ -230,7 +230,7 @@ def test_fleet_shows_the_tokens_and_states_of_one_engine(fleet: Service, engine:
     async def look(looker: Any) -> Any:
         return await looker.tokens(TEXTS[:3]), await looker.states(TEXTS[:3], 1)
 
-    (tokens, states), (own, own_states) = asyncio.run(look(fleet.engine.looking)), asyncio.run(look(engine.looking))
+    (tokens, states), (own, own_states) = asyncio.run(look(fleet.engine.inspector)), asyncio.run(look(engine.inspector))
     assert tokens == own
     np.testing.assert_allclose(states, own_states, atol=1e-5)
 

@@ -191,7 +191,7 @@ def test_a_full_queue_is_reported(small_server: RunningServer, protocol: Protoco
     with ThreadPoolExecutor(2) as pool:
         with small_server.model.steered._lock:  # the model answers nothing while the test holds it
             accepted = [pool.submit(classify)]
-            until(lambda: service.engine._running)
+            until(lambda: service.engine._scheduler.running)
             accepted.append(pool.submit(classify))
             until(lambda: value("neuronlens_queue_texts") == 2)
             rejected = classify()

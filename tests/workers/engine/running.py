@@ -84,10 +84,10 @@ def alone(service: Running, text: TextOrPair, erasures: list[Erasure]) -> tuple[
     nearest = [np.inf]
 
     class Masking(Alike):
-        layers = plan.masks.keys()
+        layers = plan.edits.keys()
 
         def __call__(self, layer: int, hidden: torch.Tensor, tokens: Any) -> torch.Tensor:
-            mask, result = plan.masks[layer], hidden
+            mask, result = plan.edits[layer], hidden
             done = torch.zeros_like(hidden, dtype=torch.bool)
             for i in range(len(mask.low)):
                 low, high = torch.from_numpy(mask.low[i]), torch.from_numpy(mask.high[i])
@@ -100,5 +100,5 @@ def alone(service: Running, text: TextOrPair, erasures: list[Erasure]) -> tuple[
                 result, done = torch.where(hit, becomes.to(hidden.dtype), result), done | hit
             return result
 
-    logits = model.steered.hooked(batch, Masking()) if plan.masks else model.steered.logits(batch)
+    logits = model.steered.hooked(batch, Masking()) if plan.edits else model.steered.logits(batch)
     return logits[0].float().numpy(), min(nearest)

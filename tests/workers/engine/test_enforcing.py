@@ -13,7 +13,7 @@ from range_store.domain.live import LiveErasure
 from range_store.errors import EnforcedErasure
 from tests.workers.checkpoints import LABELS
 from tests.workers.engine.running import TEXTS, TOLERANCE, Running, alone, random_erasures
-from workers.engine.enforcing import capped
+from workers.engine.enforcing import cap_labels
 
 LOGITS = st.lists(st.floats(-20, 20, width=32), min_size=1, max_size=6)
 
@@ -33,7 +33,7 @@ def test_no_measure_of_an_enforced_label_rises(data: st.DataObject) -> None:
     logits = np.array(data.draw(st.lists(st.floats(-20, 20, width=32), min_size=len(bound), max_size=len(bound))))
     logits = logits.astype(np.float32)
     labels = sorted(data.draw(st.sets(st.integers(0, len(bound) - 1))))
-    found = capped(logits, bound, labels)
+    found = cap_labels(logits, bound, labels)
     assert found.dtype == np.float32
     for label in labels:
         for value, limit in zip(measures(found, label), measures(bound, label), strict=True):
@@ -47,10 +47,10 @@ def test_no_measure_of_an_enforced_label_rises(data: st.DataObject) -> None:
 def test_a_label_is_lowered_no_further_than_it_must_be() -> None:
     alone_logits = np.array([1.0, 2.0, 0.5], np.float32)
     lower = np.array([0.0, 2.0, 0.5], np.float32)
-    assert (capped(lower, alone_logits, [0]) == lower).all()
-    by_logit = capped(np.array([3.0, 9.0, 0.5], np.float32), alone_logits, [0])
+    assert (cap_labels(lower, alone_logits, [0]) == lower).all()
+    by_logit = cap_labels(np.array([3.0, 9.0, 0.5], np.float32), alone_logits, [0])
     assert by_logit == pytest.approx([1.0, 9.0, 0.5])
-    raised = capped(np.array([1.0, 0.0, 0.5], np.float32), alone_logits, [0])
+    raised = cap_labels(np.array([1.0, 0.0, 0.5], np.float32), alone_logits, [0])
     tight = [value - limit for value, limit in zip(measures(raised, 0), measures(alone_logits, 0), strict=True)]
     assert max(tight) == pytest.approx(0.0, abs=1e-6)
     assert (raised[1:] == [0.0, 0.5]).all()
@@ -59,13 +59,13 @@ def test_a_label_is_lowered_no_further_than_it_must_be() -> None:
 def test_two_enforced_labels_are_both_bounded() -> None:
     """Lowering one raises the other, so each is looked at again."""
     bound = np.array([0.0, 0.0, 3.0], np.float32)
-    found = capped(np.array([2.0, 2.0, 0.0], np.float32), bound, [0, 1])
+    found = cap_labels(np.array([2.0, 2.0, 0.0], np.float32), bound, [0, 1])
     assert found == pytest.approx([-3.0, -3.0, 0.0], abs=1e-4)
 
 
 def test_all_labels_enforced_give_the_scores_of_the_enforced_erasures() -> None:
     bound = np.array([1.0, -1.0, 0.5], np.float32)
-    found = capped(np.array([0.0, 5.0, 0.0], np.float32), bound, [0, 1, 2])
+    found = cap_labels(np.array([0.0, 5.0, 0.0], np.float32), bound, [0, 1, 2])
     assert found - found[0] == pytest.approx(bound - bound[0], abs=1e-4)
 
 

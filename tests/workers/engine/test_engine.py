@@ -26,9 +26,8 @@ from tests.workers.engine.running import NEAR, TEXTS, TOLERANCE, Running, alone,
 from tests.workers.texts import labelled_texts, write_jsonl
 from workers.engine.answers import Answer
 from workers.engine.engine import Engine
-from workers.engine.errands import Errand
 from workers.engine.errors import DeadlineExceeded, Draining, EngineFailed, QueueFull, RequestTooLarge
-from workers.engine.requests import Request
+from workers.engine.requests import Request, Task
 from workers.engine.settings import EngineSettings
 from workers.fitting.corpus import load_corpus
 from workers.fitting.fit import fit
@@ -140,7 +139,7 @@ def test_bfloat16_answers_agree_within_its_tolerance(redis_client: redis.Redis, 
     async def all_at_once() -> list[Answer]:
         async with service.held():  # the same texts share a batch in every run
             asked = [asyncio.create_task(engine.classify([text], erase)) for text, erase in requests]
-            while len(engine._queue) < len(asked):
+            while len(engine._scheduler.queue) < len(asked):
                 await asyncio.sleep(0)
         return await asyncio.gather(*asked)
 
@@ -165,12 +164,12 @@ def test_toggle_does_not_change_a_waiting_request(start: Callable[..., Running])
     async def toggle_while_waiting() -> tuple[Answer, Answer]:
         async with service.held():
             first = asyncio.create_task(service.engine.classify(clear, None))
-            while not len(service.engine._queue):
+            while not len(service.engine._scheduler.queue):
                 await asyncio.sleep(0)
             service.store.set_erasures([LiveErasure(erasure=world)])
             service.mirror.refresh()
             second = asyncio.create_task(service.engine.classify(clear, None))
-            while len(service.engine._queue) < 6:
+            while len(service.engine._scheduler.queue) < 6:
                 await asyncio.sleep(0)
         return await first, await second
 
@@ -199,7 +198,7 @@ def test_failing_text_fails_alone(start: Callable[..., Running], monkeypatch: py
         async with service.held():
             asks = [service.engine.classify([text], []) for text in [*TEXTS[:6], "telescope", *TEXTS[6:9]]]
             tasks = [asyncio.create_task(ask) for ask in asks]
-            while len(service.engine._queue) < len(tasks):
+            while len(service.engine._scheduler.queue) < len(tasks):
                 await asyncio.sleep(0)
         return await asyncio.gather(*tasks, return_exceptions=True)
 
@@ -218,7 +217,7 @@ def test_requests_fail_when_the_engine_thread_dies(
     def broken(*args: Any) -> None:
         raise SystemError("a fault of the engine itself")
 
-    monkeypatch.setattr(service.engine, "_observe", broken)
+    monkeypatch.setattr(service.engine._runner, "_observe", broken)
 
     async def ask() -> list[Any]:
         return await asyncio.gather(
@@ -242,15 +241,15 @@ def test_waiters_are_told_when_another_thread_empties_the_inbox_of_a_dying_engin
     async def waiting() -> None:
         engine = Engine(tiny("bert"), Mock(spec=Mirror), EngineSettings(), CollectorRegistry())
         engine._inbox = Emptied()
-        errand = Errand(lambda: None)
-        engine._inbox.put(errand)
+        task = Task(lambda: None)
+        engine._inbox.put(task)
         engine._inbox.put(None)
         dying = threading.Thread(target=engine._die, args=("engine", SystemError("a fault"), []), daemon=True)
         dying.start()
         dying.join(10)
         assert not dying.is_alive()
         with pytest.raises(EngineFailed):
-            await asyncio.wait_for(errand.done, 10)
+            await asyncio.wait_for(task.done, 10)
         assert engine._next_requests() == [], "the tokenizer's thread still learns that the engine closes"
 
     asyncio.run(waiting())
@@ -277,7 +276,7 @@ def test_abandoned_request_costs_no_forward_pass(start: Callable[..., Running]) 
             with pytest.raises(DeadlineExceeded):
                 await late
             cancelled = asyncio.create_task(service.engine.classify(TEXTS, []))
-            while len(service.engine._queue) < len(TEXTS):
+            while len(service.engine._scheduler.queue) < len(TEXTS):
                 await asyncio.sleep(0)
             cancelled.cancel()
             with pytest.raises(asyncio.CancelledError):
@@ -299,12 +298,12 @@ def test_queue_tokens_bound_whole_requests(start: Callable[..., Running]) -> Non
             await service.engine.classify(TEXTS[:5], [])
         async with service.held():
             waiting = asyncio.create_task(service.engine.classify(TEXTS[:4], []))
-            while len(service.engine._queue) < 4:
+            while len(service.engine._scheduler.queue) < 4:
                 await asyncio.sleep(0)
             with pytest.raises(QueueFull) as full:
                 await service.engine.classify(["one"], [])
             assert full.value.retry_after > 0
-            assert len(service.engine._queue) == 4
+            assert len(service.engine._scheduler.queue) == 4
         await waiting
 
     asyncio.run(fill())
@@ -318,12 +317,12 @@ def test_queue_texts_bound_whole_requests(start: Callable[..., Running]) -> None
             await service.engine.classify(TEXTS[:5], [])
         async with service.held():
             waiting = asyncio.create_task(service.engine.classify(TEXTS[:3], []))
-            while len(service.engine._queue) < 3:
+            while len(service.engine._scheduler.queue) < 3:
                 await asyncio.sleep(0)
             with pytest.raises(QueueFull):
                 await service.engine.classify(TEXTS[:2], [])
             one = asyncio.create_task(service.engine.classify(TEXTS[:1], []))
-            while len(service.engine._queue) < 4:
+            while len(service.engine._scheduler.queue) < 4:
                 await asyncio.sleep(0)
         assert len((await waiting).texts) == 3
         assert len((await one).texts) == 1
@@ -337,7 +336,7 @@ def test_draining_engine_answers_accepted_requests(start: Callable[..., Running]
     async def drain() -> None:
         async with service.held():
             waiting = asyncio.create_task(service.engine.classify(TEXTS, None))
-            while len(service.engine._queue) == 0:
+            while len(service.engine._scheduler.queue) == 0:
                 await asyncio.sleep(0)
             service.engine.drain()
             assert not service.engine.ready

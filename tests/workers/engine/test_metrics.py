@@ -45,7 +45,7 @@ def test_configured_share_of_batches_is_watched(start: Callable[..., Running], m
     """A batch is watched if its draw is below the share."""
     service = start(watched_batches=0.25, max_batch_texts=1)
     draws = iter([0.0, 0.9, 0.24, 0.25] * 5)
-    monkeypatch.setattr(service.engine._watch, "random", lambda: next(draws))
+    monkeypatch.setattr(service.engine._runner._watch, "random", lambda: next(draws))
     service.ask(TEXTS[:20], [SPORTS])
     assert list(draws) == []
     assert service.metric("neuronlens_concept_watched_texts_total", concept="Sports") == 10

@@ -24,7 +24,7 @@ from workers.models.errors import TextTooLong
 def waiting(service: Running) -> tuple[int, int, int]:
     """Texts and tokens in the queue, and texts that are not yet tokenized."""
     engine = service.engine
-    return len(engine._queue), engine._queue.tokens, engine._untokenized
+    return len(engine._scheduler.queue), engine._scheduler.queue.tokens, engine._scheduler.untokenized
 
 
 def kept_requests() -> int:
@@ -144,15 +144,15 @@ def test_requests_beyond_the_queue_limit_are_rejected_whole(start: Callable[...,
     """The queue never exceeds its limits, and each request is answered or rejected as a whole."""
     service = start(max_batch_tokens=300, max_queue_tokens=2000, max_queue_texts=100)
     largest_texts = largest_tokens = 0
-    add = service.engine._queue.add
+    add = service.engine._scheduler.queue.add
 
     def watched(text: Any) -> None:
         nonlocal largest_texts, largest_tokens
         add(text)
-        largest_texts = max(largest_texts, len(service.engine._queue))
-        largest_tokens = max(largest_tokens, service.engine._queue.tokens)
+        largest_texts = max(largest_texts, len(service.engine._scheduler.queue))
+        largest_tokens = max(largest_tokens, service.engine._scheduler.queue.tokens)
 
-    service.engine._queue.add = watched  # type: ignore[method-assign]
+    service.engine._scheduler.queue.add = watched  # type: ignore[method-assign]
     rng = random.Random(3)
 
     async def flood() -> list[Any]:
@@ -177,13 +177,13 @@ def test_queue_time_is_bounded_at_the_measured_rate(start: Callable[..., Running
     service = start(max_queue_seconds=0.01)
     texts = [text for text, _ in labelled_texts(100, seed=2)]
     service.ask(texts, [])  # several batches: the engine has measured its rate
-    assert service.engine._tokens_per_second > 0
+    assert service.engine._scheduler.tokens_per_second > 0
 
     async def flood() -> float:
         async with service.held():
-            service.engine._tokens_per_second = 100.0
+            service.engine._scheduler.tokens_per_second = 100.0
             first = asyncio.create_task(service.engine.classify(texts, []))
-            while not len(service.engine._queue):
+            while not len(service.engine._scheduler.queue):
                 await asyncio.sleep(0)
             with pytest.raises(QueueFull) as full:
                 await service.engine.classify(["one more"], [])

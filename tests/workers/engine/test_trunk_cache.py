@@ -26,7 +26,7 @@ def batch_of(model: LoadedModel, texts: list[str]) -> tuple[TokenBatch, list[Enc
 def test_cached_trunk_equals_the_computed_one(tiny: Tiny, family: str, whole: bool) -> None:
     model = tiny(family)
     for split in range(3):
-        cache = TrunkCache(model.steered, model.tokens, 1 << 24)  # type: ignore[arg-type]
+        cache = TrunkCache(model.steered, model.tokens, 1 << 24)
         batch, encoded = batch_of(model, TEXTS[:6])
         first = cache.trunk(batch, encoded, split, whole=whole)
         some = [TEXTS[n] for n in (4, 1, 1, 5)]
@@ -51,7 +51,7 @@ def test_pair_and_text_of_the_same_tokens_are_cached_apart(tiny: Tiny) -> None:
     text = Encoded(pair.ids)
     expected = [model.steered.trunk(model.tokens.batch([one]), 0, whole=True) for one in (text, pair)]
     assert (expected[0].hidden - expected[1].hidden).abs().max() > 1e-3
-    cache = TrunkCache(model.steered, model.tokens, 1 << 24)  # type: ignore[arg-type]
+    cache = TrunkCache(model.steered, model.tokens, 1 << 24)
     for _ in range(2):
         for one, own in zip((text, pair), expected, strict=True):
             assert torch.equal(cache.trunk(model.tokens.batch([one]), [one], 0, whole=True).hidden, own.hidden)
@@ -63,10 +63,10 @@ def test_pair_and_text_of_the_same_tokens_are_cached_apart(tiny: Tiny) -> None:
 def test_cache_is_bounded_and_evicts_the_least_recently_used(tiny: Tiny) -> None:
     model = tiny("bert")
     one, ids = batch_of(model, TEXTS[:1])
-    probe = TrunkCache(model.steered, model.tokens, 1 << 20)  # type: ignore[arg-type]
+    probe = TrunkCache(model.steered, model.tokens, 1 << 20)
     probe.trunk(one, ids, 0, whole=False)
     limit = 8 * probe.nbytes
-    cache = TrunkCache(model.steered, model.tokens, limit)  # type: ignore[arg-type]
+    cache = TrunkCache(model.steered, model.tokens, limit)
     texts = list(dict.fromkeys(TEXTS))
     for text in texts:
         cache.trunk(*batch_of(model, [text]), 0, whole=False)
@@ -80,7 +80,7 @@ def test_cache_is_bounded_and_evicts_the_least_recently_used(tiny: Tiny) -> None
 
 def test_entry_without_bare_logits_is_no_hit_for_them(tiny: Tiny) -> None:
     model = tiny("bert")
-    cache = TrunkCache(model.steered, model.tokens, 1 << 20)  # type: ignore[arg-type]
+    cache = TrunkCache(model.steered, model.tokens, 1 << 20)
     batch, ids = batch_of(model, TEXTS[:2])
     assert cache.trunk(batch, ids, 1, whole=False).logits is None
     assert torch.equal(cache.trunk(batch, ids, 1, whole=True).logits, model.steered.logits(batch))  # type: ignore[arg-type]
@@ -118,7 +118,7 @@ def test_cached_states_have_the_type_of_their_model(tiny: Tiny) -> None:
     full = tiny("bert")
     half = load_model(full.source, device="cpu", dtype="bfloat16")
     for model, dtype in ((full, torch.float32), (half, torch.bfloat16)):
-        cache = TrunkCache(model.steered, model.tokens, 1 << 20)  # type: ignore[arg-type]
+        cache = TrunkCache(model.steered, model.tokens, 1 << 20)
         batch, ids = batch_of(model, TEXTS[:2])
         cache.trunk(batch, ids, 1, whole=False)
         assert cache.trunk(batch, ids, 1, whole=False).hidden.dtype == dtype

@@ -18,9 +18,8 @@ from range_store.domain.plan import resolve
 from range_store.domain.range_set import RangeSet
 from tests.processes import Running
 from tests.workers.checkpoints import LABELS, save_tiny
-from tests.workers.masking import Alike
+from tests.workers.masking import Alike, edits_of
 from tests.workers.texts import labelled_texts, write_jsonl
-from workers.engine.masks import DevicePlan, MaskTable
 from workers.evaluation.bootstrap import Bootstrap
 from workers.evaluation.evaluate import EvaluationError, evaluate
 from workers.evaluation.files import write
@@ -46,9 +45,9 @@ class Hooked(Alike):
 
     def __init__(self, range_set: RangeSet, erasure: Erasure) -> None:
         plan = resolve(range_set, [erasure])
-        (self.layer,) = plan.masks
+        (self.layer,) = plan.edits
         self.layers = (self.layer,)
-        self.mask = plan.masks[self.layer]
+        self.mask = plan.edits[self.layer]
 
     def __call__(self, layer: int, hidden: Tensor, batch: TokenBatch) -> Tensor:
         low, high = torch.from_numpy(self.mask.low[0]), torch.from_numpy(self.mask.high[0])
@@ -332,12 +331,12 @@ def test_layers_are_masked_jointly(tiny: Tiny, learned: Corpus, held_out: Corpus
     rows = evaluate(model, range_set, held_out, settings).rows
     assert [row.layer for row in rows] == ["0+1", "0+1", 2, 2]
     erasure = Erasure(concept="Sports", tau=1.0, layers=(0, 1))
-    plan = DevicePlan.of(resolve(range_set, [erasure]), model.device)
+    plan = resolve(range_set, [erasure])
     right = total = 0
     for chunk in held_out.chunks():
         for text, concept in zip(chunk.texts, chunk.concepts, strict=True):
             batch = model.tokens.pad([model.tokens.encode([text])[0].ids])
-            logits = model.steered.hooked(batch, MaskTable([plan], torch.tensor([0])))
+            logits = model.steered.hooked(batch, edits_of([plan]))
             right += LABELS[int(logits.argmax())] == concept == "Sports"
             total += concept == "Sports"
     assert rows[0].base_acc + rows[0].delta_acc == pytest.approx(right / total)

@@ -15,8 +15,8 @@ from range_store.domain.erasure import Erasure
 from range_store.domain.plan import resolve
 from tests.workers.checkpoints import LABELS, save_label_token
 from tests.workers.texts import labelled_texts, write_jsonl
-from workers.engine.forward import PlanSweep, Variant, steer_variants
-from workers.engine.masks import DevicePlan
+from workers.edits.slot_table import SlotTable
+from workers.edits.variants import Variants
 from workers.fitting.corpus import load_corpus
 from workers.fitting.fit import fit
 from workers.models.loading import load_model
@@ -76,12 +76,11 @@ def test_masked_logits_equal_those_of_the_released_implementation(tmp_path: Path
         erasure = Erasure.model_validate(
             {"concept": "Sports", "method": method, "tau": TAU, "top_fraction": P, "layers": (layer,)}
         )
-        plan = DevicePlan.of(resolve(range_set, [erasure]), model.device)
+        plan = resolve(range_set, [erasure])
         trunk = model.steered.trunk(batch, layer, whole=False)
-        served = steer_variants(model.steered, batch, trunk, [Variant(row, plan) for row in range(12)], 4096).logits
-        np.testing.assert_allclose(served.numpy(), expected, atol=1e-5)
-        sweep = PlanSweep([plan], "all")
-        (turn,) = sweep.turns(model.steered, batch, trunk, 4096)
-        measured = sweep.logits(model.steered, batch, trunk, turn)
+        table, rows = SlotTable(model.identity.hidden_size, model.device), torch.arange(12)
+        served = Variants(model.steered, table, batch, trunk, [plan] * 12, rows[:, None]).run_all(4096).logits
+        np.testing.assert_allclose(served[:, 0].numpy(), expected, atol=1e-5)
+        measured = Variants(model.steered, table, batch, trunk, [plan], rows[None]).run_all(4096).logits
         np.testing.assert_allclose(measured[0].numpy(), expected, atol=1e-5)
         assert np.abs(expected - bare).max() > 1e-2, "the masking has no effect"

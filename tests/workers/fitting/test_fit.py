@@ -15,8 +15,8 @@ from range_store.domain.rankings import saliency
 from range_store.errors import InvalidErasure
 from tests.processes import Running
 from tests.workers.checkpoints import LABELS, save_tiny
+from tests.workers.masking import edits_of
 from tests.workers.texts import labelled_texts, write_jsonl
-from workers.engine.masks import DevicePlan, MaskTable
 from workers.fitting.corpus import Corpus, load_corpus
 from workers.fitting.errors import CorpusError
 from workers.fitting.fit import MAX_ROWS, FitResult, fit
@@ -318,7 +318,7 @@ def test_mlp_outputs_can_be_recorded_and_masked(tiny: Tiny, family: str, path: P
     assert plan.site == "mlp_output"
     batch = model.tokens.pad([text.ids for text in model.tokens.encode(["a goal", "a long night at the bank"])])
     batch = replace(batch, packing=None)
-    table = MaskTable([DevicePlan.of(plan, model.device)], torch.tensor([0, 0]))
+    table = edits_of([plan], 2)
     trunk = model.steered.trunk(batch, 0, whole=False)
     masked = model.steered.steer(batch, trunk, torch.arange(2), table)
     place = model.steered.blocks[0].get_submodule(FAMILIES[family].mlp)

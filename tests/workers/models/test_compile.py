@@ -65,5 +65,5 @@ def test_blocks_stay_bare_when_compiling_fails(
 
 @pytest.mark.parametrize("other", [{"plain": True}, {"template": "ag_news"}])
 def test_compile_rejects_conflicting_options(tmp_path: Path, other: dict[str, object]) -> None:
-    with pytest.raises(CheckpointError, match="--compile does not go with --"):
+    with pytest.raises(CheckpointError, match="--compile cannot be combined with --"):
         load_model(str(tmp_path), compiled=True, **other)  # type: ignore[arg-type]

@@ -10,10 +10,10 @@ from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, GPT2Model
 
 from range_store.domain.erasure import Positions, Site
-from range_store.domain.plan import LayerMask, Plan
-from workers.engine.masks import DevicePlan, MaskTable
+from range_store.domain.plan import LayerEdits, Plan
+from tests.workers.masking import edits_of
 from workers.models.families import FAMILIES
-from workers.models.few_shot import UNSAID, FewShotModel
+from workers.models.few_shot.model import NOT_DECODED, FewShotModel
 from workers.models.tokens import TokenBatch
 
 VOCABULARY, HIDDEN, LAYERS = 50, 32, 3
@@ -21,7 +21,6 @@ PREFIX = (1, 7, 9, 11, 4, 3)
 LABELS = ((20,), (21, 22), (20, 23, 24), (25, 21))
 TEXTS = ((5, 6, 8), (12, 13, 14, 15, 16, 17, 2), (30,), (31, 33, 35, 37))
 CAUSAL = sorted(name for name, family in FAMILIES.items() if family.causal)
-CPU = torch.device("cpu")
 families = pytest.mark.parametrize("family", CAUSAL)
 
 
@@ -59,19 +58,19 @@ def padded(texts: Sequence[Sequence[int]] = TEXTS) -> TokenBatch:
     return TokenBatch(ids, torch.arange(width) < lengths[:, None], lengths - 1)
 
 
-def plan(seed: int, layers: Sequence[int], site: Site = "block_output") -> DevicePlan:
+def plan(seed: int, layers: Sequence[int], site: Site = "block_output") -> Plan:
     rng = np.random.default_rng(seed)
-    masks = {}
+    edits = {}
     for layer in layers:
         low = rng.normal(size=(1, HIDDEN)).astype(np.float32) * 3
         high = low + rng.uniform(0, 6, size=low.shape).astype(np.float32)
         nothing = np.zeros_like(low)
-        masks[layer] = LayerMask(low, high, rng.random(low.shape) < 0.1, nothing, nothing)
-    return DevicePlan.of(Plan((), masks, f"plan-{seed}-{layers}", site), CPU)
+        edits[layer] = LayerEdits(low, high, rng.random(low.shape) < 0.1, nothing, nothing)
+    return Plan((), edits, f"plan-{seed}-{layers}", site)
 
 
 def reference(
-    lm: Any, family: str, text: Sequence[int], of: DevicePlan | None, positions: Positions = "all"
+    lm: Any, family: str, text: Sequence[int], of: Plan | None, positions: Positions = "all"
 ) -> tuple[list[float], Tensor]:
     """Scores of one text, one pass per label, masked by hooks written without the code under test; and its states."""
     scores, states = [], []
@@ -92,14 +91,15 @@ def reference(
                 outputs: dict[int, Tensor] = outputs,
             ) -> Tensor:
                 outputs[layer] = output
-                if of is None or layer not in of.masks:
+                if of is None or layer not in of.edits:
                     return output
-                mask = of.masks[layer]
-                hit = ((output >= mask.low[0]) & (output <= mask.high[0])) | mask.always[0]
+                mask = of.edits[layer]
+                low, high, always = (torch.from_numpy(part[0]) for part in (mask.low, mask.high, mask.always))
+                hit = ((output >= low) & (output <= high)) | always
                 may = torch.arange(output.shape[1]) >= (0 if positions == "all" else first)
                 return torch.where(hit & may[None, :, None], 0.0, output)
 
-            place = block if of is None or of.plan.site == "block_output" else block.get_submodule("mlp")
+            place = block if of is None or of.site == "block_output" else block.get_submodule("mlp")
             handles.append(place.register_forward_hook(hook))
         log = lm(ids).logits[0].log_softmax(dim=-1)
         for handle in handles:
@@ -120,7 +120,7 @@ def test_logits_over_the_vocabulary_are_computed_a_few_texts_at_a_time(
     model = few_shot(lms["gpt2"], "gpt2")
     batch, of = padded(), plan(1, (split,))
     rows = torch.arange(len(TEXTS)).repeat(3)
-    table = MaskTable([of], torch.zeros(len(rows), dtype=torch.int64))
+    table = edits_of([of], len(rows))
 
     def both() -> tuple[Tensor, Tensor]:
         return model.logits(batch), model.steer(batch, model.trunk(batch, split, whole=False), rows, table)
@@ -128,7 +128,7 @@ def test_logits_over_the_vocabulary_are_computed_a_few_texts_at_a_time(
     expected = both()
     head = model.model.get_output_embeddings()
     read = 1 + sum(len(label) - 1 for label in LABELS)
-    monkeypatch.setattr("workers.models.few_shot.LOGITS_AT_ONCE", 2 * read * head.weight.shape[0])
+    monkeypatch.setattr("workers.models.few_shot.model.LOGITS_AT_ONCE", 2 * read * head.weight.shape[0])
     sizes: list[int] = []
     hook = head.register_forward_hook(lambda _module, _args, logits: sizes.append(logits.shape[0]))
     found = both()
@@ -174,15 +174,15 @@ def test_steering_with_two_plans_in_a_batch_equals_hooks(
     bare = model.logits(batch)
     for layers in ((0,), (1,), (2,), (0, 2), (1, 2)):
         plans = [plan(seed, layers) for seed in (1, 2)]
-        table = MaskTable(plans, torch.tensor(slots), positions)
+        table = edits_of([plans[slot] for slot in slots], positions=positions)
         expected = [
             reference(lm, family, TEXTS[int(row)], plans[slot], positions)[0]
             for row, slot in zip(rows, slots, strict=True)
         ]
         for trunk in (model.trunk(batch, layers[0], whole=False), model.trunk(batch, layers[0], whole=True)):
             close(model.steer(batch, trunk, rows, table), expected)
-        counted = table.masked // 2
-        plain = MaskTable(plans, torch.tensor(slots), positions)
+        counted = table.masked
+        plain = edits_of([plans[slot] for slot in slots], positions=positions)
         close(model.hooked(batch.rows(rows), plain), expected)
         assert torch.equal(plain.masked, counted), "a text is counted more than once"
         assert trunk.logits is not None
@@ -199,13 +199,13 @@ def test_prefix_cache_keeps_its_bound(lms: dict[str, Any], family: str) -> None:
     expected = [[reference(lm, family, text, each)[0] for text in TEXTS] for each in plans]
     one = few_shot(lm, family)
     trunk = one.trunk(batch, 0, whole=False)
-    one.steer(batch, trunk, rows, MaskTable(plans[:1], torch.zeros(len(TEXTS), dtype=torch.int64)))
+    one.steer(batch, trunk, rows, edits_of(plans[:1], len(TEXTS)))
     size = one.prefix_cache_bytes
     assert size > 0
     for bound in (0, size, 2 * size, 100 * size):
         model = few_shot(lm, family, prefix_bytes=bound)
         for number in (0, 1, 0, 2, 3, 1, 0, 0):
-            table = MaskTable([plans[number]], torch.zeros(len(TEXTS), dtype=torch.int64))
+            table = edits_of([plans[number]], len(TEXTS))
             close(model.steer(batch, trunk, rows, table), expected[number])
             assert model.prefix_cache_bytes <= bound
 
@@ -222,12 +222,12 @@ def test_cached_prefix_of_a_plan_is_not_run_again(lms: dict[str, Any], family: s
         assert widths.count(len(PREFIX)) == 1
         trunk = model.trunk(batch, 0, whole=False)
         for _ in range(3):
-            model.steer(batch, trunk, rows, MaskTable([plan(1, (0,))], torch.zeros(4, dtype=torch.int64)))
+            model.steer(batch, trunk, rows, edits_of([plan(1, (0,))], 4))
             model.logits(batch)
         assert widths.count(len(PREFIX)) == 2, "the prefix runs once bare and once under the plan"
         last = model.trunk(batch, 2, whole=False)
         widths.clear()
-        model.steer(batch, last, rows, MaskTable([plan(2, (2,))], torch.zeros(4, dtype=torch.int64)))
+        model.steer(batch, last, rows, edits_of([plan(2, (2,))], 4))
         assert widths == [], "a block runs although only the last one is masked"
     finally:
         handle.remove()
@@ -263,7 +263,7 @@ def test_masks_inside_a_block_are_applied_by_full_passes(lms: dict[str, Any], fa
     batch = padded()
     of = plan(3, (1,), "mlp_output")
     expected = [reference(lms[family], family, text, of)[0] for text in TEXTS]
-    table = MaskTable([of], torch.zeros(4, dtype=torch.int64))
+    table = edits_of([of], 4)
     close(model.steer(batch, model.trunk(batch, 1, whole=False), torch.arange(4), table), expected)
 
 
@@ -286,15 +286,15 @@ def test_greedy_scoring_equals_generate(lms: dict[str, Any], family: str) -> Non
     folded = [text.strip().casefold() for text in texts]
     for row, ids in enumerate(generated):
         matching = [k for k, text in enumerate(folded) if words(ids).startswith(text)]
-        expected = torch.full((len(LABELS),), UNSAID)
+        expected = torch.full((len(LABELS),), NOT_DECODED)
         if matching:
             expected[max(matching, key=lambda k: len(folded[k]))] = 0.0
         assert torch.equal(found[row], expected)
     assert found[0, 1] == 0.0, "the longer of two matching labels does not win"
     of = plan(1, (0, 2))
-    table = MaskTable([of], torch.zeros(4, dtype=torch.int64))
+    table = edits_of([of], 4)
     steered = model.steer(padded(), model.trunk(padded(), 0, whole=True), torch.arange(4), table)
-    assert torch.equal(steered, model.hooked(padded(), MaskTable([of], torch.zeros(4, dtype=torch.int64))))
+    assert torch.equal(steered, model.hooked(padded(), edits_of([of], 4)))
     assert torch.equal(table.masked > 0, torch.ones(4, dtype=torch.bool))
 
 
@@ -309,7 +309,7 @@ def test_sliding_window_model_is_scored_by_full_passes() -> None:
     assert not model.splits
     of = plan(1, (0,))
     expected = [reference(lm, "qwen2", text, of)[0] for text in TEXTS]
-    table = MaskTable([of], torch.zeros(4, dtype=torch.int64))
+    table = edits_of([of], 4)
     close(model.steer(padded(), model.trunk(padded(), 0, whole=True), torch.arange(4), table), expected)
 
 
@@ -344,7 +344,7 @@ def test_greedy_scoring_at_the_last_block_caches_no_prefix(lms: dict[str, Any], 
     handle = model.blocks[LAYERS - 1].register_forward_hook(lambda module, args, out: widths.append(out.shape[1]))
     try:
         for seed in (1, 2, 3):
-            table = MaskTable([plan(seed, (LAYERS - 1,))], torch.zeros(4, dtype=torch.int64))
+            table = edits_of([plan(seed, (LAYERS - 1,))], 4)
             model.steer(padded(), model.trunk(padded(), LAYERS - 1, whole=False), torch.arange(4), table)
     finally:
         handle.remove()
@@ -360,7 +360,7 @@ def test_label_that_is_a_prefix_of_another_is_reported(
     texts = ("d", "e", "f", "g")[: len(labels)]
     model = FewShotModel(lms["gpt2"], FAMILIES["gpt2"], PREFIX, labels, label_texts=texts)
     model.check(padded())
-    messages = [record.message for record in caplog.records if record.name == "workers.models.few_shot"]
+    messages = [record.message for record in caplog.records if record.name == "workers.models.few_shot.model"]
     assert [named in message for message in messages] == ([] if named is None else [True])
 
 

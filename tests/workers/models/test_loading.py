@@ -180,7 +180,7 @@ def test_what_a_checkpoint_lacks_is_told_once(tmp_path: Path) -> None:
     listener.emit = said.append  # type: ignore[method-assign, assignment]
     logging.getLogger("transformers").addHandler(listener)
     try:
-        with pytest.raises(CheckpointError, match="is no trained sequence classifier"):
+        with pytest.raises(CheckpointError, match="is not a trained sequence classifier"):
             load_model(str(save_language_model("gpt2", tmp_path / "lm")), device="cpu")
     finally:
         logging.getLogger("transformers").removeHandler(listener)
@@ -223,7 +223,7 @@ def test_pad_id_that_positions_depend_on_is_not_guessed(tmp_path: Path) -> None:
 def test_checkpoint_without_any_token_to_pad_with_is_rejected(tmp_path: Path) -> None:
     checkpoint = rewrite(save_tiny("llama", tmp_path / "model"), pad_token_id=None)
     rewrite(checkpoint, "tokenizer_config.json", pad_token=None, eos_token=None)
-    with pytest.raises(CheckpointError, match="neither a pad nor an eos token"):
+    with pytest.raises(CheckpointError, match="neither a pad token nor an eos token"):
         load_model(str(checkpoint), device="cpu")
 
 
@@ -289,7 +289,7 @@ def test_texts_before_a_prompts_end_are_cut_where_the_tokenizer_says(tiny: Tiny,
     whole = tuple(tokenizer(text)["input_ids"])
     tokens = TextTokenizer(tokenizer, 10, 0, "last", (1, 2))
     assert tokens.encode([text])[0].ids == ((whole[-8:] if side == "left" else whole[:8]) + (1, 2))
-    (shown,) = tokens.show([text])
+    (shown,) = tokens.describe([text])
     parts = [text[token.start : token.stop] for token in shown.tokens[:-2]]
     assert "".join(parts) == (text[-len("".join(parts)) :] if side == "left" else text[: len("".join(parts))])
     assert [token.start for token in shown.tokens[-2:]] == [None, None]

@@ -11,8 +11,8 @@ from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 from tests.workers.checkpoints import save_language_model, save_tiny
 from workers.fitting.paper_datasets import PAPER_DATASETS
 from workers.models.errors import CheckpointError, TextTooLong
+from workers.models.few_shot.prompt_templates import TEMPLATES, load_template
 from workers.models.loading import load_model
-from workers.models.prompts import TEMPLATES, load_template
 
 SMALL: dict[str, Any] = {
     "name": "small",
@@ -49,7 +49,7 @@ def test_built_in_files_are_named_after_template_and_version() -> None:
 
 def test_prompt_has_the_layout_of_its_template(tmp_path: Path) -> None:
     template = load_template(write(tmp_path / "small.json"))
-    assert template.prefix() + "he lost" + template.suffix() == (
+    assert template.prefix() + "he lost" + template.after_text == (
         "Say it.\n\nItem: she won\nKind: cup\n\nItem: he lost\nKind:"
     )
 
@@ -58,8 +58,8 @@ def test_prompt_has_the_layout_of_its_template(tmp_path: Path) -> None:
     ("changes", "message"),
     [
         ({"labels": SMALL["labels"][:1]}, "labels"),
-        ({"labels": [*SMALL["labels"], {"label": "Sports", "text": " x"}]}, "'Sports' stands there twice"),
-        ({"labels": [*SMALL["labels"], {"label": "Other", "text": " cup"}]}, "' cup' stands there twice"),
+        ({"labels": [*SMALL["labels"], {"label": "Sports", "text": " x"}]}, "'Sports' occurs twice"),
+        ({"labels": [*SMALL["labels"], {"label": "Other", "text": " cup"}]}, "' cup' occurs twice"),
         ({"labels": [*SMALL["labels"], {"label": "Other", "text": "Cup "}]}, "'Cup ' and ' cup' differ only in case"),
         ({"exemplars": [{"text": "x", "label": "Weather"}]}, "Weather"),
         ({"version": 0}, "version"),
@@ -77,7 +77,7 @@ def test_unknown_and_unreadable_templates_are_errors(tmp_path: Path) -> None:
             load_template(name)
     (tmp_path / "half.json").write_text('{"name": ')
     for path in (tmp_path / "half.json", tmp_path / "none.json"):
-        with pytest.raises(CheckpointError, match="no prompt template"):
+        with pytest.raises(CheckpointError, match="not a valid prompt template"):
             load_template(str(path))
 
 
@@ -103,7 +103,7 @@ def test_prompted_language_model_is_a_few_shot_classifier(checkpoint: Path, tmp_
     for label in prompt.labels:
         string = ids(label.text)
         front = [*([tokenizer.bos_token_id] if tokenizer.bos_token_id is not None else []), *ids(prompt.prefix())]
-        whole = [*front, *ids("the cup final"), *ids(prompt.suffix()), *string]
+        whole = [*front, *ids("the cup final"), *ids(prompt.after_text), *string]
         log = lm(torch.tensor([whole])).logits[0].log_softmax(dim=-1)
         start = len(whole) - len(string) - 1
         expected.append(sum(float(log[start + i, token]) for i, token in enumerate(string)))
@@ -139,7 +139,7 @@ def test_long_texts_are_truncated_and_long_prompts_rejected(checkpoint: Path, tm
 
 def test_prompt_requires_a_language_model(tmp_path: Path) -> None:
     bert = save_tiny("bert", tmp_path / "bert")
-    with pytest.raises(CheckpointError, match="no causal language model"):
+    with pytest.raises(CheckpointError, match="not a causal language model"):
         load_model(str(bert), device="cpu", template=write(tmp_path / "a.json"))
     headed = save_tiny("gpt2", tmp_path / "gpt2")
     assert load_model(str(headed), device="cpu").identity.kind == "sequence-classification"

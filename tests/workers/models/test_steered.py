@@ -16,7 +16,8 @@ from tests.workers.checkpoints import SENTENCES, save_tiny
 from tests.workers.masking import Alike, ZeroBand
 from workers.models.families import FAMILIES
 from workers.models.loading import LoadedModel, load_model
-from workers.models.steered import AllZero, SteeredModel
+from workers.models.steerable import ZeroAll
+from workers.models.steered import SteeredModel
 from workers.models.tokens import TokenBatch
 
 Tiny = Callable[[str], LoadedModel]
@@ -215,5 +216,5 @@ def test_logits_of_an_empty_state_are_what_erasing_every_neuron_leaves_of_any_te
     batch = padded(model)
     assert len(model.empty_logits) == model.identity.n_layers
     for layer, left in enumerate(model.empty_logits):
-        emptied = model.steered.hooked(batch, AllZero(layer))
+        emptied = model.steered.hooked(batch, ZeroAll(layer))
         torch.testing.assert_close(emptied, torch.tensor(left).expand_as(emptied), atol=1e-5, rtol=0)

@@ -1,4 +1,4 @@
-"""Versioned prompt templates of few-shot classifiers: instruction, exemplars, and one string per label."""
+"""Versioned prompt templates: instruction, exemplars, and one string per label."""
 
 import json
 from functools import cached_property
@@ -11,27 +11,30 @@ from range_store.domain.erasure import FrozenModel
 from workers.models.errors import CheckpointError
 
 TEMPLATES = Path(__file__).parent / "templates"
-"""Built-in templates, `NAME.vVERSION.json`. One that was published never changes: a change is a new version."""
+"""Built-in templates, `NAME.vVERSION.json`. A published one never changes: a change is a new version."""
 
 Text = Annotated[str, Field(min_length=1)]
 
 
 class LabelText(FrozenModel):
-    """A label, and the string that the model must produce for it, as it stands behind `after_text`."""
+    """A label, and the string that the model must produce for it right after `after_text`."""
 
     label: Text
     text: Text
 
 
 class Exemplar(FrozenModel):
-    """A text that is shown with its label."""
+    """An example: a text with its label."""
 
     text: Text
     label: Text
 
 
 class PromptTemplate(FrozenModel):
-    """instruction, between; per exemplar before_text, text, after_text, its label's string, between; then the query."""
+    """A prompt: instruction, exemplars, and the text to classify, joined by `between`.
+
+    An exemplar is before_text, its text, after_text and its label's string; the text to classify lacks the label.
+    """
 
     name: Text
     version: Annotated[int, Field(ge=1)]
@@ -47,14 +50,14 @@ class PromptTemplate(FrozenModel):
         names = [each.label for each in self.labels]
         for what, values in (("label", names), ("label text", [each.text for each in self.labels])):
             if twice := next((value for value in values if values.count(value) > 1), None):
-                raise ValueError(f"the {what} {twice!r} stands there twice")
-        said: dict[str, str] = {}
+                raise ValueError(f"the {what} {twice!r} occurs twice")
+        seen: dict[str, str] = {}
         for text in (each.text for each in self.labels):
-            if (same := said.setdefault(text.strip().casefold(), text)) != text:  # greedy scoring could not tell them
+            if (same := seen.setdefault(text.strip().casefold(), text)) != text:  # greedy scoring ignores both
                 raise ValueError(f"the label texts {text!r} and {same!r} differ only in case or spaces")
         for exemplar in self.exemplars:
             if exemplar.label not in names:
-                raise ValueError(f"an exemplar has the label {exemplar.label!r}, which is none of {', '.join(names)}")
+                raise ValueError(f"an exemplar has the label {exemplar.label!r}; expected one of {', '.join(names)}")
         return self
 
     @cached_property
@@ -62,16 +65,12 @@ class PromptTemplate(FrozenModel):
         return {each.label: each.text for each in self.labels}
 
     def prefix(self) -> str:
-        """All that stands before the text: the same for every text."""
-        shown = [
+        """Everything before the text to classify."""
+        examples = [
             f"{self.before_text}{exemplar.text}{self.after_text}{self._text_of[exemplar.label]}"
             for exemplar in self.exemplars
         ]
-        return self.between.join([*([self.instruction] if self.instruction else []), *shown, self.before_text])
-
-    def suffix(self) -> str:
-        """What stands between the text and its label."""
-        return self.after_text
+        return self.between.join([*([self.instruction] if self.instruction else []), *examples, self.before_text])
 
     @property
     def id(self) -> str:
@@ -83,7 +82,7 @@ def load_template(name: str) -> PromptTemplate:
     """A built-in template by name ("ag_news": the newest version, "ag_news@1": that one), or one from a JSON file.
 
     Raises:
-        CheckpointError: there is none of that name, or the file is no template; says what is wrong.
+        CheckpointError: no template has that name, or the file is not a valid template.
     """
     path = Path(name)
     if path.suffix == ".json" or path.is_file():
@@ -107,4 +106,4 @@ def _read(path: Path) -> PromptTemplate:
         reason = error.errors(include_url=False)[0]["msg"] if isinstance(error, ValidationError) else str(error)
         if isinstance(error, ValidationError) and (place := error.errors(include_url=False)[0]["loc"]):
             reason = f"{'.'.join(map(str, place))}: {reason}"
-        raise CheckpointError(f"{path} is no prompt template: {reason}") from None
+        raise CheckpointError(f"{path} is not a valid prompt template: {reason}") from None

@@ -15,8 +15,13 @@ from workers.models.tokens import TokenBatch
 
 @dataclass(frozen=True, eq=False)
 class PromptRows:
-    """Prompts with branches behind them. batch: [B, T + S]; positions: [B, T + S]; attention: [B, 1, T + S, P + T + S],
-    0 or a very negative number; reads: columns that are read, [B, R]."""
+    """Prompts with branches behind them.
+
+    Attributes:
+        batch, positions: [B, T + S].
+        attention: [B, 1, T + S, P + T + S], 0 or the lowest number of its type; it is added to attention scores.
+        reads: columns that are read, [B, R].
+    """
 
     batch: TokenBatch
     positions: Tensor
@@ -24,17 +29,18 @@ class PromptRows:
     reads: Tensor
 
     def rows(self, index: Tensor) -> "PromptRows":
+        """The rows of these texts, [V] int64."""
         return PromptRows(self.batch.rows(index), self.positions[index], self.attention[index], self.reads[index])
 
 
-def behind(
+def with_branches(
     batch: TokenBatch, tokens: Tensor, branches: Sequence[tuple[int, int]], front: int, dtype: torch.dtype
 ) -> PromptRows:
     """Prompts with `tokens` [B, S] behind them. Each sees the prefix, its prompt, and its own branch so far.
 
     Args:
         branches: of each token, which branch it is of, and its place in it.
-        front: P. dtype: of the attention mask, which is added to scores.
+        front: P. dtype: of the attention mask.
     """
     device = batch.ids.device
     texts, width = batch.ids.shape
@@ -51,7 +57,6 @@ def behind(
     seen[:, :width, front : front + width] = torch.ones((width, width), device=device).tril().bool()
     seen[:, width:, front : front + width] = batch.mask.unsqueeze(1)
     seen[:, width:, front + width :] = (branch[:, None] == branch) & (place[:, None] >= place)
-    attention = torch.zeros(seen.shape, dtype=dtype, device=device).masked_fill(~seen, torch.finfo(dtype).min)
     also_read = torch.zeros((texts, width + n_behind), dtype=torch.bool, device=device)
     also_read[:, width:] = True
     whole = TokenBatch(
@@ -62,4 +67,9 @@ def behind(
     )
     behind_columns = (width + torch.arange(n_behind, device=device)).expand(texts, -1)
     reads = torch.cat([batch.read.unsqueeze(1), behind_columns], dim=1)
-    return PromptRows(whole, positions, attention.unsqueeze(1), reads)
+    return PromptRows(whole, positions, additive_mask(seen, dtype).unsqueeze(1), reads)
+
+
+def additive_mask(seen: Tensor, dtype: torch.dtype) -> Tensor:
+    """0 where `seen`, and the lowest number of `dtype` elsewhere."""
+    return torch.zeros(seen.shape, dtype=dtype, device=seen.device).masked_fill(~seen, torch.finfo(dtype).min)

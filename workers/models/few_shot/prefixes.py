@@ -1,4 +1,4 @@
-"""Keys and values of a common prompt prefix: one for all plans below the masked block, one per plan above it."""
+"""Keys and values of a common prompt prefix: one for all plans below the edited block, one per plan above it."""
 
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
@@ -7,7 +7,8 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from workers.models.steered import Masking, Pass
+from workers.models.sites import ForwardPass
+from workers.models.steerable import Edits
 from workers.models.tokens import TokenBatch
 
 KeyValues = dict[int, tuple[Tensor, Tensor]]
@@ -16,7 +17,7 @@ KeyValues = dict[int, tuple[Tensor, Tensor]]
 
 @dataclass(eq=False)
 class PrefixCache:
-    """What a forward pass takes for its cache: puts the prefix's keys and values before those of the texts.
+    """The cache of a forward pass: puts the prefix's keys and values before those of the texts.
 
     Only `update` is called by a model that is given positions and a whole attention mask.
 
@@ -30,11 +31,6 @@ class PrefixCache:
     states: Sequence[KeyValues] = ()
     rows: Tensor | None = None
     keep: KeyValues | None = None
-
-    @classmethod
-    def none(cls) -> "PrefixCache":
-        """For a pass in which no block runs."""
-        return cls()
 
     def update(self, key: Tensor, value: Tensor, layer: int, *args: object, **kwargs: object) -> tuple[Tensor, Tensor]:
         """Keys and values [V, heads, P + T, head size] of block `layer`."""
@@ -56,66 +52,65 @@ class PrefixCache:
 
 
 class Prefixes:
-    """The prefix's states, unmasked and per plan.
+    """The prefix's keys and values, unedited and per plan.
 
     Args:
-        run: runs the prefix alone with a `Pass`, and a cache that takes its keys and values.
-        most_bytes: kept for plans; the least recently used go first. A state that is larger is used and not kept.
+        run: runs the prefix alone, with a cache that takes its keys and values.
+        capacity: largest size in bytes of those kept for plans, the least recently used evicted first. Those of one
+            plan that are larger are used and not kept.
     """
 
-    def __init__(self, run: Callable[[Pass, PrefixCache, torch.device], None], n_layers: int, most_bytes: int) -> None:
+    def __init__(
+        self, run: Callable[[ForwardPass, PrefixCache, torch.device], None], n_layers: int, capacity: int
+    ) -> None:
         self._run = run
         self._n_layers = n_layers
-        self._most = most_bytes
-        self._unmasked: KeyValues | None = None
+        self._capacity = capacity
+        self._bare: KeyValues | None = None
         self._hidden: dict[int, Tensor] = {}
         self._plans: OrderedDict[tuple[int, str], KeyValues] = OrderedDict()
         self.nbytes = 0
 
-    def unmasked(self, device: torch.device) -> PrefixCache:
-        """For a pass without masks."""
-        return PrefixCache(shared=self._of_model(device))
+    def bare(self, device: torch.device) -> PrefixCache:
+        """For a pass without edits."""
+        return PrefixCache(shared=self._of_bare_model(device))
 
-    def of(self, split: int, masking: Masking, device: torch.device) -> PrefixCache:
-        """For a pass that is masked at block `split` and above: shared up to it, per plan above it.
+    def edited(self, split: int, edits: Edits, device: torch.device) -> PrefixCache:
+        """For a pass that is edited at block `split` and above: shared up to it, per plan above it.
 
-        Where only read positions are masked, no token of the prefix is, and its states are those of the bare model.
+        Where only read positions are edited, no token of the prefix is, and its states are those of the bare model.
         """
-        model = self._of_model(device)
-        if masking.positions == "read" or not self._hidden:
-            return PrefixCache(shared=model)
-        keys = masking.keys or [""]
+        bare = self._of_bare_model(device)
+        if edits.positions == "read" or not self._hidden:
+            return PrefixCache(shared=bare)
+        keys = edits.keys or [""]
         distinct = list(dict.fromkeys(keys))
-        states = [self._of_plan(split, key, masking.row(keys.index(key)), device) for key in distinct]
+        states = [self._of_plan(split, key, edits.row(keys.index(key)), device) for key in distinct]
         rows = torch.tensor([distinct.index(key) for key in keys], device=device) if len(distinct) > 1 else None
-        return PrefixCache({layer: model[layer] for layer in range(split + 1)}, states, rows)
+        return PrefixCache({layer: bare[layer] for layer in range(split + 1)}, states, rows)
 
-    def _of_model(self, device: torch.device) -> KeyValues:
-        """Keys and values of the bare model at every block; its hidden states are kept too, for plans to start from."""
-        if self._unmasked is None:
+    def _of_bare_model(self, device: torch.device) -> KeyValues:
+        """Keys and values at every block; the hidden states are kept too, for plans to start from."""
+        if self._bare is None:
             found: KeyValues = {}
-            now = Pass(record=range(self._n_layers))
+            now = ForwardPass(record=range(self._n_layers))
             self._run(now, PrefixCache(keep=found), device)
             self._hidden = dict(now.recorded)
-            self._unmasked = found
-        return self._unmasked
+            self._bare = found
+        return self._bare
 
-    def _of_plan(self, split: int, key: str, masking: Masking, device: torch.device) -> KeyValues:
-        """Keys and values above `split` under one plan. Those of a masking without a key are not kept."""
+    def _of_plan(self, split: int, key: str, edits: Edits, device: torch.device) -> KeyValues:
+        """Keys and values above `split` under one plan. Those of edits without a key are not kept."""
         if key and (split, key) in self._plans:
             self._plans.move_to_end((split, key))
             return self._plans[split, key]
         hidden = self._hidden[split]
-        length = hidden.shape[1]
-        ids = torch.zeros((1, length), dtype=torch.int64, device=device)
-        batch = TokenBatch(ids, torch.ones_like(ids, dtype=torch.bool), torch.zeros_like(ids[:, 0]))
-        if split in masking.layers:
-            hidden = masking(split, hidden, batch)
+        batch = TokenBatch.full(torch.zeros((1, hidden.shape[1]), dtype=torch.int64, device=device))
+        if split in edits.layers:
+            hidden = edits(split, hidden, batch)
         found: KeyValues = {}
-        now = Pass(
-            inject=(split, hidden),
-            mask=lambda layer, states: masking(layer, states, batch),
-            mask_layers=masking.layers,
+        now = ForwardPass(
+            inject=(split, hidden), edit=lambda layer, states: edits(layer, states, batch), edit_layers=edits.layers
         )
         self._run(now, PrefixCache(keep=found), device)
         if key:
@@ -124,11 +119,11 @@ class Prefixes:
 
     def _keep(self, name: tuple[int, str], states: KeyValues) -> None:
         size = _bytes(states)
-        if size > self._most:
+        if size > self._capacity:
             return
         self._plans[name] = states
         self.nbytes += size
-        while self.nbytes > self._most:
+        while self.nbytes > self._capacity:
             self.nbytes -= _bytes(self._plans.popitem(last=False)[1])
 
 
