@@ -154,7 +154,7 @@ COMMAND_ERRORS: Final[Mapping[str, int]] = {
     "range_store.errors.RangeStoreError": CONFLICT,
     "app.observability.tracing.TracesUnavailable": USAGE,
     "workers.models.errors.ModelError": USAGE,
-    "workers.fitting.errors.CorpusError": USAGE,
+    "workers.corpora.errors.CorpusError": USAGE,
     "workers.evaluation.evaluate.EvaluationError": USAGE,
     "workers.cluster.errors.RayMissing": USAGE,
     "workers.cluster.errors.ClusterUnavailable": UNREACHABLE,

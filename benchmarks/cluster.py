@@ -34,13 +34,13 @@ import torch
 from fleet import bench_serving, bench_simulated
 
 from workers.cluster.connection import PRIVATE, connected
-from workers.cluster.corpus_files import FileTable
+from workers.cluster.corpus_files import RayFileTable
 from workers.cluster.fitting import fit_on
 from workers.cluster.model_pool import ModelPool, PoolLayout
+from workers.corpora.loading import load_corpus
+from workers.corpora.rows import CHUNK_ROWS
 from workers.demo.demo import CORPUS, make_classifier
-from workers.fitting.corpus import load_corpus
 from workers.fitting.fit import fit
-from workers.fitting.rows import CHUNK_ROWS
 from workers.models.loading import LoadedModel, load_model
 
 
@@ -59,7 +59,7 @@ def bench_read(data: Path, rows: int) -> None:
         def seconds(path: Path) -> tuple[float, float]:
             """To hash, and to cut."""
             started = time.perf_counter()
-            corpus = load_corpus(str(path), table=FileTable.open(str(path)))
+            corpus = load_corpus(str(path), table=RayFileTable.open(str(path)))
             hashed = time.perf_counter()
             for _ in corpus.chunks(0):
                 pass
@@ -102,7 +102,7 @@ def bench_fit(cache_dir: Path, data: Path, rows: int, repeat: int) -> None:
 
         def ways(path: Path, part: Path) -> dict[str, Callable[[], object]]:
             corpus = load_corpus(str(path), labels=model.identity.labels)
-            on_cluster = load_corpus(str(path), table=FileTable.open(str(path)), labels=model.identity.labels)
+            on_cluster = load_corpus(str(path), table=RayFileTable.open(str(path)), labels=model.identity.labels)
             return {
                 "one process": lambda: fit(model, corpus).range_set.id,
                 "one actor": lambda: fit_on(one, on_cluster).range_set.id,

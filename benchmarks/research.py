@@ -23,12 +23,13 @@ import torch
 import transformers
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
+from workers.corpora.corpus import Corpus
+from workers.corpora.loading import load_corpus
 from workers.demo.demo import CORPUS
 from workers.demo.minilm import minilm_directory
 from workers.evaluation.evaluate import evaluate
 from workers.evaluation.measure import batches
 from workers.evaluation.settings import EvaluationSettings
-from workers.fitting.corpus import Corpus, load_corpus
 from workers.fitting.fit import fit
 from workers.models.loading import LoadedModel, load_model, use_threads
 

@@ -33,8 +33,8 @@ from range_store.domain.plan import Plan, resolve
 from range_store.domain.range_set import RangeSet
 from range_store.embedded.connection import connect
 from range_store.storage.store import RangeStore
+from workers.corpora.loading import load_corpus
 from workers.demo.demo import CONCEPTS, CORPUS, make_classifier
-from workers.fitting.corpus import load_corpus
 from workers.fitting.fit import fit
 from workers.models.loading import LoadedModel, load_model
 from workers.models.tokens import TokenBatch

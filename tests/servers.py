@@ -107,7 +107,7 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> LoadedModel:
 @pytest.fixture(scope="session")
 def fitted(model: LoadedModel, tmp_path_factory: pytest.TempPathFactory) -> FitResult:
     """Ranges of `model` at its last two blocks. The concept "Météo & co" is not a label of the model."""
-    from workers.fitting.corpus import load_corpus
+    from workers.corpora.loading import load_corpus
     from workers.fitting.fit import fit
 
     rows = [(text, "Sci/Tech" if label == "SciTech" else label) for text, label in labelled_texts(90, seed=4)]

@@ -1,7 +1,6 @@
 """Requests and replies of `/v1/fits` and `/v1/jobs`, and the files that a request may name."""
 
 import os
-import re
 import stat
 from pathlib import Path, PurePosixPath
 from typing import Annotated, Any, Literal
@@ -13,10 +12,7 @@ from app.schemas.unions import LIST, TEXT, by_shape
 from app.settings import Settings
 from range_store.domain.erasure import STATISTICAL_RANKINGS, Ranking, Site
 from range_store.storage.jobs import Job, JobState
-
-_HUB_NAME = re.compile(r"[\w-][\w.-]*(/[\w-][\w.-]*)?")
-DATA_FILE = re.compile(r".*[^/.].*(\.(jsonl|json|csv|tsv)(\.(gz|bz2|xz))?|\.parquet)", re.IGNORECASE | re.DOTALL)
-"""Names of readable files, as `workers.fitting.files.kind_of` decides; that module is not imported here."""
+from workers.corpora.data_names import format_of, is_hub_name
 
 
 class DataRefused(Exception):
@@ -123,8 +119,7 @@ def source_of(request: FitIn, settings: Settings) -> str | None:
         for directory in settings.fit_dirs:
             if (found := _file_below(directory, wanted)) is not None:
                 return found
-    is_hub_name = _HUB_NAME.fullmatch(request.data) and not DATA_FILE.fullmatch(request.data)
-    if settings.fit_hub and is_hub_name and not os.path.lexists(request.data):
+    if settings.fit_hub and is_hub_name(request.data) and not os.path.lexists(request.data):
         return request.data
     raise DataUnusable(
         "data: no such file below the directories of NEURONLENS_FIT_DIRS; "
@@ -140,7 +135,7 @@ def _file_below(directory: Path, wanted: PurePosixPath) -> str | None:
         regular = stat.S_ISREG(found.stat().st_mode)
     except (OSError, RuntimeError, ValueError):
         return None
-    readable = DATA_FILE.fullmatch(found.name) and os.access(found, os.R_OK)
+    readable = format_of(found.name) is not None and os.access(found, os.R_OK)
     return str(found) if regular and found.is_relative_to(root) and readable else None
 
 

@@ -14,17 +14,17 @@ from app.settings import ModelSettings
 from range_store.atomic_files import remove_partial_files
 from range_store.domain.range_set import InspectLayer, ModelIdentity, RangeSet, check_model, dtype_mismatch
 from range_store.storage.store import RangeStore
+from workers.corpora.corpus import Corpus, match_labels, warn_about_overlap
+from workers.corpora.errors import CorpusError
+from workers.corpora.sources import check_source
 from workers.evaluation.evaluate import Evaluation, Measure, check_targets, evaluate_by, workload_of
 from workers.evaluation.files import write
 from workers.evaluation.measure import measure
 from workers.evaluation.perplexity import check_perplexity, with_perplexity
 from workers.evaluation.settings import EvaluationSettings
 from workers.evaluation.workload import Estimate
-from workers.fitting.corpus import Corpus, match_labels, warn_about_overlap
-from workers.fitting.errors import CorpusError
 from workers.fitting.fit import FitResult, fit
 from workers.fitting.progress import Progress
-from workers.fitting.sources import check_source
 from workers.models.loading import LoadedModel
 
 logger = logging.getLogger(__name__)

@@ -5,9 +5,9 @@ from typing import Any
 from app.serving.inputs import CorpusChoice, OnProgress, RayChoice
 from app.serving.loading import load, model_pool, read_corpus, read_corpus_on_cluster
 from app.settings import ModelSettings
+from workers.corpora.sources import check_source
 from workers.fitting.fit import CHECKPOINT_SECONDS, FitResult, fit
 from workers.fitting.progress import Progress
-from workers.fitting.sources import check_source
 
 
 def fit_corpus(

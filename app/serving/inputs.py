@@ -24,7 +24,7 @@ class RayChoice:
 
 @dataclass(frozen=True)
 class CorpusChoice:
-    """Labelled texts and how to read them. The fields are arguments of `workers.fitting.corpus.load_corpus`.
+    """Labelled texts and how to read them. The fields are arguments of `workers.corpora.loading.load_corpus`.
 
     Attributes:
         source: a file, a directory or pattern of files, or a data set on the hub; None: `dataset`, from the hub.
@@ -86,9 +86,9 @@ def check_texts(*corpora: CorpusChoice | None, cluster: RayChoice | None = None)
     Raises:
         CorpusError: something is missing.
     """
-    from workers.fitting.files import is_hub
-    from workers.fitting.paper_datasets import PAPER_DATASETS
-    from workers.fitting.sources import check_on_hub, check_source, load_label_map, paper_dataset
+    from workers.corpora.files import is_hub_dataset
+    from workers.corpora.paper_datasets import PAPER_DATASETS
+    from workers.corpora.sources import check_on_hub, check_source, load_label_map, paper_dataset
 
     for corpus in corpora:
         if corpus is None:
@@ -98,5 +98,5 @@ def check_texts(*corpora: CorpusChoice | None, cluster: RayChoice | None = None)
             load_label_map(corpus.label_map)
         if cluster is None:
             check_source(corpus.source)
-        if corpus.source is not None and corpus.source not in PAPER_DATASETS and is_hub(corpus.source):
+        if corpus.source is not None and corpus.source not in PAPER_DATASETS and is_hub_dataset(corpus.source):
             check_on_hub(corpus.source)

@@ -10,9 +10,10 @@ from typing import TYPE_CHECKING
 
 from app.serving.inputs import CorpusChoice, OnProgress, RayChoice
 from app.settings import ModelSettings
-from workers.fitting.corpus import Corpus, load_corpus
-from workers.fitting.rows import Table
-from workers.fitting.sources import load_label_map
+from workers.corpora.corpus import Corpus
+from workers.corpora.loading import load_corpus
+from workers.corpora.rows import Table
+from workers.corpora.sources import load_label_map
 from workers.models.loading import LoadedModel, load_model, use_threads
 
 if TYPE_CHECKING:
@@ -54,10 +55,10 @@ def read_corpus(choice: CorpusChoice, labels: tuple[str, ...], table: Table | No
 
 def read_corpus_on_cluster(choice: CorpusChoice, labels: tuple[str, ...]) -> Corpus:
     """Read a corpus through Ray Data if it consists of files, which are on the nodes; from the hub it is read here."""
-    from workers.cluster.corpus_files import FileTable, is_file_source
+    from workers.cluster.corpus_files import RayFileTable, is_file_source
 
     files = choice.source is not None and is_file_source(choice.source)
-    return read_corpus(choice, labels, FileTable.open(choice.source or "") if files else None)
+    return read_corpus(choice, labels, RayFileTable.open(choice.source or "") if files else None)
 
 
 @contextmanager
@@ -76,7 +77,7 @@ def model_pool(
     from workers.cluster.connection import PRIVATE, connected
     from workers.cluster.corpus_files import is_file_source
     from workers.cluster.model_pool import ModelPool, PoolLayout
-    from workers.fitting.files import files_of
+    from workers.corpora.files import files_of
 
     for each in corpora:
         if each is not None and each.source is not None and is_file_source(each.source):

@@ -17,6 +17,7 @@ from range_store.errors import NoRangeSet, StoreUnavailable
 from range_store.storage.jobs import JobStore
 from range_store.storage.mirror import Mirror, Snapshot
 from range_store.storage.store import RangeStore
+from workers.corpora.paper_datasets import PAPER_DATASETS
 from workers.engine.answers import Answer, Answerer, Logits, TextAnswer
 from workers.engine.errors import (
     DeadlineExceeded,
@@ -29,7 +30,6 @@ from workers.engine.errors import (
 )
 from workers.engine.live_metrics import add_under, live_state, loaded, register_process
 from workers.engine.metrics import MOST_CONCEPTS, OTHER_CONCEPTS
-from workers.fitting.paper_datasets import PAPER_DATASETS
 from workers.models.errors import EmptyText, PairUnsupported, TextTooLong, UnknownToken
 from workers.models.facts import ModelFacts
 from workers.models.predictions import CHANCE, Activation, no_better_than_chance

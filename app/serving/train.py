@@ -7,7 +7,7 @@ from typing import Any
 
 from app.serving.inputs import CorpusChoice, NewModelChoice, OnProgress
 from app.serving.loading import read_corpus
-from workers.fitting.corpus import warn_about_overlap
+from workers.corpora.corpus import warn_about_overlap
 from workers.fitting.progress import Progress
 from workers.models.loading import use_threads
 from workers.training.scratch import NewModel

@@ -16,7 +16,7 @@ from tests.e2e.listening import Listener
 from tests.e2e.test_metrics import series
 from tests.range_store.waiting import until
 from tests.servers import RunningServer, with_ranges
-from workers.fitting.corpus import load_corpus
+from workers.corpora.loading import load_corpus
 from workers.fitting.fit import FitResult, fit
 from workers.models.loading import LoadedModel
 

@@ -21,7 +21,7 @@ from tests.servers import RunningServer, with_ranges
 from tests.workers.checkpoints import LABELS, TEMPLATE, save_label_token, save_language_model
 from tests.workers.masking import edits_of
 from tests.workers.texts import labelled_texts, write_jsonl
-from workers.fitting.corpus import load_corpus
+from workers.corpora.loading import load_corpus
 from workers.fitting.fit import FitResult, fit
 from workers.models.loading import LoadedModel, load_model
 

@@ -13,7 +13,7 @@ from tests.workers.texts import labelled_texts, write_jsonl
 from workers.cluster.connection import PRIVATE, connected
 from workers.cluster.fitting import fit_on
 from workers.cluster.model_pool import ModelPool, PoolLayout
-from workers.fitting.corpus import load_corpus
+from workers.corpora.loading import load_corpus
 from workers.fitting.fit import FitOptions, FitResult, fit
 from workers.models.loading import LoadedModel
 

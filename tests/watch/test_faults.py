@@ -26,7 +26,7 @@ from tests.watch.processes import FAIL_ON_LONG_TEXTS, LONG_TEXT, Redis, Replica
 from tests.watch.prometheus import Prometheus, rules
 from tests.workers.checkpoints import save_tiny
 from tests.workers.texts import labelled_texts, write_jsonl
-from workers.fitting.corpus import load_corpus
+from workers.corpora.loading import load_corpus
 from workers.fitting.fit import fit
 from workers.models.loading import load_model
 

@@ -18,7 +18,7 @@ from tests.watch.prometheus import Prometheus
 from tests.watch.test_faults import TEXTS
 from tests.workers.checkpoints import save_tiny
 from tests.workers.texts import labelled_texts, write_jsonl
-from workers.fitting.corpus import load_corpus
+from workers.corpora.loading import load_corpus
 from workers.fitting.fit import fit
 from workers.models.loading import load_model
 

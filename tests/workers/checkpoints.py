@@ -8,7 +8,7 @@ import torch
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceClassification, PreTrainedTokenizerFast
 
-from workers.fitting.corpus import load_corpus
+from workers.corpora.loading import load_corpus
 from workers.training.recipes import LabelToken
 
 SENTENCES = (

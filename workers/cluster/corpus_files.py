@@ -1,7 +1,7 @@
 """Texts of any number of files, near or far, read by Ray Data in their order; the parsers are those of one process."""
 
 import logging
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -14,65 +14,34 @@ import ray.data
 from ray.data.context import DataContext
 from ray.exceptions import RayTaskError
 
-from workers.fitting.errors import CorpusError
-from workers.fitting.files import (
-    columns_of,
-    files_of,
-    is_hub,
-    is_remote,
-    is_saved,
-    labels_of,
-    tables,
-    texts_of,
-    without_password,
-)
-from workers.fitting.rows import CHUNK_ROWS, Rows
+from workers.corpora.data_names import is_remote
+from workers.corpora.errors import CorpusError
+from workers.corpora.files import is_hub_dataset, is_saved_dataset, labels_of, read_tables, texts_of
+from workers.corpora.rows import CHUNK_ROWS, FileTable, Rows, TextsAndLabels
 
 AT_ONCE = 4
-"""FileTable at addresses that are read at once, since each takes its time to answer; their texts are taken in order."""
+"""Files at addresses that are read at once, since each takes its time to answer; their texts are taken in order."""
 BLOCK_BYTES = 4 << 20
 """Of texts that travel together."""
 
 
 def is_file_source(source: str) -> bool:
     """Whether a corpus's source is of files that Ray reads, and no data set of the `datasets` library."""
-    return "://" in source or not (is_hub(source) or is_saved(source))
+    return "://" in source or not (is_hub_dataset(source) or is_saved_dataset(source))
 
 
-@dataclass(frozen=True)
-class FileTable:
-    """A table of many files, as `workers.fitting.rows.Table`; its columns are those of the first with any rows."""
-
-    paths: tuple[str, ...]
-    remote: bool
-    _columns: tuple[str, ...]
-    _names: dict[str, list[str]]
-
-    @classmethod
-    def open(cls, source: str) -> "FileTable":
-        """Raises CorpusError: there are no files, or the first cannot be read, or none holds any rows."""
-        paths = files_of(source)
-        found = columns_of(paths)
-        if found is None:
-            raise CorpusError(f"{without_password(source)} holds no rows")
-        return cls(paths, is_remote(source), *found)
-
-    @property
-    def column_names(self) -> Sequence[str]:
-        return self._columns
-
-    def class_names(self, label_field: str) -> Sequence[str] | None:
-        return self._names.get(label_field)
+class RayFileTable(FileTable):
+    """Files that Ray Data reads."""
 
     def rows(self, text_field: str, label_field: str, name: str) -> Rows:
-        return FileRows(self.paths, self.remote, text_field, label_field)
+        return RayFileRows(self.paths, is_remote(self.paths[0]), text_field, label_field)
 
 
 @dataclass(frozen=True)
-class FileRows:
-    """A text and a label per row of many files: those at the places `chosen`, or all.
+class RayFileRows(Rows):
+    """A text and a label per row of many files: all rows, or those with the indices `chosen`.
 
-    FileTable on this machine are read on this machine, whatever nodes there are; addresses are read on any node.
+    Files of this machine are read on this machine, whatever nodes there are; addresses are read on any node.
     """
 
     paths: tuple[str, ...]
@@ -89,10 +58,7 @@ class FileRows:
     def select(self, chosen: npt.NDArray[np.int64]) -> Rows:
         return replace(self, chosen=chosen if self.chosen is None else self.chosen[chosen])
 
-    def labels(self) -> Sequence[Any]:
-        return [label for _, labels in self.read() for label in labels]
-
-    def where(self, row: int) -> str:
+    def location(self, row: int) -> str:
         row = row if self.chosen is None else int(self.chosen[row])
         for file, path in enumerate(self.paths):
             if file not in self.counts or row < self.counts[file]:
@@ -100,7 +66,7 @@ class FileRows:
             row -= self.counts[file]
         raise IndexError(row)
 
-    def read(self, first: int = 0) -> Iterator[tuple[list[Any], list[Any]]]:
+    def read(self, first: int = 0) -> Iterator[TextsAndLabels]:
         texts: list[Any] = []
         labels: list[Any] = []
         for table in self._selected(first):
@@ -201,7 +167,7 @@ class _Texts:
 
     def __call__(self, files: pa.Table) -> Iterator[pa.Table]:
         number, path = files.column("file")[0].as_py(), files.column("path")[0].as_py()
-        for table in tables(path, self.text_field, self.label_field):
+        for table in read_tables(path, self.text_field, self.label_field):
             yield table.append_column("file", pa.array(np.full(table.num_rows, number, np.int64)))
 
 
@@ -214,7 +180,7 @@ class _Count:
 
     def __call__(self, files: pa.Table) -> Iterator[pa.Table]:
         number, path = files.column("file")[0].as_py(), files.column("path")[0].as_py()
-        for table in tables(path, self.text_field, self.label_field):
+        for table in read_tables(path, self.text_field, self.label_field):
             yield pa.table({"file": [number], "rows": [table.num_rows]})
 
 

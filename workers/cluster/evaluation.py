@@ -7,12 +7,12 @@ from pathlib import Path
 from range_store.domain.plan import resolve
 from range_store.domain.range_set import RangeSet
 from workers.cluster.model_pool import ActorFunction, ModelPool
+from workers.corpora.corpus import Chunk, Corpus
+from workers.corpora.rows import CHUNK_ROWS
 from workers.evaluation.measure import Measurer, MeasureRun, batches_of, start_measuring
 from workers.evaluation.measures import Labels, Outcomes
 from workers.evaluation.settings import EvaluationSettings, Setting
-from workers.fitting.corpus import Chunk, Corpus
 from workers.fitting.progress import ProgressCallback
-from workers.fitting.rows import CHUNK_ROWS
 from workers.models.loading import LoadedModel
 from workers.models.predictions import Head
 

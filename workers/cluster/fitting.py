@@ -14,13 +14,13 @@ import numpy.typing as npt
 
 from range_store.domain.range_set import FitSettings
 from workers.cluster.model_pool import ActorFunction, ModelPool
-from workers.fitting.corpus import Chunk, Corpus
+from workers.corpora.corpus import Chunk, Corpus
+from workers.corpora.rows import CHUNK_ROWS
 from workers.fitting.fit import FitOptions, FitResult, FitRun, add_chunk, start_fit
 from workers.fitting.fitter import Part, RangeFitter
 from workers.fitting.probe import ProbeSample
 from workers.fitting.progress import ProgressCallback
 from workers.fitting.recording import record_chunk, record_sample
-from workers.fitting.rows import CHUNK_ROWS
 from workers.models.loading import LoadedModel
 
 SPAN_SECONDS = 5.0

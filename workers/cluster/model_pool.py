@@ -23,7 +23,7 @@ from range_store.domain.range_set import ModelIdentity
 from range_store.errors import RangeStoreError
 from workers.cluster.connection import TELL_SECONDS, free_resources
 from workers.cluster.errors import ClusterError, first_line
-from workers.fitting.errors import CorpusError
+from workers.corpora.errors import CorpusError
 from workers.models.errors import ModelError
 from workers.models.loading import LoadedModel, load_model, use_threads
 from workers.models.predictions import Head

@@ -10,10 +10,11 @@ from filelock import FileLock
 
 from range_store.atomic_files import make_private_directory
 from range_store.storage.store import RangeStore
+from workers.corpora.corpus import Corpus
+from workers.corpora.loading import load_corpus
 from workers.demo.minilm import SHA256, minilm_directory
 from workers.evaluation.evaluate import Evaluation, evaluate
 from workers.evaluation.settings import EvaluationSettings
-from workers.fitting.corpus import Corpus, load_corpus
 from workers.fitting.fit import fit
 from workers.models.loading import LoadedModel, load_model
 from workers.training.train import TrainSettings, train

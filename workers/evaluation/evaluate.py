@@ -8,13 +8,13 @@ from pathlib import Path
 from typing import Any, Protocol, TypedDict, Unpack
 
 from range_store.domain.range_set import ModelIdentity, RangeSet
+from workers.corpora.corpus import Corpus, match_labels
 from workers.evaluation.bootstrap import Bootstrap
 from workers.evaluation.measure import CHECKPOINT_SECONDS, measure, truth_of
 from workers.evaluation.measures import Outcomes, Row, Summary
 from workers.evaluation.selection import Choice, choose
 from workers.evaluation.settings import EvaluationSettings, Setting, grid
 from workers.evaluation.workload import Workload
-from workers.fitting.corpus import Corpus, match_labels
 from workers.fitting.progress import ProgressCallback
 from workers.models.loading import LoadedModel
 

@@ -12,14 +12,14 @@ import torch
 from range_store.domain.erasure import Positions
 from range_store.domain.plan import Plan, resolve
 from range_store.domain.range_set import ModelIdentity, RangeSet
+from workers.corpora.corpus import Chunk, Corpus
+from workers.corpora.rows import CHUNK_ROWS
 from workers.edits.slot_table import SlotTable
 from workers.edits.variants import Variants
 from workers.evaluation.measures import Labels, Outcomes
 from workers.evaluation.settings import EvaluationSettings, Layers, Setting
 from workers.fitting.checkpoint import Checkpoint, checkpoint_path
-from workers.fitting.corpus import Chunk, Corpus
 from workers.fitting.progress import Progress, ProgressCallback
-from workers.fitting.rows import CHUNK_ROWS
 from workers.models.errors import PredictsNoLabels
 from workers.models.loading import LoadedModel
 from workers.models.predictions import Head

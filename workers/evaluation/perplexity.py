@@ -8,12 +8,12 @@ import torch
 
 from range_store.domain.plan import resolve
 from range_store.domain.range_set import RangeSet
+from workers.corpora.corpus import Corpus
 from workers.edits.batch_edits import BatchEdits
 from workers.edits.slot_table import SlotTable
 from workers.evaluation.evaluate import Evaluation, EvaluationError
 from workers.evaluation.measures import MEAN
 from workers.evaluation.settings import EvaluationSettings, grid
-from workers.fitting.corpus import Corpus
 from workers.models.loading import LoadedModel
 from workers.models.tokens import Encoded
 

@@ -1,4 +1,5 @@
-"""Fitting: one pass over a labelled corpus, statistics of every layer, concept and neuron.
+"""Fitting: statistics of every layer, concept and neuron, from one pass over a labelled corpus.
 
-`corpus.py` reads rows in chunks · `moments.py` exact streaming moments · `histograms.py` densities · `fit.py` the pass.
+`recording.py` forward passes · `moments.py` exact streaming moments · `histograms.py` densities · `probe.py` the probe
+ranking · `fitter.py` all of these · `fit.py` the pass · `progress.py`, `checkpoint.py` also of other jobs.
 """

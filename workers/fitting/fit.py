@@ -28,16 +28,16 @@ from range_store.domain.range_set import (
     RangeSet,
 )
 from range_store.storage.codec import assemble
+from workers.corpora.corpus import Chunk, Corpus, match_labels, warn_about_blank_texts
+from workers.corpora.errors import CorpusError
+from workers.corpora.row_sample import sample_size
+from workers.corpora.rows import CHUNK_ROWS
 from workers.fitting.checkpoint import Arrays, Checkpoint, checkpoint_path
-from workers.fitting.corpus import Chunk, Corpus, match_labels
-from workers.fitting.errors import CorpusError
 from workers.fitting.fitter import RangeFitter
 from workers.fitting.moments import Moments
 from workers.fitting.probe import ProbeSample
 from workers.fitting.progress import Progress, ProgressCallback
 from workers.fitting.recording import ChunkStates, record_chunk, record_sample
-from workers.fitting.row_sample import sample_size
-from workers.fitting.rows import CHUNK_ROWS
 from workers.models.errors import PredictsNoLabels
 from workers.models.loading import LoadedModel
 from workers.models.predictions import Head
@@ -264,7 +264,7 @@ def start_fit(
     chosen = resolve_layers(layers, model.n_layers)
     if len(corpus) > MAX_ROWS:
         raise CorpusError(f"{len(corpus):,} texts are more than histograms can count: --max-rows {MAX_ROWS} or fewer")
-    corpus.warn_about_empty_texts()
+    warn_about_blank_texts(corpus)
     if correct_only:
         if head == "none":
             raise PredictsNoLabels(model.id, "--correct-only")

@@ -7,7 +7,7 @@ import numpy as np
 import numpy.typing as npt
 
 from range_store.domain.range_set import FitSettings
-from workers.fitting.corpus import Chunk
+from workers.corpora.corpus import Chunk
 from workers.models.loading import LoadedModel
 from workers.models.predictions import predicted_labels
 

@@ -21,7 +21,7 @@ from transformers import (
     DataCollatorWithPadding,
 )
 
-from workers.fitting.corpus import Corpus
+from workers.corpora.corpus import Corpus
 from workers.models.errors import CheckpointError
 from workers.models.families import family_of
 from workers.models.label_token import SEP, LabelTokens, label_token

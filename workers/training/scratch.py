@@ -8,7 +8,7 @@ from typing import Any
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast
 
-from workers.fitting.corpus import Corpus
+from workers.corpora.corpus import Corpus
 from workers.models.errors import CheckpointError
 from workers.models.families import FAMILIES
 

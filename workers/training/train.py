@@ -19,8 +19,8 @@ from torch import Tensor
 from torch.utils.data import Sampler
 from transformers import Trainer, TrainerCallback, TrainingArguments, set_seed
 
-from workers.fitting.corpus import Corpus, match_labels
-from workers.fitting.errors import CorpusError
+from workers.corpora.corpus import Corpus, match_labels, warn_about_blank_texts
+from workers.corpora.errors import CorpusError
 from workers.fitting.progress import Progress, ProgressCallback
 from workers.models.errors import CheckpointError
 from workers.models.predictions import no_better_than_chance
@@ -144,7 +144,7 @@ def _warn_of_few(data: Corpus) -> None:
     if single:
         named = ", ".join(map(repr, single[:5])) + (", …" if len(single) > 5 else "")
         logger.warning("%s: only one row has the label %s: too few to learn it from", data.name, named)
-    data.warn_about_empty_texts()
+    warn_about_blank_texts(data)
 
 
 def _at_chance(accuracy: float | None, measured: Corpus) -> bool:

@@ -36,7 +36,7 @@ TRAIN = ("train", "--base", "my-model", "--data", "rows.jsonl", "--out", "out")
     ("command", "message"),
     [
         ((*FIT, "--data", "nowhere.jsonl"), "no such file: nowhere.jsonl"),
-        ((*FIT, "--dataset", "news"), "no data set 'news'"),
+        ((*FIT, "--dataset", "news"), "unknown data set 'news'"),
         ((*FIT, "--label-map", "nowhere.json"), "nowhere.json"),
         ((*FIT, "--template", "nowhere"), "no prompt template 'nowhere'"),
         ((*FIT, "--model", "my-modle"), "no such directory: my-modle; did you mean my-model?"),

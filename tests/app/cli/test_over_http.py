@@ -20,7 +20,7 @@ from tests.app.cli.conftest import Cli
 from tests.range_store.waiting import until
 from tests.workers.checkpoints import save_tiny
 from tests.workers.texts import labelled_texts, write_jsonl
-from workers.fitting.corpus import load_corpus
+from workers.corpora.loading import load_corpus
 from workers.fitting.fit import fit
 from workers.models.loading import load_model
 

@@ -30,7 +30,7 @@ from tests.forking import forker
 from tests.processes import end_redis
 from tests.range_store.waiting import until
 from tests.servers import RunningServer
-from workers.fitting.rows import CHUNK_ROWS
+from workers.corpora.rows import CHUNK_ROWS
 from workers.models.loading import LoadedModel
 
 FORK_FITS = """

@@ -35,15 +35,16 @@ from tests.workers.checkpoints import LABELS, save_tiny
 from tests.workers.texts import labelled_texts, write_jsonl
 from workers.cluster import model_pool
 from workers.cluster.connection import KEEP_WORKERS, connected
-from workers.cluster.corpus_files import FileTable
+from workers.cluster.corpus_files import RayFileTable
 from workers.cluster.errors import ClusterError
 from workers.cluster.evaluation import measure_on
 from workers.cluster.fitting import fit_on
 from workers.cluster.model_pool import ActorFunction, ModelPool, PoolLayout
+from workers.corpora.corpus import Corpus
+from workers.corpora.errors import CorpusError
+from workers.corpora.loading import load_corpus
 from workers.evaluation.evaluate import EvaluationOptions, evaluate, evaluate_by
 from workers.evaluation.settings import EvaluationSettings
-from workers.fitting.corpus import Corpus, load_corpus
-from workers.fitting.errors import CorpusError
 from workers.fitting.fit import FitOptions, FitResult, fit
 from workers.fitting.progress import Progress
 from workers.models.errors import CheckpointError
@@ -122,7 +123,7 @@ def numbers(fitted: FitResult) -> dict[str, bytes]:
 
 
 def on_cluster(source: object, **choices: Any) -> Corpus:
-    return load_corpus(str(source), table=FileTable.open(str(source)), labels=LABELS, **choices)
+    return load_corpus(str(source), table=RayFileTable.open(str(source)), labels=LABELS, **choices)
 
 
 def five_files(directory: Path, rows: Sequence[tuple[str, str]]) -> Path:

@@ -10,12 +10,13 @@ import redis
 from range_store.storage.store import RangeStore
 from tests.workers.checkpoints import save_tiny
 from tests.workers.texts import labelled_texts, write_jsonl
+from workers.corpora.corpus import Corpus
+from workers.corpora.loading import load_corpus
 from workers.demo import demo
 from workers.demo.demo import CONCEPTS, Demo, prepare
 from workers.demo.minilm import DemoError, minilm_directory
 from workers.evaluation.evaluate import EvaluationSettings, evaluate
 from workers.evaluation.measures import Row
-from workers.fitting.corpus import Corpus, load_corpus
 from workers.fitting.fit import fit
 
 

@@ -13,9 +13,9 @@ from range_store.storage.store import RangeStore
 from tests.workers.checkpoints import LABELS
 from tests.workers.engine.running import Running
 from tests.workers.texts import labelled_texts, write_jsonl
+from workers.corpora.loading import load_corpus
 from workers.engine.engine import Engine
 from workers.engine.settings import EngineSettings
-from workers.fitting.corpus import load_corpus
 from workers.fitting.fit import FitResult, fit
 from workers.models.loading import LoadedModel
 

@@ -24,12 +24,12 @@ from range_store.storage.store import RangeStore
 from tests.workers.checkpoints import LABELS, save_tiny
 from tests.workers.engine.running import NEAR, TEXTS, TOLERANCE, Running, alone, random_erasures
 from tests.workers.texts import labelled_texts, write_jsonl
+from workers.corpora.loading import load_corpus
 from workers.engine.answers import Answer
 from workers.engine.engine import Engine
 from workers.engine.errors import DeadlineExceeded, Draining, EngineFailed, QueueFull, RequestTooLarge
 from workers.engine.requests import Request, Task
 from workers.engine.settings import EngineSettings
-from workers.fitting.corpus import load_corpus
 from workers.fitting.fit import fit
 from workers.models.errors import TextTooLong
 from workers.models.loading import LoadedModel, load_model

@@ -20,6 +20,9 @@ from tests.processes import Running
 from tests.workers.checkpoints import LABELS, save_tiny
 from tests.workers.masking import Alike, edits_of
 from tests.workers.texts import labelled_texts, write_jsonl
+from workers.corpora.corpus import Corpus
+from workers.corpora.errors import CorpusError
+from workers.corpora.loading import load_corpus
 from workers.evaluation.bootstrap import Bootstrap
 from workers.evaluation.evaluate import EvaluationError, evaluate
 from workers.evaluation.files import write
@@ -27,8 +30,6 @@ from workers.evaluation.measure import measure
 from workers.evaluation.measures import CSV_COLUMNS, Labels, Outcomes, Summary
 from workers.evaluation.perplexity import check_perplexity
 from workers.evaluation.settings import EvaluationSettings, grid
-from workers.fitting.corpus import Corpus, load_corpus
-from workers.fitting.errors import CorpusError
 from workers.fitting.fit import fit
 from workers.fitting.progress import Progress
 from workers.models.errors import PredictsNoLabels
@@ -467,7 +468,7 @@ from pathlib import Path
 from typing import Any
 from workers.evaluation.evaluate import evaluate
 from workers.evaluation.settings import EvaluationSettings
-from workers.fitting.corpus import load_corpus
+from workers.corpora.loading import load_corpus
 from workers.fitting.fit import fit
 from workers.models.loading import load_model
 

@@ -15,9 +15,9 @@ from range_store.domain.erasure import Erasure
 from range_store.domain.plan import resolve
 from tests.workers.checkpoints import LABELS, save_label_token
 from tests.workers.texts import labelled_texts, write_jsonl
+from workers.corpora.loading import load_corpus
 from workers.edits.slot_table import SlotTable
 from workers.edits.variants import Variants
-from workers.fitting.corpus import load_corpus
 from workers.fitting.fit import fit
 from workers.models.loading import load_model
 

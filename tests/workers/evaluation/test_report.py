@@ -12,11 +12,11 @@ import plotly
 import pytest
 
 from tests.workers.texts import CLAUSES, labelled_texts, write_jsonl
+from workers.corpora.loading import load_corpus
 from workers.evaluation.evaluate import Evaluation, evaluate
 from workers.evaluation.html import PLOTLY
 from workers.evaluation.report import write_report
 from workers.evaluation.settings import EvaluationSettings
-from workers.fitting.corpus import load_corpus
 from workers.fitting.fit import FitResult, fit
 from workers.models.loading import LoadedModel
 

@@ -17,8 +17,9 @@ from tests.processes import Running
 from tests.workers.checkpoints import LABELS, save_tiny
 from tests.workers.masking import edits_of
 from tests.workers.texts import labelled_texts, write_jsonl
-from workers.fitting.corpus import Corpus, load_corpus
-from workers.fitting.errors import CorpusError
+from workers.corpora.corpus import Corpus
+from workers.corpora.errors import CorpusError
+from workers.corpora.loading import load_corpus
 from workers.fitting.fit import MAX_ROWS, FitResult, fit
 from workers.fitting.histograms import edges_from
 from workers.fitting.progress import Progress
@@ -195,7 +196,7 @@ def test_checkpoint_of_other_settings_is_ignored(tiny: Tiny, corpus: Corpus, tmp
 DIES_IN_THE_SECOND_CHUNK = """
 import os, signal, torch
 from pathlib import Path
-from workers.fitting.corpus import load_corpus
+from workers.corpora.loading import load_corpus
 from workers.fitting.fit import fit
 from workers.models.loading import load_model
 

@@ -9,7 +9,7 @@ import torch
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 
 from tests.workers.checkpoints import save_language_model, save_tiny
-from workers.fitting.paper_datasets import PAPER_DATASETS
+from workers.corpora.paper_datasets import PAPER_DATASETS
 from workers.models.errors import CheckpointError, TextTooLong
 from workers.models.few_shot.prompt_templates import TEMPLATES, load_template
 from workers.models.loading import load_model

@@ -13,8 +13,9 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from tests.processes import Running
 from tests.workers.checkpoints import save_tiny
 from tests.workers.texts import labelled_texts, write_jsonl
-from workers.fitting.corpus import Corpus, load_corpus
-from workers.fitting.errors import CorpusError
+from workers.corpora.corpus import Corpus
+from workers.corpora.errors import CorpusError
+from workers.corpora.loading import load_corpus
 from workers.fitting.progress import Progress
 from workers.models.errors import CheckpointError, TextTooLong, UnsupportedModel
 from workers.models.loading import load_model
@@ -234,7 +235,7 @@ def test_truncated_text_keeps_its_separator(learned: Corpus, tmp_path: Path) -> 
 DIES_AT_STEP_7 = """
 import os, signal, torch
 from pathlib import Path
-from workers.fitting.corpus import load_corpus
+from workers.corpora.loading import load_corpus
 from workers.fitting.progress import Progress
 from workers.training.train import TrainSettings, train
 

@@ -13,7 +13,7 @@ class PaperDataset:
         path, config: on the hub. train, test: its labelled splits.
         text_field, label_field: its columns.
         labels: class names as on the hub, in the order of their numbers.
-        aliases: other names for the classes, as files of the same data often have them.
+        aliases: other names of the classes, as files of the same data often have them.
     """
 
     path: str
@@ -25,17 +25,16 @@ class PaperDataset:
     test: str = "test"
     aliases: Mapping[str, str] = field(default_factory=lambda: MappingProxyType({}))
 
-    def concept(self, name: str) -> str:
-        """The hub's name of a class that a file calls `name`; what is not known stays as it is."""
+    def class_of(self, name: str) -> str:
+        """The hub's name of a class that a file calls `name`; `name` itself if it is none of them."""
         if name in self.labels:
             return name
-        folded = name.strip().casefold()
-        by_fold = {label.casefold(): label for label in self.labels} | dict(self.aliases)
-        return by_fold.get(folded, name)
+        by_folded_name = {label.casefold(): label for label in self.labels} | dict(self.aliases)
+        return by_folded_name.get(name.strip().casefold(), name)
 
-    def split(self, wanted: str) -> str:
-        """The split that serves as "train" or "test"; any other name is taken as it is."""
-        return {"train": self.train, "test": self.test}.get(wanted, wanted)
+    def split(self, name: str) -> str:
+        """The split of the hub that serves as "train" or "test"; any other name is that of a split."""
+        return {"train": self.train, "test": self.test}.get(name, name)
 
 
 PAPER_DATASETS: Mapping[str, PaperDataset] = MappingProxyType(

@@ -6,9 +6,9 @@ from pathlib import Path
 
 import pytest
 
-from workers.fitting.corpus import load_corpus
-from workers.fitting.errors import CorpusError
-from workers.fitting.paper_datasets import PAPER_DATASETS
+from workers.corpora.errors import CorpusError
+from workers.corpora.loading import load_corpus
+from workers.corpora.paper_datasets import PAPER_DATASETS
 
 
 def test_known_data_sets_have_their_number_of_classes() -> None:

@@ -19,11 +19,12 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from workers.fitting import rows
-from workers.fitting.corpus import load_corpus
-from workers.fitting.errors import CorpusError
-from workers.fitting.files import columns_of, files_of, kind_of, labels_of, tables, texts_of
-from workers.fitting.sources import check_source
+from workers.corpora import rows
+from workers.corpora.data_names import format_of
+from workers.corpora.errors import CorpusError
+from workers.corpora.files import columns_of, files_of, labels_of, read_tables, texts_of
+from workers.corpora.loading import load_corpus
+from workers.corpora.sources import check_source
 
 Pairs = list[tuple[Any, Any]]
 
@@ -50,7 +51,7 @@ def write(path: Path, pairs: Sequence[tuple[str, str]]) -> Path:
 
 
 def read(path: Path, text: str = "text", label: str = "label") -> Pairs:
-    found = list(tables(str(path), text, label))
+    found = list(read_tables(str(path), text, label))
     return [pair for table in found for pair in zip(texts_of(table), labels_of(table), strict=True)]
 
 
@@ -131,7 +132,7 @@ def test_parquet_names_its_class_numbers(tmp_path: Path) -> None:
     assert read(plain) == [("a", "x")]
 
 
-CELLS = "3 cells, but the header has 2: a text that holds a"
+CELLS = "3 cells, but the header has 2: a text with a"
 QUOTES = "is quoted wrongly ("
 GOOD = '{"text": "a", "label": "x"}\n'
 
@@ -189,7 +190,7 @@ def test_rows_of_several_files_are_named_by_file_and_row(tmp_path: Path) -> None
 def test_large_corpora_are_kept_in_a_file_and_read_alike(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = write(tmp_path / "rows.csv", [(f"text {number}", f"class {number % 3}") for number in range(9000)])
     small = load_corpus(str(path), max_rows=3000)
-    monkeypatch.setattr(rows, "IN_MEMORY", 10_000)
+    monkeypatch.setattr(rows, "MAX_BYTES_IN_MEMORY", 10_000)
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
     large = load_corpus(str(path), max_rows=3000)
     assert (large.sha256, len(large)) == (small.sha256, 3000)
@@ -247,7 +248,7 @@ def test_directories_of_the_datasets_library_are_read(tmp_path: Path) -> None:
         load_corpus(str(tmp_path / "two"), split="dev")
 
 
-def test_what_cannot_be_read_is_told_before_a_model_is_loaded(tmp_path: Path) -> None:
+def test_unreadable_sources_are_errors_of_the_early_check(tmp_path: Path) -> None:
     (tmp_path / "rows.txt").write_text("a")
     (tmp_path / "rows.parquet.gz").write_bytes(b"")
     (tmp_path / "none").mkdir()
@@ -259,7 +260,7 @@ def test_what_cannot_be_read_is_told_before_a_model_is_loaded(tmp_path: Path) ->
         (tmp_path / "*.jsonl", "no such file"),
         (tmp_path / "rows.txt", "unknown kind of file; use .jsonl"),
         (tmp_path / "rows.parquet.gz", "unknown kind of file"),
-        (tmp_path / "none", "holds no files that can be read: .jsonl"),
+        (tmp_path / "none", "has no files that can be read: .jsonl"),
     ):
         with pytest.raises(CorpusError, match=message):
             check_source(str(source))
@@ -279,7 +280,7 @@ def test_addresses_are_read(tmp_path: Path) -> None:
             write(tmp_path / name, pairs)
             address = f"http://127.0.0.1:{server.server_address[1]}/{name}"
             assert files_of(address) == (address,)
-            found = list(tables(address, "text", "label"))
+            found = list(read_tables(address, "text", "label"))
             assert [text for table in found for text in texts_of(table)] == [text for text, _ in pairs], name
         server.shutdown()
 
@@ -289,7 +290,8 @@ class _Quiet(http.server.SimpleHTTPRequestHandler):
         pass
 
 
-def test_kinds_are_told_by_the_name() -> None:
-    known = {name: kind_of(name) for name in ("a.b.jsonl.gz", "A.CSV", "/x.y/a.tsv.XZ", "a.parquet", "a.json.bz2")}
-    assert list(known.values()) == ["json", "csv", "tsv", "parquet", "json"]
-    assert {kind_of(name) for name in ("a.gz", "a.txt", "jsonl", ".jsonl", "a.parquet.gz", "a.jsonl.zip", "")} == {None}
+def test_format_follows_from_the_name() -> None:
+    names = ("a.b.jsonl.gz", "A.CSV", "/x.y/a.tsv.XZ", "a.parquet", "a.json.bz2")
+    assert list(map(format_of, names)) == ["json", "csv", "tsv", "parquet", "json"]
+    others = ("a.gz", "a.txt", "jsonl", ".jsonl", "a.parquet.gz", "a.jsonl.zip", "")
+    assert set(map(format_of, others)) == {None}

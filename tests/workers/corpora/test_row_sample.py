@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from workers.fitting.row_sample import MAX_ROWS, RowSample, sample_size
+from workers.corpora.row_sample import MAX_ROWS, RowSample, sample_size
 
 
 def drawn(rows: int, size: int, chunk: int = 1024) -> list[int]:

@@ -1,4 +1,8 @@
-"""Files of labelled texts: which can be read, and a text and a label of each row. No type is guessed: NA is a text."""
+"""Files of labelled texts: which files a source names, and the text and label of each row.
+
+Own parsers rather than pandas or pyarrow: no type is guessed ("NA" is a text), a lone surrogate is kept, and an error
+names the row.
+"""
 
 import csv
 import io
@@ -17,119 +21,109 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from fsspec.implementations.local import LocalFileSystem
 
-from workers.fitting.errors import CorpusError
+from workers.corpora.data_names import (
+    READABLE,
+    format_of,
+    is_hub_name,
+    is_remote,
+    split_compression,
+    without_credentials,
+)
+from workers.corpora.errors import CorpusError
 
-KINDS = {".jsonl": "json", ".json": "json", ".csv": "csv", ".tsv": "tsv", ".parquet": "parquet"}
-COMPRESSED = {".gz": "gzip", ".bz2": "bz2", ".xz": "xz"}
-READABLE = ".jsonl, .csv, .tsv or .parquet (all but .parquet also with .gz, .bz2 or .xz behind it)"
 TABLE_ROWS = 4096
 SCHEMA = pa.schema([("text", pa.large_binary()), ("label", pa.large_string())])
-"""How texts and labels are kept: UTF-8 with lone surrogates, null where there is no text; and JSON."""
+"""How texts and labels are kept: a text as UTF-8 with lone surrogates, null where there is none; a label as JSON."""
 
-_FIRST_ROWS = 1024
-"""Rows of a file that tell its columns, where rows need not have the same."""
-_SPLITS = {"train": "train", "training": "train", "test": "test", "testing": "test", "eval": "validation"}
-_SPLITS |= dict.fromkeys(("validation", "valid", "val", "dev"), "validation")
-_HUB_NAME = re.compile(r"[\w-][\w.-]*(/[\w-][\w.-]*)?")
+_HEAD_ROWS = 1024
+"""Rows of a file that decide its columns, where rows need not all have the same ones."""
+_SPLITS = {
+    **dict.fromkeys(("train", "training"), "train"),
+    **dict.fromkeys(("test", "testing"), "test"),
+    **dict.fromkeys(("validation", "valid", "val", "dev", "eval"), "validation"),
+}
 csv.field_size_limit(sys.maxsize)  # texts may be long
 
 
-def kind_of(path: str) -> str | None:
-    """How a file is read, by its name; None: not at all."""
-    plain, compressed = _without_compression(path)
-    kind = KINDS.get(PurePath(plain).suffix.lower())
-    return None if compressed and kind == "parquet" else kind
-
-
-def is_remote(source: str) -> bool:
-    """Whether it is an address, and not a path of this machine."""
-    return "://" in source and not source.startswith("file://")
-
-
-def is_saved(source: str) -> bool:
-    """Whether it is a directory that the `datasets` library saved a data set in."""
+def is_saved_dataset(source: str) -> bool:
+    """Whether it is a directory in which the `datasets` library saved a data set."""
     return any(Path(source, name).is_file() for name in ("dataset_dict.json", "dataset_info.json"))
 
 
-def is_hub(source: str) -> bool:
-    """Whether it is no file, but may be the name of a data set on the hub."""
-    return kind_of(source) is None and _HUB_NAME.fullmatch(source) is not None and not Path(source).exists()
+def is_hub_dataset(source: str) -> bool:
+    """Whether it may name a data set on the hub, and no file or directory has this name."""
+    return is_hub_name(source) and not Path(source).exists()
 
 
-def without_password(source: str) -> str:
-    """An address, less what may stand before its host."""
-    return re.sub(r"://[^/@]*@", "://", source)
-
-
-def reason_of(error: BaseException) -> str:
-    """The first line of what began it: libraries raise whatever their parsers do."""
+def root_cause(error: BaseException) -> str:
+    """The first line of the error at the start of a chain: libraries pass on whatever their parsers raise."""
     while error.__cause__ is not None:
         error = error.__cause__
     return str(error).splitlines()[0] if str(error) else type(error).__name__
 
 
 def files_of(source: str) -> tuple[str, ...]:
-    """The files of a path, directory, pattern or address, by name. A path that exists is no pattern.
+    """The files of a path, directory, pattern or address, sorted. A path that exists is never read as a pattern.
 
     Raises:
-        CorpusError: there are none, of a kind that cannot be read, or of several splits.
+        CorpusError: there are no files, or they are of an unknown kind or of several splits.
     """
-    place = without_password(source)
-    below = ""
+    name = without_credentials(source)
+    directory = ""
     try:
         system, path = _system(source)
         if system.isdir(path):
-            below = path
-            found = [name for name in system.find(path) if kind_of(name) and not _hidden(name, below)]
+            directory = path
+            found = [file for file in system.find(path) if format_of(file) and not _is_hidden(file, directory)]
             if not found:
-                raise CorpusError(f"{place} holds no files that can be read: {READABLE}")
+                raise CorpusError(f"{name} has no files that can be read: {READABLE}")
         elif system.exists(path):
             found = [path]
         elif any(character in path for character in "*?["):
-            found = [name for name in system.glob(path) if system.isfile(name)]
+            found = [file for file in system.glob(path) if system.isfile(file)]
         else:
             found = []
     except CorpusError:
         raise
-    except Exception as error:  # of whatever serves such addresses
-        raise CorpusError(f"cannot look up {place}: {reason_of(error)}") from error
+    except Exception as error:  # any file system may serve the address
+        raise CorpusError(f"cannot look up {name}: {root_cause(error)}") from error
     if not found:
-        raise CorpusError(f"no such file: {place}")
-    if unknown := [name for name in found if kind_of(name) is None]:
+        raise CorpusError(f"no such file: {name}")
+    if unknown := [file for file in found if format_of(file) is None]:
         raise CorpusError(f"{PurePath(unknown[0]).name}: unknown kind of file; use {READABLE}")
-    splits = {split: name for name in sorted(found, reverse=True) if (split := _split_of(name, below))}
-    if below and len(splits) > 1:
-        names = " and ".join(PurePath(name).name for name in sorted(splits.values()))
-        raise CorpusError(f"{place} holds several splits, such as {names}: name the files of one of them")
+    splits = {split: file for file in sorted(found, reverse=True) if (split := _split_of(file, directory))}
+    if directory and len(splits) > 1:
+        files = " and ".join(PurePath(file).name for file in sorted(splits.values()))
+        raise CorpusError(f"{name} has several splits, such as {files}: name the files of one of them")
     if not is_remote(source):
         return tuple(sorted(found))
-    return (source,) if found == [path] else tuple(sorted(system.unstrip_protocol(name) for name in found))
+    return (source,) if found == [path] else tuple(sorted(system.unstrip_protocol(file) for file in found))
 
 
 def columns_of(paths: Sequence[str]) -> tuple[tuple[str, ...], dict[str, list[str]]] | None:
-    """Columns of the first file with any rows, and the names of class numbers where it has them; None: no rows.
+    """Columns of the first file with any rows, and its names of class numbers by column; None if no file has rows.
 
     Raises:
-        CorpusError: it cannot be read.
+        CorpusError: a file cannot be read.
     """
     for path in paths:
         with _opened(path) as file:
-            if kind_of(path) == "parquet":
+            if format_of(path) == "parquet":
                 parquet = pq.ParquetFile(file)
                 if parquet.metadata.num_rows:
                     return tuple(parquet.schema_arrow.names), _class_names(parquet.schema_arrow)
                 continue
-            rows = list(islice(_rows(file, path), _FIRST_ROWS))
+            rows = list(islice(_rows(file, path), _HEAD_ROWS))
             if rows:
                 return tuple(dict.fromkeys(name for row in rows for name in row)), {}
     return None
 
 
-def tables(path: str, text_field: str, label_field: str) -> Iterator[pa.Table]:
-    """Texts and labels of a file in its order, as tables of `SCHEMA`. A row without such a column has none.
+def read_tables(path: str, text_field: str, label_field: str) -> Iterator[pa.Table]:
+    """Texts and labels of a file in its order, as tables of `SCHEMA`. A row without such a column has a null.
 
     Raises:
-        CorpusError: it cannot be read; names the file, and the row where there is one.
+        CorpusError: the file cannot be read; names the file, and the row if there is one.
     """
     rows = _texts_and_labels(path, text_field, label_field)
     while part := list(islice(rows, TABLE_ROWS)):
@@ -150,24 +144,19 @@ def labels_of(table: pa.Table) -> list[Any]:
 
 
 @lru_cache(maxsize=4096)
-def _label(written: str) -> Any:
-    return json.loads(written)
-
-
-def _without_compression(path: str) -> tuple[str, str | None]:
-    suffix = PurePath(path).suffix.lower()
-    return (path[: -len(suffix)], COMPRESSED[suffix]) if suffix in COMPRESSED else (path, None)
+def _label(text: str) -> Any:
+    return json.loads(text)
 
 
 def _system(source: str) -> tuple[Any, str]:
-    """The file system of a path or address, and the path there. Characters of a local path mean themselves."""
+    """The file system of a path or address, and the path there. No character of a local path is special."""
     if is_remote(source):
         system, path = fsspec.core.url_to_fs(source)
         return system, path
     return LocalFileSystem(), LocalFileSystem._strip_protocol(source)
 
 
-def _hidden(path: str, directory: str) -> bool:
+def _is_hidden(path: str, directory: str) -> bool:
     return any(part.startswith(".") for part in PurePath(path.removeprefix(directory)).parts)
 
 
@@ -178,21 +167,21 @@ def _split_of(path: str, directory: str) -> str | None:
 
 @contextmanager
 def _opened(path: str) -> Iterator[Any]:
-    """The bytes of a file. Whatever fails while it is read becomes a CorpusError that names it."""
+    """The uncompressed bytes of a file. Any failure to read it becomes a CorpusError that names the file."""
     try:
         system, inside = _system(path)
-        with system.open(inside, "rb", compression=_without_compression(path)[1]) as file:
+        with system.open(inside, "rb", compression=split_compression(path)[1]) as file:
             yield file
     except CorpusError:
         raise
-    except Exception as error:  # of whatever serves such addresses, and of decompression
-        raise CorpusError(f"cannot read {PurePath(path).name}: {reason_of(error)}") from error
+    except Exception as error:  # any file system and decompressor may be at work
+        raise CorpusError(f"cannot read {PurePath(path).name}: {root_cause(error)}") from error
 
 
 def _texts_and_labels(path: str, text_field: str, label_field: str) -> Iterator[tuple[Any, Any]]:
     name = PurePath(path).name
     with _opened(path) as file:
-        if kind_of(path) != "parquet":
+        if format_of(path) != "parquet":
             for row in _rows(file, path):
                 yield row.get(text_field), row.get(label_field)
             return
@@ -211,28 +200,28 @@ def _texts_and_labels(path: str, text_field: str, label_field: str) -> Iterator[
 
 def _rows(file: Any, path: str) -> Iterator[dict[str, Any]]:
     """Rows of a text file. Raises CorpusError naming the row."""
-    kind, name = kind_of(path), PurePath(path).name
+    kind, name = format_of(path), PurePath(path).name
     return _json_rows(file, name) if kind == "json" else _csv_rows(file, name, "\t" if kind == "tsv" else ",")
 
 
 def _json_rows(file: Any, name: str) -> Iterator[dict[str, Any]]:
     row = 0
-    lines = io.BufferedReader(file)  # a streamed address has no lines of its own
+    lines = io.BufferedReader(file)  # a streamed address cannot be iterated by line
     for raw in lines:
         line = raw.removeprefix(b"\xef\xbb\xbf").strip() if not row else raw.strip()
         if not line:
             continue
         row += 1
         if row == 1 and line.startswith(b"["):  # one array of all rows
-            for row, value in enumerate(_parsed(line + b"".join(lines), f"{name}: the array"), 1):
+            for row, value in enumerate(_parse(line + b"".join(lines), f"{name}: the array"), 1):
                 yield _object(value, name, row)
             return
-        yield _object(_parsed(line, f"{name}: row {row}"), name, row)
+        yield _object(_parse(line, f"{name}: row {row}"), name, row)
 
 
-def _parsed(written: bytes, place: str) -> Any:
+def _parse(raw: bytes, place: str) -> Any:
     try:
-        return json.loads(written.decode())
+        return json.loads(raw.decode())
     except UnicodeDecodeError:
         raise CorpusError(f"{place} is not UTF-8") from None
     except (ValueError, RecursionError) as error:
@@ -247,7 +236,7 @@ def _object(value: Any, name: str, row: int) -> dict[str, Any]:
 
 
 def _csv_rows(file: Any, name: str, delimiter: str) -> Iterator[dict[str, Any]]:
-    # what is not UTF-8 comes as surrogates, so that its row can be named
+    # bytes that are not UTF-8 are read as surrogates, so that the error can name their row
     lines = io.TextIOWrapper(file, "utf-8-sig", "surrogateescape", newline="")
     reader = csv.reader(lines, delimiter=delimiter, strict=True)
     header: list[str] | None = None
@@ -258,8 +247,8 @@ def _csv_rows(file: Any, name: str, delimiter: str) -> Iterator[dict[str, Any]]:
             cells = next(reader, None)
         except csv.Error as error:
             raise CorpusError(
-                f"cannot read {name}: {place} is quoted wrongly ({error}); a cell that holds quotes stands in double "
-                "quotes, and each quote in it is doubled"
+                f"cannot read {name}: {place} is quoted wrongly ({error}); a cell with quotes must be enclosed in "
+                "double quotes, and each quote in it must be doubled"
             ) from None
         if cells is None:
             return
@@ -275,8 +264,8 @@ def _csv_rows(file: Any, name: str, delimiter: str) -> Iterator[dict[str, Any]]:
         row += 1
         if len(cells) != len(header):
             raise CorpusError(
-                f"{name}: {place} has {len(cells)} cells, but the header has {len(header)}: a text that holds a "
-                f"{'tab' if delimiter == chr(9) else 'comma'} must stand in double quotes"
+                f"{name}: {place} has {len(cells)} cells, but the header has {len(header)}: a text with a "
+                f"{'tab' if delimiter == chr(9) else 'comma'} must be enclosed in double quotes"
             )
         yield dict(zip(header, cells, strict=True))
 
@@ -290,7 +279,7 @@ def _is_utf8(text: str) -> bool:
 
 
 def _class_names(schema: pa.Schema) -> dict[str, list[str]]:
-    """Names of class numbers, as the `datasets` library writes them into a Parquet file."""
+    """Names of class numbers by column, as the `datasets` library writes them into a Parquet file."""
     try:
         features = json.loads((schema.metadata or {})[b"huggingface"])["info"]["features"]
         return {

@@ -8,9 +8,10 @@ import pytest
 
 from tests.workers.checkpoints import LABELS
 from tests.workers.texts import labelled_texts, write_jsonl
-from workers.fitting.corpus import Corpus, load_corpus, match_labels, warn_about_overlap
-from workers.fitting.errors import CorpusError
-from workers.fitting.sources import load_label_map
+from workers.corpora.corpus import Corpus, match_labels, warn_about_overlap
+from workers.corpora.errors import CorpusError
+from workers.corpora.loading import load_corpus
+from workers.corpora.sources import load_label_map
 
 ROWS = [*labelled_texts(25, seed=0), ('odd, "quoted"\ttext\nwith é 漢字 🏆', "World")]
 
@@ -41,7 +42,7 @@ def test_concepts_are_in_model_order_then_by_name(tmp_path: Path) -> None:
     assert corpus.counts == {"World": 1, "Sports": 2, "Apple": 1, "Zebra": 1}
 
 
-def test_blocks_have_1024_rows_and_can_start_at_any_block(tmp_path: Path) -> None:
+def test_chunks_have_1024_rows_and_can_start_at_any_chunk(tmp_path: Path) -> None:
     rows = [(f"text {n}", LABELS[n % 4]) for n in range(2500)]
     corpus = load_corpus(str(write_jsonl(tmp_path / "rows.jsonl", rows)), labels=LABELS)
     assert [(chunk.index, len(chunk.texts)) for chunk in corpus.chunks()] == [(0, 1024), (1, 1024), (2, 452)]
@@ -112,8 +113,8 @@ def test_a_selection_without_class_0_is_clear_where_the_rest_has_it(
     (tmp_path / "rows.jsonl").write_text(rows)
     corpus = load_corpus(str(tmp_path / "rows.jsonl"), labels=LABELS, max_rows=3)
     assert corpus.counts == {"SciTech": 3}
-    said = "rows.jsonl: class numbers are taken as places in the list of labels: 0 is World, 1 is Sports, 2 is Business"
-    assert said in caplog.text
+    warning = "rows.jsonl: class numbers are taken as positions in the list of labels: 0 is World, 1 is Sports, 2 is"
+    assert warning in caplog.text
 
 
 def test_columns_and_labels_can_be_renamed(tmp_path: Path) -> None:
@@ -132,7 +133,7 @@ def test_columns_and_labels_can_be_renamed(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("name", "content", "says"),
     [
-        ("empty.jsonl", b"", "is empty"),
+        ("empty.jsonl", b"", "has no rows"),
         ("half.jsonl", b'{"text": "a", "label": "World"}\n{"text": "b", "lab', "cannot read"),
         ("latin.jsonl", b'{"text": "caf\xe9", "label": "World"}\n', "is not UTF-8"),
         ("notext.jsonl", b'{"text": "a", "label": "World"}\n{"text": null, "label": "World"}\n', "row 2 has no text"),
@@ -140,7 +141,7 @@ def test_columns_and_labels_can_be_renamed(tmp_path: Path) -> None:
         ("floats.jsonl", b'{"text": "a", "label": 0.5}\n', "row 1 has no label"),
         ("lists.jsonl", b'{"text": ["a"], "label": "World"}\n', "row 1 has no text"),
         ("rows.txt", b"a goal\n", "unknown kind of file"),
-        ("header.csv", b"text,label\n", "holds no rows"),
+        ("header.csv", b"text,label\n", "has no rows"),
         ("broken.parquet", b"PAR1 and then nothing", "cannot read"),
     ],
 )
