@@ -71,8 +71,8 @@ def check_model(model: ModelSettings, cluster: RayChoice | None = None) -> None:
     Raises:
         CheckpointError: the checkpoint or the template is missing.
     """
-    from workers.models.checkpoint import check_checkpoint
     from workers.models.few_shot.prompt_templates import load_template
+    from workers.models.source import check_checkpoint
 
     if cluster is None:
         check_checkpoint(model.source, model.revision)

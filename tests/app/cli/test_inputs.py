@@ -9,8 +9,8 @@ import pytest
 from huggingface_hub.errors import RepositoryNotFoundError
 
 from tests.app.cli.conftest import Cli
-from workers.models.checkpoint import check_checkpoint
 from workers.models.errors import CheckpointError
+from workers.models.source import check_checkpoint
 
 
 @pytest.fixture
