@@ -42,7 +42,7 @@ from app.security.auth import Authentication
 from app.serving.classification import ClientGone, client_gone
 from app.serving.metrics import ModelMetrics
 from app.serving.models import ServedModels
-from app.serving.service import Service, register_process
+from app.serving.service import Service, register_process_metrics
 from app.settings import LOOPBACK, Settings
 
 DESCRIPTION = """Classify text with a transformer while erasing chosen concepts from its activations, live.
@@ -113,7 +113,7 @@ def create_app(settings: Settings, running: Service | Sequence[Service] = ()) ->
     registry = CollectorRegistry()
     if served is not None:
         registry.register(ModelMetrics(served))
-        register_process(registry)
+        register_process_metrics(registry)
     app.state.served = served
     app.state.registry = registry
     app.state.templates = Templates(app.routes)

@@ -14,7 +14,7 @@ from app.jobs.schemas import JobOut
 from app.live.change_metrics import LiveChangeMetrics
 from app.live.feed import ChangeFeed
 from app.security.keyring import Keyring, memory_of
-from app.serving.service import MOST_CONCEPTS, OTHER_CONCEPTS, Answerer, ModelFacts, Service
+from app.serving.service import MAX_CONCEPTS, OTHER_CONCEPTS, Answerer, ModelFacts, Service
 from app.settings import Settings
 from range_store.domain.range_set import dtype_mismatch
 from range_store.errors import RangeStoreError
@@ -51,7 +51,7 @@ def service_around(
     keyring = Keyring(ApiKeyStore(client), required=settings.require_keys, memory=_key_memory(settings, client))
     keyring.refresh()
     registry = CollectorRegistry()
-    changes = LiveChangeMetrics(registry, MOST_CONCEPTS, OTHER_CONCEPTS)
+    changes = LiveChangeMetrics(registry, MAX_CONCEPTS, OTHER_CONCEPTS)
     feed = ChangeFeed(settings.max_event_streams, registry)
 
     warned: str | None = None

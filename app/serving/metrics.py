@@ -18,7 +18,7 @@ from prometheus_client.registry import Collector
 
 from app.schemas.replies import TargetsOut
 from app.serving.readiness import conditions
-from app.serving.service import Service, add_under, live_state, loaded
+from app.serving.service import Service, add_model_label, live_state_metrics, model_metric
 from range_store.errors import StoreUnavailable
 from range_store.storage.jobs import JOB_STATES
 
@@ -40,7 +40,7 @@ class ModelMetrics(Collector):
     def collect(self) -> Iterator[Metric]:
         families: dict[str, Metric] = {}
         for service in self._services:
-            add_under(service.name, chain(service.registry.collect(), _State(service).collect()), families)
+            add_model_label(service.name, chain(service.registry.collect(), _State(service).collect()), families)
         yield from families.values()
 
 
@@ -103,9 +103,9 @@ class _State:
 
     def collect(self) -> Iterator[Metric]:
         yield from self._readiness()
-        yield from live_state(self._service.mirror)
+        yield from live_state_metrics(self._service.mirror)
         yield from self._fits()
-        yield loaded(self._service.model)
+        yield model_metric(self._service.model)
 
     def _readiness(self) -> Iterator[Metric]:
         checks = conditions(self._service)

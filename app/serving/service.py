@@ -28,8 +28,8 @@ from workers.engine.errors import (
     ReplicaLost,
     RequestTooLarge,
 )
-from workers.engine.live_metrics import add_under, live_state, loaded, register_process
-from workers.engine.metrics import MOST_CONCEPTS, OTHER_CONCEPTS
+from workers.engine.live_metrics import add_model_label, live_state_metrics, model_metric, register_process_metrics
+from workers.engine.metrics import MAX_CONCEPTS, OTHER_CONCEPTS
 from workers.models.errors import EmptyText, PairUnsupported, TextTooLong, UnknownToken
 from workers.models.facts import ModelFacts
 from workers.models.predictions import CHANCE, Activation, no_better_than_chance
@@ -38,7 +38,7 @@ from workers.models.texts import TextOrPair, TokenInfo, characters
 __all__ = [
     "CHANCE",
     "KNOWN_DATA_SETS",
-    "MOST_CONCEPTS",
+    "MAX_CONCEPTS",
     "OTHER_CONCEPTS",
     "Activation",
     "Answer",
@@ -60,12 +60,12 @@ __all__ = [
     "TextTooLong",
     "TokenInfo",
     "UnknownToken",
-    "add_under",
+    "add_model_label",
     "characters",
-    "live_state",
-    "loaded",
+    "live_state_metrics",
+    "model_metric",
     "no_better_than_chance",
-    "register_process",
+    "register_process_metrics",
 ]
 
 KNOWN_DATA_SETS = tuple(PAPER_DATASETS)

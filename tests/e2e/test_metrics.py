@@ -12,7 +12,7 @@ from range_store.storage.clock import StoreClock
 from range_store.storage.keys import ModelKeys
 from tests.range_store.waiting import until
 from tests.servers import RunningServer, with_ranges
-from workers.engine.metrics import MOST_CONCEPTS, OTHER_CONCEPTS
+from workers.engine.metrics import MAX_CONCEPTS, OTHER_CONCEPTS
 from workers.fitting.fit import FitResult
 
 
@@ -90,16 +90,16 @@ def test_restored_live_state_is_counted_as_a_change(fresh_server: RunningServer)
 
 
 def test_concepts_beyond_the_limit_share_a_series(fresh_server: RunningServer) -> None:
-    many = [LiveErasure(erasure=Erasure(concept=f"concept {n:04}")) for n in range(MOST_CONCEPTS + 5)]
+    many = [LiveErasure(erasure=Erasure(concept=f"concept {n:04}")) for n in range(MAX_CONCEPTS + 5)]
     snapshot = fresh_server.service.mirror.snapshot
     assert snapshot is not None
     state = snapshot.live.next_generation(snapshot.live.range_set, tuple(many))
     fresh_server.service.store.client.set(ModelKeys(fresh_server.service.name).live, state.model_dump_json())
     fresh_server.service.store.client.publish("neuronlens:changes", "{}")
-    until(lambda: len(series(fresh_server, "neuronlens_live_erasure")) == MOST_CONCEPTS + 1)
+    until(lambda: len(series(fresh_server, "neuronlens_live_erasure")) == MAX_CONCEPTS + 1)
     assert series(fresh_server, "neuronlens_live_erasure")[OTHER_CONCEPTS, "false", "range"] == 5
     changed = "neuronlens_live_changed_timestamp_seconds"
-    until(lambda: len(series(fresh_server, changed)) == MOST_CONCEPTS + 2)  # with the one of the range set
+    until(lambda: len(series(fresh_server, changed)) == MAX_CONCEPTS + 2)  # with the one of the range set
 
 
 def test_metrics_show_the_loaded_model_and_its_limits(start_server: Callable[..., RunningServer]) -> None:

@@ -11,7 +11,7 @@ from prometheus_client.registry import Collector
 
 from range_store.storage.mirror import Mirror
 from workers.engine.errors import DeadlineExceeded, Draining, EngineError, EngineFailed, QueueFull, RequestTooLarge
-from workers.engine.live_metrics import add_under, live_state, loaded, register_process
+from workers.engine.live_metrics import add_model_label, live_state_metrics, model_metric, register_process_metrics
 from workers.models.facts import ModelFacts
 
 logger = logging.getLogger(__name__)
@@ -39,8 +39,8 @@ class ReplicaMetrics(Collector):
 
     def collect(self) -> Iterator[Metric]:
         families: dict[str, Metric] = {}
-        found = chain(self._engine.collect(), live_state(self._mirror), [loaded(self._facts)])
-        add_under(self._model, (each for each in found if each.name not in COUNTED_BY_INGRESSES), families)
+        found = chain(self._engine.collect(), live_state_metrics(self._mirror), [model_metric(self._facts)])
+        add_model_label(self._model, (each for each in found if each.name not in COUNTED_BY_INGRESSES), families)
         yield from families.values()
 
 
@@ -58,7 +58,7 @@ class MetricsServer:
         disable_created_metrics()  # type: ignore[no-untyped-call]
         registry = CollectorRegistry()
         registry.register(metrics)
-        register_process(registry)
+        register_process_metrics(registry)
         host = at.host or address
         ports = range(at.port, min(at.port + PORTS, 65536)) if at.port else range(1)
         for port in ports:

@@ -1,4 +1,4 @@
-"""What is told Prometheus of a model by whoever follows its live state: a server, or a replica of a fleet."""
+"""Metrics of a model's live state, for a server or a replica of a fleet."""
 
 from collections import Counter
 from collections.abc import Iterable, Iterator
@@ -11,27 +11,27 @@ from prometheus_client.metrics_core import Metric
 
 from range_store.domain.live import LiveErasure
 from range_store.storage.mirror import Mirror, ProblemKind
-from workers.engine.metrics import MOST_CONCEPTS, OTHER_CONCEPTS
+from workers.engine.metrics import MAX_CONCEPTS, OTHER_CONCEPTS
 from workers.models.facts import ModelFacts
 
 
-def add_under(model: str, found: Iterable[Metric], families: dict[str, Metric]) -> None:
-    """Add samples to the families by name, under a label `model`."""
+def add_model_label(model: str, found: Iterable[Metric], families: dict[str, Metric]) -> None:
+    """Add samples to the families of their names, with a label `model`."""
     for each in found:
         family = families.setdefault(each.name, Metric(each.name, each.documentation, each.type))
         family.samples += [sample._replace(labels={"model": model, **sample.labels}) for sample in each.samples]
 
 
-def register_process(registry: CollectorRegistry) -> None:
-    """Register what is told of the process itself."""
+def register_process_metrics(registry: CollectorRegistry) -> None:
+    """Register the metrics of the process itself."""
     ProcessCollector(registry=registry)
     PlatformCollector(registry=registry)
     build = Info("neuronlens_build", "Version of this software.", registry=registry)
     build.info({"version": version("neuronlens")})
 
 
-def loaded(model: ModelFacts) -> Metric:
-    """What is served."""
+def model_metric(model: ModelFacts) -> Metric:
+    """The model that is served."""
     identity = model.identity
     return InfoMetricFamily(
         "neuronlens_model",
@@ -46,9 +46,9 @@ def loaded(model: ModelFacts) -> Metric:
     )
 
 
-def live_state(mirror: Mirror) -> Iterator[Metric]:
-    """What a mirror knows, and what is erased now."""
-    snapshot, trouble = mirror.snapshot, mirror.problem_kind
+def live_state_metrics(mirror: Mirror) -> Iterator[Metric]:
+    """The state of a mirror, and the live erasures."""
+    snapshot = mirror.snapshot
     live = snapshot.live if snapshot else None
     erased = live.at(mirror.now()) if live else ()
     yield GaugeMetricFamily("neuronlens_store_up", "1 if the store answered last time.", float(mirror.store_up))
@@ -68,7 +68,7 @@ def live_state(mirror: Mirror) -> Iterator[Metric]:
         labels=["problem"],
     )
     for kind in get_args(ProblemKind):
-        problem.add_metric([kind], float(kind == trouble))
+        problem.add_metric([kind], float(kind == mirror.problem_kind))
     yield problem
     yield GaugeMetricFamily("neuronlens_live_erasures", "Concepts that are erased live.", float(len(erased)))
     yield _by_concept(erased)
@@ -88,15 +88,15 @@ def live_state(mirror: Mirror) -> Iterator[Metric]:
 
 
 def _by_concept(erased: tuple[LiveErasure, ...]) -> Metric:
-    """The first concepts by name have series of their own, all others are counted together."""
+    """The first concepts by name have a series each, all others share one."""
     family = GaugeMetricFamily(
         "neuronlens_live_erasure",
-        f"1 for each concept that is erased live; beyond {MOST_CONCEPTS} concepts, how many more.",
+        f"1 for each concept that is erased live; beyond {MAX_CONCEPTS} concepts, how many more.",
         labels=["concept", "method", "enforced"],
     )
     series = Counter[tuple[str, str, str]]()
     for n, each in enumerate(erased):
-        concept = each.concept if n < MOST_CONCEPTS else OTHER_CONCEPTS
+        concept = each.concept if n < MAX_CONCEPTS else OTHER_CONCEPTS
         series[concept, each.erasure.method, str(each.enforced).lower()] += 1
     for labels, number in series.items():
         family.add_metric(labels, float(number))

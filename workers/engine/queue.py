@@ -1,4 +1,4 @@
-"""What waits, and what runs next: batches by tokens, from a window sorted by length."""
+"""The queue of texts: batches by tokens, from a window sorted by length."""
 
 from collections import OrderedDict
 from collections.abc import Callable, Iterator
@@ -9,37 +9,33 @@ from workers.engine.settings import EngineSettings
 
 
 class Queued(Protocol):
-    """One text that waits."""
+    """One text that waits.
+
+    Attributes:
+        tokens: its length. variants: how often it runs through the blocks above the split.
+        packed: it needs no padding outside attention.
+        split: the block at which its batch is split. A batch has one split, so a low one slows nobody else.
+        plan_key: of its plan; empty if nothing is erased.
+        abandoned: nobody waits for the answer any more.
+    """
 
     @property
-    def tokens(self) -> int:
-        """Its length in tokens."""
-        ...
+    def tokens(self) -> int: ...
 
     @property
-    def variants(self) -> int:
-        """How often it passes the blocks above the split: twice where its bare answer is wanted beside another."""
-        ...
+    def variants(self) -> int: ...
 
     @property
-    def packed(self) -> bool:
-        """It meets no padding but in attention."""
-        ...
+    def packed(self) -> bool: ...
 
     @property
-    def split(self) -> int | None:
-        """The block at which its batch is split: a batch holds one split only, so a deep one slows nobody else."""
-        ...
+    def split(self) -> int | None: ...
 
     @property
-    def plan_key(self) -> str:
-        """What masks it; the empty string if nothing does."""
-        ...
+    def plan_key(self) -> str: ...
 
     @property
-    def abandoned(self) -> bool:
-        """Nobody waits for the answer any more."""
-        ...
+    def abandoned(self) -> bool: ...
 
 
 Item = TypeVar("Item", bound=Queued)
@@ -47,9 +43,10 @@ Item = TypeVar("Item", bound=Queued)
 
 @dataclass
 class BatchQueue(Generic[Item]):
-    """Texts in order of arrival. Not thread-safe: the engine holds its lock around every call.
+    """Texts in order of arrival. Not thread-safe: the scheduler holds its lock around every call.
 
-    `tokens` is what waits: tokens × variants of every text.
+    Attributes:
+        tokens: the sum of tokens × variants of every text.
     """
 
     settings: EngineSettings
@@ -64,20 +61,20 @@ class BatchQueue(Generic[Item]):
         return iter(self._items.values())
 
     def add(self, item: Item) -> None:
-        """Put a text at the end."""
+        """Add a text at the end."""
         self._items[self._next] = item
         self._next += 1
         self.tokens += item.tokens * item.variants
 
     def discard(self, unwanted: Callable[[Item], bool]) -> list[Item]:
-        """Take out, and return, every text that is `unwanted`."""
+        """Remove and return every text that is `unwanted`."""
         keys = [key for key, item in self._items.items() if unwanted(item)]
         return [self._pop(key) for key in keys]
 
     def take(self) -> list[Item]:
-        """The next batch: the oldest text and those of its split that are nearest to it in length; [] if none waits.
+        """Remove the next batch: the oldest text and those of its split that are nearest to it in length.
 
-        The oldest text is always in it, so none starves. Abandoned texts are dropped on the way.
+        The oldest text is always in it, so none starves. Abandoned texts are dropped. Empty if no text waits.
         """
         self.discard(lambda item: item.abandoned)
         if not self._items:
@@ -88,9 +85,9 @@ class BatchQueue(Generic[Item]):
         return [self._pop(key) for key, _ in self._grow(window, at)]
 
     def _window(self, split: int | None) -> Iterator[tuple[int, Item]]:
-        """The oldest texts of a split, a few batches full: so many that their lengths can be chosen among.
+        """The oldest texts of a split, enough for a few batches, to choose similar lengths from.
 
-        More would let late texts overtake early ones again and again.
+        With more, late texts would overtake early ones again and again.
         """
         room = self.settings.window * self.settings.max_batch_tokens
         for key, item in self._items.items():

@@ -1,4 +1,4 @@
-"""What can go wrong between a checkpoint and an answer.
+"""Errors between a checkpoint and an answer.
 
 ModelError
 ├── CheckpointError      no such checkpoint, pickled weights, missing head, unreadable files
@@ -13,7 +13,7 @@ ModelError
 
 
 class ModelError(Exception):
-    """Base of the errors of this package; each says in one line what to do."""
+    """Base of the errors of this package."""
 
 
 class CheckpointError(ModelError):
@@ -25,7 +25,7 @@ class UnsupportedModel(ModelError):
 
 
 class PredictsNoLabels(ModelError):
-    """A regression model gives values, and no label to compare with a text's own."""
+    """A regression model predicts values, and no label to compare with a text's own."""
 
     def __init__(self, model: str, what: str) -> None:
         super().__init__(f"{model} is a regression model, which predicts no labels: {what} needs a classifier")
@@ -40,7 +40,7 @@ class TextError(ModelError):
 
 
 class TextTooLong(TextError):
-    """More tokens than the model has positions for, and truncation was not wanted."""
+    """More tokens than the model has positions for, without truncation."""
 
     def __init__(self, index: int, tokens: int, limit: int) -> None:
         self.tokens, self.limit = tokens, limit
@@ -51,20 +51,20 @@ class EmptyText(TextError):
     """The text gives no token, and this model adds none of its own."""
 
     def __init__(self, index: int) -> None:
-        super().__init__(index, f"input {index} holds no token that the model can read")
+        super().__init__(index, f"input {index} has no token that the model can read")
 
 
 class UnknownToken(TextError):
     """A token of the tokenizer that the model has no embedding for."""
 
     def __init__(self, index: int, token: str, token_id: int, rows: int) -> None:
-        said = f"holds the token {token!r} ({token_id}), and the model knows tokens 0 to {rows - 1} only: leave it out"
-        super().__init__(index, f"input {index} {said}")
+        problem = f"holds the token {token!r} ({token_id}), and the model has embeddings for 0 to {rows - 1} only"
+        super().__init__(index, f"input {index} {problem}: leave it out")
 
 
 class PairUnsupported(TextError):
     """A pair of texts, for a classifier whose prompt, or whose `<sep>`, closes one text."""
 
     def __init__(self, index: int) -> None:
-        said = "a label-token or few-shot classifier has a place for one text: join them"
-        super().__init__(index, f"input {index} is a pair of texts, and {said}")
+        reason = "a label-token or few-shot classifier takes single texts: join the two"
+        super().__init__(index, f"input {index} is a pair of texts, and {reason}")

@@ -1,4 +1,4 @@
-"""What is known of a loaded model without having it. Without torch: an HTTP process before a fleet holds only this."""
+"""The description of a loaded model. Without torch: an HTTP process before a fleet has nothing else."""
 
 from dataclasses import dataclass
 from typing import Literal
@@ -12,15 +12,15 @@ class ModelFacts:
     """A classifier as others see it.
 
     Attributes:
-        dtype: name of its parameters' type, e.g. "float32". device: where they lie, e.g. "cuda:0".
-        source: the checkpoint: a directory, or a name on the hub.
-        max_tokens: most tokens that it takes, special tokens included.
-        splits: whether it runs as trunk and tail; else a hook masks over a full pass.
+        dtype: name of its parameters' type, e.g. "float32". device: where they are, e.g. "cuda:0".
+        source: directory of the checkpoint, or its name on the hub.
+        max_tokens: most tokens of a text, special tokens included.
+        splits: whether it runs as trunk and tail; else erasures need full passes with hooks.
         template: prompt template of a few-shot classifier, with its version.
         prefix_tokens: tokens before every text: instruction and exemplars of a few-shot classifier.
         truncation_side: where a text that is too long is cut.
-        earlier_fingerprint: what earlier versions had for the fingerprint of `identity`.
-        empty_logits: of a text whose states are all zero after a block, by block; none for few-shot classifiers.
+        earlier_fingerprint: the fingerprint that earlier versions computed for the model.
+        empty_logits: logits of a text whose states are all zero after a block, by block; none for few-shot classifiers.
     """
 
     identity: ModelIdentity
@@ -38,7 +38,7 @@ class ModelFacts:
 
     @property
     def activation(self) -> Activation:
-        """What makes scores of the logits where a request does not say."""
+        """How scores follow from logits where a request does not say."""
         if self.identity.kind != "sequence-classification":
             return "softmax"
         return activation_of(self.problem_type, len(self.identity.labels))

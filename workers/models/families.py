@@ -1,7 +1,7 @@
-"""How model families differ: the one place. To support another, add a row and see `docs/models.md`.
+"""How model families differ. To support another, add a row and see `docs/models.md`.
 
-Whatever a row claims is checked at load against hooked full passes (`SteeredModel.check`), so a wrong row
-ends in an error or in the whole-pass hook, never in a wrong answer.
+Every row is checked at load against hooked full passes (`SteeredModel.check`), so a wrong row ends in an error or in
+slower full passes, never in a wrong answer.
 """
 
 from collections.abc import Mapping
@@ -21,8 +21,8 @@ class Family:
         reads: which token's state the head reads: "first", or "last" real one.
         call: keyword arguments for every forward call.
         positions_after_pad: the first position embedding in use is the one after the pad id (RoBERTa).
-        mlp: dotted path, inside a block, of what gives the `mlp_output` of that block, [B, T, D].
-        causal: there is a language model of this family too, for the kinds `label-token` and `few-shot`.
+        mlp: dotted path, inside a block, of the module whose output is `mlp_output`, [B, T, D].
+        causal: the family has language models too, for the kinds `label-token` and `few-shot`.
     """
 
     blocks: str
@@ -52,7 +52,7 @@ def family_of(model_type: str) -> Family:
     """The row for a config's `model_type`.
 
     Raises:
-        UnsupportedModel: there is none; the error lists those there are.
+        UnsupportedModel: there is none; the error lists the supported families.
     """
     try:
         return FAMILIES[model_type]

@@ -1,6 +1,6 @@
 """Label-token classifiers (paper Appendix B): a causal LM reads `text <sep>` and predicts one added label token.
 
-What makes a checkpoint one stands in its `config.json` under `neuronlens`, so that it travels with the weights.
+A checkpoint of this kind has an entry `neuronlens` in its `config.json`, so that it travels with the weights.
 """
 
 from dataclasses import asdict, dataclass
@@ -31,7 +31,7 @@ class LabelTokens:
     sep: int
 
     def to_config(self) -> dict[str, Any]:
-        """What to put into the config, under `neuronlens`."""
+        """The config's entry `neuronlens`."""
         return {
             "kind": KIND,
             "format": 1,
@@ -40,10 +40,10 @@ class LabelTokens:
 
     @classmethod
     def of(cls, config: Any, source: str) -> "LabelTokens | None":
-        """Those of a loaded config; None for a checkpoint of another kind.
+        """The label tokens of a loaded config; None for a checkpoint of another kind.
 
         Raises:
-            CheckpointError: the entry is there and makes no sense.
+            CheckpointError: the config's entry is invalid.
         """
         entry = getattr(config, "neuronlens", None)
         if not isinstance(entry, dict) or entry.get("kind") != KIND:

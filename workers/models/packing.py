@@ -14,7 +14,7 @@ B: texts, T: tokens of the longest, N: tokens of all, the filling included, H: h
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
-from dataclasses import dataclass
+from dataclasses import dataclass, fields, replace
 from typing import Any, cast
 
 import torch
@@ -30,12 +30,12 @@ from workers.models.prepack import rounded
 ATTENTION = "neuronlens"
 """Name of the attention that understands packed texts."""
 
-ALIKE, ALIKE_TOKENS = 1.25, 4
-"""Texts are of like length where the longest has no more tokens than 1.25 times those of the shortest, and 4."""
+LENGTH_RATIO, LENGTH_MARGIN = 1.25, 4
+"""Texts are of like length if the longest has at most 1.25 times the tokens of the shortest, plus 4."""
 
 Attention = Callable[..., tuple[Tensor, None]]
 
-_now: ContextVar[Attention | None] = ContextVar("packed attention", default=None)
+_current: ContextVar[Attention | None] = ContextVar("packed attention", default=None)
 
 
 @dataclass(frozen=True, eq=False)
@@ -61,17 +61,15 @@ class Group:
 
     def to(self, device: torch.device | str) -> "Group":
         """The same on another device."""
-        grid, places = self.grid.to(device), self.places.to(device)
-        real, before_read = self.real.to(device), self.before_read.to(device)
-        return Group(self.rows, self.tokens, grid, places, real, before_read, self.padded)
+        return replace(self, **_moved(self, device))
 
-    def apart(self, states: Tensor) -> Tensor:
+    def unpack(self, states: Tensor) -> Tensor:
         """[1, H, N, d] as [b, H, t, d]."""
         own = states[0].transpose(0, 1)
         own = own.index_select(0, self.grid.flatten()) if self.padded else own[self.tokens]
         return own.view(*self.grid.shape, *own.shape[1:]).transpose(1, 2)
 
-    def together(self, states: Tensor) -> Tensor:
+    def pack(self, states: Tensor) -> Tensor:
         """[b, t, H, d] as [n, H, d]."""
         flat = states.flatten(0, 1)
         return flat.index_select(0, self.places) if self.padded else flat
@@ -103,14 +101,14 @@ class Packing:
 
     @classmethod
     def of(cls, ids: Tensor, mask: Tensor, read: Tensor, type_ids: Tensor | None = None) -> "Packing":
-        """That of a right-padded batch: ids, mask, type_ids [B, T]; read [B]."""
+        """The packing of a right-padded batch: ids, mask, type_ids [B, T]; read [B]."""
         lengths = mask.sum(dim=1)
         edges = F.pad(lengths.cumsum(dim=0), (1, 0))
         starts = edges[:-1]
         column = torch.arange(ids.shape[1], device=ids.device).expand_as(ids)
         grid = starts.unsqueeze(1) + column * mask
         groups = []
-        for rows in _alike(lengths.tolist()):
+        for rows in _like_lengths(lengths.tolist()):
             width = int(lengths[rows].max())
             real = mask[rows, :width]
             first = int(starts[rows.start])
@@ -134,11 +132,7 @@ class Packing:
 
     def to(self, device: torch.device | str) -> "Packing":
         """The same on another device."""
-        ids, positions, reads = self.ids.to(device), self.positions.to(device), self.reads.to(device)
-        groups = tuple(group.to(device) for group in self.groups)
-        starts, longest = self.starts.to(device), self.longest
-        types = None if self.type_ids is None else self.type_ids.to(device)
-        return Packing(ids, positions, reads, self.grid.to(device), groups, starts, longest, self.filling, types)
+        return replace(self, groups=tuple(group.to(device) for group in self.groups), **_moved(self, device))
 
     def padded(self, hidden: Tensor) -> Tensor:
         """Packed states [1, N, …] as [B, T, …]; padding holds states of the text's first token."""
@@ -146,7 +140,7 @@ class Packing:
 
     @contextmanager
     def packed_attention(self) -> Iterator[None]:
-        """Inside, blocks take and give packed states of every token."""
+        """Inside, attention runs on packed states of every token."""
 
         def attend(module: nn.Module, query: Tensor, key: Tensor, value: Tensor, **options: Any) -> tuple[Tensor, None]:
             causal = _is_causal(module, options)
@@ -156,8 +150,8 @@ class Packing:
             for group in self.groups:
                 # causal attention never sees right padding, and needs no mask
                 mask = group.real if group.padded and not causal else None
-                own = (group.apart(query), group.apart(key), group.apart(value))
-                parts.append(group.together(sdpa_attention_forward(module, *own, mask, **options)[0]))
+                own = (group.unpack(query), group.unpack(key), group.unpack(value))
+                parts.append(group.pack(sdpa_attention_forward(module, *own, mask, **options)[0]))
             if self.filling:
                 parts.append(parts[0].new_zeros((self.filling, *parts[0].shape[1:])))
             return torch.cat(parts).unsqueeze(0), None
@@ -171,7 +165,7 @@ class Packing:
         if self.filling:
             starts, longest = F.pad(starts, (0, 1), value=query.shape[2]), max(longest, self.filling)
         queries, keys, values = (states[0].transpose(0, 1).contiguous() for states in (query, key, value))
-        given = varlen_attn(
+        output = varlen_attn(
             queries,
             keys,
             values,
@@ -183,19 +177,19 @@ class Packing:
             window_size=(-1, 0) if causal else (-1, -1),
             enable_gqa=query.shape[1] != key.shape[1],
         )
-        return cast(Tensor, given).unsqueeze(0)
+        return cast(Tensor, output).unsqueeze(0)
 
     def run_at_reads(self, block: nn.Module, hidden: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        """What `block` gives at the read positions, [1, B, D], out of the packed states [1, N, D].
+        """The output of `block` at the read positions, [1, B, D], for the packed states [1, N, D].
 
-        Keys and values are needed of all tokens; all else, the larger part of a block, of those that are read. The
-        block starts on all tokens, is left as soon as its keys and values are known, and runs again on the states
-        that are read, with those keys and values in place of its own.
+        Keys and values are needed for all tokens; everything else, the larger part of a block, only for those that are
+        read. The block starts on all tokens and is stopped as soon as its keys and values are known; then it runs again
+        on the states that are read, with those keys and values in place of its own.
         """
         kept: list[tuple[Tensor, Tensor]] = []
 
         def keep(module: nn.Module, query: Tensor, key: Tensor, value: Tensor, **options: Any) -> tuple[Tensor, None]:
-            kept.extend((group.apart(key), group.apart(value)) for group in self.groups)
+            kept.extend((group.unpack(key), group.unpack(value)) for group in self.groups)
             raise _KeysAndValues
 
         def attend(module: nn.Module, query: Tensor, key: Tensor, value: Tensor, **options: Any) -> tuple[Tensor, None]:
@@ -208,7 +202,7 @@ class Packing:
             return torch.cat(parts).transpose(0, 1), None
 
         def read(part: Any) -> Any:
-            """Tensors [1, N, …], which speak of each token, cut down to [1, B, …]; all else as it is."""
+            """Tensors [1, N, …] with one entry per token, cut down to [1, B, …]; everything else as it is."""
             if isinstance(part, tuple):
                 return tuple(map(read, part))
             if isinstance(part, Tensor) and part.ndim > 1 and part.shape[:2] == self.ids.shape:
@@ -226,53 +220,59 @@ class Packing:
         return output
 
 
+def _moved(holder: Group | Packing, device: torch.device | str) -> dict[str, Any]:
+    """The tensors of a dataclass, on another device."""
+    parts = {each.name: getattr(holder, each.name) for each in fields(holder)}
+    return {name: part.to(device) for name, part in parts.items() if isinstance(part, Tensor)}
+
+
 def takes_varying_lengths(states: Tensor) -> bool:
-    """Whether a kernel for texts of varying length takes such states: on CUDA, in half precision."""
+    """Whether the kernel for texts of varying length supports such states: on CUDA, in half precision."""
     return states.is_cuda and states.dtype in (torch.float16, torch.bfloat16)
 
 
-def _alike(lengths: list[int]) -> Iterator[slice]:
-    """Runs of neighbours of which the longest is not much longer than the shortest."""
+def _like_lengths(lengths: list[int]) -> Iterator[slice]:
+    """Runs of neighbouring texts of like length."""
     start = 0
     shortest = longest = lengths[0]
     for row, length in enumerate(lengths):
         shortest, longest = min(shortest, length), max(longest, length)
-        if longest > ALIKE * shortest + ALIKE_TOKENS:
+        if longest > LENGTH_RATIO * shortest + LENGTH_MARGIN:
             yield slice(start, row)
             start, shortest, longest = row, length, length
     yield slice(start, len(lengths))
 
 
 class _KeysAndValues(BaseException):
-    """No error: a block has computed its keys and values, and is left."""
+    """A block has computed its keys and values. Not an error."""
 
 
 def _attention(
     module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, **options: Any
 ) -> tuple[Tensor, None]:
-    packed = _now.get()
+    packed = _current.get()
     if packed is not None:
         return packed(module, query, key, value, **options)
-    given: tuple[Tensor, None] = sdpa_attention_forward(module, query, key, value, attention_mask, **options)
-    return given
+    output: tuple[Tensor, None] = sdpa_attention_forward(module, query, key, value, attention_mask, **options)
+    return output
 
 
 @contextmanager
 def _attending(attend: Attention) -> Iterator[None]:
-    before = _now.set(attend)
+    before = _current.set(attend)
     try:
         yield
     finally:
-        _now.reset(before)
+        _current.reset(before)
 
 
 def _is_causal(module: nn.Module, options: dict[str, Any]) -> bool:
     if options.get("sliding_window") is not None:
         raise TypeError("attention over a window cannot be packed")
-    said = options.get("is_causal")
-    return bool(getattr(module, "is_causal", True) if said is None else said)
+    causal = options.get("is_causal")
+    return bool(getattr(module, "is_causal", True) if causal is None else causal)
 
 
-# a compiled block leaves its graph for attention: what texts it lays out differs from batch to batch
+# a compiled block leaves its graph for attention, which depends on the texts of each batch
 AttentionInterface.register(ATTENTION, torch.compiler.disable(_attention))  # type: ignore[no-untyped-call]
 AttentionMaskInterface.register(ATTENTION, sdpa_mask)

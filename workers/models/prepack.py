@@ -12,15 +12,14 @@ from transformers.pytorch_utils import Conv1D
 TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 2e-2}
 """Per type: largest difference from torch's own product on unit input, relative to the largest result."""
 
-
 STEP = 8
 """Fewest rows between two sizes of `rounded`."""
 
 
 def rounded(rows: int) -> int:
-    """The next of a few sizes: `rows` and at most a thirty-second more, or fewer than 8 more.
+    """`rows` rounded up to one of a few sizes: by at most a thirty-second, or by fewer than 8.
 
-    oneDNN keeps code for every size that it meets, 0.7 MB each: with batches of any size, a server grew by a gigabyte.
+    oneDNN keeps code for every size it has seen, 0.7 MB each: with batches of any size, a server grew by a gigabyte.
     """
     step = max(STEP, 1 << max(0, rows.bit_length() - 6))
     return -(-rows // step) * step
@@ -53,10 +52,10 @@ class PrepackedLinear(nn.Module):
 def prepack(blocks: nn.Module, dtype: torch.dtype) -> int:
     """Replace the linear layers inside `blocks`, in place, and free their own weights.
 
-    Each is compared with the layer that it replaces; where oneDNN is missing, or differs, the layer stays.
+    Each is compared with the layer that it replaces; where oneDNN is missing or the results differ, the layer stays.
 
     Returns:
-        How many were replaced.
+        The number of layers replaced.
     """
     if dtype not in TOLERANCE or not torch.backends.mkldnn.is_available():  # type: ignore[no-untyped-call]
         return 0

@@ -6,7 +6,7 @@ import pytest
 
 from range_store.domain.erasure import Erasure
 from tests.workers.engine.running import TEXTS, Running
-from workers.engine.metrics import MOST_CONCEPTS, OTHER_CONCEPTS
+from workers.engine.metrics import MAX_CONCEPTS, OTHER_CONCEPTS
 from workers.models.prepack import STEP
 
 SPORTS, WORLD = Erasure(concept="Sports", top_fraction=1.0), Erasure(concept="World", top_fraction=0.5)
@@ -70,8 +70,8 @@ def test_tokens_queue_waits_and_stages_are_counted(start: Callable[..., Running]
 
 def test_number_of_concept_series_is_bounded(start: Callable[..., Running]) -> None:
     metrics = start().engine.metrics
-    for n in range(3 * MOST_CONCEPTS):
+    for n in range(3 * MAX_CONCEPTS):
         metrics.count(metrics.masked, {f"concept {n}": 1})
     samples = [s for s in metrics.masked.collect()[0].samples if s.name.endswith("_total")]
-    assert len(samples) == MOST_CONCEPTS + 1
-    assert {s.labels["concept"]: s.value for s in samples}[OTHER_CONCEPTS] == 2 * MOST_CONCEPTS
+    assert len(samples) == MAX_CONCEPTS + 1
+    assert {s.labels["concept"]: s.value for s in samples}[OTHER_CONCEPTS] == 2 * MAX_CONCEPTS
