@@ -17,6 +17,10 @@ Every error carries one sentence that says what to do. `app.http.problems` maps 
     ├── InvalidRangeSet         corrupt, truncated or foreign bytes                              500 / exit 1
     ├── GenerationNotReached    a generation that this process does not hold, nor can get in time    503
     ├── NoRangeSet              nothing is active yet                                            503
+    ├── UnknownJob              no fit of that id                                                404
+    ├── JobOver                 a fit to cancel that has ended                                   409
+    ├── IdempotencyKeyReused    an idempotency key of another request                            409
+    ├── JobQueueFull            as many fits wait as are allowed                                 429
     ├── InvalidKey              an API key that cannot be made, or an unreadable list of them    exit 2
     ├── UnknownKey              no such API key                                                  exit 4
     └── StoreUnavailable        Redis cannot be reached, or refuses to write                     503
@@ -112,6 +116,38 @@ class InvalidRangeSet(RangeStoreError):
 
 class NoRangeSet(RangeStoreError):
     """No range set is active: fit one with `neuronlens fit … --activate`."""
+
+
+class UnknownJob(RangeStoreError):
+    """No fit has that id."""
+
+    def __init__(self, job: str) -> None:
+        self.job = job
+        super().__init__("no such job of this model; GET /v1/jobs lists them")
+
+
+class JobOver(RangeStoreError):
+    """A fit cannot be cancelled, since it has ended."""
+
+    def __init__(self, state: str) -> None:
+        super().__init__(f"the job has ended already: it is {state}")
+
+
+class IdempotencyKeyReused(RangeStoreError):
+    """An idempotency key was used before, for another request."""
+
+    def __init__(self) -> None:
+        super().__init__("this Idempotency-Key was sent with another request: use a new one")
+
+
+class JobQueueFull(RangeStoreError):
+    """As many fits wait as are allowed."""
+
+    retry_after = 10.0
+    """Seconds."""
+
+    def __init__(self) -> None:
+        super().__init__("the fit queue is full: try again when a fit has ended, or cancel one")
 
 
 class InvalidKey(RangeStoreError):

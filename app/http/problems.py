@@ -20,7 +20,14 @@ from starlette.routing import Match
 
 from app.errors import ERRORS, KINDS, kind_of
 from app.schemas.unions import without_tags
-from range_store.errors import GenerationNotReached, NotFitted, RangeStoreError, StaleGeneration, UnknownConcept
+from range_store.errors import (
+    GenerationNotReached,
+    JobQueueFull,
+    NotFitted,
+    RangeStoreError,
+    StaleGeneration,
+    UnknownConcept,
+)
 from workers.engine.errors import Draining, EngineError, QueueFull
 from workers.models.errors import TextError
 
@@ -207,7 +214,7 @@ def domain_problem(error: Exception, request_id: str | None) -> JSONResponse:
             members["generation"] = error.held
         case Draining():
             headers["Connection"] = "close"  # a new connection may lead to another replica
-        case QueueFull():
+        case QueueFull() | JobQueueFull():
             headers["Retry-After"] = str(max(1, round(error.retry_after)))
     if kind.status == 500:
         logger.error("request %s failed: %s: %s", request_id, type(error).__name__, error)

@@ -5,6 +5,7 @@ import os
 import subprocess
 import sys
 import threading
+import time
 from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
@@ -13,9 +14,14 @@ from urllib.parse import urlsplit, urlunsplit
 
 from app.jobs.schemas import FitIn, source_of
 from app.settings import DType, ModelSettings, Settings
+from range_store.atomic_files import make_private_directory
+from range_store.storage.jobs import Job
+from workers.models.facts import ModelFacts
 
 LOG, LABEL_MAP = "log", "label_map.json"
 MAX_ERROR_LENGTH = 500
+PATIENCE = 15.0
+"""Seconds that a process has to end in order before it is killed."""
 _SHARED_SETTINGS = (
     "fit_niceness",
     "data_dir",
@@ -23,12 +29,6 @@ _SHARED_SETTINGS = (
     *(set(ModelSettings.model_fields) - {"model", "compile"}),
 )
 """Settings that a fit takes over from its server."""
-
-
-def threads_of(settings: Settings) -> int:
-    """Return the CPU threads of a fit: half of the cores that this process may use, unless set."""
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    return settings.fit_threads or max(1, cores // 2)
 
 
 def environment(settings: Settings, dtype: str, name: str) -> dict[str, str]:
@@ -39,7 +39,8 @@ def environment(settings: Settings, dtype: str, name: str) -> dict[str, str]:
     """
     values = {each: getattr(settings, each) for each in _SHARED_SETTINGS}
     values |= {"name": name, "dtype": dtype if dtype in get_args(DType) else settings.dtype}
-    values |= {"device": settings.fit_device or settings.device, "threads": threads_of(settings)}
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    values |= {"device": settings.fit_device or settings.device, "threads": settings.fit_threads or max(1, cores // 2)}
     url, username, password = settings.redis_url, settings.redis_username, settings.redis_password
     if settings.fit_redis_username is not None or settings.fit_redis_password is not None:
         if url is not None:  # a user in the URL would take precedence
@@ -54,11 +55,11 @@ def environment(settings: Settings, dtype: str, name: str) -> dict[str, str]:
 
 
 class FitProcess:
-    """A running fit.
+    """The process of a fit.
 
     Args:
         directory: of the job; holds its checkpoints and its log.
-        model: the checkpoint. dtype: the dtype that it is served in. name: the name that it is served under.
+        name: the name that the model is served under.
         on_end: called on another thread when the process has ended.
 
     Attributes:
@@ -68,43 +69,39 @@ class FitProcess:
 
     Raises:
         DataRefused, DataUnusable: the data are not there any more; see `source_of`.
+        ValidationError: `job.request` is not one that this version knows.
         OSError: it cannot be started.
     """
 
     def __init__(
-        self,
-        directory: Path,
-        request: FitIn,
-        settings: Settings,
-        model: str,
-        dtype: str,
-        name: str,
-        on_end: Callable[[], None],
+        self, job: Job, directory: Path, settings: Settings, model: ModelFacts, name: str, on_end: Callable[[], None]
     ) -> None:
+        request = FitIn.model_validate(job.request)
         source = source_of(request, settings)
-        label_map: Path | None = None
-        if request.label_map is not None:
-            label_map = directory / LABEL_MAP
+        make_private_directory(directory)
+        label_map = directory / LABEL_MAP if request.label_map is not None else None
+        if label_map is not None:
             label_map.write_text(json.dumps(request.label_map), "utf-8")
+        self.job, self.progress = job, dict[str, Any]()
+        self.range_set: str | None = None
+        self.store_error: str | None = None
         self._log, self._on_end = directory / LOG, on_end
+        self._terminated_at: float | None = None
         self._replacements = {str(directory): "its directory"}
         if source is not None and request.data is not None:
             self._replacements[source] = request.data
-        if os.path.isabs(model):  # only admins may see where it is
-            self._replacements[model] = name
-        self.progress: dict[str, Any] = {}
-        self.range_set: str | None = None
-        self.store_error: str | None = None
+        if os.path.isabs(model.source):  # only admins may see where it is
+            self._replacements[model.source] = name
         with self._log.open("wb") as log:
             self._process = subprocess.Popen(
                 [
-                    *(sys.executable, "-P", "-m", "app.cli", "fit", f"--model={model}", f"--job={directory}"),
+                    *(sys.executable, "-P", "-m", "app.cli", "fit", f"--model={model.source}", f"--job={directory}"),
                     *request.arguments(source, label_map),
                 ],
                 stdin=subprocess.PIPE,  # closed when the server ends, which ends the fit
                 stdout=subprocess.PIPE,
                 stderr=log,
-                env=environment(settings, dtype, name),
+                env=environment(settings, model.dtype, name),
                 # Ctrl-C is for the server, which then ends the fit. Not a session of its own: where Linux shares cores
                 # between sessions, niceness counts only within one
                 process_group=0,
@@ -133,18 +130,20 @@ class FitProcess:
             self._reader.join(1.0)  # the last messages
         return code
 
-    def terminate(self) -> None:
-        """Request its end: it keeps its last checkpoint."""
-        self._process.terminate()
+    def end(self) -> None:
+        """Request its end, for which it keeps its last checkpoint; kill it if a call comes `PATIENCE` seconds later."""
+        if self._terminated_at is None:
+            self._terminated_at = time.monotonic()
+            self._process.terminate()
+        elif time.monotonic() - self._terminated_at > PATIENCE:
+            self._process.kill()
 
-    def kill(self) -> None:
-        self._process.kill()
-
-    def wait(self, seconds: float) -> bool:
-        """Wait for its end; returns whether it ended in time."""
-        with suppress(subprocess.TimeoutExpired):
-            self._process.wait(seconds)
-        return self.exit_code is not None
+    def wait_for_end(self) -> None:
+        """End it, and wait until it has ended."""
+        while self.exit_code is None:
+            self.end()
+            with suppress(subprocess.TimeoutExpired):
+                self._process.wait(0.5)
 
     def close(self) -> None:
         """Release its stdin, once it has ended."""

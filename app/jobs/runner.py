@@ -4,11 +4,11 @@ Every server that takes fits has a runner. The one that holds the lease in Redis
 jobs; when it ends or dies, another one takes over. A fit ends with its server, and resumes from its checkpoint where
 the next server has the same data directory.
 
-RQ does not replace this module. A job of RQ names the function that the worker imports and calls, so whoever can write
-to Redis could run code, with the JSON serializer too. RQ counts a fit that ends with its server as failed, and finds
-the job of a worker that died only after minutes. One runner for each model, the bounded queue, idempotency keys, and
-error texts without users' data would remain to be written; and the server's Redis user would need some twenty more
-commands, on keys that no prefix sets apart.
+RQ does not replace this module, with its JSON serializer either. A job of RQ names the function that the worker imports
+and calls, so whoever can write to Redis could run code. A fit that ends with its worker counts as failed, and is found
+only minutes later. RQ keeps tracebacks, which may quote texts. One runner for each model, the bounded queue and
+idempotency keys would remain to be written, and the server's Redis user would need some twenty more commands, on keys
+outside `neuronlens:`.
 """
 
 import json
@@ -36,6 +36,7 @@ from range_store.storage.jobs import OVER, Job, Jobs, JobStore
 from range_store.storage.mirror import Mirror
 from range_store.storage.replicas import new_replica_name
 from range_store.storage.store import RangeStore
+from workers.models.facts import ModelFacts
 
 logger = logging.getLogger(__name__)
 
@@ -43,8 +44,6 @@ MAX_ATTEMPTS = 3
 """Processes of one job, where they are killed, or the store or the server goes away while they run."""
 TICK = 1.0
 """Seconds between two looks at the jobs; changes wake the runner at once. The lease must outlast several."""
-PATIENCE = 15.0
-"""Seconds that a process has to end in order before it is killed."""
 PAUSE = 5.0
 """Seconds before the second attempt; twice that before the third."""
 KEPT_SECONDS = 86_400.0
@@ -57,35 +56,29 @@ class FitRunner:
     """A thread that starts, watches and ends fits.
 
     Args:
-        model: the checkpoint. dtype: the dtype that it is served in, and so fitted in. fingerprint: of the model.
-        on_change: called with each job that changed, and its progress; on any thread, so it must be quick.
+        on_change: called with each job that changed; on any thread, so it must be quick.
     """
 
     def __init__(
         self,
         jobs: JobStore,
         settings: Settings,
-        model: str,
-        dtype: str,
-        fingerprint: str,
+        model: ModelFacts,
         store: RangeStore,
         mirror: Mirror,
-        on_change: Callable[[Job, dict[str, Any] | None], None],
+        on_change: Callable[[Job, Jobs], None],
     ) -> None:
         self._store, self._jobs, self._mirror, self._settings = store, jobs, mirror, settings
-        self._model, self._dtype, self._fingerprint = model, dtype, fingerprint
-        self._on_change = on_change
+        self._model, self._on_change = model, on_change
         self._name = new_replica_name()
         self._directories = (settings.data_dir / "jobs").absolute() / sha256(jobs.model.encode()).hexdigest()[:16]
         self._wake, self._stopping = threading.Event(), threading.Event()
         self._thread = threading.Thread(target=self._run, name="fits")
         self._refreshing = threading.Lock()
-        self._job: Job | None = None
         self._process: FitProcess | None = None
-        self._terminated_at: float | None = None
         self._not_before: dict[str, float] = {}
         self._cleaned_up_for: tuple[Job, ...] | None = None
-        self.known = Jobs()
+        self.known = Jobs(jobs.model)
         """The jobs as last read."""
         self.holds_lease = False
         """Whether this server runs the jobs."""
@@ -106,11 +99,11 @@ class FitRunner:
             before, now = self.known, self._jobs.read()
             self.known = now
             for job in reversed(now.jobs):
-                old, progress = before.find(job.id), now.progress_of(job)
-                if job != old:
+                changed = job != before.find(job.id)
+                if changed:
                     self._wake.set()
-                if job != old or progress != before.progress_of(job):
-                    self._on_change(job, progress)
+                if changed or now.progress_of(job) != before.progress_of(job):
+                    self._on_change(job, now)
             return now
 
     def _run(self) -> None:
@@ -127,50 +120,37 @@ class FitRunner:
                 self._wake.wait(TICK)
                 self._wake.clear()
         finally:
-            try:
+            with suppress(StoreUnavailable):
                 self._put_aside()
-            finally:
-                self._abandon()
                 if self.holds_lease:
-                    with suppress(StoreUnavailable):
-                        self._jobs.release_lease(self._name)
-                self.holds_lease = False
+                    self._jobs.release_lease(self._name)
+            self.holds_lease = False
 
     def _step(self) -> None:
         """Do what is due."""
-        running = self._job.id if self._job else None
-        progress = self._process.progress if self._process else {}
-        held, self.holds_lease = self.holds_lease, self._jobs.hold_lease(self._name, running, progress)
+        process = self._process
+        held = self.holds_lease
+        running, progress = (process.job.id, process.progress) if process else (None, {})
+        self.holds_lease = self._jobs.hold_lease(self._name, running, progress)
         if not self.holds_lease:
-            self._abandon()
+            if process is not None:  # its job is another runner's now
+                self._drop(process)
             return
         if not held:
             make_private_directory(self._directories)
             self._import_files()
         jobs = self.refresh()
-        if self._job is None or self._process is None:
+        if process is None:
             if self._cleaned_up_for != jobs.jobs:
                 self._clean_up(jobs)
                 self._cleaned_up_for = jobs.jobs
             self._start_next(jobs)
             return
-        job = jobs.find(self._job.id)
-        if job is None:  # Redis was emptied
-            job = self._job
-            self._jobs.restore(job)
-        code = self._process.exit_code
-        if code is not None:
-            self._finish(job, self._process, code)
-            self._wake.set()
+        job = jobs.find(process.job.id) or self._jobs.update(process.job)  # Redis may have been emptied
+        if process.exit_code is not None:
+            self._finish(job, process, process.exit_code)
         elif job.over or job.state == "cancelling":
-            self._end(self._process)
-
-    def _end(self, process: FitProcess) -> None:
-        if self._terminated_at is None:
-            self._terminated_at = time.monotonic()
-            process.terminate()
-        elif time.monotonic() - self._terminated_at > PATIENCE:
-            process.kill()
+            process.end()
 
     def _start_next(self, jobs: Jobs) -> None:
         """Start the job that was under way when its server died, else the oldest that waits."""
@@ -183,7 +163,7 @@ class FitRunner:
                 return
 
     def _start(self, job: Job) -> None:
-        if job.fingerprint != self._fingerprint:
+        if job.fingerprint != self._model.identity.fingerprint:
             self._change(job, state="failed", error="the server has another model of this name now")
             return
         if job.attempts >= MAX_ATTEMPTS:
@@ -193,25 +173,18 @@ class FitRunner:
         job = self._change(job, state="running", attempts=job.attempts + 1, started_at=job.started_at or time.time())
         if job.state != "running":  # cancelled meanwhile
             return
-        directory = self._directories / job.id
-        make_private_directory(directory)
+        where = self._directories / job.id
         try:
-            request = FitIn.model_validate(job.request)
-            self._process = FitProcess(
-                directory, request, self._settings, self._model, self._dtype, self._jobs.model, self._wake.set
-            )
+            self._process = FitProcess(job, where, self._settings, self._model, self._jobs.model, self._wake.set)
         except (DataRefused, DataUnusable) as error:
             self._change(job, state="failed", error=str(error))
-            return
         except ValidationError:
             self._change(job, state="failed", error="the request has fields that this version of the server lacks")
-            return
         except OSError as error:
             self._retry(job, f"its process cannot be started: {error.strerror}", None)
-            return
-        self._job, self._terminated_at = job, None
-        logger.info("fit %s: started, process %d, attempt %d", job.id, self._process.pid, job.attempts)
-        self._wake.set()  # have the next step report it as running
+        else:
+            logger.info("fit %s: started, process %d, attempt %d", job.id, self._process.pid, job.attempts)
+            self._wake.set()  # have the next step report it as running
 
     def _finish(self, job: Job, process: FitProcess, code: int) -> None:
         """Record how a process ended. It is called again if Redis cannot take that."""
@@ -227,8 +200,8 @@ class FitRunner:
             if process.store_error == "NOPERM":
                 error += "; set NEURONLENS_FIT_REDIS_USERNAME and …_PASSWORD to a user that may publish"
             self._change(job, state="failed", error=error or f"its process ended with code {code}", exit_code=code)
-        process.close()
-        self._job = self._process = None
+        self._drop(process)
+        self._wake.set()
 
     def _retry(self, job: Job, error: str, exit_code: int | None) -> None:
         """Queue a job again after an attempt that failed."""
@@ -243,7 +216,7 @@ class FitRunner:
         if request.activate and not job.over and job.state != "cancelling":
             try:
                 if not request.force:
-                    check_dtype(self._store.provenance(range_set), (self._dtype,))
+                    check_dtype(self._store.provenance(range_set), (self._model.dtype,))
                 state = self._store.activate(range_set, request.force, None, job.by, request.reason)
                 changes["generation"] = state.generation
                 with suppress(StoreUnavailable):
@@ -279,26 +252,20 @@ class FitRunner:
 
     def _put_aside(self) -> None:
         """End the fit under way and queue its job again, which does not count as an attempt."""
-        job, process = self._job, self._process
-        if job is None or process is None:
+        process = self._process
+        if process is None:
             return
-        process.terminate()
-        if not process.wait(PATIENCE):
-            process.kill()
-            process.wait(PATIENCE)
-        with suppress(StoreUnavailable):
-            if process.range_set is not None:
-                self._publish(job, process.range_set)
-            else:
-                self._change(job, state="queued", attempts=job.attempts - 1)
+        self._drop(process)
+        if process.range_set is not None:
+            self._publish(process.job, process.range_set)
+        else:
+            self._change(process.job, state="queued", attempts=process.job.attempts - 1)
 
-    def _abandon(self) -> None:
-        """End a process whose job is another runner's now."""
-        if self._process is not None:
-            self._process.kill()
-            self._process.wait(PATIENCE)
-            self._process.close()
-        self._job = self._process = None
+    def _drop(self, process: FitProcess) -> None:
+        """End a process, if it has not ended, and forget it."""
+        process.wait_for_end()
+        process.close()
+        self._process = None
 
     def _import_files(self) -> None:
         """Take over the jobs of this model that earlier versions kept in files (`jobs/{id}/job.json`)."""
@@ -314,6 +281,6 @@ class FitRunner:
                     job = Job.model_validate(fields)
                     if not job.over and (file.parent / "cancel").exists():
                         job = job.model_copy(update={"state": "cancelling"})
-                    self._jobs.restore(job)
+                    self._jobs.update(job)
                     file.parent.rename(self._directories / job.id)
                     (self._directories / job.id / file.name).unlink()

@@ -11,7 +11,7 @@ from app.schemas.requests import MOST, Block, In, Reason
 from app.schemas.unions import LIST, TEXT, by_shape
 from app.settings import Settings
 from range_store.domain.erasure import STATISTICAL_RANKINGS, Ranking, Site
-from range_store.storage.jobs import Job, JobState
+from range_store.storage.jobs import Job, Jobs, JobState
 from workers.corpora.data_names import format_of, is_hub_name
 
 
@@ -169,10 +169,11 @@ class JobOut(BaseModel):
     generation: str | None = Field(description="The generation that activating it made.")
 
     @classmethod
-    def of(cls, model: str, job: Job, progress: dict[str, Any] | None) -> "JobOut":
-        """Build the reply for a job."""
+    def of(cls, job: Job, jobs: Jobs) -> "JobOut":
+        """Build the reply for one of the jobs."""
+        progress = jobs.progress_of(job)
         return cls(
-            model=model,
+            model=jobs.model,
             progress=None if progress is None else ProgressOut.model_validate(progress),
             **job.model_dump(exclude={"fingerprint", "key"}),
         )

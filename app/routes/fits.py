@@ -11,7 +11,6 @@ from app.routes.dependencies import ModelDep, QueryChecked, ServiceDep
 from app.security.auth import CallerDep
 from app.serving.service import KNOWN_DATA_SETS
 from range_store.domain.erasure import resolve_layers
-from range_store.storage.jobs import IdempotencyKeyReused, JobQueueFull
 
 router = APIRouter(tags=["fits"])
 
@@ -56,7 +55,7 @@ async def start_fit(
         request = body.model_dump(mode="json", exclude={"model"})
         max_pending = service.settings.fit_queue + 1
         job = service.jobs.add(request, caller.by, idempotency_key, identity.fingerprint, max_pending)
-        return JobOut.of(service.name, job, service.fits.refresh().progress_of(job))
+        return JobOut.of(job, service.fits.refresh())
 
     try:
         job = await store_threads.run(add)
@@ -64,11 +63,6 @@ async def start_fit(
         raise ApiError("fits_disabled", str(error)) from None
     except DataUnusable as error:
         raise ApiError("unusable_data", str(error)) from None
-    except IdempotencyKeyReused:
-        raise ApiError("idempotency_key_reused", "this Idempotency-Key was sent with another request") from None
-    except JobQueueFull:
-        detail = "the fit queue is full: try again when a fit has ended, or cancel one"
-        raise ApiError("fit_queue_full", detail, {"Retry-After": "10"}) from None
     response.headers["Location"] = f"/v1/jobs/{job.id}"
     return job
 
@@ -76,20 +70,15 @@ async def start_fit(
 @router.get("/v1/jobs", dependencies=[QueryChecked], responses=documented(*QUERY, 503))
 async def list_jobs(service: ServiceDep, store_threads: StoreThreadsDep) -> JobsOut:
     """List every fit that waits or runs, and the last that have ended, newest first."""
-    found = await store_threads.run(service.jobs.read)
-    return JobsOut(
-        model=service.name, jobs=[JobOut.of(service.name, job, found.progress_of(job)) for job in found.jobs]
-    )
+    jobs = await store_threads.run(service.jobs.read)
+    return JobsOut(model=service.name, jobs=[JobOut.of(job, jobs) for job in jobs.jobs])
 
 
 @router.get("/v1/jobs/{job}", dependencies=[QueryChecked], responses=documented(*QUERY, 503))
 async def show_job(service: ServiceDep, store_threads: StoreThreadsDep, job: str) -> JobOut:
     """Show the state of a fit, its progress, and how it ended."""
     jobs = await store_threads.run(service.jobs.read)
-    found = jobs.find(job)
-    if found is None:
-        raise ApiError("unknown_job", "no such job of this model")
-    return JobOut.of(service.name, found, jobs.progress_of(found))
+    return JobOut.of(jobs.get(job), jobs)
 
 
 @router.delete("/v1/jobs/{job}", dependencies=[QueryChecked], responses=documented(*QUERY, 409, 503))
@@ -97,11 +86,6 @@ async def cancel_job(service: ServiceDep, store_threads: StoreThreadsDep, job: s
     """Cancel a fit, so that it publishes nothing. It is `cancelling` until its process has ended. May be repeated."""
 
     def cancel() -> JobOut:
-        found = service.jobs.cancel(job)
-        if found is None:
-            raise ApiError("unknown_job", "no such job of this model")
-        if found.over and found.state != "cancelled":
-            raise ApiError("job_over", f"the job has ended already: it is {found.state}")
-        return JobOut.of(service.name, found, service.fits.refresh().progress_of(found))
+        return JobOut.of(service.jobs.cancel(job), service.fits.refresh())
 
     return await store_threads.run(cancel)

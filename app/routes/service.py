@@ -61,7 +61,7 @@ async def metrics(request: Request, models: ModelsDep) -> Response:
     if models.default.settings.metrics_port is not None:
         raise ApiError("not_found", "metrics have a port of their own here")
     state = request.app.state
-    written = await to_thread.run_sync(generate_latest, state.registry, limiter=state.scrapes)  # it reads files of jobs
+    written = await to_thread.run_sync(generate_latest, state.registry, limiter=state.scrapes)
     return Response(written, media_type=CONTENT_TYPE_LATEST)
 
 

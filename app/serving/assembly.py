@@ -19,7 +19,7 @@ from app.settings import Settings
 from range_store.domain.range_set import dtype_mismatch
 from range_store.errors import RangeStoreError
 from range_store.storage.api_keys import ApiKeyStore
-from range_store.storage.jobs import Job, JobStore
+from range_store.storage.jobs import Job, Jobs, JobStore
 from range_store.storage.mirror import Mirror, Snapshot
 from range_store.storage.replicas import new_replica_name
 from range_store.storage.store import RangeStore
@@ -73,8 +73,8 @@ def service_around(
                 feed.set_range_sets(store.ids())
                 fits.refresh()
 
-    def job_changed(job: Job, progress: dict[str, Any] | None) -> None:
-        feed.set_job(job.id, JobOut.of(name, job, progress).model_dump(mode="json"))
+    def job_changed(job: Job, jobs: Jobs) -> None:
+        feed.set_job(job.id, JobOut.of(job, jobs).model_dump(mode="json"))
 
     mirror = Mirror(
         store,
@@ -87,7 +87,7 @@ def service_around(
     )
     store.guard = mirror.before_change
     jobs = JobStore(client, name)
-    fits = FitRunner(jobs, settings, model.source, model.dtype, model.identity.fingerprint, store, mirror, job_changed)
+    fits = FitRunner(jobs, settings, model, store, mirror, job_changed)
     assert mirror.heartbeat is not None
     mirror.heartbeat.dtype = model.dtype
     mirror.start()

@@ -15,7 +15,7 @@ from typing import Annotated, Any, Final, Literal, cast, get_args
 import redis
 from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError
 
-from range_store.errors import StoreUnavailable
+from range_store.errors import IdempotencyKeyReused, JobOver, JobQueueFull, StoreUnavailable, UnknownJob
 from range_store.redis_errors import translate_redis_errors
 from range_store.storage.keys import CHANGES, ModelKeys
 from range_store.storage.scripts import CHANGE_DOCUMENT, HOLD_LEASE
@@ -29,14 +29,6 @@ LEASE_SECONDS = 10.0
 """How long a lease lasts that is not renewed."""
 ATTEMPTS = 50
 """Tries of one change while others change the document too."""
-
-
-class JobQueueFull(Exception):
-    """As many jobs wait as are allowed."""
-
-
-class IdempotencyKeyReused(Exception):
-    """An idempotency key was used before, for another request."""
 
 
 class Job(BaseModel):
@@ -82,17 +74,25 @@ class Jobs:
     """All jobs of a model, newest first, and the progress of the one under way.
 
     Attributes:
+        model: its name.
         runner: name of the server that holds the lease; None if there is none.
     """
 
+    model: str
     jobs: tuple[Job, ...] = ()
     runner: str | None = None
     running: str | None = None
     progress: dict[str, Any] = field(default_factory=dict)
 
     def find(self, id_: str) -> Job | None:
-        """Return the job with this id, if there is one."""
+        """Return the job with this id, or None."""
         return next((job for job in self.jobs if job.id == id_), None)
+
+    def get(self, id_: str) -> Job:
+        """Return the job with this id. Raises UnknownJob."""
+        if (job := self.find(id_)) is None:
+            raise UnknownJob(id_)
+        return job
 
     def progress_of(self, job: Job) -> dict[str, Any] | None:
         """Return the progress of a job, empty before its process reports any; None while it has no process."""
@@ -118,9 +118,9 @@ class JobStore:
         jobs = sorted(_parse(document).values(), key=lambda job: (job.created_at, job.id), reverse=True)
         try:
             report = json.loads(lease or b"{}")
-            return Jobs(tuple(jobs), report.get("runner"), report.get("job"), report.get("progress") or {})
+            return Jobs(self.model, tuple(jobs), report.get("runner"), report.get("job"), report.get("progress") or {})
         except (ValueError, AttributeError):
-            return Jobs(tuple(jobs))
+            return Jobs(self.model, tuple(jobs))
 
     def add(
         self, request: dict[str, Any], by: str, idempotency_key: str | None, fingerprint: str, max_pending: int
@@ -161,18 +161,20 @@ class JobStore:
 
         return self._change(decide)
 
-    def cancel(self, id_: str) -> Job | None:
-        """Cancel a job, and return it; None if there is none. One that has a process is `cancelling` until that ends.
+    def cancel(self, id_: str) -> Job:
+        """Cancel a job and return it. One that has a process is `cancelling` until that ends.
 
-        A job that has ended is returned unchanged.
+        Raises:
+            UnknownJob: there is no such job.
+            JobOver: it is done, or has failed.
         """
         found = self.read()
-        job = found.find(id_)
-        if job is None:
-            return None
+        job = found.get(id_)
 
         def decide(jobs: dict[str, Job]) -> Job:
             current = jobs.get(id_, job)
+            if current.over and current.state != "cancelled":
+                raise JobOver(current.state)
             if current.over:
                 return current
             if current.state == "queued" or found.runner is None:
@@ -182,7 +184,7 @@ class JobStore:
         return self._change(decide)
 
     def update(self, job: Job, **changes: Any) -> Job:
-        """Change a job on behalf of its runner, and return it. Puts back one that Redis has lost.
+        """Change a job on behalf of its runner, add it if Redis has lost it, and return it.
 
         A job that has ended stays as it is, and a cancellation that was requested meanwhile is kept.
         """
@@ -198,20 +200,17 @@ class JobStore:
 
         return self._change(decide)
 
-    def restore(self, job: Job) -> None:
-        """Add a job that was kept elsewhere, unless it is there already."""
-        self._change(lambda jobs: jobs.get(job.id, job))
-
-    def hold_lease(self, runner: str, job: str | None, progress: dict[str, Any]) -> bool:
-        """Take or renew the lease and report progress. Returns False while another runner holds it."""
+    def hold_lease(
+        self, runner: str, job: str | None, progress: dict[str, Any], seconds: float = LEASE_SECONDS
+    ) -> bool:
+        """Take or renew the lease, and report progress. Returns False while another runner holds the lease."""
         report = json.dumps({"runner": runner, "job": job, "progress": progress})
         with translate_redis_errors():
-            return bool(self._hold_lease([self._keys.job_lease], [runner, report, int(LEASE_SECONDS * 1000)]))
+            return bool(self._hold_lease([self._keys.job_lease], [runner, report, max(1, int(seconds * 1000))]))
 
     def release_lease(self, runner: str) -> None:
         """End the lease, if `runner` holds it."""
-        with translate_redis_errors():
-            self._hold_lease([self._keys.job_lease], [runner, json.dumps({"runner": runner}), 1])
+        self.hold_lease(runner, None, {}, seconds=0)
 
     def _change(self, decide: Callable[[dict[str, Job]], Job]) -> Job:
         """Put the job that `decide` returns; `decide` may be called again with newer jobs."""

@@ -6,9 +6,9 @@ from typing import Any
 
 import pytest
 
-from range_store.errors import StoreUnavailable
+from range_store.errors import IdempotencyKeyReused, JobOver, JobQueueFull, StoreUnavailable, UnknownJob
 from range_store.storage import jobs as stored_jobs
-from range_store.storage.jobs import IdempotencyKeyReused, Job, JobQueueFull, JobStore
+from range_store.storage.jobs import Job, JobStore
 from range_store.storage.keys import CHANGES
 from range_store.storage.store import RangeStore
 from tests.range_store.waiting import until
@@ -65,22 +65,23 @@ def test_queued_job_is_cancelled_at_once_and_a_running_one_when_its_process_has_
     queued, running = add(jobs, 1), add(jobs, 2)
     assert jobs.hold_lease("one", running.id, {})
     running = jobs.update(running, state="running", attempts=1)
-    states = [cancelled.state for job in (queued, running) if (cancelled := jobs.cancel(job.id))]
+    states = [jobs.cancel(job.id).state for job in (queued, running)]
     assert states == ["cancelled", "cancelling"]
     assert jobs.update(running, state="queued").state == "cancelling", "the runner has not seen the cancellation yet"
     assert jobs.update(running, state="cancelled", ended_at=1.0).state == "cancelled"
     assert jobs.update(running, state="running").state == "cancelled"
-    assert jobs.cancel("0123456789abcdef") is None
+    with pytest.raises(JobOver):
+        jobs.cancel(jobs.update(add(jobs, 3), state="failed").id)
+    with pytest.raises(UnknownJob):
+        jobs.cancel("0123456789abcdef")
 
 
 def test_running_job_without_a_runner_is_cancelled_at_once(jobs: JobStore) -> None:
     running = jobs.update(add(jobs), state="running")
-    cancelled = jobs.cancel(running.id)
-    assert cancelled is not None
-    assert cancelled.state == "cancelled"
+    assert jobs.cancel(running.id).state == "cancelled"
 
 
-def test_one_runner_holds_the_lease_until_it_ends(jobs: JobStore, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_one_runner_holds_the_lease_until_it_ends(jobs: JobStore) -> None:
     job = jobs.update(add(jobs), state="running")
     assert jobs.hold_lease("one", job.id, {"rows_done": 3})
     assert not jobs.hold_lease("two", None, {})
@@ -91,8 +92,7 @@ def test_one_runner_holds_the_lease_until_it_ends(jobs: JobStore, monkeypatch: p
     jobs.release_lease("one")
     until(lambda: jobs.hold_lease("two", None, {}))
     assert jobs.read().progress_of(job) is None
-    monkeypatch.setattr(stored_jobs, "LEASE_SECONDS", 0.01)
-    assert jobs.hold_lease("two", None, {})
+    assert jobs.hold_lease("two", None, {}, seconds=0.01)
     until(lambda: jobs.hold_lease("one", None, {}))
 
 
@@ -108,7 +108,7 @@ def test_old_jobs_are_removed_and_pending_ones_kept(jobs: JobStore, monkeypatch:
 def test_lost_jobs_are_put_back_by_their_runner(jobs: JobStore, store: RangeStore) -> None:
     job = jobs.update(add(jobs), state="running")
     store.client.delete(store.keys.jobs)
-    jobs.restore(job)
+    jobs.update(job)
     assert jobs.read().jobs == (job,)
     store.client.delete(store.keys.jobs)
     assert jobs.update(job, state="done").state == "done"
