@@ -84,10 +84,10 @@ def fit(
         except KeyboardInterrupt:
             hint("interrupted: the same command resumes from the last checkpoint")
             raise typer.Exit(INTERRUPTED) from None
-        fitted.discard_checkpoint()
         if server_job:
             server_job.published(published)
             return
+        fitted.discard_checkpoint()
         generation = _activate(store, published, settings) if activate else None
     provenance = fitted.range_set.provenance
     if as_json:
