@@ -11,7 +11,7 @@ from app.cli.exits import CommandError
 from app.errors import FAILED, KINDS, STATUSES, UNREACHABLE, USAGE
 from neuronlens_client import Client, ConnectionFailed, NeuronLensError
 from neuronlens_client import LiveState as Listing
-from neuronlens_client.api import Wait
+from neuronlens_client.request_types import Wait
 from range_store.domain.erasure import Erasure
 from range_store.domain.live import AuditEntry, LiveErasure, LiveState
 from range_store.domain.range_set import Provenance

@@ -92,10 +92,10 @@ def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
         made.sleep(seconds)
         await asyncio.sleep(0)
 
-    for module in ("client", "calls", "events", "api"):
+    for module in ("async_client", "call", "client", "base", "events"):
         monkeypatch.setattr(f"neuronlens_client.{module}.time", made)
     monkeypatch.setattr("neuronlens_client.async_client.asyncio", SimpleNamespace(**{**vars(asyncio), "sleep": sleep}))
-    monkeypatch.setattr("neuronlens_client.calls.random", SimpleNamespace(uniform=lambda low, high: high))
+    monkeypatch.setattr("neuronlens_client.call.random", SimpleNamespace(uniform=lambda low, high: high))
     return made
 
 

@@ -16,7 +16,7 @@ import httpx
 import pytest
 from pydantic import BaseModel
 
-import neuronlens_client.api
+import neuronlens_client
 from app.schemas import requests
 from neuronlens_client import (
     AccessDenied,
@@ -37,7 +37,7 @@ from neuronlens_client import (
     Unavailable,
     errors,
 )
-from neuronlens_client.erasing import ErasuresSpec
+from neuronlens_client.request_types import ErasuresSpec
 from range_store.domain.erasure import RANKINGS
 from tests.client.conftest import Clock
 from tests.e2e.reports import write_report
@@ -236,7 +236,8 @@ def test_neurons_are_read_page_by_page(
     client = client_of(server.url)
     whole = client.ranges("Météo & co")
     assert len(whole.neurons) == client.models().models[0].hidden_size
-    monkeypatch.setattr(neuronlens_client.api, "PAGE", 5)
+    for module in ("client", "async_client"):
+        monkeypatch.setattr(f"neuronlens_client.{module}.PAGE_SIZE", 5)
     assert client.ranges("Météo & co") == whole
     seven = client.ranges("Météo & co", limit=7)
     assert seven.neurons == whole.neurons[:7]
@@ -464,7 +465,7 @@ def test_public_names_are_exported_and_errors_are_documented() -> None:
     assert len(kinds) > 10
     for kind in kinds:
         assert kind.__name__ in neuronlens_client.__all__
-        assert f"- {kind.__name__}" in (NeuronLensError.__doc__ or "")
+        assert f"- {kind.__name__}" in (errors.__doc__ or "")
     assert all(hasattr(neuronlens_client, name) for name in neuronlens_client.__all__)
     assert issubclass(ConnectionFailed, NeuronLensError)
 

@@ -8,7 +8,9 @@ from contextlib import closing
 from itertools import pairwise
 from typing import Any
 
+import httpx
 import pytest
+from httpx_sse import EventSource
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -24,8 +26,7 @@ from neuronlens_client import (
     Unavailable,
     UnexpectedReply,
 )
-from neuronlens_client.calls import Caller
-from neuronlens_client.events import Following
+from neuronlens_client.events import EventStream
 from tests.client.conftest import Clock, Scripted, refusal
 from tests.servers import RunningServer
 
@@ -85,22 +86,22 @@ def test_errors_that_would_recur_end_the_stream(
 ) -> None:
     scripted.answers = [answer]
     with pytest.raises(kind):
-        next(client_of(scripted.url).events(patience=math.inf))
+        next(client_of(scripted.url).events(reconnect_timeout=math.inf))
     assert len(scripted.received) == 1
 
 
-def test_the_stream_is_given_up_after_the_patience(client_of: ClientOf, scripted: Scripted, clock: Clock) -> None:
+def test_the_stream_ends_after_the_reconnect_timeout(client_of: ClientOf, scripted: Scripted, clock: Clock) -> None:
     with socket.socket() as bound:
         bound.bind(("127.0.0.1", 0))
         with pytest.raises(ConnectionFailed):
-            next(client_of(f"http://127.0.0.1:{bound.getsockname()[1]}").events(patience=5))
+            next(client_of(f"http://127.0.0.1:{bound.getsockname()[1]}").events(reconnect_timeout=5))
     assert 0 < sum(clock.pauses) <= 5
     scripted.answers = [refusal(503, "draining", {"Retry-After": "0"})]
     with pytest.raises(Unavailable):
-        next(client_of(scripted.url).events(patience=5))
+        next(client_of(scripted.url).events(reconnect_timeout=5))
     scripted.answers = [(200, STREAM, b"")]
     with pytest.raises(ConnectionFailed):
-        next(client_of(scripted.url).events(patience=5))
+        next(client_of(scripted.url).events(reconnect_timeout=5))
 
 
 @given(cuts=st.lists(st.integers(0, 400)), newline=st.sampled_from([b"\n", b"\r\n"]))
@@ -108,8 +109,10 @@ def test_events_do_not_depend_on_the_chunks_of_the_stream(cuts: list[int], newli
     sent = b": hello\n\n" + live("00000000-1", "Météo \u2028 日本語") + b'event: later\ndata: {"id":\ndata: 3}\n\n'
     sent = sent.replace(b"\n", newline)
     edges = [0, *sorted(min(cut, len(sent)) for cut in cuts), len(sent)]
-    following = Following(Caller("http://localhost", None, 60, 0, None, {}), None)
-    found = [event for start, end in pairwise(edges) for event in following.feed(sent[start:end])]
+    chunks = [sent[start:end] for start, end in pairwise(edges)]
+    source = EventSource(httpx.Response(200, headers=STREAM, content=iter(chunks)))
+    stream = EventStream("http://localhost", 60)
+    found = [event for each in source.iter_sse() if (event := stream.receive(each)) is not None]
     assert [type(each) for each in found] == [LiveChanged, OtherEvent]
     assert isinstance(found[0], LiveChanged)
     assert found[0].state.model == "Météo \u2028 日本語"

@@ -63,14 +63,14 @@ def done(fitting: RunningServer) -> Job:
 
 def test_a_fit_is_done_and_both_clients_read_it(client_of: ClientOf, fitting: RunningServer, done: Job) -> None:
     client = client_of(fitting.url)
-    assert (done.state, done.over, done.error, done.request["reason"]) == ("done", True, None, "a try")
+    assert (done.state, done.ended, done.error, done.request["reason"]) == ("done", True, None, "a try")
     assert not list(unknown_fields(done))
     assert client.wait(done.id) == client.job(done.id) == done
     assert client.jobs().jobs == (done,)
     assert client.erasures().generation == done.generation
     assert client.range_sets().active == done.range_set
     with closing(client.events()) as events:
-        changed = next(event for event in events if isinstance(event, JobChanged) and event.job.over)
+        changed = next(event for event in events if isinstance(event, JobChanged) and event.job.ended)
     assert changed.job == done
     with pytest.raises(Conflict) as raised:
         client.cancel(done.id)

@@ -18,7 +18,7 @@ from neuronlens_client import (
     Unavailable,
     UnexpectedReply,
 )
-from neuronlens_client.calls import FIRST_PAUSE, LONGEST_PAUSE, pause_before
+from neuronlens_client.call import FIRST_PAUSE, LONGEST_PAUSE, pause_before
 from neuronlens_client.errors import error_of
 from tests.client.conftest import LIVE, Clock, Received, Scripted, answering, classified, refusal
 
@@ -62,7 +62,7 @@ def test_pauses_grow_on_top_of_retry_after(client_of: ClientOf, scripted: Script
 
 def test_pauses_are_bounded() -> None:
     assert pause_before(50, None) == LONGEST_PAUSE
-    assert pause_before(0, 7.0) == 7.0 + FIRST_PAUSE
+    assert pause_before(1, 7.0) == 7.0 + FIRST_PAUSE
 
 
 def test_retry_after_may_be_a_date() -> None:
@@ -155,7 +155,7 @@ def test_an_unreachable_server_is_no_answer(client_of: ClientOf) -> None:
 
 
 def test_a_server_that_sends_nothing_is_a_missed_deadline(client_of: ClientOf, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("neuronlens_client.calls.GRACE", 0.0)
+    monkeypatch.setattr("neuronlens_client.call.GRACE", 0.0)
     with socket.socket() as bound:
         bound.bind(("127.0.0.1", 0))
         bound.listen()

@@ -1,4 +1,4 @@
-"""A client of the NeuronLens service: it needs httpx and pydantic, and nothing of the service itself.
+"""Synchronous and asynchronous client of the NeuronLens service.
 
 >>> from neuronlens_client import Client
 >>> with Client("http://127.0.0.1:8000") as client:
@@ -7,7 +7,7 @@
 
 from neuronlens_client.async_client import AsyncClient
 from neuronlens_client.client import Client
-from neuronlens_client.erasing import CONTEXT, Erase, ErasureContext, ErasureSettings, ErasureSpec, LiveSpec
+from neuronlens_client.erasure_context import CONTEXT, ErasureContext
 from neuronlens_client.errors import (
     AccessDenied,
     Conflict,
@@ -25,8 +25,8 @@ from neuronlens_client.errors import (
     UnexpectedReply,
 )
 from neuronlens_client.events import Event, JobChanged, LiveChanged, OtherEvent, RangeSetsChanged
-from neuronlens_client.fitting import FitSettings
 from neuronlens_client.replies import Answer, Answers, Job, LiveState, Plan, Replica, Replicas, Report, Result, Score
+from neuronlens_client.request_types import Erase, ErasureSettings, ErasureSpec, FitSettings, LiveSpec
 
 __all__ = [
     "CONTEXT",

@@ -1,49 +1,58 @@
-"""The blocking client: it makes the calls of `neuronlens_client.api` on httpx."""
+"""The synchronous client. Generated from async_client.py by generate_sync.py: do not edit."""
 
+import math
 import time
 from collections.abc import Iterator, Mapping, Sequence
+from functools import partial
+from itertools import count
 from types import TracebackType
-from typing import Self, Unpack, overload
+from typing import Any, Self, Unpack, overload
+from uuid import uuid4
 
 import httpx
+from httpx_sse import connect_sse
 
-from neuronlens_client.api import Activation, Ranking, ReportFile, Wait, answer, answers
-from neuronlens_client.base import BaseClient, Texts
-from neuronlens_client.calls import Outcome, Pause, Send, Steps, T
-from neuronlens_client.erasing import CONTEXT, Erase, ErasureSettings, FromContext, LiveSpec
-from neuronlens_client.errors import NeuronLensError, error_of
-from neuronlens_client.events import Event, Following
-from neuronlens_client.fitting import FitSettings
-from neuronlens_client.replies import (
-    Activations,
-    Answer,
-    Answers,
-    Audit,
-    Capabilities,
-    Classified,
-    Concepts,
-    Job,
-    Jobs,
-    LiveState,
-    Models,
-    Neuron,
-    Overlap,
-    Ranges,
-    RangeSet,
-    RangeSets,
-    Ready,
-    Replicas,
-    Report,
-    Reports,
-    Tokenized,
+from neuronlens_client import replies
+from neuronlens_client.base import BaseClient, in_batches, wait_params
+from neuronlens_client.call import CallOptions, R, parse, path_segment
+from neuronlens_client.erasure_context import CONTEXT, FromContext
+from neuronlens_client.errors import AccessDenied, DeadlineExceeded, NeuronLensError, NotFound, TooLarge, error_of
+from neuronlens_client.events import TIMEOUT, Event, EventStream
+from neuronlens_client.request_types import (
+    ClassifyOptions,
+    Erase,
+    ErasureSettings,
+    FitSettings,
+    LiveSpec,
+    Ranking,
+    ReportFile,
+    Texts,
+    Wait,
 )
+
+DEFAULT_BATCH_SIZE = 256
+"""Texts in one request, where the server does not say how many it takes."""
+PAGE_SIZE = 1000
+"""The most neurons in one page of ranges."""
 
 
 class Client(BaseClient):
-    __doc__ = f"""Calls a NeuronLens server and waits for its answers. Threads may share one; close it, or use `with`.
+    """A synchronous client of a NeuronLens server. Threads may share it; close it, or use `with`.
 
-    `http`: an httpx.Client to use (certificates, proxies), which stays its maker's to close.
-    {BaseClient.__doc__}"""
+    Args:
+        url: where the server listens, with or without a path before `/v1`.
+        api_key: default: the environment variable `NEURONLENS_API_KEY`, if it is set.
+        timeout: seconds for each request, its retries included. The server is told, and gives up then too.
+        retries: how often a request is repeated: after 429 and 503, and after a broken connection if the request
+            changes nothing or is guarded by `if_match`. Pauses grow from ¼ s to 8 s at random, on top of `Retry-After`.
+        model: name of the served model; None: the server's default.
+        headers: of every request; the server passes `traceparent` on.
+        batch_size: texts in one request; None: as many as the server takes.
+        http: an httpx.Client to use (for certificates and proxies). It is not closed with this client.
+
+    Raises:
+        ValueError: an option is invalid.
+    """
 
     def __init__(
         self,
@@ -58,12 +67,12 @@ class Client(BaseClient):
         http: httpx.Client | None = None,
     ) -> None:
         super().__init__(url, api_key, timeout, retries, model, headers, batch_size)
-        self._own = http is None
+        self._owns_http = http is None
         self._http = http or httpx.Client(trust_env=self._trust_env)
 
     def close(self) -> None:
         """Close the connections."""
-        if self._own:
+        if self._owns_http:
             self._http.close()
 
     def __enter__(self) -> Self:
@@ -74,30 +83,21 @@ class Client(BaseClient):
     ) -> None:
         self.close()
 
-    def _run(self, steps: Steps[T]) -> T:
-        outcome: Outcome = None
-        while True:
+    def _send(self, method: str, path: str, **options: Unpack[CallOptions]) -> httpx.Response:
+        call = self._new_call(method, path, **options)
+        for attempt in count():
+            outcome: httpx.Response | httpx.RequestError
             try:
-                step = steps.send(outcome)
-            except StopIteration as done:
-                result: T = done.value
-                return result
-            match step:
-                case Pause(seconds):
-                    time.sleep(seconds)
-                    outcome = None
-                case Send():
-                    try:
-                        outcome = self._http.request(
-                            step.method,
-                            step.url,
-                            params=step.params,
-                            content=step.content,
-                            headers=step.headers,
-                            timeout=step.timeout,
-                        )
-                    except httpx.RequestError as error:
-                        outcome = error
+                outcome = self._http.request(**call.request_arguments())
+            except httpx.RequestError as error:
+                outcome = error
+            if isinstance(outcome, httpx.Response) and outcome.status_code < 300:
+                return outcome
+            time.sleep(call.pause_after(outcome, attempt))
+        raise AssertionError("unreachable")
+
+    def _call(self, reply: type[R], method: str, path: str, **options: Unpack[CallOptions]) -> R:
+        return parse(self._send(method, path, **options), reply)
 
     @overload
     def classify(
@@ -105,14 +105,10 @@ class Client(BaseClient):
         inputs: str,
         *,
         erase: Erase | FromContext | None = CONTEXT,
-        compare: bool = False,
-        top_k: int | None = None,
-        activation: Activation = "auto",
-        truncate: bool = True,
-        min_generation: str | None = None,
         timeout: float | None = None,
         headers: Mapping[str, str] | None = None,
-    ) -> Answer: ...
+        **options: Unpack[ClassifyOptions],
+    ) -> replies.Answer: ...
 
     @overload
     def classify(
@@ -120,62 +116,80 @@ class Client(BaseClient):
         inputs: Texts,
         *,
         erase: Erase | FromContext | None = CONTEXT,
-        compare: bool = False,
-        top_k: int | None = None,
-        activation: Activation = "auto",
-        truncate: bool = True,
-        min_generation: str | None = None,
         timeout: float | None = None,
         headers: Mapping[str, str] | None = None,
-    ) -> Answers: ...
+        **options: Unpack[ClassifyOptions],
+    ) -> replies.Answers: ...
 
     def classify(
         self,
         inputs: str | Texts,
         *,
         erase: Erase | FromContext | None = CONTEXT,
-        compare: bool = False,
-        top_k: int | None = None,
-        activation: Activation = "auto",
-        truncate: bool = True,
-        min_generation: str | None = None,
         timeout: float | None = None,
         headers: Mapping[str, str] | None = None,
-    ) -> Answer | Answers:
-        """Classify a text, or a list of texts (long ones in several requests, one after the other).
+        **options: Unpack[ClassifyOptions],
+    ) -> replies.Answer | replies.Answers:
+        """Classify a text, or a list of texts, which is split into batches if it is long.
 
         Args:
-            erase: what to erase; None: what is live on the server; []: nothing. Default: what the `with client.erase`
-                blocks around say, else what is live.
-            compare: answer without erasure beside it, as `baseline`.
-            top_k: best labels to give; None: all.
-            truncate: cut texts that are too long for the model; else they are an error.
-            min_generation: what the server must know of the live state: this generation, as a change gave it, or a
-                later one of its epoch.
+            erase: what to erase; None: the live erasures; []: nothing. Default: what the enclosing `with client.erase`
+                blocks name, or else the live erasures.
             timeout: seconds for each request; None: the client's.
-            headers: such as `traceparent` or `X-Request-ID`, which the server's log then shows.
+            headers: such as `traceparent`, or `X-Request-ID`, which the server's log then has.
+            options: see ClassifyOptions.
 
         Raises:
-            NeuronLensError: no part of a list is answered then.
+            NeuronLensError: the request of a batch failed; the answers of the other batches are lost.
         """
-        fields = {
-            "compare": compare,
-            "top_k": top_k,
-            "activation": activation,
-            "truncate": truncate,
-            "min_generation": min_generation,
-        }
-        request = self._api.request(erase, fields)
-        one = isinstance(inputs, str)
-        parts = [[inputs]] if isinstance(inputs, str) else self._run(self._api.batches(list(inputs)))
-        replies: list[Classified] = []
-        for part, of_part in zip(parts, self._api.with_ids(headers, len(parts)), strict=True):
-            replies += self._run(self._api.classify(part, request, of_part, timeout))
-        return answer(replies) if one else answers(replies)
+        body = self._classify_body(erase, options)
+        if isinstance(inputs, str):
+            (one,) = self._batch_headers(headers, 1)
+            (reply,) = self._classify([inputs], body, one, timeout)
+            return replies.Answer.of(reply)
+        batches = self._batches(list(inputs))
+        calls = [
+            partial(self._classify, batch, body, batch_headers, timeout)
+            for batch, batch_headers in zip(batches, self._batch_headers(headers, len(batches)), strict=True)
+        ]
+        results = [call() for call in calls]
+        return replies.Answers.of([reply for each in results for reply in each])
 
-    def erasures(self) -> LiveState:
-        """What is erased when a request names nothing."""
-        return self._run(self._api.erasures())
+    def _batches(self, texts: Sequence[str]) -> list[Sequence[str]]:
+        """Texts in batches that the server takes."""
+        if self._batch_size is None and len(texts) > DEFAULT_BATCH_SIZE:
+            try:
+                # not as Capabilities, so that servers of other versions are understood
+                limits = self._call(replies.Reply, "GET", "/v1/capabilities")
+                self._batch_size = (limits.model_extra or {}).get("max_texts", DEFAULT_BATCH_SIZE)
+            except (NotFound, AccessDenied):  # an older server; a key without the scope
+                self._batch_size = DEFAULT_BATCH_SIZE
+        return in_batches(texts, self._batch_size or DEFAULT_BATCH_SIZE)
+
+    def _classify(
+        self, texts: Sequence[str], body: Mapping[str, Any], headers: Mapping[str, str], timeout: float | None
+    ) -> list[replies.ClassifyReply]:
+        """The replies to one batch, which is halved where it is too large for the server."""
+        try:
+            reply = self._call(
+                replies.ClassifyReply,
+                "POST",
+                "/v1/classify",
+                body={"inputs": texts, **body},
+                headers=headers,
+                repeatable=True,
+                timeout=timeout,
+            )
+        except TooLarge as error:
+            if len(texts) == 1 or error.code == "text_too_large":
+                raise
+            halves = in_batches(texts, (len(texts) + 1) // 2)
+            return [reply for half in halves for reply in self._classify(half, body, headers, timeout)]
+        return [reply]
+
+    def erasures(self) -> replies.LiveState:
+        """The live erasures, which apply to requests that name none."""
+        return self._call(replies.LiveState, "GET", "/v1/erasures")
 
     def switch_on(
         self,
@@ -188,23 +202,30 @@ class Client(BaseClient):
         wait: Wait | None = None,
         wait_seconds: float | None = None,
         **settings: Unpack[ErasureSettings],
-    ) -> LiveState:
-        """Erase a concept from every request that names nothing, or change how.
+    ) -> replies.LiveState:
+        """Erase a concept live, or change how it is erased.
 
         Args:
-            enforced: from every request, whatever it asks for.
-            expires_in: seconds until it ends by itself.
-            if_match: only if the live state is at this generation. A change without it is not tried again when it is
-                unknown what came of it.
+            enforced: erase it from every request, whatever the request names.
+            reason: recorded in the audit log.
+            expires_in: seconds until the erasure ends by itself.
+            if_match: make the change only if the live state is at this generation. Without it, the change is not
+                repeated when its outcome is unknown.
             wait: "all": return when every replica follows the change.
             wait_seconds: how long that may take; None: the server's default of 5.
 
         Raises:
-            ReplicasBehind: the change is made, and some replicas do not follow it yet.
-            StaleGeneration: it is at another one. NotFound: no such concept. See NeuronLensError.
+            ReplicasBehind: the change is made, but some replicas do not follow it yet.
+            StaleGeneration: the live state is at another generation than `if_match`.
+            NotFound: there is no such concept.
         """
-        return self._run(
-            self._api.switch_on(concept, settings, enforced, reason, expires_in, if_match, (wait, wait_seconds))
+        return self._call(
+            replies.LiveState,
+            "PUT",
+            f"/v1/erasures/{path_segment(concept)}",
+            params=wait_params(wait, wait_seconds),
+            body={**settings, "enforced": enforced, "reason": reason, "expires_in": expires_in},
+            if_match=if_match,
         )
 
     def switch_off(
@@ -215,9 +236,10 @@ class Client(BaseClient):
         if_match: str | None = None,
         wait: Wait | None = None,
         wait_seconds: float | None = None,
-    ) -> LiveState:
-        """Erase a concept no more. Where it is off already, nothing changes."""
-        return self._run(self._api.switch_off(concept, reason, if_match, (wait, wait_seconds)))
+    ) -> replies.LiveState:
+        """Stop erasing a concept live. If it is off already, nothing changes. Arguments: see `switch_on`."""
+        path, params = f"/v1/erasures/{path_segment(concept)}", {"reason": reason, **wait_params(wait, wait_seconds)}
+        return self._call(replies.LiveState, "DELETE", path, params=params, if_match=if_match)
 
     def replace(
         self,
@@ -227,25 +249,27 @@ class Client(BaseClient):
         if_match: str | None = None,
         wait: Wait | None = None,
         wait_seconds: float | None = None,
-    ) -> LiveState:
-        """Replace all that is erased live, in one generation."""
-        return self._run(self._api.replace(erasures, reason, if_match, (wait, wait_seconds)))
+    ) -> replies.LiveState:
+        """Replace all live erasures in one generation. Arguments: see `switch_on`."""
+        specs = [{"concept": each} if isinstance(each, str) else each for each in erasures]
+        params, body = wait_params(wait, wait_seconds), {"erasures": specs, "reason": reason}
+        return self._call(replies.LiveState, "PUT", "/v1/erasures", params=params, body=body, if_match=if_match)
 
-    def audit(self, limit: int = 100) -> Audit:
-        """The last changes of what is live, newest first."""
-        return self._run(self._api.audit(limit))
+    def audit(self, limit: int = 100) -> replies.Audit:
+        """The latest changes of the live state, newest first."""
+        return self._call(replies.Audit, "GET", "/v1/audit", params={"limit": limit})
 
-    def replicas(self) -> Replicas:
-        """Every process that answers for the model, and the generation that it answers under."""
-        return self._run(self._api.replicas())
+    def replicas(self) -> replies.Replicas:
+        """Every process that serves the model, with the generation that it uses."""
+        return self._call(replies.Replicas, "GET", "/v1/replicas")
 
-    def range_sets(self) -> RangeSets:
+    def range_sets(self) -> replies.RangeSets:
         """Every published range set, newest first."""
-        return self._run(self._api.range_sets())
+        return self._call(replies.RangeSets, "GET", "/v1/range-sets")
 
-    def range_set(self, range_set: str) -> RangeSet:
-        """Where a range set comes from."""
-        return self._run(self._api.range_set(range_set))
+    def range_set(self, range_set: str) -> replies.RangeSet:
+        """One range set, with its provenance."""
+        return self._call(replies.RangeSet, "GET", f"/v1/range-sets/{path_segment(range_set)}")
 
     def activate(
         self,
@@ -256,124 +280,158 @@ class Client(BaseClient):
         if_match: str | None = None,
         wait: Wait | None = None,
         wait_seconds: float | None = None,
-    ) -> LiveState:
-        """Make a range set active, or go back to an older one. `force`: drop live erasures that it cannot serve."""
-        return self._run(self._api.activate(range_set, force, reason, if_match, (wait, wait_seconds)))
+    ) -> replies.LiveState:
+        """Make a range set the active one. Arguments: see `switch_on`.
 
-    def concepts(self) -> Concepts:
-        """The concepts of the active range set, and whether each is erased now."""
-        return self._run(self._api.concepts())
+        Args:
+            force: drop live erasures that cannot be resolved on it; otherwise they are a Conflict.
+        """
+        params, body = wait_params(wait, wait_seconds), {"id": range_set, "force": force, "reason": reason}
+        return self._call(
+            replies.LiveState, "PUT", "/v1/range-sets/active", params=params, body=body, if_match=if_match
+        )
+
+    def concepts(self) -> replies.Concepts:
+        """The concepts of the active range set, and whether each is erased live."""
+        return self._call(replies.Concepts, "GET", "/v1/concepts")
 
     def ranges(
         self, concept: str, *, layer: int = -1, ranking: Ranking = "max", tau: float = 2.5, limit: int | None = None
-    ) -> Ranges:
-        """A concept's neurons by rank, each with its range: the first `limit` ones, or all (in pages of 1,000)."""
-        return self._run(self._api.ranges(concept, layer, ranking, tau, limit))
+    ) -> replies.Ranges:
+        """A concept's neurons by rank, each with its range: the first `limit`, or all (read in pages of 1,000)."""
+        path, params = f"/v1/concepts/{path_segment(concept)}/ranges", {"layer": layer, "ranking": ranking, "tau": tau}
+        neurons: list[Any] = []
+        cursor = None
+        while True:
+            size = PAGE_SIZE if limit is None else min(PAGE_SIZE, limit - len(neurons))
+            page = self._call(replies.Ranges, "GET", path, params={**params, "limit": size, "cursor": cursor})
+            neurons += page.neurons
+            cursor = page.next_cursor
+            if cursor is None or len(neurons) == limit:
+                return page.model_copy(update={"neurons": tuple(neurons)})
 
-    def neuron(self, layer: int, neuron: int, *, tau: float = 2.5) -> Neuron:
-        """One neuron: every concept's statistics, range and histogram."""
-        return self._run(self._api.neuron(layer, neuron, tau))
+    def neuron(self, layer: int, neuron: int, *, tau: float = 2.5) -> replies.Neuron:
+        """One neuron, with every concept's statistics, range and histogram."""
+        return self._call(replies.Neuron, "GET", f"/v1/neurons/{layer}/{neuron}", params={"tau": tau})
 
-    def overlap(self, *, layer: int = -1, top_fraction: float = 0.3, ranking: Ranking = "max") -> Overlap:
-        """How far the concepts share their salient neurons."""
-        return self._run(self._api.overlap(layer, top_fraction, ranking))
+    def overlap(self, *, layer: int = -1, top_fraction: float = 0.3, ranking: Ranking = "max") -> replies.Overlap:
+        """How many of their salient neurons the concepts share."""
+        params = {"layer": layer, "top_fraction": top_fraction, "ranking": ranking}
+        return self._call(replies.Overlap, "GET", "/v1/overlap", params=params)
 
     def fit(
         self, data: str | None = None, *, idempotency_key: str | None = None, **settings: Unpack[FitSettings]
-    ) -> Job:
-        """Fit ranges on texts that the server can read (its `NEURONLENS_FIT_DIRS`), beside it; `wait` for the job.
+    ) -> replies.Job:
+        """Start a fit on the server; `wait` returns its outcome.
 
         Args:
-            data: a file, by its path below one of the server's directories.
-            idempotency_key: calls with the same one give the same job; None: each call is a job of its own, which a
-                retry never doubles.
+            data: path of a file of texts, relative to one of the server's `NEURONLENS_FIT_DIRS`.
+            idempotency_key: calls with the same key return the same job. Default: a new key, so that each call starts
+                one job, however often it is repeated.
         """
-        return self._run(self._api.fit(data, settings, idempotency_key))
+        headers = {"idempotency-key": uuid4().hex if idempotency_key is None else idempotency_key}
+        return self._call(
+            replies.Job, "POST", "/v1/fits", body={"data": data, **settings}, headers=headers, repeatable=True
+        )
 
-    def job(self, job: str) -> Job:
-        """What a fit is doing, how far it is, and how it ended."""
-        return self._run(self._api.job(job))
+    def job(self, job: str) -> replies.Job:
+        """The state of a fit: its progress, and how it ended."""
+        return self._call(replies.Job, "GET", f"/v1/jobs/{path_segment(job)}")
 
-    def jobs(self) -> Jobs:
-        """Every fit that waits or runs, and the last that are over, newest first."""
-        return self._run(self._api.jobs())
+    def jobs(self) -> replies.Jobs:
+        """Every fit that waits or runs, and the latest that have ended, newest first."""
+        return self._call(replies.Jobs, "GET", "/v1/jobs")
 
-    def cancel(self, job: str) -> Job:
-        """End a fit; it publishes nothing. It is `cancelling` until its process has ended."""
-        return self._run(self._api.cancel(job))
+    def cancel(self, job: str) -> replies.Job:
+        """Cancel a fit; it publishes nothing. Its state is "cancelling" until its process has ended."""
+        return self._call(replies.Job, "DELETE", f"/v1/jobs/{path_segment(job)}", repeatable=True)
 
-    def wait(self, job: str, *, timeout: float | None = None, poll: float = 2.0) -> Job:
-        """The job when it is over, whichever way: look at its `state` and `error`.
+    def wait(self, job: str, *, timeout: float | None = None, poll: float = 2.0) -> replies.Job:
+        """The job when it has ended, whichever way: see its `state` and `error`.
 
         Args:
             timeout: seconds; None: as long as it takes.
-            poll: seconds between two looks.
+            poll: seconds between two requests; the first ones follow each other faster.
 
         Raises:
-            DeadlineExceeded: it is not over yet; it goes on.
+            DeadlineExceeded: the job has not ended yet; it goes on.
         """
-        return self._run(self._api.wait(job, timeout, poll))
+        deadline = math.inf if timeout is None else time.monotonic() + timeout
+        pause = min(0.1, poll)
+        while True:
+            found = self.job(job)
+            if found.ended:
+                return found
+            if time.monotonic() + pause > deadline:
+                raise DeadlineExceeded(f"job {job} is still {found.state}")
+            time.sleep(pause)
+            pause = min(pause * 2, poll)
 
-    def reports(self) -> Reports:
-        """What `neuronlens evaluate` left where the server looks for reports: the newest 200, newest first."""
-        return self._run(self._api.reports())
+    def reports(self) -> replies.Reports:
+        """The newest 200 reports of `neuronlens evaluate` in the server's `NEURONLENS_REPORTS_DIR`, newest first."""
+        return self._call(replies.Reports, "GET", "/v1/reports")
 
-    def report(self, report: str) -> Report:
-        """One report: what it is of, whether it is whole, and its files."""
-        return self._run(self._api.report(report))
+    def report(self, report: str) -> replies.Report:
+        """One report: what was measured, whether it is complete, and its files."""
+        return self._call(replies.Report, "GET", f"/v1/reports/{path_segment(report)}")
 
     def report_file(self, report: str, file: ReportFile) -> bytes:
-        """A file of a report: the page, its numbers, or every choice that they were made with."""
-        return self._run(self._api.report_file(report, file))
+        """A file of a report: the page, its numbers, or the settings that they were made with."""
+        response = self._send("GET", f"/v1/reports/{path_segment(report)}/{path_segment(file)}")
+        return response.content
 
-    def tokenize(self, inputs: str | Texts, *, add_special_tokens: bool = True) -> Tokenized:
+    def tokenize(self, inputs: str | Texts, *, add_special_tokens: bool = True) -> replies.Tokens:
         """The tokens of up to 64 texts, as the model gets them."""
-        return self._run(self._api.tokenize(inputs, add_special_tokens))
+        body = {"inputs": inputs, "add_special_tokens": add_special_tokens}
+        return self._call(replies.Tokens, "POST", "/v1/tokenize", body=body, repeatable=True)
 
-    def activations(self, inputs: str | Texts, neurons: Sequence[int], *, layer: int = -1) -> Activations:
-        """The values of up to 64 neurons of a block for up to 64 texts, before anything is erased."""
-        return self._run(self._api.activations(inputs, neurons, layer))
+    def activations(self, inputs: str | Texts, neurons: Sequence[int], *, layer: int = -1) -> replies.Activations:
+        """The values of up to 64 neurons of one block for up to 64 texts, without erasure."""
+        body = {"inputs": inputs, "neurons": list(neurons), "layer": layer}
+        return self._call(replies.Activations, "POST", "/v1/activations", body=body, repeatable=True)
 
-    def capabilities(self) -> Capabilities:
+    def capabilities(self) -> replies.Capabilities:
         """What the server can do, its limits, and what this client's key may do."""
-        return self._run(self._api.capabilities())
+        return self._call(replies.Capabilities, "GET", "/v1/capabilities")
 
-    def models(self) -> Models:
-        """What is loaded."""
-        return self._run(self._api.models())
+    def models(self) -> replies.Models:
+        """The models that the server has loaded."""
+        return self._call(replies.Models, "GET", "/v1/models")
 
-    def ready(self) -> Ready:
-        """Whether the server answers; it is asked once.
+    def ready(self) -> replies.Ready:
+        """Whether the server is ready to answer. This call is never repeated.
 
         Raises:
-            Unavailable: not yet, or no more; `problem["checks"]` says why.
+            Unavailable: it is not ready; `problem["checks"]` says why.
         """
-        return self._run(self._api.ready())
+        return self._call(replies.Ready, "GET", "/readyz", retries=0)
 
-    def events(self, *, patience: float | None = None) -> Iterator[Event]:
-        """What changes, as it does, for as long as one listens: first what is live now.
+    def events(self, *, reconnect_timeout: float | None = None) -> Iterator[Event]:
+        """Changes on the server as they happen, without end; the first event is the current live state.
 
-        A broken connection is made again, and what was told before is not told again.
+        A broken connection is made again, and what was received before is not repeated.
 
         Args:
-            patience: seconds without a connection after which the error is raised, math.inf for never; None: the
+            reconnect_timeout: seconds without a connection after which the error is raised; math.inf: never; None: the
                 client's timeout.
 
         Raises:
-            NeuronLensError: the server refuses, or cannot be reached for `patience` seconds.
+            NeuronLensError: the server refuses, or could not be reached for so long.
         """
-        following = Following(self._caller, patience)
+        url = f"{self._url}/v1/events"
+        stream = EventStream(url, self._timeout if reconnect_timeout is None else reconnect_timeout)
         while True:
             error: httpx.RequestError | NeuronLensError | None = None
             try:
-                with self._http.stream(
-                    "GET", following.url, params=following.params, headers=following.headers, timeout=following.timeout
-                ) as response:
-                    if following.accepts(response):
-                        for chunk in response.iter_bytes():
-                            yield from following.feed(chunk)
+                with connect_sse(
+                    self._http, "GET", url, params=self._query, headers=dict(self._headers), timeout=TIMEOUT
+                ) as source:
+                    if (response := source.response).status_code < 300:
+                        for sent in source.iter_sse():
+                            if (event := stream.receive(sent)) is not None:
+                                yield event
                     else:
                         error = error_of(response.status_code, response.headers, response.read())
             except httpx.RequestError as broken:
                 error = broken
-            time.sleep(following.pause(error))
+            time.sleep(stream.pause_after(error))

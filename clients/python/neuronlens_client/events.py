@@ -1,44 +1,45 @@
-"""Following what changes: server-sent events as they arrive, and when to connect again, without the network."""
+"""Events of the server: their types, which of them are new, and when to connect again."""
 
 import json
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import httpx
+from httpx_sse import ServerSentEvent, SSEError
 from pydantic import ValidationError
 
-from neuronlens_client.calls import CONNECT, Caller, pause_before
+from neuronlens_client.call import CONNECT_TIMEOUT, origin, pause_before
 from neuronlens_client.errors import ConnectionFailed, NeuronLensError, Overloaded, Unavailable, UnexpectedReply
 from neuronlens_client.replies import Job, LiveState
 
-SILENCE = 45.0
-"""Seconds without a byte after which a stream is taken for dead; the server breaks its silence every 15 s."""
+TIMEOUT = httpx.Timeout(45.0, connect=CONNECT_TIMEOUT)
+"""A stream without a byte for so long is taken for dead; the server sends a comment every 15 s."""
 
 
 @dataclass(frozen=True)
 class LiveChanged:
-    """What is erased when a request names nothing, now; also the first event of all."""
+    """The live erasures changed. This is also the first event, with the current state."""
 
     state: LiveState
 
 
 @dataclass(frozen=True)
 class RangeSetsChanged:
-    """A range set was published, removed or activated: read the list again. Also told at every connect."""
+    """A range set was published, removed or activated: read the list again. It is also sent at every connection."""
 
 
 @dataclass(frozen=True)
 class JobChanged:
-    """A fit began, got on, or ended; told of the last ones at connect too."""
+    """A fit began, advanced or ended. The latest jobs are also sent at every connection."""
 
     job: Job
 
 
 @dataclass(frozen=True)
 class OtherEvent:
-    """What this version does not know."""
+    """An event that this version of the client does not know."""
 
     name: str
     data: Mapping[str, Any]
@@ -47,85 +48,64 @@ class OtherEvent:
 Event = LiveChanged | RangeSetsChanged | JobChanged | OtherEvent
 
 
-class Following:
-    """One caller's stream of events over all its connections; what was told before a break is not told again.
+class EventStream:
+    """The state of one `events()` iterator over all its connections.
 
     Args:
-        patience: seconds without a connection after which the error is raised; None: the caller's timeout.
+        url: of the stream.
+        reconnect_timeout: seconds without a connection after which the error is raised.
     """
 
-    def __init__(self, caller: Caller, patience: float | None) -> None:
-        self.caller = caller
-        self.url = caller.url + "/v1/events"
-        self.params = caller.model
-        self.headers = caller.headers | {"accept": "text/event-stream"}
-        self.timeout = httpx.Timeout(SILENCE, connect=CONNECT)
-        self._patience = caller.timeout if patience is None else patience
-        self._buffer = b""
-        self._told: dict[tuple[str, Any], bytes] = {}
+    def __init__(self, url: str, reconnect_timeout: float) -> None:
+        self._server = origin(url)
+        self._reconnect_timeout = reconnect_timeout
+        self._latest: dict[tuple[str, Any], str] = {}
+        self._received = False
         self._failures = 0
-        self._in_touch = time.monotonic()
+        self._connected_at = time.monotonic()
 
-    def accepts(self, response: httpx.Response) -> bool:
-        """Whether a reply is the stream; raises UnexpectedReply if it is another kind of success."""
-        if response.status_code >= 300:
-            return False
-        if not response.headers.get("content-type", "").startswith("text/event-stream"):
-            raise UnexpectedReply("answered, but no stream of events", status=response.status_code)
-        return True
-
-    def feed(self, chunk: bytes) -> Iterator[Event]:
-        """The events that a chunk completes."""
-        self._failures, self._in_touch = 0, time.monotonic()
-        # not by str.splitlines: JSON may hold U+2028, which is no line end here
-        *whole, self._buffer = (self._buffer + chunk.replace(b"\r", b"")).split(b"\n\n")
-        for block in whole:
-            event = self._event(block)
-            if event is not None:
-                yield event
-
-    def pause(self, error: httpx.RequestError | NeuronLensError | None) -> float:
-        """A connection ended, or none came about: seconds until the next one.
+    def receive(self, sent: ServerSentEvent) -> Event | None:
+        """The event that was sent; None if it has no data, or repeats what was sent before a connection broke.
 
         Raises:
-            NeuronLensError: trying again would not help, or `patience` is over.
+            UnexpectedReply: its data is not what the client expects.
         """
-        self._buffer = b""
-        if isinstance(error, httpx.RequestError):
-            error = ConnectionFailed(f"no events from {self.caller.shown} ({type(error).__name__})")
-        seconds = pause_before(self._failures, error.retry_after if error else None)
-        self._failures += 1
-        if error is not None and not isinstance(error, ConnectionFailed | Overloaded | Unavailable):
-            raise error
-        if time.monotonic() + seconds - self._in_touch > self._patience:
-            raise error or ConnectionFailed(f"{self.caller.shown} ends every stream of events at once")
-        return seconds
-
-    def _event(self, block: bytes) -> Event | None:
-        """An event, unless it is a comment, or nothing new."""
-        name, data = "message", b""
-        for line in block.split(b"\n"):
-            field, _, value = line.partition(b":")
-            value = value.removeprefix(b" ")
-            if field == b"event":
-                name = value.decode(errors="replace")
-            elif field == b"data":
-                data += value
-        if not data:
+        self._received = True
+        if not sent.data:
             return None
         try:
-            decoded = json.loads(data)
-            about = (name, decoded.get("id"))
-            if name != "range_sets" and self._told.get(about) == data:
+            data = json.loads(sent.data)
+            subject = sent.event, data.get("id")
+            if sent.event != "range_sets" and self._latest.get(subject) == sent.data:
                 return None
-            self._told[about] = data
-            match name:
+            self._latest[subject] = sent.data
+            match sent.event:
                 case "live":
-                    return LiveChanged(LiveState.model_validate(decoded))
+                    return LiveChanged(LiveState.model_validate(data))
                 case "range_sets":
                     return RangeSetsChanged()
                 case "jobs":
-                    return JobChanged(Job.model_validate(decoded))
-            return OtherEvent(name, decoded)
+                    return JobChanged(Job.model_validate(data))
+            return OtherEvent(sent.event, data)
         except (ValueError, AttributeError, ValidationError):
-            raise UnexpectedReply("an event is not as this client knows it: is the server another version?") from None
+            raise UnexpectedReply(f"invalid event {sent.event!r}: does the server have another version?") from None
+
+    def pause_after(self, error: httpx.RequestError | NeuronLensError | None) -> float:
+        """Seconds to wait before connecting again, after a connection ended or failed.
+
+        Raises:
+            NeuronLensError: connecting again would not help, or the time to reconnect is over.
+        """
+        if self._received:
+            self._received, self._failures, self._connected_at = False, 0, time.monotonic()
+        if isinstance(error, SSEError):
+            error = UnexpectedReply("the reply is not a stream of events")
+        elif isinstance(error, httpx.RequestError):
+            error = ConnectionFailed(f"no events from {self._server} ({type(error).__name__})")
+        if error is not None and not isinstance(error, ConnectionFailed | Overloaded | Unavailable):
+            raise error
+        self._failures += 1
+        pause = pause_before(self._failures, error.retry_after if error else None)
+        if time.monotonic() + pause - self._connected_at > self._reconnect_timeout:
+            raise error or ConnectionFailed(f"{self._server} ends every stream of events at once")
+        return pause

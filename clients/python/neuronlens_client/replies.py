@@ -1,15 +1,21 @@
-"""What the server replies (docs/http.md; all fields in openapi.json). Unknown fields are kept."""
+"""Replies of the server (docs/http.md; all fields are in openapi.json)."""
 
-from collections.abc import Mapping
-from typing import Any
+from collections.abc import Mapping, Sequence
+from typing import Any, Self
 
 from pydantic import BaseModel, ConfigDict
 
 
 class Reply(BaseModel):
-    """Base of all replies: immutable; what this version does not know stands in `model_extra`."""
+    """Base of all replies. They are immutable; fields that this version does not know are kept in `model_extra`."""
 
     model_config = ConfigDict(frozen=True, extra="allow", protected_namespaces=())
+
+
+class ModelReply(Reply):
+    """Base of replies that name the served model."""
+
+    model: str
 
 
 class Score(Reply):
@@ -17,23 +23,18 @@ class Score(Reply):
     score: float
 
 
-class Baseline(Reply):
-    """The bare model's answer."""
+class Baseline(Score):
+    """The answer without erasure. `scores`: best first."""
 
-    label: str
-    score: float
     scores: tuple[Score, ...]
 
 
-class Result(Reply):
-    """One text's answer; `scores` best first. `masked_neurons`: at the read position, summed over layers.
+class Result(Baseline):
+    """The answer to one text. `masked_neurons`: at the read position, summed over layers.
 
-    `at_chance`: what was erased left nothing of the text in its scores.
+    `at_chance`: the erasure left no information about the text in its scores.
     """
 
-    label: str
-    score: float
-    scores: tuple[Score, ...]
     masked_neurons: int
     truncated: bool
     at_chance: bool = False
@@ -41,7 +42,7 @@ class Result(Reply):
 
 
 class Erasure(Reply):
-    """An erasure as it was applied; `layers` are block indices from 0, `replacement` as in a request."""
+    """An erasure as it was applied. `layers`: block indices from 0; `replacement`: as in a request."""
 
     concept: str
     method: str
@@ -55,7 +56,7 @@ class Erasure(Reply):
 
 
 class Plan(Reply):
-    """What was erased from a request: `source` is "request", "live" or "none"."""
+    """The erasures of a request. `source`: "request", "live" or "none"."""
 
     source: str
     concepts: tuple[str, ...]
@@ -68,37 +69,51 @@ class Usage(Reply):
     tokens: int
 
 
-class Classified(Reply):
+class ClassifyReply(ModelReply):
     """Reply to one `POST /v1/classify`."""
 
-    model: str
     results: tuple[Result, ...]
     erasure: Plan
     usage: Usage
 
 
 class Answer(Result):
-    """One text's answer, with what was erased from it."""
+    """The answer to one text, with the erasures that were applied."""
 
     model: str
     erasure: Plan
     usage: Usage
 
+    @classmethod
+    def of(cls, reply: ClassifyReply) -> Self:
+        """The answer in a reply to one text."""
+        (result,) = reply.results
+        return cls(**dict(result), model=reply.model, erasure=reply.erasure, usage=reply.usage)
 
-class Answers(Reply):
-    """Several texts' answers, in their order.
 
-    `plans`: what was erased, of each request that the list took. They differ if what is live changed in between.
+class Answers(ModelReply):
+    """The answers to a list of texts, in its order.
+
+    `plans`: the erasures of each request that the list took. They differ if the live erasures changed in between.
     """
 
-    model: str
     results: tuple[Result, ...]
     plans: tuple[Plan, ...]
     usage: Usage
 
+    @classmethod
+    def of(cls, replies: Sequence[ClassifyReply]) -> Self:
+        """The answers in the replies to the batches of a list."""
+        return cls(
+            model=replies[0].model,
+            results=tuple(result for reply in replies for result in reply.results),
+            plans=tuple(reply.erasure for reply in replies),
+            usage=Usage(tokens=sum(reply.usage.tokens for reply in replies)),
+        )
+
     @property
     def erasure(self) -> Plan:
-        """What was erased, by the first request's plan."""
+        """The erasures of the first request."""
         return self.plans[0]
 
     @property
@@ -108,7 +123,7 @@ class Answers(Reply):
 
 
 class LiveErasure(Erasure):
-    """An erasure that is switched on; times are Unix seconds."""
+    """A live erasure. Times are Unix seconds."""
 
     reason: str | None
     expires_at: float | None
@@ -117,10 +132,10 @@ class LiveErasure(Erasure):
 
 
 class Replica(Reply):
-    """A process that answers for the model, as it reported `age` seconds ago.
+    """A process that serves the model, as it reported `age` seconds ago.
 
-    `generation`: what it answers under; None while it has read none. `current`: as new as that of the server asked.
-    `this`: it is the server that was asked.
+    `generation`: the one that it uses; None until it has read one. `current`: whether that is at least as new as the
+    generation of the server that replied. `this`: whether it is that server.
     """
 
     name: str
@@ -131,18 +146,16 @@ class Replica(Reply):
     this: bool
 
 
-class Replicas(Reply):
-    """The live replicas of a model, by name. `generation`: of the server asked."""
+class Replicas(ModelReply):
+    """The live replicas of a model, by name. `generation`: of the server that replied."""
 
-    model: str
     generation: str
     replicas: tuple[Replica, ...]
 
 
-class LiveState(Reply):
-    """What is erased when a request names nothing. `generation` is what `if_match` takes."""
+class LiveState(ModelReply):
+    """The live erasures, which apply to requests that name none. `generation`: for `if_match`."""
 
-    model: str
     generation: str
     range_set: str | None
     erasures: tuple[LiveErasure, ...]
@@ -153,7 +166,7 @@ class LiveState(Reply):
 
 
 class Concept(Reply):
-    """A concept of the active range set. `texts`: of the fitting corpus; `label`: whether it is one of the model."""
+    """A concept of the active range set. `texts`: in the fitting corpus; `label`: whether the model has it."""
 
     concept: str
     texts: int
@@ -162,15 +175,14 @@ class Concept(Reply):
     enforced: bool
 
 
-class Concepts(Reply):
-    model: str
+class Concepts(ModelReply):
     range_set: str
     generation: str
     concepts: tuple[Concept, ...]
 
 
 class NeuronRange(Reply):
-    """One neuron's range for one concept; low and high are None where it is empty. `overlap`: with other concepts'."""
+    """One neuron's range for one concept. `low`, `high`: None if it is empty; `overlap`: with other concepts."""
 
     rank: int
     neuron: int
@@ -182,10 +194,9 @@ class NeuronRange(Reply):
     overlap: Mapping[str, float]
 
 
-class Ranges(Reply):
-    """A concept's neurons by rank."""
+class Ranges(ModelReply):
+    """A concept's neurons, by rank."""
 
-    model: str
     range_set: str
     concept: str
     layer: int
@@ -196,7 +207,7 @@ class Ranges(Reply):
 
 
 class Histogram(Reply):
-    """Texts per bin; `below` and `above` fell outside the edges."""
+    """Number of texts per bin, and below and above all bins."""
 
     below: int
     counts: tuple[int, ...]
@@ -222,8 +233,7 @@ class NeuronOfConcept(Reply):
     histogram: Histogram
 
 
-class Neuron(Reply):
-    model: str
+class Neuron(ModelReply):
     range_set: str
     layer: int
     neuron: int
@@ -232,10 +242,9 @@ class Neuron(Reply):
     concepts: tuple[NeuronOfConcept, ...]
 
 
-class Overlap(Reply):
-    """How far concepts share their salient neurons. `chance`: the share that random sets of this size would have."""
+class Overlap(ModelReply):
+    """How many salient neurons concepts share. `chance`: the share of random sets of the same size."""
 
-    model: str
     range_set: str
     layer: int
     ranking: str
@@ -249,7 +258,7 @@ class Overlap(Reply):
 
 
 class AuditEntry(Reply):
-    """A change of the live state. `at`: Unix seconds; `before` is None where the live state was created."""
+    """A change of the live state. `at`: Unix seconds; `before`: None if the change created the live state."""
 
     id: str
     at: float
@@ -263,15 +272,14 @@ class AuditEntry(Reply):
     reason: str | None
 
 
-class Audit(Reply):
-    """Newest first."""
+class Audit(ModelReply):
+    """Changes of the live state, newest first."""
 
-    model: str
     entries: tuple[AuditEntry, ...]
 
 
 class RangeSet(Reply):
-    """A published range set and where it comes from."""
+    """A published range set and its provenance."""
 
     id: str
     published_at: float
@@ -279,16 +287,15 @@ class RangeSet(Reply):
     provenance: Mapping[str, Any]
 
 
-class RangeSets(Reply):
-    """Newest first."""
+class RangeSets(ModelReply):
+    """Published range sets, newest first."""
 
-    model: str
     active: str | None
     range_sets: tuple[RangeSet, ...]
 
 
 class Model(Reply):
-    """What is loaded. `created`: Unix seconds at which the server began to serve it."""
+    """A loaded model. `created`: when the server began to serve it, in Unix seconds."""
 
     id: str
     object: str
@@ -311,7 +318,7 @@ class Model(Reply):
 
 
 class Models(Reply):
-    """Every model, the default first; `data` is the same."""
+    """Every loaded model, the default first. `data`: the same."""
 
     object: str
     models: tuple[Model, ...]
@@ -319,9 +326,10 @@ class Models(Reply):
 
 
 class Ready(Reply):
-    """`snapshot_age`: seconds since the live state was last known to be the newest; `problem`: why it cannot be.
+    """Whether the server is ready. `snapshot_age`: seconds since the live state was last confirmed to be the newest.
 
-    Of several models, the `checks` name each, the age is the longest, and `generation` is None.
+    `problem`: why it cannot be used. With several models, `checks` names each, `snapshot_age` is the longest, and
+    `generation` is None.
     """
 
     status: str
@@ -332,7 +340,7 @@ class Ready(Reply):
 
 
 class Token(Reply):
-    """A token as it stands in the vocabulary; `start`, `stop`: of its characters in the text, None if of none."""
+    """A token, as in the vocabulary. `start`, `stop`: its characters in the text; None if it has none."""
 
     id: int
     text: str
@@ -343,17 +351,16 @@ class Token(Reply):
 
 
 class TextTokens(Reply):
-    """One text's tokens. `total`: how many they would be if none were cut off."""
+    """One text's tokens. `total`: their number before the text is cut."""
 
     tokens: tuple[Token, ...]
     total: int
     truncated: bool
 
 
-class Tokenized(Reply):
-    """`prefix_tokens`: of a few-shot prompt, before every text. `max_tokens`: what is left for a text after them."""
+class Tokens(ModelReply):
+    """The tokens of texts. `prefix_tokens`: of the few-shot prompt before every text; `max_tokens`: left for a text."""
 
-    model: str
     results: tuple[TextTokens, ...]
     prefix_tokens: int
     max_tokens: int
@@ -365,10 +372,9 @@ class TextValues(Reply):
     values: tuple[float | None, ...]
 
 
-class Activations(Reply):
-    """Values of neurons before anything is erased. `site`, `position`: where they were taken."""
+class Activations(ModelReply):
+    """Values of neurons without erasure. `site`, `position`: where they are read."""
 
-    model: str
     layer: int
     site: str
     position: str
@@ -377,7 +383,7 @@ class Activations(Reply):
 
 
 class Capabilities(Reply):
-    """What the server can do, its limits, and what the caller may do (`scopes`)."""
+    """What the server can do, its limits, and the `scopes` of the caller's key."""
 
     version: str
     model: str
@@ -408,7 +414,7 @@ class Capabilities(Reply):
 
 
 class Progress(Reply):
-    """How far a fit is; `rows_total` is 0 until its texts are read."""
+    """Progress of a fit. `rows_total`: 0 until its texts are read."""
 
     phase: str
     rows_done: int
@@ -418,9 +424,10 @@ class Progress(Reply):
 
 
 class Job(Reply):
-    """A fit that was asked for: queued, running, cancelling, cancelled, failed or done. Times are Unix seconds.
+    """A fit that was requested. `state`: queued, running, cancelling, cancelled, failed or done.
 
-    `error`: one line, why it failed; `range_set`: what it published; `generation`: what activating that made.
+    Times are Unix seconds. `error`: why it failed, in one line; `range_set`: what it published; `generation`: the live
+    state's after it was activated.
     """
 
     id: str
@@ -440,15 +447,15 @@ class Job(Reply):
     generation: str | None
 
     @property
-    def over(self) -> bool:
-        """Whether nothing more happens to it."""
+    def ended(self) -> bool:
+        """Whether the job is done, failed or cancelled."""
         return self.state in ("done", "failed", "cancelled")
 
 
 class Report(Reply):
     """An evaluation's report. `created_at`: Unix seconds; `state`: complete, incomplete or broken.
 
-    What its run.json says is None where that cannot be read: the model, the corpus (`data`) and its `texts`.
+    The model, the corpus (`data`) and its number of `texts` come from run.json; they are None if it cannot be read.
     """
 
     id: str
@@ -463,13 +470,12 @@ class Report(Reply):
 
 
 class Reports(Reply):
-    """The newest 200, newest first."""
+    """The newest 200 reports, newest first."""
 
     reports: tuple[Report, ...]
 
 
-class Jobs(Reply):
-    """Those that wait or run, and the last that are over; newest first."""
+class Jobs(ModelReply):
+    """Fits that wait or run, and the latest that have ended, newest first."""
 
-    model: str
     jobs: tuple[Job, ...]
