@@ -132,7 +132,7 @@ def _state(listing: Listing) -> LiveState:
 
 
 def _foreign(url: str) -> CommandError:
-    return CommandError(f"{url} answered what this command does not understand: is it another version?", FAILED)
+    return CommandError(f"unexpected reply from {url}: is it a NeuronLens server of this version?", FAILED)
 
 
 def _said(error: NeuronLensError, url: str) -> CommandError:
@@ -141,7 +141,7 @@ def _said(error: NeuronLensError, url: str) -> CommandError:
         hint = ": is the server running?" if isinstance(error, ConnectionFailed) else ""
         return CommandError(error.detail + hint, UNREACHABLE)
     if error.code is None:
-        return _foreign(url) if error.status < 300 else CommandError(f"{url} {error.detail}: is it one?", FAILED)
+        return _foreign(f"{url} ({error.detail})")
     if error.status == 401:
         said = "this server wants an API key: set NEURONLENS_API_KEY to one that is good"
         return CommandError(str(error).replace(error.detail, said, 1), FAILED)

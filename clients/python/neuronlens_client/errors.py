@@ -157,7 +157,7 @@ def error_of(status: int, headers: Mapping[str, str], body: bytes) -> NeuronLens
     retry_after = _seconds(headers.get("retry-after"))
     if not isinstance(problem, dict) or not isinstance(problem.get("code"), str):
         kind = NeuronLensError.by_status[status] if status in _SENT_BY_PROXIES else UnexpectedReply
-        detail = f"status {status} without a NeuronLens error: the reply may come from a proxy or another server"
+        detail = f"status {status} without a NeuronLens error code"
         return kind(detail, status=status, request_id=request_id, retry_after=retry_after)
     kind = NeuronLensError.by_status.get(status, NeuronLensError)
     if problem["code"] == "not_everywhere":
