@@ -204,8 +204,8 @@ def _ingress(place: Path, replicas: int, rate: float) -> Iterator[Server]:
 
 def _run_ingress(place: Path, replicas: int, rate: float) -> None:
     """In a process of its own: the ingress of a private cluster of sleepers."""
-    from app.cli.listening import bind
     from app.cli.serve import serve_until_told
+    from app.http.server import bind
     from app.serving import fleet as wiring
     from app.serving.assembly import engine_limits
     from app.settings import Settings

@@ -1,7 +1,7 @@
 """The command line, `neuronlens`: a module per command or group of commands.
 
-Shared by them: `options` and `parsing` (options and their values), `terminal` (output), `suggestions` (commands to run
-next), `exits` (exit codes), `control` and `server_control` (the store, or a server), `listening` (the HTTP server).
+Shared by them: `options` and `parsing` (options and their values), `terminal` (output), `exits` (exit codes), `control`
+and `server_control` (the store, or a server).
 Nothing here imports torch: commands import an entry point of `app.serving` when they need it.
 """
 

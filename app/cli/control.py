@@ -3,7 +3,7 @@
 import getpass
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, closing, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Protocol
@@ -144,7 +144,7 @@ class ControlOptions:
         settings, server_url = self._target()
         chosen = name or self.name
         if server_url:
-            with ServerControl(server_url, chosen or settings.name, _api_key(settings), wait) as server:
+            with closing(ServerControl(server_url, chosen or settings.name, _api_key(settings), wait)) as server:
                 yield server
         else:
             with open_store(settings, chosen, publishes=publishes) as store:
@@ -164,8 +164,8 @@ class ControlOptions:
                 yield {each: StoreControl(RangeStore(client, each)) for each in names}
                 return
             key, chosen = _api_key(settings), self.name or settings.name
-            names = [chosen] if chosen else stack.enter_context(ServerControl(server_url, None, key)).models()
-            yield {each: stack.enter_context(ServerControl(server_url, each, key)) for each in names}
+            names = [chosen] if chosen else stack.enter_context(closing(ServerControl(server_url, None, key))).models()
+            yield {each: stack.enter_context(closing(ServerControl(server_url, each, key))) for each in names}
 
     def _target(self) -> tuple[Settings, str | None]:
         """The settings, and the URL of the server if the target is one."""

@@ -8,8 +8,7 @@ import typer
 
 from app.cli import options
 from app.cli.evaluate import chance_warnings
-from app.cli.listening import bind, observed, require_keys
-from app.cli.serve import serve_until_signal
+from app.cli.serve import observed, require_keys, serve_until_signal
 from app.cli.terminal import print_json, progress, say, table
 from app.settings import Settings
 
@@ -45,6 +44,8 @@ def demo(
 
     Needs no downloads. The results are cached, so the second start is quick.
     """
+    from app.http.server import bind
+
     settings = demo_settings(settings, cache_dir)
     with ExitStack() as stack:
         stack.enter_context(observed(settings))

@@ -9,8 +9,7 @@ import typer
 
 from app.cli import options, parsing
 from app.cli.control import open_store, operator
-from app.cli.suggestions import command, model_options, store_options
-from app.cli.terminal import hint, print_json, progress, say, table
+from app.cli.terminal import command, hint, model_options, print_json, progress, say, store_options, table
 from app.errors import INTERRUPTED
 from app.jobs import child
 from app.serving.inputs import check_model, check_texts

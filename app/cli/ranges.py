@@ -8,8 +8,7 @@ import typer
 from app.cli import options
 from app.cli.control import Control, ControlOptions, StoreControl
 from app.cli.exits import EPILOG, CommandError
-from app.cli.suggestions import command
-from app.cli.terminal import hint, moment, print_json, say, table
+from app.cli.terminal import command, hint, moment, print_json, say, table
 from app.errors import CONFLICT, USAGE
 from range_store.domain.range_set import CorpusIdentity, FitSettings
 from range_store.formatting import format_count

@@ -1,23 +1,27 @@
 """`neuronlens serve`: answer over HTTP; and `neuronlens fleet`: the engines that it leaves on a Ray cluster."""
 
+import errno
+import logging
 import socket
-from collections.abc import Sequence
-from contextlib import ExitStack
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from app.cli import options
-from app.cli.exits import EPILOG, CommandError, end_at_once
-from app.cli.listening import address_of, bind, listen, metrics_server, observed, require_keys
-from app.cli.suggestions import fit_command, keys_create_command
-from app.cli.terminal import hint, print_json, progress, say, table
+from app.cli.exits import EPILOG, CommandError, end_at_once, exit_code_of
+from app.cli.terminal import fit_command, hint, keys_create_command, print_json, progress, say, table
 from app.errors import FAILED, UNREACHABLE, USAGE
 from app.serving.inputs import check_model
 from app.settings import Settings
 
 if TYPE_CHECKING:
+    from fastapi import FastAPI
+
     from app.serving.service import Service
+
+logger = logging.getLogger(__name__)
 
 
 @options.expand
@@ -44,6 +48,8 @@ def serve(
     Ctrl-C or SIGTERM stops it after it has answered the requests that it accepted.
     """
     _check(settings, redeploy)
+    from app.http.server import bind
+
     with ExitStack() as stack:
         stack.enter_context(observed(settings))
         settings = require_keys(settings)
@@ -89,6 +95,7 @@ def serve_until_signal(
     services: "Sequence[Service]", settings: Settings, bound: socket.socket, examples: Sequence[str] = ()
 ) -> None:
     """Serve until SIGINT or SIGTERM, then answer the accepted requests. Prints the address and the examples."""
+    from app.http.server import address_of, listen
     from app.main import create_app
 
     def ready() -> None:
@@ -112,6 +119,9 @@ def serve_until_signal(
         for service in services:
             service.drain()
 
+    def failure() -> str | None:
+        return next((each.engine.failure for each in services if each.engine.failure), None)
+
     app = create_app(settings, services)
     with metrics_server(settings, app) as metrics_address:
         listen(
@@ -120,10 +130,90 @@ def serve_until_signal(
             bound,
             on_ready=ready,
             on_drain=drain,
-            failure=lambda: next((each.engine.failure for each in services if each.engine.failure), None),
-            failure_exit_code=FAILED if settings.ray is None else UNREACHABLE,
+            failure=failure,
         )
+    if (reason := failure()) is not None:
+        exit_code = FAILED if settings.ray is None else UNREACHABLE
+        raise CommandError(f"the model failed ({reason}): restart the server", exit_code)
     hint("stopped; all accepted requests are answered")
+
+
+def require_keys(settings: Settings) -> Settings:
+    """The settings with `require_keys` if other machines can reach the server, so that none comes in without a key.
+
+    API keys must exist then. If they are lost later, or the store cannot be reached, every request is refused.
+
+    Raises:
+        CommandError: other machines could reach the server, no key exists, and `insecure` is not set.
+    """
+    if settings.loopback or settings.insecure or settings.require_keys:
+        return settings
+    from range_store.embedded.connection import connect
+    from range_store.errors import InvalidStoreAddress, StoreUnavailable
+    from range_store.storage.api_keys import ApiKeyStore
+
+    try:
+        with connect(**settings.redis) as client:
+            exist = ApiKeyStore(client).read() is not None
+    except StoreUnavailable as error:
+        if settings.redis_url is None or isinstance(error, InvalidStoreAddress):
+            raise
+        hint(f"{error}; every request is refused until the API keys can be read")
+        exist = True
+    if not exist:
+        raise CommandError(
+            f"other machines can reach --host {settings.host}, but no API key exists: create one with "
+            f"`{keys_create_command(settings)}`, listen on 127.0.0.1, or pass --insecure",
+            USAGE,
+        )
+    return settings.model_copy(update={"require_keys": True})
+
+
+@contextmanager
+def metrics_server(settings: Settings, app: "FastAPI") -> Iterator[str | None]:
+    """Serves /metrics and the replicas' targets on `metrics_port`, and yields the address; None without that setting.
+
+    Raises:
+        CommandError: the port is in use or not allowed.
+    """
+    if settings.metrics_port is None:
+        yield None
+        return
+    from app.http.server import reason_of
+    from app.serving.metrics import start_metrics_server
+
+    host = settings.metrics_host or settings.host
+    where = f"{host}:{settings.metrics_port}"
+    try:
+        server, thread = start_metrics_server(settings.metrics_port, host, app.state.registry, app.state.served)
+    except (OSError, UnicodeError) as error:
+        bad = isinstance(error, UnicodeError | socket.gaierror) or error.errno == errno.EADDRNOTAVAIL
+        raise CommandError(f"cannot serve metrics at {where}: {reason_of(error)}", USAGE if bad else FAILED) from None
+    try:
+        yield f"http://{host}:{server.server_port}/metrics"
+    finally:
+        server.shutdown()
+        server.server_close()
+        thread.join()
+
+
+@contextmanager
+def observed(settings: Settings) -> Iterator[None]:
+    """Logs on stderr in the settings' format, and exports traces if they are configured.
+
+    Raises:
+        CommandError: a bug; its traceback is in the log.
+    """
+    from app.observability import logs, tracing
+
+    with logs.configured(settings), tracing.exported():
+        try:
+            yield
+        except Exception as error:
+            if exit_code_of(error) is not None:
+                raise
+            logger.critical("the program failed: %s", type(error).__name__, exc_info=error)
+            raise CommandError(f"internal error ({type(error).__name__}): see the log") from None
 
 
 fleet = typer.Typer(

@@ -1,11 +1,18 @@
-"""Output of commands: results on stdout, everything else on stderr. Without a terminal, all of it is plain text."""
+"""Output of commands: results on stdout; progress, hints and commands to run next on stderr.
+
+Without a terminal, all of it is plain text.
+"""
 
 import json
+import os
+import shlex
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from datetime import datetime
+from pathlib import Path
 from typing import Any
+from urllib.parse import urlsplit, urlunsplit
 
 import typer
 from rich.cells import cell_len
@@ -24,8 +31,10 @@ from rich.progress import (
 from rich.table import Column, Table
 from rich.text import Text
 
+from app.cli.options import MODEL
 from app.cli.parsing import SECONDS
 from app.serving.inputs import OnProgress
+from app.settings import Settings, default_data_dir
 from range_store.formatting import format_duration
 
 PIPE_WIDTH = 100_000
@@ -219,3 +228,54 @@ def _count(done: int, total: int, unit: str) -> str:
 def _rate(speed: float, unit: str) -> str:
     number = f"{speed:,.0f}" if speed >= 10 else f"{speed:.1f}"
     return f"{number} {unit}/s" if unit else f"{number}/s"
+
+
+def command(*words: str, **options: object) -> str:
+    """A `neuronlens` command, as a shell accepts it.
+
+    Options that are None or False are left out, and so is a password in a URL, which the user has to add.
+    """
+    parts = ["neuronlens", *words]
+    for name, value in options.items():
+        flag = f"--{name.replace('_', '-')}"
+        if value is True:
+            parts.append(flag)
+        elif value is not None and value is not False:
+            written = _without_password(str(value)) if name.endswith("url") else str(value)
+            parts += [f"{flag}={written}"] if written.startswith("-") else [flag, written]
+    return shlex.join(parts)
+
+
+def _without_password(url: str) -> str:
+    parts = urlsplit(url)
+    user, _, host = parts.netloc.rpartition("@")
+    name, colon, _ = user.partition(":")
+    if not colon:
+        return url
+    return urlunsplit(parts._replace(netloc=f"{name}@{host}" if name else host))
+
+
+def keys_create_command(settings: Settings) -> str:
+    """The command that creates an API key in the settings' store."""
+    return command("keys", "create", "NAME", scope="infer", **store_options(settings))
+
+
+def fit_command(settings: Settings, source: str, name: str) -> str:
+    """The command that fits and activates a range set for a served model."""
+    loading = model_options(settings) if source == settings.model else {}
+    loading["name"] = None if name == Path(source).name else name
+    return command("fit", model=source, **loading, data="FILE", activate=True, **store_options(settings))
+
+
+def model_options(settings: Settings) -> dict[str, object]:
+    """The options with which another command loads the same model."""
+    chosen = {name: getattr(settings, name) for name in MODEL}
+    return {name: value for name, value in chosen.items() if value != Settings.model_fields[name].default}
+
+
+def store_options(settings: Settings) -> dict[str, object]:
+    """The options with which another command uses the same store, if it is not the default one."""
+    if settings.redis_url is not None:
+        same = settings.redis_url == os.environ.get("NEURONLENS_REDIS_URL")
+        return {"redis_url": None if same else settings.redis_url}
+    return {"data_dir": None if settings.data_dir == default_data_dir() else settings.data_dir}

@@ -7,8 +7,7 @@ from typing import Annotated, Literal
 import typer
 
 from app.cli import options
-from app.cli.suggestions import command
-from app.cli.terminal import hint, print_json, progress, say
+from app.cli.terminal import command, hint, print_json, progress, say
 from app.errors import INTERRUPTED
 from app.serving.inputs import NewModelChoice, check_model, check_texts
 from app.settings import ModelSettings, Settings

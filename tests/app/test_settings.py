@@ -10,7 +10,7 @@ from pydantic import ValidationError
 from app.cli.demo import demo_settings
 from app.cli.exits import CommandError
 from app.cli.options import settings_with
-from app.cli.suggestions import fit_command
+from app.cli.terminal import fit_command
 from app.errors import USAGE
 from app.settings import Settings
 

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from app.cli.suggestions import fit_command
+from app.cli.terminal import fit_command
 from app.settings import Settings
 from range_store.embedded.connection import connect
 from range_store.storage.api_keys import ApiKeyStore

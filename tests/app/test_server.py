@@ -4,7 +4,7 @@ import resource
 
 import pytest
 
-from app.cli.listening import OTHER_FILES, _within_open_files
+from app.http.server import OTHER_FILES, _within_open_files
 from app.settings import Settings
 
 

@@ -3,7 +3,7 @@
 import shlex
 from pathlib import Path
 
-from app.cli.suggestions import command
+from app.cli.terminal import command
 
 
 def test_options_are_quoted_and_those_not_given_left_out() -> None:

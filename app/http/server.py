@@ -1,4 +1,8 @@
-"""The HTTP server of `serve` and `demo`: a socket bound before the model loads, draining, and logs on stderr."""
+"""The HTTP server: a socket that is bound before a model loads, and uvicorn with graceful draining.
+
+uvicorn closes its sockets at the first signal. Behind a load balancer that would refuse connections until it notices,
+so this server goes on accepting them for a while, and answers them with 503.
+"""
 
 import asyncio
 import errno
@@ -7,22 +11,13 @@ import resource
 import signal
 import socket
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from typing import TYPE_CHECKING
+from collections.abc import Callable
 
 import uvicorn
+from fastapi import FastAPI
 
-from app.cli.exits import CommandError, exit_code_of
-from app.cli.suggestions import keys_create_command
-from app.cli.terminal import hint
-from app.errors import FAILED, INTERRUPTED, USAGE
+from app.http.protocol import Connections, http_protocol
 from app.settings import Settings
-
-if TYPE_CHECKING:
-    from fastapi import FastAPI
-
-    from app.http.protocol import Connections
 
 logger = logging.getLogger(__name__)
 
@@ -32,69 +27,28 @@ IDLE_GRACE = 0.2
 """Seconds after SIGTERM in which a request on an idle connection is still answered, with `Connection: close`."""
 
 
-def require_keys(settings: Settings) -> Settings:
-    """The settings with `require_keys` if other machines can reach the server, so that none comes in without a key.
-
-    API keys must exist then. If they are lost later, or the store cannot be reached, every request is refused.
-
-    Raises:
-        CommandError: other machines could reach the server, no key exists, and `insecure` is not set.
-    """
-    if settings.loopback or settings.insecure or settings.require_keys:
-        return settings
-    from range_store.embedded.connection import connect
-    from range_store.errors import InvalidStoreAddress, StoreUnavailable
-    from range_store.storage.api_keys import ApiKeyStore
-
-    try:
-        with connect(**settings.redis) as client:
-            exist = ApiKeyStore(client).read() is not None
-    except StoreUnavailable as error:
-        if settings.redis_url is None or isinstance(error, InvalidStoreAddress):
-            raise
-        hint(f"{error}; every request is refused until the API keys can be read")
-        exist = True
-    if not exist:
-        raise CommandError(
-            f"other machines can reach --host {settings.host}, but no API key exists: create one with "
-            f"`{keys_create_command(settings)}`, listen on 127.0.0.1, or pass --insecure",
-            USAGE,
-        )
-    return settings.model_copy(update={"require_keys": True})
+class AddressInvalid(Exception):
+    """This machine does not have the address."""
 
 
-@contextmanager
-def metrics_server(settings: Settings, app: "FastAPI") -> Iterator[str | None]:
-    """Serves /metrics and the replicas' targets on `metrics_port`, and yields the address; None without that setting.
+class ListenFailed(Exception):
+    """The server could not listen or start."""
 
-    Raises:
-        CommandError: the port is in use or not allowed.
-    """
-    if settings.metrics_port is None:
-        yield None
-        return
-    from app.serving.metrics import start_metrics_server
 
-    host = settings.metrics_host or settings.host
-    where = f"{host}:{settings.metrics_port}"
-    try:
-        server, thread = start_metrics_server(settings.metrics_port, host, app.state.registry, app.state.served)
-    except (OSError, UnicodeError) as error:
-        bad = isinstance(error, UnicodeError | socket.gaierror) or error.errno == errno.EADDRNOTAVAIL
-        raise CommandError(f"cannot serve metrics at {where}: {_reason(error)}", USAGE if bad else FAILED) from None
-    try:
-        yield f"http://{host}:{server.server_port}/metrics"
-    finally:
-        server.shutdown()
-        server.server_close()
-        thread.join()
+class RequestsCutOff(Exception):
+    """Accepted requests were not answered in time."""
+
+
+class StoppedAtOnce(Exception):
+    """A second signal stopped the server before it had answered its requests."""
 
 
 def bind(settings: Settings) -> socket.socket:
     """A socket at the settings' address, bound early so that a port in use fails before minutes of loading.
 
     Raises:
-        CommandError: the port is in use or not allowed, or there is no such address.
+        AddressInvalid: there is no such address.
+        ListenFailed: the port is in use or not allowed.
     """
     where = f"{settings.host}:{settings.port}"
     try:
@@ -102,7 +56,7 @@ def bind(settings: Settings) -> socket.socket:
             settings.host, settings.port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
         )[0]
     except (OSError, UnicodeError) as error:  # an impossible host name raises UnicodeError
-        raise CommandError(f"no such address: {settings.host} ({_reason(error)})", USAGE) from None
+        raise AddressInvalid(f"no such address: {settings.host} ({reason_of(error)})") from None
     bound = socket.socket(family, kind, protocol)
     try:
         bound.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
@@ -110,15 +64,16 @@ def bind(settings: Settings) -> socket.socket:
     except OSError as error:
         bound.close()
         if error.errno == errno.EADDRINUSE:
-            raise CommandError(
-                f"{where} is in use: stop the program that listens there, or choose another --port", FAILED
+            raise ListenFailed(
+                f"{where} is in use: stop the program that listens there, or choose another --port"
             ) from None
-        code = USAGE if error.errno == errno.EADDRNOTAVAIL else FAILED
-        raise CommandError(f"cannot listen on {where}: {error.strerror}", code) from None
+        failed = AddressInvalid if error.errno == errno.EADDRNOTAVAIL else ListenFailed
+        raise failed(f"cannot listen on {where}: {error.strerror}") from None
     return bound
 
 
-def _reason(error: Exception) -> str:
+def reason_of(error: Exception) -> str:
+    """The system's message of an error."""
     return error.strerror if isinstance(error, OSError) and error.strerror else str(error)
 
 
@@ -128,34 +83,14 @@ def address_of(bound: socket.socket) -> str:
     return f"http://[{host}]:{port}" if bound.family == socket.AF_INET6 else f"http://{host}:{port}"
 
 
-@contextmanager
-def observed(settings: Settings) -> Iterator[None]:
-    """Logs on stderr in the settings' format, and exports traces if they are configured.
-
-    Raises:
-        CommandError: a bug; its traceback is in the log.
-    """
-    from app.observability import logs, tracing
-
-    with logs.configured(settings), tracing.exported():
-        try:
-            yield
-        except Exception as error:
-            if exit_code_of(error) is not None:
-                raise
-            logger.critical("the program failed: %s", type(error).__name__, exc_info=error)
-            raise CommandError(f"internal error ({type(error).__name__}): see the log") from None
-
-
 def listen(
-    app: "FastAPI",
+    app: FastAPI,
     settings: Settings,
     bound: socket.socket,
     *,
     on_ready: Callable[[], None],
     on_drain: Callable[[], None],
     failure: Callable[[], str | None],
-    failure_exit_code: int = FAILED,
 ) -> None:
     """Serve until SIGINT or SIGTERM, then drain: answer accepted requests, for at most `settings.drain_seconds`.
 
@@ -166,14 +101,11 @@ def listen(
     Args:
         on_ready: called when requests are accepted.
         on_drain: called from the signal handler, so it must not block.
-        failure: called ten times a second. When it returns a reason why no request can be answered, the server stops.
-        failure_exit_code: exit code in this case.
+        failure: called ten times a second. Once it returns why no request can be answered any more, the server stops.
 
     Raises:
-        CommandError: listening failed, there was a failure, or accepted requests were cut off.
+        ListenFailed, RequestsCutOff, StoppedAtOnce: see there.
     """
-    from app.http.protocol import http_protocol
-
     protocol = http_protocol(_within_open_files(settings), app.state.registry)
     config = uvicorn.Config(
         app,
@@ -188,19 +120,19 @@ def listen(
     try:
         server.run(sockets=[bound])
     except OSError as error:
-        raise CommandError(f"cannot listen on {settings.host}:{settings.port}: {error.strerror}", FAILED) from None
+        raise ListenFailed(f"cannot listen on {settings.host}:{settings.port}: {error.strerror}") from None
     finally:
         for each, handler in before.items():
             signal.signal(each, handler)
-    if (why := failure()) is not None:
-        raise CommandError(f"the model failed ({why}): restart the server", failure_exit_code)
+    if failure() is not None:
+        return
     if not server.started:
-        raise CommandError("the server did not start: see the log", FAILED)
+        raise ListenFailed("the server did not start: see the log")
     if server.cut_off and server.force_exit:
-        raise CommandError(f"stopped by a second signal; requests not answered: {server.cut_off}", INTERRUPTED)
+        raise StoppedAtOnce(f"stopped by a second signal; requests not answered: {server.cut_off}")
     if server.cut_off:
         unanswered = f"accepted requests not answered within {settings.drain_seconds} s: {server.cut_off}"
-        raise CommandError(f"{unanswered}; NEURONLENS_DRAIN_SECONDS allows more time", FAILED)
+        raise RequestsCutOff(f"{unanswered}; NEURONLENS_DRAIN_SECONDS allows more time")
 
 
 class _Server(uvicorn.Server):
@@ -210,7 +142,7 @@ class _Server(uvicorn.Server):
         self,
         config: uvicorn.Config,
         settings: Settings,
-        connections: "Connections",
+        connections: Connections,
         on_ready: Callable[[], None],
         on_drain: Callable[[], None],
         failure: Callable[[], str | None],
