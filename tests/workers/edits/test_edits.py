@@ -7,7 +7,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from range_store.domain.erasure import Erasure, Positions
+from range_store.domain.erasure import Erasure, Positions, Site
 from range_store.domain.plan import LayerEdits, Plan
 from tests.workers.masking import edits_of
 from workers.edits.batch_edits import BatchEdits, editable_tokens
@@ -20,7 +20,13 @@ SEEDS = st.integers(0, 2**32 - 1)
 POSITIONS: st.SearchStrategy[Positions] = st.sampled_from(["all", "read"])
 
 
-def random_plan(rng: np.random.Generator, key: str, layers: tuple[int, ...] = (2, 4)) -> Plan:
+def random_plan(
+    rng: np.random.Generator,
+    key: str,
+    layers: tuple[int, ...] = (2, 4),
+    hidden: int = HIDDEN,
+    site: Site = "mlp_output",
+) -> Plan:
     """A plan of one to three erasures, each at some of `layers`; some bounds are reversed and so hold no value."""
     chosen = [layers] + [tuple(rng.permutation(layers)[: rng.integers(1, len(layers) + 1)]) for _ in range(2)]
     erasures = tuple(
@@ -29,14 +35,14 @@ def random_plan(rng: np.random.Generator, key: str, layers: tuple[int, ...] = (2
     )
     edits = {}
     for layer in layers:
-        shape = (sum(layer in erasure.layers for erasure in erasures), HIDDEN)  # type: ignore[operator]
+        shape = (sum(layer in erasure.layers for erasure in erasures), hidden)  # type: ignore[operator]
         low = rng.normal(size=shape).astype(np.float32)
         high = low + rng.uniform(-0.3, 2.0, size=shape).astype(np.float32)
         always = rng.random(shape) < 0.15
         scale = rng.choice(np.array([0.0, 0.0, 0.5, 1.0], dtype=np.float32), size=shape)
         offset = rng.choice(np.array([0.0, 0.7], dtype=np.float32), size=shape)
         edits[layer] = LayerEdits(low, high, always, scale, offset)
-    return Plan(erasures, edits, key, "mlp_output")
+    return Plan(erasures, edits, key, site)
 
 
 def random_plans(rng: np.random.Generator, number: int) -> list[Plan]:
