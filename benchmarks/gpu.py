@@ -29,7 +29,7 @@ from workers.edits.slot_table import SlotTable
 from workers.edits.variants import Variants
 from workers.models.families import family_of
 from workers.models.steered import SteeredModel
-from workers.models.tokens import TextTokenizer, TokenBatch, length_sorted
+from workers.models.tokens import Encoded, TextTokenizer, TokenBatch, length_sorted
 
 SHAPES: dict[str, tuple[str, dict[str, Any]]] = {
     "bert-base": ("bert", {}),
@@ -86,14 +86,14 @@ def random_plan(seed: int, hidden: int, layer: int) -> Plan:
     return Plan((), {layer: mask}, f"plan {seed} of {layer}")
 
 
-Rows = list[tuple[int, ...]]
+Rows = list[Encoded]
 
 
 def batches_of(texts: int, batch_tokens: int, vocabulary: int, longest: int) -> list[Rows]:
     """Texts of random token ids in length-sorted batches."""
     rng = np.random.default_rng(0)
     lengths = np.clip(rng.lognormal(np.log(46), 0.5, size=texts), 8, longest).astype(int).tolist()
-    ids = [tuple(rng.integers(10, vocabulary, size=length).tolist()) for length in lengths]
+    ids = [Encoded(tuple(rng.integers(10, vocabulary, size=length).tolist())) for length in lengths]
     return [[ids[row] for row in rows] for rows in length_sorted(lengths, batch_tokens)]
 
 
@@ -135,8 +135,8 @@ def measure(
     longest = min(512, config.max_position_embeddings)
     tokens = TextTokenizer(None, longest, 0, steered.family.reads)  # it pads; there are no texts to tokenize
     rows = batches_of(texts, batch_tokens, config.vocab_size, longest)
-    batches = [tokens.pad(some, device) for some in rows]
-    steered.check(tokens.pad([rows[0][0], rows[-1][-1][:longest]], device))
+    batches = [tokens.batch(some, device) for some in rows]
+    steered.check(tokens.batch([rows[0][0], rows[-1][-1]], device))
     if not steered.splits:
         raise SystemExit(f"{shape} cannot be split here: its numbers would be those of whole passes")
     plans = [random_plan(seed, config.hidden_size, last) for seed in range(PLANS)]
@@ -146,7 +146,7 @@ def measure(
     def over(step: Callable[[TokenBatch], object]) -> Callable[[], None]:
         def run() -> None:
             for some in rows:
-                step(tokens.pad(some, device))
+                step(tokens.batch(some, device))
 
         return run
 

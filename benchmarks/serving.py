@@ -27,7 +27,6 @@ from transformers import AutoModelForSequenceClassification, AutoTokenizer
 from workers.demo.demo import CORPUS, make_classifier
 from workers.engine.settings import CPU_BATCH_TOKENS
 from workers.models.loading import LoadedModel, load_model
-from workers.models.tokens import length_sorted
 
 LENGTH_BATCH = 32
 
@@ -57,13 +56,11 @@ class OwnPass:
 
     def __init__(self, model: LoadedModel, texts: Sequence[str]) -> None:
         self.model = model
-        self.ids = [text.ids for text in model.tokens.encode(texts)]
-        self.batches = list(length_sorted([len(ids) for ids in self.ids], CPU_BATCH_TOKENS))
+        self.encoded = model.tokens.encode(texts)
 
     def __call__(self) -> list[int]:
-        labels = [0] * len(self.ids)
-        for rows in self.batches:
-            batch = self.model.tokens.pad([self.ids[row] for row in rows], self.model.device)
+        labels = [0] * len(self.encoded)
+        for rows, batch in self.model.tokens.batches(self.encoded, CPU_BATCH_TOKENS, self.model.device):
             for row, label in zip(rows, self.model.steered.logits(batch).argmax(dim=-1).tolist(), strict=True):
                 labels[row] = label
         return labels

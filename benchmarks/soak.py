@@ -82,14 +82,14 @@ class Alone:
         self, model: LoadedModel, range_set: RangeSet, texts: list[str], plans: list[tuple[Erasure, ...]]
     ) -> None:
         self._model = model
-        self._ids = [text.ids for text in model.tokens.encode(texts)]
+        self._encoded = model.tokens.encode(texts)
         self._plans = [resolve(range_set, plan) for plan in plans]
         self.logits = cache(self._logits)
 
     def _logits(self, text: int, plan: int) -> tuple[np.ndarray, float]:
         """Logits [K], and the distance of the nearest state from a bound."""
         masking = ByHand(self._plans[plan])
-        batch = self._model.tokens.pad([self._ids[text]])
+        batch = self._model.tokens.batch([self._encoded[text]])
         return self._model.steered.hooked(batch, masking)[0].numpy(), masking.nearest
 
 

@@ -49,7 +49,7 @@ def tokenize(server: RunningServer, inputs: Any, **fields: Any) -> list[dict[str
 def test_tokens_match_the_model_input_and_spans_cover_the_text(server_of_kind: RunningServer) -> None:
     tokens, texts = server_of_kind.model.tokens, [*TEXTS, LONG]
     encoded = tokens.encode(texts)
-    batch = tokens.pad([each.ids for each in encoded])
+    batch = tokens.batch(encoded)
     results = tokenize(server_of_kind, texts)
     without_special = tokenize(server_of_kind, texts, add_special_tokens=False)
     for text, result, bare, ids, read in zip(
@@ -83,7 +83,7 @@ def test_tokenize_counts_the_prompt_and_marks_the_read_token(server_of_kind: Run
 
 def test_activations_are_the_states_that_a_fit_records(server_of_kind: RunningServer) -> None:
     model, texts = server_of_kind.model, [*TEXTS, LONG]
-    batch = model.tokens.pad([each.ids for each in model.tokens.encode(texts)])
+    batch = model.tokens.batch(model.tokens.encode(texts))
     n_layers, neurons = model.identity.n_layers, [0, 31, 7, 7]
     for layer in (0, -1):
         _, states = model.steered.record(batch, [layer % n_layers])

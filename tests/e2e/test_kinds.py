@@ -73,7 +73,7 @@ def test_label_token_and_few_shot_models_are_served_and_steered(
     assert (listed["kind"], listed["labels"], listed["split"]) == (model.identity.kind, list(LABELS), True)
     assert listed["template"] == ("tiny@1" if model.identity.kind == "few-shot" else None)
 
-    batch = model.tokens.pad([text.ids for text in model.tokens.encode(TEXTS)])
+    batch = model.tokens.batch(model.tokens.encode(TEXTS))
     bare = model.steered.logits(batch).softmax(dim=1).numpy()
     plain = server_of_kind.classify(TEXTS, erase=[]).json()["results"]
     np.testing.assert_allclose(in_order(plain), bare, atol=1e-5)
@@ -135,7 +135,7 @@ def test_erasing_mlp_outputs_matches_a_forward_pass_with_hooks(
     with_ranges(server, inside)
     erase = {"concept": "Sports", "method": "neuron", "top_fraction": 1.0, "layer": 0}
     answer = server.classify(TEXTS, erase=[erase], compare=True).json()
-    batch = replace(model.tokens.pad([text.ids for text in model.tokens.encode(TEXTS)]), packing=None)
+    batch = replace(model.tokens.batch(model.tokens.encode(TEXTS)), packing=None)
     bare = model.steered.logits(batch).softmax(dim=1).numpy()
     place = model.steered.blocks[0].get_submodule("output.dense")
     handle = place.register_forward_hook(lambda module, args, output: output * ~batch.mask.unsqueeze(-1))

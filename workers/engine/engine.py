@@ -18,7 +18,7 @@ from prometheus_client import CollectorRegistry
 from range_store.domain.erasure import Erasure
 from range_store.storage.mirror import Mirror
 from workers.engine.admission import Planner
-from workers.engine.answers import Answer, Load, TextAnswer
+from workers.engine.answers import Answer, Load
 from workers.engine.errors import DeadlineExceeded, Draining, EngineError, EngineFailed, QueueFull
 from workers.engine.inspector import Inspector
 from workers.engine.metrics import EngineMetrics
@@ -130,7 +130,12 @@ class Engine:
         request: Request | None = None
         try:
             async with asyncio.timeout(timeout):
-                request = await self._admit(texts, erase, compare, truncate, min_generation, timeout)
+                if self._draining:
+                    raise Draining
+                self._scheduler.check_room(len(texts))
+                admission = await self._planner.admit(erase, min_generation, timeout)
+                request = Request(texts, admission, compare, truncate)
+                self._scheduler.admitted(len(texts))
                 if texts:
                     self._inbox.put(request)
                     if self._failure is not None:  # the inbox may have been emptied before
@@ -150,7 +155,6 @@ class Engine:
                 request.abandoned = True
                 if request.missing:
                     self._scheduler.abandoned()
-        admission = request.admission
         began = time.monotonic() if request.began is None else request.began
         answers = tuple(answer for answer in request.answers if answer is not None)
         self.metrics.texts.labels(admission.source).inc(len(answers))
@@ -169,25 +173,6 @@ class Engine:
         """Count a request that its caller gave up."""
         self.metrics.rejections.labels(reason).inc()
         self.metrics.cancellations.labels(request.stage if request else "tokenizing").inc()
-
-    async def _admit(
-        self,
-        texts: Sequence[TextOrPair],
-        erase: Sequence[Erasure] | None,
-        compare: bool,
-        truncate: bool,
-        min_generation: str | None,
-        timeout: float | None,
-    ) -> Request:
-        """Freeze the plan, or refuse the request before any work is done for it."""
-        if self._draining:
-            raise Draining
-        self._scheduler.check_room(len(texts))
-        admission = await self._planner.admit(erase, min_generation, timeout)
-        loop = asyncio.get_running_loop()
-        answers: list[TextAnswer | None] = [None] * len(texts)
-        self._scheduler.admitted(len(texts))
-        return Request(loop, loop.create_future(), texts, admission, compare, truncate, answers, len(texts))
 
     def refusal(self, *, counted: bool = True) -> QueueFull | None:
         """Why not even one text would be taken now, and then a refused request is `counted`; None if it would.

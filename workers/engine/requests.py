@@ -28,28 +28,31 @@ Result = TypeVar("Result")
 
 @dataclass(eq=False)
 class Request:
-    """Texts that were admitted with a plan, and their answers so far.
+    """Texts that were admitted with a plan, and their answers so far. Made on the event loop of its caller.
 
     Attributes:
         done: completed on `loop` when all texts are answered, or with the first error.
+        missing: number of texts without an answer.
         stage: how far it has come.
         received, began: when it came, and when the batch of its first text began, by the monotonic clock.
         context: of the caller, for log lines that other threads write about it.
     """
 
-    loop: asyncio.AbstractEventLoop
-    done: asyncio.Future[None]
     texts: Sequence[TextOrPair]
     admission: Admission
     compare: bool
     truncate: bool
-    answers: list[TextAnswer | None]
-    missing: int
+    loop: asyncio.AbstractEventLoop = field(default_factory=asyncio.get_running_loop)
     abandoned: bool = False
     stage: Stage = "tokenizing"
     received: float = field(default_factory=time.monotonic)
     began: float | None = None
     context: contextvars.Context = field(default_factory=contextvars.copy_context)
+
+    def __post_init__(self) -> None:
+        self.done: asyncio.Future[None] = self.loop.create_future()
+        self.answers: list[TextAnswer | None] = [None] * len(self.texts)
+        self.missing = len(self.texts)
 
 
 @dataclass(eq=False)

@@ -74,17 +74,11 @@ class SteeredModel(SteerableModel):
         site: Site = "block_output",
         position: Literal["read", "mean"] = "read",
     ) -> tuple[Tensor, dict[int, Tensor]]:
-        if self.splits and site == "block_output":
-            if position == "read":
-                trunks = self._trunks(batch, layers, whole=True)
-                logits = trunks[0].logits
-                assert logits is not None
-                return logits, {
-                    layer: self._read_state(trunk, batch) for layer, trunk in zip(layers, trunks, strict=True)
-                }
-            now = ForwardPass(record=frozenset(layers))
-            logits = self._pass(now, batch)
-            return logits, {layer: state_of(now.recorded[layer], batch, position) for layer in layers}
+        if self.splits and site == "block_output" and position == "read":
+            trunks = self._trunks(batch, layers, whole=True)
+            logits = trunks[0].logits
+            assert logits is not None
+            return logits, dict(zip(layers, (self._read_state(trunk, batch) for trunk in trunks), strict=True))
         recorded: dict[int, Tensor] = {}
 
         def keep(layer: int, hidden: Tensor) -> Tensor:

@@ -240,21 +240,12 @@ class TextTokenizer:
 
     def batch(self, texts: Sequence[Encoded], device: torch.device | str = "cpu") -> TokenBatch:
         """Texts and pairs as one right-padded batch on `device`; with token type ids if any of them has some."""
-        typed = any(text.type_ids is not None for text in texts)
-        types = [text.type_ids or (0,) * len(text.ids) for text in texts] if typed else None
-        return self.pad([text.ids for text in texts], device, types)
-
-    def pad(
-        self,
-        rows: Sequence[Sequence[int]],
-        device: torch.device | str = "cpu",
-        types: Sequence[Sequence[int]] | None = None,
-    ) -> TokenBatch:
-        """Rows of token ids, and of token type ids where there are any, as one right-padded batch on `device`."""
-        lengths = torch.tensor([len(row) for row in rows])
+        lengths = torch.tensor([len(text.ids) for text in texts])
         mask = torch.arange(int(lengths.max())) < lengths.unsqueeze(1)
-        ids = _padded(rows, mask, self.pad_id)
-        type_ids = None if types is None else _padded(types, mask, 0)
+        ids = _padded([text.ids for text in texts], mask, self.pad_id)
+        type_ids = None
+        if any(text.type_ids is not None for text in texts):
+            type_ids = _padded([text.type_ids or (0,) * len(text.ids) for text in texts], mask, 0)
         read = self._read_positions(ids, mask)
         packing = Packing.of(ids, mask, read, type_ids).to(device)
         type_ids = None if type_ids is None else type_ids.to(device)

@@ -46,7 +46,7 @@ def test_no_erasure_equals_the_bare_model_bit_for_bit(start: Callable[..., Runni
     answer = service.ask(TEXTS, [])
     encoded = sorted((len(e.ids), n) for n, e in enumerate(service.model.tokens.encode(TEXTS)))
     order = [n for _, n in encoded]
-    batch = service.model.tokens.pad([service.model.tokens.encode([TEXTS[n]])[0].ids for n in order])
+    batch = service.model.tokens.batch([service.model.tokens.encode([TEXTS[n]])[0] for n in order])
     bare = service.model.steered.logits(batch).numpy()
     assert answer.source == "none"
     assert answer.erasures == ()

@@ -82,7 +82,7 @@ def test_rows_equal_a_plain_loop(tiny: Tiny, family: str, learned: Corpus, held_
         for text, concept in zip(chunk.texts, chunk.concepts, strict=True)
     ]
     truth = np.array([LABELS.index(concept) for _, concept in texts])
-    alone = [model.tokens.pad([model.tokens.encode([text])[0].ids]) for text, _ in texts]
+    alone = [model.tokens.batch(model.tokens.encode([text])) for text, _ in texts]
     bare = torch.cat([model.steered.logits(batch) for batch in alone]).softmax(dim=1).numpy()
     # 2 rankings × (neuron + range at two τ) × 2 fractions × (4 targets and their mean), at each of three layers
     assert len(evaluation.rows) == 3 * 2 * 3 * 2 * 5
@@ -336,7 +336,7 @@ def test_layers_are_masked_jointly(tiny: Tiny, learned: Corpus, held_out: Corpus
     right = total = 0
     for chunk in held_out.chunks():
         for text, concept in zip(chunk.texts, chunk.concepts, strict=True):
-            batch = model.tokens.pad([model.tokens.encode([text])[0].ids])
+            batch = model.tokens.batch(model.tokens.encode([text]))
             logits = model.steered.hooked(batch, edits_of([plan]))
             right += LABELS[int(logits.argmax())] == concept == "Sports"
             total += concept == "Sports"

@@ -69,7 +69,7 @@ def test_masked_logits_equal_those_of_the_released_implementation(tmp_path: Path
     model = load_model(str(path), device="cpu")
     corpus = load_corpus(str(write_jsonl(tmp_path / "train.jsonl", train)), labels=LABELS)
     range_set = fit(model, corpus, layers="all", bins=16).range_set
-    batch = model.tokens.pad([text.ids for text in model.tokens.encode(texts)])
+    batch = model.tokens.batch(model.tokens.encode(texts))
     bare = model.steered.logits(batch).numpy()
     for layer in range(3):
         expected = released(path, train, texts, layer, "Sports", method)

@@ -49,12 +49,12 @@ def test_statistics_equal_the_whole_data_reference(tiny: Tiny, family: str, rows
     fitted = fit(model, corpus, layers="all", bins=32, batch_tokens=512)
     texts = [pair for chunk in corpus.chunks() for pair in zip(chunk.texts, chunk.concepts, strict=True)]
     concepts = np.array([concept for _, concept in texts])
-    encoded = [text.ids for text in model.tokens.encode([text for text, _ in texts])]
-    lengths = np.array([len(ids) for ids in encoded])
+    encoded = model.tokens.encode([text for text, _ in texts])
+    lengths = np.array([len(text.ids) for text in encoded])
     states = {layer: np.empty((len(texts), model.identity.hidden_size)) for layer in range(3)}
     for length in np.unique(lengths):  # texts of one length make a batch without padding
         same = np.flatnonzero(lengths == length)
-        batch = replace(model.tokens.pad([encoded[row] for row in same]), packing=None)
+        batch = replace(model.tokens.batch([encoded[row] for row in same]), packing=None)
         for layer, state in model.steered.record(batch, [0, 1, 2])[1].items():
             states[layer][same] = state.double().numpy()
     assert fitted.range_set.concepts == corpus.concepts
@@ -272,7 +272,7 @@ def test_correct_only_fits_the_texts_that_the_model_gets_right(tiny: Tiny, path:
     states: dict[str, list[torch.Tensor]] = {}
     for chunk in corpus.chunks():
         for text, concept in zip(chunk.texts, chunk.concepts, strict=True):
-            logits, recorded = model.steered.record(model.tokens.pad([model.tokens.encode([text])[0].ids]), [2])
+            logits, recorded = model.steered.record(model.tokens.batch(model.tokens.encode([text])), [2])
             if model.identity.labels[int(logits.argmax())] == concept:
                 states.setdefault(concept, []).append(recorded[2][0])
     assert len(states) > 1, "the random model gets the texts of at most one concept right"
@@ -299,7 +299,7 @@ def test_mean_over_tokens_can_be_recorded(tiny: Tiny, tmp_path: Path) -> None:
     states = []
     for chunk in corpus.chunks():
         for text in chunk.texts:
-            alone = model.tokens.pad([model.tokens.encode([text])[0].ids])
+            alone = model.tokens.batch(model.tokens.encode([text]))
             model.steered.logits(replace(alone, packing=None))
             states.append(outputs[-1][0].mean(dim=0).double())
     handle.remove()
@@ -317,7 +317,7 @@ def test_mlp_outputs_can_be_recorded_and_masked(tiny: Tiny, family: str, path: P
     assert not np.allclose(fitted.layers[0].mean, fit(model, corpus, layers=(0,), bins=16).range_set.layers[0].mean)
     plan = resolve(fitted, [Erasure(concept="Sports", method="neuron", top_fraction=1.0, layers=(0,))])
     assert plan.site == "mlp_output"
-    batch = model.tokens.pad([text.ids for text in model.tokens.encode(["a goal", "a long night at the bank"])])
+    batch = model.tokens.batch(model.tokens.encode(["a goal", "a long night at the bank"]))
     batch = replace(batch, packing=None)
     table = edits_of([plan], 2)
     trunk = model.steered.trunk(batch, 0, whole=False)

@@ -59,7 +59,7 @@ def test_blocks_stay_bare_when_compiling_fails(
     with caplog.at_level(logging.WARNING):
         model = load_model(path, device="cpu", compiled=True)
     assert "left as they are" in caplog.text
-    batch = model.tokens.pad([text.ids for text in model.tokens.encode(SENTENCES)])
+    batch = model.tokens.batch(model.tokens.encode(SENTENCES))
     assert torch.equal(model.steered.logits(batch), load_model(path, device="cpu").steered.logits(batch))
 
 

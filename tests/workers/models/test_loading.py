@@ -16,7 +16,7 @@ from transformers import AutoConfig, AutoModel, AutoTokenizer, BertConfig
 from tests.workers.checkpoints import LABELS, SENTENCES, save_language_model, save_tiny
 from workers.models.errors import CheckpointError, EmptyText, TextTooLong, UnknownToken, UnsupportedModel
 from workers.models.loading import LoadedModel, load_model
-from workers.models.tokens import TextTokenizer
+from workers.models.tokens import Encoded, TextTokenizer
 
 Tiny = Callable[[str], LoadedModel]
 
@@ -81,7 +81,7 @@ def test_pickled_weights_are_rejected_unless_allowed(checkpoint: Path) -> None:
     with pytest.raises(CheckpointError, match="allow-pickle"):
         load_model(str(checkpoint), device="cpu")
     pickled = load_model(str(checkpoint), device="cpu", allow_pickle=True)
-    batch = pickled.tokens.pad([text.ids for text in pickled.tokens.encode(SENTENCES)])
+    batch = pickled.tokens.batch(pickled.tokens.encode(SENTENCES))
     assert torch.equal(pickled.steered.logits(batch), expected.steered.logits(batch))
 
 
@@ -127,7 +127,7 @@ def test_bfloat16_model_gives_bfloat16_logits(checkpoint: Path) -> None:
     model = load_model(str(checkpoint), device="cpu", dtype="bfloat16")
     assert model.dtype == "bfloat16"
     assert model.steered.splits
-    batch = model.tokens.pad([text.ids for text in model.tokens.encode(SENTENCES)])
+    batch = model.tokens.batch(model.tokens.encode(SENTENCES))
     assert model.steered.logits(batch).dtype == torch.bfloat16
 
 
@@ -139,7 +139,7 @@ def test_long_texts_are_truncated_to_the_model_or_rejected(tiny: Tiny) -> None:
         assert cut.truncated
         assert len(cut.ids) == model.tokens.max_tokens
         assert not whole.truncated
-        assert torch.isfinite(model.steered.logits(model.tokens.pad([cut.ids, whole.ids]))).all()
+        assert torch.isfinite(model.steered.logits(model.tokens.batch([cut, whole]))).all()
         if family != "gpt2":
             assert cut.ids[-1] == whole.ids[-1], "truncation keeps the closing special token"
         with pytest.raises(TextTooLong, match="input 1"):
@@ -163,7 +163,7 @@ def test_read_position_when_pad_and_eos_are_the_same_id(tiny: Tiny) -> None:
     model = tiny("gpt2")
     eos = model.tokens.pad_id
     ids = model.tokens.encode(["Voters queued before dawn"])[0].ids
-    batch = model.tokens.pad([(*ids, eos), ids[:3]])
+    batch = model.tokens.batch([Encoded((*ids, eos)), Encoded(ids[:3])])
     assert batch.read.tolist() == [len(ids) - 1, 2]
     last = model.identity.n_layers - 1
     assert batch.mask[0].all()
@@ -209,7 +209,7 @@ def test_pad_id_outside_the_vocabulary_is_replaced(
     (said,) = warnings_of(caplog)
     assert f"pad_token_id {pad} of {checkpoint}" in said
     assert said.endswith(f"texts are padded with token {right.tokens.pad_id} instead")
-    batch = model.tokens.pad([text.ids for text in model.tokens.encode(SENTENCES)])
+    batch = model.tokens.batch(model.tokens.encode(SENTENCES))
     assert model.steered.splits
     torch.testing.assert_close(model.steered.logits(batch), right.steered.logits(batch))
 

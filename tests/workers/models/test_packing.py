@@ -24,7 +24,7 @@ ALIKE = (SENTENCES[0], SENTENCES[0], SENTENCES[0])
 
 
 def batch_of(model: LoadedModel, texts: tuple[str, ...]) -> TokenBatch:
-    return model.tokens.pad([text.ids for text in model.tokens.encode(texts)])
+    return model.tokens.batch(model.tokens.encode(texts))
 
 
 @families

@@ -15,6 +15,7 @@ from workers.models.errors import EmptyText, PairUnsupported, TextTooLong
 from workers.models.families import FAMILIES
 from workers.models.loading import LoadedModel, load_model
 from workers.models.texts import TextOrPair, characters
+from workers.models.tokens import Encoded
 
 Tiny = Callable[[str], LoadedModel]
 families = pytest.mark.parametrize("family", sorted(FAMILIES))
@@ -98,7 +99,7 @@ def test_token_types_change_the_answer(tiny: Tiny, family: str) -> None:
     model = tiny(family)
     batch = model.tokens.batch(model.tokens.encode([PAIRS[1]]))
     assert batch.type_ids is not None
-    untyped = model.tokens.pad(batch.ids.tolist())
+    untyped = model.tokens.batch([Encoded(tuple(row)) for row in batch.ids.tolist()])
     assert (model.steered.logits(batch) - model.steered.logits(untyped)).abs().max() > 1e-3
 
 

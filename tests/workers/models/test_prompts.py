@@ -108,7 +108,7 @@ def test_prompted_language_model_is_a_few_shot_classifier(checkpoint: Path, tmp_
         start = len(whole) - len(string) - 1
         expected.append(sum(float(log[start + i, token]) for i, token in enumerate(string)))
     (text,) = model.tokens.encode(["the cup final"])
-    found = model.steered.logits(model.tokens.pad([text.ids]))[0]
+    found = model.steered.logits(model.tokens.batch([text]))[0]
     torch.testing.assert_close(found, torch.tensor(expected), atol=1e-4, rtol=1e-5)
 
 
@@ -130,7 +130,7 @@ def test_long_texts_are_truncated_and_long_prompts_rejected(checkpoint: Path, tm
     (text,) = model.tokens.encode(["word " * 500])
     assert text.truncated
     assert text.ids[-len(suffix) :] == suffix
-    model.steered.logits(model.tokens.pad([text.ids]))
+    model.steered.logits(model.tokens.batch([text]))
     with pytest.raises(TextTooLong):
         model.tokens.encode(["word " * 500], truncate=False)
     with pytest.raises(CheckpointError, match="fewer exemplars"):

@@ -26,7 +26,7 @@ TEXTS = ("Short.", *SENTENCES, "One more, of middling length, about rain.")
 
 
 def padded(model: LoadedModel) -> TokenBatch:
-    batch = model.tokens.pad([text.ids for text in model.tokens.encode(TEXTS)])
+    batch = model.tokens.batch(model.tokens.encode(TEXTS))
     assert not batch.mask.all(), "the batch has no padding"
     return replace(batch, packing=None)
 
@@ -131,7 +131,7 @@ def test_padding_changes_answers_by_rounding_only(tiny: Tiny, family: str) -> No
         rows = torch.arange(len(TEXTS))
         together = model.steered.steer(batch, model.steered.trunk(batch, layer, whole=False), rows, ZeroBand([layer]))
         for row, text in enumerate(model.tokens.encode(TEXTS)):
-            alone = model.tokens.pad([text.ids])
+            alone = model.tokens.batch([text])
             logits = model.steered.steer(
                 alone, model.steered.trunk(alone, layer, whole=False), torch.tensor([0]), ZeroBand([layer])
             )

@@ -76,7 +76,7 @@ def test_fine_tuned_classifier_learns_and_can_be_loaded(
     model = load_model(str(out), device="cpu")
     assert model.identity.labels == learned.concepts == report.labels
     (text,) = model.tokens.encode(["she broke the record for the third time this year"])
-    logits = model.steered.logits(model.tokens.pad([text.ids]))
+    logits = model.steered.logits(model.tokens.batch([text]))
     assert model.identity.labels[int(logits.argmax())] == "Sports"
 
 
@@ -182,7 +182,7 @@ def test_new_language_model_learns_label_tokens(family: str, learned: Corpus, he
     (text,) = model.tokens.encode(["she broke the record"])
     assert list(text.ids) == ids
     chosen = scores[[tokenizer.convert_tokens_to_ids(f"<label:{label}>") for label in learned.concepts]]
-    torch.testing.assert_close(model.steered.logits(model.tokens.pad([text.ids]))[0], chosen, atol=1e-5, rtol=0)
+    torch.testing.assert_close(model.steered.logits(model.tokens.batch([text]))[0], chosen, atol=1e-5, rtol=0)
 
 
 def test_causal_checkpoint_is_fine_tuned_with_label_tokens(
