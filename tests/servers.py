@@ -22,12 +22,12 @@ from prometheus_client import CollectorRegistry
 
 from app.http.protocol import http_protocol
 from app.main import create_app
-from app.routes.dropin import dialect_of
 from app.serving.service import Service
 from app.settings import Settings
 from range_store.domain.range_set import InspectLayer, ModelIdentity, RangeSet
 from range_store.embedded.connection import EmbeddedRedis, connect
 from range_store.storage.api_keys import ApiKeyStore
+from tests.app.openapi import dialects_of
 from tests.processes import end_redis
 from tests.range_store.builders import random_range_set
 from tests.range_store.waiting import until
@@ -310,7 +310,7 @@ def problem() -> Callable[[httpx.Response, int, str], dict[str, Any]]:
     def check(response: httpx.Response, status: int, code: str) -> dict[str, Any]:
         request = response.request
         # endpoints of other protocols (Hugging Face, vLLM, …) answer with plain JSON
-        plain = dialect_of({"method": request.method, "path": request.url.path}) is not None
+        plain = bool(dialects_of(request.method, request.url.path))
         media_type = "application/json" if plain else "application/problem+json"
         assert (response.status_code, response.headers["content-type"]) == (status, media_type), response.text
         body: dict[str, Any] = response.json()

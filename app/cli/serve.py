@@ -185,7 +185,7 @@ def metrics_server(settings: Settings, app: "FastAPI") -> Iterator[str | None]:
     host = settings.metrics_host or settings.host
     where = f"{host}:{settings.metrics_port}"
     try:
-        server, thread = start_metrics_server(settings.metrics_port, host, app.state.registry, app.state.served)
+        server, thread = start_metrics_server(settings.metrics_port, host, app.state.registry, app.state.models)
     except (OSError, UnicodeError) as error:
         bad = isinstance(error, UnicodeError | socket.gaierror) or error.errno == errno.EADDRNOTAVAIL
         raise CommandError(f"cannot serve metrics at {where}: {reason_of(error)}", USAGE if bad else FAILED) from None

@@ -1,30 +1,36 @@
-"""Bodies of requests and replies: bounded in size, time and memory, and packed with gzip where that is asked for."""
+"""Bodies: of requests bounded in size, time and memory and unpacked from gzip, of replies packed with it."""
 
 import asyncio
 import zlib
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 from prometheus_client import CollectorRegistry, Gauge
 from starlette.datastructures import Headers, MutableHeaders
 from starlette.middleware.gzip import GZipResponder, IdentityResponder
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from app.http.problems import ApiError, problem_response
+from app.http.problems import ApiError
 
 SMALL = 65536
-"""Bytes of a body that is let in however full the memory for bodies is: large ones never shut out small ones."""
+"""Bytes of a body that is accepted however full the memory for bodies is: large ones never shut out small ones."""
 PIECE = 65536
 """Bytes that are unpacked at once."""
 
 
-class BodyMemory:
-    """How much the bodies of all requests that are not answered yet may hold together; those up to `SMALL` not counted.
+class BodyLimits:
+    """Bounds on the bodies of requests, packed or not: their size, their time, and the memory that they hold together.
+
+    FastAPI's `max_body_size` bounds the size alone, and replies in plain text.
 
     Args:
-        most: in bytes.
+        max_bytes: of one body, unpacked.
+        max_seconds: that one body may take to arrive.
+        max_held_bytes: of the bodies of all requests that are not answered yet; those up to `SMALL` are not counted.
     """
 
-    def __init__(self, most: int, registry: CollectorRegistry) -> None:
-        self.most = most
+    def __init__(self, registry: CollectorRegistry, *, max_bytes: int, max_seconds: float, max_held_bytes: int) -> None:
+        self.max_bytes, self.max_seconds, self.max_held_bytes = max_bytes, max_seconds, max_held_bytes
         self.held = 0
         gauge = Gauge(
             "neuronlens_body_bytes",
@@ -33,46 +39,23 @@ class BodyMemory:
         )
         gauge.set_function(lambda: float(self.held))
         limit = Gauge("neuronlens_body_bytes_limit", "Bytes that these bodies may hold.", registry=registry)
-        limit.set(most)
+        limit.set(max_held_bytes)
 
-    def room_for(self, size: int) -> bool:
-        """Whether a body of this size may be held besides those that are."""
-        return size <= SMALL or self.held + size <= self.most
+    @contextmanager
+    def bounded(self, scope: Scope, receive: Receive) -> Iterator[Receive]:
+        """A `receive` for a request that gives its body within the bounds; leave it when the request is answered.
 
-
-class BodyLimit:
-    """Refuses a body above `limit` bytes, announced or not, one that takes longer than `seconds`, or is one too many.
-
-    Args:
-        memory: what bodies hold until their requests are answered.
-    """
-
-    def __init__(self, app: ASGIApp, limit: int, seconds: float, memory: BodyMemory) -> None:
-        self.app = app
-        self.limit = limit
-        self.seconds = seconds
-        self.memory = memory
-
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if scope["type"] != "http":
-            await self.app(scope, receive, send)
-            return
-        detail = f"the body is larger than {self.limit} bytes: send fewer texts at a time"
-        full = f"bodies of other requests hold {self.memory.most} bytes: send it again later"
+        Raises:
+            ApiError: at once if the announced size is out of bounds (413, 503) or the coding is not gzip (415); from
+                the returned `receive` if the body turns out to be, is late (408) or is not valid gzip (400).
+        """
         announced = Headers(scope=scope).get("content-length", "0")
-        size = int(announced) if announced.isdecimal() else 0
-        if size > self.limit or not self.memory.room_for(size):
-            request_id = scope.get("state", {}).get("request_id")
-            if size > self.limit:
-                refusal = problem_response("body_too_large", detail, request_id)
-            else:
-                refusal = problem_response("too_many_bodies", full, request_id)
-            await refusal(scope, receive, send)
-            return
+        self._check(int(announced) if announced.isdecimal() else 0)
+        receive = self._unpacked(scope, receive)
         received, held, more = 0, 0, True
-        deadline = asyncio.get_running_loop().time() + self.seconds
+        deadline = asyncio.get_running_loop().time() + self.max_seconds
 
-        async def count() -> Message:
+        async def receive_bounded() -> Message:
             nonlocal received, held, more
             if not more:  # what comes after the body, a disconnect, may take its time
                 return await receive()
@@ -80,64 +63,53 @@ class BodyLimit:
                 async with asyncio.timeout_at(deadline):
                     message = await receive()
             except TimeoutError:
-                late = f"the body took longer than {self.seconds:g} s to arrive"
+                late = f"the body took longer than {self.max_seconds:g} s to arrive"
                 raise ApiError("request_timeout", late, {"Connection": "close"}) from None
             more = message.get("more_body", False)
             received += len(message.get("body", b""))
-            if received > self.limit:
-                raise ApiError("body_too_large", detail)
+            self.held -= held
+            held = 0
+            self._check(received)
             if received > SMALL:
-                self.memory.held -= held
-                held = 0
-                if not self.memory.room_for(received):
-                    raise ApiError("too_many_bodies", full)
                 held = received
-                self.memory.held += held
+                self.held += held
             return message
 
         try:
-            await self.app(scope, count, send)
+            yield receive_bounded
         finally:
-            self.memory.held -= held
+            self.held -= held
 
+    def _check(self, size: int) -> None:
+        if size > self.max_bytes:
+            raise ApiError(
+                "body_too_large", f"the body is larger than {self.max_bytes} bytes: send fewer texts at a time"
+            )
+        if size > SMALL and self.held + size > self.max_held_bytes:
+            detail = f"bodies of other requests hold {self.max_held_bytes} bytes: send it again later"
+            raise ApiError("too_many_bodies", detail)
 
-class GzipBodies:
-    """Unpacks bodies that come with `Content-Encoding: gzip`, piece by piece; refuses other encodings (415).
-
-    Args:
-        limit: of a packed body. What is unpacked is for `BodyLimit`, inside of this layer.
-    """
-
-    def __init__(self, app: ASGIApp, limit: int) -> None:
-        self.app = app
-        self.limit = limit
-
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        codings = _codings(scope) if scope["type"] == "http" and scope["method"] in ("POST", "PUT", "PATCH") else []
+    def _unpacked(self, scope: Scope, receive: Receive) -> Receive:
+        """`receive`, or one that unpacks the body if its `Content-Encoding` is gzip."""
+        if scope["method"] not in ("POST", "PUT", "PATCH"):
+            return receive
+        named = ",".join(Headers(scope=scope).getlist("content-encoding")).lower().split(",")
+        codings = [coding for each in named if (coding := each.strip()) not in ("", "identity")]
         if not codings:
-            await self.app(scope, receive, send)
-        elif codings in (["gzip"], ["x-gzip"]):
-            headers = MutableHeaders(scope=scope)
-            del headers["content-encoding"]
-            await self.app(scope, _unpacked(receive, self.limit), send)
-        else:
+            return receive
+        if codings not in (["gzip"], ["x-gzip"]):
             detail = "Content-Encoding: only gzip is supported; send the body packed with gzip once, or as it is"
-            request_id = scope.get("state", {}).get("request_id")
-            refusal = problem_response("unsupported_media_type", detail, request_id, {"Accept-Encoding": "gzip"})
-            await refusal(scope, receive, send)
+            raise ApiError("unsupported_media_type", detail, {"Accept-Encoding": "gzip"})
+        del MutableHeaders(scope=scope)["content-encoding"]
+        return _unpack(receive, self.max_bytes)
 
 
-def _codings(scope: Scope) -> list[str]:
-    named = ",".join(Headers(scope=scope).getlist("content-encoding")).lower().split(",")
-    return [coding for each in named if (coding := each.strip()) not in ("", "identity")]
-
-
-def _unpacked(receive: Receive, limit: int) -> Receive:
-    """Gives the messages of `receive` with the body unpacked, at most `PIECE` bytes at once."""
+def _unpack(receive: Receive, max_packed_bytes: int) -> Receive:
+    """A `receive` that gives the body of `receive` unpacked, at most `PIECE` bytes at once."""
     unpacker = zlib.decompressobj(wbits=31)
     packed, received, more, ended = b"", 0, True, False
 
-    async def unpack() -> Message:
+    async def receive_unpacked() -> Message:
         nonlocal unpacker, packed, received, more, ended
         if ended:
             return await receive()
@@ -147,8 +119,8 @@ def _unpacked(receive: Receive, limit: int) -> Receive:
                 return message
             packed, more = message.get("body", b""), message.get("more_body", False)
             received += len(packed)
-            if received > limit:  # a packed body may be longer than what is in it
-                raise ApiError("body_too_large", f"the body is larger than {limit} bytes")
+            if received > max_packed_bytes:  # a packed body may be longer than what is in it
+                raise ApiError("body_too_large", f"the body is larger than {max_packed_bytes} bytes")
         if unpacker.eof and packed:  # gzip allows several members, one after the other
             unpacker = zlib.decompressobj(wbits=31)
         try:
@@ -163,14 +135,14 @@ def _unpacked(receive: Receive, limit: int) -> Receive:
                 raise ApiError("malformed", "the body ends in the middle of its gzip data")
         return {"type": "http.request", "body": piece, "more_body": not ended}
 
-    return unpack
+    return receive_unpacked
 
 
 class Compression:
     """Packs large replies to GET with gzip, for clients that accept it.
 
-    Not those with an ETag: it names one sequence of bytes. Answers to POST are left as they are, since packing them
-    would take longer than sending them.
+    Starlette's own GZipMiddleware also packs answers to POST, which takes longer than sending them; replies with an
+    ETag, which names one sequence of bytes; and replies to clients that refuse gzip by `q=0`.
     """
 
     def __init__(self, app: ASGIApp, minimum: int = 16384) -> None:

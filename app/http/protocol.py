@@ -8,7 +8,8 @@ import httptools
 from prometheus_client import CollectorRegistry, Counter, Gauge
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
-from app.http.problems import new_request_id, problem_response
+from app.http.problems import ProblemResponse
+from app.observability.requests import new_request_id
 
 if TYPE_CHECKING:
     from app.settings import Settings
@@ -370,7 +371,9 @@ class _OrderlyTransport:
 
 
 def _reply(code: str, detail: str) -> bytes:
-    response = problem_response(code, detail, new_request_id(), {"connection": "close"})
+    request_id = new_request_id()
+    headers = {"connection": "close", "x-request-id": request_id}
+    response = ProblemResponse(code, detail, headers, request_id=request_id)
     head = b"".join(b"%s: %s\r\n" % each for each in response.raw_headers)
     return b"HTTP/1.1 %d \r\n%s\r\n%s" % (response.status_code, head, bytes(response.body))
 

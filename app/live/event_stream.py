@@ -14,7 +14,7 @@ from starlette.exceptions import HTTPException
 from starlette.responses import Response
 from starlette.types import Message, Receive, Scope, Send
 
-from app.http.problems import problem_response
+from app.http.problems import ApiError
 from app.http.protocol import ABORT
 from app.live.feed import ChangeFeed
 
@@ -73,9 +73,7 @@ class EventStream(Response):
                 f"too many event streams: at most {self._feed.max_streams} for this model and half of that for one "
                 "key; close one, or try again"
             )
-            request_id = scope.get("state", {}).get("request_id")
-            refusal = problem_response("too_many_streams", detail, request_id, {"Retry-After": "5"})
-            await refusal(scope, receive, send)
+            raise ApiError("too_many_streams", detail, {"Retry-After": "5"})
 
     async def _stream(self, woken: asyncio.Event, scope: Scope, receive: Receive, send: Send) -> None:
         gone = False

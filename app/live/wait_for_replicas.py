@@ -7,7 +7,8 @@ from typing import Annotated, Any, Literal
 
 from fastapi import Depends, Query, Request
 
-from app.http.problems import ApiError, documented, header
+from app.http.problems import ApiError
+from app.http.responses import documented, header
 from app.live.store_threads import StoreThreads
 from range_store.errors import StoreUnavailable
 from range_store.storage.mirror import Mirror

@@ -1,7 +1,7 @@
-"""Logs: one record is one line, JSON or readable, and says which request and generation it belongs to.
+"""Logs: each record is one line, as JSON or to read, and names the request and the generation that it belongs to.
 
-No text of a user and no secret gets into them, whoever writes: of a record only the known `FIELDS` are taken, and of an
-exception its type and where it was raised, since what it says may quote the text that caused it.
+No text of a user and no secret gets into them: of a record only the known `FIELDS` are taken, and of an exception its
+type and where it was raised, since its message may quote the text that caused it.
 """
 
 import contextvars
@@ -27,9 +27,9 @@ from pythonjsonlogger.json import JsonFormatter
 logger = logging.getLogger(__name__)
 
 OURS = ("app", "workers", "range_store")
-"""Loggers that follow `log_level`. Others are heard from `warning` on: at debug they quote what they handle."""
+"""Loggers that follow `log_level`. Others log from `warning` on: at debug they quote the data that they handle."""
 SILENT = ("opentelemetry", "urllib3", "requests")
-"""They repeat headers and addresses, which may hold secrets; `app.observability.tracing` says what went wrong there."""
+"""Loggers that quote headers and addresses, which may hold secrets; `app.observability.tracing` logs in their place."""
 
 FIELDS: Mapping[str, str] = {
     "timestamp": "when, in UTC (RFC 3339)",
@@ -54,8 +54,8 @@ FIELDS: Mapping[str, str] = {
 """Every field that a line can have, with its meaning. `docs/observing.md` lists them; a test holds it against this."""
 
 
-class HowToLog(Protocol):
-    """The settings of these names."""
+class LogSettings(Protocol):
+    """The settings of logs."""
 
     @property
     def log_level(self) -> str: ...
@@ -66,7 +66,7 @@ class HowToLog(Protocol):
 
 @dataclass
 class RequestFacts:
-    """What is known of the request that is being served; filled in as it goes."""
+    """What is known of the current request; filled in while it is served."""
 
     request_id: str | None
     generation: str | None = None
@@ -76,65 +76,63 @@ class RequestFacts:
     replica: str | None = None
 
 
-_serving: contextvars.ContextVar[RequestFacts | None] = contextvars.ContextVar("neuronlens_request", default=None)
-
-
+_request: contextvars.ContextVar[RequestFacts | None] = contextvars.ContextVar("neuronlens_request", default=None)
 _always: dict[str, str] = {}
-"""Fields of every line of this process."""
+"""Fields of every line of this process, by name."""
 
 
-def serving() -> RequestFacts | None:
-    """Facts of the request that is being served, if one is."""
-    return _serving.get()
+def current_request() -> RequestFacts | None:
+    """The facts of the current request, if there is one."""
+    return _request.get()
 
 
 def begin(facts: RequestFacts) -> None:
-    """From here on, what this task logs belongs to a request."""
-    _serving.set(facts)
+    """Attribute what this task logs from here on to a request."""
+    _request.set(facts)
 
 
 def note(**facts: Any) -> None:
-    """Fill in facts of the request that is being served, if one is."""
-    if (serving := _serving.get()) is not None:
+    """Set facts of the current request, if there is one."""
+    if (request := _request.get()) is not None:
         for name, value in facts.items():
-            setattr(serving, name, value)
+            setattr(request, name, value)
 
 
 def described(error: BaseException, depth: int = 5) -> dict[str, Any]:
-    """The field `exception`: type and frames of an error and of what caused it, without what they say."""
+    """The field `exception`: types and frames of an error and of its causes, without their messages."""
     frames = traceback.extract_tb(error.__traceback__)
-    told: dict[str, Any] = {
+    fields: dict[str, Any] = {
         "type": f"{type(error).__module__}.{type(error).__qualname__}".removeprefix("builtins."),
         "frames": [f"{each.filename}:{each.lineno} in {each.name}: {each.line}" for each in frames],
     }
     if isinstance(error, OSError) and error.strerror:
-        told["reason"] = os.strerror(error.errno) if error.errno else ""
-    behind = error.__cause__ or (None if error.__suppress_context__ else error.__context__)
-    if behind is not None and depth:
-        told["cause"] = described(behind, depth - 1)
-    return told
+        fields["reason"] = os.strerror(error.errno) if error.errno else ""
+    cause = error.__cause__ or (None if error.__suppress_context__ else error.__context__)
+    if cause is not None and depth:
+        fields["cause"] = described(cause, depth - 1)
+    return fields
 
 
 def fields_of(record: logging.LogRecord) -> dict[str, Any]:
     """The known fields of a record that have a value, in the order of `FIELDS`."""
-    serving = _serving.get()
+    request = _request.get()
     span = trace.get_current_span().get_span_context()
     own: dict[str, Any] = {
         "timestamp": datetime.fromtimestamp(record.created, UTC).isoformat(timespec="milliseconds")[:-6] + "Z",
         "level": record.levelname.lower(),
         "logger": record.name,
         "message": _message(record),
-        "request_id": serving and serving.request_id,
+        "request_id": request and request.request_id,
         "trace_id": trace.format_trace_id(span.trace_id) if span.is_valid else None,
         "span_id": trace.format_span_id(span.span_id) if span.is_valid else None,
-        "generation": serving and serving.generation,
-        "model": serving and serving.model,
-        "replica": serving and serving.replica,
+        "generation": request and request.generation,
+        "model": request and request.model,
+        "replica": request and request.replica,
     }
     own |= {name: value for name, value in _always.items() if own.get(name) is None}
     if record.exc_info and record.exc_info[1] is not None:
         own["exception"] = described(record.exc_info[1])
-    ours = record.name.partition(".")[0] in OURS  # what others attach could be anything
+    ours = record.name.partition(".")[0] in OURS  # other loggers may attach anything
     given = {name: getattr(record, name) for name in FIELDS if name not in _RESERVED and hasattr(record, name)}
     merged = own | given if ours else own
     return {name: merged[name] for name in FIELDS if merged.get(name) is not None}
@@ -145,17 +143,18 @@ _RESERVED = frozenset({"timestamp", "level", "logger", "message"})
 
 def _message(record: logging.LogRecord) -> str:
     try:
-        said = record.getMessage()
+        message = record.getMessage()
     except Exception:
-        said = str(record.msg)  # its arguments do not fit: they are left out
+        message = str(record.msg)  # its arguments do not fit
     if record.name == "asyncio" and record.levelno >= logging.WARNING:
-        # "Task exception was never retrieved", and then the task, what it was called with, and what its error says
-        return said[: next((at for at, c in enumerate(said) if not (c.isalpha() or c in " '-")), None)].strip()
-    return said
+        # "Task exception was never retrieved", and then the task with its arguments, and the error's message
+        end = next((at for at, c in enumerate(message) if not (c.isalpha() or c in " '-")), None)
+        return message[:end].strip()
+    return message
 
 
 class JsonLines(JsonFormatter):
-    """A record as a JSON object on one line, in ASCII: nothing in a value can end the line."""
+    """A record as a JSON object on one line, in ASCII, so that no value can end the line."""
 
     def add_fields(self, log_data: dict[str, Any], record: logging.LogRecord, message_dict: dict[str, Any]) -> None:
         log_data.update(fields_of(record))
@@ -165,7 +164,7 @@ class JsonLines(JsonFormatter):
 
 
 class TextLines(logging.Formatter):
-    """A record as a line to read, and below it, indented, the frames of an error."""
+    """A record as a line to read, with the frames of an error indented below it."""
 
     COLOURS: Mapping[str, str] = {"debug": "bright_black", "warning": "yellow", "error": "red", "critical": "red"}
 
@@ -199,11 +198,11 @@ def _printable(words: str) -> str:
 
 class _Lines(logging.StreamHandler[TextIO]):
     def handleError(self, record: logging.LogRecord) -> None:  # noqa: N802
-        """Says nothing: the default one prints the record's arguments."""
+        """Does nothing: the default one prints the record's arguments."""
 
 
-class _Stray(io.TextIOBase):
-    """Stands in for stderr: whatever writes to it writes log lines."""
+class _StderrLines(io.TextIOBase):
+    """A replacement of stderr that makes log lines of what is written to it."""
 
     def __init__(self, real: TextIO) -> None:
         self._real: TextIO | None = real
@@ -222,7 +221,7 @@ class _Stray(io.TextIOBase):
         return (self._real or sys.__stderr__ or sys.stderr).fileno()
 
     def write(self, words: str, /) -> int:
-        if self._real is None:  # a library kept it for longer than the server ran
+        if self._real is None:  # a library kept it after the server stopped
             return sys.stderr.write(words)
         with self._writing:
             *whole, self._begun = (self._begun + words).replace("\r", "\n").split("\n")
@@ -238,13 +237,13 @@ class _Stray(io.TextIOBase):
 
 
 @contextmanager
-def configured(settings: HowToLog, **always: str) -> Iterator[None]:
-    """Everything that this process has to say goes to stderr in the settings' format, until it is left.
+def configured(settings: LogSettings, **always: str) -> Iterator[None]:
+    """Log to stderr in the format of the settings, inside the context.
 
-    Every line has the fields `always`, unless it has them itself.
+    In JSON, what other code writes to `sys.stderr` is logged too; what C libraries write to its descriptor is not.
 
-    As JSON that includes what anything writes to `sys.stderr`; what a C library writes to the descriptor does not pass
-    through here.
+    Args:
+        always: fields of every line that does not have them itself.
     """
     real = sys.stderr
     as_json = settings.log_format == "json" or (settings.log_format == "auto" and not real.isatty())
@@ -259,10 +258,10 @@ def configured(settings: HowToLog, **always: str) -> Iterator[None]:
         root.handlers = [handler]
         level = settings.log_level.upper()
         uvicorn = "INFO" if settings.log_level == "debug" else "WARNING"
-        for name in SILENT:  # for good: their threads may outlast this
+        for name in SILENT:  # not undone: their threads may outlive the context
             logging.getLogger(name).setLevel("CRITICAL")
         levels = dict.fromkeys(OURS, level) | {"uvicorn": uvicorn}
-        # app.observability.access_log logs requests, without their paths
+        # app.observability.requests logs requests, without their paths
         levels |= {"uvicorn.access": "CRITICAL", "huggingface_hub": "ERROR", "stderr": "INFO"}
         for name, wanted in ({"": "WARNING"} | levels).items():
             each = logging.getLogger(name)
@@ -270,7 +269,7 @@ def configured(settings: HowToLog, **always: str) -> Iterator[None]:
             each.setLevel(wanted)
         undo.enter_context(_hooked())
         if as_json:
-            stray = _Stray(real)
+            stray = _StderrLines(real)
             sys.stderr = stray
             undo.callback(setattr, sys, "stderr", real)
             undo.callback(stray.end)
@@ -279,22 +278,22 @@ def configured(settings: HowToLog, **always: str) -> Iterator[None]:
 
 @contextmanager
 def _hooked() -> Iterator[None]:
-    """What Python would print by itself is logged: warnings, and errors that nobody caught."""
+    """Log what Python would print by itself: warnings and uncaught errors."""
 
     def uncaught(kind: type[BaseException], error: BaseException, _: types.TracebackType | None) -> None:
-        logger.critical("an error that nobody caught: %s", kind.__name__, exc_info=error)
+        logger.critical("uncaught error: %s", kind.__name__, exc_info=error)
 
     def uncaught_in_thread(args: threading.ExceptHookArgs) -> None:
         name = args.thread.name if args.thread else "?"
-        logger.critical("the thread %s died: %s", name, args.exc_type.__name__, exc_info=args.exc_value)
+        logger.critical("uncaught error in thread %s: %s", name, args.exc_type.__name__, exc_info=args.exc_value)
 
     def unraisable(args: "sys.UnraisableHookArgs") -> None:
-        logger.error("an error that nobody could catch: %s", args.exc_type.__name__, exc_info=args.exc_value)
+        logger.error("ignored error: %s", args.exc_type.__name__, exc_info=args.exc_value)
 
     def warned(
         message: Warning | str, category: type[Warning], filename: str, lineno: int, file: Any = None, line: Any = None
     ) -> None:
-        said = f": {message}" if _serving.get() is None and threading.current_thread().name != "engine" else ""
+        said = f": {message}" if _request.get() is None and threading.current_thread().name != "engine" else ""
         logging.getLogger("py.warnings").warning("%s at %s:%d%s", category.__name__, filename, lineno, said)
 
     before = (sys.excepthook, threading.excepthook, sys.unraisablehook, warnings.showwarning)

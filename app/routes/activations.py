@@ -1,40 +1,41 @@
-"""Looking at what the model makes of a text: its tokens, and the values of single neurons."""
+"""`/v1/tokenize` and `/v1/activations`: the tokens of a text, and the values of single neurons for it."""
 
 from collections.abc import Sequence
 
-from fastapi import APIRouter, Request
+from fastapi import Request
 
-from app.http.problems import BODY, QUERY, ApiError, FieldError, documented
+from app.http.problems import ApiError, FieldError
+from app.http.responses import BODY, QUERY
+from app.http.routing import Router
 from app.observability.logs import note
-from app.routes.dependencies import ModelDep, QueryChecked
+from app.routes.dependencies import ModelDep
 from app.routes.inspection import finite
 from app.schemas.replies import ActivationsOut, TextTokens, TextValues, Token, TokenizeOut
 from app.schemas.requests import ActivationsIn, TokenizeIn
-from app.security.auth import Caller, CallerDep, check_shown
-from app.serving.classification import Timeout, check_size, unless_gone
+from app.security.auth import CallerDep, check_may_see
+from app.serving.classification import Timeout, check_size, has_enforced_erasure, time_limit, unless_disconnected
 from app.serving.service import Service
 from range_store.domain.erasure import Site, resolve_layers
 from range_store.errors import InvalidErasure
 
-router = APIRouter(tags=["inspection"], dependencies=[QueryChecked])
+router = Router("inspection")
 
-MOST_TEXTS = 64
-"""Texts of one of these calls: their replies are long, or cost passes of their own."""
+MAX_TEXTS = 64
+"""Most texts of one of these calls: their replies are long, or cost passes of their own."""
 
 
-@router.post("/v1/tokenize", responses=documented(*QUERY, *BODY, 429, 503, 504))
+@router.operation("POST", "/v1/tokenize", key_scope="infer", errors=(*QUERY, *BODY, 429, 503, 504), feature="tokenize")
 async def tokenize(
     request: Request, body: TokenizeIn, selector: ModelDep, x_request_timeout: Timeout = None
 ) -> TokenizeOut:
-    """The tokens of texts, as the model gets them: cut where it takes no more, with the tokens that it needs around.
+    """The tokens of texts as the model reads them: cut to what it takes, with the special tokens around them.
 
-    `prefix_tokens` of a few-shot prompt stand before every text and are not listed.
+    `prefix_tokens` of a few-shot prompt come before every text and are not listed.
     """
     service = selector.service(body.model)
     texts = _texts(service, body.inputs)
-    shown = await unless_gone(
-        request, service.engine.inspector.tokens(texts, timeout=_seconds(service, x_request_timeout))
-    )
+    work = service.engine.inspector.tokens(texts, timeout=time_limit(service, x_request_timeout))
+    found = await unless_disconnected(request, work)
     return TokenizeOut(
         model=service.name,
         results=[
@@ -54,25 +55,27 @@ async def tokenize(
                 total=text.total,
                 truncated=text.truncated,
             )
-            for text in shown
+            for text in found
         ],
         prefix_tokens=service.model.prefix_tokens,
         max_tokens=service.model.max_tokens,
     )
 
 
-@router.post("/v1/activations", responses=documented(*QUERY, *BODY, 429, 503, 504))
+@router.operation(
+    "POST", "/v1/activations", key_scope="infer", errors=(*QUERY, *BODY, 429, 503, 504), feature="activations"
+)
 async def show_activations(
     request: Request, body: ActivationsIn, selector: ModelDep, caller: CallerDep, x_request_timeout: Timeout = None
 ) -> ActivationsOut:
-    """Values of neurons for texts, before anything is erased: where they fall among a neuron's ranges.
+    """Values of neurons for texts, before anything is erased.
 
-    Taken where the active range set was fitted (`site`, `position`), so that they compare with its ranges and
-    histograms. While an erasure is enforced they would show what it hides, and need scope admin.
+    They are taken where the active range set was fitted (`site`, `position`), so that they compare with its ranges and
+    histograms. While an erasure is enforced they would show what it hides, and need a key with scope admin.
     """
     service = selector.service(body.model)
     texts = _texts(service, body.inputs)
-    _check(service, caller)
+    check_may_see(caller, has_enforced_erasure(service), "activations")
     identity = service.model.identity
     try:
         (layer,) = resolve_layers((body.layer,), identity.n_layers)
@@ -85,10 +88,10 @@ async def show_activations(
     fitted = range_set.provenance.settings if range_set is not None else None
     site: Site = fitted.site if fitted else "block_output"
     position = fitted.position if fitted else "read"
-    seconds = _seconds(service, x_request_timeout)
+    seconds = time_limit(service, x_request_timeout)
     work = service.engine.inspector.states(texts, layer, site=site, position=position, timeout=seconds)
-    states = await unless_gone(request, work)
-    _check(service, caller)  # it may have been switched on since
+    states = await unless_disconnected(request, work)
+    check_may_see(caller, has_enforced_erasure(service), "activations")  # one may have been enforced since
     return ActivationsOut(
         model=service.name,
         layer=layer,
@@ -99,25 +102,13 @@ async def show_activations(
     )
 
 
-def _check(service: Service, caller: Caller) -> None:
-    live = service.require_snapshot().live.at(service.mirror.now())
-    check_shown(caller, any(each.enforced for each in live), "activations")
-
-
-def _invalid(field: str, why: str) -> ApiError:
-    errors = [FieldError(loc=["body", field], msg=why, type="out_of_range")]
-    return ApiError("invalid", f"body.{field}: {why}", errors=errors)
+def _invalid(field: str, problem: str) -> ApiError:
+    errors = [FieldError(loc=["body", field], msg=problem, type="out_of_range")]
+    return ApiError("invalid", f"body.{field}: {problem}", errors=errors)
 
 
 def _texts(service: Service, inputs: str | list[str]) -> Sequence[str]:
     texts = [inputs] if isinstance(inputs, str) else inputs
-    check_size(texts, service.settings)
-    if len(texts) > MOST_TEXTS:
-        raise ApiError("too_many_texts", f"{len(texts)} texts, the limit of this call is {MOST_TEXTS}: send fewer")
+    check_size(texts, service.settings, MAX_TEXTS)
     note(texts=len(texts))
     return texts
-
-
-def _seconds(service: Service, asked: float | None) -> float:
-    longest = service.settings.request_timeout
-    return min(asked or longest, longest)

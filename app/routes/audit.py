@@ -1,20 +1,21 @@
-"""`/v1/audit`: who changed what is live, and when."""
+"""`/v1/audit`: who changed the live state, and when."""
 
 from typing import Annotated
 
-from fastapi import APIRouter, Query
+from fastapi import Query
 
-from app.http.problems import QUERY, documented
+from app.http.responses import QUERY
+from app.http.routing import Router
 from app.live.store_threads import StoreThreadsDep
-from app.routes.dependencies import QueryChecked, ServiceDep
+from app.routes.dependencies import ServiceDep
 from app.schemas.replies import AuditEntryOut, AuditOut
 
-router = APIRouter(tags=["erasures"])
+router = Router("erasures")
 
 Limit = Annotated[int, Query(ge=1, le=1000, description="Most entries.")]
 
 
-@router.get("/v1/audit", dependencies=[QueryChecked], responses=documented(*QUERY, 503))
+@router.operation("GET", "/v1/audit", key_scope="admin", errors=(*QUERY, 503))
 async def list_audit(service: ServiceDep, store_threads: StoreThreadsDep, limit: Limit = 100) -> AuditOut:
     """The last changes of the live state, newest first."""
     entries = await store_threads.run(lambda: service.store.audit(limit))

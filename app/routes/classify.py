@@ -1,22 +1,28 @@
 """`POST /v1/classify`: texts in, labels out, with concepts erased."""
 
-from fastapi import APIRouter, Request
+from fastapi import Request
 
-from app.http.problems import BODY, QUERY, ApiError, documented
-from app.routes.dependencies import ModelDep, QueryChecked
+from app.http.problems import ApiError
+from app.http.responses import BODY, QUERY
+from app.http.routing import Router
+from app.routes.dependencies import ModelDep
 from app.schemas.replies import Baseline, ClassifyOut, ErasureOut, ErasurePlan, Result, Usage
 from app.schemas.requests import ClassifyIn
 from app.security.auth import CallerDep
 from app.serving.classification import MinGeneration, Timeout, answer_to, at_chance, ranked
 from app.serving.service import Activation, Answer, Service
 
-router = APIRouter(tags=["classify"])
+router = Router("classify")
 
 
-@router.post(
+@router.operation(
+    "POST",
     "/v1/classify",
-    dependencies=[QueryChecked],
-    responses=documented(*QUERY, *BODY, 429, 503, 504),
+    key_scope="infer",
+    errors=(*QUERY, *BODY, 429, 503, 504),
+    classifies=True,
+    model_in_body=True,
+    feature="compare",
 )
 async def classify(
     request: Request,
@@ -37,7 +43,7 @@ async def classify(
         compare=body.compare,
         truncate=body.truncate,
         timeout=x_request_timeout,
-        min_generation=_one(body.min_generation, min_generation),
+        min_generation=_same(body.min_generation, min_generation),
     )
     activation = body.activation if body.activation != "auto" else service.model.activation
     return ClassifyOut(
@@ -48,9 +54,9 @@ async def classify(
     )
 
 
-def _one(in_body: str | None, in_header: str | None) -> str | None:
+def _same(in_body: str | None, in_header: str | None) -> str | None:
     if in_body and in_header and in_body != in_header:
-        raise ApiError("invalid", "min_generation: the body and X-NeuronLens-Min-Generation name different ones")
+        raise ApiError("invalid", "min_generation: the body and X-NeuronLens-Min-Generation differ")
     return in_body or in_header
 
 

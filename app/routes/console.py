@@ -1,4 +1,4 @@
-"""`GET /`: the console, a page that calls `/v1` like any other client; what it is made of lies in `app/console`."""
+"""`GET /`: the console, a page that calls `/v1` like any other client; its files are in `app/console`."""
 
 import gzip
 import hashlib
@@ -6,17 +6,18 @@ from functools import cache
 from pathlib import Path
 
 import plotly
-from fastapi import APIRouter, Request, Response
+from fastapi import Request, Response
 from starlette.concurrency import run_in_threadpool
 
 from app.http.bodies import accepts_gzip
 from app.http.problems import ApiError
+from app.http.routing import Router
 
-router = APIRouter(include_in_schema=False)
+router = Router(strict_query=False, include_in_schema=False)
 
 FILES = Path(__file__).parents[1] / "console"
 PLOTLY = f"plotly-{plotly.__version__}.min.js"
-"""Where the charts' library is served: a new version has a new address, so that browsers may keep it for good."""
+"""Name of the charts' library; a new version has a new name, so that browsers may keep it for good."""
 TYPES = {
     ".html": "text/html; charset=utf-8",
     ".css": "text/css; charset=utf-8",
@@ -26,16 +27,16 @@ TYPES = {
 
 _POLICY = (
     "default-src 'none'; script-src 'self'; connect-src 'self'; img-src 'self' data: blob:; frame-src 'self'; "
-    # plotly lays its charts out by a style element and style attributes
+    # plotly uses a style element and style attributes
     "style-src 'self' 'unsafe-inline'; base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
 )
 _FRAME_POLICY = (
-    # a report carries its scripts inside, and has an origin of its own: it reaches neither the page nor any host
+    # a report brings its own scripts and has an origin of its own: it reaches neither the page nor any host
     "sandbox allow-scripts; default-src 'none'; script-src 'unsafe-inline'; style-src 'unsafe-inline'; "
     "img-src data: blob:; font-src data:; base-uri 'none'; form-action 'none'; frame-ancestors 'self'"
 )
 FRAME = "report-frame.html"
-"""The page inside the frame that reports of `neuronlens evaluate` are shown in."""
+"""The page inside the frame that shows reports of `neuronlens evaluate`."""
 _HEADERS = {
     "X-Content-Type-Options": "nosniff",
     "Referrer-Policy": "no-referrer",
@@ -46,7 +47,7 @@ _HEADERS = {
 
 
 class _File:
-    """A file as it is sent, plain and gzipped, each with an ETag of its own."""
+    """A file as it is sent, plain and packed with gzip, each form with an ETag of its own."""
 
     def __init__(self, content: bytes) -> None:
         digest = hashlib.sha256(content).hexdigest()[:32]
@@ -56,7 +57,7 @@ class _File:
 
 @cache
 def _file(name: str) -> _File:
-    """A file of the console, read once; raises ApiError (404) if it is none."""
+    """A file of the console, read once."""
     if name == PLOTLY:
         return _File((Path(plotly.__file__).parent / "package_data" / "plotly.min.js").read_bytes())
     if name == "index.html":
@@ -67,15 +68,15 @@ def _file(name: str) -> _File:
 _NAMES = frozenset(path.name for path in FILES.iterdir() if path.suffix in TYPES) | {PLOTLY}
 
 
-@router.get("/")
+@router.operation("GET", "/", key_scope=None)
 async def console(request: Request) -> Response:
     """The page."""
     return await _reply(request, "index.html")
 
 
-@router.get("/console/{name}")
+@router.operation("GET", "/console/{name}", key_scope=None)
 async def console_file(request: Request, name: str) -> Response:
-    """What the page is made of."""
+    """A file of the page."""
     if name not in _NAMES:
         raise ApiError("not_found", "no such path; see /docs")
     return await _reply(request, name)
@@ -83,12 +84,12 @@ async def console_file(request: Request, name: str) -> Response:
 
 async def _reply(request: Request, name: str) -> Response:
     file = await run_in_threadpool(_file, name)  # plotly takes a moment to compress
-    kept = "public, max-age=31536000, immutable" if name == PLOTLY else "no-cache"
+    cache_control = "public, max-age=31536000, immutable" if name == PLOTLY else "no-cache"
     zipped = accepts_gzip(request.headers)
     content, etag = file.gzipped if zipped else file.plain
     headers = {
         **_HEADERS,
-        "Cache-Control": kept,
+        "Cache-Control": cache_control,
         "Content-Security-Policy": _FRAME_POLICY if name == FRAME else _POLICY,
         "ETag": etag,
     }

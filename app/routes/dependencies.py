@@ -1,20 +1,22 @@
-"""Routes of the HTTP API, one module per noun, and what they share: the service and the model that is meant."""
+"""What routes share: the model that a request is about, and names in paths.
+
+Dependencies are asynchronous even where they await nothing: FastAPI would run others on a thread, for each request.
+"""
 
 from dataclasses import dataclass
 from typing import Annotated
 
 from fastapi import Depends, Query, Request
-from fastapi.dependencies.models import Dependant
 from starlette.convertors import Convertor, register_url_convertor
 
-from app.http.problems import MOST_ERRORS, ApiError, FieldError
+from app.http.problems import ApiError, FieldError
 from app.observability.logs import note
 from app.serving.models import ServedModels
 from app.serving.service import Service
 
 
-class Whole(Convertor[str]):
-    """The rest of a path, whatever it holds: starlette's own `path` stops at a line break, and takes nothing too."""
+class RestOfPath(Convertor[str]):
+    """The rest of a path, whatever it holds: Starlette's `path` stops at a line break, and matches nothing too."""
 
     regex = "(?s:.+)"
 
@@ -25,10 +27,10 @@ class Whole(Convertor[str]):
         return value
 
 
-register_url_convertor("whole", Whole())
+register_url_convertor("rest", RestOfPath())
 
 
-async def named_concept(
+async def get_concept(
     concept: str,
     name: Annotated[
         str | None,
@@ -45,52 +47,55 @@ async def named_concept(
     return name or concept
 
 
-NamedConcept = Annotated[str, Depends(named_concept)]
-"""Of every path with a concept in it."""
+ConceptDep = Annotated[str, Depends(get_concept)]
 
 
 async def get_models(request: Request) -> ServedModels:
-    """The process's models. Like every dependency it is asynchronous: others run on a thread, for each request."""
-    served: ServedModels = request.app.state.served
-    return served
+    """All models of the process."""
+    models: ServedModels = request.app.state.models
+    return models
 
 
 ModelsDep = Annotated[ServedModels, Depends(get_models)]
-"""All of them, for what is about the process, or names a model in its path."""
 
 
 @dataclass(frozen=True)
 class ModelSelector:
-    """Which model a request means: `in_query`, or what its body says."""
+    """The model that a request is about: the one that its query names, unless its body names it."""
 
-    served: ServedModels
-    in_query: str | None
+    models: ServedModels
+    query_name: str | None
+    query_service: Service
 
-    def service(self, in_body: str | None = None) -> Service:
-        """The service that is meant, which the log line of the request then names.
+    def service(self, body_name: str | None = None) -> Service:
+        """The service of the model, which the log line of the request then names.
 
         Raises:
             ApiError: no such model is served (404), or query and body name two (422).
         """
-        service = self.served.named(self.in_query if in_body is None else in_body)
-        if in_body is not None and self.in_query not in (None, in_body):
-            raise ApiError("invalid", "model: the query names one model and the body another")
+        service = self.query_service
+        if body_name not in (None, service.name):
+            service = self.models.find(body_name)
+            if self.query_name is not None:
+                raise ApiError("invalid", "model: the query names one model and the body another")
         return log_model(service)
 
 
 def log_model(service: Service) -> Service:
-    """Have the log line of a request say that it is about this service."""
+    """Name a service and its generation in the log line of the request."""
     snapshot = service.mirror.snapshot
     note(model=service.name, generation=snapshot.live.generation if snapshot else None)
     return service
 
 
 async def select_model(
+    request: Request,
     models: ModelsDep,
     model: Annotated[str | None, Query(description="Which model. Default: the first, or only, one.")] = None,
 ) -> ModelSelector:
-    models.named(model)  # an unknown one is refused, whatever the body says
-    return ModelSelector(models, model)
+    """The model that the query names; an unknown one is refused, whatever the body says."""
+    known: Service | None = getattr(request.state, "service", None)  # from `ServedModels.refuse_if_full`
+    return ModelSelector(models, model, known or models.find(model))
 
 
 ModelDep = Annotated[ModelSelector, Depends(select_model)]
@@ -98,32 +103,9 @@ ModelDep = Annotated[ModelSelector, Depends(select_model)]
 
 
 async def get_service(selector: ModelDep) -> Service:
-    """The service that the query names, or the default one."""
+    """The service of the model that the query names, or of the default one."""
     return selector.service()
 
 
 ServiceDep = Annotated[Service, Depends(get_service)]
 """For routes whose query alone may name the model."""
-
-
-async def _check_query(request: Request, selector: ModelDep) -> None:
-    if not request.query_params:
-        return
-    known = _query_names(request.scope["route"].dependant)
-    if unknown := [name for name in request.query_params if name not in known]:
-        detail = f"query.{unknown[0]}: no such parameter; this path has {', '.join(sorted(known))}"
-        errors = [FieldError(loc=["query", name], msg="no such parameter", type="extra_forbidden") for name in unknown]
-        raise ApiError("invalid", detail, errors=errors[:MOST_ERRORS])
-    if len(request.query_params.multi_items()) > len(request.query_params):
-        twice = [name for name in request.query_params if len(request.query_params.getlist(name)) > 1]
-        errors = [FieldError(loc=["query", name], msg="given more than once", type="repeated") for name in twice]
-        raise ApiError("invalid", f"query.{twice[0]}: given more than once", errors=errors)
-
-
-def _query_names(dependant: Dependant) -> set[str]:
-    names = {field.alias for field in dependant.query_params}
-    return names.union(*(_query_names(each) for each in dependant.dependencies))
-
-
-QueryChecked = Depends(_check_query)
-"""Of every path below `/v1`: `?model=` names one that is served, and nothing stands in the query unknown or twice."""

@@ -1,17 +1,18 @@
-"""`/v1/erasures`: what is erased when a request names nothing. Every change is one generation."""
+"""`/v1/erasures`: the live erasures, which apply to requests that name none. Every change is one generation."""
 
 import hashlib
 import json
 from collections.abc import Callable
 from typing import Annotated, Any
 
-from fastapi import APIRouter, Depends, Header, Query, Request, Response
+from fastapi import Depends, Header, Query, Request, Response
 
-from app.http.problems import BODY, QUERY, documented, header
+from app.http.responses import BODY, QUERY, header
+from app.http.routing import Router
 from app.live.store_threads import StoreThreads, StoreThreadsDep
 from app.live.wait_for_replicas import WAIT_RESPONSES, WaitDep, WaitForReplicas
 from app.observability.logs import note
-from app.routes.dependencies import ModelDep, NamedConcept, QueryChecked, ServiceDep
+from app.routes.dependencies import ConceptDep, ModelDep, ServiceDep
 from app.schemas.replies import ErasureOut, LiveListOut, LiveOut
 from app.schemas.requests import LiveListIn, Reason, SwitchOnIn
 from app.security.auth import CallerDep
@@ -20,26 +21,27 @@ from range_store.domain.live import LiveState
 from range_store.errors import RangeStoreError, StaleGeneration, StoreUnavailable
 from range_store.storage.store import RangeStore
 
-router = APIRouter(tags=["erasures"])
+router = Router("erasures")
 IfMatch = Annotated[str | None, Header(description="Change only if the live state is at this generation.")]
 WITH_ETAG: dict[int | str, dict[str, Any]] = {200: {"headers": header("ETag", "The generation, quoted.")}}
-CHANGES = documented(*QUERY, 409, 412, 503) | WAIT_RESPONSES | WITH_ETAG
+CHANGE_ERRORS = (*QUERY, 409, 412, 503)
+CHANGE_RESPONSES = WAIT_RESPONSES | WITH_ETAG
 
 
 async def named_generations(if_match: IfMatch = None) -> tuple[str, ...]:
-    """The generations that the caller insists on; none for any. A weak tag is left as it is, and matches none."""
+    """The generations that the client accepts; empty: any. A weak tag is kept as it is, and matches none."""
     if if_match is None or if_match.strip() == "*":
         return ()
     tags = (tag.strip() for tag in if_match.split(","))
     return tuple(tag if tag.startswith("W/") else tag.strip('"') for tag in tags)
 
 
-Required = Annotated[tuple[str, ...], Depends(named_generations)]
+IfMatchDep = Annotated[tuple[str, ...], Depends(named_generations)]
 
 
 async def change_id(request: Request, caller: CallerDep) -> str:
-    """What tells a change from every other, and is the same where a client sends its request again."""
-    sent = (
+    """Identifies a change: the same id if a client repeats its request, and a different one for every other change."""
+    identity = (
         request.state.request_id,  # made here for each request, unless the client names its own
         caller.by,
         request.method,
@@ -47,17 +49,17 @@ async def change_id(request: Request, caller: CallerDep) -> str:
         request.url.query,
         request.headers.get("if-match"),
     )
-    return hashlib.sha256(json.dumps(sent).encode() + await request.body()).hexdigest()[:32]
+    return hashlib.sha256(json.dumps(identity).encode() + await request.body()).hexdigest()[:32]
 
 
-ChangeId = Annotated[str, Depends(change_id)]
+ChangeIdDep = Annotated[str, Depends(change_id)]
 
 
-def one_of(store: RangeStore, named: tuple[str, ...]) -> str | None:
-    """The generation that a change is to be guarded by; None for any.
+def expected_generation(store: RangeStore, named: tuple[str, ...]) -> str | None:
+    """The generation that a change requires; None: any.
 
     Raises:
-        StaleGeneration: none of those named is current.
+        StaleGeneration: none of the named generations is current.
     """
     if len(named) <= 1:
         return named[0] if named else None
@@ -67,20 +69,20 @@ def one_of(store: RangeStore, named: tuple[str, ...]) -> str | None:
     return current
 
 
-@router.get("/v1/erasures", dependencies=[QueryChecked], responses=documented(*QUERY, 503) | WITH_ETAG)
+@router.operation("GET", "/v1/erasures", key_scope="read", errors=(*QUERY, 503), responses=WITH_ETAG)
 async def list_erasures(service: ServiceDep, response: Response) -> LiveListOut:
-    """What is erased now, as this process applies it. The ETag is the generation."""
+    """The live erasures, as this process applies them. The ETag is the generation."""
     return listing(service, service.require_snapshot().live, response)
 
 
-@router.put("/v1/erasures", dependencies=[QueryChecked], responses=CHANGES | documented(*BODY))
+@router.operation("PUT", "/v1/erasures", key_scope="admin", errors=(*CHANGE_ERRORS, *BODY), responses=CHANGE_RESPONSES)
 async def replace_erasures(
     selector: ModelDep,
     store_threads: StoreThreadsDep,
     caller: CallerDep,
     body: LiveListIn,
-    required: Required,
-    change_id: ChangeId,
+    required: IfMatchDep,
+    change_id: ChangeIdDep,
     wait_for_replicas: WaitDep,
     response: Response,
 ) -> LiveListOut:
@@ -90,50 +92,54 @@ async def replace_erasures(
     wanted = [each.live(each.concept, now, caller.by) for each in body.erasures]
 
     def change(store: RangeStore) -> LiveState:
-        return store.set_erasures(wanted, one_of(store, required), caller.by, body.reason, change_id)
+        return store.set_erasures(wanted, expected_generation(store, required), caller.by, body.reason, change_id)
 
     return await applied(service, store_threads, change, change_id, wait_for_replicas, response)
 
 
-@router.put("/v1/erasures/{concept:whole}", dependencies=[QueryChecked], responses=CHANGES | documented(*BODY))
+@router.operation(
+    "PUT", "/v1/erasures/{concept:rest}", key_scope="admin", errors=(*CHANGE_ERRORS, *BODY), responses=CHANGE_RESPONSES
+)
 async def switch_on(
     selector: ModelDep,
     store_threads: StoreThreadsDep,
     caller: CallerDep,
-    concept: NamedConcept,
-    required: Required,
-    change_id: ChangeId,
+    concept: ConceptDep,
+    required: IfMatchDep,
+    change_id: ChangeIdDep,
     wait_for_replicas: WaitDep,
     response: Response,
     body: SwitchOnIn | None = None,
 ) -> LiveListOut:
-    """Erase a concept from every request that names nothing, or change how."""
+    """Erase a concept from every request that names no erasures, or change how."""
     body = body or SwitchOnIn()
     service = selector.service(body.model)
     wanted = body.live(concept, service.mirror.now(), caller.by)
 
     def change(store: RangeStore) -> LiveState:
-        return store.set_erasure(wanted, one_of(store, required), change_id)
+        return store.set_erasure(wanted, expected_generation(store, required), change_id)
 
     return await applied(service, store_threads, change, change_id, wait_for_replicas, response)
 
 
-@router.delete("/v1/erasures/{concept:whole}", dependencies=[QueryChecked], responses=CHANGES)
+@router.operation(
+    "DELETE", "/v1/erasures/{concept:rest}", key_scope="admin", errors=CHANGE_ERRORS, responses=CHANGE_RESPONSES
+)
 async def switch_off(
     service: ServiceDep,
     store_threads: StoreThreadsDep,
     caller: CallerDep,
-    concept: NamedConcept,
-    required: Required,
-    change_id: ChangeId,
+    concept: ConceptDep,
+    required: IfMatchDep,
+    change_id: ChangeIdDep,
     wait_for_replicas: WaitDep,
     response: Response,
     reason: Annotated[Reason | None, Query()] = None,
 ) -> LiveListOut:
-    """Erase a concept no more. Where it is off already, nothing changes."""
+    """Stop erasing a concept. If it is off already, nothing changes."""
 
     def change(store: RangeStore) -> LiveState:
-        return store.remove_erasure(concept, one_of(store, required), caller.by, reason, change_id)
+        return store.remove_erasure(concept, expected_generation(store, required), caller.by, reason, change_id)
 
     return await applied(service, store_threads, change, change_id, wait_for_replicas, response)
 

@@ -5,16 +5,15 @@ import time
 from collections.abc import AsyncIterator
 from typing import Any
 
-from fastapi import APIRouter
-
-from app.http.problems import QUERY, documented
+from app.http.responses import QUERY
+from app.http.routing import Router
 from app.live.event_stream import HEARTBEAT, PAUSE, RECONNECT, TICK, EventStream, event
-from app.routes.dependencies import QueryChecked, ServiceDep
+from app.routes.dependencies import ServiceDep
 from app.routes.erasures import live_list
 from app.security.auth import CallerDep
 from app.serving.service import Draining, Service
 
-router = APIRouter(tags=["service"])
+router = Router("service")
 
 EXAMPLE = (
     "retry: 1000\n\n"
@@ -29,11 +28,14 @@ STREAM: dict[int | str, dict[str, Any]] = {
 }
 
 
-@router.get(
+@router.operation(
+    "GET",
     "/v1/events",
-    dependencies=[QueryChecked],
+    key_scope="read",
+    errors=(*QUERY, 429, 503),
+    feature="events",
+    responses=STREAM,
     response_class=EventStream,
-    responses=STREAM | documented(*QUERY, 429, 503),
 )
 async def stream_events(service: ServiceDep, caller: CallerDep) -> EventStream:
     """Server-sent events of changes on this server or another one of the same store.

@@ -2,17 +2,19 @@
 
 from typing import Annotated, Any
 
-from fastapi import APIRouter, Header, Response
+from fastapi import Header, Response
 
-from app.http.problems import BODY, QUERY, ApiError, documented, header
+from app.http.problems import ApiError
+from app.http.responses import BODY, QUERY, header
+from app.http.routing import Router
 from app.jobs.schemas import DataRefused, DataUnusable, FitIn, JobOut, JobsOut, source_of
 from app.live.store_threads import StoreThreadsDep
-from app.routes.dependencies import ModelDep, QueryChecked, ServiceDep
+from app.routes.dependencies import ModelDep, ServiceDep
 from app.security.auth import CallerDep
 from app.serving.service import KNOWN_DATA_SETS
 from range_store.domain.erasure import resolve_layers
 
-router = APIRouter(tags=["fits"])
+router = Router("fits")
 
 IdempotencyKey = Annotated[
     str | None,
@@ -26,11 +28,14 @@ IdempotencyKey = Annotated[
 ACCEPTED: dict[int | str, dict[str, Any]] = {202: {"headers": header("Location", "Where the job is.")}}
 
 
-@router.post(
+@router.operation(
+    "POST",
     "/v1/fits",
+    key_scope="admin",
+    feature="fits",
+    errors=(*BODY, *QUERY, 403, 409, 429, 503),
+    responses=ACCEPTED,
     status_code=202,
-    dependencies=[QueryChecked],
-    responses=documented(*BODY, *QUERY, 403, 409, 429, 503) | ACCEPTED,
 )
 async def start_fit(
     selector: ModelDep,
@@ -67,21 +72,21 @@ async def start_fit(
     return job
 
 
-@router.get("/v1/jobs", dependencies=[QueryChecked], responses=documented(*QUERY, 503))
+@router.operation("GET", "/v1/jobs", key_scope="read", errors=(*QUERY, 503))
 async def list_jobs(service: ServiceDep, store_threads: StoreThreadsDep) -> JobsOut:
     """List every fit that waits or runs, and the last that have ended, newest first."""
     jobs = await store_threads.run(service.jobs.read)
     return JobsOut(model=service.name, jobs=[JobOut.of(job, jobs) for job in jobs.jobs])
 
 
-@router.get("/v1/jobs/{job}", dependencies=[QueryChecked], responses=documented(*QUERY, 503))
+@router.operation("GET", "/v1/jobs/{job}", key_scope="read", errors=(*QUERY, 503))
 async def show_job(service: ServiceDep, store_threads: StoreThreadsDep, job: str) -> JobOut:
     """Show the state of a fit, its progress, and how it ended."""
     jobs = await store_threads.run(service.jobs.read)
     return JobOut.of(jobs.get(job), jobs)
 
 
-@router.delete("/v1/jobs/{job}", dependencies=[QueryChecked], responses=documented(*QUERY, 409, 503))
+@router.operation("DELETE", "/v1/jobs/{job}", key_scope="admin", errors=(*QUERY, 409, 503))
 async def cancel_job(service: ServiceDep, store_threads: StoreThreadsDep, job: str) -> JobOut:
     """Cancel a fit, so that it publishes nothing. It is `cancelling` until its process has ended. May be repeated."""
 

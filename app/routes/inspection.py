@@ -1,4 +1,4 @@
-"""Looking into the active range set: concepts, ranges by rank, one neuron, overlap."""
+"""Inspection of the active range set: concepts, ranges by rank, one neuron, overlap."""
 
 import base64
 import binascii
@@ -6,11 +6,13 @@ import math
 from collections.abc import Sequence
 from typing import Annotated
 
-from fastapi import APIRouter, Path, Query
+from fastapi import Path, Query
 
-from app.http.problems import QUERY, ApiError, documented
+from app.http.problems import ApiError
+from app.http.responses import QUERY
+from app.http.routing import Router
 from app.live.store_threads import StoreThreadsDep
-from app.routes.dependencies import NamedConcept, QueryChecked, ServiceDep
+from app.routes.dependencies import ConceptDep, ServiceDep
 from app.schemas.replies import (
     ConceptOut,
     ConceptsOut,
@@ -31,13 +33,13 @@ from range_store.domain.inspection import (
 )
 from range_store.domain.range_set import InspectLayer
 
-router = APIRouter(tags=["inspection"], dependencies=[QueryChecked])
+router = Router("inspection")
 
 Layer = Annotated[int, Query(description="Block, from 0; negative ones from the end.")]
 Tau = Annotated[float, Query(ge=0, allow_inf_nan=False, description="Half-width in standard deviations.")]
 
 
-@router.get("/v1/concepts", responses=documented(*QUERY, 503))
+@router.operation("GET", "/v1/concepts", key_scope="read", errors=(*QUERY, 503))
 def list_concepts(service: ServiceDep) -> ConceptsOut:
     """Concepts of the active range set, and whether each is erased now."""
     range_set, live = service.require_range_set(), service.require_snapshot().live
@@ -59,17 +61,17 @@ def list_concepts(service: ServiceDep) -> ConceptsOut:
     )
 
 
-@router.get("/v1/concepts/{concept:whole}/ranges", responses=documented(*QUERY, 503))
+@router.operation("GET", "/v1/concepts/{concept:rest}/ranges", key_scope="read", errors=(*QUERY, 503))
 def list_ranges(
     service: ServiceDep,
-    concept: NamedConcept,
+    concept: ConceptDep,
     layer: Layer = -1,
     ranking: Ranking = "max",
     tau: Tau = 2.5,
     limit: Annotated[int, Query(ge=1, le=1000)] = 50,
     cursor: Annotated[str | None, Query(max_length=200, description="`next_cursor` of the page before.")] = None,
 ) -> RangesOut:
-    """A concept's neurons by rank, each with its range and how far it overlaps the other concepts' ranges."""
+    """A concept's neurons by rank, each with its range and its overlap with the ranges of other concepts."""
     range_set = service.require_range_set()
     block = block_index(range_set, layer)
     start = _start(cursor, range_set.id)
@@ -100,7 +102,7 @@ def list_ranges(
     )
 
 
-@router.get("/v1/neurons/{layer}/{neuron}", responses=documented(*QUERY, 503))
+@router.operation("GET", "/v1/neurons/{layer}/{neuron}", key_scope="read", errors=(*QUERY, 503))
 async def show_neuron(
     service: ServiceDep,
     store_threads: StoreThreadsDep,
@@ -129,14 +131,14 @@ async def show_neuron(
     )
 
 
-@router.get("/v1/overlap", responses=documented(*QUERY, 503))
+@router.operation("GET", "/v1/overlap", key_scope="read", errors=(*QUERY, 503))
 def show_overlap(
     service: ServiceDep,
     layer: Layer = -1,
     top_fraction: Annotated[float, Query(gt=0, le=1)] = 0.3,
     ranking: Ranking = "max",
 ) -> OverlapOut:
-    """Polysemanticity: how far the concepts' salient neurons are the same ones (paper Figure 2)."""
+    """Polysemanticity: the share of salient neurons that concepts have in common (paper Figure 2)."""
     range_set = service.require_range_set()
     block = block_index(range_set, layer)
     overlap = salient_overlap(range_set, block, ranking, top_fraction)
@@ -156,7 +158,7 @@ def show_overlap(
 
 
 def finite(value: float) -> float | None:
-    """NaN and infinities, which JSON has no word for, as null."""
+    """The value, or None for NaN and infinities, which JSON cannot express."""
     return value if math.isfinite(value) else None
 
 
@@ -184,14 +186,14 @@ def _cursor(range_set: str, rank: int) -> str:
 
 
 def _start(cursor: str | None, range_set: str) -> int:
-    """The rank at which a page begins; a cursor of another range set would mix two orders."""
+    """The rank at which a page begins. A cursor of another range set is refused: it would mix two orders."""
     if cursor is None:
         return 0
     try:
         of, _, rank = base64.urlsafe_b64decode(cursor + "=" * (-len(cursor) % 4)).decode().rpartition(":")
         start = int(rank)
     except (ValueError, binascii.Error):
-        raise ApiError("invalid_cursor", "cursor: use the next_cursor of a page as it is") from None
+        raise ApiError("invalid_cursor", "cursor: expected the next_cursor of a page, unchanged") from None
     if of != range_set or start < 0:
-        raise ApiError("stale_cursor", "cursor: another range set is active since; begin again without it")
+        raise ApiError("stale_cursor", "cursor: another range set is active now; start again without a cursor")
     return start

@@ -1,13 +1,14 @@
-"""`/v1/range-sets`: what was fitted, and which of it is active."""
+"""`/v1/range-sets`: the published range sets, and which one is active."""
 
-from fastapi import APIRouter, Response
+from fastapi import Response
 from starlette.convertors import StringConvertor, register_url_convertor
 
-from app.http.problems import BODY, QUERY, documented
+from app.http.responses import BODY, QUERY
+from app.http.routing import Router
 from app.live.store_threads import StoreThreadsDep
 from app.live.wait_for_replicas import WaitDep
-from app.routes.dependencies import ModelDep, QueryChecked, ServiceDep
-from app.routes.erasures import CHANGES, ChangeId, Required, applied, one_of
+from app.routes.dependencies import ModelDep, ServiceDep
+from app.routes.erasures import CHANGE_ERRORS, CHANGE_RESPONSES, ChangeIdDep, IfMatchDep, applied, expected_generation
 from app.schemas.replies import LiveListOut, RangeSetOut, RangeSetsOut
 from app.schemas.requests import ActivateIn
 from app.security.auth import CallerDep
@@ -17,19 +18,19 @@ from range_store.errors import UnknownRangeSet
 from range_store.storage.range_sets import PublishedRangeSet
 from range_store.storage.store import RangeStore
 
-router = APIRouter(tags=["range sets"])
+router = Router("range sets")
 
 
-class _Named(StringConvertor):
-    """A path segment other than `active`, which is no id of a range set but a path of its own."""
+class _RangeSetId(StringConvertor):
+    """A path segment other than `active`, which is a path of its own and not an id."""
 
     regex = "(?!active$)[^/]+"
 
 
-register_url_convertor("named", _Named())
+register_url_convertor("range_set_id", _RangeSetId())
 
 
-@router.get("/v1/range-sets", dependencies=[QueryChecked], responses=documented(*QUERY, 503))
+@router.operation("GET", "/v1/range-sets", key_scope="read", errors=(*QUERY, 503))
 async def list_range_sets(service: ServiceDep, store_threads: StoreThreadsDep) -> RangeSetsOut:
     """Every published range set of the model, newest first."""
     published = await store_threads.run(service.store.list)
@@ -37,27 +38,29 @@ async def list_range_sets(service: ServiceDep, store_threads: StoreThreadsDep) -
     return RangeSetsOut(model=service.name, active=active, range_sets=[_out(each) for each in published])
 
 
-@router.get("/v1/range-sets/{range_set:named}", dependencies=[QueryChecked], responses=documented(*QUERY, 503))
+@router.operation("GET", "/v1/range-sets/{range_set:range_set_id}", key_scope="read", errors=(*QUERY, 503))
 async def show_range_set(service: ServiceDep, store_threads: StoreThreadsDep, range_set: str) -> RangeSetOut:
-    """Where a range set comes from: model, corpus, settings, versions."""
+    """The provenance of a range set: model, corpus, settings, versions."""
     for each in await store_threads.run(service.store.list):
         if each.id == range_set:
             return _out(each)
     raise UnknownRangeSet(range_set)
 
 
-@router.put("/v1/range-sets/active", dependencies=[QueryChecked], responses=CHANGES | documented(*BODY))
+@router.operation(
+    "PUT", "/v1/range-sets/active", key_scope="admin", errors=(*CHANGE_ERRORS, *BODY), responses=CHANGE_RESPONSES
+)
 async def activate(
     selector: ModelDep,
     store_threads: StoreThreadsDep,
     caller: CallerDep,
     body: ActivateIn,
-    required: Required,
-    change_id: ChangeId,
+    required: IfMatchDep,
+    change_id: ChangeIdDep,
     wait_for_replicas: WaitDep,
     response: Response,
 ) -> LiveListOut:
-    """Make a range set the one that erasures are resolved on, or go back to an older one."""
+    """Activate a range set: erasures are resolved on it. An older one may be activated again."""
     service = selector.service(body.model)
 
     def change(store: RangeStore) -> LiveState:
@@ -65,7 +68,9 @@ async def activate(
         check_model(provenance, service.model.identity.fingerprint, service.model.earlier_fingerprint)
         if not body.force:
             check_dtype(provenance, (service.model.dtype,))
-        return store.activate(body.id, body.force, one_of(store, required), caller.by, body.reason, change_id)
+        return store.activate(
+            body.id, body.force, expected_generation(store, required), caller.by, body.reason, change_id
+        )
 
     return await applied(service, store_threads, change, change_id, wait_for_replicas, response)
 

@@ -1,18 +1,17 @@
-"""`/v1/replicas`: which processes answer for the model, under which generation, and where their metrics are."""
+"""`/v1/replicas`: the processes that answer for a model, their generations, and where their metrics are."""
 
-from fastapi import APIRouter
-
-from app.http.problems import QUERY, documented
+from app.http.responses import QUERY
+from app.http.routing import Router
 from app.live.store_threads import StoreThreadsDep
-from app.routes.dependencies import ModelDep, QueryChecked, ServiceDep
+from app.routes.dependencies import ModelDep, ServiceDep
 from app.schemas.replies import ReplicaOut, ReplicasOut, TargetsOut
 from app.serving.metrics import TARGETS, targets_of
 from range_store.domain.live import is_at_least
 
-router = APIRouter(tags=["service"])
+router = Router("service")
 
 
-@router.get("/v1/replicas", dependencies=[QueryChecked], responses=documented(*QUERY, 503))
+@router.operation("GET", "/v1/replicas", key_scope="read", errors=(*QUERY, 503))
 async def list_replicas(service: ServiceDep, store_threads: StoreThreadsDep) -> ReplicasOut:
     """The live replicas of the model, as they reported; `?wait=all` on a change waits for all of them."""
     roster = await store_threads.run(service.store.replicas.read)
@@ -35,11 +34,11 @@ async def list_replicas(service: ServiceDep, store_threads: StoreThreadsDep) -> 
     )
 
 
-@router.get(TARGETS, dependencies=[QueryChecked], responses=documented(*QUERY, 503))
+@router.operation("GET", TARGETS, key_scope="read", errors=(*QUERY, 503))
 async def list_targets(selector: ModelDep, store_threads: StoreThreadsDep) -> list[TargetsOut]:
     """For Prometheus' `http_sd_configs`: the replicas of a fleet that serve metrics of their own.
 
     Of every model that is served here, unless `model` names one. Empty where the engine is in the server's own process.
     """
-    services = list(selector.served) if selector.in_query is None else [selector.service()]
+    services = list(selector.models) if selector.query_name is None else [selector.service()]
     return await store_threads.run(lambda: targets_of(services))

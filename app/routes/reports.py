@@ -1,25 +1,27 @@
-"""`/v1/reports`: what `neuronlens evaluate` measured, from the directory of reports on this server."""
+"""`/v1/reports`: reports of `neuronlens evaluate`, from the directory of reports on this server."""
 
 import os
 from collections.abc import AsyncIterator, Mapping
 from typing import Annotated, Any, BinaryIO
 
 from anyio import to_thread
-from fastapi import APIRouter, Path, Response
+from fastapi import Path, Response
 from starlette.responses import StreamingResponse
 from starlette.types import Receive, Scope, Send
 
-from app.http.problems import QUERY, ApiError, documented, header
-from app.routes.dependencies import QueryChecked, ServiceDep
+from app.http.problems import ApiError
+from app.http.responses import QUERY, header
+from app.http.routing import Router
+from app.routes.dependencies import ServiceDep
 from app.schemas.replies import ReportOut, ReportsOut
 from app.serving.reports import FileName, Report, UnknownReport, list_reports, open_file, read_report
 
-router = APIRouter(tags=["reports"], dependencies=[QueryChecked])
+router = Router("reports")
 
 Name = Annotated[str, Path(description="Id of a report.")]
 
 PIECE = 262144
-"""Bytes of a file that are read at once."""
+"""Bytes that are read at once."""
 MEDIA_TYPES: dict[FileName, str] = {
     "report.html": "text/html; charset=utf-8",
     "results.csv": "text/csv; charset=utf-8",
@@ -29,24 +31,24 @@ POLICY = (
     "sandbox allow-scripts; default-src 'none'; script-src 'unsafe-inline'; style-src 'unsafe-inline'; "
     "img-src data: blob:; font-src data:; base-uri 'none'; form-action 'none'"
 )
-"""A page of its own origin, which reaches no host: its own inline script draws its figures, and that is all."""
+"""A report is a page with an origin of its own that reaches no host: its inline script draws the figures."""
 FILE: dict[int | str, dict[str, Any]] = {
     200: {
         "description": "The file.",
         "content": {kind.partition(";")[0]: {} for kind in MEDIA_TYPES.values()},
-        "headers": header("Content-Security-Policy", "Lets a page run its own script, and reach nothing."),
+        "headers": header("Content-Security-Policy", "Lets a page run its own script, and reach no host."),
     }
 }
 
 
-@router.get("/v1/reports", responses=documented(*QUERY))
+@router.operation("GET", "/v1/reports", key_scope="read", errors=QUERY, feature="reports")
 async def list_evaluations(service: ServiceDep) -> ReportsOut:
-    """The newest 200 reports, newest first; those that are unfinished or unreadable too, and told as such."""
+    """The newest 200 reports, newest first, with those that are incomplete or unreadable."""
     found = await to_thread.run_sync(list_reports, service.settings.reports)
     return ReportsOut(reports=[_out(each) for each in found])
 
 
-@router.get("/v1/reports/{report}", responses=documented(*QUERY))
+@router.operation("GET", "/v1/reports/{report}", key_scope="read", errors=QUERY)
 async def show_report(service: ServiceDep, report: Name) -> ReportOut:
     """One report."""
     try:
@@ -55,9 +57,11 @@ async def show_report(service: ServiceDep, report: Name) -> ReportOut:
         raise _unknown() from None
 
 
-@router.get("/v1/reports/{report}/{file}", response_class=Response, responses=FILE | documented(*QUERY))
+@router.operation(
+    "GET", "/v1/reports/{report}/{file}", key_scope="read", errors=QUERY, responses=FILE, response_class=Response
+)
 async def show_report_file(service: ServiceDep, report: Name, file: FileName) -> Response:
-    """The report as a page, its numbers, or every choice that they were made with."""
+    """A file of a report: the page, the numbers, or the settings that they were made with."""
     try:
         stream = await to_thread.run_sync(open_file, service.settings.reports, report, file)
     except UnknownReport:
@@ -72,7 +76,7 @@ async def show_report_file(service: ServiceDep, report: Name, file: FileName) ->
 
 
 class FileStream(StreamingResponse):
-    """An open file as a reply, read in pieces on threads and closed at the end, as long as it is now."""
+    """An open file as a reply: as long as it is now, read in pieces on threads, and closed at the end."""
 
     def __init__(self, stream: BinaryIO, headers: Mapping[str, str], media_type: str) -> None:
         size = os.fstat(stream.fileno()).st_size
@@ -90,7 +94,7 @@ class FileStream(StreamingResponse):
 
 
 def _unknown() -> ApiError:
-    return ApiError("unknown_report", "no such report, or it has no such file: see GET /v1/reports")
+    return ApiError("unknown_report", "no such report, or no such file in it: see GET /v1/reports")
 
 
 def _out(report: Report) -> ReportOut:

@@ -1,38 +1,40 @@
-"""Probes, metrics, and what is loaded."""
+"""Probes, metrics, and the models that are loaded."""
 
 from anyio import to_thread
-from fastapi import APIRouter, Request, Response
+from fastapi import Depends, Request, Response
 from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
 
-from app.http.problems import QUERY, ApiError, documented
-from app.routes.dependencies import ModelsDep, QueryChecked, log_model
+from app.http.problems import ApiError
+from app.http.responses import QUERY
+from app.http.routing import Router
+from app.routes.dependencies import ModelsDep, log_model, select_model
 from app.schemas.replies import Alive, ModelOut, ModelsOut, Ready
 from app.security.auth import Caller, CallerDep
-from app.serving.readiness import checks_of
+from app.serving.readiness import conditions_of_all
 from app.serving.service import Service
 from app.settings import LOOPBACK
 from range_store.domain.range_set import dtype_mismatch
 
-router = APIRouter(tags=["service"])
+router = Router("service")
 
 
-@router.get("/livez")
+@router.operation("GET", "/livez", key_scope=None, traced=False, strict_query=False)
 async def livez() -> Alive:
-    """The process lives and its event loop turns."""
+    """The process is alive and its event loop runs."""
     return Alive()
 
 
-@router.get("/readyz", responses=documented(503))
+@router.operation("GET", "/readyz", key_scope=None, traced=False, strict_query=False, errors=(503,))
 async def readyz(models: ModelsDep) -> Ready:
     """Every model is warm and has a range set, and the service is not shutting down.
 
-    A store that is away, or has forgotten everything, does not make it unready: the last good snapshot goes on
-    answering; its age is told, and what is wrong. A limit to the age can be set (`max_snapshot_age`).
+    An unreachable or emptied store does not make it unready: the last good snapshot goes on answering, and the reply
+    has its age and the problem. `max_snapshot_age` limits the age.
     """
-    checks = checks_of(models)
-    problem = next((said for service in models if (said := _problem(service)) is not None), None)
+    checks = conditions_of_all(models)
+    problem = next((each for service in models if (each := _problem(service)) is not None), None)
     if not all(checks.values()):
-        failing = ", ".join(name for name, good in checks.items() if not good)
+        failing = ", ".join(name for name, holds in checks.items() if not holds)
         detail = f"not ready: {failing}" + (f" ({problem})" if problem else "")
         raise ApiError("not_ready", detail, checks=checks)
     checks["store"] = all(service.mirror.store_up for service in models)
@@ -46,36 +48,45 @@ async def readyz(models: ModelsDep) -> Ready:
 
 
 def _problem(service: Service) -> str | None:
-    """What is wrong with a model's live state, or its range set. Who asks may be anybody: addresses stay in the log."""
+    """The problem of a model's live state or range set. Addresses stay in the log, since anyone may probe."""
     if service.mirror.problem is not None and not service.mirror.store_up:
-        return "the store cannot be reached, or refuses; the log says why"
+        return "the store cannot be reached, or refuses; the log has the reason"
     snapshot = service.mirror.snapshot
     if service.mirror.problem is None and snapshot is not None and snapshot.range_set is not None:
         return dtype_mismatch(snapshot.range_set.provenance, service.model.dtype)
     return service.mirror.problem
 
 
-@router.get("/metrics", response_class=Response, responses={200: {"content": {"text/plain": {}}}, **documented(404)})
+@router.operation(
+    "GET",
+    "/metrics",
+    key_scope=None,
+    errors=(404,),
+    traced=False,
+    strict_query=False,
+    responses={200: {"content": {"text/plain": {}}}},
+    response_class=Response,
+)
 async def metrics(request: Request, models: ModelsDep) -> Response:
-    """For Prometheus, unless they have a port of their own."""
+    """Metrics for Prometheus, unless they have a port of their own."""
     if models.default.settings.metrics_port is not None:
         raise ApiError("not_found", "metrics have a port of their own here")
     state = request.app.state
-    written = await to_thread.run_sync(generate_latest, state.registry, limiter=state.scrapes)
-    return Response(written, media_type=CONTENT_TYPE_LATEST)
+    text = await to_thread.run_sync(generate_latest, state.registry, limiter=state.scrapes)
+    return Response(text, media_type=CONTENT_TYPE_LATEST)
 
 
-@router.get("/v1/models", dependencies=[QueryChecked], responses=documented(*QUERY))
+@router.operation("GET", "/v1/models", key_scope="read", errors=QUERY, dependencies=[Depends(select_model)])
 async def list_models(models: ModelsDep, caller: CallerDep, request: Request) -> ModelsOut:
-    """What is loaded, the default first. Where it lies is told to scope admin, or, without keys, on this machine."""
+    """The loaded models, the default first. `path` is for scope admin or, without keys, for this machine only."""
     listed = [_out(service, _trusted(caller, request)) for service in models]
     return ModelsOut(models=listed, data=listed)
 
 
-@router.get("/v1/models/{id:whole}", dependencies=[QueryChecked], responses=documented(*QUERY))
+@router.operation("GET", "/v1/models/{id:rest}", key_scope="read", errors=QUERY, dependencies=[Depends(select_model)])
 async def show_model(models: ModelsDep, caller: CallerDep, request: Request, id: str) -> ModelOut:
-    """One model that is loaded."""
-    return _out(log_model(models.named(id)), _trusted(caller, request))
+    """One loaded model."""
+    return _out(log_model(models.find(id)), _trusted(caller, request))
 
 
 def _trusted(caller: Caller, request: Request) -> bool:

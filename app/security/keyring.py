@@ -1,4 +1,4 @@
-"""The API keys as one server knows them: read with the live state, in force while the store is away, never lost."""
+"""The API keys of one server: read with the live state, in force while Redis is unreachable, never lost."""
 
 import hashlib
 import logging
@@ -35,14 +35,14 @@ _CHALLENGES = {
 
 
 class Keyring:
-    """Who may come in.
+    """The API keys in force.
 
-    Keys are in force as soon as one was ever made, and from then on: a server that saw keys remembers so in a file, so
-    that a Redis that forgot them opens nothing. What was last read stays in force while Redis is away or empty. Of two
-    lists the one that was changed later counts, so an old copy of Redis brings no revoked key back.
+    Callers need a key from the first key on, for good: a server that has seen keys remembers it in a file, so that a
+    Redis that lost them admits nobody. The keys that were last read stay in force while Redis is unreachable or empty.
+    Of two lists the one that was changed later counts, so that an old copy of Redis restores no revoked key.
 
     Args:
-        required: refuse everyone while no keys are known, whether or not there ever were any.
+        required: refuse every call while no keys are known, even if there never were any.
         memory: the file that remembers; None: nothing outlives the process.
     """
 
@@ -52,7 +52,7 @@ class Keyring:
         self._required = required or (memory is not None and memory.exists())
         self._known: ApiKeys | None = None
         self._problem: str | None = None
-        self._told: set[str] = set()
+        self._reported: set[str] = set()
         self._refreshing = threading.Lock()
 
     @property
@@ -61,60 +61,62 @@ class Keyring:
         return self._required
 
     def refresh(self) -> None:
-        """Read the keys. What is wrong is logged, once, and what was known stays."""
+        """Read the keys. If they cannot be read, log the reason once and keep those that are known."""
         with self._refreshing:
             try:
                 found = self._store.read()
             except RangeStoreError as error:
-                self._note(f"the API keys cannot be read: {error}")
+                self._log_problem(f"the API keys cannot be read: {error}")
                 return
             if found is not None and (self._known is None or found.changed_at >= self._known.changed_at):
-                self._take(found)
-                self._note(None)
+                self._accept(found)
+                self._log_problem(None)
             elif found is not None:
-                self._note("Redis holds older API keys than those in force (was an old copy restored?)")
+                self._log_problem("Redis holds older API keys than those in force (was an old copy restored?)")
             elif self._known is not None:
-                self._note(LOST)
+                self._log_problem(LOST)
             elif self._required:
-                self._note("there are no API keys: create one with `neuronlens keys create`")
+                self._log_problem("there are no API keys: create one with `neuronlens keys create`")
             else:
-                self._note(None)
+                self._log_problem(None)
 
     def identify(self, token: str | None) -> ApiKey:
-        """The key of a caller.
+        """The API key of a token.
 
         Raises:
-            Refused: without a token, with a wrong, revoked or expired one, or if no keys are known.
+            Refused: there is no token, it is wrong, revoked or expired, or no keys are known.
         """
         known = self._known
         if known is None:
-            detail = "no API keys can be checked: the store is away, or no key exists yet (`neuronlens keys create`)"
+            detail = (
+                "API keys cannot be checked: the store is unreachable, or has no key yet (`neuronlens keys create`)"
+            )
             raise Refused("keys_unavailable", detail)
         if token is None:
-            detail = "an API key is needed: send it as `Authorization: Bearer …` or `X-API-Key: …`"
+            detail = "an API key is required: send it as `Authorization: Bearer …` or `X-API-Key: …`"
             raise Refused("no_key", detail)
         key = known.find_by_token(token)
         if key is None or not key.good(self._store.clock.now()):
             raise Refused("bad_key", "this API key is wrong, revoked or expired")
         if not _readable(key):
-            raise Refused("bad_key", "this API key is damaged: whoever made it must revoke it and make another")
+            raise Refused("bad_key", "this API key is damaged: an operator must revoke it and create another")
         return key
 
     def still_opens(self, key: ApiKey | None, scope: Scope) -> bool:
-        """Whether who came in with this key (None: without one) would be let in again."""
+        """Whether a caller that was admitted with this key (None: without one) would be admitted again."""
         if key is None:
             return not self.in_force
         held = self._known.keys if self._known is not None else ()
         found = next((each for each in held if each.id == key.id), None)
         return found is not None and found.good(self._store.clock.now()) and found.may(scope)
 
-    def _take(self, found: ApiKeys) -> None:
+    def _accept(self, found: ApiKeys) -> None:
         for key in found.good(self._store.clock.now()):
-            if not _readable(key) and key.id not in self._told:
-                self._told.add(key.id)
+            if not _readable(key) and key.id not in self._reported:
+                self._reported.add(key.id)
                 logger.error(
-                    "the rate of the API key %s is unreadable (did another version write it?), and so the key opens "
-                    "nothing: `neuronlens keys revoke %s`, and make another",
+                    "the rate limit of the API key %s is unreadable (did another version write it?), so the key is "
+                    "refused: run `neuronlens keys revoke %s`, and create another",
                     key.name,
                     key.id,
                 )
@@ -127,22 +129,22 @@ class Keyring:
             except OSError as error:
                 logger.warning(
                     "cannot remember in %s that API keys are in force (%s): set NEURONLENS_REQUIRE_KEYS=true, so that "
-                    "a start without them opens nothing",
+                    "calls stay refused if the keys are lost before the next start",
                     self._memory,
                     error.strerror,
                 )
 
-    def _note(self, problem: str | None) -> None:
+    def _log_problem(self, problem: str | None) -> None:
         if problem is not None and problem != self._problem:
-            rest = "those known here stay in force" if self._known is not None else "everyone is refused"
-            logger.error("%s; %s", problem, rest if self._required else "no key was needed before, and none is now")
+            effect = "the known keys stay in force" if self._known is not None else "every call is refused"
+            logger.error("%s; %s", problem, effect if self._required else "calls still need no key")
         elif problem is None and self._problem is not None:
-            logger.info("the API keys are current again")
+            logger.info("the API keys are up to date again")
         self._problem = problem
 
 
 def _readable(key: ApiKey) -> bool:
-    """Whether its rate can be kept: a key without its bound would be more than was given."""
+    """Whether the key's rate limit can be read; without it, the key would allow more than was granted."""
     try:
         return key.rate_limit is None or rate(key.rate_limit) is not None
     except ValueError:
@@ -153,6 +155,6 @@ def memory_of(data_dir: Path, store: str) -> Path:
     """The file in which a server of `data_dir` remembers that keys were in force on one Redis.
 
     Args:
-        store: what tells one Redis from another; only a hash of it is in the file's name.
+        store: identifies the Redis; only its hash is in the file's name.
     """
     return data_dir / "keys-in-force" / hashlib.sha256(store.encode()).hexdigest()[:16]

@@ -12,7 +12,7 @@ from typing import Any
 import redis
 from prometheus_client import CollectorRegistry
 
-from app.observability.logs import serving
+from app.observability.logs import current_request
 from app.observability.tracing import traceparent
 from app.serving.assembly import engine_limits, service_around
 from app.serving.logged_replica import LoggedReplica, Logs
@@ -129,7 +129,7 @@ def _service(settings: Settings, fleet: RunningFleet, client: redis.Redis, end: 
             return mirror.snapshot.live.generation if mirror.snapshot is not None else None
 
         def origin() -> RequestContext:
-            request = serving()
+            request = current_request()
             return RequestContext(request.request_id if request is not None else None, traceparent())
 
         made = Fleet(fleet.handle, limits, fleet.replicas, fleet.target_replicas, generation, registry, origin)

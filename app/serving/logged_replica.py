@@ -15,7 +15,7 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Logs:
-    """How the ingress logs, and not what this node's environment says; see `app.observability.logs.HowToLog`."""
+    """How the ingress logs, and not what this node's environment says; see `app.observability.logs.LogSettings`."""
 
     log_level: str
     log_format: str

@@ -2,12 +2,16 @@
 
 from collections.abc import Iterator, Sequence
 
+from starlette.datastructures import QueryParams
+from starlette.types import Scope
+
 from app.http.problems import ApiError
-from app.serving.service import QueueFull, Service
+from app.http.routing import RouteInfo
+from app.serving.service import Service
 
 
 class ServedModels:
-    """The services of a process. The first is meant where nothing is named.
+    """The services of a process. The first is the default, for requests that name no model.
 
     Raises:
         ValueError: there is none, or two have the same name.
@@ -24,7 +28,7 @@ class ServedModels:
 
     @property
     def names(self) -> list[str]:
-        """What the models are called, the default first."""
+        """Names of the models, the default first."""
         return list(self._services)
 
     @property
@@ -32,24 +36,35 @@ class ServedModels:
         """The one service; None if there are several."""
         return self.default if len(self._services) == 1 else None
 
-    def named(self, name: str | None) -> Service:
+    def find(self, name: str | None) -> Service:
         """The service of a name; the default for None. Raises ApiError (404) if there is no such model."""
         if name is None:
             return self.default
         if (service := self._services.get(name)) is None:
-            has = ", ".join(map(repr, self.names))
-            raise ApiError("unknown_model", f"no such model; this server has {has}", known=self.names)
+            listed = ", ".join(map(repr, self.names))
+            raise ApiError("unknown_model", f"no such model; this server has {listed}", known=self.names)
         return service
 
-    def refusal(self, name: str | None) -> QueueFull | None:
-        """Why a request for a model would be refused before its body is read; None if it would not. Then it is counted.
+    def refuse_if_full(self, scope: Scope, route: RouteInfo | None) -> None:
+        """Refuse a request that takes a model's time while that model's queue is full, before its body is read.
 
-        Args:
-            name: None: only the body tells which is meant. Then every model must be full, and the default one counts
-                the request. One that is not known is refused by its route.
+        The service is left in the request's state, for the route. Where only the body can name it, all models must be
+        full, and the default one counts the refusal.
+
+        Raises:
+            QueueFull: the queue is full. An unknown model is refused by the route.
         """
-        if name is not None:
-            return self._services[name].engine.refusal() if name in self._services else None
-        if self.only is None and not all(service.engine.refusal(counted=False) for service in self):
-            return None
-        return self.default.engine.refusal()
+        if route is None or not route.classifies:
+            return
+        name = scope["path_params"].get("model") or QueryParams(scope["query_string"]).get("model")
+        if name is None and route.model_in_body and self.only is None:
+            if not all(service.engine.refusal(counted=False) for service in self):
+                return
+            full = self.default.engine.refusal()
+        elif (service := self._services.get(name) if name else self.default) is None:
+            return
+        else:
+            scope["state"]["service"] = service
+            full = service.engine.refusal()
+        if full is not None:
+            raise full

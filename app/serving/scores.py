@@ -9,7 +9,7 @@ from app.serving.service import Activation
 def scores_of(logits: npt.NDArray[np.float32], activation: Activation) -> npt.NDArray[np.float64]:
     """Scores [N, K] of the logits [N, K] of N texts, computed in float64; "none" gives the logits themselves.
 
-    A logit that is no number makes all of its text's softmax scores none either; nothing is raised here.
+    A logit that is not a number makes all softmax scores of its text NaN; nothing is raised here.
     """
     values = logits.astype(np.float64)
     with np.errstate(invalid="ignore"):
@@ -26,10 +26,10 @@ def scores_of(logits: npt.NDArray[np.float32], activation: Activation) -> npt.ND
 def near(
     scores: npt.NDArray[np.float64], other: npt.NDArray[np.float64], activation: Activation, within: float
 ) -> npt.NDArray[np.bool_]:
-    """Whether each text's scores [N, K] are `within` a distance of other scores [K]; never, where they are no shares.
+    """Whether each text's scores [N, K] are `within` a distance of other scores [K]; never for logits ("none").
 
-    Of a softmax, the distance is the total variation: by how much the probability of any set of labels may differ. Of a
-    sigmoid, it is the largest difference of a label.
+    For softmax the distance is the total variation: the largest difference in probability of any set of labels. For
+    sigmoid it is the largest difference of one label.
     """
     if activation == "none":
         return np.zeros(len(scores), dtype=np.bool_)

@@ -1,4 +1,4 @@
-"""A service as the routes see it, and what of `workers` they need: answers, errors, facts. Without torch.
+"""A service as the routes see it, and the names of `workers` that they need. Nothing here imports torch.
 
 `app.serving.serve` opens one with an engine in this process, `app.serving.fleet` one with engines on Ray.
 """
@@ -20,19 +20,12 @@ from range_store.storage.store import RangeStore
 from workers.corpora.paper_datasets import PAPER_DATASETS
 from workers.engine.answers import Answer, Answerer, Logits, TextAnswer
 from workers.engine.errors import (
-    DeadlineExceeded,
     Draining,
-    EngineError,
-    EngineFailed,
-    QueueFull,
-    ReplicaLost,
-    RequestTooLarge,
 )
 from workers.engine.live_metrics import add_model_label, live_state_metrics, model_metric, register_process_metrics
 from workers.engine.metrics import MAX_CONCEPTS, OTHER_CONCEPTS
-from workers.models.errors import EmptyText, PairUnsupported, TextTooLong, UnknownToken
 from workers.models.facts import ModelFacts
-from workers.models.predictions import CHANCE, Activation, no_better_than_chance
+from workers.models.predictions import CHANCE, Activation
 from workers.models.texts import TextOrPair, TokenInfo, characters
 
 __all__ = [
@@ -43,28 +36,17 @@ __all__ = [
     "Activation",
     "Answer",
     "Answerer",
-    "DeadlineExceeded",
     "Draining",
-    "EmptyText",
-    "EngineError",
-    "EngineFailed",
     "Logits",
     "ModelFacts",
-    "PairUnsupported",
-    "QueueFull",
-    "ReplicaLost",
-    "RequestTooLarge",
     "Service",
     "TextAnswer",
     "TextOrPair",
-    "TextTooLong",
     "TokenInfo",
-    "UnknownToken",
     "add_model_label",
     "characters",
     "live_state_metrics",
     "model_metric",
-    "no_better_than_chance",
     "register_process_metrics",
 ]
 
@@ -74,9 +56,9 @@ KNOWN_DATA_SETS = tuple(PAPER_DATASETS)
 
 @dataclass(frozen=True, eq=False)
 class Service:
-    """What one model is served by: store, mirror of the live state, keys, what answers, fits beside it.
+    """Everything that serves one model: store, mirror of the live state, keys, engine, fits.
 
-    A process may have several, each with a registry of its own; the keyring may be shared.
+    A process may have several, each with a registry of its own; they may share the keyring.
     """
 
     settings: Settings
@@ -94,7 +76,7 @@ class Service:
     """Unix seconds."""
 
     def require_snapshot(self) -> Snapshot:
-        """The snapshot that answers come from; raises StoreUnavailable if the live state was never read."""
+        """The current snapshot; raises StoreUnavailable if the live state was never read."""
         if (snapshot := self.mirror.snapshot) is None:
             raise StoreUnavailable("the live state was never read: the store cannot be reached")
         return snapshot
@@ -106,6 +88,6 @@ class Service:
         return range_set
 
     def drain(self) -> None:
-        """Take no new requests, and have nobody wait until this replica follows a change; from a signal handler too."""
+        """Accept no new requests, and leave the replicas that changes wait for. Safe in a signal handler."""
         self.engine.drain()
         self.mirror.withdraw()

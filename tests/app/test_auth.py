@@ -6,9 +6,10 @@ from pathlib import Path
 import pytest
 from starlette.datastructures import Headers
 
+from app.http.routing import Route
 from app.rates import rate
-from app.security.auth import scope_of, token_of
-from tests.app.openapi import operations
+from app.security.auth import token_of
+from tests.app.openapi import application, key_scope_of, operations
 
 PAGE = Path(__file__).parents[2] / "docs" / "http.md"
 
@@ -18,24 +19,34 @@ PAGE = Path(__file__).parents[2] / "docs" / "http.md"
     "path", ["/console", "/v1", "/v1/", "/v2/x", "/metrics/", "/livez/..", "/v1/classify/", "/docsx", ""]
 )
 def test_unknown_calls_require_a_key(method: str, path: str) -> None:
-    assert scope_of(method, path) is not None
+    assert key_scope_of(method, path) is not None
 
 
 def test_the_console_is_open_for_reading_only() -> None:
     for path in ("/", "/console/main.js"):
-        scopes = {method: scope_of(method, path) for method in ("GET", "HEAD", "POST", "PUT", "DELETE", "OPTIONS")}
+        scopes = {method: key_scope_of(method, path) for method in ("GET", "HEAD", "POST", "PUT", "DELETE", "OPTIONS")}
         assert {method for method, scope in scopes.items() if scope is None} == {"GET", "HEAD"}
+
+
+def test_only_pages_of_the_documentation_have_no_metadata() -> None:
+    """A route without metadata would be open to everyone."""
+    others = [route for route in application().routes if not isinstance(route, Route)]
+    assert {getattr(route, "path", "").split("/")[1] for route in others} == {
+        "docs",
+        "openapi.json",
+        "static-offline-docs",
+    }
 
 
 def test_the_openapi_document_names_the_scope_of_every_call() -> None:
     for call, operation in operations().items():
-        scope = scope_of(*call)
+        scope = key_scope_of(*call)
         expected = None if scope is None else [{"bearer": [scope]}, {"apiKey": [scope]}]
         assert operation.get("security") == expected, call
 
 
 def test_changes_require_admin_and_reading_does_not() -> None:
-    scopes = {call: scope_of(*call) for call in operations()}
+    scopes = {call: key_scope_of(*call) for call in operations()}
     assert {call for call, scope in scopes.items() if scope is None} == {
         ("GET", "/livez"),
         ("GET", "/readyz"),
@@ -67,9 +78,9 @@ def test_the_page_lists_every_call_with_its_scope() -> None:
         for methods, path in re.findall(r"`((?:GET|POST|PUT|DELETE)(?:, (?:GET|POST|PUT|DELETE))*) (/[^`]*)`", calls)
         for method in methods.split(", ")
     }
-    expected = {call: scope_of(*call) for call in operations()}
+    expected = {call: key_scope_of(*call) for call in operations()}
     assert {call: scope for call, scope in listed.items() if call in expected} == expected
-    assert all(scope_of(*call) == scope for call, scope in listed.items())
+    assert all(key_scope_of(*call) == scope for call, scope in listed.items())
 
 
 @pytest.mark.parametrize(

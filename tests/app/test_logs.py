@@ -111,8 +111,8 @@ def test_everything_on_stderr_is_json(monkeypatch: pytest.MonkeyPatch) -> None:
     assert messages[:2] == ["a library's", "progress"]
     assert messages[-1] == "no end of line"
     assert sum("DeprecationWarning" in each for each in messages) == 1
-    assert "the thread worker died: ValueError" in messages
-    assert "an error that nobody caught: ValueError" in messages
+    assert "uncaught error in thread worker: ValueError" in messages
+    assert "uncaught error: ValueError" in messages
     assert "Task exception was never retrieved" in messages
     assert SECRET not in "".join(lines)
     assert before == (sys.excepthook, threading.excepthook, sys.unraisablehook, warnings.showwarning)

@@ -6,18 +6,23 @@ import pytest
 from prometheus_client import CollectorRegistry
 from starlette.types import ASGIApp, Receive, Scope, Send
 
-from app.http.middleware import Faults, HostCheck, HttpMetrics, RequestId
+from app.http.middleware import Faults, HostCheck
+from app.observability.requests import RequestObserver
 from tests.app.asgi import echo, send_request
+
+
+def observed(app: ASGIApp) -> ASGIApp:
+    return RequestObserver(app, CollectorRegistry())
 
 
 @pytest.mark.parametrize("given", ["a", "a" * 128, "0af7:651-9_x.Y"])
 def test_a_valid_request_id_is_kept(given: str) -> None:
-    assert send_request(RequestId(echo), headers={"X-Request-ID": given}).headers.get_list("x-request-id") == [given]
+    assert send_request(observed(echo), headers={"X-Request-ID": given}).headers.get_list("x-request-id") == [given]
 
 
 @pytest.mark.parametrize("given", ["", "a b", "a" * 129, "a;b", 'a"', "é"])
 def test_an_invalid_request_id_is_replaced(given: str) -> None:
-    (made,) = send_request(RequestId(echo), headers={"X-Request-ID": given.encode()}).headers.get_list("x-request-id")
+    (made,) = send_request(observed(echo), headers={"X-Request-ID": given.encode()}).headers.get_list("x-request-id")
     assert len(made) == 32
     assert made.isalnum()
 
@@ -63,7 +68,7 @@ def failing(started: bool) -> ASGIApp:
 
 
 def test_a_fault_is_answered_and_logged_without_its_message(caplog: pytest.LogCaptureFixture) -> None:
-    reply = send_request(RequestId(Faults(failing(started=False))), headers={"X-Request-ID": "f-1"})
+    reply = send_request(observed(Faults(failing(started=False))), headers={"X-Request-ID": "f-1"})
     assert (reply.status_code, reply.json()["code"], reply.json()["request_id"]) == (500, "internal", "f-1")
     assert "request f-1 failed: ValueError" in caplog.text
     code = 'ValueError("what a user wrote")'  # the traceback quotes the line of code
@@ -85,7 +90,7 @@ def test_two_hosts_are_rejected() -> None:
 def test_requests_are_counted_with_bounded_labels(app: ASGIApp, status: str) -> None:
     registry = CollectorRegistry()
     counted: Callable[..., float | None] = registry.get_sample_value
-    measured = HttpMetrics(Faults(app), registry)
+    measured = RequestObserver(Faults(app), registry)
     for method in ("POST", "BREW"):
         send_request(measured, method=method, url="/private/path")
     for label in ("POST", "other"):
@@ -98,7 +103,7 @@ def test_requests_are_counted_with_bounded_labels(app: ASGIApp, status: str) -> 
 def test_counters_of_failures_start_at_zero() -> None:
     """Alerts on an increase would miss the first failures of a series that starts with them."""
     registry = CollectorRegistry()
-    HttpMetrics(echo, registry, ["/v1/classify", "/predict"])
+    RequestObserver(echo, registry, alerted=["/v1/classify", "/predict"])
     for route in ("/v1/classify", "/predict"):
         labels = {"method": "POST", "route": route}
         for status in ("200", "424", "429", "500", "503", "504"):

@@ -10,11 +10,11 @@ import httpx
 import pytest
 
 from app.cli import run
-from app.security.auth import scope_of
 from range_store.embedded.connection import EmbeddedRedis
 from range_store.storage.api_keys import ApiKeyStore
 from range_store.storage.clock import StoreClock
 from range_store.storage.store import RangeStore
+from tests.app.openapi import key_scope_of
 from tests.range_store.waiting import until
 from tests.servers import RunningServer, with_ranges
 from workers.fitting.fit import FitResult
@@ -38,7 +38,7 @@ def test_every_documented_call_accepts_only_keys_of_its_scope(
         named["id"] = running.service.name
         url = path.format(**named, layer=-1, neuron=0, report="x", file="run.json", job="x")
         for method in operations:
-            needed = scope_of(method.upper(), path)
+            needed = key_scope_of(method.upper(), path)
             if needed is None:
                 assert running.http.request(method, url).status_code == 200
                 continue

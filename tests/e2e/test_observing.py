@@ -152,7 +152,7 @@ def test_callers_cannot_write_into_logs_and_traces(
         "method": "POST", "route": "/v1/classify", "status": 200, "texts": 2, "key": "news-desk", "client": "127.0.0.1",
         "trace_id": TRACE,
     }  # fmt: skip
-    assert sum(line["logger"] == "app.observability.access_log" for line in lines) == 13
+    assert sum(line["logger"] == "app.observability.requests" for line in lines) == 13
     assert all(re.fullmatch("[0-9a-f]{32}", each.get("request_id", "0" * 32)) or each is answered for each in lines)
 
     assert not any(SECRET.encode() in body or token.encode() in body for body in collector.bodies)
@@ -254,7 +254,7 @@ def test_log_names_the_trace_of_the_caller_without_an_export(
     assert "traceresponse" not in failed.headers
     lines = [json.loads(line) for line in capsys.readouterr().err.splitlines()]
     about = [line for line in lines if line.get("request_id") == failed.headers["x-request-id"]]
-    assert {"workers.engine.engine", "app.http.problems", "app.observability.access_log"} <= {
+    assert {"workers.engine.engine", "app.http.problems", "app.observability.requests"} <= {
         line["logger"] for line in about
     }
     assert {(line["trace_id"], line["span_id"]) for line in about} == {(TRACE, PARENT)}

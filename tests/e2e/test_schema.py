@@ -22,10 +22,10 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from app.jobs.runner import FitRunner
-from app.security.auth import scope_of
 from range_store.domain.erasure import Erasure
 from range_store.domain.live import LiveErasure
 from range_store.storage.api_keys import ApiKeyStore
+from tests.app.openapi import key_scope_of
 from tests.e2e.reports import write_report
 from tests.servers import RunningServer, with_ranges
 from tests.workers.texts import labelled_texts, write_jsonl
@@ -272,7 +272,7 @@ def calls() -> dict[str, str | None]:
     """The scope that each call of the document needs, without the event stream, which does not end."""
     paths = json.loads(DOCUMENT.read_text("utf-8"))["paths"]
     named = ((method.upper(), path) for path, methods in paths.items() for method in methods)
-    return {f"{method} {path}": scope_of(method, path) for method, path in named if path != "/v1/events"}
+    return {f"{method} {path}": key_scope_of(method, path) for method, path in named if path != "/v1/events"}
 
 
 @pytest.mark.usefixtures("fits_stay_queued")

@@ -17,8 +17,8 @@ from prometheus_client.parser import text_string_to_metric_families
 
 from app.observability.logs import fields_of
 from app.openapi import document
-from app.routes.dropin import dialect_of
 from range_store.storage.jobs import Jobs, JobStore
+from tests.app.openapi import dialects_of
 from tests.range_store.waiting import until
 from tests.servers import LABELS, RunningServer, with_ranges
 from workers.fitting.fit import FitResult
@@ -286,7 +286,7 @@ def test_every_route_documents_its_errors() -> None:
             for status, response in operation["responses"].items():
                 assert "X-Request-ID" in response["headers"]
                 if int(status) >= 400:
-                    plain = dialect_of({"method": method.upper(), "path": path}) is not None
+                    plain = bool(dialects_of(method.upper(), path))
                     media_types = {"application/json"} if plain else {"application/problem+json"}
                     if plain and status in ("408", "431"):
                         media_types.add("application/problem+json")

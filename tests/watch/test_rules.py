@@ -5,10 +5,9 @@ from pathlib import Path
 
 import pytest
 import yaml
-from fastapi.routing import iter_route_contexts
 
-from app.main import CLASSIFYING, create_app
-from app.settings import Settings
+from app.http.routing import routes_of
+from tests.app.openapi import application
 from tests.servers import RunningServer
 from tests.watch.expressions import queries, selectors
 from tests.watch.prometheus import CONFIG, DASHBOARDS, ROOT, RULES, promtool, rules
@@ -80,20 +79,20 @@ def test_rules_and_dashboards_read_only_metrics_that_exist(server: RunningServer
 def post_routes() -> dict[str, bool]:
     """Template of every POST route, and whether its function classifies."""
     found = {}
-    for route in iter_route_contexts(create_app(Settings(model="any")).routes):
-        if route.path_format and "POST" in (route.methods or ()):
-            assert route.endpoint is not None
+    for route in routes_of(application()):
+        if "POST" in (route.methods or ()):
             found[route.path_format] = "answer_to" in route.endpoint.__code__.co_names
     return found
 
 
 def test_rules_and_dashboards_select_exactly_the_classifying_routes(monkeypatch: pytest.MonkeyPatch) -> None:
-    assert {template for template, classifies in post_routes().items() if classifies} == set(CLASSIFYING)
+    classifying = {template for template, classifies in post_routes().items() if classifies}
+    assert classifying == {route.path_format for route in routes_of(application()) if route.info.classifies}
     monkeypatch.syspath_prepend(ROOT / "docker" / "grafana")
     selector = __import__("queries").CLASSIFYING
     method, routes = re.fullmatch(r'method="(\w+)",route=~"([^"]+)"', selector).groups()
     assert method == "POST"
-    assert {template for template in post_routes() if re.fullmatch(routes, template)} == set(CLASSIFYING)
+    assert {template for template in post_routes() if re.fullmatch(routes, template)} == classifying
 
     expressions = [rule["expr"] for rule in rules("record").values()]
     for path in DASHBOARDS:

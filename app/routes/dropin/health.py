@@ -1,16 +1,17 @@
 """`GET /health`: what clients and probes of text-embeddings-inference, of Hugging Face endpoints and of vLLM ask."""
 
-from fastapi import APIRouter, Response
+from fastapi import Response
 
-from app.http.problems import documented
+from app.http.routing import Router
 from app.routes.dependencies import ModelsDep
-from app.routes.dropin.tei import TeiProblem
+from app.routes.dropin.tei import DIALECT
 from app.routes.service import readyz
 
-router = APIRouter(tags=["Hugging Face", "text-embeddings-inference", "vLLM"], responses={500: {"model": TeiProblem}})
+# of these protocols, the one whose refusal has a body
+router = Router("Hugging Face", "text-embeddings-inference", "vLLM", dialects=(DIALECT,), strict_query=False)
 
 
-@router.get("/health", response_class=Response, responses=documented(503))
+@router.operation("GET", "/health", key_scope=None, errors=(503,), traced=False, response_class=Response)
 async def health(models: ModelsDep) -> Response:
     """Requests are answered, as `/readyz` means it; nothing more is said."""
     await readyz(models)

@@ -6,13 +6,14 @@ URL itself and takes element 0 of a list of lists), and the pipeline of transfor
 
 from typing import Annotated, Any, Literal
 
-from fastapi import APIRouter, Request, Response
+from fastapi import Request, Response
 from pydantic import ConfigDict, Field, model_validator
 from pydantic_core import PydanticCustomError
 
-from app.http.problems import BODY, Problem, documented
+from app.http.problems import Dialect, Problem
+from app.http.responses import BODY
+from app.http.routing import Router
 from app.routes.dependencies import ServiceDep
-from app.routes.dropin.dialect import Dialect
 from app.routes.dropin.steering import TOLD, Loose, Steered, tell
 from app.schemas.replies import Score
 from app.schemas.requests import erasures_of
@@ -28,11 +29,11 @@ class HfProblem(Problem):
     error: str | None = Field(None, description="The same as `detail`.")
 
 
-def _say(problem: dict[str, Any]) -> tuple[int, dict[str, Any]]:
+def _translate(problem: dict[str, Any]) -> tuple[int, dict[str, Any]]:
     return problem["status"], {"error": problem["detail"]}
 
 
-DIALECT = Dialect(HfProblem, _say)
+DIALECT = Dialect("hugging-face", HfProblem, _translate)
 OTHER_TASKS = {
     "zero-shot-classification": ("candidate_labels", "hypothesis_template", "multi_label"),
     "token-classification": ("aggregation_strategy", "ignore_labels", "stride"),
@@ -62,7 +63,7 @@ OTHER_TASKS = {
     "text-to-image": ("guidance_scale", "height", "negative_prompt", "num_inference_steps", "scheduler", "width"),
 }
 """Names in `parameters` that only other tasks have which take a text: its classification would be no answer to them."""
-router = APIRouter(tags=["Hugging Face"], responses={500: {"model": HfProblem}})
+router = Router("Hugging Face", dialects=(DIALECT,), strict_query=False)
 
 
 class HfParameters(Steered):
@@ -131,7 +132,9 @@ def _text_or_pair(each: str | HfText) -> TextOrPair:
     return (each.text, each.text_pair) if each.text_pair else each.text
 
 
-@router.post("/", responses=documented(*BODY, 404, 422, 429, 503, 504) | TOLD)
+@router.operation(
+    "POST", "/", key_scope="infer", errors=(*BODY, 404, 422, 429, 503, 504), responses=TOLD, classifies=True
+)
 async def huggingface_classify(
     request: Request,
     response: Response,

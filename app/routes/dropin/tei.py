@@ -7,13 +7,14 @@ Shapes: its OpenAPI document and router of version 1.7.1 (huggingface/text-embed
 from importlib.metadata import version
 from typing import Annotated, Any, Literal
 
-from fastapi import APIRouter, Request, Response
+from fastapi import Request, Response
 from pydantic import BaseModel, ConfigDict, Field
 
 from app.errors import STATUSES, TeiType
-from app.http.problems import BODY, Problem, documented
+from app.http.problems import Dialect, Problem
+from app.http.responses import BODY
+from app.http.routing import Router
 from app.routes.dependencies import ServiceDep
-from app.routes.dropin.dialect import Dialect
 from app.routes.dropin.steering import TOLD, Steered, check_truncation_side, tell
 from app.schemas.replies import Score
 from app.schemas.requests import erasures_of
@@ -33,14 +34,14 @@ class TeiProblem(Problem):
 _OWN_STATUSES = {"text_too_long": 413, "engine_failed": 424, "non_finite": 424}
 
 
-def _say(problem: dict[str, Any]) -> tuple[int, dict[str, Any]]:
+def _translate(problem: dict[str, Any]) -> tuple[int, dict[str, Any]]:
     status = _OWN_STATUSES.get(problem["code"], problem["status"])
     kind = "Tokenizer" if problem["code"] == "empty_text" else STATUSES[problem["status"]].tei
     return status, {"error": problem["detail"], "error_type": kind}
 
 
-DIALECT = Dialect(TeiProblem, _say)
-router = APIRouter(tags=["text-embeddings-inference"], responses={500: {"model": TeiProblem}})
+DIALECT = Dialect("text-embeddings-inference", TeiProblem, _translate)
+router = Router("text-embeddings-inference", dialects=(DIALECT,), strict_query=False)
 
 OneInput = Annotated[
     Annotated[str, TEXT] | Annotated[list[str], Field(min_length=1, max_length=2), LIST],
@@ -112,7 +113,9 @@ class InfoOut(BaseModel):
     docker_label: str | None
 
 
-@router.post("/predict", responses=documented(*BODY, 404, 422, 424, 429, 503, 504) | TOLD)
+@router.operation(
+    "POST", "/predict", key_scope="infer", errors=(*BODY, 404, 422, 424, 429, 503, 504), responses=TOLD, classifies=True
+)
 async def tei_predict(
     request: Request,
     response: Response,
@@ -141,7 +144,7 @@ async def tei_predict(
     return predictions[0] if isinstance(body.inputs, str) else predictions
 
 
-@router.get("/info", responses=documented(404, 422))
+@router.operation("GET", "/info", key_scope="read", errors=(404, 422))
 async def tei_info(service: ServiceDep) -> InfoOut:
     """What is loaded, as text-embeddings-inference tells it."""
     model, limits = service.model, service.engine.settings

@@ -1,45 +1,38 @@
-"""`POST /tokenize`: two servers have it; `inputs` is text-embeddings-inference's (1.7.1), `prompt` is vLLM's (0.33)."""
+"""`POST /tokenize` of two servers: `inputs` is text-embeddings-inference's (1.7.1), `prompt` is vLLM's (0.33)."""
 
-from collections.abc import Callable, Coroutine, Sequence
+from collections.abc import Sequence
 from itertools import accumulate
 from typing import Any
 
-from fastapi import APIRouter, Request, Response
-from fastapi.exceptions import RequestValidationError
-from fastapi.routing import APIRoute
+from fastapi import Depends, Request
 from pydantic import BaseModel, ConfigDict, Field
 
-from app.http.problems import BODY, ApiError, documented
+from app.http.problems import ApiError
+from app.http.responses import BODY
+from app.http.routing import Router
 from app.observability.logs import note
-from app.routes.activations import MOST_TEXTS
+from app.routes.activations import MAX_TEXTS
 from app.routes.dependencies import ModelDep
+from app.routes.dropin import tei, vllm
 from app.routes.dropin.steering import Loose
 from app.schemas.requests import Inputs
-from app.serving.classification import Timeout, check_size, unless_gone
+from app.serving.classification import Timeout, check_size, time_limit, unless_disconnected
 from app.serving.service import TokenInfo
 
-OF_VLLM = "tokenize_of_vllm"
-"""Set in a request's state where its body is vLLM's."""
+_OF_VLLM = ("prompt", "messages")
+"""Fields that tell vLLM's bodies from those of text-embeddings-inference."""
+
+router = Router("text-embeddings-inference", "vLLM", dialects=(tei.DIALECT, vllm.DIALECT), strict_query=False)
 
 
-class _ToldApart(APIRoute):
-    """Notes whose body it is even where the body is of no form that is taken here."""
-
-    def get_route_handler(self) -> Callable[[Request], Coroutine[Any, Any, Response]]:
-        answer = super().get_route_handler()
-
-        async def noting(request: Request) -> Response:
-            try:
-                return await answer(request)
-            except RequestValidationError as error:
-                request.scope["state"][OF_VLLM] = isinstance(error.body, dict) and not _VLLM.isdisjoint(error.body)
-                raise
-
-        return noting
-
-
-_VLLM = frozenset({"prompt", "messages"})
-router = APIRouter(tags=["text-embeddings-inference", "vLLM"], route_class=_ToldApart)
+async def choose_dialect(request: Request) -> None:
+    """Have errors written for clients of vLLM if the body is theirs, even if it is not valid otherwise."""
+    try:
+        body = await request.json()
+    except (ValueError, RecursionError):  # not declared as JSON, and none: refused like everywhere else
+        return
+    if isinstance(body, dict) and any(body.get(name) is not None for name in _OF_VLLM):
+        request.state.dialect = vllm.DIALECT
 
 
 class DropinTokenizeIn(Loose):
@@ -72,32 +65,33 @@ class VllmTokens(BaseModel):
     token_strs: list[str] | None
 
 
-@router.post("/tokenize", responses=documented(*BODY, 404, 422, 429, 503, 504))
+@router.operation(
+    "POST",
+    "/tokenize",
+    key_scope="infer",
+    errors=(*BODY, 404, 422, 429, 503, 504),
+    dependencies=[Depends(choose_dialect)],
+)
 async def dropin_tokenize(
     request: Request, body: DropinTokenizeIn, selector: ModelDep, x_request_timeout: Timeout = None
 ) -> list[list[SimpleToken]] | VllmTokens:
     """The tokens of texts: as text-embeddings-inference lists them, or for a `prompt` as vLLM does."""
-    asked: dict[str, Any] = request.scope["state"]
-    asked[OF_VLLM] = body.prompt is not None or body.messages is not None
     if body.messages is not None:
-        raise ApiError("unsupported", "messages: this server tokenizes texts, not chats: send a prompt")
+        raise ApiError("unsupported", "messages: this server tokenizes no chats: send a prompt")
     if (body.inputs is None) == (body.prompt is None):
-        raise ApiError("invalid", "say either inputs (text-embeddings-inference) or prompt (vLLM)")
+        raise ApiError("invalid", "send either inputs (text-embeddings-inference) or prompt (vLLM)")
     given = body.inputs if body.inputs is not None else body.prompt or ""
     texts = [given] if isinstance(given, str) else given
     service = selector.service(body.model if body.prompt is not None else None)
-    check_size(texts, service.settings)
-    if len(texts) > MOST_TEXTS:
-        raise ApiError("too_many_texts", f"{len(texts)} texts, the limit of this call is {MOST_TEXTS}: send fewer")
+    check_size(texts, service.settings, MAX_TEXTS)
     note(texts=len(texts))
-    longest = service.settings.request_timeout
-    seconds = min(x_request_timeout or longest, longest)
-    shown = await unless_gone(request, service.engine.inspector.tokens(texts, timeout=seconds))
-    for index, text in enumerate(shown):
+    work = service.engine.inspector.tokens(texts, timeout=time_limit(service, x_request_timeout))
+    found = await unless_disconnected(request, work)
+    for index, text in enumerate(found):
         if text.truncated:
-            detail = f"input {index} has {text.total} tokens; this server lists no more than the model takes"
+            detail = f"input {index} has {text.total} tokens, more than the model takes: send a shorter text"
             raise ApiError("unsupported", detail)
-    listed = [[each for each in text.tokens if body.add_special_tokens or not each.special] for text in shown]
+    listed = [[each for each in text.tokens if body.add_special_tokens or not each.special] for text in found]
     if body.prompt is not None:
         (tokens,) = listed
         return VllmTokens(
@@ -110,18 +104,19 @@ async def dropin_tokenize(
 
 
 def _simple(text: str, tokens: Sequence[TokenInfo]) -> list[SimpleToken]:
-    """As `into_tokens` of its `core/src/tokenization.rs`: places are of bytes, and a token's text is what stands there.
+    """Tokens as text-embeddings-inference lists them (`into_tokens` of its `core/src/tokenization.rs`).
 
-    A token without a place has its name in the vocabulary.
+    `start` and `stop` count bytes of the text's UTF-8, and `text` is the text between them; a token that stands for no
+    characters has its name in the vocabulary instead.
     """
-    each_character = [character.encode(errors="replace") for character in text]  # lone surrogates: as they are read
-    of_text = b"".join(each_character)
-    at = list(accumulate(map(len, each_character), initial=0))
+    encoded = [character.encode(errors="replace") for character in text]  # lone surrogates: as the tokenizer reads them
+    utf8 = b"".join(encoded)
+    offsets = list(accumulate(map(len, encoded), initial=0))
     simple = []
     for token in tokens:
         start, stop, words = None, None, token.text
         if token.start is not None and token.stop is not None:
-            start, stop = at[token.start], at[token.stop]
-            words = of_text[start:stop].decode()
+            start, stop = offsets[token.start], offsets[token.stop]
+            words = utf8[start:stop].decode()
         simple.append(SimpleToken(id=token.id, text=words, special=token.special, start=start, stop=stop))
     return simple

@@ -7,17 +7,18 @@ request's `parameters`. There is one version of the model, "1".
 
 from collections.abc import Sequence
 from importlib.metadata import version
-from typing import Any
+from typing import Annotated, Any
 
 import numpy as np
-from fastapi import APIRouter, Depends, Request, Response
+from fastapi import Depends, Request, Response
 from pydantic import Field
 from starlette.convertors import register_url_convertor
 
-from app.http.problems import ApiError, Problem, documented
-from app.routes.dependencies import ModelsDep, Whole, log_model
-from app.routes.dropin.dialect import Dialect
+from app.http.problems import ApiError, Dialect, Problem
+from app.http.routing import Router
+from app.routes.dependencies import ModelsDep, RestOfPath, log_model
 from app.routes.dropin.steering import TOLD, erased_header, tell
+from app.routes.dropin.v2_binary import binary_tensors
 from app.routes.dropin.v2_shapes import (
     InferIn,
     InferOut,
@@ -33,7 +34,6 @@ from app.routes.dropin.v2_shapes import (
 from app.schemas.requests import erasures_of
 from app.security.auth import CallerDep
 from app.serving.classification import MinGeneration, Timeout, all_scores, answer_to
-from app.serving.models import ServedModels
 from app.serving.readiness import conditions
 from app.serving.service import Activation, Answer, Logits, Service
 
@@ -44,43 +44,54 @@ class V2Problem(Problem):
     error: str | None = Field(None, description="The same as `detail`.")
 
 
-def _say(problem: dict[str, Any]) -> tuple[int, dict[str, Any]]:
+def _translate(problem: dict[str, Any]) -> tuple[int, dict[str, Any]]:
     status = 400 if problem["status"] == 422 else problem["status"]
     return status, {"error": problem["detail"]}
 
 
-class _Served(Whole):
+class _ModelName(RestOfPath):
     """A model's name, which may hold slashes, but does not end as a path of this protocol does."""
 
     regex = r"(?s:.+)(?<!/infer)(?<!/ready)"
 
 
-register_url_convertor("served", _Served())
-DIALECT = Dialect(V2Problem, _say, without=frozenset({422}))
+register_url_convertor("model_name", _ModelName())
+DIALECT = Dialect("open-inference", V2Problem, _translate, unused=frozenset({422}))
 MODEL_VERSION = "1"
-_MODEL = "/v2/models/{model:served}"
-_VERSION = "/v2/models/{model:served}/versions/{model_version}"
-_INFER = documented(400, 404, 429, 503, 504) | TOLD
-_READY = documented(404, 503)
-router = APIRouter(tags=["Open Inference Protocol"], responses={500: {"model": V2Problem}})
+_MODEL = "/v2/models/{model:model_name}"
+_VERSION = "/v2/models/{model:model_name}/versions/{model_version}"
+_INFER_ERRORS = (400, 404, 429, 503, 504)
+router = Router("Open Inference Protocol", dialects=(DIALECT,), strict_query=False)
 # of two decorators the lower one is first: the path of a version must be, or the model would be called "…/versions/1"
 
 
-async def _check_version(model_version: str) -> None:
+async def _get_service(request: Request, models: ModelsDep, model: str) -> Service:
+    """The service of the model that the path names; raises ApiError (404) if there is none."""
+    service: Service | None = getattr(request.state, "service", None)  # from `ServedModels.refuse_if_full`
+    below = [name for name in models.names if model.startswith(f"{name}/")]
+    if service is None and model not in models.names and below:
+        raise ApiError("not_found", f"no such path below the model {below[0]!r}; see /docs")
+    return log_model(service or models.find(model))
+
+
+_PathServiceDep = Annotated[Service, Depends(_get_service)]
+
+
+async def _check_version(model: str, model_version: str) -> None:  # in this order, which generated clients follow
     if model_version != MODEL_VERSION:
         raise ApiError("unknown_model", f"no such version; there is {MODEL_VERSION!r} alone")
 
 
-_KNOWN = [Depends(_check_version)]
+_CHECK_VERSION = [Depends(_check_version)]
 
 
-@router.get("/v2/health/live")
+@router.operation("GET", "/v2/health/live", key_scope=None, traced=False)
 async def v2_live() -> ServerLive:
     """The process lives."""
     return ServerLive(live=True)
 
 
-@router.get("/v2/health/ready", responses=documented(503))
+@router.operation("GET", "/v2/health/ready", key_scope=None, errors=(503,), traced=False)
 async def v2_ready(models: ModelsDep) -> ServerReady:
     """Requests are answered, as `/readyz` means it."""
     for service in models:
@@ -88,42 +99,60 @@ async def v2_ready(models: ModelsDep) -> ServerReady:
     return ServerReady(ready=True)
 
 
-@router.get("/v2/", include_in_schema=False)
-@router.get("/v2")
+@router.operation("GET", "/v2/", key_scope="read", include_in_schema=False)
+@router.operation("GET", "/v2", key_scope="read")
 async def v2_server() -> ServerMetadata:
     """What this server is."""
     return ServerMetadata(name="neuronlens", version=version("neuronlens"), extensions=["binary_tensor_data", "erase"])
 
 
-@router.get(_MODEL + "/ready", responses=_READY)
-@router.get(_VERSION + "/ready", name="v2_version_ready", responses=_READY, dependencies=_KNOWN)
-async def v2_model_ready(models: ModelsDep, model: str) -> ModelReady:
+@router.operation("GET", _MODEL + "/ready", key_scope="read", errors=(404, 503))
+@router.operation(
+    "GET",
+    _VERSION + "/ready",
+    key_scope="read",
+    errors=(404, 503),
+    name="v2_version_ready",
+    dependencies=_CHECK_VERSION,
+)
+async def v2_model_ready(service: _PathServiceDep) -> ModelReady:
     """The model answers."""
-    service = _named(models, model)
     _check_ready(service)
     return ModelReady(name=service.name, ready=True)
 
 
-@router.post(_MODEL + "/infer", responses=_INFER, response_model_exclude_none=True)
-@router.post(
-    _VERSION + "/infer",
-    name="v2_version_infer",
-    responses=_INFER,
+@router.operation(
+    "POST",
+    _MODEL + "/infer",
+    key_scope="infer",
+    errors=_INFER_ERRORS,
+    responses=TOLD,
+    classifies=True,
+    decode_body=binary_tensors,
     response_model_exclude_none=True,
-    dependencies=_KNOWN,
+)
+@router.operation(
+    "POST",
+    _VERSION + "/infer",
+    key_scope="infer",
+    errors=_INFER_ERRORS,
+    responses=TOLD,
+    classifies=True,
+    decode_body=binary_tensors,
+    name="v2_version_infer",
+    response_model_exclude_none=True,
+    dependencies=_CHECK_VERSION,
 )
 async def v2_infer(
     request: Request,
     response: Response,
     body: InferIn,
-    models: ModelsDep,
+    service: _PathServiceDep,
     caller: CallerDep,
-    model: str,
     x_request_timeout: Timeout = None,
     min_generation: MinGeneration = None,
 ) -> InferOut:
     """Classify as servers of the Open Inference Protocol do."""
-    service = _named(models, model)
     chosen = body.parameters or InferParameters()
     wanted = _wanted(body, chosen)
     answer = await answer_to(
@@ -155,11 +184,10 @@ async def v2_infer(
     )
 
 
-@router.get(_MODEL, responses=documented(404))
-@router.get(_VERSION, name="v2_version", responses=documented(404), dependencies=_KNOWN)
-async def v2_model(models: ModelsDep, model: str) -> ModelMetadata:
+@router.operation("GET", _MODEL, key_scope="read", errors=(404,))
+@router.operation("GET", _VERSION, key_scope="read", errors=(404,), name="v2_version", dependencies=_CHECK_VERSION)
+async def v2_model(service: _PathServiceDep) -> ModelMetadata:
     """What goes into the model, and what comes out."""
-    service = _named(models, model)
     labels = service.model.identity.labels
     return ModelMetadata(
         name=service.name,
@@ -173,13 +201,6 @@ async def v2_model(models: ModelsDep, model: str) -> ModelMetadata:
         ],
         parameters={"labels": list(labels)},
     )
-
-
-def _named(models: ServedModels, name: str) -> Service:
-    """The service of a name; raises ApiError (404) if it is that of a model and a path that this server lacks."""
-    if name not in models.names and (below := [each for each in models.names if name.startswith(f"{each}/")]):
-        raise ApiError("not_found", f"no such path below the model {below[0]!r}; see /docs")
-    return log_model(models.named(name))
 
 
 def _check_ready(service: Service) -> None:

@@ -2,74 +2,59 @@
 
 The binary tensor extension is what Triton's clients use unless told not to. A body is then JSON, of a length that
 `Inference-Header-Content-Length` tells, and behind it the elements of each BYTES input that has a `binary_data_size`:
-for each its length, 4 bytes little-endian, and its bytes. This layer makes plain JSON of that. Replies are plain JSON
-in any case; those clients read both.
+for each its length, 4 bytes little-endian, and its bytes. `binary_tensors` makes plain JSON
+of that. Replies are plain JSON in any case; those clients read both.
 Source: `docs/protocol/extension_binary_data.md` of triton-inference-server/server, tritonclient 2.73.
 """
 
 import json
 import re
-from collections.abc import Callable
 from typing import Any
 
 from starlette.datastructures import Headers, MutableHeaders
 from starlette.exceptions import HTTPException
-from starlette.types import ASGIApp, Message, Receive, Scope, Send
+from starlette.types import Message, Receive, Scope
 
 LENGTH = "inference-header-content-length"
 _DATA = re.compile(r"application/(json|octet-stream|\S+\+json)")
 _REPLACED = (LENGTH.encode(), b"content-type", b"content-length")
 
 
-class BinaryTensors:
-    """Declares inference requests to be JSON, and makes plain JSON of those with binary tensors when they are read.
+def binary_tensors(scope: Scope, receive: Receive) -> Receive:
+    """Declare an inference request to be JSON, and make plain JSON of one with binary tensors as it is read.
 
-    Not what a page of another origin can send without being asked first: a body of a form, of plain text, or without a
-    type but with an `Origin`. That is refused (415) like everywhere else.
-
-    Args:
-        infers: whether a path takes inference requests.
+    What a page of another origin can send without a preflight is left alone, and so refused (415) like everywhere
+    else: forms, plain text, and a body without a type but with an `Origin`.
     """
+    given = Headers(scope=scope)
+    media_type = given.get("content-type", "").partition(";")[0].strip().lower()
+    if not (_DATA.fullmatch(media_type) or (media_type == "" and "origin" not in given)):
+        return receive
+    length = given.get(LENGTH)
+    headers = MutableHeaders(raw=[each for each in scope["headers"] if each[0] not in _REPLACED])
+    headers["content-type"] = "application/json"
+    scope["headers"] = headers.raw
+    if length is None:
+        return receive
+    read = False
 
-    def __init__(self, app: ASGIApp, infers: Callable[[str], bool]) -> None:
-        self.app = app
-        self.infers = infers
+    async def receive_plain() -> Message:
+        nonlocal read
+        if read:
+            return await receive()
+        body, more = b"", True
+        while more:
+            message = await receive()
+            if message["type"] != "http.request":
+                return message
+            body, more = body + message.get("body", b""), message.get("more_body", False)
+        read = True
+        try:
+            return {"type": "http.request", "body": plain_json(body, length), "more_body": False}
+        except (ValueError, RecursionError):
+            raise HTTPException(400) from None
 
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if scope["type"] != "http" or not self.infers(scope["path"]):
-            await self.app(scope, receive, send)
-            return
-        given = Headers(scope=scope)
-        media_type = given.get("content-type", "").partition(";")[0].strip().lower()
-        if not (_DATA.fullmatch(media_type) or (media_type == "" and "origin" not in given)):
-            await self.app(scope, receive, send)
-            return
-        length = given.get(LENGTH)
-        headers = MutableHeaders(raw=[each for each in scope["headers"] if each[0] not in _REPLACED])
-        headers["content-type"] = "application/json"
-        scope["headers"] = headers.raw
-        if length is None:
-            await self.app(scope, receive, send)
-            return
-        read = False
-
-        async def receive_plain() -> Message:
-            nonlocal read
-            if read:
-                return await receive()
-            body, more = b"", True
-            while more:
-                message = await receive()
-                if message["type"] != "http.request":
-                    return message
-                body, more = body + message.get("body", b""), message.get("more_body", False)
-            read = True
-            try:
-                return {"type": "http.request", "body": plain_json(body, length), "more_body": False}
-            except (ValueError, RecursionError):
-                raise HTTPException(400) from None
-
-        await self.app(scope, receive_plain, send)
+    return receive_plain
 
 
 def plain_json(body: bytes, header_length: str) -> bytes:

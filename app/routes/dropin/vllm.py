@@ -7,13 +7,13 @@ package vllm, 0.33; what earlier releases called the activation is taken, too.
 import time
 from typing import Annotated, Any, Literal
 
-from fastapi import APIRouter, Request, Response
+from fastapi import Request, Response
 from pydantic import BaseModel, ConfigDict, Field
 
 from app.errors import STATUSES
-from app.http.problems import ApiError, Problem, documented
+from app.http.problems import ApiError, Dialect, Problem
+from app.http.routing import Router
 from app.routes.dependencies import ModelDep
-from app.routes.dropin.dialect import Dialect
 from app.routes.dropin.steering import TOLD, Steered, check_truncation_side, tell
 from app.schemas.requests import Inputs, erasures_of
 from app.security.auth import CallerDep
@@ -34,7 +34,7 @@ class VllmProblem(Problem):
     error: VllmErrorInfo | None = None
 
 
-def _say(problem: dict[str, Any]) -> tuple[int, dict[str, Any]]:
+def _translate(problem: dict[str, Any]) -> tuple[int, dict[str, Any]]:
     status = 400 if problem["status"] == 422 else problem["status"]
     where = [str(part) for part in problem["errors"][0]["loc"][1:]] if problem.get("errors") else []
     info = {
@@ -46,8 +46,8 @@ def _say(problem: dict[str, Any]) -> tuple[int, dict[str, Any]]:
     return status, {"error": info}
 
 
-DIALECT = Dialect(VllmProblem, _say, without=frozenset({422}))
-router = APIRouter(tags=["vLLM"], responses={500: {"model": VllmProblem}})
+DIALECT = Dialect("vllm", VllmProblem, _translate, unused=frozenset({422}))
+router = Router("vLLM", dialects=(DIALECT,), strict_query=False)
 
 
 class VllmClassifyIn(Steered):
@@ -106,7 +106,15 @@ class VllmClassifyOut(BaseModel):
     usage: VllmUsage
 
 
-@router.post("/classify", responses=documented(400, 404, 415, 429, 503, 504) | TOLD)
+@router.operation(
+    "POST",
+    "/classify",
+    key_scope="infer",
+    errors=(400, 404, 415, 429, 503, 504),
+    responses=TOLD,
+    classifies=True,
+    model_in_body=True,
+)
 async def vllm_classify(
     request: Request,
     response: Response,
