@@ -23,7 +23,7 @@ class BatchEdits:
     over the same texts are counted once.
 
     Args:
-        table: that the plans are written to; no other plans may evict them before the pass.
+        table: the plans are written to it; no other plans may evict them before the pass.
         plans: at least one, none empty, all of one site.
         repeats: neighbouring variants that share a plan.
         positions: which tokens are edited.
@@ -71,9 +71,8 @@ class BatchEdits:
             self._hits[layer] = hit.sum(dim=-1)
             self._unions[layer] = hit.any(dim=1).sum(dim=-1)
         editable = editable_tokens(batch, self.positions).view(*groups, -1)
-        return apply_edits(values, always, hidden.view(*groups, *hidden.shape[1:]), editable, self._scaled).flatten(
-            0, 1
-        )
+        edited = apply_edits(values, always, hidden.view(*groups, *hidden.shape[1:]), editable, self._scaled)
+        return edited.flatten(0, 1)
 
     def _index(self, layer: int) -> Tensor:
         """Slots at one block, [G, R], R those of the widest plan."""
