@@ -32,7 +32,7 @@ _PHASES = {"loading the model": "loading", "reading the texts": "reading"}
 
 
 class ServerJob:
-    """A context manager around the fit, which reports to the server; called like a `Report` of the console.
+    """A context manager around the fit, which reports to the server; called like an `OnProgress` of `app.cli.terminal`.
 
     Args:
         niceness: added to that of this process.

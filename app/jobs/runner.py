@@ -56,7 +56,7 @@ class FitRunner:
     """A thread that starts, watches and ends fits.
 
     Args:
-        on_change: called with each job that changed; on any thread, so it must be quick.
+        on_change: called with the jobs when they have changed; on any thread, so it must be quick.
     """
 
     def __init__(
@@ -66,7 +66,7 @@ class FitRunner:
         model: ModelFacts,
         store: RangeStore,
         mirror: Mirror,
-        on_change: Callable[[Job, Jobs], None],
+        on_change: Callable[[Jobs], None],
     ) -> None:
         self._store, self._jobs, self._mirror, self._settings = store, jobs, mirror, settings
         self._model, self._on_change = model, on_change
@@ -94,17 +94,14 @@ class FitRunner:
             self._thread.join()
 
     def refresh(self) -> Jobs:
-        """Read the jobs, report those that changed, and wake the runner if there are any. Raises StoreUnavailable."""
+        """Read the jobs; if they have changed, report that and wake the runner. Raises StoreUnavailable."""
         with self._refreshing:
-            before, now = self.known, self._jobs.read()
-            self.known = now
-            for job in reversed(now.jobs):
-                changed = job != before.find(job.id)
-                if changed:
-                    self._wake.set()
-                if changed or now.progress_of(job) != before.progress_of(job):
-                    self._on_change(job, now)
-            return now
+            before, self.known = self.known, self._jobs.read()
+            if self.known.jobs != before.jobs:
+                self._wake.set()
+            if self.known != before:
+                self._on_change(self.known)
+            return self.known
 
     def _run(self) -> None:
         failing = False

@@ -142,11 +142,14 @@ def _file_below(directory: Path, wanted: PurePosixPath) -> str | None:
 class ProgressOut(BaseModel):
     """Progress of a fit. Rows that an earlier process had done count as done, but not towards the speed."""
 
-    phase: Literal["starting", "loading", "reading", "fitting", "publishing"] = "starting"
-    rows_done: int = 0
-    rows_total: int = Field(0, description="0 until the texts are read.")
-    rows_per_second: float | None = None
-    seconds_left: float | None = None
+    phase: Literal["starting", "loading", "reading", "fitting", "publishing"]
+    rows_done: int
+    rows_total: int = Field(description="0 until the texts are read.")
+    rows_per_second: float | None
+    seconds_left: float | None
+
+
+_STARTING = ProgressOut(phase="starting", rows_done=0, rows_total=0, rows_per_second=None, seconds_left=None)
 
 
 class JobOut(BaseModel):
@@ -174,7 +177,7 @@ class JobOut(BaseModel):
         progress = jobs.progress_of(job)
         return cls(
             model=jobs.model,
-            progress=None if progress is None else ProgressOut.model_validate(progress),
+            progress=None if progress is None else ProgressOut.model_validate(progress or dict(_STARTING)),
             **job.model_dump(exclude={"fingerprint", "key"}),
         )
 

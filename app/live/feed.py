@@ -1,19 +1,14 @@
 """What event streams report besides the live state, and which streams are open."""
 
 import asyncio
-import json
 import threading
-from collections import OrderedDict
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from typing import Any
 
 from prometheus_client import CollectorRegistry, Gauge
 
-from range_store.storage.jobs import OVER
-
 KEPT_JOBS = 32
-"""Jobs whose newest state a new stream gets."""
+"""Jobs that streams report: the newest."""
 
 
 class ChangeFeed:
@@ -27,10 +22,10 @@ class ChangeFeed:
         self.max_streams = max_streams
         self.range_sets: tuple[str, ...] = ()
         """Ids of the published range sets."""
+        self.jobs: Mapping[str, bytes] = {}
+        """The newest jobs by id, as JSON."""
         self._lock = threading.Lock()
         self._streams: dict[asyncio.Event, tuple[asyncio.AbstractEventLoop, str | None]] = {}
-        self._jobs: OrderedDict[str, tuple[int, bytes, bool]] = OrderedDict()  # number of the update, JSON, is over
-        self._job_updates = 0
         gauge = Gauge("neuronlens_event_streams", "Streams of /v1/events that are open.", registry=registry)
         gauge.set_function(lambda: float(len(self._streams)))
 
@@ -50,24 +45,12 @@ class ChangeFeed:
             self.range_sets = ids
             self.wake_streams()
 
-    def set_job(self, job: str, state: dict[str, Any]) -> None:
-        """Set the newest state of a job, as `GET /v1/jobs/{id}` returns it."""
-        data = json.dumps(state, allow_nan=False).encode()
-        over = state.get("state") in OVER
-        with self._lock:
-            if not over and job in self._jobs and self._jobs[job][2]:
-                return  # an older state that arrives late
-            self._job_updates += 1
-            self._jobs[job] = (self._job_updates, data, over)
-            self._jobs.move_to_end(job)
-            while len(self._jobs) > KEPT_JOBS:
-                self._jobs.popitem(last=False)
-        self.wake_streams()
-
-    def jobs_since(self, update: int) -> tuple[int, list[bytes]]:
-        """Return the number of the newest update, and the jobs updated after `update`, oldest first, as JSON."""
-        with self._lock:
-            return self._job_updates, [data for number, data, _ in self._jobs.values() if number > update]
+    def set_jobs(self, jobs: Mapping[str, bytes]) -> None:
+        """Set the jobs by id, oldest first, each as JSON like that of `GET /v1/jobs/{id}`."""
+        newest = dict(list(jobs.items())[-KEPT_JOBS:])
+        if newest != self.jobs:
+            self.jobs = newest
+            self.wake_streams()
 
     @contextmanager
     def open_stream(self, key: str | None = None) -> Iterator[asyncio.Event | None]:

@@ -2,7 +2,7 @@
 
 import asyncio
 import time
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Mapping
 from typing import Any
 
 from app.http.responses import QUERY
@@ -83,7 +83,7 @@ class _StreamState:
         self._service = service
         self._live: tuple[str, tuple[str, ...]] | None = None
         self._range_sets: object = None
-        self._job_update = 0
+        self._jobs: Mapping[str, bytes] = {}
 
     def due_events(self) -> bytes:
         """Encode every event whose state differs from what was last sent."""
@@ -99,8 +99,9 @@ class _StreamState:
             if range_sets != self._range_sets:
                 due.append(event("range_sets", b"{}"))
                 self._range_sets = range_sets
-        self._job_update, jobs = service.feed.jobs_since(self._job_update)
-        due.extend(event("jobs", job) for job in jobs)
+        jobs = service.feed.jobs
+        due.extend(event("jobs", job) for id_, job in jobs.items() if job != self._jobs.get(id_))
+        self._jobs = jobs
         return b"".join(due)
 
     def seconds_until_due(self) -> float:

@@ -19,7 +19,7 @@ from app.settings import Settings
 from range_store.domain.range_set import dtype_mismatch
 from range_store.errors import RangeStoreError
 from range_store.storage.api_keys import ApiKeyStore
-from range_store.storage.jobs import Job, Jobs, JobStore
+from range_store.storage.jobs import Jobs, JobStore
 from range_store.storage.mirror import Mirror, Snapshot
 from range_store.storage.replicas import new_replica_name
 from range_store.storage.store import RangeStore
@@ -73,8 +73,8 @@ def service_around(
                 feed.set_range_sets(store.ids())
                 fits.refresh()
 
-    def job_changed(job: Job, jobs: Jobs) -> None:
-        feed.set_job(job.id, JobOut.of(job, jobs).model_dump(mode="json"))
+    def jobs_changed(jobs: Jobs) -> None:
+        feed.set_jobs({job.id: JobOut.of(job, jobs).model_dump_json().encode() for job in reversed(jobs.jobs)})
 
     mirror = Mirror(
         store,
@@ -87,7 +87,7 @@ def service_around(
     )
     store.guard = mirror.before_change
     jobs = JobStore(client, name)
-    fits = FitRunner(jobs, settings, model, store, mirror, job_changed)
+    fits = FitRunner(jobs, settings, model, store, mirror, jobs_changed)
     assert mirror.heartbeat is not None
     mirror.heartbeat.dtype = model.dtype
     mirror.start()

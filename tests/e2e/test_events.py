@@ -113,15 +113,18 @@ def test_every_stream_reports_the_newest_state_of_a_job(fresh_server: RunningSer
     window = listen(fresh_server)
     until(lambda: window.of("live"))
     feed = fresh_server.service.feed
-    feed.set_job("fit-1", {"id": "fit-1", "state": "running", "corpus": "Météo\n"})
+    running, done, other = '{"state":"running","corpus":"Météo\\n"}', '{"state":"done"}', '{"state":"queued"}'
+    feed.set_jobs({"fit-1": running.encode()})
     until(lambda: window.of("jobs"))
-    assert window.of("jobs")[0].data == {"id": "fit-1", "state": "running", "corpus": "Météo\n"}
-    feed.set_job("fit-1", {"id": "fit-1", "state": "done"})
-    until(lambda: len(window.of("jobs")) == 2)
-    feed.set_job("fit-1", {"id": "fit-1", "state": "queued"})  # an older report that arrives late
+    assert window.of("jobs")[0].data == {"state": "running", "corpus": "Météo\n"}
+    feed.set_jobs({"fit-1": done.encode(), "fit-2": other.encode()})
+    until(lambda: len(window.of("jobs")) == 3)
+    feed.set_jobs({"fit-1": done.encode(), "fit-2": running.encode()})
+    until(lambda: len(window.of("jobs")) == 4)
+    assert [each.data["state"] for each in window.of("jobs")[1:]] == ["done", "queued", "running"]
     later = listen(fresh_server)
-    until(lambda: later.of("jobs"))
-    assert [each.data["state"] for each in later.of("jobs")] == ["done"]
+    until(lambda: len(later.of("jobs")) == 2)
+    assert [each.data["state"] for each in later.of("jobs")] == ["done", "running"]
 
 
 def test_stream_reports_an_expiry_even_while_redis_is_down(

@@ -119,7 +119,7 @@ def test_second_server_takes_over_the_fit_of_the_first(
 
     def streamed_rows() -> int:
         """Rows that the event streams of the second server tell of."""
-        (newest,) = (json.loads(data) for data in second.service.feed.jobs_since(0)[1])
+        (newest,) = map(json.loads, second.service.feed.jobs.values())
         assert newest["id"] == job
         return newest["progress"]["rows_done"] if newest["progress"] else 0
 
