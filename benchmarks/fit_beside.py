@@ -62,7 +62,8 @@ def main() -> None:
             if now["error"]:
                 raise SystemExit(now["error"])
             time.sleep(0.5)
-        pid = json.loads((arguments.cache_dir / "jobs" / job / "job.json").read_text())["pid"]
+        (lock,) = arguments.cache_dir.glob(f"jobs/*/{job}/lock")
+        pid = int(lock.read_text())
 
         def rows() -> int:
             return int(call(server, f"/v1/jobs/{job}")["progress"]["rows_done"])
