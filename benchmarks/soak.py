@@ -253,7 +253,7 @@ def main() -> None:
     print(f"{len(texts) * len(plans)} answers alone: {time.monotonic() - started:.0f} s", flush=True)
     with connect(None, asked.cache_dir / "redis") as client:
         store = RangeStore(client, NAME)
-        store.activate(store.publish(fitted.range_set, fitted.inspect), force=True)
+        store.activate(store.range_sets.publish(fitted.range_set, fitted.inspect), force=True)
         with serving(path, asked.cache_dir, "--threads", "1", name=NAME) as server:
             soak = Soak(server, alone, texts, plans)
             started = time.monotonic()

@@ -67,8 +67,8 @@ def main() -> None:
         demo = prepare(settings.data_dir / "demo", store, lambda *now: None)
         layer = demo.model.identity.n_layers - 1
         draw(
-            store.read(demo.range_set),
-            store.read_inspect(demo.range_set, layer),
+            store.range_sets.read(demo.range_set),
+            store.range_sets.read_inspect(demo.range_set, layer),
             layer,
             Path(__file__).parent / "ranges.png",
         )

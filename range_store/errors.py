@@ -1,30 +1,31 @@
-"""What can go wrong between a caller and the range store, as a tree.
+"""The errors of this package, as a tree.
 
-Every error carries one sentence that says what to do. `app.http.problems` maps each class to its HTTP status.
+Each message says what is wrong and what to do. `app` decides HTTP statuses and exit codes.
 
     RangeStoreError
-    ├── InvalidErasure          a setting out of its bounds, or one concept named twice          422
-    ├── NotFitted               the range set lacks that layer or ranking; names what it has     422
-    ├── EnforcedErasure         a request would change what an enforced erasure sees             403
-    ├── UnknownConcept          the range set has no such concept                                404
-    ├── UnknownNeuron           no such neuron or layer in the model                             404
-    ├── UnknownRangeSet         no published range set of that id                                404
-    ├── ForeignRangeSet         fitted on another model than the one that asks                   409
-    ├── DtypeMismatch           fitted in another dtype than the model is served in              409
-    ├── UnresolvableErasure     a live erasure that the range set to activate cannot serve       409
-    ├── RangeSetInUse           removing the active range set                                    409
-    ├── StaleGeneration         the live state has moved on since the caller read it             412
-    ├── InvalidRangeSet         corrupt, truncated or foreign bytes                              500 / exit 1
-    ├── GenerationNotReached    a generation that this process does not hold, nor can get in time    503
-    ├── NoRangeSet              nothing is active yet                                            503
-    ├── UnknownJob              no fit of that id                                                404
-    ├── JobOver                 a fit to cancel that has ended                                   409
-    ├── IdempotencyKeyReused    an idempotency key of another request                            409
-    ├── JobQueueFull            as many fits wait as are allowed                                 429
-    ├── InvalidKey              an API key that cannot be made, or an unreadable list of them    exit 2
-    ├── UnknownKey              no such API key                                                  exit 4
-    └── StoreUnavailable        Redis cannot be reached, or refuses to write                     503
-        └── InvalidStoreAddress   how to reach it is said in a way that cannot be used           exit 2
+    ├── InvalidErasure          a setting is out of bounds, or one concept is named twice
+    ├── NotFitted               the range set lacks that layer or ranking; lists what it has
+    ├── EnforcedErasure         a request would change the values that an enforced erasure sees
+    ├── UnknownConcept          the range set has no such concept
+    ├── UnknownNeuron           the model has no such neuron or layer
+    ├── UnknownRangeSet         no range set with that id is published
+    ├── ForeignRangeSet         fitted on another model than the one in use
+    ├── DtypeMismatch           fitted in another dtype than the model is served in
+    ├── UnresolvableErasure     a live erasure that the range set to activate cannot serve
+    ├── RangeSetInUse           the active range set cannot be removed
+    ├── StaleGeneration         the live state has changed since the caller read it
+    ├── GenerationNotReached    this process does not have that generation, and could not get it in time
+    ├── InvalidRangeSet         corrupt, truncated or foreign bytes
+    ├── NoRangeSet              no range set is active
+    ├── UnknownJob              no fit with that id
+    ├── JobOver                 a fit to cancel has already ended
+    ├── IdempotencyKeyReused    an idempotency key of another request
+    ├── JobQueueFull            the fit queue is full
+    ├── InvalidKey              an API key that cannot be created, or unreadable stored keys
+    ├── UnknownKey              no such API key
+    └── StoreUnavailable        Redis cannot be reached, or refuses to write
+        ├── LiveStateLost         Redis answers, but has lost the live state, which cannot be restored yet
+        └── InvalidStoreAddress   the settings for reaching Redis are invalid
 """
 
 import unicodedata
@@ -36,11 +37,11 @@ class RangeStoreError(Exception):
 
 
 class InvalidErasure(RangeStoreError):
-    """A setting of an erasure is out of its bounds, or one concept is named twice."""
+    """A setting of an erasure is out of bounds, or one concept is named twice."""
 
 
 class NotFitted(RangeStoreError):
-    """The range set holds no statistics for a layer or a ranking that was asked for."""
+    """The range set has no statistics for a requested layer or ranking."""
 
     def __init__(self, what: str, wanted: Iterable[object], fitted: Iterable[object]) -> None:
         self.what, self.wanted, self.fitted = what, sorted(wanted, key=str), list(fitted)
@@ -51,7 +52,7 @@ class NotFitted(RangeStoreError):
 
 
 class EnforcedErasure(RangeStoreError):
-    """An erasure of a request acts on a block before an enforced one, and would change the values that it sees."""
+    """A request's erasure acts on a block before an enforced one, and would change the values that it sees."""
 
 
 class UnknownConcept(RangeStoreError):
@@ -61,7 +62,7 @@ class UnknownConcept(RangeStoreError):
         self.concept, self.known = concept, list(known)
         composed = unicodedata.normalize("NFC", concept)
         alike = any(unicodedata.normalize("NFC", each) == composed for each in self.known)
-        hint = "; one of them looks the same and differs in its Unicode form: copy it from there" if alike else ""
+        hint = "; one of them looks the same but has another Unicode form: copy it from here" if alike else ""
         super().__init__(f"unknown concept {concept!r}; known: {', '.join(map(repr, self.known)) or 'none'}{hint}")
 
 
@@ -70,7 +71,7 @@ class UnknownNeuron(RangeStoreError):
 
 
 class UnknownRangeSet(RangeStoreError):
-    """No published range set has that id."""
+    """No range set with that id is published."""
 
     def __init__(self, range_set: str) -> None:
         self.range_set = range_set
@@ -78,7 +79,7 @@ class UnknownRangeSet(RangeStoreError):
 
 
 class ForeignRangeSet(RangeStoreError):
-    """The range set was fitted on another model than the one that is to use it."""
+    """The range set was fitted on another model than the one in use."""
 
 
 class DtypeMismatch(RangeStoreError):
@@ -86,7 +87,7 @@ class DtypeMismatch(RangeStoreError):
 
 
 class UnresolvableErasure(RangeStoreError):
-    """A live erasure cannot be resolved on the range set that is to be activated."""
+    """A live erasure cannot be resolved on the range set to activate."""
 
 
 class RangeSetInUse(RangeStoreError):
@@ -94,7 +95,7 @@ class RangeSetInUse(RangeStoreError):
 
 
 class StaleGeneration(RangeStoreError):
-    """The live state has moved on: read it again, then decide."""
+    """The live state has changed since the caller read it."""
 
     def __init__(self, expected: str, current: str) -> None:
         self.expected, self.current = expected, current
@@ -102,7 +103,7 @@ class StaleGeneration(RangeStoreError):
 
 
 class GenerationNotReached(RangeStoreError):
-    """A request asks for a generation that this process does not hold, and could not get in time."""
+    """A request requires a generation that this process does not have and could not get in time."""
 
     def __init__(self, wanted: str, held: str | None, why: str) -> None:
         self.wanted, self.held = wanted, held
@@ -111,11 +112,14 @@ class GenerationNotReached(RangeStoreError):
 
 
 class InvalidRangeSet(RangeStoreError):
-    """Bytes that are no range set: corrupt, truncated, or written by something else."""
+    """The bytes are not a range set: corrupt, truncated, or written by another program."""
 
 
 class NoRangeSet(RangeStoreError):
-    """No range set is active: fit one with `neuronlens fit … --activate`."""
+    """No range set is active."""
+
+    def __init__(self) -> None:
+        super().__init__("no range set is active: fit one with `neuronlens fit … --activate`")
 
 
 class UnknownJob(RangeStoreError):
@@ -141,7 +145,7 @@ class IdempotencyKeyReused(RangeStoreError):
 
 
 class JobQueueFull(RangeStoreError):
-    """As many fits wait as are allowed."""
+    """The fit queue is full."""
 
     retry_after = 10.0
     """Seconds."""
@@ -151,11 +155,11 @@ class JobQueueFull(RangeStoreError):
 
 
 class InvalidKey(RangeStoreError):
-    """An API key cannot be made as asked, or the stored keys are unreadable."""
+    """An API key cannot be created, or the stored keys are unreadable."""
 
 
 class UnknownKey(RangeStoreError):
-    """No API key of that name is in use."""
+    """No valid API key has that name."""
 
     def __init__(self, name: str) -> None:
         super().__init__(f"no key {name!r}; see `neuronlens keys list`")
@@ -172,5 +176,9 @@ class StoreUnavailable(RangeStoreError):
         self.code = code
 
 
+class LiveStateLost(StoreUnavailable):
+    """Redis answers, but has lost the live state that this process knows, which cannot be restored yet."""
+
+
 class InvalidStoreAddress(StoreUnavailable):
-    """What says how to reach Redis cannot be used, whatever Redis does."""
+    """The settings for reaching Redis are invalid, whatever Redis does."""

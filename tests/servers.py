@@ -77,9 +77,9 @@ class RunningServer:
         until(lambda: all(self.value("neuronlens_queue_texts", {"model": name}) == 0 for name in names))
         for service, (range_set, inspect) in zip(self.services, self.initial_ranges, strict=True):
             store = service.store
-            if store.live().range_set != range_set.id:
-                store.activate(store.publish(range_set, inspect), force=True)
-            if store.live().erasures:
+            if store.live_state().range_set != range_set.id:
+                store.activate(store.range_sets.publish(range_set, inspect), force=True)
+            if store.live_state().erasures:
                 store.set_erasures([])
             service.mirror.refresh()
         self.counters_at_reset = {
@@ -220,7 +220,7 @@ def with_ranges(running: RunningServer, *ranges: FitResult | Ranges) -> RunningS
     """Publish and activate ranges on a server, one for each of its models. The first ones are those of a reset."""
     pairs = tuple(each if isinstance(each, tuple) else (each.range_set, each.inspect) for each in ranges)
     for service, (range_set, inspect) in zip(running.services, pairs, strict=True):
-        service.store.activate(service.store.publish(range_set, inspect))
+        service.store.activate(service.store.range_sets.publish(range_set, inspect))
         service.mirror.refresh()
     running.initial_ranges = running.initial_ranges or pairs
     return running

@@ -66,18 +66,18 @@ class StoreControl:
         self._wait = wait
 
     def range_sets(self) -> Sequence[PublishedRangeSet]:
-        return self.store.list()
+        return self.store.range_sets.list()
 
     def activate(self, range_set: str, *, force: bool, if_match: str | None) -> LiveState:
         if not force:
-            check_dtype(self.store.provenance(range_set), self.store.replicas.read().dtypes)
+            check_dtype(self.store.range_sets.provenance(range_set), self.store.replicas.read().dtypes)
         return self._applied(self.store.activate(range_set, force, if_match, by=operator()))
 
     def live(self) -> LiveState:
-        return self._unexpired(self.store.live())
+        return self._unexpired(self.store.live_state())
 
     def switch_on(self, erasure: LiveErasure, *, expires_in: float | None, if_match: str | None) -> LiveState:
-        self.store.live()  # sets the clock
+        self.store.live_state()  # sets the clock
         now = self.store.clock.now()
         ends = None if expires_in is None else now + expires_in
         changed = erasure.model_copy(update={"by": operator(), "since": now, "expires_at": ends})
@@ -94,7 +94,7 @@ class StoreControl:
 
     def _unexpired(self, state: LiveState) -> LiveState:
         """The state without expired erasures that are still stored."""
-        return state.model_copy(update={"erasures": state.at(self.store.clock.now())})
+        return state.model_copy(update={"erasures": state.active_at(self.store.clock.now())})
 
     def _applied(self, state: LiveState) -> LiveState:
         if self._wait is None:
@@ -211,7 +211,7 @@ def _only_model(client: Any) -> str:
 def _models(client: Any) -> list[str]:
     """Names of the models with range sets. Raises CommandError if there are none."""
     from range_store.redis_errors import translate_redis_errors
-    from range_store.storage.keys import ModelKeys
+    from range_store.storage.schema import ModelKeys
 
     prefix = ModelKeys("").range_sets
     with translate_redis_errors():

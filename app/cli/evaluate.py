@@ -190,7 +190,7 @@ def evaluate(
     try:
         with progress("rows") as on_progress, _store_for(range_set, settings) as store:
             if store is not None and range_set is not None:
-                store.provenance(range_set)  # an unknown range set should fail before the model is loaded
+                store.range_sets.provenance(range_set)  # an unknown range set should fail before the model is loaded
             on_progress("loading the model", 0, 0)
             from app.serving.evaluate import evaluate_model  # here, because it loads torch
 

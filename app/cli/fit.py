@@ -60,7 +60,7 @@ def fit(
     check_texts(corpus, cluster=cluster)
     check_model(settings, cluster)
     with server_job or nullcontext(), open_store(settings, publishes=True) as store:
-        store.peek()  # an unreachable store should fail before the work, not after it
+        store.read_live_state()  # an unreachable store should fail before the work, not after it
         model = settings.model_settings.model_copy(update={"dtype": _dtype(settings.dtype, store)})
         try:
             with nullcontext(server_job) if server_job else progress("rows") as on_progress:
@@ -79,7 +79,7 @@ def fit(
                     **fitting.arguments(correct_only, rows_per_class),
                 )
                 on_progress("publishing", 0, 0)
-                published = store.publish(fitted.range_set, fitted.inspect)
+                published = store.range_sets.publish(fitted.range_set, fitted.inspect)
         except KeyboardInterrupt:
             hint("interrupted: the same command resumes from the last checkpoint")
             raise typer.Exit(INTERRUPTED) from None
@@ -165,7 +165,7 @@ def _dtype(chosen: str, store: RangeStore) -> str:
 def _activate(store: RangeStore, published: str, settings: Settings) -> str:
     """Activate a range set, and return the new generation."""
     try:
-        check_dtype(store.provenance(published), _served_dtypes(store))
+        check_dtype(store.range_sets.provenance(published), _served_dtypes(store))
         return store.activate(published, by=operator(), reason="fit").generation
     except RangeStoreError:
         again = command("ranges", "activate", published, force=True, name=store.model, **store_options(settings))

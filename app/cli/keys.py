@@ -74,7 +74,7 @@ def list_(
     with _key_store(settings) as store:
         found = store.read()
     now = store.clock.now()
-    listed = [] if found is None else list(found.keys if everything else found.good(now))
+    listed = [] if found is None else list(found.keys if everything else found.valid(now))
     if as_json:
         print_json({"in_force": found is not None, "keys": [_as_json(key, store) for key in listed]})
         return
@@ -100,7 +100,7 @@ def revoke(
         print_json(_as_json(key, store))
     else:
         say(f"revoked {key.name!r} ({key.id})")
-    if found is not None and not found.good(store.clock.now()):
+    if found is not None and not found.valid(store.clock.now()):
         hint("no valid key is left: servers refuse every request until you create one")
 
 
@@ -120,7 +120,7 @@ def _check_rate(text: str) -> None:
 
 
 def _as_json(key: ApiKey, store: ApiKeyStore) -> dict[str, Any]:
-    return {**key.model_dump(mode="json", exclude={"sha256"}), "in_force": key.good(store.clock.now())}
+    return {**key.model_dump(mode="json", exclude={"sha256"}), "in_force": key.is_valid(store.clock.now())}
 
 
 def _row(key: ApiKey) -> tuple[object, ...]:

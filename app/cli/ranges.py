@@ -125,7 +125,7 @@ def export(
     with target.open() as control:
         store = _store_of(control, "export")
         found = _find(control, id_)
-        store.export(found.id, out)
+        store.range_sets.export_file(found.id, out)
     if as_json:
         print_json({"id": found.id, "file": str(out), "bytes": out.stat().st_size})
     else:
@@ -149,8 +149,8 @@ def import_(
     model = target.name or range_set.provenance.model.id
     with target.open(name=model, publishes=True) as control:
         store = _store_of(control, "import")
-        there = range_set.id in store.ids()
-        published = store.publish(range_set, inspect)
+        there = range_set.id in store.range_sets.ids()
+        published = store.range_sets.publish(range_set, inspect)
         generation = control.activate(published, force=False, if_match=None).generation if activate else None
     if as_json:
         print_json({"id": published, "model": model, "generation": generation})
@@ -175,7 +175,7 @@ def remove(
     with target.open() as control:
         store = _store_of(control, "remove")
         found = _find(control, id_)
-        store.remove(found.id)
+        store.range_sets.remove(found.id)
     if as_json:
         print_json({"id": found.id})
     else:

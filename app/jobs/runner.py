@@ -213,7 +213,7 @@ class FitRunner:
         if request.activate and not job.over and job.state != "cancelling":
             try:
                 if not request.force:
-                    check_dtype(self._store.provenance(range_set), (self._model.dtype,))
+                    check_dtype(self._store.range_sets.provenance(range_set), (self._model.dtype,))
                 state = self._store.activate(range_set, request.force, None, job.by, request.reason)
                 changes["generation"] = state.generation
                 with suppress(StoreUnavailable):

@@ -63,7 +63,7 @@ def expected_generation(store: RangeStore, named: tuple[str, ...]) -> str | None
     """
     if len(named) <= 1:
         return named[0] if named else None
-    current = store.live().generation
+    current = store.live_state().generation
     if current not in named:
         raise StaleGeneration(" or ".join(named), current)
     return current
@@ -169,7 +169,7 @@ async def applied(
         except StaleGeneration:
             if not service.store.has_change_for(change_id):
                 raise
-            state = service.store.live()
+            state = service.store.live_state()
         note(generation=state.generation)
         try:
             service.mirror.refresh()
@@ -206,6 +206,6 @@ def live_list(service: Service, state: LiveState) -> LiveListOut:
                 since=live.since,
                 by=live.by,
             )
-            for live in state.at(service.mirror.now())
+            for live in state.active_at(service.mirror.now())
         ],
     )

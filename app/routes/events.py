@@ -91,7 +91,7 @@ class _StreamState:
         snapshot = service.mirror.snapshot
         if snapshot is not None:
             state = snapshot.live
-            live = (state.generation, tuple(each.concept for each in state.at(service.mirror.now())))
+            live = (state.generation, tuple(each.concept for each in state.active_at(service.mirror.now())))
             if live != self._live:
                 due.append(event("live", live_list(service, state).model_dump_json().encode(), state.generation))
                 self._live = live

@@ -43,7 +43,7 @@ Tau = Annotated[float, Query(ge=0, allow_inf_nan=False, description="Half-width 
 def list_concepts(service: ServiceDep) -> ConceptsOut:
     """Concepts of the active range set, and whether each is erased now."""
     range_set, live = service.require_range_set(), service.require_snapshot().live
-    erased = {each.concept: each.enforced for each in live.at(service.mirror.now())}
+    erased = {each.concept: each.enforced for each in live.active_at(service.mirror.now())}
     return ConceptsOut(
         model=service.name,
         range_set=range_set.id,
@@ -116,7 +116,7 @@ async def show_neuron(
     range_set.layer(block)
 
     def read() -> tuple[InspectLayer, Sequence[NeuronStatistics]]:
-        inspect = service.store.read_inspect(range_set.id, block)
+        inspect = service.store.range_sets.read_inspect(range_set.id, block)
         return inspect, neuron_statistics(range_set, inspect, block, neuron, tau)
 
     inspect, found = await store_threads.run(read)

@@ -33,7 +33,7 @@ register_url_convertor("range_set_id", _RangeSetId())
 @router.operation("GET", "/v1/range-sets", key_scope="read", errors=(*QUERY, 503))
 async def list_range_sets(service: ServiceDep, store_threads: StoreThreadsDep) -> RangeSetsOut:
     """Every published range set of the model, newest first."""
-    published = await store_threads.run(service.store.list)
+    published = await store_threads.run(service.store.range_sets.list)
     active = next((each.id for each in published if each.active), None)
     return RangeSetsOut(model=service.name, active=active, range_sets=[_out(each) for each in published])
 
@@ -41,7 +41,7 @@ async def list_range_sets(service: ServiceDep, store_threads: StoreThreadsDep) -
 @router.operation("GET", "/v1/range-sets/{range_set:range_set_id}", key_scope="read", errors=(*QUERY, 503))
 async def show_range_set(service: ServiceDep, store_threads: StoreThreadsDep, range_set: str) -> RangeSetOut:
     """The provenance of a range set: model, corpus, settings, versions."""
-    for each in await store_threads.run(service.store.list):
+    for each in await store_threads.run(service.store.range_sets.list):
         if each.id == range_set:
             return _out(each)
     raise UnknownRangeSet(range_set)
@@ -64,7 +64,7 @@ async def activate(
     service = selector.service(body.model)
 
     def change(store: RangeStore) -> LiveState:
-        provenance = store.provenance(body.id)
+        provenance = store.range_sets.provenance(body.id)
         check_model(provenance, service.model.identity.fingerprint, service.model.earlier_fingerprint)
         if not body.force:
             check_dtype(provenance, (service.model.dtype,))

@@ -38,7 +38,7 @@ class Caller:
 
     def may(self, scope: KeyScope) -> bool:
         """Whether the caller has a scope."""
-        return self.key is None or self.key.may(scope)
+        return self.key is None or self.key.allows(scope)
 
 
 ANYONE = Caller(None)
@@ -97,7 +97,7 @@ class Authentication:
         key = self.keyring.identify(token_of(Headers(scope=scope)))
         note(key=key.name)
         self._count(key.id, rate(key.rate_limit) if key.rate_limit else self.rate_limit)
-        if not key.may(needed):
+        if not key.allows(needed):
             have = ", ".join(key.scopes)
             raise Refused("wrong_scope", f"this call needs a key with scope {needed}; this one has {have}")
         return Caller(key)

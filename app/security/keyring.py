@@ -96,7 +96,7 @@ class Keyring:
             detail = "an API key is required: send it as `Authorization: Bearer …` or `X-API-Key: …`"
             raise Refused("no_key", detail)
         key = known.find_by_token(token)
-        if key is None or not key.good(self._store.clock.now()):
+        if key is None or not key.is_valid(self._store.clock.now()):
             raise Refused("bad_key", "this API key is wrong, revoked or expired")
         if not _readable(key):
             raise Refused("bad_key", "this API key is damaged: an operator must revoke it and create another")
@@ -108,10 +108,10 @@ class Keyring:
             return not self.in_force
         held = self._known.keys if self._known is not None else ()
         found = next((each for each in held if each.id == key.id), None)
-        return found is not None and found.good(self._store.clock.now()) and found.may(scope)
+        return found is not None and found.is_valid(self._store.clock.now()) and found.allows(scope)
 
     def _accept(self, found: ApiKeys) -> None:
-        for key in found.good(self._store.clock.now()):
+        for key in found.valid(self._store.clock.now()):
             if not _readable(key) and key.id not in self._reported:
                 self._reported.add(key.id)
                 logger.error(

@@ -66,11 +66,11 @@ def service_around(
             if said := dtype_mismatch(range_set.provenance, model.dtype):
                 logger.warning("%s, range set %s: %s", name, range_set.id, said)
 
-    def also() -> None:
+    def read_others() -> None:
         keyring.refresh()
         if mirror.store_up:  # else who waits for a store that hangs would wait once more
             with suppress(RangeStoreError):
-                feed.set_range_sets(store.ids())
+                feed.set_range_sets(store.range_sets.ids())
                 fits.refresh()
 
     def jobs_changed(jobs: Jobs) -> None:
@@ -81,11 +81,11 @@ def service_around(
         model.identity.fingerprint,
         poll=settings.poll_seconds,
         on_change=changed,
-        also=also,
+        on_read=read_others,
         replica=new_replica_name(),
-        earlier=model.earlier_fingerprint,
+        earlier_fingerprint=model.earlier_fingerprint,
     )
-    store.guard = mirror.before_change
+    store.before_change = mirror.before_change
     jobs = JobStore(client, name)
     fits = FitRunner(jobs, settings, model, store, mirror, jobs_changed)
     assert mirror.heartbeat is not None

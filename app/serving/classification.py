@@ -171,7 +171,7 @@ def _trace(span: Span, answer: Answer) -> None:
 
 def has_enforced_erasure(service: Service) -> bool:
     """Whether an erasure is enforced now."""
-    return any(each.enforced for each in service.require_snapshot().live.at(service.mirror.now()))
+    return any(each.enforced for each in service.require_snapshot().live.active_at(service.mirror.now()))
 
 
 def time_limit(service: Service, requested: float | None) -> float:

@@ -170,13 +170,13 @@ def _read_published(
     store: RangeStore, range_set_id: str, backend: _Backend, test: Corpus
 ) -> tuple[RangeSet, dict[int, InspectLayer]]:
     """A published range set for the evaluation of these texts, and its statistics by layer."""
-    range_set = store.read(range_set_id)
+    range_set = store.range_sets.read(range_set_id)
     check_model(range_set.provenance, backend.model.fingerprint, backend.earlier_fingerprint)
     if range_set.provenance.corpus.sha256 == test.sha256:
         raise CorpusError(f"--test-data: the range set was fitted on {test.name}: use texts that it was not fitted on")
     if mismatch := dtype_mismatch(range_set.provenance, backend.dtype):
         logger.warning("range set %s: %s", range_set_id, mismatch)
-    return range_set, {layer: store.read_inspect(range_set_id, layer) for layer in range_set.layers}
+    return range_set, {layer: store.range_sets.read_inspect(range_set_id, layer) for layer in range_set.layers}
 
 
 def _read_other_texts(data: CorpusChoice, test: Corpus, backend: _Backend) -> Corpus:

@@ -84,7 +84,7 @@ class Service:
     def require_range_set(self) -> RangeSet:
         """The active range set; raises NoRangeSet if there is none."""
         if (range_set := self.require_snapshot().range_set) is None:
-            raise NoRangeSet("no range set is active: fit one with `neuronlens fit … --activate`")
+            raise NoRangeSet()
         return range_set
 
     def drain(self) -> None:

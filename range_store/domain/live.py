@@ -1,4 +1,4 @@
-"""The live state: which erasures apply to requests that name none, versioned by a generation."""
+"""The live state: the erasures that apply to requests that name none, versioned by a generation."""
 
 import secrets
 import time
@@ -11,23 +11,25 @@ from range_store.domain.erasure import Erasure, FrozenModel, check_distinct_conc
 from range_store.errors import InvalidErasure
 
 Generation = Annotated[str, Field(pattern=r"^[0-9a-f]{8}-(0|[1-9][0-9]*)$")]
-"""`epoch-counter`: the epoch is random where the state is created, so an emptied Redis never repeats a generation."""
-
-
-def is_at_least(generation: str, wanted: str) -> bool:
-    """Whether `generation` is `wanted` or a later one of the same epoch; of two epochs neither is the later one."""
-    (epoch, counter), (wanted_epoch, wanted_counter) = generation.split("-"), wanted.split("-")
-    return epoch == wanted_epoch and int(counter) >= int(wanted_counter)
-
+"""`epoch-counter`. The epoch is random, so a Redis that was emptied never repeats a generation."""
 
 Action = Literal["create", "set", "remove", "replace", "activate", "expire", "restore"]
-"""`restore`: a server put back what Redis had forgotten."""
+"""What changed the live state. `restore`: a server restored what Redis had lost."""
+
+MAX_CONTINUED = 16
+"""Earlier epochs that a state lists. A server that missed more restores counts as one with newer knowledge."""
+
+
+def is_at_least(generation: str, minimum: str) -> bool:
+    """Whether `generation` is `minimum` or a later one of the same epoch. Generations of two epochs have no order."""
+    (epoch, counter), (min_epoch, min_counter) = generation.split("-"), minimum.split("-")
+    return epoch == min_epoch and int(counter) >= int(min_counter)
 
 
 class LiveErasure(FrozenModel):
     """An erasure that an operator switched on.
 
-    `enforced`: joined to every plan, whatever the request says. `expires_at`, `since`: Unix seconds. `by`: who did it.
+    `enforced`: added to every plan, whatever the request says. `expires_at`, `since`: Unix seconds. `by`: the operator.
     """
 
     erasure: Erasure
@@ -47,13 +49,13 @@ class LiveErasure(FrozenModel):
 
 
 class LiveState(FrozenModel):
-    """Active range set and live erasures, sorted by concept name, of one model."""
+    """The active range set and the live erasures of one model, sorted by concept."""
 
     generation: Generation
     range_set: str | None
     erasures: tuple[LiveErasure, ...]
     continues: tuple[Generation, ...] = ()
-    """The generations of earlier epochs that this epoch took over after Redis had forgotten them, newest first."""
+    """The last generations of earlier epochs that this epoch continues after Redis had lost them, newest first."""
 
     @field_validator("erasures")
     @classmethod
@@ -73,11 +75,11 @@ class LiveState(FrozenModel):
         return int(self.generation.split("-")[1])
 
     def is_at_least(self, generation: str) -> bool:
-        """Whether this is that generation, or a later one of the same epoch or of one that continues it."""
+        """Whether this is `generation`, or a later one of its epoch or of an epoch that continues it."""
         return any(is_at_least(each, generation) for each in (self.generation, *self.continues))
 
-    def at(self, now: float) -> tuple[LiveErasure, ...]:
-        """The erasures that apply at Unix time `now`: expiry is obeyed even while Redis is away."""
+    def active_at(self, now: float) -> tuple[LiveErasure, ...]:
+        """Return the erasures that apply at Unix time `now`. They expire on time even while Redis is away."""
         return tuple(each for each in self.erasures if not each.expired(now))
 
     @property
@@ -86,17 +88,18 @@ class LiveState(FrozenModel):
         return min((each.expires_at for each in self.erasures if each.expires_at is not None), default=None)
 
     def next_generation(self, range_set: str | None, erasures: tuple[LiveErasure, ...]) -> "LiveState":
-        """The next generation, with that range set and those erasures."""
+        """Return the next generation, with that range set and those erasures."""
         generation = f"{self.epoch}-{self.counter + 1}"
         return LiveState(generation=generation, range_set=range_set, erasures=erasures, continues=self.continues)
 
 
-MOST_CONTINUED = 16
-"""Earlier epochs that a state remembers; a server that missed more restores is taken for one that knows something."""
+def initial_state() -> LiveState:
+    """Return a state without range set and erasures, in a new epoch."""
+    return LiveState(generation=f"{secrets.token_hex(4)}-0", range_set=None, erasures=())
 
 
 def new_epoch(states: Iterable[LiveState], range_set: str | None, erasures: tuple[LiveErasure, ...]) -> LiveState:
-    """The first generation of a new epoch that takes over what these states were, the newest first."""
+    """Return the first generation of a new epoch that continues `states`, given newest first."""
     continues: dict[str, str] = {}
     for generation in (each for state in states for each in (state.generation, *state.continues)):
         epoch = generation.split("-")[0]
@@ -106,20 +109,15 @@ def new_epoch(states: Iterable[LiveState], range_set: str | None, erasures: tupl
         generation=f"{secrets.token_hex(4)}-1",
         range_set=range_set,
         erasures=erasures,
-        continues=tuple(continues.values())[:MOST_CONTINUED],
+        continues=tuple(continues.values())[:MAX_CONTINUED],
     )
 
 
-def initial_state() -> LiveState:
-    """Nothing active, nothing erased, in an epoch of its own."""
-    return LiveState(generation=f"{secrets.token_hex(4)}-0", range_set=None, erasures=())
-
-
 class Change(FrozenModel):
-    """What the audit keeps of one change. Texts of users are never part of it.
+    """One change, as the audit keeps it. It never contains texts of users.
 
-    `concepts`: those that the change was about. `dropped`: erasures that a forced activation took out.
-    `before` is None where the live state was created.
+    `concepts`: the concepts that the change names. `dropped`: erasures that a forced activation removed.
+    `before`: None where the live state was created.
     """
 
     action: Action
@@ -133,7 +131,7 @@ class Change(FrozenModel):
 
 
 class AuditEntry(Change):
-    """A change as read back: `id` is its place in the stream, `at` the Unix time by Redis's clock."""
+    """A stored change. `id`: its position in the stream. `at`: Unix time by Redis's clock."""
 
     id: str
     at: float

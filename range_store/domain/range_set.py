@@ -244,11 +244,6 @@ def content_id(provenance: Provenance, parts: Mapping[str, str]) -> str:
     return hashlib.sha256(canonical.encode()).hexdigest()[:20]
 
 
-def statistics_shape(provenance: Provenance) -> tuple[int, int, int]:
-    """(C, D, B): concepts, neurons, histogram bins."""
-    return len(provenance.concepts), provenance.model.hidden_size, provenance.settings.bins
-
-
 def field_names(kind: type[ServeLayer] | type[InspectLayer]) -> tuple[str, ...]:
     """Names of a part's arrays."""
     return tuple(field.name for field in dataclasses.fields(kind))

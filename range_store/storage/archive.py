@@ -1,8 +1,8 @@
-"""A whole range set as one safetensors file: what `neuronlens ranges export` writes and `import` reads.
+"""Reads and writes a range set as one safetensors file, for `neuronlens ranges export` and `import`.
 
-Tensors are `layer.{l}.serve.{array}` and `layer.{l}.inspect.{array}`. One metadata entry holds, as JSON, the id, the
-provenance and the digest of every part; its own digest stands beside them, because the id leaves out library versions
-and dates. Every byte of such a file counts: whatever is changed, reading says so.
+Tensors are named `layer.{l}.serve.{array}` and `layer.{l}.inspect.{array}`. One metadata entry holds the id, the
+provenance and the digest of every part as JSON, and the digest of that JSON: the id does not cover library versions
+and dates. Reading detects any changed byte.
 """
 
 import hashlib
@@ -21,14 +21,13 @@ from range_store.domain.range_set import Digest, InspectLayer, RangeSet, ServeLa
 from range_store.errors import InvalidRangeSet
 from range_store.storage.codec import (
     DTYPE_NAMES,
-    Meta,
-    check_meta,
+    Metadata,
+    check_metadata,
     describe,
-    encode_meta,
+    encode_metadata,
     from_safetensors,
-    inspect_arrays,
     inspect_layer,
-    serve_arrays,
+    layer_arrays,
     serve_layer,
     to_safetensors,
 )
@@ -40,41 +39,40 @@ _LENGTH = struct.Struct("<Q")
 
 
 class Archive(FrozenModel):
-    """The metadata entry. `sha256` covers `meta` as it is stored."""
+    """The metadata entry. `sha256` is that of the encoded `meta`."""
 
     id: str
-    meta: Meta
+    meta: Metadata
     sha256: Digest
 
 
 def encode_archive(range_set: RangeSet, inspect: dict[int, InspectLayer]) -> bytes:
-    """The bytes of the file.
+    """Encode a range set as the bytes of a file.
 
     Raises:
-        InvalidRangeSet: arrays are not what the provenance says, or the id is not that of the contents.
+        InvalidRangeSet: arrays do not match the provenance, or the id does not match the contents.
     """
-    meta, _ = describe(range_set.provenance, range_set.layers, inspect)
-    check_meta(meta, range_set.id)
+    metadata, _ = describe(range_set.provenance, range_set.layers, inspect)
+    check_metadata(metadata, range_set.id)
     arrays: dict[str, npt.NDArray[Any]] = {}
     for layer in range_set.provenance.settings.layers:
-        parts = {"serve": serve_arrays(range_set.layers[layer]), "inspect": inspect_arrays(inspect[layer])}
-        for kind, part in parts.items():
-            arrays |= {f"layer.{layer}.{kind}.{name}": array for name, array in part.items()}
-    return to_safetensors(arrays, {ENTRY: _entry(meta).model_dump_json()})
+        for kind, part in (("serve", range_set.layers[layer]), ("inspect", inspect[layer])):
+            arrays |= {f"layer.{layer}.{kind}.{name}": array for name, array in layer_arrays(part).items()}
+    return to_safetensors(arrays, {ENTRY: _entry(metadata).model_dump_json()})
 
 
 def decode_archive(data: bytes) -> tuple[RangeSet, dict[int, InspectLayer]]:
-    """The range set in the bytes of a file. Digests and id are computed anew from the arrays.
+    """Decode the bytes of a file. Digests and id are computed again from the arrays.
 
     Raises:
-        InvalidRangeSet: anything at all is wrong.
+        InvalidRangeSet: the bytes are not exactly those of an archive.
     """
     archive = _read_entry(data)
     provenance = archive.meta.provenance
     if archive != _entry(archive.meta):
         raise InvalidRangeSet("the file's provenance does not match its sha256 or its id: it was altered")
     arrays = from_safetensors(data)
-    if not data.startswith(_head(arrays, archive)):
+    if not data.startswith(_header(arrays, archive)):
         raise InvalidRangeSet("the header is not as it was written")
     serve: dict[int, ServeLayer] = {}
     inspect: dict[int, InspectLayer] = {}
@@ -83,19 +81,19 @@ def decode_archive(data: bytes) -> tuple[RangeSet, dict[int, InspectLayer]]:
         inspect[layer] = inspect_layer(_take(arrays, f"layer.{layer}.inspect."), provenance)
     if arrays:
         raise InvalidRangeSet(f"the file holds arrays that do not belong: {', '.join(sorted(arrays)[:3])}")
-    meta, _ = describe(provenance, serve, inspect)
-    for name, digest in meta.parts.items():
+    metadata, _ = describe(provenance, serve, inspect)
+    for name, digest in metadata.parts.items():
         if digest != archive.meta.parts.get(name):
             raise InvalidRangeSet(f"{name} of the file is corrupt: its sha256 does not match")
-    check_meta(archive.meta, archive.id)
-    return RangeSet(meta.id, provenance, serve), inspect
+    check_metadata(archive.meta, archive.id)
+    return RangeSet(metadata.id, provenance, serve), inspect
 
 
 def read_archive(path: Path) -> tuple[RangeSet, dict[int, InspectLayer]]:
-    """The range set in a file.
+    """Read a range set from a file.
 
     Raises:
-        InvalidRangeSet: the file cannot be read, or anything in it is wrong.
+        InvalidRangeSet: the file cannot be read, or is not exactly as it was written.
     """
     try:
         data = path.read_bytes()
@@ -104,11 +102,11 @@ def read_archive(path: Path) -> tuple[RangeSet, dict[int, InspectLayer]]:
     try:
         return decode_archive(data)
     except InvalidRangeSet as error:
-        raise InvalidRangeSet(f"{path} is no range set: {error}") from None
+        raise InvalidRangeSet(f"{path} is not a range set: {error}") from None
 
 
 def write_archive(path: Path, range_set: RangeSet, inspect: dict[int, InspectLayer]) -> None:
-    """Write the file whole or not at all.
+    """Write a range set to a file, completely or not at all.
 
     Raises:
         OSError: the directory is missing, full or not writable; names the file.
@@ -120,33 +118,36 @@ def write_archive(path: Path, range_set: RangeSet, inspect: dict[int, InspectLay
         os.fsync(file.fileno())
 
 
-def _entry(meta: Meta) -> Archive:
-    return Archive(id=meta.id, meta=meta, sha256=hashlib.sha256(encode_meta(meta)).hexdigest())
+def _entry(metadata: Metadata) -> Archive:
+    return Archive(id=metadata.id, meta=metadata, sha256=hashlib.sha256(encode_metadata(metadata)).hexdigest())
 
 
 def _read_entry(data: bytes) -> Archive:
-    """The metadata entry, which must be as its writer leaves it: else a changed byte could go unseen."""
-    if len(data) < _LENGTH.size or len(data) < _LENGTH.size + _LENGTH.unpack_from(data)[0]:
-        raise InvalidRangeSet("the file is truncated, or no safetensors")
-    raw = data[_LENGTH.size : _LENGTH.size + _LENGTH.unpack_from(data)[0]]
+    """Read the metadata entry; it must have the exact form that is written, so that no changed byte goes unnoticed."""
+    end = _LENGTH.size + _LENGTH.unpack_from(data)[0] if len(data) >= _LENGTH.size else len(data) + 1
+    if len(data) < end:
+        raise InvalidRangeSet("the file is truncated, or not in safetensors format")
     try:
-        header = json.loads(raw.decode())
+        header = json.loads(data[_LENGTH.size : end].decode())
     except (ValueError, RecursionError):
-        raise InvalidRangeSet("the header is no JSON") from None
+        raise InvalidRangeSet("the header is not valid JSON") from None
     metadata = header.get("__metadata__") if isinstance(header, dict) else None
     if not isinstance(metadata, dict) or set(metadata) != {ENTRY}:
-        raise InvalidRangeSet(f"no metadata {ENTRY!r}: written by something else?")
+        raise InvalidRangeSet(f"it has no metadata {ENTRY!r}: was it written by another program?")
     try:
         archive = Archive.model_validate_json(metadata[ENTRY])
     except (ValidationError, TypeError, RecursionError):
-        raise InvalidRangeSet("the provenance in the header is unreadable, or of another version") from None
+        raise InvalidRangeSet("the provenance in the header is invalid, or from another version") from None
     if archive.model_dump_json() != metadata[ENTRY]:
         raise InvalidRangeSet("the provenance in the header is not as it was written")
     return archive
 
 
-def _head(arrays: dict[str, npt.NDArray[Any]], archive: Archive) -> bytes:
-    """Length and header of the file, as safetensors writes them: wide types first, then by name, with no gaps."""
+def _header(arrays: dict[str, npt.NDArray[Any]], archive: Archive) -> bytes:
+    """Return the length and header that safetensors writes: wide types first, then by name, without gaps.
+
+    Encoding the arrays again to compare them would need their memory once more.
+    """
     header: dict[str, Any] = {"__metadata__": {ENTRY: archive.model_dump_json()}}
     end = 0
     for name, array in sorted(arrays.items(), key=lambda item: (-item[1].itemsize, item[0])):
@@ -158,6 +159,6 @@ def _head(arrays: dict[str, npt.NDArray[Any]], archive: Archive) -> bytes:
 
 
 def _take(arrays: dict[str, npt.NDArray[Any]], prefix: str) -> dict[str, npt.NDArray[Any]]:
-    """The arrays whose names begin with `prefix`, without it; they leave `arrays`."""
+    """Remove the arrays whose names begin with `prefix`, and return them by the rest of their names."""
     names = [name for name in arrays if name.startswith(prefix)]
     return {name.removeprefix(prefix): arrays.pop(name) for name in names}

@@ -1,12 +1,12 @@
-"""Parts of a range set as safetensors bytes, and their meta data as JSON: the form in which Redis holds them.
+"""Encodes the parts of a range set as safetensors, and its metadata as JSON: the form in which Redis holds them.
 
-A part's bytes are a function of its arrays, so that equal statistics have equal digests, and a range set one id.
-Whatever is wrong with bytes from outside, decoding raises InvalidRangeSet and nothing else.
+The bytes of a part depend on its arrays only, so equal statistics have equal digests and a range set has one id.
+Decoding checks everything; invalid bytes raise InvalidRangeSet and nothing else.
 """
 
 import hashlib
 from collections.abc import Iterator, Mapping
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -15,36 +15,21 @@ import safetensors.numpy
 from pydantic import ValidationError
 
 from range_store.domain.erasure import FrozenModel, Ranking
-from range_store.domain.range_set import (
-    Digest,
-    InspectLayer,
-    Provenance,
-    RangeSet,
-    ServeLayer,
-    content_id,
-    field_names,
-    statistics_shape,
-)
+from range_store.domain.range_set import Digest, InspectLayer, Provenance, RangeSet, ServeLayer, content_id, field_names
 from range_store.errors import InvalidRangeSet
 
 Arrays = Mapping[str, npt.NDArray[Any]]
+Layer = ServeLayer | InspectLayer
 SALIENCY = "saliency."
-"""Saliencies are stored one array per ranking, as `saliency.{ranking}`."""
+"""Prefix of the saliency arrays, one per ranking: `saliency.{ranking}`."""
 
 _DTYPES: dict[str, np.dtype[Any]] = {"F64": np.dtype(np.float64), "U32": np.dtype(np.uint32)}
 DTYPE_NAMES = {dtype: name for name, dtype in _DTYPES.items()}
-"""What safetensors calls the types of arrays."""
+"""The names of array types in safetensors."""
 
 
-class Spec(NamedTuple):
-    """What an array must look like."""
-
-    dtype: np.dtype[Any]
-    shape: tuple[int, ...]
-
-
-class Meta(FrozenModel):
-    """What the store keeps of a range set beside its parts: provenance, and sha256 of every part by name."""
+class Metadata(FrozenModel):
+    """What the store keeps of a range set beside its parts: the provenance, and the sha256 of every part by name."""
 
     provenance: Provenance
     parts: dict[str, Digest]
@@ -55,183 +40,153 @@ class Meta(FrozenModel):
 
 
 def serve_part(layer: int) -> str:
-    """Name of the part that holds a layer's ServeLayer."""
+    """Return the name of the part that holds a layer's ServeLayer."""
     return f"layer:{layer}:serve"
 
 
 def inspect_part(layer: int) -> str:
-    """Name of the part that holds a layer's InspectLayer."""
+    """Return the name of the part that holds a layer's InspectLayer."""
     return f"layer:{layer}:inspect"
 
 
-def part_names(provenance: Provenance) -> tuple[str, ...]:
-    """Names of all parts, layer by layer."""
-    return tuple(name for layer in provenance.settings.layers for name in (serve_part(layer), inspect_part(layer)))
-
-
-def serve_specs(provenance: Provenance) -> dict[str, Spec]:
-    """Arrays of a serve part by stored name."""
-    concepts, hidden, _ = statistics_shape(provenance)
-    names = ["mean", "std", *(SALIENCY + ranking for ranking in provenance.settings.rankings)]
-    return {name: Spec(_DTYPES["F64"], (concepts, hidden)) for name in names}
-
-
-def inspect_specs(provenance: Provenance) -> dict[str, Spec]:
-    """Arrays of an inspect part by stored name."""
-    concepts, hidden, bins = statistics_shape(provenance)
-    specs = {name: Spec(_DTYPES["F64"], (concepts, hidden)) for name in field_names(InspectLayer)}
-    specs["edges"] = Spec(_DTYPES["F64"], (hidden, bins + 1))
-    specs["histogram"] = Spec(_DTYPES["U32"], (concepts, hidden, bins + 2))
-    return specs
-
-
-def serve_arrays(serve: ServeLayer) -> dict[str, npt.NDArray[Any]]:
-    """The arrays of `serve` by stored name."""
-    saliency = {SALIENCY + ranking: values for ranking, values in serve.saliency.items()}
-    return {"mean": serve.mean, "std": serve.std, **saliency}
-
-
-def inspect_arrays(inspect: InspectLayer) -> dict[str, npt.NDArray[Any]]:
-    """The arrays of `inspect` by stored name."""
-    return {name: getattr(inspect, name) for name in field_names(InspectLayer)}
-
-
-def encode_serve(serve: ServeLayer, provenance: Provenance) -> bytes:
-    """Raises InvalidRangeSet if the arrays are not what the provenance says."""
-    arrays = serve_arrays(serve)
-    _check_serve(arrays, provenance)
-    return to_safetensors(arrays)
-
-
-def encode_inspect(inspect: InspectLayer, provenance: Provenance) -> bytes:
-    """Raises InvalidRangeSet if the arrays are not what the provenance says."""
-    arrays = inspect_arrays(inspect)
-    _check_inspect(arrays, provenance)
-    return to_safetensors(arrays)
-
-
-def decode_serve(data: bytes, meta: Meta, layer: int) -> ServeLayer:
-    """The serve part of a layer; its arrays are read-only.
-
-    Raises:
-        InvalidRangeSet: not the bytes that `meta` names, or not such a part.
-    """
-    return serve_layer(_checked(data, meta, serve_part(layer)), meta.provenance)
-
-
-def decode_inspect(data: bytes, meta: Meta, layer: int) -> InspectLayer:
-    """The inspect part of a layer; its arrays are read-only.
-
-    Raises:
-        InvalidRangeSet: not the bytes that `meta` names, or not such a part.
-    """
-    return inspect_layer(_checked(data, meta, inspect_part(layer)), meta.provenance)
+def layer_arrays(layer: Layer) -> dict[str, npt.NDArray[Any]]:
+    """Return the arrays of a layer by stored name."""
+    if isinstance(layer, InspectLayer):
+        return {name: getattr(layer, name) for name in field_names(InspectLayer)}
+    saliency = {SALIENCY + ranking: values for ranking, values in layer.saliency.items()}
+    return {"mean": layer.mean, "std": layer.std, **saliency}
 
 
 def serve_layer(arrays: Arrays, provenance: Provenance) -> ServeLayer:
-    """Arrays by stored name as a ServeLayer; raises InvalidRangeSet unless they are one."""
-    _check_serve(arrays, provenance)
+    """Build a ServeLayer from arrays by stored name. Raises InvalidRangeSet if they do not match the provenance."""
+    _check_arrays(ServeLayer, arrays, provenance)
     saliency: dict[Ranking, npt.NDArray[np.float64]]
     saliency = {ranking: arrays[SALIENCY + ranking] for ranking in provenance.settings.rankings}
     return ServeLayer(mean=arrays["mean"], std=arrays["std"], saliency=saliency)
 
 
 def inspect_layer(arrays: Arrays, provenance: Provenance) -> InspectLayer:
-    """Arrays by stored name as an InspectLayer; raises InvalidRangeSet unless they are one."""
-    _check_inspect(arrays, provenance)
+    """Build an InspectLayer from arrays by stored name. Raises InvalidRangeSet if they do not match the provenance."""
+    _check_arrays(InspectLayer, arrays, provenance)
     return InspectLayer(**{name: arrays[name] for name in field_names(InspectLayer)})
 
 
-def encode_meta(meta: Meta) -> bytes:
-    """Meta data as JSON. Concepts keep their order: it is that of the statistics' first axis."""
-    return meta.model_dump_json().encode()
+def encode_layer(layer: Layer, provenance: Provenance) -> bytes:
+    """Encode one part of a layer. Raises InvalidRangeSet if its arrays do not match the provenance."""
+    arrays = layer_arrays(layer)
+    _check_arrays(type(layer), arrays, provenance)
+    return to_safetensors(arrays)
 
 
-def decode_meta(data: bytes, expected_id: str) -> Meta:
-    """Meta data of the range set `expected_id`.
+def decode_serve(data: bytes, metadata: Metadata, layer: int) -> ServeLayer:
+    """Decode the serve part of a layer, as read-only arrays.
 
     Raises:
-        InvalidRangeSet: not such JSON, part names that do not fit the layers, or another id than the contents give.
+        InvalidRangeSet: the bytes differ from those that `metadata` describes, or are no such part.
+    """
+    return serve_layer(_verified(data, metadata, serve_part(layer)), metadata.provenance)
+
+
+def decode_inspect(data: bytes, metadata: Metadata, layer: int) -> InspectLayer:
+    """Decode the inspect part of a layer, as read-only arrays.
+
+    Raises:
+        InvalidRangeSet: the bytes differ from those that `metadata` describes, or are no such part.
+    """
+    return inspect_layer(_verified(data, metadata, inspect_part(layer)), metadata.provenance)
+
+
+def encode_metadata(metadata: Metadata) -> bytes:
+    """Encode metadata as JSON. Concepts keep their order, which is that of the statistics' first axis."""
+    return metadata.model_dump_json().encode()
+
+
+def decode_metadata(data: bytes, expected_id: str) -> Metadata:
+    """Decode the metadata of the range set `expected_id`.
+
+    Raises:
+        InvalidRangeSet: invalid JSON, part names that do not match the layers, or contents with another id.
     """
     try:
-        meta = Meta.model_validate_json(data)
+        metadata = Metadata.model_validate_json(data)
     except (ValidationError, RecursionError) as error:
-        raise InvalidRangeSet(f"meta data of range set {expected_id} are unreadable: {_first_line(error)}") from None
-    check_meta(meta, expected_id)
-    return meta
+        raise InvalidRangeSet(f"the metadata of range set {expected_id} is unreadable: {_first_line(error)}") from None
+    check_metadata(metadata, expected_id)
+    return metadata
 
 
-def check_meta(meta: Meta, expected_id: str) -> None:
-    """Raises InvalidRangeSet unless the parts fit the provenance and the id is that of the contents."""
-    if set(meta.parts) != set(part_names(meta.provenance)):
-        raise InvalidRangeSet(f"range set {expected_id} lists parts that do not fit its layers")
-    if meta.id != expected_id:
-        raise InvalidRangeSet(f"range set {expected_id} has the contents of {meta.id}: it was altered")
+def check_metadata(metadata: Metadata, expected_id: str) -> None:
+    """Raise InvalidRangeSet unless the parts match the provenance and the contents have the id `expected_id`."""
+    names = {part(layer) for layer in metadata.provenance.settings.layers for part in (serve_part, inspect_part)}
+    if set(metadata.parts) != names:
+        raise InvalidRangeSet(f"range set {expected_id} lists parts that do not match its layers")
+    if metadata.id != expected_id:
+        raise InvalidRangeSet(f"range set {expected_id} has the contents of {metadata.id}: it was altered")
 
 
 def encode_parts(
     provenance: Provenance, serve: Mapping[int, ServeLayer], inspect: Mapping[int, InspectLayer]
 ) -> Iterator[tuple[str, bytes]]:
-    """Name and bytes of every part, one at a time: a histogram of a large model is large.
+    """Yield the name and the bytes of every part, one at a time: a histogram of a large model is large.
 
     Raises:
-        InvalidRangeSet: arrays or layers are not what the provenance says.
+        InvalidRangeSet: arrays or layers do not match the provenance.
     """
     layers = provenance.settings.layers
     for kind, given in (("serve", serve), ("inspect", inspect)):
         if set(given) != set(layers):
-            raise InvalidRangeSet(f"{kind} layers {sorted(given)} are not the fitted ones, {list(layers)}")
+            raise InvalidRangeSet(f"{kind} layers {sorted(given)} differ from the fitted layers {list(layers)}")
     for layer in layers:
         try:
-            yield serve_part(layer), encode_serve(serve[layer], provenance)
-            yield inspect_part(layer), encode_inspect(inspect[layer], provenance)
+            yield serve_part(layer), encode_layer(serve[layer], provenance)
+            yield inspect_part(layer), encode_layer(inspect[layer], provenance)
         except InvalidRangeSet as error:
             raise InvalidRangeSet(f"layer {layer}: {error}") from None
 
 
 def describe(
     provenance: Provenance, serve: Mapping[int, ServeLayer], inspect: Mapping[int, InspectLayer]
-) -> tuple[Meta, dict[str, int]]:
-    """Meta data, and the length in bytes of every part by name."""
+) -> tuple[Metadata, dict[str, int]]:
+    """Return the metadata, and the length in bytes of every part by name. Raises as `encode_parts`."""
     digests, lengths = {}, {}
     for name, data in encode_parts(provenance, serve, inspect):
         digests[name], lengths[name] = hashlib.sha256(data).hexdigest(), len(data)
-    return Meta(provenance=provenance, parts=digests), lengths
+    return Metadata(provenance=provenance, parts=digests), lengths
 
 
 def assemble(provenance: Provenance, serve: Mapping[int, ServeLayer], inspect: Mapping[int, InspectLayer]) -> RangeSet:
-    """A range set under the id that its contents give.
+    """Build a range set with the id of its contents.
 
     Args:
         serve, inspect: by layer, for every layer of the provenance.
 
     Raises:
-        InvalidRangeSet: arrays or layers are not what the provenance says.
+        InvalidRangeSet: arrays or layers do not match the provenance.
     """
-    meta, _ = describe(provenance, serve, inspect)
-    return RangeSet(meta.id, provenance, dict(serve))
+    metadata, _ = describe(provenance, serve, inspect)
+    return RangeSet(metadata.id, provenance, dict(serve))
 
 
 def to_safetensors(arrays: Arrays, metadata: dict[str, str] | None = None) -> bytes:
-    """Arrays of any layout as safetensors bytes; metadata of at most one entry, so that the bytes are determined."""
+    """Encode arrays of any memory layout. The bytes are deterministic with at most one entry of metadata."""
     return safetensors.numpy.save({name: np.ascontiguousarray(array) for name, array in arrays.items()}, metadata)
 
 
 def from_safetensors(data: bytes) -> dict[str, npt.NDArray[Any]]:
-    """Arrays of float64 and uint32, read-only.
+    """Decode arrays of float64 and uint32, read-only.
 
     Raises:
-        InvalidRangeSet: no such bytes, or arrays of another type.
+        InvalidRangeSet: invalid bytes, or arrays of another type.
     """
     try:
         tensors: list[tuple[str, dict[str, Any]]] = safetensors.deserialize(data)  # type: ignore[no-untyped-call]
     except (safetensors.SafetensorError, ValueError, OverflowError, MemoryError) as error:
-        raise InvalidRangeSet(f"no readable safetensors: {_first_line(error)}") from None
+        raise InvalidRangeSet(f"invalid safetensors: {_first_line(error)}") from None
     arrays = {}
     for name, tensor in tensors:
         dtype = _DTYPES.get(tensor["dtype"])
         if dtype is None:
-            raise InvalidRangeSet(f"array {name!r} is of type {tensor['dtype']}, not one of {', '.join(_DTYPES)}")
+            raise InvalidRangeSet(f"array {name!r} has type {tensor['dtype']}: expected {' or '.join(_DTYPES)}")
         stored: npt.NDArray[Any] = np.frombuffer(tensor["data"], dtype.newbyteorder("<"))
         try:
             arrays[name] = stored.astype(dtype, copy=False).reshape(tensor["shape"])
@@ -241,42 +196,44 @@ def from_safetensors(data: bytes) -> dict[str, npt.NDArray[Any]]:
     return arrays
 
 
-def _checked(data: bytes, meta: Meta, part: str) -> dict[str, npt.NDArray[Any]]:
-    digest = hashlib.sha256(data).hexdigest()
-    if digest != meta.parts.get(part):
-        raise InvalidRangeSet(f"{part} of range set {meta.id} is corrupt: its sha256 does not match")
+def _verified(data: bytes, metadata: Metadata, part: str) -> dict[str, npt.NDArray[Any]]:
+    if hashlib.sha256(data).hexdigest() != metadata.parts.get(part):
+        raise InvalidRangeSet(f"{part} of range set {metadata.id} is corrupt: its sha256 does not match")
     arrays = from_safetensors(data)
-    if to_safetensors(arrays) != data:  # written anew, the range set would get another id
-        raise InvalidRangeSet(f"{part} of range set {meta.id} is not as it is written here")
+    if to_safetensors(arrays) != data:  # encoded again, the range set would get another id
+        raise InvalidRangeSet(f"{part} of range set {metadata.id} is not in the form that this version writes")
     return arrays
 
 
-def _check_serve(arrays: Arrays, provenance: Provenance) -> None:
-    _check_specs(arrays, serve_specs(provenance))
-    if (arrays["std"] < 0).any():
-        raise InvalidRangeSet("'std' holds negative values")
-    for ranking in provenance.settings.rankings:
-        if np.isnan(arrays[SALIENCY + ranking]).any():
-            raise InvalidRangeSet(f"saliency {ranking!r} holds NaN, which cannot be ranked")
-
-
-def _check_inspect(arrays: Arrays, provenance: Provenance) -> None:
-    _check_specs(arrays, inspect_specs(provenance))
-    edges = arrays["edges"]
-    ascending = (edges[:, 1:] >= edges[:, :-1]).all(axis=1)
-    if not (ascending | np.isnan(edges).all(axis=1)).all():
-        raise InvalidRangeSet("'edges' do not ascend")
-
-
-def _check_specs(arrays: Arrays, specs: Mapping[str, Spec]) -> None:
-    if set(arrays) != set(specs):
-        missing, foreign = sorted(set(specs) - set(arrays)), sorted(set(arrays) - set(specs))
+def _check_arrays(kind: type[Layer], arrays: Arrays, provenance: Provenance) -> None:
+    """Raise InvalidRangeSet unless the names, types, shapes and values of the arrays are those of such a layer."""
+    concepts, hidden, bins = len(provenance.concepts), provenance.model.hidden_size, provenance.settings.bins
+    rankings = [SALIENCY + ranking for ranking in provenance.settings.rankings]
+    names = field_names(InspectLayer) if kind is InspectLayer else ("mean", "std", *rankings)
+    expected: dict[str, tuple[np.dtype[Any], tuple[int, ...]]]
+    expected = dict.fromkeys(names, (_DTYPES["F64"], (concepts, hidden)))
+    if kind is InspectLayer:
+        expected["edges"] = _DTYPES["F64"], (hidden, bins + 1)
+        expected["histogram"] = _DTYPES["U32"], (concepts, hidden, bins + 2)
+    if set(arrays) != set(expected):
+        missing, foreign = sorted(set(expected) - set(arrays)), sorted(set(arrays) - set(expected))
         raise InvalidRangeSet(f"arrays missing: {missing or 'none'}; arrays that do not belong: {foreign or 'none'}")
-    for name, spec in specs.items():
+    for name, (dtype, shape) in expected.items():
         array = arrays[name]
-        if not isinstance(array, np.ndarray) or array.dtype != spec.dtype or array.shape != spec.shape:
+        if not isinstance(array, np.ndarray) or array.dtype != dtype or array.shape != shape:
             found = f"{array.dtype} {array.shape}" if isinstance(array, np.ndarray) else type(array).__name__
-            raise InvalidRangeSet(f"array {name!r} is {found}, not {spec.dtype} {spec.shape}")
+            raise InvalidRangeSet(f"array {name!r} is {found}: expected {dtype} {shape}")
+    if kind is InspectLayer:
+        edges = arrays["edges"]
+        ascending = (edges[:, 1:] >= edges[:, :-1]).all(axis=1)
+        if not (ascending | np.isnan(edges).all(axis=1)).all():
+            raise InvalidRangeSet("'edges' do not ascend")
+        return
+    if (arrays["std"] < 0).any():
+        raise InvalidRangeSet("'std' has negative values")
+    for ranking in rankings:
+        if np.isnan(arrays[ranking]).any():
+            raise InvalidRangeSet(f"{ranking!r} has NaN values, which cannot be ranked")
 
 
 def _first_line(error: Exception) -> str:

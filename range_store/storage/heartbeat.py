@@ -1,4 +1,4 @@
-"""The thread in which a replica reports its generation: beside the mirror, so that neither waits for the other."""
+"""The thread in which a replica reports its status, separate from the mirror so that neither waits for the other."""
 
 import logging
 import threading
@@ -15,12 +15,12 @@ log = logging.getLogger(__name__)
 
 
 class Heartbeat:
-    """Reports what `current` gives, at once when woken and every second, until it withdraws.
+    """Reports a replica's status every second, and at once after `wake`, until `withdraw`.
 
     Args:
         name: of this replica; see `range_store.storage.replicas.new_replica_name`.
-        current: the live state that requests are admitted under from now on; None before the first.
-        read: reads the live state; called before a report that comes so late that others may have given up this one.
+        current: returns the live state that requests are admitted under from now on; None before the first.
+        read: reads the live state; called before a report that is so late that others may have given up this replica.
     """
 
     def __init__(
@@ -31,39 +31,36 @@ class Heartbeat:
         read: Callable[[], object],
     ) -> None:
         self.name = name
-        self.live = 0
-        """How many replicas of the model reported, at this one's last report; 0 while it cannot report."""
-        self.metrics: str | None = None
-        """`host:port` where this replica serves its own metrics, if it does; set before the first report."""
+        self.live_replicas = 0
+        """How many replicas of the model were live at the last report; 0 while reports fail."""
+        self.metrics_address: str | None = None
+        """`host:port` where this replica serves its own metrics, if it does; set it before the first report."""
         self.dtype: str | None = None
-        """Type of the model's parameters; set before the first report."""
+        """Dtype of the model's parameters; set it before the first report."""
+        self.withdrawn = False
+        """Whether nobody needs to wait for this replica any more."""
         self._replicas = replicas
         self._current = current
         self._read = read
-        self._reporting = threading.Lock()  # an older report never overwrites a newer one
-        self._wakes: SimpleQueue[bool] = SimpleQueue()  # unlike other ways to wake, safe in a signal handler
-        self._withdrawn = False
-        self._heard_at: float | None = None
+        self._reporting = threading.Lock()  # an older report must not overwrite a newer one
+        self._wakes: SimpleQueue[bool] = SimpleQueue()  # unlike other primitives, safe in a signal handler
+        self._reported_at: float | None = None
         self._failing = False
         self._thread = threading.Thread(target=self._run, name="neuronlens-heartbeat", daemon=True)
 
     @property
-    def withdrawn(self) -> bool:
-        """Whether nobody is to wait for this replica any more."""
-        return self._withdrawn
-
-    @property
     def lapsed(self) -> bool:
-        """Whether others may have given up this replica, so that it must read before it admits.
+        """Whether others may have given up this replica, so that it must read before it admits a request.
 
-        Not while reports are known to fail: without Redis the last snapshot goes on answering (DESIGN promise 5).
+        Not while reports are known to fail: without Redis the last snapshot stays in use.
         """
-        heard = self._heard_at
-        told = heard is not None and not (self._failing or self._withdrawn)
-        return told and heard is not None and time.monotonic() - heard > SILENT_SECONDS
+        reported_at = self._reported_at
+        if reported_at is None or self._failing or self.withdrawn:
+            return False
+        return time.monotonic() - reported_at > SILENT_SECONDS
 
     def start(self) -> None:
-        """Report from now on."""
+        """Start reporting."""
         self._thread.start()
 
     def wake(self) -> None:
@@ -71,8 +68,8 @@ class Heartbeat:
         self._wakes.put(True)
 
     def withdraw(self) -> None:
-        """Take the report out, and make no more: this replica takes no requests any more. Does not wait."""
-        self._withdrawn = True
+        """Remove the status and stop reporting, as this replica takes no more requests. Does not wait."""
+        self.withdrawn = True
         self._wakes.put(False)
 
     def close(self) -> None:
@@ -80,58 +77,60 @@ class Heartbeat:
         self.withdraw()
         if self._thread.is_alive():
             self._thread.join()
-        elif self._heard_at is not None:
-            self._take_out()
+        elif self._reported_at is not None:
+            self._remove()
 
-    def report(self) -> None:
-        """Report now. Never raises: who cannot report is forgotten by and by, and answers all the same."""
-        if self.lapsed:  # else this report would hide that what it tells of was given up
+    def read_and_report(self) -> None:
+        """Report; if the last report is too old, read first: a report would hide that others gave up this replica."""
+        if self.lapsed:
             with suppress(RangeStoreError):
                 self._read()
-        self.tell()
+        self.report()
 
-    def tell(self) -> None:
-        """Report what was just read."""
+    def report(self) -> None:
+        """Report what was read last. Never raises: a replica that cannot report expires, and goes on answering."""
         with self._reporting:
-            if self._withdrawn:
+            if self.withdrawn:
                 return
             began = time.monotonic()
             state = self._current()
             try:
-                self.live = self._replicas.report(
+                self.live_replicas = self._replicas.report(
                     self.name,
                     state.generation if state else None,
                     state.range_set if state else None,
-                    metrics=self.metrics,
+                    metrics=self.metrics_address,
                     dtype=self.dtype,
                 )
             except StoreUnavailable as error:
-                self.live = 0
+                self.live_replicas = 0
                 if not self._failing:
-                    log.warning("replica %s cannot report, and is not waited for: %s", self.name, error)
+                    log.warning(
+                        "replica %s cannot report its status, so changes do not wait for it: %s", self.name, error
+                    )
                 self._failing = True
             else:
-                self._heard_at, self._failing = began, False
+                self._reported_at, self._failing = began, False
 
     def _run(self) -> None:
-        goes_on = True
-        while goes_on:
+        running = True
+        while running:
             try:
-                self.report()
+                self.read_and_report()
             except Exception:
-                log.exception("replica %s stumbled over its report, and goes on", self.name)
+                log.exception("replica %s: unexpected error in a report; retrying", self.name)
             try:
-                goes_on = self._wakes.get(timeout=HEARTBEAT_SECONDS)
-                while goes_on:  # several wakes cost one report
-                    goes_on = self._wakes.get_nowait()
+                running = self._wakes.get(timeout=HEARTBEAT_SECONDS)
+                while running:  # several wakes cost one report
+                    running = self._wakes.get_nowait()
             except Empty:
                 pass
-        self._take_out()
+        self._remove()
 
-    def _take_out(self) -> None:
+    def _remove(self) -> None:
         with self._reporting:
-            self.live = 0
+            self.live_replicas = 0
             try:
                 self._replicas.remove(self.name)
             except StoreUnavailable:
-                log.info("replica %s could not take its report out; it expires by itself", self.name)
+                log.info("replica %s could not remove its status, which expires by itself", self.name)

@@ -17,8 +17,7 @@ from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError
 
 from range_store.errors import IdempotencyKeyReused, JobOver, JobQueueFull, StoreUnavailable, UnknownJob
 from range_store.redis_errors import translate_redis_errors
-from range_store.storage.keys import CHANGES, ModelKeys
-from range_store.storage.scripts import CHANGE_DOCUMENT, HOLD_LEASE
+from range_store.storage.schema import CHANGE_DOCUMENT, CHANGES, HOLD_LEASE, ModelKeys
 
 JobState = Literal["queued", "running", "cancelling", "cancelled", "failed", "done"]
 JOB_STATES: Final[tuple[JobState, ...]] = get_args(JobState)

@@ -1,14 +1,13 @@
-"""What a worker holds of the store: the last good snapshot, kept current, and answering while Redis is away.
+"""Keeps a snapshot of the store in each process, and answers from the last good one while Redis is away.
 
-Truth is what is read; a message only says when to read. So the mirror reads on every hint, whenever it has
-(re)subscribed, and on a timer, and a lost message costs seconds. What it reads replaces the snapshot only if all of it
-is good: an erasure is never dropped because something else broke (DESIGN promise 5).
+A message only says when to read. The mirror reads on every message, after each (re)subscription and on a timer, so a
+lost message costs seconds and nothing else. A read replaces the snapshot only if everything in it is valid: no failure
+ever drops an erasure.
 """
 
 import dataclasses
 import json
 import logging
-import shlex
 import threading
 import time
 from collections.abc import Callable
@@ -20,58 +19,49 @@ import redis
 
 from range_store.domain.live import LiveState
 from range_store.domain.range_set import RangeSet, check_model
-from range_store.errors import (
-    ForeignRangeSet,
-    InvalidRangeSet,
-    RangeStoreError,
-    StoreUnavailable,
-    UnknownRangeSet,
-)
+from range_store.errors import LiveStateLost, RangeStoreError, StoreUnavailable, UnknownRangeSet
 from range_store.redis_errors import describe_redis_error
 from range_store.storage.heartbeat import Heartbeat
-from range_store.storage.keys import CHANGES
+from range_store.storage.recovery import LiveStateRecovery
+from range_store.storage.schema import CHANGES
 from range_store.storage.store import RangeStore
 
 log = logging.getLogger(__name__)
 
 LISTEN_SECONDS = 0.2
-"""Longest wait for a message before the clock and the end are looked at again."""
+"""Longest wait for a message, after which timers and `close` are checked."""
 SWEEP_SECONDS = 0.5
-"""Shortest time between two tries to take expired erasures out of the store."""
+"""Shortest time between two attempts to remove expired erasures from the store."""
 FIRST_BACKOFF, LAST_BACKOFF = 0.05, 0.5
-"""Seconds between two tries to reach Redis: it is found again half a second after its return at the latest."""
+"""Seconds between attempts to reach Redis: its return is noticed within half a second."""
 REMIND_SECONDS = 60.0
-"""How often what is wrong is logged again while it lasts."""
-ProblemKind = Literal["store_down", "lost", "range_set"]
-"""Why a snapshot is not the newest: Redis does not answer; it has lost the live state; what is active is unusable."""
+"""Time after which a lasting problem is logged again."""
 ATTEMPTS = 3
+ProblemKind = Literal["store_down", "lost", "range_set"]
+"""Why a snapshot is stale: Redis does not answer; it has lost the live state; the active range set is unusable."""
 
 
 @dataclass(frozen=True, eq=False)
 class Snapshot:
-    """Live state and the range set that it names, read at `read_at` by the monotonic clock."""
+    """The live state and its range set, read at `read_at` by the monotonic clock."""
 
     live: LiveState
     range_set: RangeSet | None
     read_at: float
 
 
-class LostState(StoreUnavailable):
-    """Redis answers, but has forgotten what this worker knows to be live, and it cannot be put back yet."""
-
-
 class Mirror:
     """Keeps a snapshot of one model's live state.
 
-    `snapshot` is read without a lock. `refresh` right after a change in this process makes the next admission see it.
+    `snapshot` is read without a lock. Call `refresh` right after a change, so that the next admission sees it.
 
     Args:
-        fingerprint: of the model in use; a range set of another model is refused.
-        poll: seconds between reads where no message comes.
-        on_change: told of every snapshot whose generation differs from the one before, in order. It must be quick.
-        also: called whenever the store is to be read, to read something else of it then. It must not raise.
-        earlier: what earlier versions had for the fingerprint.
-        replica: name to report under (`range_store.storage.replicas.new_replica_name`); None for a mere reader.
+        fingerprint: of the model in use; range sets of other models are refused.
+        poll: seconds between reads while no message arrives.
+        on_change: called in order with every snapshot that has a new live state. It must be quick.
+        on_read: called whenever the store is read, to read other data too. It must not raise.
+        replica: name for status reports (`range_store.storage.replicas.new_replica_name`); None to report nothing.
+        earlier_fingerprint: the fingerprint of the same model in earlier versions.
     """
 
     def __init__(
@@ -80,35 +70,35 @@ class Mirror:
         fingerprint: str,
         poll: float = 2.0,
         on_change: Callable[[Snapshot], None] | None = None,
-        also: Callable[[], None] | None = None,
+        on_read: Callable[[], None] | None = None,
         replica: str | None = None,
-        earlier: str | None = None,
+        earlier_fingerprint: str | None = None,
     ) -> None:
         self._store = store
-        self._fingerprints = fingerprint, earlier
+        self._fingerprints = fingerprint, earlier_fingerprint
+        self._recovery = LiveStateRecovery(store, self._fingerprints)
         self._poll = poll
         self._on_change = on_change
-        self._also = also
+        self._on_read = on_read
         self._reading = threading.RLock()
         self._stopping = threading.Event()
         self._thread: threading.Thread | None = None
-        self._began = time.monotonic()
+        self._created_at = time.monotonic()
+        self._logged_at = 0.0
         self.snapshot: Snapshot | None = None
-        """The last good one; None before the first."""
+        """The last good snapshot; None before the first one."""
         self.store_up = False
-        """Whether Redis answered last time."""
+        """Whether Redis answered the last read."""
         self.problem: str | None = None
-        """Why the snapshot is not the newest, or None while it is."""
+        """Why the snapshot is stale; None while it is current."""
         self.problem_kind: ProblemKind | None = None
-        """The kind of `problem`."""
-        self._logged = 0.0
         self.heartbeat: Heartbeat | None = None
-        """What tells others which generation this process answers under; None for a mere reader."""
+        """Reports this replica's generation; None without a replica name."""
         if replica is not None:
             self.heartbeat = Heartbeat(store.replicas, replica, self._held, self.refresh)
 
     def start(self) -> None:
-        """Read once, and then keep reading in a thread. Does not fail while Redis is away: see `problem`."""
+        """Read once, then keep reading in a thread. Does not fail while Redis is away: see `problem`."""
         if self._thread is None:
             with suppress(RangeStoreError):
                 self.refresh()
@@ -118,7 +108,7 @@ class Mirror:
                 self.heartbeat.start()
 
     def withdraw(self) -> None:
-        """Nobody is to wait any more until this replica follows, since it takes no requests. Goes on reading."""
+        """Stop reporting, as this replica takes no more requests, so that nobody waits for it. Reading goes on."""
         if self.heartbeat is not None:
             self.heartbeat.withdraw()
 
@@ -131,51 +121,59 @@ class Mirror:
             self._thread.join()
 
     def now(self) -> float:
-        """Unix time by the store's clock, which decides whether an erasure has expired."""
+        """Return Unix time by the store's clock, which decides whether an erasure has expired."""
         return self._store.clock.now()
 
     def age(self) -> float:
-        """Seconds since the snapshot was last known to be the newest; since the mirror was made, if there is none."""
+        """Return the seconds since the snapshot was last known to be current, or since the mirror was created."""
         snapshot = self.snapshot
-        return time.monotonic() - (snapshot.read_at if snapshot else self._began)
+        return time.monotonic() - (snapshot.read_at if snapshot else self._created_at)
 
     def refresh(self) -> Snapshot:
-        """Read now; the snapshot is then at least as new as this call.
+        """Read now, and return a snapshot at least as new as this call.
 
         Raises:
             StoreUnavailable: Redis cannot be reached, or has lost the live state. The last good snapshot stays.
             ForeignRangeSet: the active range set is of another model. The last good snapshot stays.
             InvalidRangeSet, UnknownRangeSet: it is corrupt or gone. The last good snapshot stays.
         """
-        with self._reading:  # one at a time: a slow read never overwrites what a later one found
+        with self._reading:  # one read at a time: a slow one must not overwrite the result of a later one
             try:
                 fresh = self._read()
             except RangeStoreError as error:
-                self._note(error)
+                self._set_problem(error)
                 raise
             finally:
-                if self._also is not None:
-                    self._also()
+                if self._on_read is not None:
+                    self._on_read()
             before, self.snapshot = self.snapshot, fresh
-            self._note(None)
+            self._set_problem(None)
             if before is None or before.live != fresh.live:
                 if self.heartbeat is not None:
                     self.heartbeat.wake()
-                self._tell(before, fresh)
+                self._announce(before, fresh)
             return fresh
 
     def catch_up(self) -> Snapshot:
-        """Read now, and have others count on this replica again if they may have given it up; raises as `refresh`."""
+        """Read now, and report if other processes may have given up this replica; raises as `refresh`."""
         lapsed = self.lapsed
         fresh = self.refresh()
         if self.heartbeat is not None and lapsed:
-            self.heartbeat.tell()
+            self.heartbeat.report()
         return fresh
 
     @property
     def lapsed(self) -> bool:
-        """Whether others may have given up this replica, as after a pause: `catch_up` before the next admission."""
+        """Whether others may have given up this replica, e.g. after a pause: `catch_up` before the next admission."""
         return self.heartbeat is not None and self.heartbeat.lapsed
+
+    def before_change(self, state: LiveState | None, activates: bool) -> bool:
+        """Restore what Redis has lost before a change; a server sets this as `RangeStore.before_change`.
+
+        Raises:
+            LiveStateLost, ForeignRangeSet: see `LiveStateRecovery.before_change`.
+        """
+        return self._recovery.before_change(self._held(), state, activates)
 
     def _held(self) -> LiveState | None:
         snapshot = self.snapshot
@@ -187,156 +185,91 @@ class Mirror:
             read_at = time.monotonic()
             if held is None:
                 if self.heartbeat is not None:
-                    self.heartbeat.tell()  # before the read: who changes something after it knows of this replica
-                live = self._store.live()
-            else:
-                # what is gone is not created anew by one who knew it, but put back
-                live = self._restored(held.live, self._store.peek())
+                    self.heartbeat.report()  # before the read: whoever changes something later sees this replica
+                live = self._store.live_state()
+            else:  # a lost state is restored, never created empty
+                live = self._recovery.restore(held.live, self._store.read_live_state())
             if live.range_set is None:
                 return Snapshot(live, None, read_at)
             if held is not None and held.range_set is not None and held.range_set.id == live.range_set:
                 return dataclasses.replace(held, live=live, read_at=read_at)
             try:
-                check_model(self._store.provenance(live.range_set), *self._fingerprints)
-                return Snapshot(live, self._store.read(live.range_set), read_at)
-            except UnknownRangeSet:  # another was activated since, and this one removed
+                check_model(self._store.range_sets.provenance(live.range_set), *self._fingerprints)
+                return Snapshot(live, self._store.range_sets.read(live.range_set), read_at)
+            except UnknownRangeSet:  # another one was activated since, and this one removed
                 if attempt == ATTEMPTS - 1:
                     raise
         raise AssertionError("unreachable")
 
-    def before_change(self, state: LiveState | None, activates: bool) -> bool:
-        """Restore what Redis has forgotten before this server changes anything; the store's `guard`.
-
-        Raises:
-            LostState: it cannot be restored, and the change would go on without it. Another range set may be activated
-                all the same: on that the erasures are restored.
-            ForeignRangeSet: the active range set is of another model, and the change does not activate another one.
-        """
-        held = self.snapshot
-        if held is not None and state != held.live:
-            try:
-                if self._restored(held.live, state) != state:
-                    return True
-            except (LostState, ForeignRangeSet):
-                if not activates or (state is not None and held.live.is_at_least(state.generation)):
-                    raise
-        if state is not None and state.range_set is not None and not activates:
-            with suppress(UnknownRangeSet, InvalidRangeSet):
-                check_model(self._store.provenance(state.range_set), *self._fingerprints)
-        return False
-
-    def _restored(self, held: LiveState, found: LiveState | None) -> LiveState:
-        """The live state `found`, or what it becomes as what Redis has forgotten of `held` is made live again.
-
-        Raises:
-            LostState: it cannot be, until an operator does something; says what.
-        """
-        wanted = self._store.restored(held, found)
-        if wanted is None:
-            assert found is not None
-            return found
-        model = self._store.model
-        if found is None:
-            why = "Redis has lost the live state (was it emptied?)"
-        elif found.generation == held.generation:
-            why = f"Redis holds something else as generation {held.generation} (was an older copy of it changed?)"
-        elif held.is_at_least(found.generation):
-            why = f"Redis went back from generation {held.generation} to {found.generation} (is it an older copy?)"
-        else:
-            why = f"Redis has lost the live state (it begins anew at {found.generation})"
-        range_set = wanted.range_set
-        try:
-            if range_set is not None:
-                check_model(self._store.provenance(range_set), *self._fingerprints)
-            state, put_back = self._store.put_back(held)
-        except StoreUnavailable:
-            raise
-        except UnknownRangeSet:
-            name = shlex.quote(model)
-            raise LostState(
-                f"{why}, and range set {range_set} with it. Bring it back: `neuronlens ranges import FILE --activate "
-                f"--name {name}`, or fit again with `neuronlens fit … --activate --name {name}`; this server then puts "
-                "the live erasures back by itself"
-            ) from None
-        except ForeignRangeSet:
-            raise
-        except RangeStoreError as error:
-            raise LostState(
-                f"{why}, and range set {range_set}, which is active now, cannot serve what was erased ({error}): "
-                "activate another one, or switch each erasure on anew with `neuronlens erase on`"
-            ) from None
-        if put_back:
-            log.warning("%s: %s; put back as generation %s", model, why, state.generation, extra=self._where())
-        return state
-
-    def _note(self, error: RangeStoreError | None) -> None:
-        """Remember what is wrong; log when it begins, when it ends, and now and then while it lasts."""
+    def _set_problem(self, error: RangeStoreError | None) -> None:
+        """Remember what is wrong. Log when it begins, when it ends, and once a minute while it lasts."""
         self.problem_kind = None if error is None else _kind(error)
         self.store_up = self.problem_kind != "store_down"
         before, self.problem = self.problem, None if error is None else str(error)
         if self.problem is None:
             if before is not None:
-                log.info("%s: the live state is current again", self._store.model, extra=self._where())
+                log.info("%s: the live state is current again", self._store.model, extra=self._log_fields())
             return
         now = time.monotonic()
-        # what stands in brackets differs from try to try
+        # the text in parentheses may differ between attempts
         same = before is not None and before.split(" (")[0] == self.problem.split(" (")[0]
-        if same and now - self._logged < REMIND_SECONDS:
+        if same and now - self._logged_at < REMIND_SECONDS:
             return
-        self._logged = now
+        self._logged_at = now
         held = self.snapshot
-        kept = f"generation {held.live.generation} stays in force" if held else "nothing is known yet"
-        log.error("%s: %s; %s", self._store.model, self.problem, kept, extra=self._where())
+        kept = f"generation {held.live.generation} stays in force" if held else "no live state was read yet"
+        log.error("%s: %s; %s", self._store.model, self.problem, kept, extra=self._log_fields())
 
-    def _tell(self, before: Snapshot | None, fresh: Snapshot) -> None:
+    def _announce(self, before: Snapshot | None, fresh: Snapshot) -> None:
         if before is not None and before.live.epoch != fresh.live.epoch:
             dropped = {each.concept for each in before.live.erasures} - {each.concept for each in fresh.live.erasures}
             log.warning(
-                "%s: the live state was created anew (%s, then %s); no longer erased: %s",
+                "%s: the live state has a new epoch (%s, then %s); no longer erased: %s",
                 self._store.model,
                 before.live.generation,
                 fresh.live.generation,
                 ", ".join(sorted(dropped)) or "nothing",
-                extra=self._where(),
+                extra=self._log_fields(),
             )
         if self._on_change is not None:
             try:
                 self._on_change(fresh)
             except Exception:
-                log.exception("%s: on_change failed", self._store.model, extra=self._where())
+                log.exception("%s: on_change failed", self._store.model, extra=self._log_fields())
 
-    def _where(self) -> dict[str, str]:
-        """Fields of a log line: the model, and the generation that is held."""
+    def _log_fields(self) -> dict[str, str]:
         held = self.snapshot
         return {"model": self._store.model} | ({"generation": held.live.generation} if held else {})
 
     def _run(self) -> None:
-        backoff, heard = FIRST_BACKOFF, True
+        backoff, listened = FIRST_BACKOFF, True
         while not self._stopping.is_set():
             listening_since = time.monotonic()
             try:
                 self._listen()
             except (redis.RedisError, OSError) as error:
-                if heard:
-                    said = "%s: no messages from Redis (%s); reading without them"
-                    log.info(said, self._store.model, describe_redis_error(error), extra=self._where())
-                with suppress(RangeStoreError):  # it says itself what is wrong
+                if listened:
+                    text = "%s: no messages from Redis (%s); reading on a timer"
+                    log.info(text, self._store.model, describe_redis_error(error), extra=self._log_fields())
+                with suppress(RangeStoreError):  # `refresh` logs it
                     self.refresh()
             except StoreUnavailable:
-                pass  # `refresh` has said it; perhaps a new connection finds the way
+                pass  # logged by `refresh`; a new connection may work
             except Exception:
-                log.exception("%s: the mirror stumbled, and goes on", self._store.model, extra=self._where())
-            heard = time.monotonic() - listening_since > LAST_BACKOFF
-            if heard:
+                log.exception(
+                    "%s: unexpected error in the mirror; retrying", self._store.model, extra=self._log_fields()
+                )
+            listened = time.monotonic() - listening_since > LAST_BACKOFF
+            if listened:
                 backoff = FIRST_BACKOFF
             self._stopping.wait(backoff)
             backoff = min(2 * backoff, LAST_BACKOFF)
 
     def _listen(self) -> None:
-        """Read on messages and on time, over one subscription, until it breaks or the mirror is closed.
+        """Read on messages and on a timer, over one subscription, until it breaks or the mirror is closed.
 
         Raises:
-            StoreUnavailable: Redis did not answer. Then the subscription may be dead too, and not know it.
+            StoreUnavailable: Redis did not answer a read. The subscription may be dead without an error.
         """
         with self._store.client.pubsub() as feed:  # type: ignore[no-untyped-call]
             feed.subscribe(CHANGES)
@@ -344,48 +277,46 @@ class Mirror:
             while not self._stopping.is_set():
                 now = time.monotonic()
                 if now >= next_sweep and self._until_expiry() <= 0:
-                    self._sweep()
+                    self._remove_expired()
                     next_sweep = now + SWEEP_SECONDS if self._until_expiry() <= 0 else now
                 if now >= next_poll:
                     next_poll = now + self._poll
                     try:
                         self.refresh()
-                    except LostState:
-                        pass
-                    except StoreUnavailable:
-                        raise
-                    except RangeStoreError:
-                        pass
+                    except RangeStoreError as error:
+                        if _kind(error) == "store_down":
+                            raise
                 now = time.monotonic()
                 wait = min(LISTEN_SECONDS, next_poll - now, max(next_sweep - now, self._until_expiry()))
                 message = feed.get_message(timeout=max(wait, 0.0))
                 while message is not None:
-                    if self._concerns_us(message):
-                        next_poll = 0.0  # the subscription's own message too: what came before it is read now
+                    if self._is_relevant(message):
+                        next_poll = 0.0
                     message = feed.get_message(timeout=0.0)
 
     def _until_expiry(self) -> float:
-        """Seconds until the next erasure expires."""
+        """Return the seconds until the next erasure expires."""
         due = self.snapshot.live.next_expiry if self.snapshot else None
         return float("inf") if due is None else due - self.now()
 
-    def _sweep(self) -> None:
-        """Take expired erasures out of the store; admission obeys their time anyway."""
+    def _remove_expired(self) -> None:
+        """Remove expired erasures from the store. Admission ignores them already."""
         with suppress(RangeStoreError):
             self._store.expire(self.now())
             self.refresh()
 
-    def _concerns_us(self, message: dict[str, object]) -> bool:
+    def _is_relevant(self, message: dict[str, object]) -> bool:
+        """Whether to read now. A new subscription is relevant: earlier messages may have been missed."""
         if message["type"] != "message":
             return message["type"] == "subscribe"
         try:
             hint = json.loads(str(message["data"], "utf-8") if isinstance(message["data"], bytes) else "")
         except ValueError:
-            return True  # who knows what it meant: reading costs little
+            return True  # unknown messages cost one read
         return not isinstance(hint, dict) or hint.get("model") in (None, self._store.model)
 
 
 def _kind(error: RangeStoreError) -> ProblemKind:
-    if isinstance(error, LostState):
+    if isinstance(error, LiveStateLost):
         return "lost"
     return "store_down" if isinstance(error, StoreUnavailable) else "range_set"

@@ -1,8 +1,8 @@
-"""What the replicas of a model report to Redis: which generation each of them answers under.
+"""Which replicas of a model are live, and at which generation each one answers.
 
-A replica announces itself before its first read of the live state, reports whenever its generation changes, and renews
-its report every second; by Redis's own clock a report holds for ten. So who changes the live state and then reads the
-roster can tell who does not follow yet: whoever is not in it reads the live state before it answers anything.
+A replica reports its status before its first read of the live state, at every new generation, and every second. A
+status expires after ten seconds by Redis's clock. So whoever changes the live state and then reads the roster knows
+which replicas do not follow yet: one that is not listed reads the live state before it answers anything.
 """
 
 import json
@@ -19,31 +19,29 @@ from pydantic import BaseModel, ConfigDict, Field, field_validator
 
 from range_store.domain.live import Generation, is_at_least
 from range_store.redis_errors import translate_redis_errors
-from range_store.storage.keys import ModelKeys
-from range_store.storage.scripts import REPORT
+from range_store.storage.schema import REPORT, ModelKeys
 
 HEARTBEAT_SECONDS = 1.0
-"""Time between two reports of a replica whose generation stays."""
+"""Time between two reports of a replica whose generation does not change."""
 SILENT_SECONDS = 3.5
-"""A replica that could not report for so long reads the live state before it admits a request; so long a new roster may
-lack somebody. More than a heartbeat and the time that a Redis which hangs is waited for."""
+"""A replica that could not report for this long reads the live state before it admits a request. A new roster may be
+incomplete for this long. It is more than a heartbeat plus the timeout of a Redis that hangs."""
 LEASE_SECONDS = 10.0
-"""How long a report holds that is not renewed: a replica that was killed is forgotten after that."""
-NAMED = 5
-"""Most replicas that a sentence names."""
+"""Time until a status expires that is not renewed, e.g. of a replica that was killed."""
+MAX_NAMED = 5
+"""Replicas that a message names at most."""
 SINCE = b"since"
-"""Field of the hash that is no replica's: when the hash was begun, in Unix seconds by Redis's clock."""
+"""Field of the hash that is not a replica: Unix time of the first status, by Redis's clock."""
 
 Name = Annotated[str, Field(pattern=r"^\S{1,300}$")]
 ADDRESS = re.compile(r"([A-Za-z0-9_.-]{1,253}|\[[0-9A-Fa-f:.]{2,45}\]):[0-9]{1,5}")
 
 
 class ReplicaStatus(BaseModel):
-    """What one replica reported; a newer version may say more. Times are Unix seconds by Redis's clock.
+    """What one replica reported; newer versions may add fields. Times are Unix seconds by Redis's clock.
 
-    `name`: `host:process:random`, unique. `generation`: what it answers under; None while it has not read any.
-    `expires`: when it is forgotten. `metrics`: `host:port` where it serves its own; None if it does not. `dtype`: type
-    of its model's parameters.
+    `name`: `host:process:random`, unique. `generation`: None before the first read. `expires`: when it no longer counts
+    as live. `metrics`: `host:port` of its own metrics, if any. `dtype`: of the model's parameters.
     """
 
     model_config = ConfigDict(frozen=True, extra="ignore", allow_inf_nan=False)
@@ -64,7 +62,7 @@ class ReplicaStatus(BaseModel):
     @field_validator("metrics", mode="before")
     @classmethod
     def _address_or_none(cls, value: object) -> str | None:
-        """What is no address is left out, and the replica is not: others wait for it."""
+        """Drop an invalid address but keep the replica, since others wait for it."""
         return value if isinstance(value, str) and ADDRESS.fullmatch(value) else None
 
     @property
@@ -75,9 +73,9 @@ class ReplicaStatus(BaseModel):
 
 @dataclass(frozen=True)
 class Roster:
-    """The live replicas by name, as Redis had them at Unix time `now`; `since`: when the first of them reported.
+    """The live replicas by name, at Unix time `now` of Redis; `since`: when the first of them reported.
 
-    `since` is None where nobody ever reported, or Redis was emptied.
+    `since` is None if none ever reported, or Redis was emptied.
     """
 
     now: float
@@ -86,11 +84,11 @@ class Roster:
 
     @property
     def dtypes(self) -> tuple[str, ...]:
-        """The types that the model is served in; of an older version it is not known."""
+        """The dtypes that the model is served in, as far as they were reported."""
         return tuple(sorted({each.dtype for each in self.replicas if each.dtype is not None}))
 
     def missing(self, generation: str) -> tuple[str, ...]:
-        """Names of those that do not report that generation or a later one of its epoch."""
+        """Return the names of replicas that are not at `generation` or a later one of its epoch."""
         return tuple(
             each.name
             for each in self.replicas
@@ -99,9 +97,9 @@ class Roster:
 
 
 class ReplicaRegistry:
-    """The reports of one model's replicas. Each method costs one round trip, and may be called from any thread.
+    """The statuses of one model's replicas. Each method costs one round trip; safe to use from any thread.
 
-    Raises StoreUnavailable if Redis cannot be reached or refuses.
+    Every method raises StoreUnavailable if Redis cannot be reached or refuses.
     """
 
     def __init__(self, client: redis.Redis, model: str) -> None:
@@ -118,67 +116,67 @@ class ReplicaRegistry:
         metrics: str | None = None,
         dtype: str | None = None,
     ) -> int:
-        """A replica answers under that generation; holds for `seconds`. Gives how many report now."""
+        """Store the status of a replica for `seconds`, and return how many replicas are live."""
+        status: list[str | float] = [name, generation or "", range_set or "", seconds, metrics or "", dtype or ""]
         with translate_redis_errors():
-            told: list[str | float] = [name, generation or "", range_set or "", seconds, metrics or "", dtype or ""]
-            return cast(int, self._report([self._key], told))
+            return cast(int, self._report([self._key], status))
 
     def remove(self, name: str) -> None:
-        """A replica takes no requests any more."""
+        """Remove the status of a replica that takes no more requests."""
         with translate_redis_errors():
             self._client.hdel(self._key, name)
 
-    def forget(self, ended: str) -> bool:
-        """Take out the reports of a replica whose process has ended, by the last part of its name.
+    def forget(self, suffix: str) -> bool:
+        """Remove replicas of an ended process, by the last part of their names; return whether none is left.
 
-        Not before it has missed a heartbeat: who was taken for ended and lives reports on. Gives whether none is left.
+        A replica is removed only after it missed a heartbeat: one that is still alive keeps reporting.
         """
         roster = self.read()
-        held = [each for each in roster.replicas if each.name.endswith(f":{ended}")]
+        held = [each for each in roster.replicas if each.name.endswith(f":{suffix}")]
         silent = [each.name for each in held if roster.now - each.at > 1.5 * HEARTBEAT_SECONDS]
         for name in silent:
             self.remove(name)
         return len(silent) == len(held)
 
     def read(self) -> Roster:
-        """Who reports now. What was written by something else is left out."""
-        with translate_redis_errors(), self._client.pipeline(transaction=False) as both:
-            both.time()
-            both.hgetall(self._key)
-            (seconds, microseconds), held = both.execute()
+        """Return the live replicas. Invalid statuses are ignored."""
+        with translate_redis_errors(), self._client.pipeline(transaction=False) as pipeline:
+            pipeline.time()
+            pipeline.hgetall(self._key)
+            (seconds, microseconds), stored = pipeline.execute()
         now = seconds + microseconds / 1e6
         found = []
-        for name, report in held.items():
+        for name, status in stored.items():
             try:
-                replica = ReplicaStatus.model_validate({**json.loads(report), "name": name.decode()})
+                replica = ReplicaStatus.model_validate({**json.loads(status), "name": name.decode()})
             except (ValueError, TypeError, RecursionError):
                 continue
             if replica.expires > now:
                 found.append(replica)
-        since = float(held[SINCE]) if re.fullmatch(rb"[0-9]+(\.[0-9]+)?", held.get(SINCE, b"")) else None
+        since = float(stored[SINCE]) if re.fullmatch(rb"[0-9]+(\.[0-9]+)?", stored.get(SINCE, b"")) else None
         return Roster(now, since, tuple(sorted(found, key=lambda each: each.name)))
 
 
 class ReplicaWait:
-    """Whether every replica follows a generation, told over several looks at the roster.
+    """Decides from successive rosters whether every replica is at a generation.
 
     Args:
-        own: name of a replica that must be among them, though it may have failed to report; asked at every look.
+        own: returns the name of a replica that must be among them even if its report failed, or None.
     """
 
     def __init__(self, generation: str, own: Callable[[], str | None] = lambda: None) -> None:
         self.generation = generation
         self.missing: tuple[str, ...] = ()
-        """Who did not follow yet at the last look."""
+        """The replicas that were not at the generation in the last roster."""
         self.replicas = 0
-        """How many there were."""
+        """The number of replicas in the last roster."""
         self.settled = False
-        """Whether all who live must have been in the roster: where Redis was emptied, each has to report anew."""
+        """Whether the roster must be complete: after Redis was emptied, each replica has to report again."""
         self._own = own
         self._empty_since: float | None = None
 
     def done(self, roster: Roster) -> bool:
-        """Whether all follow. None at all is all too, once it is certain that nobody lives."""
+        """Whether all replicas are at the generation. With no replicas, that is once it is certain that none lives."""
         if roster.since is not None:
             self._empty_since = None
         elif self._empty_since is None:
@@ -192,14 +190,14 @@ class ReplicaWait:
         return self.settled and not self.missing
 
     def why(self) -> str:
-        """What was lacking at the last look, in words."""
+        """Describe what was missing in the last roster."""
         if self.missing:
-            named = ", ".join(self.missing[:NAMED]) + (", …" if len(self.missing) > NAMED else "")
+            named = ", ".join(self.missing[:MAX_NAMED]) + (", …" if len(self.missing) > MAX_NAMED else "")
             return f"{len(self.missing)} of {self.replicas} replicas do not report it yet ({named})"
-        return "the replicas began to report only now (was Redis emptied?), and some may be missing among them"
+        return "the replicas began to report only now (was Redis emptied?), so some may not be listed yet"
 
 
 def new_replica_name(unique: str | None = None) -> str:
-    """A name for a replica in this process; `unique`: its last part, else random."""
+    """Return a name for a replica in this process; `unique` is its last part (default: random)."""
     host = re.sub(r"[\s:]", "-", socket.gethostname()) or "localhost"
     return f"{host}:{os.getpid()}:{unique or secrets.token_hex(4)}"

@@ -1,4 +1,4 @@
-"""`RangeStore`: the range sets of one served model, its live erasures, and the audit of who changed them."""
+"""The store of one served model: its range sets, its live state with the audit of all changes, and its replicas."""
 
 import random
 import time
@@ -9,9 +9,10 @@ import redis
 from pydantic import ValidationError
 
 from range_store.domain.erasure import check_distinct_concepts
-from range_store.domain.live import AuditEntry, Change, LiveErasure, LiveState, initial_state, is_at_least, new_epoch
+from range_store.domain.live import Action, AuditEntry, Change, LiveErasure, LiveState, initial_state
 from range_store.domain.plan import resolve
 from range_store.domain.range_set import RangeSet
+from range_store.domain.recovery import recovered_state
 from range_store.errors import (
     InvalidRangeSet,
     NoRangeSet,
@@ -24,71 +25,70 @@ from range_store.errors import (
 )
 from range_store.redis_errors import translate_redis_errors
 from range_store.storage.clock import StoreClock
-from range_store.storage.codec import assemble
-from range_store.storage.keys import CHANGES
-from range_store.storage.range_sets import PublishedRangeSet, PublishedRangeSets
+from range_store.storage.range_sets import PublishedRangeSets
 from range_store.storage.replicas import ReplicaRegistry
-from range_store.storage.scripts import CHANGE_LIVE
-
-__all__ = ["PublishedRangeSet", "RangeStore", "assemble"]
+from range_store.storage.schema import CHANGE_LIVE, CHANGES, ModelKeys
 
 AUDIT_LENGTH = 10_000
 RECENT = 100
-"""Entries of the audit, newest first, among which a request that comes again is looked for."""
+"""The newest audit entries, among which a repeated request is searched for."""
 ATTEMPTS = 200
-"""Tries of a change while others change the same live state; each failed one means that another succeeded."""
+"""Attempts of a change while others change the same live state; each failed one means that another one succeeded."""
 
 
-class Guard(Protocol):
-    """Told of the state that a change is to be based on, and whether the change activates a range set.
+class BeforeChange(Protocol):
+    """Checks the live state before a change; `activates` says whether the change activates a range set.
 
-    Returns whether it has put something back, so that the state must be read again; raises to refuse the change.
+    Returns whether it restored something, so that the state must be read again. Raises to refuse the change.
     """
 
     def __call__(self, state: LiveState | None, activates: bool) -> bool: ...
 
 
 class _Decision(Protocol):
-    """Decides, from the state as it was read, what it is to become; None to leave it. May be asked again."""
+    """Computes the new live state from the current one, or None to leave it as it is. It may be called repeatedly."""
 
     def __call__(self, state: LiveState, now: float) -> tuple[LiveState, Change] | None: ...
 
 
-class RangeStore(PublishedRangeSets):
-    """The store of one served model (DESIGN "The store"); may be used from any thread.
+class RangeStore:
+    """The store of one served model; safe to use from any thread.
 
-    Every change of the live state is one atomic step: it makes a generation, an audit entry and a hint, or nothing.
-    `if_match` guards a change: the generation that the caller read. Without it, a change is tried until it succeeds.
-    `request` names what asked for a change, so that `has_change_for` finds it.
-    Every method raises StoreUnavailable if Redis cannot be reached or refuses.
+    Every change of the live state is atomic: it writes a new generation, an audit entry and a hint to readers, or
+    nothing. With `if_match`, a change succeeds only at that generation; without it, it is retried until it succeeds.
+    `request` is an id that `has_change_for` finds. Every method raises StoreUnavailable if Redis cannot be reached or
+    refuses.
     """
 
     def __init__(self, client: redis.Redis, model: str) -> None:
-        super().__init__(client, model)
+        self.client = client
+        self.model = model
+        self.keys = ModelKeys(model)
+        self.range_sets = PublishedRangeSets(client, model, self._active_id)
+        """The published range sets of the model."""
+        self.replicas = ReplicaRegistry(client, model)
+        """Which processes answer for the model, and at which generation."""
+        self.clock = StoreClock()
+        """The clock by which erasures expire."""
+        self.before_change: BeforeChange | None = None
+        """Called before every change; a server sets `Mirror.before_change`."""
         self._change_live = client.register_script(CHANGE_LIVE)
         self._resolver: RangeSet | None = None
-        self.replicas = ReplicaRegistry(client, model)
-        """Which processes answer for the model, and under which generation."""
-        self.clock = StoreClock()
-        """The time by which erasures expire."""
-        self.guard: Guard | None = None
-        """What a server lets look at the live state before every change that it makes; see `Mirror.before_change`."""
 
-    def peek(self) -> LiveState | None:
-        """The live state, or None where there is none: never written, or Redis was emptied.
+    def read_live_state(self) -> LiveState | None:
+        """Return the live state, or None if there is none: it was never written, or Redis was emptied.
 
         Raises:
             InvalidRangeSet: it is unreadable.
         """
         return self._read()[1]
 
-    def live(self) -> LiveState:
-        """The live state; an empty one, in an epoch of its own, is created where there is none."""
+    def live_state(self) -> LiveState:
+        """Return the live state. Where there is none, an empty one in a new epoch is created."""
         _, state = self._read()
         while state is None:
             created = initial_state()
-            change = Change(action="create", before=None, after=created.generation, range_set=None)
-            self._write(b"", created, [change])
+            self._write(b"", created, [Change(action="create", before=None, after=created.generation, range_set=None)])
             _, state = self._read()  # another reader may have been first
         return state
 
@@ -104,8 +104,8 @@ class RangeStore(PublishedRangeSets):
 
         Raises:
             StaleGeneration: the state is not at `if_match`.
-            NoRangeSet: nothing is active that the erasures could be resolved on.
-            InvalidErasure, UnknownConcept, NotFitted: one cannot be resolved on the active range set.
+            NoRangeSet: no range set is active.
+            InvalidErasure, UnknownConcept, NotFitted: an erasure cannot be resolved on the active range set.
         """
         check_distinct_concepts([each.concept for each in erasures])
 
@@ -115,14 +115,14 @@ class RangeStore(PublishedRangeSets):
             concepts = {each.concept for each in (*state.erasures, *erasures)}
             return after, _change("replace", state, after, concepts, by, reason)
 
-        return self._change(replace, if_match, request=request)
+        return self._update(replace, if_match, request=request)
 
     def set_erasure(self, erasure: LiveErasure, if_match: str | None = None, request: str | None = None) -> LiveState:
-        """Switch one erasure on, or change it; the audit names its `by` and `reason`.
+        """Switch on or change the erasure of one concept. The audit takes `by` and `reason` from it.
 
         Raises:
             StaleGeneration: the state is not at `if_match`.
-            NoRangeSet: nothing is active that the erasure could be resolved on.
+            NoRangeSet: no range set is active.
             InvalidErasure, UnknownConcept, NotFitted: it cannot be resolved on the active range set.
         """
 
@@ -132,7 +132,7 @@ class RangeStore(PublishedRangeSets):
             after = state.next_generation(state.range_set, (*others, erasure))
             return after, _change("set", state, after, [erasure.concept], erasure.by, erasure.reason)
 
-        return self._change(switch_on, if_match, request=request)
+        return self._update(switch_on, if_match, request=request)
 
     def remove_erasure(
         self,
@@ -142,24 +142,24 @@ class RangeStore(PublishedRangeSets):
         reason: str | None = None,
         request: str | None = None,
     ) -> LiveState:
-        """Switch the erasure of one concept off. Where it is off already, nothing changes and no generation is made.
+        """Switch off the erasure of one concept. If it is off already, nothing changes.
 
         Raises:
             StaleGeneration: the state is not at `if_match`.
-            UnknownConcept: it is not erased, and the active range set knows no such concept.
+            UnknownConcept: it is not erased, and the active range set has no such concept.
         """
 
         def switch_off(state: LiveState, now: float) -> tuple[LiveState, Change] | None:
             others = tuple(each for each in state.erasures if each.concept != concept)
             if len(others) == len(state.erasures):
-                known = self.provenance(state.range_set).concepts if state.range_set else ()
+                known = self.range_sets.provenance(state.range_set).concepts if state.range_set else ()
                 if concept not in known:
                     raise UnknownConcept(concept, known)
                 return None
             after = state.next_generation(state.range_set, others)
             return after, _change("remove", state, after, [concept], by, reason)
 
-        return self._change(switch_off, if_match, request=request)
+        return self._update(switch_off, if_match, request=request)
 
     def activate(
         self,
@@ -170,18 +170,18 @@ class RangeStore(PublishedRangeSets):
         reason: str | None = None,
         request: str | None = None,
     ) -> LiveState:
-        """Make a published range set the one that erasures are resolved on.
+        """Activate a published range set: erasures are resolved on it from now on.
 
         Args:
-            force: drop live erasures that cannot be resolved on it, but for enforced ones; the audit names them.
+            force: remove live erasures that cannot be resolved on it, except enforced ones; the audit names them.
 
         Raises:
-            UnknownRangeSet: none of that id is published.
+            UnknownRangeSet: no range set with that id is published.
             InvalidRangeSet: it is corrupt.
-            UnresolvableErasure: a live erasure cannot be resolved on it, and `force` is not set, or it is enforced.
+            UnresolvableErasure: a live erasure cannot be resolved on it, and is enforced or `force` is not set.
             StaleGeneration: the state is not at `if_match`.
         """
-        candidate = self.read(range_set)
+        candidate = self.range_sets.read(range_set)
 
         def switch(state: LiveState, now: float) -> tuple[LiveState, Change]:
             why = {each.concept: why for each in state.erasures if (why := _unresolvable(candidate, each))}
@@ -193,62 +193,34 @@ class RangeStore(PublishedRangeSets):
                 raise UnresolvableErasure(
                     f"range set {range_set} cannot serve the live erasures of {', '.join(map(repr, refusing))} "
                     f"({'; '.join(refusing.values())}): switch them off"
-                    + (" first, since they are enforced" if enforced else ", or use force to drop them")
+                    + (" first, since they are enforced" if enforced else ", or use force to remove them")
                 )
             kept = tuple(each for each in state.erasures if each.concept not in why)
             after = state.next_generation(range_set, kept)
             change = _change("activate", state, after, (), by, reason)
             return after, change.model_copy(update={"dropped": tuple(sorted(why))})
 
-        state = self._change(switch, if_match, activates=True, request=request)
+        state = self._update(switch, if_match, activates=True, request=request)
         self._resolver = candidate
         return state
 
-    def restored(self, held: LiveState, state: LiveState | None) -> LiveState | None:
-        """What the live state is to be where `state`, as Redis has it now, knows less than `held`, which it had before.
+    def recovered(self, held: LiveState, stored: LiveState | None) -> LiveState | None:
+        """Return the state to write if the `stored` one lacks changes of the `held` one; see `recovered_state`."""
+        return recovered_state(held, stored, lambda: self.audit(AUDIT_LENGTH), self.clock.now())
 
-        Redis was emptied, or an older copy of it came back. What was held is restored in a new epoch, so that no
-        generation names two states, but for what operators did since. They decide on the concepts that they name; on
-        all that are not enforced, if they replaced all erasures; and on the range set, if they activated one. Nobody
-        drops an enforced erasure who does not name it.
-
-        Returns:
-            The state to put back; None if `state` knows all of `held`.
-        """
-        now = self.clock.now()
-        erasures = held.at(now)
-        if state is None:
-            return new_epoch([held], held.range_set, erasures)
-        if state == held or (state.is_at_least(held.generation) and state.generation != held.generation):
-            return None
-        if held.is_at_least(state.generation):  # an older copy, or one that went another way since
-            return new_epoch([held, state], held.range_set, erasures)
-        since = self._changes_since(held, state)
-        named = {concept for change in since for concept in (*change.concepts, *change.dropped)}
-        replaced = any(change.action == "replace" for change in since)
-        older = any(held.is_at_least(generation) for generation in state.continues)
-        theirs = {each.concept: each for each in state.at(now)}
-        ours = {each.concept: each for each in erasures if each.enforced or not replaced}
-        kept = {concept: each for concept, each in theirs.items() if concept in named or not older}
-        merged = kept | {concept: each for concept, each in ours.items() if concept not in named}
-        activated = any(change.action == "activate" for change in since)
-        range_set = state.range_set if state.range_set and (activated or not older) else held.range_set
-        after = new_epoch([held, state], range_set, tuple(merged.values()))
-        return None if (range_set, after.erasures) == (state.range_set, state.at(now)) else after
-
-    def put_back(self, held: LiveState) -> tuple[LiveState, bool]:
-        """Make what Redis has forgotten of `held` live again, in one step.
+    def restore(self, held: LiveState) -> tuple[LiveState, bool]:
+        """Restore atomically what Redis has lost of `held`.
 
         Returns:
-            The live state, and whether it was put back by this call: not if Redis, or another server, knew it all.
+            The live state, and whether this call changed it. Redis, or another server, may have had it all.
 
         Raises:
-            UnknownRangeSet: the range set is not published any more.
+            UnknownRangeSet: the range set is no longer published.
             UnknownConcept, NotFitted: the range set that was activated since cannot serve the erasures.
         """
         for attempt in range(ATTEMPTS):
             raw, state = self._read()
-            after = self.restored(held, state)
+            after = self.recovered(held, state)
             if after is None:
                 assert state is not None
                 return state, False
@@ -260,33 +232,23 @@ class RangeStore(PublishedRangeSets):
                 range_set=after.range_set,
                 concepts=tuple(each.concept for each in after.erasures),
                 by="server",
-                reason=f"Redis had forgotten generation {held.generation}",
+                reason=f"Redis had lost generation {held.generation}",
             )
             if self._write(raw, after, [change]):
                 return after, True
             _pause(attempt)
-        raise self._too_fast()
-
-    def _changes_since(self, held: LiveState, state: LiveState) -> list[AuditEntry]:
-        """What operators changed after `held` and up to `state`, as far as the audit tells."""
-        since = []
-        for entry in self.audit(AUDIT_LENGTH):
-            if entry.after != state.generation and is_at_least(entry.after, state.generation):
-                continue  # made after the state was read, as by another server that puts back
-            if held.is_at_least(entry.after):
-                break
-            if entry.action in ("set", "remove", "replace", "activate"):
-                since.append(entry)
-        return since
+        raise self._too_many_changes()
 
     def expire(self, now: float) -> LiveState | None:
-        """Take out what has expired at Unix time `now`, as a generation of its own; None where there is no state."""
-        if self.peek() is None:
-            return None
-        return self._change(lambda state, _: None, None, now)
+        """Remove the erasures that have expired at Unix time `now`, in a generation of its own.
+
+        Returns:
+            The live state; None if there is none.
+        """
+        return None if self.read_live_state() is None else self._update(lambda state, _: None, None, now)
 
     def audit(self, limit: int = 100) -> Sequence[AuditEntry]:
-        """The last `limit` changes of the live state, newest first.
+        """Return the last `limit` changes of the live state, newest first.
 
         Raises:
             InvalidRangeSet: an entry is unreadable.
@@ -303,12 +265,12 @@ class RangeStore(PublishedRangeSets):
         return entries
 
     def has_change_for(self, request: str) -> bool:
-        """Whether one of the last changes was made for that `request`."""
+        """Whether one of the last changes has this request id."""
         with translate_redis_errors():
             stored: Any = self.client.xrevrange(self.keys.audit, count=RECENT)
         return any(fields.get(b"request") == request.encode() for _, fields in stored)
 
-    def _change(
+    def _update(
         self,
         decide: _Decision,
         if_match: str | None,
@@ -317,33 +279,33 @@ class RangeStore(PublishedRangeSets):
         activates: bool = False,
         request: str | None = None,
     ) -> LiveState:
-        """Read, decide, compare and set, until it succeeds. Expired erasures go first, as a generation of their own."""
+        """Read, decide, compare and set until it succeeds. Expired erasures are removed first, in a generation."""
         for attempt in range(ATTEMPTS):
             raw, state = self._read()
-            if self.guard is not None and self.guard(state, activates):
+            if self.before_change is not None and self.before_change(state, activates):
                 continue
             if state is None:
-                self.live()
+                self.live_state()
                 continue
             if if_match is not None and if_match != state.generation:
                 raise StaleGeneration(if_match, state.generation)
             at = self.clock.now() if now is None else now
             changes = []
-            unexpired = state.at(at)
+            unexpired = state.active_at(at)
             if len(unexpired) < len(state.erasures):
                 expired = {each.concept for each in state.erasures if each.expired(at)}
                 before, state = state, state.next_generation(state.range_set, unexpired)
-                changes.append(_change("expire", before, state, expired, None, None))
+                changes.append(_change("expire", before, state, expired))
             if decided := decide(state, at):
                 state, change = decided
                 changes.append(change)
             if not changes or self._write(raw, state, changes, request):
                 return state
             _pause(attempt)
-        raise self._too_fast()
+        raise self._too_many_changes()
 
-    def _too_fast(self) -> StoreUnavailable:
-        return StoreUnavailable(f"the live state of {self.model!r} changes too fast: try again")
+    def _too_many_changes(self) -> StoreUnavailable:
+        return StoreUnavailable(f"too many concurrent changes of the live state of {self.model!r}: try again")
 
     def _read(self) -> tuple[bytes, LiveState | None]:
         raw = self.clock.get(self.client, self.keys.live)
@@ -353,11 +315,11 @@ class RangeStore(PublishedRangeSets):
             return raw, LiveState.model_validate_json(raw)
         except ValidationError:
             raise InvalidRangeSet(
-                f"the live state of {self.model!r} is unreadable: written by something else, or by a newer version?"
+                f"the live state of {self.model!r} is unreadable: was it written by another program or a newer version?"
             ) from None
 
     def _write(self, expected: bytes, state: LiveState, changes: Iterable[Change], request: str | None = None) -> bool:
-        """Whether the state was still as expected, and is now `state`.
+        """Replace the live state if it is still `expected`, and return whether it was.
 
         Raises:
             UnknownRangeSet: the range set to activate is no longer published.
@@ -368,7 +330,7 @@ class RangeStore(PublishedRangeSets):
             state.model_dump_json(),
             (state.range_set or "") if activated else "",
             CHANGES,
-            self.hint(),
+            self.keys.hint,
             AUDIT_LENGTH,
             request or "",
             *(change.model_dump_json() for change in changes),
@@ -383,19 +345,19 @@ class RangeStore(PublishedRangeSets):
         if not erasures:
             return
         if state.range_set is None:
-            raise NoRangeSet("no range set is active: fit one with `neuronlens fit … --activate`")
+            raise NoRangeSet
         if self._resolver is None or self._resolver.id != state.range_set:
-            self._resolver = self.read(state.range_set)
+            self._resolver = self.range_sets.read(state.range_set)
         resolver = self._resolver
         resolve(resolver, [each.erasure for each in erasures])
 
     def _active_id(self) -> str | None:
-        state = self.peek()
+        state = self.read_live_state()
         return state.range_set if state else None
 
 
 def _unresolvable(range_set: RangeSet, live: LiveErasure) -> str | None:
-    """Why an erasure cannot be resolved on a range set, or None if it can."""
+    """Return why an erasure cannot be resolved on a range set, or None if it can."""
     try:
         resolve(range_set, [live.erasure])
     except RangeStoreError as error:
@@ -404,21 +366,24 @@ def _unresolvable(range_set: RangeSet, live: LiveErasure) -> str | None:
 
 
 def _pause(attempt: int) -> None:
-    """Wait a moment, the longer the more tries there were, while others change the same live state."""
+    """Wait a random time that grows with the attempts, while others change the same live state."""
     time.sleep(random.uniform(0, 0.001 * min(attempt, 20)))
 
 
 def _change(
-    action: str, before: LiveState, after: LiveState, concepts: Iterable[str], by: str | None, reason: str | None
+    action: Action,
+    before: LiveState,
+    after: LiveState,
+    concepts: Iterable[str],
+    by: str | None = None,
+    reason: str | None = None,
 ) -> Change:
-    return Change.model_validate(
-        {
-            "action": action,
-            "before": before.generation,
-            "after": after.generation,
-            "range_set": after.range_set,
-            "concepts": tuple(sorted(concepts)),
-            "by": by,
-            "reason": reason,
-        }
+    return Change(
+        action=action,
+        before=before.generation,
+        after=after.generation,
+        range_set=after.range_set,
+        concepts=tuple(sorted(concepts)),
+        by=by,
+        reason=reason,
     )

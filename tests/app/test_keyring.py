@@ -10,7 +10,7 @@ import pytest
 from app.security.keyring import LOST, Keyring, Refused, memory_of
 from range_store.embedded.connection import EmbeddedRedis, connect
 from range_store.storage.api_keys import ApiKeyStore
-from range_store.storage.keys import API_KEYS
+from range_store.storage.schema import API_KEYS
 
 
 @pytest.fixture

@@ -297,7 +297,7 @@ def test_range_sets_are_listed_and_activated(client_of: ClientOf, fresh_server: 
         1, identity.labels, identity.hidden_size, identity.n_layers, [last], fingerprint=identity.fingerprint
     )
     (first,) = client.range_sets().range_sets
-    last_only = store.publish(*made)
+    last_only = store.range_sets.publish(*made)
     client.switch_on("Sports", layer=-2)
     with pytest.raises(Conflict) as raised:
         client.activate(last_only)

@@ -165,7 +165,8 @@ def test_empty_server_with_a_running_fit_is_accessible(
 def test_comparison_is_accessible(fresh_server: RunningServer, window: OpenWindow, options: Look) -> None:
     service = fresh_server.service
     fingerprint = service.model.identity.fingerprint
-    service.store.publish(*random_range_set(7, ("Sports", "World"), hidden=32, n_layers=3, fingerprint=fingerprint))
+    made = random_range_set(7, ("Sports", "World"), hidden=32, n_layers=3, fingerprint=fingerprint)
+    service.store.range_sets.publish(*made)
     opened = window(fresh_server, **options)
     page = opened.open("#/live")
     expect(page.get_by_label("Compare")).to_have_count(2)

@@ -42,7 +42,7 @@ def test_missing_key_is_asked_for_once_and_kept_for_the_tab(
 def test_what_the_key_may_not_do_is_disabled(server_with_keys: ServerWithKeys, window: OpenWindow) -> None:
     running, tokens, _ = server_with_keys
     fingerprint = running.service.model.identity.fingerprint
-    running.service.store.publish(*random_range_set(7, hidden=32, n_layers=3, fingerprint=fingerprint))
+    running.service.store.range_sets.publish(*random_range_set(7, hidden=32, n_layers=3, fingerprint=fingerprint))
     running.service.store.set_erasure(LiveErasure(erasure=Erasure(concept="World")))
     running.service.mirror.refresh()
     opened = window(running)
@@ -147,7 +147,7 @@ def test_unavailable_store_is_reported_and_can_be_retried(server: RunningServer,
     expect(sets.get_by_role("alert").filter(has_text="the store is away")).to_contain_text("abc")
     page.unroute("**/v1/range-sets")
     sets.get_by_role("button", name="Try again").click()
-    expect(page.get_by_role("heading", name=str(server.service.store.live().range_set))).to_be_visible()
+    expect(page.get_by_role("heading", name=str(server.service.store.live_state().range_set))).to_be_visible()
 
 
 def expect_reconnected(page: Page) -> None:

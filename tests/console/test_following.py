@@ -44,7 +44,7 @@ def refuse_streams(page: Page, status: int, **headers: str) -> None:
 def publish(running: RunningServer, seed: int) -> str:
     fingerprint = running.service.model.identity.fingerprint
     made = random_range_set(seed, ("Sports", "World"), hidden=32, n_layers=3, fingerprint=fingerprint)
-    return str(running.service.store.publish(*made))
+    return str(running.service.store.range_sets.publish(*made))
 
 
 def following(page: Page, state: str) -> Locator:
@@ -131,4 +131,4 @@ def test_change_elsewhere_keeps_focus_and_opened_details(
     advance_until(page, page.get_by_role("heading", name=publish(fresh_server, 12)).is_visible)
     expect(sets.get_by_role("rowheader", name="model.fingerprint").filter(visible=True)).to_have_count(1)
     focused = page.evaluate("document.activeElement.dataset.key")
-    assert focused == f"see {fresh_server.service.store.live().range_set}"
+    assert focused == f"see {fresh_server.service.store.live_state().range_set}"

@@ -40,7 +40,9 @@ def hostile_server_of_module(
         running = start(loaded, name=IMAGE)
         store = running.service.store
         fingerprint = running.service.model.identity.fingerprint
-        store.activate(store.publish(*random_range_set(3, NAMES, hidden=32, n_layers=3, fingerprint=fingerprint)))
+        store.activate(
+            store.range_sets.publish(*random_range_set(3, NAMES, hidden=32, n_layers=3, fingerprint=fingerprint))
+        )
         running.service.mirror.refresh()
         yield running
 

@@ -76,7 +76,7 @@ def test_change_keeps_untouched_settings(server: RunningServer, window: OpenWind
     """Values that the controls cannot express are kept: some of the fitted blocks, and half a per cent."""
     identity = server.service.model.identity
     three_blocks = random_range_set(5, ("Sports", "World"), hidden=32, n_layers=3, fingerprint=identity.fingerprint)
-    server.service.store.activate(server.service.store.publish(*three_blocks))
+    server.service.store.activate(server.service.store.range_sets.publish(*three_blocks))
     server.service.mirror.refresh()
     settings = {"layer": [0, 1], "top_fraction": 0.305, "tau": 7.25, "reason": "as agreed"}
     server.http.put("/v1/erasures/Sports", json=settings).raise_for_status()
@@ -178,9 +178,9 @@ def test_stale_change_of_the_same_concept_shows_what_it_replaces(server: Running
 
 def test_range_sets_are_compared_activated_and_rolled_back(fresh_server: RunningServer, window: OpenWindow) -> None:
     identity = fresh_server.service.model.identity
-    before = fresh_server.service.store.live().range_set
+    before = fresh_server.service.store.live_state().range_set
     fewer, inspect = random_range_set(7, ("Sports", "World"), hidden=32, n_layers=3, fingerprint=identity.fingerprint)
-    newer = fresh_server.service.store.publish(fewer, inspect)
+    newer = fresh_server.service.store.range_sets.publish(fewer, inspect)
     fresh_server.http.put("/v1/erasures/Business")
     page = window(fresh_server).open("#/live")
     sets = page.get_by_role("region", name="Range sets")
@@ -196,17 +196,17 @@ def test_range_sets_are_compared_activated_and_rolled_back(fresh_server: Running
     expect(dialog.get_by_label("Force")).to_have_count(0)
     dialog.get_by_role("button", name="Activate for everybody").click()
     expect(dialog.get_by_role("alert")).to_contain_text("That does not fit what is there")
-    assert fresh_server.service.store.live().range_set == before
+    assert fresh_server.service.store.live_state().range_set == before
     dialog.get_by_label("Force").check()
     dialog.get_by_role("button", name="Activate for everybody").click()
     expect(dialog).to_be_hidden()
-    assert fresh_server.service.store.live().range_set == newer
+    assert fresh_server.service.store.live_state().range_set == newer
     expect(page.get_by_text("Nothing is erased", exact=True)).to_be_visible()
 
     page.get_by_role("button", name=f"Roll back to {before}").click()
     open_dialog(page, "Roll back").get_by_role("button", name="Roll back for everybody").click()
     expect(page.get_by_role("heading", name=str(before))).to_contain_text("active")
-    assert fresh_server.service.store.live().range_set == before
+    assert fresh_server.service.store.live_state().range_set == before
 
 
 def test_comparison_is_about_provenance_not_ranges(server: RunningServer, window: OpenWindow) -> None:
@@ -221,7 +221,7 @@ def test_comparison_is_about_provenance_not_ranges(server: RunningServer, window
         parts = {layer: random_layer(10 * seed + layer, provenance) for layer in provenance.settings.layers}
         inspect = {layer: part[1] for layer, part in parts.items()}
         made = assemble(provenance, {layer: part[0] for layer, part in parts.items()}, inspect)
-        ids.append(server.service.store.publish(made, inspect))
+        ids.append(server.service.store.range_sets.publish(made, inspect))
     page = window(server).open("#/live")
     for range_set in ids[:2]:
         page.locator(f"[data-set='{range_set}']").check()

@@ -97,7 +97,7 @@ def test_drawn_concepts_are_chosen_if_there_are_many(
     names = [f"Concept {at}" for at in range(16)]
     fingerprint = running.service.model.identity.fingerprint
     fitted = random_range_set(3, names, hidden=32, n_layers=3, fingerprint=fingerprint)
-    running.service.store.activate(running.service.store.publish(*fitted))
+    running.service.store.activate(running.service.store.range_sets.publish(*fitted))
     running.service.mirror.refresh()
     page = window(running, viewport=NARROW).open("#/neurons?concept=Concept+15&layer=2&neuron=3")
 

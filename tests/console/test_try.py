@@ -247,7 +247,7 @@ def test_controls_show_the_settings_of_the_request(server: RunningServer, window
     fitted = random_range_set(
         5, ("Sports",), hidden=32, n_layers=3, layers=[1], rankings=["selectivity"], fingerprint=identity.fingerprint
     )
-    server.service.store.activate(server.service.store.publish(*fitted))
+    server.service.store.activate(server.service.store.range_sets.publish(*fitted))
     server.service.mirror.refresh()
     page = window(server).open(f"#/try?text={TEXT}&erase=Sports")
     expect_result(page, "masked at the read position")

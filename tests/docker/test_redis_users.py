@@ -42,21 +42,21 @@ def client(store_server: Store, tmp_path: Path) -> Iterator[Client]:
 def test_operator_can_do_everything_with_the_store(client: Client, tmp_path: Path) -> None:
     store = RangeStore(client("operator"), "news")
     range_set, inspect = random_range_set(1)
-    published = store.publish(range_set, inspect)
-    other = store.publish(*random_range_set(2))
-    assert {each.id for each in store.list()} == {published, other}
+    published = store.range_sets.publish(range_set, inspect)
+    other = store.range_sets.publish(*random_range_set(2))
+    assert {each.id for each in store.range_sets.list()} == {published, other}
     store.activate(published)
     store.set_erasure(LiveErasure(erasure=Erasure(concept=range_set.concepts[0]), expires_at=time.time() + 60))
     store.expire(time.time() + 120)
     assert [each.action for each in store.audit()] == ["expire", "set", "activate", "create"]
-    assert store.live().erasures == ()
-    store.export(published, tmp_path / "out.safetensors")
+    assert store.live_state().erasures == ()
+    store.range_sets.export_file(published, tmp_path / "out.safetensors")
     elsewhere = RangeStore(store.client, "elsewhere")
-    assert elsewhere.import_file(tmp_path / "out.safetensors") == published
-    elsewhere.remove(published)
-    store.remove(other)
-    assert [each.id for each in store.list()] == [published]
-    assert store.read_inspect(published, next(iter(range_set.layers))) is not None
+    assert elsewhere.range_sets.import_file(tmp_path / "out.safetensors") == published
+    elsewhere.range_sets.remove(published)
+    store.range_sets.remove(other)
+    assert [each.id for each in store.range_sets.list()] == [published]
+    assert store.range_sets.read_inspect(published, next(iter(range_set.layers))) is not None
     assert list(store.client.scan_iter("neuronlens:rangesets:*")) == [b"neuronlens:rangesets:news"]
     # API keys are one document that a script changes
     put = store.client.register_script("return redis.call('SET', KEYS[1], ARGV[1])")
@@ -67,10 +67,10 @@ def test_operator_can_do_everything_with_the_store(client: Client, tmp_path: Pat
 def test_service_toggles_and_follows_but_cannot_publish(client: Client) -> None:
     operator = RangeStore(client("operator"), "news")
     range_set, inspect = random_range_set(1)
-    published = operator.publish(range_set, inspect)
+    published = operator.range_sets.publish(range_set, inspect)
     store = RangeStore(client("service"), "news")
     store.activate(published)
-    assert [each.id for each in store.list()] == [published]
+    assert [each.id for each in store.range_sets.list()] == [published]
     replica = new_replica_name()
     mirror = Mirror(store, range_set.provenance.model.fingerprint, poll=300.0, replica=replica)
     mirror.start()
@@ -78,7 +78,7 @@ def test_service_toggles_and_follows_but_cannot_publish(client: Client) -> None:
         until(lambda: mirror.snapshot is not None)
         for reader in (operator, store):
             replicas = ReplicaRegistry(reader.client, "news")
-            until(lambda replicas=replicas: not replicas.read().missing(store.live().generation))
+            until(lambda replicas=replicas: not replicas.read().missing(store.live_state().generation))
             assert [each.name for each in replicas.read().replicas] == [replica]
 
         def notified() -> bool:  # the mirror may not have subscribed yet at the first change
@@ -92,7 +92,7 @@ def test_service_toggles_and_follows_but_cannot_publish(client: Client) -> None:
         store.set_erasures([LiveErasure(erasure=Erasure(concept=range_set.concepts[1]))], by="key:someone")
         assert store.audit()[0].by == "key:someone"
         assert store.remove_erasure(range_set.concepts[1]).erasures == ()
-        until(lambda: mirror.snapshot is not None and mirror.snapshot.live == store.live())
+        until(lambda: mirror.snapshot is not None and mirror.snapshot.live == store.live_state())
     finally:
         mirror.close()
     jobs = JobStore(store.client, "news")
@@ -103,16 +103,16 @@ def test_service_toggles_and_follows_but_cannot_publish(client: Client) -> None:
     assert [each.state for each in JobStore(operator.client, "news").read().jobs] == ["running"]
     assert ReplicaRegistry(operator.client, "news").read().replicas == ()
     with pytest.raises(StoreUnavailable, match="ACL"):
-        store.publish(*random_range_set(2))
+        store.range_sets.publish(*random_range_set(2))
     with pytest.raises(StoreUnavailable, match="ACL"):
-        RangeStore(store.client, "other").publish(range_set, inspect)
+        RangeStore(store.client, "other").range_sets.publish(range_set, inspect)
     put = store.client.register_script("return redis.call('SET', KEYS[1], ARGV[1])")
     for key in ("neuronlens:keys", "neuronlens:rangesets:news", f"neuronlens:rangeset:{published}:meta"):
         with pytest.raises(redis.ResponseError):
             put([key], ["{}"])
         with pytest.raises(redis.exceptions.NoPermissionError):
             store.client.set(key, "{}")
-    assert operator.read(published).layers.keys() == range_set.layers.keys(), "the range set is intact"
+    assert operator.range_sets.read(published).layers.keys() == range_set.layers.keys(), "the range set is intact"
 
 
 REFUSED: dict[str, tuple[Any, ...]] = {
@@ -179,11 +179,11 @@ def test_passwords_are_stored_as_hashes_only(shared_store_server: Store) -> None
 def test_acknowledged_toggle_survives_sigkill(store_server: Store, client: Client) -> None:
     range_set, inspect = random_range_set(1)
     operator = RangeStore(client("operator"), "news")
-    operator.activate(operator.publish(range_set, inspect))
+    operator.activate(operator.range_sets.publish(range_set, inspect))
     store = RangeStore(client("service"), "news")
     for turn in range(2):
         acknowledged = store.set_erasure(LiveErasure(erasure=Erasure(concept=range_set.concepts[0], tau=1.0 + turn)))
         store_server.kill()
         store_server.start()
-        assert store.live() == acknowledged
+        assert store.live_state() == acknowledged
     assert store.audit()[0].after == acknowledged.generation

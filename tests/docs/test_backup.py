@@ -66,9 +66,9 @@ def test_a_backup_is_restored_and_a_server_puts_a_later_state_back(start: Start,
     new.mkdir()
     client = start(old)
     store, keys = RangeStore(client, "news"), ApiKeyStore(client)
-    id_ = store.publish(*random_range_set(1))
+    id_ = store.range_sets.publish(*random_range_set(1))
     store.activate(id_)
-    concept = store.provenance(id_).concepts[0]
+    concept = store.range_sets.provenance(id_).concepts[0]
     kept = store.set_erasure(LiveErasure(erasure=Erasure(concept=concept), reason="kept"))
     _, token = keys.create("app", ["infer"])
 
@@ -81,8 +81,8 @@ def test_a_backup_is_restored_and_a_server_puts_a_later_state_back(start: Start,
     shell(commands("restore"), new)
     restored = start(new)
     again = RangeStore(restored, "news")
-    assert again.live() == kept
-    assert again.read(id_).provenance == store.read(id_).provenance
+    assert again.live_state() == kept
+    assert again.range_sets.read(id_).provenance == store.range_sets.read(id_).provenance
     assert [entry.action for entry in again.audit()] == ["set", "activate", "create"]
     known = ApiKeyStore(restored).read()
     assert known is not None

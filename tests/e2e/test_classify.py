@@ -32,7 +32,7 @@ def test_answer_lists_sorted_scores_that_sum_to_one(server: RunningServer) -> No
     assert (result["label"], result["score"]) == (result["scores"][0]["label"], scores[0])
     assert (result["masked_neurons"], result["truncated"], result["baseline"]) == (0, False, None)
     assert body["erasure"]["source"] == "none"
-    assert body["erasure"]["range_set"] == server.service.store.live().range_set
+    assert body["erasure"]["range_set"] == server.service.store.live_state().range_set
     assert body["usage"]["tokens"] == len(server.model.tokens.encode([TEXT])[0].ids)
 
 

@@ -78,7 +78,7 @@ def in_path(concept: str) -> str:
 
 
 def test_concept_names_with_special_characters_work_in_urls(server: RunningServer) -> None:
-    published = server.service.store.publish(*random_ranges(server.model.identity, 5, NAMES))
+    published = server.service.store.range_sets.publish(*random_ranges(server.model.identity, 5, NAMES))
     server.http.put("/v1/range-sets/active", json={"id": published}).raise_for_status()
     for concept in NAMES:
         on = server.http.put(f"/v1/erasures/{in_path(concept)}")
@@ -158,7 +158,7 @@ def test_a_guarded_change_sent_again_is_not_stale_about_itself(
 ) -> None:
     """The answer to the first try was lost: the second one finds the change made, and makes it no second time."""
     if path.endswith("active"):
-        body = {"id": server.service.store.live().range_set}
+        body = {"id": server.service.store.live_state().range_set}
     old = server.http.put("/v1/erasures/World").headers["etag"]
 
     def send(tag: str = old, request: str = "r-1", path: str = path) -> httpx.Response:
@@ -173,7 +173,7 @@ def test_a_guarded_change_sent_again_is_not_stale_about_itself(
     later = server.http.put("/v1/erasures/Business").json()
     assert send().json() == later, "it was made, whatever followed"
     assert [each.action for each in server.service.store.audit(3)].count("set") <= 3
-    assert server.service.store.live().generation == later["generation"]
+    assert server.service.store.live_state().generation == later["generation"]
 
 
 @pytest.mark.local
@@ -214,8 +214,8 @@ def test_invalid_changes_are_rejected(server: RunningServer, problem: Problem) -
 @pytest.mark.local
 def test_range_set_can_be_activated_and_rolled_back(server: RunningServer, problem: Problem) -> None:
     store = server.service.store
-    first = store.live().range_set
-    second = store.publish(*random_ranges(server.model.identity, 5, ("World", "Sports", "Business")))
+    first = store.live_state().range_set
+    second = store.range_sets.publish(*random_ranges(server.model.identity, 5, ("World", "Sports", "Business")))
     listed = server.http.get("/v1/range-sets").json()["range_sets"]
     active = {each["id"]: each["active"] for each in listed}
     assert (active[first], active[second]) == (True, False)
@@ -233,7 +233,7 @@ def test_range_set_can_be_activated_and_rolled_back(server: RunningServer, probl
 
 def test_range_set_of_another_model_is_rejected(server: RunningServer, problem: Problem) -> None:
     foreign, inspect = random_range_set(3)
-    published = server.service.store.publish(foreign, inspect)
+    published = server.service.store.range_sets.publish(foreign, inspect)
     problem(server.http.put("/v1/range-sets/active", json={"id": published}), 409, "foreign_range_set")
     assert server.http.get("/v1/erasures").json()["range_set"] != published
 
@@ -241,7 +241,7 @@ def test_range_set_of_another_model_is_rejected(server: RunningServer, problem: 
 def test_range_set_with_the_fingerprint_of_an_earlier_version_is_served(server: RunningServer) -> None:
     assert server.model.earlier_fingerprint is not None
     identity = server.model.identity.model_copy(update={"fingerprint": server.model.earlier_fingerprint})
-    published = server.service.store.publish(*random_ranges(identity, 7))
+    published = server.service.store.range_sets.publish(*random_ranges(identity, 7))
     assert server.http.put("/v1/range-sets/active", json={"id": published}).status_code == 200
     assert server.classify(TEXT, erase=["Sports"]).json()["erasure"]["range_set"] == published
 
@@ -249,7 +249,7 @@ def test_range_set_with_the_fingerprint_of_an_earlier_version_is_served(server: 
 def test_range_set_of_another_dtype_requires_force_and_readyz_says_so(
     server: RunningServer, fitted: FitResult, problem: Problem, caplog: pytest.LogCaptureFixture
 ) -> None:
-    published = server.service.store.publish(*in_dtype(fitted.range_set, fitted.inspect, "bfloat16"))
+    published = server.service.store.range_sets.publish(*in_dtype(fitted.range_set, fitted.inspect, "bfloat16"))
     refused = problem(server.http.put("/v1/range-sets/active", json={"id": published}), 409, "dtype_mismatch")
     said = "the range set was fitted in bfloat16, and the model runs in float32"
     assert said in refused["detail"]
@@ -315,9 +315,9 @@ def test_no_change_is_made_while_a_foreign_range_set_is_active(fresh_server: Run
     running.http.put("/v1/erasures/Sports").raise_for_status()
     elsewhere = RangeStore(running.service.store.client, running.service.name)
     identity = running.model.identity.model_copy(update={"fingerprint": "ef" * 32})
-    state = elsewhere.activate(elsewhere.publish(*random_ranges(identity, 0)))
+    state = elsewhere.activate(elsewhere.range_sets.publish(*random_ranges(identity, 0)))
     problem(running.http.put("/v1/erasures/World"), 409, "foreign_range_set")
     problem(running.http.delete("/v1/erasures/Sports"), 409, "foreign_range_set")
     problem(running.http.put("/v1/erasures", json={"erasures": []}), 409, "foreign_range_set")
-    assert elsewhere.live() == state
+    assert elsewhere.live_state() == state
     assert erased(running) == ["Sports"], "the last good snapshot stays in force"

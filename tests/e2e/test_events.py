@@ -100,12 +100,12 @@ def test_stream_reports_published_activated_and_removed_range_sets(
     (tmp_path / "few.jsonl").write_text("".join(rows), "utf-8")
     other = fit(model, load_corpus(str(tmp_path / "few.jsonl")), layers=(-1,), bins=8)
     store = fresh_server.service.store
-    id_ = store.publish(other.range_set, other.inspect)
+    id_ = store.range_sets.publish(other.range_set, other.inspect)
     until(lambda: len(window.of("range_sets")) == 2)
     assert window.of("range_sets")[-1].data == {}
     fresh_server.http.put("/v1/range-sets/active", json={"id": id_}).raise_for_status()
     until(lambda: window.last()["range_set"] == id_ and len(window.of("range_sets")) == 3)
-    store.remove(fitted.range_set.id)
+    store.range_sets.remove(fitted.range_set.id)
     until(lambda: len(window.of("range_sets")) == 4)
 
 

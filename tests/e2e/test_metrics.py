@@ -9,7 +9,7 @@ from prometheus_client.parser import text_string_to_metric_families
 from range_store.domain.erasure import Erasure
 from range_store.domain.live import LiveErasure
 from range_store.storage.clock import StoreClock
-from range_store.storage.keys import ModelKeys
+from range_store.storage.schema import ModelKeys
 from tests.range_store.waiting import until
 from tests.servers import RunningServer, with_ranges
 from workers.engine.metrics import MAX_CONCEPTS, OTHER_CONCEPTS

@@ -49,7 +49,7 @@ def test_ray_cluster_fits_and_serves_as_one_process_does(
 
         with open_fleet(settings) as services, over_http(services) as fleet:
             store = services[0].store
-            store.activate(store.publish(fitted.range_set, fitted.inspect))
+            store.activate(store.range_sets.publish(fitted.range_set, fitted.inspect))
             asked = {"inputs": [text for text, _ in ROWS[:8]]}
             before = scores(server.http.post("/v1/classify", json=asked))
             erasure = {"params": {"wait": "all", "wait_seconds": 60}, "json": {"top_fraction": 1.0}}

@@ -188,7 +188,7 @@ def explore(
     config, report = folder / "schemathesis.toml", folder / "report.json"
     store = running.service.store
     store.client.hset(store.keys.replicas, "since", "0")  # the list of replicas counts as complete
-    live = store.live()
+    live = store.live_state()
     # different keys make two jobs of the same request; the second one is still queued when it is cancelled
     request = {"data": "news/long.jsonl"}
     first, job = (running.service.jobs.add(request, "test", key, "fingerprint", max_pending=1000).id for key in "ab")

@@ -157,7 +157,7 @@ def test_unknown_model_is_rejected_on_every_route(two_models: RunningServer, pro
     """The routes are those of the OpenAPI document, so that a new route is tested too."""
     found = list(operations_with_a_model())
     assert len(found) > 30
-    before = [service.store.live() for service in two_models.services]
+    before = [service.store.live_state() for service in two_models.services]
     names = [service.name for service in two_models.services]
     for method, path, in_query, in_body in found:
         url = re.sub(r"{(\w+)}", lambda part: {"model": UNKNOWN, "model_version": "1"}.get(part[1], "0"), path)
@@ -172,7 +172,7 @@ def test_unknown_model_is_rejected_on_every_route(two_models: RunningServer, pro
         assert replies
         for reply in replies:
             assert problem(reply, 404, "unknown_model")["known"] == names, (method, path)
-    assert [service.store.live() for service in two_models.services] == before
+    assert [service.store.live_state() for service in two_models.services] == before
 
 
 def test_different_models_in_query_and_body_are_rejected(two_models: RunningServer, problem: Problem) -> None:
@@ -191,7 +191,7 @@ def test_server_is_ready_when_all_models_are(
     one, two = server.services
 
     def activate(service: Service) -> None:
-        service.store.activate(service.store.publish(*random_ranges(service.model.identity, 1)))
+        service.store.activate(service.store.range_sets.publish(*random_ranges(service.model.identity, 1)))
         service.mirror.refresh()
 
     activate(one)

@@ -68,7 +68,7 @@ def passive_server(
 def change_behind(running: RunningServer, *, enforced: bool = False) -> LiveState:
     """Erase World directly in the store; gives the new live state."""
     store = running.service.store
-    before = store.live()
+    before = store.live_state()
     erasure = LiveErasure(erasure=Erasure(concept="World"), enforced=enforced)
     state = before.next_generation(before.range_set, (erasure,))
     store.client.set(store.keys.live, state.model_dump_json())
@@ -147,7 +147,7 @@ def test_emptied_replica_list_does_not_count_as_complete(
     store.client.delete(store.keys.replicas)
     reply = http.delete("/v1/erasures/Sports", params={"wait": "all", "wait_seconds": "0.05"})
     problem(reply, 504, "not_everywhere")
-    fresh_server.service.mirror.heartbeat.report()  # type: ignore[union-attr]
+    fresh_server.service.mirror.heartbeat.read_and_report()  # type: ignore[union-attr]
     reply = http.delete("/v1/erasures/Sports", params={"wait": "all", "wait_seconds": "0.05"})
     assert problem(reply, 504, "not_everywhere")["missing"] == []
     monkeypatch.setattr(replicas, "SILENT_SECONDS", 0.0)
@@ -302,7 +302,7 @@ def test_server_reads_the_store_after_a_silence_before_it_answers(
 ) -> None:
     """Others may have stopped waiting for it, and may have reported a change as in force everywhere."""
     monkeypatch.setattr(generation_wait, "LAPSED_SECONDS", 20.0)
-    until(lambda: passive_server.service.mirror.heartbeat._heard_at)  # type: ignore[union-attr]
+    until(lambda: passive_server.service.mirror.heartbeat._reported_at)  # type: ignore[union-attr]
     monkeypatch.setattr(heartbeat, "SILENT_SECONDS", -1.0)
     state = change_behind(passive_server)
     assert passive_server.classify(TEXT).json()["erasure"]["generation"] == state.generation

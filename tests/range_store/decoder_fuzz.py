@@ -31,20 +31,19 @@ from range_store.errors import InvalidKey, InvalidRangeSet
 from range_store.storage.api_keys import ApiKeys, ApiKeyStore
 from range_store.storage.archive import ENTRY, Archive, decode_archive, encode_archive
 from range_store.storage.codec import (
-    Meta,
+    Metadata,
     assemble,
     decode_inspect,
-    decode_meta,
+    decode_metadata,
     decode_serve,
     describe,
-    encode_inspect,
-    encode_meta,
+    encode_layer,
+    encode_metadata,
     encode_parts,
-    encode_serve,
     inspect_part,
     serve_part,
 )
-from range_store.storage.keys import API_KEYS
+from range_store.storage.schema import API_KEYS
 from range_store.storage.store import RangeStore
 from tests.range_store.builders import random_range_set
 
@@ -80,7 +79,7 @@ KEYS = ApiKeys.model_validate(
     }
 )
 VALID = {
-    "meta": encode_meta(META),
+    "meta": encode_metadata(META),
     "serve": PARTS[serve_part(0)],
     "inspect": PARTS[inspect_part(1)],
     "archive": encode_archive(MADE, INSPECT),
@@ -207,8 +206,8 @@ def resealed(archive: bytes) -> bytes:
     try:
         length = struct.unpack_from("<Q", archive)[0]
         header = json.loads(archive[8 : 8 + length])
-        meta = Meta.model_validate(json.loads(header["__metadata__"][ENTRY])["meta"])
-        sealed = Archive(id=meta.id, meta=meta, sha256=hashlib.sha256(encode_meta(meta)).hexdigest())
+        meta = Metadata.model_validate(json.loads(header["__metadata__"][ENTRY])["meta"])
+        sealed = Archive(id=meta.id, meta=meta, sha256=hashlib.sha256(encode_metadata(meta)).hexdigest())
         header["__metadata__"][ENTRY] = sealed.model_dump_json()
         written = json.dumps(header, ensure_ascii=False, separators=(",", ":")).encode()
     except (ValueError, TypeError, KeyError, RecursionError, struct.error):
@@ -271,11 +270,11 @@ class Target:
 
     def meta(self, data: bytes) -> None:
         try:
-            expected = Meta.model_validate_json(data).id
+            expected = Metadata.model_validate_json(data).id
         except (ValidationError, RecursionError):
             expected = META.id
-        meta = decode_meta(data, expected)
-        assert decode_meta(encode_meta(meta), expected) == meta
+        meta = decode_metadata(data, expected)
+        assert decode_metadata(encode_metadata(meta), expected) == meta
         if meta.id == META.id:
             assert (meta.parts, meta.provenance.settings) == (META.parts, META.provenance.settings)
 
@@ -283,13 +282,13 @@ class Target:
         name = serve_part(0)
         assert _refuses(decode_serve, data, META, 0) or data == PARTS[name]
         meta = META.model_copy(update={"parts": META.parts | {name: hashlib.sha256(data).hexdigest()}})
-        assert encode_serve(decode_serve(data, meta, 0), MADE.provenance) == data
+        assert encode_layer(decode_serve(data, meta, 0), MADE.provenance) == data
 
     def inspect(self, data: bytes) -> None:
         name = inspect_part(1)
         assert _refuses(decode_inspect, data, META, 1) or data == PARTS[name]
         meta = META.model_copy(update={"parts": META.parts | {name: hashlib.sha256(data).hexdigest()}})
-        assert encode_inspect(decode_inspect(data, meta, 1), MADE.provenance) == data
+        assert encode_layer(decode_inspect(data, meta, 1), MADE.provenance) == data
 
     def archive(self, data: bytes) -> None:
         range_set, inspect = decode_archive(data)
@@ -298,10 +297,10 @@ class Target:
 
     def live(self, data: bytes) -> None:
         self.store.client.set(self.store.keys.live, data)
-        state = self.store.peek()
+        state = self.store.read_live_state()
         assert state is not None
         assert LiveState.model_validate_json(state.model_dump_json()) == state
-        assert state.at(0.0) == state.erasures or state.next_expiry is not None
+        assert state.active_at(0.0) == state.erasures or state.next_expiry is not None
         assert state.next_generation(None, ()).counter == state.counter + 1
 
     def keys(self, data: bytes) -> None:
@@ -312,7 +311,7 @@ class Target:
         assert keys.find_by_token("nl_0123abcd_" + "x" * 43) is None
 
 
-def _refuses(decode: Callable[[bytes, Meta, int], object], data: bytes, meta: Meta, layer: int) -> bool:
+def _refuses(decode: Callable[[bytes, Metadata, int], object], data: bytes, meta: Metadata, layer: int) -> bool:
     try:
         decode(data, meta, layer)
     except InvalidRangeSet:

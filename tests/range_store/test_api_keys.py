@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from range_store.errors import InvalidKey, UnknownKey
 from range_store.storage.api_keys import REVOKED_KEPT, SCOPES, ApiKey, ApiKeys, ApiKeyStore
-from range_store.storage.keys import API_KEYS
+from range_store.storage.schema import API_KEYS
 
 
 @pytest.fixture
@@ -64,17 +64,17 @@ def test_admin_has_every_scope_and_other_keys_their_own(
     store: ApiKeyStore, scopes: list[str], allowed: set[str]
 ) -> None:
     key, _ = store.create("a", scopes)  # type: ignore[arg-type]
-    assert {scope for scope in SCOPES if key.may(scope)} == allowed
+    assert {scope for scope in SCOPES if key.allows(scope)} == allowed
 
 
 def test_keys_stay_required_after_the_last_is_revoked(store: ApiKeyStore) -> None:
     key, token = store.create("app", ["infer"])
     store.revoke("app", by="ops")
     keys = read(store)
-    assert keys.good(time.time()) == ()
+    assert keys.valid(time.time()) == ()
     revoked = keys.find_by_token(token)
     assert revoked is not None
-    assert (revoked.id, revoked.revoked_by, revoked.good(time.time())) == (key.id, "ops", False)
+    assert (revoked.id, revoked.revoked_by, revoked.is_valid(time.time())) == (key.id, "ops", False)
 
 
 def test_key_is_revoked_by_name_or_id_once(store: ApiKeyStore) -> None:
@@ -93,7 +93,7 @@ def test_name_of_a_revoked_or_expired_key_can_be_used_again(store: ApiKeyStore) 
     old, _ = store.create("app", ["read"], expires_at=time.time() - 1)
     new, _ = store.create("app", ["infer"])
     assert store.revoke("app").id == new.id  # the valid key, not the expired one
-    assert not old.good(time.time())
+    assert not old.is_valid(time.time())
 
 
 @pytest.mark.parametrize("name", ["", " ", "-a", "a b", "a\nb", "é", "a" * 65])

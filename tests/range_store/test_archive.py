@@ -154,5 +154,5 @@ def test_error_names_the_file_that_cannot_be_read(tmp_path: Path) -> None:
         with pytest.raises(InvalidRangeSet, match=str(path)):
             read_archive(path)
     (tmp_path / "empty").touch()
-    with pytest.raises(InvalidRangeSet, match=r"empty is no range set: .*truncated"):
+    with pytest.raises(InvalidRangeSet, match=r"empty is not a range set: .*truncated"):
         read_archive(tmp_path / "empty")

@@ -1,6 +1,7 @@
 """Parts of range sets as bytes: decoding restores every bit, and wrong bytes are refused."""
 
 import dataclasses
+import hashlib
 import json
 import struct
 from typing import Any
@@ -15,16 +16,15 @@ from hypothesis.extra.numpy import arrays
 from range_store.domain.range_set import InspectLayer, Provenance, RangeSet, ServeLayer, content_id, field_names
 from range_store.errors import InvalidRangeSet
 from range_store.storage.codec import (
-    Meta,
+    Metadata,
     assemble,
     decode_inspect,
-    decode_meta,
+    decode_metadata,
     decode_serve,
     describe,
-    encode_inspect,
-    encode_meta,
+    encode_layer,
+    encode_metadata,
     encode_parts,
-    encode_serve,
     inspect_part,
     serve_part,
     to_safetensors,
@@ -39,11 +39,11 @@ FLOATS = st.floats(allow_nan=True, allow_infinity=True, width=64)
 NUMBERS = st.floats(allow_nan=False, allow_infinity=True, width=64)
 
 
-def meta_of(provenance: Provenance, parts: dict[str, bytes]) -> Meta:
-    """Meta data with the right checksums of `parts`, whatever those contain."""
-    import hashlib
-
-    return Meta(provenance=provenance, parts={name: hashlib.sha256(data).hexdigest() for name, data in parts.items()})
+def meta_of(provenance: Provenance, parts: dict[str, bytes]) -> Metadata:
+    """Metadata data with the right checksums of `parts`, whatever those contain."""
+    return Metadata(
+        provenance=provenance, parts={name: hashlib.sha256(data).hexdigest() for name, data in parts.items()}
+    )
 
 
 def same_bits(one: np.ndarray, other: np.ndarray) -> bool:
@@ -75,7 +75,7 @@ def test_round_trip_keeps_every_bit(layer: tuple[Provenance, ServeLayer, Inspect
     provenance, serve, inspect = layer
     range_set = assemble(provenance, {0: serve}, {0: inspect})
     parts = dict(encode_parts(provenance, {0: serve}, {0: inspect}))
-    meta = decode_meta(encode_meta(describe(provenance, {0: serve}, {0: inspect})[0]), range_set.id)
+    meta = decode_metadata(encode_metadata(describe(provenance, {0: serve}, {0: inspect})[0]), range_set.id)
     assert meta.provenance == provenance
     assert meta.provenance.concepts == provenance.concepts, "statistics are stored in the order of the concepts"
     back = decode_serve(parts[serve_part(0)], meta, 0)
@@ -153,7 +153,7 @@ SERVE = RANGE_SET.layers[0]
 )
 def test_arrays_that_contradict_the_provenance_are_neither_written_nor_read(wrong: Any, message: str) -> None:
     with pytest.raises(InvalidRangeSet, match=message):
-        encode_serve(wrong, PROVENANCE)
+        encode_layer(wrong, PROVENANCE)
     stored = {"mean": wrong.mean, "std": wrong.std, **{f"saliency.{k}": v for k, v in wrong.saliency.items()}}
     if all(isinstance(array, np.ndarray) for array in stored.values()):
         data = safetensors.numpy.save({name: np.ascontiguousarray(array) for name, array in stored.items()})
@@ -165,11 +165,11 @@ def test_edges_must_ascend_or_be_absent() -> None:
     inspect = INSPECT[0]
     unknown = inspect.edges.copy()
     unknown[0] = np.nan
-    encode_inspect(dataclasses.replace(inspect, edges=unknown), PROVENANCE)
+    encode_layer(dataclasses.replace(inspect, edges=unknown), PROVENANCE)
     unknown[0, 0] = 0.0
     for wrong in (inspect.edges[:, ::-1], unknown):
         with pytest.raises(InvalidRangeSet, match="ascend"):
-            encode_inspect(dataclasses.replace(inspect, edges=wrong), PROVENANCE)
+            encode_layer(dataclasses.replace(inspect, edges=wrong), PROVENANCE)
 
 
 def test_part_in_the_place_of_another_is_refused() -> None:
@@ -186,28 +186,28 @@ def test_equivalent_part_in_another_notation_is_refused() -> None:
     length = struct.unpack_from("<Q", part)[0]
     header = json.dumps(json.loads(part[8 : 8 + length])).encode()  # the same with white space
     loose = struct.pack("<Q", len(header)) + header + part[8 + length :]
-    with pytest.raises(InvalidRangeSet, match="not as it is written"):
+    with pytest.raises(InvalidRangeSet, match="not in the form"):
         decode_serve(loose, meta_of(PROVENANCE, {serve_part(0): loose}), 0)
 
 
-def test_meta_data_that_do_not_fit_the_id_are_refused() -> None:
-    stored = encode_meta(META)
-    assert decode_meta(stored, RANGE_SET.id) == META
+def test_metadata_that_does_not_match_the_id_are_refused() -> None:
+    stored = encode_metadata(META)
+    assert decode_metadata(stored, RANGE_SET.id) == META
     with pytest.raises(InvalidRangeSet, match="altered"):
-        decode_meta(stored, "0" * 20)
+        decode_metadata(stored, "0" * 20)
     with pytest.raises(InvalidRangeSet, match="altered"):
-        decode_meta(stored.replace(b'"float32"', b'"float16"'), RANGE_SET.id)
-    with pytest.raises(InvalidRangeSet, match="do not fit its layers"):
-        decode_meta(stored.replace(b"layer:2:serve", b"layer:7:serve"), RANGE_SET.id)
+        decode_metadata(stored.replace(b'"float32"', b'"float16"'), RANGE_SET.id)
+    with pytest.raises(InvalidRangeSet, match="do not match its layers"):
+        decode_metadata(stored.replace(b"layer:2:serve", b"layer:7:serve"), RANGE_SET.id)
     with pytest.raises(InvalidRangeSet, match="unreadable"):
-        decode_meta(stored.replace(b'"format":1', b'"format":2'), RANGE_SET.id)
+        decode_metadata(stored.replace(b'"format":1', b'"format":2'), RANGE_SET.id)
 
 
-@given(st.integers(0, len(encode_meta(META)) - 1), st.integers(1, 255))
+@given(st.integers(0, len(encode_metadata(META)) - 1), st.integers(1, 255))
 def test_changed_byte_of_meta_data_is_refused_or_outside_the_identity(place: int, by: int) -> None:
-    stored = encode_meta(META)
+    stored = encode_metadata(META)
     try:
-        back = decode_meta(stored[:place] + bytes([stored[place] ^ by]) + stored[place + 1 :], RANGE_SET.id)
+        back = decode_metadata(stored[:place] + bytes([stored[place] ^ by]) + stored[place + 1 :], RANGE_SET.id)
     except InvalidRangeSet:
         return
     unnamed: Any = {"versions": True, "created_at": True, "corpus": {"selection", "empty", "odd"}}
@@ -218,7 +218,7 @@ def test_changed_byte_of_meta_data_is_refused_or_outside_the_identity(place: int
 @given(st.binary(max_size=100))
 def test_arbitrary_bytes_as_meta_data_are_refused(data: bytes) -> None:
     with pytest.raises(InvalidRangeSet):
-        decode_meta(data, RANGE_SET.id)
+        decode_metadata(data, RANGE_SET.id)
 
 
 def test_id_depends_on_the_numbers_and_not_on_the_time() -> None:

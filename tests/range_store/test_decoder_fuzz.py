@@ -34,7 +34,7 @@ def test_fuzzer_finds_a_decoder_that_accepts_damage() -> None:
     done = run_python(
         "-c",
         "from range_store.storage import codec; from tests.range_store import decoder_fuzz; "
-        "codec._checked = lambda data, meta, part: codec.from_safetensors(data); "
+        "codec._verified = lambda data, meta, part: codec.from_safetensors(data); "
         "decoder_fuzz.fuzz(500, 5, shrink=False)",
     )
     assert done.returncode != 0

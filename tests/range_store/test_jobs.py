@@ -9,7 +9,7 @@ import pytest
 from range_store.errors import IdempotencyKeyReused, JobOver, JobQueueFull, StoreUnavailable, UnknownJob
 from range_store.storage import jobs as stored_jobs
 from range_store.storage.jobs import Job, JobStore
-from range_store.storage.keys import CHANGES
+from range_store.storage.schema import CHANGES
 from range_store.storage.store import RangeStore
 from tests.range_store.waiting import until
 

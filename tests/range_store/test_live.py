@@ -23,7 +23,7 @@ from range_store.errors import (
     UnresolvableErasure,
 )
 from range_store.storage.clock import StoreClock
-from range_store.storage.keys import CHANGES
+from range_store.storage.schema import CHANGES
 from range_store.storage.store import RangeStore
 from tests.range_store.builders import CONCEPTS, random_range_set
 from tests.range_store.waiting import until
@@ -40,20 +40,20 @@ def concepts(state: LiveState) -> list[str]:
 
 @pytest.fixture
 def active(store: RangeStore) -> RangeStore:
-    store.activate(store.publish(*random_range_set(1)))
+    store.activate(store.range_sets.publish(*random_range_set(1)))
     return store
 
 
 def test_concurrent_first_reads_create_one_state(store: RangeStore) -> None:
-    assert store.peek() is None
+    assert store.read_live_state() is None
     found: list[LiveState] = []
-    threads = [threading.Thread(target=lambda: found.append(store.live())) for _ in range(8)]
+    threads = [threading.Thread(target=lambda: found.append(store.live_state())) for _ in range(8)]
     for thread in threads:
         thread.start()
     for thread in threads:
         thread.join()
     assert len(found) == 8
-    assert set(map(LiveState.model_dump_json, found)) == {store.peek().model_dump_json()}
+    assert set(map(LiveState.model_dump_json, found)) == {store.read_live_state().model_dump_json()}
     assert (found[0].counter, found[0].range_set, found[0].erasures) == (0, None, ())
     assert [each.action for each in store.audit()] == ["create"]
 
@@ -61,17 +61,17 @@ def test_concurrent_first_reads_create_one_state(store: RangeStore) -> None:
 def test_every_creation_starts_a_new_epoch(store: RangeStore) -> None:
     epochs = set()
     for _ in range(5):
-        epochs.add(store.live().epoch)
+        epochs.add(store.live_state().epoch)
         store.client.delete(store.keys.live)
     assert len(epochs) == 5
 
 
 def test_every_change_increments_the_generation_and_is_audited(active: RangeStore) -> None:
-    epoch = active.live().epoch
+    epoch = active.live_state().epoch
     active.set_erasure(erasing("World", by="ann", reason="trial"))
     active.set_erasures([erasing("Sports"), erasing("Business")], by="ben", reason="policy")
     active.remove_erasure("Sports", by="cem")
-    state = active.live()
+    state = active.live_state()
     assert (state.generation, concepts(state)) == (f"{epoch}-4", ["Business"])
     audit = active.audit()
     assert [(each.action, each.by, each.reason, each.concepts) for each in audit[:3]] == [
@@ -93,7 +93,7 @@ def test_a_request_is_told_from_all_others_among_the_last_changes(
     active.set_erasure(erasing("World"), request="a")
     active.set_erasures([erasing("Sports")], request="b")
     active.remove_erasure("Sports", request="c")
-    active.activate(active.live().range_set or "", request="d")
+    active.activate(active.live_state().range_set or "", request="d")
     active.set_erasure(erasing("World"))
     assert [active.has_change_for(each) for each in ("a", "b", "c", "d", "e")] == [True] * 4 + [False]
     with pytest.raises(StaleGeneration):
@@ -105,7 +105,7 @@ def test_a_request_is_told_from_all_others_among_the_last_changes(
 def test_erasures_are_sorted_by_concept(active: RangeStore) -> None:
     state = active.set_erasures([erasing(concept) for concept in ("World", "Business", "Sports", "Sci/Tech")])
     assert concepts(state) == sorted(CONCEPTS)
-    assert concepts(active.live()) == sorted(CONCEPTS)
+    assert concepts(active.live_state()) == sorted(CONCEPTS)
 
 
 def test_setting_an_erasure_again_replaces_it(active: RangeStore) -> None:
@@ -115,15 +115,15 @@ def test_setting_an_erasure_again_replaces_it(active: RangeStore) -> None:
 
 
 def test_remove_is_idempotent(active: RangeStore) -> None:
-    before = active.live()
+    before = active.live_state()
     assert active.remove_erasure("World") == before
-    assert active.live() == before
+    assert active.live_state() == before
     with pytest.raises(UnknownConcept, match="Weather"):
         active.remove_erasure("Weather")
 
 
 def test_unresolvable_erasure_is_rejected(active: RangeStore) -> None:
-    before = active.live()
+    before = active.live_state()
     for erasure, error in (
         (erasing("Weather"), UnknownConcept),
         (erasing("World", layers=(3,)), InvalidErasure),
@@ -135,7 +135,7 @@ def test_unresolvable_erasure_is_rejected(active: RangeStore) -> None:
             active.set_erasures([erasing("Sports"), erasure])
     with pytest.raises(InvalidErasure, match="twice"):
         active.set_erasures([erasing("World"), erasing("World", tau=1.0)])
-    assert active.live() == before
+    assert active.live_state() == before
 
 
 def test_erasing_without_a_range_set_is_rejected(store: RangeStore) -> None:
@@ -146,7 +146,7 @@ def test_erasing_without_a_range_set_is_rejected(store: RangeStore) -> None:
 
 
 def test_stale_generation_is_rejected_and_changes_nothing(active: RangeStore) -> None:
-    read = active.live().generation
+    read = active.live_state().generation
     moved = active.set_erasure(erasing("World"), if_match=read)
     for change in (
         lambda: active.set_erasure(erasing("Sports"), if_match=read),
@@ -158,7 +158,7 @@ def test_stale_generation_is_rejected_and_changes_nothing(active: RangeStore) ->
         with pytest.raises(StaleGeneration) as caught:
             change()
         assert (caught.value.expected, caught.value.current) == (read, moved.generation)
-    assert active.live() == moved
+    assert active.live_state() == moved
 
 
 def test_concurrent_changes_lose_no_update(active: RangeStore) -> None:
@@ -171,13 +171,13 @@ def test_concurrent_changes_lose_no_update(active: RangeStore) -> None:
             if n < rounds - 1:
                 active.remove_erasure(concept, by=concept)
 
-    begin = active.live().counter
+    begin = active.live_state().counter
     threads = [threading.Thread(target=switch, args=(concept,)) for concept in CONCEPTS]
     for thread in threads:
         thread.start()
     for thread in threads:
         thread.join()
-    state = active.live()
+    state = active.live_state()
     assert {each.concept: each.erasure.tau for each in state.erasures} == dict.fromkeys(CONCEPTS, rounds - 1.0)
     changes = len(CONCEPTS) * (2 * rounds - 1)
     assert state.counter == begin + changes
@@ -189,7 +189,7 @@ def test_concurrent_changes_lose_no_update(active: RangeStore) -> None:
 
 
 def test_one_of_several_conditional_changes_succeeds(active: RangeStore) -> None:
-    read = active.live().generation
+    read = active.live_state().generation
     outcomes: list[str] = []
 
     def change(concept: str) -> None:
@@ -213,15 +213,15 @@ def test_repeated_write_is_applied_once(active: RangeStore) -> None:
     after = state.next_generation(state.range_set, (erasing("World"),))
     for _ in range(2):
         assert active._write(raw, after, [])
-    assert active.live() == after
+    assert active.live_state() == after
 
 
 def test_expiry_applies_at_its_time_and_is_audited(active: RangeStore) -> None:
     due = time.time() + 1e9  # far ahead: the clock passes it only where this test says so
     state = active.set_erasures([erasing("World", expires_at=due), erasing("Sports")])
     assert state.next_expiry == due
-    assert [each.concept for each in state.at(due - 1)] == ["Sports", "World"]
-    assert [each.concept for each in state.at(due)] == ["Sports"]
+    assert [each.concept for each in state.active_at(due - 1)] == ["Sports", "World"]
+    assert [each.concept for each in state.active_at(due)] == ["Sports"]
     assert active.expire(due - 1) == state, "nothing is due yet"
     after = active.expire(due)
     assert after is not None
@@ -238,7 +238,7 @@ def test_expiry_applies_at_its_time_and_is_audited(active: RangeStore) -> None:
 
 def test_expire_creates_no_state(store: RangeStore) -> None:
     assert store.expire(time.time()) is None
-    assert store.peek() is None
+    assert store.read_live_state() is None
 
 
 def test_change_removes_expired_erasures_first(active: RangeStore) -> None:
@@ -252,12 +252,12 @@ def test_range_set_without_a_live_concept_is_activated_only_by_force(active: Ran
     active.set_erasures(
         [erasing("World", layers=(0,)), erasing("Sports", layers=(2,)), erasing("Business", layers=(2,))]
     )
-    before = active.live()
+    before = active.live_state()
     fewer, inspect = random_range_set(2, concepts=("Sports", "World"), layers=(0, 1))
-    active.publish(fewer, inspect)
+    active.range_sets.publish(fewer, inspect)
     with pytest.raises(UnresolvableErasure, match=r"'Business', 'Sports'.*force"):
         active.activate(fewer.id)
-    assert active.live() == before
+    assert active.live_state() == before
     after = active.activate(fewer.id, force=True, by="ann")
     assert (after.range_set, concepts(after), after.counter) == (fewer.id, ["World"], before.counter + 1)
     entry = active.audit(1)[0]
@@ -273,11 +273,11 @@ def test_range_set_without_a_live_concept_is_activated_only_by_force(active: Ran
 
 def test_not_even_force_drops_an_enforced_erasure(active: RangeStore) -> None:
     before = active.set_erasures([erasing("Sports", layers=(2,)), erasing("Business", layers=(2,), enforced=True)])
-    fewer = active.publish(*random_range_set(2, concepts=("Sports", "World"), layers=(0, 1)))
+    fewer = active.range_sets.publish(*random_range_set(2, concepts=("Sports", "World"), layers=(0, 1)))
     for force in (False, True):
         with pytest.raises(UnresolvableErasure, match=r"of 'Business' \([^)]*\): switch them off first"):
             active.activate(fewer, force=force)
-    assert active.live() == before
+    assert active.live_state() == before
     active.remove_erasure("Business")
     assert concepts(active.activate(fewer, force=True)) == []
 
@@ -285,31 +285,31 @@ def test_not_even_force_drops_an_enforced_erasure(active: RangeStore) -> None:
 def test_expired_erasure_does_not_block_activation(active: RangeStore) -> None:
     active.set_erasures([erasing("World", expires_at=time.time() - 1)])
     other, inspect = random_range_set(3, concepts=("Sports",))
-    active.publish(other, inspect)
+    active.range_sets.publish(other, inspect)
     assert active.activate(other.id).erasures == ()
 
 
 def test_earlier_range_set_can_be_activated_again(active: RangeStore) -> None:
-    first = active.live().range_set
-    second = active.publish(*random_range_set(4))
+    first = active.live_state().range_set
+    second = active.range_sets.publish(*random_range_set(4))
     active.activate(second)
     assert active.activate(str(first)).range_set == first
 
 
 def test_removed_range_set_cannot_be_activated(active: RangeStore) -> None:
-    candidate = active.publish(*random_range_set(5))
-    read = active.read
+    candidate = active.range_sets.publish(*random_range_set(5))
+    read = active.range_sets.read
 
     def removed_meanwhile(id_: str) -> object:
         found = read(id_)
-        active.remove(id_)
+        active.range_sets.remove(id_)
         return found
 
-    active.read = removed_meanwhile  # type: ignore[assignment,method-assign]
-    before = active.live()
+    active.range_sets.read = removed_meanwhile  # type: ignore[assignment,method-assign]
+    before = active.live_state()
     with pytest.raises(UnknownRangeSet):
         active.activate(candidate)
-    assert active.live() == before
+    assert active.live_state() == before
 
 
 def test_every_change_is_published_to_subscribers(active: RangeStore, redis_client: redis.Redis) -> None:
@@ -317,14 +317,19 @@ def test_every_change_is_published_to_subscribers(active: RangeStore, redis_clie
         feed.subscribe(CHANGES)
         feed.get_message(timeout=1)
         active.set_erasure(erasing("World"))
-        told = active.hint().encode()
+        told = active.keys.hint.encode()
         until(lambda: (message := feed.get_message(timeout=0.1)) and message["data"] == told)  # others tell here too
 
 
 def test_unreadable_state_is_rejected_and_kept(active: RangeStore) -> None:
     for stored in (b"", b"[]", b"\xff", b'{"generation": "x", "range_set": null, "erasures": []}'):
         active.client.set(active.keys.live, stored)
-        for call in (active.peek, active.live, lambda: active.set_erasures([]), lambda: active.expire(0.0)):
+        for call in (
+            active.read_live_state,
+            active.live_state,
+            lambda: active.set_erasures([]),
+            lambda: active.expire(0.0),
+        ):
             with pytest.raises(InvalidRangeSet, match="unreadable"):
                 call()
         assert active.client.get(active.keys.live) == stored
@@ -333,7 +338,7 @@ def test_unreadable_state_is_rejected_and_kept(active: RangeStore) -> None:
 def test_keys_of_another_type_give_a_clear_error(store: RangeStore) -> None:
     store.client.lpush(store.keys.live, "x")
     store.client.set(store.keys.audit, "x")
-    for call in (store.peek, store.audit):
+    for call in (store.read_live_state, store.audit):
         with pytest.raises(StoreUnavailable, match="another application"):
             call()
 
@@ -348,7 +353,7 @@ def test_state_survives_a_json_round_trip(each: list[tuple[str, float | None]]) 
     assert LiveState.model_validate_json(state.model_dump_json()) == state
     assert concepts(state) == sorted(concept for concept, _ in each)
     for now in (0.0, 50.0, 100.0):
-        assert {e.concept for e in state.at(now)} == {c for c, at in each if at is None or at > now}
+        assert {e.concept for e in state.active_at(now)} == {c for c, at in each if at is None or at > now}
     assert state.next_expiry == min((at for _, at in each if at is not None), default=None)
 
 
@@ -403,7 +408,7 @@ def test_a_wrong_clock_of_a_server_ends_no_erasure(active: RangeStore, monkeypat
     monkeypatch.setattr("range_store.storage.clock.time.time", lambda: real + 3600)
     ahead = RangeStore(active.client, active.model)
     assert ahead.clock.now() == real + 3600, "nothing was read yet"
-    ahead.live()
+    ahead.live_state()
     now = ahead.clock.now()
     assert now - real < 600
     ends = now + 600

@@ -18,10 +18,9 @@ from range_store.errors import (
     RangeStoreError,
     UnknownRangeSet,
 )
-from range_store.storage.codec import describe, encode_meta, encode_parts, serve_part
-from range_store.storage.keys import meta_key, part_key
+from range_store.storage.codec import describe, encode_metadata, encode_parts, serve_part
 from range_store.storage.range_sets import KEPT, UNPUBLISHED_SECONDS
-from range_store.storage.scripts import PUT_PART
+from range_store.storage.schema import PUT_PART, metadata_key, part_key
 from range_store.storage.store import RangeStore
 from tests.range_store.builders import random_range_set
 
@@ -38,14 +37,14 @@ def keys_of(client: redis.Redis, id_: str) -> list[bytes]:
 
 def test_published_range_set_is_read_unchanged(store: RangeStore) -> None:
     range_set, inspect = random_range_set(100)
-    assert store.publish(range_set, inspect) == range_set.id
-    back = store.read(range_set.id)
+    assert store.range_sets.publish(range_set, inspect) == range_set.id
+    back = store.range_sets.read(range_set.id)
     assert (back.id, back.provenance) == (range_set.id, range_set.provenance)
-    read = {layer: store.read_inspect(range_set.id, layer) for layer in back.layers}
+    read = {layer: store.range_sets.read_inspect(range_set.id, layer) for layer in back.layers}
     assert describe(back.provenance, back.layers, read) == describe(range_set.provenance, range_set.layers, inspect)
-    assert store.provenance(range_set.id) == range_set.provenance
+    assert store.range_sets.provenance(range_set.id) == range_set.provenance
     with pytest.raises(NotFitted, match=r"layer 7 .* 0, 1, 2"):
-        store.read_inspect(range_set.id, 7)
+        store.range_sets.read_inspect(range_set.id, 7)
 
 
 @pytest.mark.parametrize("piece", [1000, 100_000])
@@ -53,19 +52,19 @@ def test_large_part_is_kept_in_pieces(store: RangeStore, monkeypatch: pytest.Mon
     range_set, inspect = random_range_set(190)
     lengths = describe(range_set.provenance, range_set.layers, inspect)[1]
     assert 1000 < max(lengths.values()) < 100_000
-    whole = store.publish(range_set, inspect)
+    whole = store.range_sets.publish(range_set, inspect)
     unsplit = len(keys_of(store.client, whole))
-    store.remove(whole)
+    store.range_sets.remove(whole)
     monkeypatch.setattr("range_store.storage.range_sets.PIECE_BYTES", piece)
-    store.publish(range_set, inspect)
+    store.range_sets.publish(range_set, inspect)
     more = sum(-(-length // piece) - 1 for length in lengths.values())
     assert len(keys_of(store.client, whole)) == unsplit + more
     assert all(store.client.strlen(key) <= piece for key in keys_of(store.client, whole) if b":layer:" in key)
     assert all(store.client.ttl(key) == -1 for key in keys_of(store.client, whole)), "no piece expires"
-    back = store.read(whole)
-    read = {layer: store.read_inspect(whole, layer) for layer in back.layers}
+    back = store.range_sets.read(whole)
+    read = {layer: store.range_sets.read_inspect(whole, layer) for layer in back.layers}
     assert describe(back.provenance, back.layers, read) == describe(range_set.provenance, range_set.layers, inspect)
-    store.remove(whole)
+    store.range_sets.remove(whole)
     assert keys_of(store.client, whole) == []
 
 
@@ -73,48 +72,48 @@ def test_part_whose_length_is_that_of_a_piece_is_whole(store: RangeStore, monkey
     range_set, inspect = small(191)
     _, lengths = describe(range_set.provenance, range_set.layers, inspect)
     monkeypatch.setattr("range_store.storage.range_sets.PIECE_BYTES", max(lengths.values()))
-    store.publish(range_set, inspect)
+    store.range_sets.publish(range_set, inspect)
     assert len(keys_of(store.client, range_set.id)) == len(lengths) + 2
-    assert store.read_inspect(range_set.id, 0).histogram.tolist() == inspect[0].histogram.tolist()
+    assert store.range_sets.read_inspect(range_set.id, 0).histogram.tolist() == inspect[0].histogram.tolist()
 
 
 def test_lost_piece_is_found(store: RangeStore, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("range_store.storage.range_sets.PIECE_BYTES", 1000)
     range_set, inspect = random_range_set(192)
-    store.publish(range_set, inspect)
+    store.range_sets.publish(range_set, inspect)
     store.client.delete(part_key(range_set.id, "layer:1:inspect:1"))
     with pytest.raises(InvalidRangeSet, match=r"layer:1:inspect .* corrupt"):
-        store.read_inspect(range_set.id, 1)
-    store.publish(range_set, inspect)
-    assert store.read_inspect(range_set.id, 1).histogram.tolist() == inspect[1].histogram.tolist()
+        store.range_sets.read_inspect(range_set.id, 1)
+    store.range_sets.publish(range_set, inspect)
+    assert store.range_sets.read_inspect(range_set.id, 1).histogram.tolist() == inspect[1].histogram.tolist()
 
 
 def test_part_from_before_there_were_pieces_is_read(store: RangeStore, monkeypatch: pytest.MonkeyPatch) -> None:
     range_set, inspect = random_range_set(193)
-    store.publish(range_set, inspect)
+    store.range_sets.publish(range_set, inspect)
     monkeypatch.setattr("range_store.storage.range_sets.PIECE_BYTES", 1000)
-    assert store.read_inspect(range_set.id, 1).histogram.tolist() == inspect[1].histogram.tolist()
+    assert store.range_sets.read_inspect(range_set.id, 1).histogram.tolist() == inspect[1].histogram.tolist()
 
 
 def test_list_begins_with_the_newest_and_marks_the_active_one(store: RangeStore) -> None:
-    assert store.list() == ()
-    ids = [store.publish(*small(seed)) for seed in (101, 102, 103)]
+    assert store.range_sets.list() == ()
+    ids = [store.range_sets.publish(*small(seed)) for seed in (101, 102, 103)]
     store.activate(ids[1])
-    listed = store.list()
+    listed = store.range_sets.list()
     assert [(each.id, each.active) for each in listed] == [(ids[2], False), (ids[1], True), (ids[0], False)]
     assert listed[0].published_at > listed[1].published_at > listed[2].published_at
 
 
 def test_publishing_again_makes_a_range_set_the_newest_and_changes_nothing_else(store: RangeStore) -> None:
     first, inspect = small(104)
-    store.publish(first, inspect)
-    store.publish(*small(105))
+    store.range_sets.publish(first, inspect)
+    store.range_sets.publish(*small(105))
     before = {key: store.client.dump(key) for key in keys_of(store.client, first.id)}
     later = first.provenance.model_copy(update={"created_at": 1.0, "versions": {"numpy": "another"}})
-    store.publish(RangeSet(first.id, later, first.layers), inspect)
-    assert next(each.id for each in store.list()) == first.id
+    store.range_sets.publish(RangeSet(first.id, later, first.layers), inspect)
+    assert next(each.id for each in store.range_sets.list()) == first.id
     assert {key: store.client.dump(key) for key in keys_of(store.client, first.id)} == before
-    assert store.provenance(first.id) == first.provenance
+    assert store.range_sets.provenance(first.id) == first.provenance
 
 
 def test_unfinished_publication_is_invisible_and_expires(store: RangeStore) -> None:
@@ -123,17 +122,17 @@ def test_unfinished_publication_is_invisible_and_expires(store: RangeStore) -> N
     for name, data in encode_parts(range_set.provenance, range_set.layers, inspect):
         put([part_key(range_set.id, name)], [data, UNPUBLISHED_SECONDS])
     meta, _ = describe(range_set.provenance, range_set.layers, inspect)
-    put([meta_key(range_set.id)], [encode_meta(meta), UNPUBLISHED_SECONDS])
-    assert store.list() == ()
-    for read in (store.read, store.provenance, store.activate, store.remove):
+    put([metadata_key(range_set.id)], [encode_metadata(meta), UNPUBLISHED_SECONDS])
+    assert store.range_sets.list() == ()
+    for read in (store.range_sets.read, store.range_sets.provenance, store.activate, store.range_sets.remove):
         with pytest.raises(UnknownRangeSet):
             read(range_set.id)
     with pytest.raises(UnknownRangeSet):
-        store.read_inspect(range_set.id, 0)
+        store.range_sets.read_inspect(range_set.id, 0)
     keys = keys_of(store.client, range_set.id)
     assert len(keys) == 3
     assert all(0 < store.client.ttl(key) <= UNPUBLISHED_SECONDS for key in keys)
-    store.publish(range_set, inspect)
+    store.range_sets.publish(range_set, inspect)
     for name, data in encode_parts(range_set.provenance, range_set.layers, inspect):
         put([part_key(range_set.id, name)], [data, UNPUBLISHED_SECONDS])  # another publication of it is not finished
     assert {store.client.ttl(key) for key in keys_of(store.client, range_set.id)} == {-1}
@@ -142,126 +141,126 @@ def test_unfinished_publication_is_invisible_and_expires(store: RangeStore) -> N
 def test_publication_with_a_missing_or_short_part_is_refused(store: RangeStore) -> None:
     range_set, inspect = small(107)
     key = part_key(range_set.id, serve_part(0))
-    original = store._put_part
+    original = store.range_sets._put_part
 
     def put(keys: list[str], arguments: list[object]) -> object:
         return None if keys == [key] else original(keys, arguments)
 
-    store._put_part = put  # type: ignore[assignment]  # a publisher whose part does not arrive
+    store.range_sets._put_part = put  # type: ignore[assignment]  # a publisher whose part does not arrive
     for present in (None, b"short"):
         if present:
             store.client.set(key, present)
-        with pytest.raises(RangeStoreError, match="vanishing"):
-            store.publish(range_set, inspect)
-        assert store.list() == ()
-    store._put_part = original
-    store.publish(range_set, inspect)
-    assert store.read(range_set.id).id == range_set.id
+        with pytest.raises(RangeStoreError, match="vanishes"):
+            store.range_sets.publish(range_set, inspect)
+        assert store.range_sets.list() == ()
+    store.range_sets._put_part = original
+    store.range_sets.publish(range_set, inspect)
+    assert store.range_sets.read(range_set.id).id == range_set.id
 
 
 def test_publishing_again_repairs_damaged_parts(store: RangeStore) -> None:
     range_set, inspect = random_range_set(108)
-    store.publish(range_set, inspect)
+    store.range_sets.publish(range_set, inspect)
     key = part_key(range_set.id, serve_part(1))
     good = store.client.get(key)
     store.client.setrange(key, 200, b"\0\0\0\0")
     with pytest.raises(InvalidRangeSet, match=r"layer:1:serve.*corrupt"):
-        store.read(range_set.id)
+        store.range_sets.read(range_set.id)
     with pytest.raises(InvalidRangeSet):
         store.activate(range_set.id)
-    store.publish(range_set, inspect)
+    store.range_sets.publish(range_set, inspect)
     assert (store.client.get(key), store.client.ttl(key)) == (good, -1)
     store.client.delete(key)
     with pytest.raises(InvalidRangeSet, match="lost its layer:1:serve"):
-        store.read(range_set.id)
-    store.client.set(meta_key(range_set.id), b"{}")
+        store.range_sets.read(range_set.id)
+    store.client.set(metadata_key(range_set.id), b"{}")
     with pytest.raises(InvalidRangeSet, match=range_set.id):
-        store.list()
-    store.publish(range_set, inspect)
-    assert store.read(range_set.id).id == range_set.id
-    store.client.delete(meta_key(range_set.id))
-    for call in (store.list, lambda: store.read(range_set.id)):
+        store.range_sets.list()
+    store.range_sets.publish(range_set, inspect)
+    assert store.range_sets.read(range_set.id).id == range_set.id
+    store.client.delete(metadata_key(range_set.id))
+    for call in (store.range_sets.list, lambda: store.range_sets.read(range_set.id)):
         with pytest.raises(InvalidRangeSet, match="lost its meta"):
             call()
-    store.remove(range_set.id)
-    assert store.list() == ()
+    store.range_sets.remove(range_set.id)
+    assert store.range_sets.list() == ()
 
 
 def test_last_ten_range_sets_and_the_active_one_are_kept(store: RangeStore) -> None:
     made = [small(200 + n) for n in range(KEPT + 4)]
-    active = store.publish(*made[0])
+    active = store.range_sets.publish(*made[0])
     store.activate(active)
-    ids = [active, *(store.publish(*each) for each in made[1:])]
+    ids = [active, *(store.range_sets.publish(*each) for each in made[1:])]
     kept = [*reversed(ids[-KEPT:]), active]
-    assert [each.id for each in store.list()] == kept
-    assert all(store.read(each).id == each for each in kept)
+    assert [each.id for each in store.range_sets.list()] == kept
+    assert all(store.range_sets.read(each).id == each for each in kept)
     for removed in set(ids) - set(kept):
         assert keys_of(store.client, removed) == []
         with pytest.raises(UnknownRangeSet):
             store.activate(removed)
     store.activate(ids[-1])
-    store.publish(*made[-1])
-    assert active not in [each.id for each in store.list()], "no longer active, and not among the last ten"
+    store.range_sets.publish(*made[-1])
+    assert active not in [each.id for each in store.range_sets.list()], "no longer active, and not among the last ten"
 
 
 def test_nothing_is_removed_while_the_live_state_is_unreadable(store: RangeStore) -> None:
     made = [small(300 + n) for n in range(KEPT + 1)]
-    first = store.publish(*made[0])
+    first = store.range_sets.publish(*made[0])
     store.client.set(store.keys.live, b"not JSON")
     for each in made[1:]:
-        store.publish(*each)
-    assert store.read(first).id == first
+        store.range_sets.publish(*each)
+    assert store.range_sets.read(first).id == first
     with pytest.raises(RangeSetInUse):
-        store.remove(first)
+        store.range_sets.remove(first)
 
 
 def test_active_range_set_cannot_be_removed(store: RangeStore) -> None:
-    first, second = (store.publish(*small(seed)) for seed in (109, 110))
+    first, second = (store.range_sets.publish(*small(seed)) for seed in (109, 110))
     store.activate(first)
     with pytest.raises(RangeSetInUse, match="activate another"):
-        store.remove(first)
-    store.remove(second)
-    assert [each.id for each in store.list()] == [first]
+        store.range_sets.remove(first)
+    store.range_sets.remove(second)
+    assert [each.id for each in store.range_sets.list()] == [first]
     assert keys_of(store.client, second) == []
     with pytest.raises(UnknownRangeSet, match=second):
-        store.remove(second)
+        store.range_sets.remove(second)
 
 
 def test_models_share_a_range_set_until_the_last_removes_it(store: RangeStore) -> None:
     other = RangeStore(store.client, f"{store.model}-other")
     range_set, inspect = small(111)
     for each in (store, other):
-        each.publish(range_set, inspect)
-    store.remove(range_set.id)
-    assert other.read(range_set.id).id == range_set.id
+        each.range_sets.publish(range_set, inspect)
+    store.range_sets.remove(range_set.id)
+    assert other.range_sets.read(range_set.id).id == range_set.id
     with pytest.raises(UnknownRangeSet):
-        store.read(range_set.id)
-    other.remove(range_set.id)
+        store.range_sets.read(range_set.id)
+    other.range_sets.remove(range_set.id)
     assert keys_of(store.client, range_set.id) == []
 
 
 def test_range_set_whose_id_does_not_fit_its_contents_is_not_published(store: RangeStore) -> None:
     range_set, inspect = small(112)
     with pytest.raises(InvalidRangeSet, match="altered"):
-        store.publish(RangeSet("0" * 20, range_set.provenance, range_set.layers), inspect)
+        store.range_sets.publish(RangeSet("0" * 20, range_set.provenance, range_set.layers), inspect)
     wrong = dataclasses.replace(range_set.layers[0], std=-1 - range_set.layers[0].std)
     with pytest.raises(InvalidRangeSet, match="negative"):
-        store.publish(RangeSet(range_set.id, range_set.provenance, {0: wrong}), inspect)
-    assert store.list() == ()
+        store.range_sets.publish(RangeSet(range_set.id, range_set.provenance, {0: wrong}), inspect)
+    assert store.range_sets.list() == ()
 
 
 def test_range_set_is_exported_and_imported_as_one_file(store: RangeStore, tmp_path: Path) -> None:
     range_set, inspect = random_range_set(113)
-    store.publish(range_set, inspect)
-    store.export(range_set.id, tmp_path / "ranges.safetensors")
-    store.remove(range_set.id)
-    assert store.import_file(tmp_path / "ranges.safetensors") == range_set.id
-    assert np.array_equal(store.read(range_set.id).layers[2].std, range_set.layers[2].std)
+    store.range_sets.publish(range_set, inspect)
+    store.range_sets.export_file(range_set.id, tmp_path / "ranges.safetensors")
+    store.range_sets.remove(range_set.id)
+    assert store.range_sets.import_file(tmp_path / "ranges.safetensors") == range_set.id
+    assert np.array_equal(store.range_sets.read(range_set.id).layers[2].std, range_set.layers[2].std)
     with pytest.raises(UnknownRangeSet):
-        store.export("0" * 20, tmp_path / "other.safetensors")
+        store.range_sets.export_file("0" * 20, tmp_path / "other.safetensors")
     assert not (tmp_path / "other.safetensors").exists()
     with pytest.raises(InvalidRangeSet, match="absent"):
-        store.import_file(tmp_path / "absent")
+        store.range_sets.import_file(tmp_path / "absent")
 
 
 def test_readers_see_complete_range_sets_while_others_publish_and_remove(
@@ -280,8 +279,8 @@ def test_readers_see_complete_range_sets_while_others_publish_and_remove(
         for _ in range(15):
             for range_set, inspect in mine:
                 try:
-                    store.publish(range_set, inspect)
-                    store.remove(range_set.id)
+                    store.range_sets.publish(range_set, inspect)
+                    store.range_sets.remove(range_set.id)
                 except UnknownRangeSet:
                     pass
                 except BaseException as error:
@@ -291,9 +290,9 @@ def test_readers_see_complete_range_sets_while_others_publish_and_remove(
     def read() -> None:
         while not stop.is_set():
             try:
-                for each in store.list():
-                    store.read(each.id)
-                    store.read_inspect(each.id, 0)
+                for each in store.range_sets.list():
+                    store.range_sets.read(each.id)
+                    store.range_sets.read_inspect(each.id, 0)
             except UnknownRangeSet:
                 pass
             except BaseException as error:
@@ -314,18 +313,18 @@ def test_active_range_set_is_complete_while_new_ones_replace_old_ones(store: Ran
     One is active from the start, because the publisher may remove all others before the first activation.
     """
     made = [small(500 + n) for n in range(2 * KEPT)]
-    ids = [store.publish(*each) for each in made[:KEPT]]
+    ids = [store.range_sets.publish(*each) for each in made[:KEPT]]
     store.activate(ids[0])
-    publisher = threading.Thread(target=lambda: [store.publish(*each) for each in made[KEPT:]])
+    publisher = threading.Thread(target=lambda: [store.range_sets.publish(*each) for each in made[KEPT:]])
     publisher.start()
     for id_ in ids * 3:
         try:
             store.activate(id_)
         except UnknownRangeSet:
             continue
-        assert store.read(id_).id == id_
+        assert store.range_sets.read(id_).id == id_
         store.set_erasures([LiveErasure(erasure=Erasure(concept="World", layers=(0,), top_fraction=1.0))])
     publisher.join()
-    active = store.live().range_set
+    active = store.live_state().range_set
     assert active is not None
-    assert store.read(active).id == active
+    assert store.range_sets.read(active).id == active

@@ -75,8 +75,8 @@ def secured(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Secured]:
 def test_store_works_with_tls_user_and_password(secured: Secured, tmp_path: Path) -> None:
     with connect(**secured.settings(tmp_path).redis) as client:
         store = RangeStore(client, "tls")
-        store.activate(store.publish(*random_range_set(1)))
-        assert store.live().counter == 1
+        store.activate(store.range_sets.publish(*random_range_set(1)))
+        assert store.live_state().counter == 1
         assert ApiKeyStore(client).read() is None
 
 
@@ -89,10 +89,10 @@ def test_credentials_can_be_given_in_the_url(secured: Secured, tmp_path: Path, u
     with connect(**settings.redis) as client:
         store = RangeStore(client, "tls-url")
         if user == "service":
-            assert store.live().range_set is None
+            assert store.live_state().range_set is None
         else:
             with pytest.raises(StoreUnavailable, match="user name or password") as caught:
-                store.live()
+                store.live_state()
             assert PASSWORD not in str(caught.value)
 
 
@@ -111,7 +111,7 @@ def test_error_names_the_cause_and_no_secret(
 ) -> None:
     settings = secured.settings(tmp_path, **changed)
     with pytest.raises(StoreUnavailable, match=message) as caught, connect(**settings.redis) as client:
-        RangeStore(client, "tls").live()
+        RangeStore(client, "tls").live_state()
     shown = repr(caught.value) + repr(settings)
     assert PASSWORD not in shown
     assert "wrong-secret" not in shown
@@ -120,4 +120,4 @@ def test_error_names_the_cause_and_no_secret(
 def test_plain_connection_to_a_tls_port_is_refused(secured: Secured, tmp_path: Path) -> None:
     settings = secured.settings(tmp_path, redis_url=f"redis://127.0.0.1:{secured.port}", redis_ca_file=None)
     with pytest.raises(StoreUnavailable), connect(**settings.redis) as client:
-        RangeStore(client, "tls").live()
+        RangeStore(client, "tls").live_state()

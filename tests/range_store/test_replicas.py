@@ -58,7 +58,7 @@ def mirrors(store: RangeStore) -> Iterator[Mirrors]:
 @pytest.fixture
 def active(store: RangeStore) -> RangeStore:
     """A store whose range set is active."""
-    store.activate(store.publish(*random_range_set(600)))
+    store.activate(store.range_sets.publish(*random_range_set(600)))
     return store
 
 
@@ -77,7 +77,7 @@ def name_of(mirror: Mirror) -> str:
 
 def report(mirror: Mirror) -> None:
     assert mirror.heartbeat is not None
-    mirror.heartbeat.report()
+    mirror.heartbeat.read_and_report()
 
 
 @given(generations, generations)
@@ -180,7 +180,7 @@ def test_replicas_report_a_change_without_waiting_for_their_heartbeat(
     (first, *_) = replicas.read().replicas
     assert first.range_set == state.range_set
     assert first.expires - first.at == pytest.approx(LEASE_SECONDS, abs=0.01)
-    until(lambda: all(mirror.heartbeat and mirror.heartbeat.live == 3 for mirror in some))
+    until(lambda: all(mirror.heartbeat and mirror.heartbeat.live_replicas == 3 for mirror in some))
 
 
 def test_replica_that_has_not_read_a_change_is_missing(
@@ -303,7 +303,7 @@ def test_stored_report_is_documented_json(active: RangeStore, mirrors: Mirrors, 
     stored = redis_client.hgetall(active.keys.replicas)
     held = json.loads(stored[name_of(mirror).encode()])
     assert held.keys() == {"generation", "range_set", "at", "expires"}
-    assert held["generation"] == active.live().generation
+    assert held["generation"] == active.live_state().generation
     assert float(stored[b"since"]) <= held["at"] <= time.time() + 1
 
 
@@ -321,5 +321,5 @@ def test_roster_names_the_dtypes_that_the_model_is_served_in(replicas: ReplicaRe
 def test_reporter_reports_the_dtype(store: RangeStore, mirrors: Mirrors) -> None:
     mirror = mirrors()
     mirror.heartbeat.dtype = "float16"  # type: ignore[union-attr]
-    mirror.heartbeat.report()  # type: ignore[union-attr]
+    mirror.heartbeat.read_and_report()  # type: ignore[union-attr]
     assert store.replicas.read().dtypes == ("float16",)

@@ -70,17 +70,17 @@ def store(server: Server, tmp_path: Path) -> Iterator[RangeStore]:
 
 def test_publish_read_activate_export_import(store: RangeStore, tmp_path: Path) -> None:
     range_set, inspect = random_range_set(1)
-    published = store.publish(range_set, inspect)
+    published = store.range_sets.publish(range_set, inspect)
     assert store.activate(published).range_set == published
-    assert store.read(published).layers.keys() == range_set.layers.keys()
-    store.export(published, tmp_path / "out.safetensors")
+    assert store.range_sets.read(published).layers.keys() == range_set.layers.keys()
+    store.range_sets.export_file(published, tmp_path / "out.safetensors")
     other = RangeStore(store.client, "other")
-    assert other.import_file(tmp_path / "out.safetensors") == published
+    assert other.range_sets.import_file(tmp_path / "out.safetensors") == published
 
 
 def test_concurrent_toggles_are_all_kept(store: RangeStore) -> None:
     range_set, inspect = random_range_set(2, concepts=("a", "b", "c", "d"))
-    first = store.activate(store.publish(range_set, inspect))
+    first = store.activate(store.range_sets.publish(range_set, inspect))
 
     def toggle(concept: str) -> None:
         for _ in range(10):
@@ -91,7 +91,7 @@ def test_concurrent_toggles_are_all_kept(store: RangeStore) -> None:
         thread.start()
     for thread in threads:
         thread.join()
-    state = store.live()
+    state = store.live_state()
     assert state.counter == first.counter + 40
     assert [live.concept for live in state.erasures] == ["a", "b", "c", "d"]
     with pytest.raises(StaleGeneration):
@@ -100,7 +100,7 @@ def test_concurrent_toggles_are_all_kept(store: RangeStore) -> None:
 
 def test_mirror_survives_a_restart_of_redis(server: Server, store: RangeStore) -> None:
     range_set, inspect = random_range_set(3)
-    store.activate(store.publish(range_set, inspect))
+    store.activate(store.range_sets.publish(range_set, inspect))
     mirror = Mirror(store, range_set.provenance.model.fingerprint, poll=0.2)
     mirror.start()
     try:
@@ -114,6 +114,6 @@ def test_mirror_survives_a_restart_of_redis(server: Server, store: RangeStore) -
             store.set_erasures([])
         server.start()
         until(lambda: mirror.store_up)
-        assert store.live() == state, "an acknowledged toggle is on disk"
+        assert store.live_state() == state, "an acknowledged toggle is on disk"
     finally:
         mirror.close()

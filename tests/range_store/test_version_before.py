@@ -52,23 +52,23 @@ def store(client: redis.Redis) -> RangeStore:
 
 
 def test_range_set_is_read_with_its_id(store: RangeStore) -> None:
-    (listed,) = store.list()
+    (listed,) = store.range_sets.list()
     assert {"id": listed.id, "published_at": listed.published_at} == BEFORE["published"][0]
     assert listed.active
-    range_set = store.read(listed.id)
+    range_set = store.range_sets.read(listed.id)
     assert range_set.provenance.model_dump(mode="json") == BEFORE["provenance"]
     layer = range_set.layer(1)
     assert (layer.mean.tolist(), layer.std.tolist()) == (BEFORE["mean"], BEFORE["std"])
     assert {ranking: values.tolist() for ranking, values in layer.saliency.items()} == BEFORE["saliency"]
-    assert store.read_inspect(listed.id, 1).histogram.tolist() == BEFORE["histogram"]
+    assert store.range_sets.read_inspect(listed.id, 1).histogram.tolist() == BEFORE["histogram"]
 
 
 def test_live_erasures_are_read_and_resolved(store: RangeStore) -> None:
-    live = store.live()
+    live = store.live_state()
     assert live.model_dump(mode="json") == BEFORE["live"]
     assert [(each.concept, each.enforced) for each in live.erasures] == [("Sci/Tech", True), ("Économie", False)]
     assert live.continues, "the epoch that it took over is lost"
-    plan = resolve(store.read(str(live.range_set)), [each.erasure for each in live.erasures])
+    plan = resolve(store.range_sets.read(str(live.range_set)), [each.erasure for each in live.erasures])
     assert sorted(plan.masks) == [0, 1]
     snapshot = Mirror(store, BEFORE["provenance"]["model"]["fingerprint"]).refresh()
     assert (snapshot.live, snapshot.range_set and snapshot.range_set.id) == (live, live.range_set)
@@ -92,17 +92,17 @@ def test_api_keys_are_read_and_open(client: redis.Redis) -> None:
     found = keys.find_by_token(BEFORE["token"])
     assert found is not None
     assert (found.name, found.rate_limit) == ("dashboard", "600/minute")
-    assert [each.name for each in keys.good(found.created_at)] == ["dashboard"]
+    assert [each.name for each in keys.valid(found.created_at)] == ["dashboard"]
 
 
 def test_archive_is_imported_under_its_id(store: RangeStore) -> None:
     path = DIRECTORY / "range_set.safetensors"
-    assert store.import_file(path) == BEFORE["published"][0]["id"]
+    assert store.range_sets.import_file(path) == BEFORE["published"][0]["id"]
     assert encode_archive(*read_archive(path)) == path.read_bytes(), "it is written differently now"
 
 
 def test_change_continues_from_what_was_stored(store: RangeStore) -> None:
-    before = store.live()
+    before = store.live_state()
     after = store.remove_erasure("Économie", if_match=before.generation)
     assert (after.epoch, after.counter, after.continues) == (before.epoch, before.counter + 1, before.continues)
     assert [each.concept for each in after.erasures] == ["Sci/Tech"]

@@ -117,7 +117,7 @@ def break_everything(run: Watched, checkpoint: Path, directory: Path) -> None:
     run.during("no range set yet", {"NeuronLensNotReady", "NeuronLensNoReplicaReady"})
 
     store = run.store.store
-    ours = store.publish(fitted.range_set, fitted.inspect)
+    ours = store.range_sets.publish(fitted.range_set, fitted.inspect)
     store.activate(ours)
     until(lambda: run.small.ready and run.slow.ready, 180)
     run.small.http.put("/v1/erasures/Sports", json={"top_fraction": 1.0}).raise_for_status()
@@ -173,14 +173,16 @@ def break_everything(run: Watched, checkpoint: Path, directory: Path) -> None:
 
     run.store.client.flushall()
     run.during("a Redis that came back empty", {"NeuronLensLiveStateLost"})
-    assert store.publish(fitted.range_set, fitted.inspect) == ours
+    assert store.range_sets.publish(fitted.range_set, fitted.inspect) == ours
     store.activate(ours)
     run.recover()
-    until(lambda: [live.concept for live in store.live().erasures] == ["World"])  # the replicas restore what was erased
+    until(
+        lambda: [live.concept for live in store.live_state().erasures] == ["World"]
+    )  # the replicas restore what was erased
 
     store.set_erasures([])
     foreign, inspect = random_range_set(1)
-    store.activate(store.publish(foreign, inspect))
+    store.activate(store.range_sets.publish(foreign, inspect))
     run.during("a range set of another model", {"NeuronLensRangeSetRefused"})
     store.activate(ours)
     store.set_erasure(LiveErasure(erasure=Erasure(concept="Sports")))

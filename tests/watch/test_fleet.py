@@ -46,7 +46,7 @@ def watched(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Watched]:
     with ExitStack() as stack:
         store = Redis(directory)
         stack.callback(lambda: store.kill())
-        store.store.activate(store.store.publish(fitted.range_set, fitted.inspect))
+        store.store.activate(store.store.range_sets.publish(fitted.range_set, fitted.inspect))
         ingress = Replica(
             "ingress",
             checkpoint,

@@ -107,7 +107,7 @@ class EngineReplica:
                 model.identity.fingerprint,
                 poll=settings.poll_seconds,
                 replica=self._name,
-                earlier=model.earlier_fingerprint,
+                earlier_fingerprint=model.earlier_fingerprint,
             )
             engine = dict(settings.engine)
             engine["max_batch_tokens"] = engine["max_batch_tokens"] or batch_tokens_for(model.device.type)
@@ -146,7 +146,7 @@ class EngineReplica:
         assert self._facts is not None
         metrics = ReplicaMetrics(self._settings.name, self._registry, self._mirror, self._facts)
         self._exposed = serve_metrics(metrics, self._settings.metrics, get_node_ip_address())
-        self._mirror.heartbeat.metrics = self._exposed.address if self._exposed is not None else None
+        self._mirror.heartbeat.metrics_address = self._exposed.address if self._exposed is not None else None
         self._mirror.heartbeat.dtype = self._facts.dtype
         self._mirror.start()
         if self._mirror.snapshot is None:

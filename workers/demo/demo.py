@@ -84,7 +84,7 @@ def prepare(directory: Path, store: RangeStore, report: Report, *, rebuild: bool
     learned = corpus("train")
     fitted = [
         published.id
-        for published in store.list()
+        for published in store.range_sets.list()
         if published.provenance.model.fingerprint == model.identity.fingerprint
         and published.provenance.corpus.sha256 == learned.sha256
         and len(published.provenance.settings.layers) == model.identity.n_layers
@@ -93,12 +93,12 @@ def prepare(directory: Path, store: RangeStore, report: Report, *, rebuild: bool
         chosen = fitted[0]
     else:
         made = fit(model, learned, layers="all", progress=lambda now: report("fitting ranges", now.done, now.total))
-        chosen = store.publish(made.range_set, made.inspect)
-    if store.live().range_set != chosen:
+        chosen = store.range_sets.publish(made.range_set, made.inspect)
+    if store.live_state().range_set != chosen:
         store.activate(chosen, force=True, by="demo", reason="neuronlens demo")
     evaluation = evaluate(
         model,
-        store.read(chosen),
+        store.range_sets.read(chosen),
         corpus("test"),
         EvaluationSettings(top_fractions=(1.0,)),
         progress=lambda now: report("measuring on held-out sentences", now.done, now.total),

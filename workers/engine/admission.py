@@ -70,7 +70,7 @@ class Planner:
         snapshot = self._mirror.snapshot
         if snapshot is None:
             raise StoreUnavailable("the live erasures were never read: the store cannot be reached")
-        live = snapshot.live.at(self._mirror.now())
+        live = snapshot.live.active_at(self._mirror.now())
         enforced = [entry.erasure for entry in live if entry.enforced]
         names = frozenset(erasure.concept for erasure in enforced)
         requested = [entry.erasure for entry in live] if erase is None else erase
@@ -88,7 +88,7 @@ class Planner:
         if not erasures:
             return NO_ERASURE
         if range_set is None:
-            raise NoRangeSet("no range set is active: fit one with `neuronlens fit … --activate`")
+            raise NoRangeSet()
         key = (range_set.id, erasures)
         plan = self._plans.get(key)
         if plan is None:

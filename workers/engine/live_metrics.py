@@ -50,7 +50,7 @@ def live_state_metrics(mirror: Mirror) -> Iterator[Metric]:
     """The state of a mirror, and the live erasures."""
     snapshot = mirror.snapshot
     live = snapshot.live if snapshot else None
-    erased = live.at(mirror.now()) if live else ()
+    erased = live.active_at(mirror.now()) if live else ()
     yield GaugeMetricFamily("neuronlens_store_up", "1 if the store answered last time.", float(mirror.store_up))
     yield GaugeMetricFamily(
         "neuronlens_snapshot_age_seconds",
@@ -60,7 +60,7 @@ def live_state_metrics(mirror: Mirror) -> Iterator[Metric]:
     yield GaugeMetricFamily(
         "neuronlens_replicas",
         "Live replicas of the model, this one too, at its last report; 0 while it makes none.",
-        float(mirror.heartbeat.live if mirror.heartbeat else 0),
+        float(mirror.heartbeat.live_replicas if mirror.heartbeat else 0),
     )
     problem = GaugeMetricFamily(
         "neuronlens_live_state_problem",

@@ -68,7 +68,7 @@ class Prepared:
 def prepared(redis_client: redis.Redis) -> Prepared:
     assert isinstance(redis_client, EmbeddedRedis)
     store = RangeStore(redis_client, f"cli-{uuid.uuid4().hex}")
-    whole = store.publish(*random_range_set(1))
-    last_only = store.publish(*random_range_set(2, layers=[2]))
+    whole = store.range_sets.publish(*random_range_set(1))
+    last_only = store.range_sets.publish(*random_range_set(2, layers=[2]))
     store.activate(whole)
     return Prepared(store, ("--redis-url", redis_client.url, "--name", store.model), whole, last_only)

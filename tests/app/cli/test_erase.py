@@ -20,7 +20,7 @@ def test_on_sets_every_option(cli: Cli, prepared: Prepared) -> None:
         "--enforced", *prepared.options,
     )  # fmt: skip
     assert ended.exit_code == 0
-    (live,) = prepared.store.live().erasures
+    (live,) = prepared.store.live_state().erasures
     assert live.erasure == Erasure(
         concept="Sci/Tech",
         tau=1.5,
@@ -40,7 +40,7 @@ def test_on_sets_every_option(cli: Cli, prepared: Prepared) -> None:
 def test_on_accepts_every_ranking(cli: Cli, prepared: Prepared) -> None:
     for ranking in STATISTICAL_RANKINGS:  # the range sets of this test have these rankings only
         assert cli("erase", "on", "World", "--ranking", ranking, *prepared.options).exit_code == 0
-        assert [live.erasure.ranking for live in prepared.store.live().erasures] == [ranking]
+        assert [live.erasure.ranking for live in prepared.store.live_state().erasures] == [ranking]
     for ranking in set(RANKINGS) - set(STATISTICAL_RANKINGS):
         ended = cli("erase", "on", "World", "--ranking", ranking, *prepared.options)
         assert f"ranking {ranking} not fitted" in ended.stderr
@@ -51,7 +51,7 @@ def test_list_on_and_off_agree_with_the_store(cli: Cli, prepared: Prepared) -> N
     cli("erase", "on", "World", *prepared.options)
     cli("erase", "on", "Sports", "--method", "neuron", "--layer", "all", *prepared.options)
     listed = cli("erase", "list", "--json", *prepared.options).json
-    assert listed["generation"] == prepared.store.live().generation
+    assert listed["generation"] == prepared.store.live_state().generation
     assert listed["range_set"] == prepared.whole
     assert [(each["concept"], each["method"], each["layers"]) for each in listed["erasures"]] == [
         ("Sports", "neuron", "all"),
@@ -64,7 +64,7 @@ def test_list_on_and_off_agree_with_the_store(cli: Cli, prepared: Prepared) -> N
 
 def test_off_says_when_nothing_changed(cli: Cli, prepared: Prepared) -> None:
     cli("erase", "on", "Sports", *prepared.options)
-    generation = prepared.store.live().generation
+    generation = prepared.store.live_state().generation
     off = cli("erase", "off", "World", *prepared.options)
     assert off.exit_code == 0
     assert off.stdout.splitlines()[0] == f"'World' was not erased: nothing changed, generation {generation}"
@@ -75,20 +75,20 @@ def test_off_says_when_nothing_changed(cli: Cli, prepared: Prepared) -> None:
 def test_off_all_is_one_change(cli: Cli, prepared: Prepared) -> None:
     for concept in ("World", "Sports"):
         cli("erase", "on", concept, *prepared.options)
-    before = prepared.store.live()
+    before = prepared.store.live_state()
     assert cli("erase", "off", "--all", *prepared.options).exit_code == 0
-    after = prepared.store.live()
+    after = prepared.store.live_state()
     assert after.erasures == ()
     assert after.counter == before.counter + 1
 
 
 def test_if_match_rejects_a_stale_generation(cli: Cli, prepared: Prepared) -> None:
-    generation = prepared.store.live().generation
+    generation = prepared.store.live_state().generation
     assert cli("erase", "on", "World", "--if-match", generation, *prepared.options).exit_code == 0
     stale = cli("erase", "on", "Sports", "--if-match", generation, *prepared.options)
     assert stale.exit_code == 4
     assert generation in stale.stderr
-    assert [each.concept for each in prepared.store.live().erasures] == ["World"]
+    assert [each.concept for each in prepared.store.live_state().erasures] == ["World"]
 
 
 @pytest.mark.parametrize(
@@ -113,12 +113,12 @@ def test_if_match_rejects_a_stale_generation(cli: Cli, prepared: Prepared) -> No
 def test_an_error_is_one_line_and_changes_nothing(
     cli: Cli, prepared: Prepared, arguments: list[str], exit_code: int, message: str
 ) -> None:
-    before = prepared.store.live()
+    before = prepared.store.live_state()
     ended = cli("erase", *arguments, *prepared.options)
     assert ended.exit_code == exit_code
     assert message in ended.stderr
     assert ended.stdout == ""
-    assert prepared.store.live() == before
+    assert prepared.store.live_state() == before
 
 
 def test_an_unreachable_store_is_exit_3(cli: Cli) -> None:

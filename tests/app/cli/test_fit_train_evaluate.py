@@ -55,19 +55,19 @@ def test_fit_publishes_and_activates_the_range_set_that_it_reports(
     assert ended.exit_code == 0
     assert "fitting: 80/80 rows" in ended.stderr
     store = RangeStore(redis_client, name)
-    (published,) = store.list()
+    (published,) = store.range_sets.list()
     reported = ended.json
     assert (reported["id"], reported["model"], reported["activated"]) == (published.id, name, True)
     assert (reported["layers"], reported["rankings"]) == ([0, 2], ["max"])
     assert reported["counts"] == published.provenance.corpus.counts
-    assert reported["generation"] == store.live().generation
-    assert store.live().range_set == published.id
+    assert reported["generation"] == store.live_state().generation
+    assert store.live_state().range_set == published.id
     assert not list((tmp_path / "fits").iterdir())  # the checkpoint is gone with the fit
 
     again = cli(*fit)
     assert again.exit_code == 0
-    assert len(store.list()) == 2
-    assert store.live().range_set == published.id
+    assert len(store.range_sets.list()) == 2
+    assert store.live_state().range_set == published.id
     assert "neuronlens ranges activate" in again.stderr
 
 

@@ -44,7 +44,7 @@ def server(redis_client: redis.Redis, tmp_path_factory: pytest.TempPathFactory) 
     corpus = load_corpus(str(write_jsonl(home / "train.jsonl", rows)), labels=model.identity.labels)
     store = RangeStore(redis_client, model.identity.id)
     made = [fit(model, corpus, layers=layers, bins=8) for layers in ("all", (-1,))]
-    whole, last_only = [store.publish(each.range_set, each.inspect) for each in made]
+    whole, last_only = [store.range_sets.publish(each.range_set, each.inspect) for each in made]
     store.activate(whole)
     settings = Settings(redis_url=redis_client.url, data_dir=home, poll_seconds=0.2)
     with ExitStack() as stack:
@@ -60,7 +60,7 @@ def server(redis_client: redis.Redis, tmp_path_factory: pytest.TempPathFactory) 
 
 
 def live(server: Server) -> LiveState:
-    return server.store.live()
+    return server.store.live_state()
 
 
 def test_the_audit_is_the_same_through_a_server(cli: Cli, server: Server) -> None:
@@ -131,7 +131,7 @@ def test_range_sets_are_listed_shown_and_activated(cli: Cli, server: Server) -> 
     listed = cli("ranges", "list", "--json", "--url", server.url).json
     assert [each["id"] for each in listed] == [server.last_only, server.whole]
     shown = cli("ranges", "show", server.whole[:10], "--json", "--url", server.url).json
-    assert shown["provenance"] == server.store.provenance(server.whole).model_dump(mode="json")
+    assert shown["provenance"] == server.store.range_sets.provenance(server.whole).model_dump(mode="json")
     assert cli("ranges", "activate", server.last_only, "--url", server.url).exit_code == 0
     assert live(server).range_set == server.last_only
     not_fitted = cli("erase", "on", "World", "--layer", "0", "--url", server.url)

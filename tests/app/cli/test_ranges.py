@@ -26,7 +26,7 @@ def test_list_is_newest_first_and_marks_the_active_one(cli: Cli, prepared: Prepa
 def test_show_prints_provenance_for_a_prefix_of_an_id(cli: Cli, prepared: Prepared) -> None:
     shown = cli("ranges", "show", prepared.whole[:12], "--json", *prepared.options).json
     assert shown["id"] == prepared.whole
-    assert shown["provenance"] == prepared.store.provenance(prepared.whole).model_dump(mode="json")
+    assert shown["provenance"] == prepared.store.range_sets.provenance(prepared.whole).model_dump(mode="json")
     text = cli("ranges", "show", prepared.whole, *prepared.options).stdout
     for expected in (prepared.whole, "Sci/Tech", "selectivity", "ab" * 32):
         assert expected in text
@@ -36,10 +36,10 @@ def test_show_prints_provenance_for_a_prefix_of_an_id(cli: Cli, prepared: Prepar
 
 def test_activate_switches_and_rolls_back(cli: Cli, prepared: Prepared) -> None:
     assert cli("ranges", "activate", prepared.last_only, *prepared.options).exit_code == 0
-    assert prepared.store.live().range_set == prepared.last_only
+    assert prepared.store.live_state().range_set == prepared.last_only
     back = cli("ranges", "activate", prepared.whole, "--json", *prepared.options).json
-    assert back == {"id": prepared.whole, "generation": prepared.store.live().generation, "dropped": []}
-    assert prepared.store.live().range_set == prepared.whole
+    assert back == {"id": prepared.whole, "generation": prepared.store.live_state().generation, "dropped": []}
+    assert prepared.store.live_state().range_set == prepared.whole
 
 
 def test_an_activation_that_drops_an_erasure_requires_force(cli: Cli, prepared: Prepared) -> None:
@@ -47,10 +47,10 @@ def test_an_activation_that_drops_an_erasure_requires_force(cli: Cli, prepared: 
     refused = cli("ranges", "activate", prepared.last_only, *prepared.options)
     assert refused.exit_code == 4
     assert "'World'" in refused.stderr
-    assert prepared.store.live().range_set == prepared.whole
+    assert prepared.store.live_state().range_set == prepared.whole
     forced = cli("ranges", "activate", prepared.last_only, "--force", "--json", *prepared.options).json
     assert forced["dropped"] == ["World"]
-    assert prepared.store.live().erasures == ()
+    assert prepared.store.live_state().erasures == ()
 
 
 def test_activation_of_another_dtype_than_is_served_requires_force(
@@ -62,11 +62,11 @@ def test_activation_of_another_dtype_than_is_served_requires_force(
     assert refused.exit_code == 4
     assert "fitted in float32, and the model runs in bfloat16" in refused.stderr
     file = tmp_path / "ranges.safetensors"
-    prepared.store.export(prepared.last_only, file)
+    prepared.store.range_sets.export_file(prepared.last_only, file)
     assert cli("ranges", "import", file, "--activate", *prepared.options).exit_code == 4
-    assert prepared.store.live().range_set == prepared.whole
+    assert prepared.store.live_state().range_set == prepared.whole
     assert cli(*activate, "--force").exit_code == 0
-    assert prepared.store.live().range_set == prepared.last_only
+    assert prepared.store.live_state().range_set == prepared.last_only
 
 
 def test_fit_takes_the_dtype_that_the_model_is_served_in(
@@ -117,7 +117,7 @@ def test_export_overwrites_with_overwrite_only(cli: Cli, prepared: Prepared, tmp
 
 def test_import_rejects_a_damaged_file(cli: Cli, prepared: Prepared, tmp_path: Path) -> None:
     file = tmp_path / "ranges.safetensors"
-    prepared.store.export(prepared.whole, file)
+    prepared.store.range_sets.export_file(prepared.whole, file)
     data = bytearray(file.read_bytes())
     data[-1] ^= 1
     file.write_bytes(data)
@@ -132,7 +132,7 @@ def test_remove_rejects_the_active_range_set(cli: Cli, prepared: Prepared) -> No
     assert active.exit_code == 4
     assert "active" in active.stderr
     assert cli("ranges", "remove", prepared.last_only, *prepared.options).exit_code == 0
-    assert [each.id for each in prepared.store.list()] == [prepared.whole]
+    assert [each.id for each in prepared.store.range_sets.list()] == [prepared.whole]
 
 
 def test_the_name_is_optional_with_one_model(cli: Cli, tmp_path: Path) -> None:
@@ -174,7 +174,7 @@ def test_show_says_on_how_many_rows_it_was_fitted(cli: Cli, prepared: Prepared) 
     corpus = fitted.model_copy(update={"rows": 2000, "selection": "2000 of 9000 rows, drawn with seed 0", "empty": 3})
     settings = range_set.provenance.settings.model_copy(update={"texts": "correct", "rows_per_class": 50})
     provenance = range_set.provenance.model_copy(update={"corpus": corpus, "settings": settings})
-    published = prepared.store.publish(assemble(provenance, range_set.layers, inspect), inspect)
+    published = prepared.store.range_sets.publish(assemble(provenance, range_set.layers, inspect), inspect)
     lines = cli("ranges", "show", published, *prepared.options).stdout.splitlines()
     shown = {line.split("  ")[0]: line.split("  ", 1)[1].strip() for line in lines if "  " in line}
     assert shown["rows"] == "2,000 (2000 of 9000 rows, drawn with seed 0)"

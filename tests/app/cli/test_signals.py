@@ -150,7 +150,7 @@ def test_a_stopped_fit_says_that_it_can_resume_and_publishes_nothing(
     assert "resumes" in fitting.stderr[-1]
     assert "Traceback" not in "".join(fitting.stderr)
     assert fitting.stdout == []
-    assert not RangeStore(redis_client, name).list()
+    assert not RangeStore(redis_client, name).range_sets.list()
 
 
 def test_a_server_that_loses_its_device_reports_it_and_exits(

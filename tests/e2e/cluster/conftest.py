@@ -49,7 +49,7 @@ def open_services(
 
 def activated(service: Service, fitted: FitResult) -> Service:
     """Publish and activate ranges."""
-    service.store.activate(service.store.publish(fitted.range_set, fitted.inspect))
+    service.store.activate(service.store.range_sets.publish(fitted.range_set, fitted.inspect))
     service.mirror.refresh()
     return service
 

@@ -77,7 +77,7 @@ def fleet(open_services: Callable[..., list[Service]], fitted: FitResult, stops:
 
 def behind(service: Service) -> tuple[str, ...]:
     """Names of the replicas that do not report the live generation."""
-    return roster(service).missing(service.store.live().generation)
+    return roster(service).missing(service.store.live_state().generation)
 
 
 @pytest.fixture

@@ -104,7 +104,7 @@ def ingress(
     assert isinstance(redis_client, EmbeddedRedis)
     url = redis_client.url
     store = RangeStore(redis_client, "news")
-    store.activate(store.publish(fitted.range_set, fitted.inspect))
+    store.activate(store.range_sets.publish(fitted.range_set, fitted.inspect))
     store.set_erasures([])
     nodes.add_node(num_cpus=1, node_ip_address="127.0.0.3", object_store_memory=100 << 20)
     started: list[Ingress] = []

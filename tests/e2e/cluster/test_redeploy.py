@@ -117,7 +117,7 @@ def test_redeploy_with_other_settings_replaces_every_engine(
         (second,) = open_services("rolling", redeploy=True, max_queue_texts=777, **PATIENT)
         until(lambda: len(set(pids(fleet))) == 2)
         assert not before & set(pids(fleet)), "every engine was replaced before the new ingress answers"
-    check(answers, expected, fleet.store.live().generation)
+    check(answers, expected, fleet.store.live_state().generation)
     assert fleet.registry.get_sample_value("neuronlens_fleet_lost_total") == 0.0
     assert second.engine.settings.max_queue_texts == 777
     with pytest.raises(OtherFleet, match="engine"):
@@ -150,7 +150,7 @@ def test_redeploy_with_another_checkpoint_is_refused(
         with pytest.raises(ModelError):
             open_services("rolling", redeploy=True, model=str(tmp_path / "none"), max_queue_texts=777, **PATIENT)
     assert set(pids(fleet)) == before
-    check(answers, expected, fleet.store.live().generation)
+    check(answers, expected, fleet.store.live_state().generation)
 
 
 def test_redeploy_without_spare_room_ends_an_engine_before_it_starts_another(
@@ -163,7 +163,7 @@ def test_redeploy_without_spare_room_ends_an_engine_before_it_starts_another(
         open_services("full", redeploy=True, max_queue_texts=777, **choices)
         until(lambda: len(set(pids(full))) == 2)
         assert not before & set(pids(full))
-    check(answers, expected, full.store.live().generation)
+    check(answers, expected, full.store.live_state().generation)
     assert full.registry.get_sample_value("neuronlens_fleet_lost_total") == 0.0
 
 
@@ -177,11 +177,11 @@ def test_failed_redeploy_keeps_the_old_engines_and_settings(
     ):
         open_services("rolling", redeploy=True, max_queue_texts=BROKEN, **PATIENT)
     assert set(pids(fleet)) == before
-    check(answers, expected, fleet.store.live().generation)
+    check(answers, expected, fleet.store.live_state().generation)
     with load_on(fleet) as answers:
         victim = min(before)
         os.kill(victim, signal.SIGKILL)
         until(lambda: len(set(pids(fleet)) - {victim}) == 2, 120)
     assert before - {victim} < set(pids(fleet)), "its replacement has the old settings, and joined"
-    check(answers, expected, fleet.store.live().generation)
+    check(answers, expected, fleet.store.live_state().generation)
     open_services("rolling", max_queue_texts=777, **PATIENT)  # its settings are what they were

@@ -38,7 +38,7 @@ def store(redis_process: RedisProcess, server_process: Served) -> Iterator[Range
 @pytest.fixture
 def served(server_process: Served, store: RangeStore, fitted: FitResult) -> Served:
     """The server process, with an active range set and Sports erased."""
-    store.activate(store.publish(fitted.range_set, fitted.inspect))
+    store.activate(store.range_sets.publish(fitted.range_set, fitted.inspect))
     state = store.set_erasures([LiveErasure(erasure=Erasure(concept="Sports"))])
     until(lambda: server_process.http.get("/readyz").json().get("generation") == state.generation)
     return server_process

@@ -125,7 +125,7 @@ def test_full_disk_is_reported_with_the_file(
     place, limits, error = small_disk.place, small_disk.code, small_disk.error
     store = ["--redis-url", redis_process.url, "--name", "full"]
     with redis_process.client() as client:
-        published = RangeStore(client, "full").publish(fitted.range_set, fitted.inspect)
+        published = RangeStore(client, "full").range_sets.publish(fitted.range_set, fitted.inspect)
 
     fitting = [*fit_of(model, data), *store, "--data-dir", place / "fit"]
     assert "fit-" in check_failure(fitting, FAILED, error, limits), "the error names the checkpoint"

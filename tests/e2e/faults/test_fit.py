@@ -13,7 +13,7 @@ from typing import cast
 import pytest
 import redis
 
-from range_store.storage.keys import RANGE_SET
+from range_store.storage.schema import RANGE_SET
 from range_store.storage.store import RangeStore
 from tests.e2e.faults.processes import RedisProcess, Served
 from tests.processes import Running
@@ -38,9 +38,9 @@ module.fit = fit_and_die
 """
 DIE_WHILE_PUBLISHING = """
 import os, signal
-from range_store.storage import published
+from range_store.storage import range_sets
 
-encode = published.encode_parts
+encode = range_sets.encode_parts
 
 def encode_and_die(*arguments):
     left = {parts}
@@ -52,7 +52,7 @@ def encode_and_die(*arguments):
     if left == 0:
         os.kill(os.getpid(), signal.SIGKILL)
 
-published.encode_parts = encode_and_die
+range_sets.encode_parts = encode_and_die
 """
 
 
@@ -79,7 +79,7 @@ class FitCommand:
 
     def published(self) -> set[str]:
         """Ids of the range sets that fits published."""
-        return {found.id for found in self.store.list()} - {self.active}
+        return {found.id for found in self.store.range_sets.list()} - {self.active}
 
     def stored_parts(self) -> list[bytes]:
         """Keys of range sets that fits wrote, published or not."""
@@ -89,7 +89,7 @@ class FitCommand:
     def remove_published(self) -> None:
         """Remove what fits wrote, so that the next one publishes again."""
         for id_ in self.published():
-            self.store.remove(id_)
+            self.store.range_sets.remove(id_)
         if leftover := self.stored_parts():
             self.client.delete(*leftover)
 
@@ -107,7 +107,7 @@ def fit_command(
     place = ["--redis-url", redis_process.url, "--data-dir", tmp_path / "data", "--name", served.name]
     what = ["--model", model.source, "--data", data, "--layer", "all", "--threads", "1", "--device", "cpu"]
     with redis_process.client() as client:
-        active = str(store.live().range_set)
+        active = str(store.live_state().range_set)
         fit = FitCommand(["fit", *what, *place], tmp_path / "data" / "fits", store, client, active)
         yield fit
         fit.remove_published()
@@ -116,10 +116,10 @@ def fit_command(
 def read_everything(store: RangeStore, served: Served) -> set[str]:
     """Ids of all range sets that are listed; each must be whole, for other processes and over HTTP."""
     seen = set()
-    for found in store.list():
-        whole = store.read(found.id)
+    for found in store.range_sets.list():
+        whole = store.range_sets.read(found.id)
         for layer in whole.layers:
-            store.read_inspect(found.id, layer)
+            store.range_sets.read_inspect(found.id, layer)
         assert found.provenance == whole.provenance
         seen.add(found.id)
     answer = served.http.get("/v1/range-sets")
@@ -182,7 +182,7 @@ def test_fits_killed_at_any_moment_never_show_a_partial_range_set(
     assert fit_command.run() == 0
     took = time.monotonic() - began
     (undisturbed,) = fit_command.published()
-    parts = 2 * len(store.read(undisturbed).layers)  # the metadata follow them
+    parts = 2 * len(store.range_sets.read(undisturbed).layers)  # the metadata follow them
     fit_command.remove_published()
     pause = threading.Lock()
     with reading_all_the_time(store, served, pause) as seen:

@@ -173,7 +173,7 @@ def test_advice_in_the_log_restores_everything_after_redis_lost_its_data(
         load.more()
     assert load.bad() == []
     assert load.erased() == {("World", "Sports")}, "what is enforced stands first"
-    state = store.live()
+    state = store.live_state()
     assert (state.erasures, state.range_set) == (held.erasures, held.range_set)
     assert [each.action for each in store.audit()].count("restore") == 1
     after = [each["concept"] for each in served.http.get("/v1/erasures").json()["erasures"]]

@@ -57,7 +57,7 @@ def start_replicas(
     name = f"replicas-{uuid.uuid4().hex[:8]}"
     with redis_process.client() as client, ExitStack() as stack, ThreadPoolExecutor(3) as pool:
         store = RangeStore(client, name)
-        store.activate(store.publish(fitted.range_set, fitted.inspect))
+        store.activate(store.range_sets.publish(fitted.range_set, fitted.inspect))
 
         def start(count: int, code: str = "") -> list[Served]:
             options = ("--name", name, "--drain-delay", "3600")

@@ -57,7 +57,7 @@ def test_no_output_contains_a_secret_or_a_text(
             assert call("GET", "/metrics").status_code == 404  # metrics have a port of their own
             with connect(url, tmp_path) as client:
                 ranges = RangeStore(client, model.identity.id)
-                ranges.activate(ranges.publish(fitted.range_set, fitted.inspect))
+                ranges.activate(ranges.range_sets.publish(fitted.range_set, fitted.inspect))
             until(lambda: call("GET", "/readyz").status_code == 200)
             body = {"inputs": TEXT}
             assert call("POST", "/v1/classify", json=body).status_code == 401

@@ -17,7 +17,7 @@ ROUNDS = 5
 def test_one_of_two_conditional_changes_wins_and_the_audit_keeps_the_order(
     server: RunningServer, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    first = server.service.store.live()
+    first = server.service.store.live_state()
     barrier = threading.Barrier(2)
     wins: list[tuple[str, str]] = []
 

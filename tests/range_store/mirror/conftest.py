@@ -14,7 +14,7 @@ from tests.range_store.mirror.controlled import Clock, Mirrors
 @pytest.fixture
 def active(store: RangeStore) -> RangeStore:
     """A store whose range set is active."""
-    store.activate(store.publish(*random_range_set(600)))
+    store.activate(store.range_sets.publish(*random_range_set(600)))
     return store
 
 

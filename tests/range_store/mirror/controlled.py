@@ -15,6 +15,7 @@ NEVER = 3600.0
 """As `poll`: the timer does not read during a test."""
 WALL = float(2**32)
 """Unix time at which a controlled clock begins: after any real time, so that only the clock makes erasures expire."""
+LOGGERS = {"range_store.storage.mirror", "range_store.storage.recovery"}
 Mirrors = Callable[..., Mirror]
 Step = Callable[[], object] | None
 
@@ -29,14 +30,14 @@ def concepts(snapshot: Snapshot | None) -> list[str]:
 
 def empty(store: RangeStore) -> None:
     """Delete everything of the store's model, as if Redis had been emptied."""
-    for published in store.list():
+    for published in store.range_sets.list():
         store.client.delete(*store.client.keys(f"neuronlens:rangeset:{published.id}:*"))
     store.client.delete(store.keys.live, store.keys.audit, store.keys.range_sets)
 
 
 def logged(caplog: pytest.LogCaptureFixture) -> list[tuple[str, str]]:
-    """Level and message of every record of the mirror."""
-    return [(each.levelname, each.getMessage()) for each in caplog.records if each.name == "range_store.storage.mirror"]
+    """Level and message of every record of the mirror and its recovery."""
+    return [(each.levelname, each.getMessage()) for each in caplog.records if each.name in LOGGERS]
 
 
 def fields(caplog: pytest.LogCaptureFixture) -> list[tuple[object, object]]:
@@ -44,7 +45,7 @@ def fields(caplog: pytest.LogCaptureFixture) -> list[tuple[object, object]]:
     return [
         (getattr(each, "model", None), getattr(each, "generation", None))
         for each in caplog.records
-        if each.name == "range_store.storage.mirror"
+        if each.name in LOGGERS
     ]
 
 

@@ -8,8 +8,8 @@ import redis
 from range_store.domain.live import LiveState
 from range_store.domain.range_set import Provenance
 from range_store.errors import StoreUnavailable, UnknownRangeSet
-from range_store.storage.keys import CHANGES
 from range_store.storage.mirror import ATTEMPTS, Mirror, Snapshot
+from range_store.storage.schema import CHANGES
 from range_store.storage.store import RangeStore
 from tests.range_store.builders import random_range_set
 from tests.range_store.mirror.controlled import NEVER, Clock, Mirrors, erasing
@@ -27,7 +27,7 @@ def test_empty_store_gives_a_snapshot_without_a_range_set(store: RangeStore, mir
     assert mirror.snapshot is None
     mirror.start()
     assert mirror.snapshot is not None
-    assert (mirror.snapshot.live, mirror.snapshot.range_set) == (store.live(), None)
+    assert (mirror.snapshot.live, mirror.snapshot.range_set) == (store.live_state(), None)
     assert (mirror.store_up, mirror.problem) == (True, None)
 
 
@@ -89,7 +89,7 @@ def test_range_set_is_loaded_only_when_another_becomes_active(active: RangeStore
     held = mirror.refresh().range_set
     active.set_erasure(erasing("World"))
     assert mirror.refresh().range_set is held
-    second = active.publish(*random_range_set(605))
+    second = active.range_sets.publish(*random_range_set(605))
     active.activate(second)
     found = mirror.refresh().range_set
     assert found is not None
@@ -100,7 +100,7 @@ def test_concurrent_refreshes_are_serialized(active: RangeStore, mirrors: Mirror
     """A slow read never overwrites a newer one: the next read begins after it has ended."""
     mirror = mirrors()
     mirror.refresh()
-    peek, lock = active.peek, mirror._reading
+    peek, lock = active.read_live_state, mirror._reading
     waiting, inside, proceed = threading.Event(), threading.Event(), threading.Event()
     reading: list[str] = []
 
@@ -123,7 +123,7 @@ def test_concurrent_refreshes_are_serialized(active: RangeStore, mirrors: Mirror
             assert proceed.wait(20)
         return found
 
-    active.peek = slow_peek  # type: ignore[method-assign]
+    active.read_live_state = slow_peek  # type: ignore[method-assign]
     mirror._reading = Watched()  # type: ignore[assignment]
     slow = threading.Thread(target=mirror.refresh, name="slow")
     fast = threading.Thread(target=mirror.refresh, name="fast")
@@ -152,7 +152,7 @@ def test_listener_is_told_of_every_change_once_and_in_order(
 
     mirror = mirrors(poll=0.02, on_change=listen)
     mirror.start()
-    expected = [active.live().generation]
+    expected = [active.live_state().generation]
     for concept in ("World", "Sports", "Business"):
         expected.append(active.set_erasure(erasing(concept)).generation)
         until(lambda: told == expected)
@@ -184,14 +184,14 @@ def test_companion_is_called_at_every_read_even_a_failing_one(
     active: RangeStore, mirrors: Mirrors, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     calls: list[None] = []
-    mirror = mirrors(also=lambda: calls.append(None))
+    mirror = mirrors(on_read=lambda: calls.append(None))
     mirror.refresh()
     assert len(calls) == 1
 
     def peek() -> LiveState | None:
         raise StoreUnavailable("down")
 
-    monkeypatch.setattr(active, "peek", peek)
+    monkeypatch.setattr(active, "read_live_state", peek)
     with pytest.raises(StoreUnavailable, match="down"):
         mirror.refresh()
     assert len(calls) == 2
@@ -200,18 +200,18 @@ def test_companion_is_called_at_every_read_even_a_failing_one(
 def test_range_set_that_is_replaced_and_removed_during_a_read_is_read_anew(
     active: RangeStore, mirrors: Mirrors, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    first, second = active.live().range_set, active.publish(*random_range_set(605))
-    provenance = active.provenance
+    first, second = active.live_state().range_set, active.range_sets.publish(*random_range_set(605))
+    provenance = active.range_sets.provenance
     asked: list[str] = []
 
     def replaced(id_: str) -> Provenance:
         asked.append(id_)
         if len(asked) == 1:
             active.activate(second)
-            active.remove(id_)
+            active.range_sets.remove(id_)
         return provenance(id_)
 
-    monkeypatch.setattr(active, "provenance", replaced)
+    monkeypatch.setattr(active.range_sets, "provenance", replaced)
     found = mirrors().refresh()
     assert asked == [first, second]
     assert found.range_set is not None
@@ -227,7 +227,7 @@ def test_missing_range_set_is_an_error_after_a_few_attempts(
         calls.append(id_)
         raise UnknownRangeSet(id_)
 
-    monkeypatch.setattr(active, "provenance", missing)
+    monkeypatch.setattr(active.range_sets, "provenance", missing)
     with pytest.raises(UnknownRangeSet):
         mirrors().refresh()
     assert len(calls) == ATTEMPTS == 3

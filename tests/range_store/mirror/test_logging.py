@@ -11,11 +11,12 @@ from range_store.domain.live import LiveErasure, LiveState
 from range_store.errors import (
     ForeignRangeSet,
     InvalidRangeSet,
+    LiveStateLost,
     RangeStoreError,
     StoreUnavailable,
     UnknownRangeSet,
 )
-from range_store.storage.mirror import REMIND_SECONDS, LostState, ProblemKind, Snapshot, _kind
+from range_store.storage.mirror import REMIND_SECONDS, ProblemKind, Snapshot, _kind
 from range_store.storage.store import RangeStore
 from tests.range_store.builders import random_range_set
 from tests.range_store.mirror.controlled import Clock, Mirrors, empty, erasing, fields, logged
@@ -23,7 +24,7 @@ from tests.range_store.mirror.controlled import Clock, Mirrors, empty, erasing, 
 
 @pytest.fixture(autouse=True)
 def _all_levels(caplog: pytest.LogCaptureFixture) -> None:
-    caplog.set_level(logging.INFO, "range_store.storage.mirror")
+    caplog.set_level(logging.INFO, "range_store.storage")
 
 
 @pytest.fixture
@@ -35,7 +36,7 @@ def store(redis_client: redis.Redis, store: RangeStore) -> RangeStore:
 def failing(store: RangeStore, monkeypatch: pytest.MonkeyPatch, *errors: RangeStoreError | None) -> None:
     """The next reads of the live state raise these errors; None lets one succeed."""
     left = list(errors)
-    peek = store.peek
+    peek = store.read_live_state
 
     def fail() -> LiveState | None:
         error = left.pop(0)
@@ -43,14 +44,14 @@ def failing(store: RangeStore, monkeypatch: pytest.MonkeyPatch, *errors: RangeSt
             raise error
         return peek()
 
-    monkeypatch.setattr(store, "peek", fail)
+    monkeypatch.setattr(store, "read_live_state", fail)
 
 
 @pytest.mark.parametrize(
     ("error", "kind"),
     [
         (StoreUnavailable("down"), "store_down"),
-        (LostState("forgotten"), "lost"),
+        (LiveStateLost("forgotten"), "lost"),
         (InvalidRangeSet("corrupt"), "range_set"),
         (UnknownRangeSet("abc"), "range_set"),
         (ForeignRangeSet("another model"), "range_set"),
@@ -96,7 +97,7 @@ def test_problem_before_the_first_read_is_logged_without_a_generation(
     mirror = mirrors()
     with pytest.raises(InvalidRangeSet) as caught:
         mirror.refresh()
-    assert logged(caplog) == [("ERROR", f"{store.model}: {caught.value}; nothing is known yet")]
+    assert logged(caplog) == [("ERROR", f"{store.model}: {caught.value}; no live state was read yet")]
     assert fields(caplog) == [(store.model, None)]
 
 
@@ -148,13 +149,13 @@ def test_emptied_redis_error_says_how_to_restore_it(active: RangeStore, mirrors:
     mirror = mirrors()
     held = mirror.refresh().live
     empty(active)
-    with pytest.raises(LostState) as caught:
+    with pytest.raises(LiveStateLost) as caught:
         mirror.refresh()
     name = shlex.quote(active.model)
     assert str(caught.value) == (
-        f"Redis has lost the live state (was it emptied?), and range set {held.range_set} with it. Bring it back: "
+        f"Redis has lost the live state (was it emptied?), and range set {held.range_set} too. Restore it with "
         f"`neuronlens ranges import FILE --activate --name {name}`, or fit again with `neuronlens fit … --activate "
-        f"--name {name}`; this server then puts the live erasures back by itself"
+        f"--name {name}`; this server then restores the live erasures"
     )
 
 
@@ -162,28 +163,28 @@ def test_new_epoch_error_names_its_generation(active: RangeStore, mirrors: Mirro
     mirror = mirrors()
     held = mirror.refresh().live
     empty(active)
-    anew = active.live()
-    with pytest.raises(LostState) as caught:
+    anew = active.live_state()
+    with pytest.raises(LiveStateLost) as caught:
         mirror.refresh()
     assert str(caught.value).startswith(
-        f"Redis has lost the live state (it begins anew at {anew.generation}), and range set {held.range_set} with it."
+        f"Redis has lost the live state (it starts again at {anew.generation}), and range set {held.range_set} too."
     )
 
 
 def test_older_generation_error_names_both(active: RangeStore, mirrors: Mirrors) -> None:
-    first = active.live()
+    first = active.live_state()
     copy = active.client.get(active.keys.live)
-    second = active.publish(*random_range_set(601))
+    second = active.range_sets.publish(*random_range_set(601))
     active.activate(second)
     mirror = mirrors()
     held = mirror.refresh().live
     active.client.set(active.keys.live, copy)
-    active.remove(second)
-    with pytest.raises(LostState) as caught:
+    active.range_sets.remove(second)
+    with pytest.raises(LiveStateLost) as caught:
         mirror.refresh()
     assert str(caught.value).startswith(
         f"Redis went back from generation {held.generation} to {first.generation} (is it an older copy?), "
-        f"and range set {second} with it."
+        f"and range set {second} too."
     )
 
 
@@ -192,14 +193,14 @@ def test_unservable_erasure_error_names_range_set_and_reason(active: RangeStore,
     mirror = mirrors()
     mirror.refresh()
     empty(active)
-    fewer = active.publish(*random_range_set(606, layers=[2]))
+    fewer = active.range_sets.publish(*random_range_set(606, layers=[2]))
     anew = active.activate(fewer)
-    with pytest.raises(LostState) as caught:
+    with pytest.raises(LiveStateLost) as caught:
         mirror.refresh()
     assert str(caught.value) == (
-        f"Redis has lost the live state (it begins anew at {anew.generation}), and range set {fewer}, which is active "
-        "now, cannot serve what was erased (layer 0 not fitted; this range set has: 2): activate another one, or "
-        "switch each erasure on anew with `neuronlens erase on`"
+        f"Redis has lost the live state (it starts again at {anew.generation}), and range set {fewer}, which is active "
+        "now, cannot serve the earlier erasures (layer 0 not fitted; this range set has: 2): activate another one, or "
+        "switch on each erasure again with `neuronlens erase on`"
     )
 
 
@@ -208,18 +209,18 @@ def test_unavailable_store_is_not_reported_as_lost(
 ) -> None:
     mirror = mirrors()
     mirror.refresh()
-    held = active.live()
+    held = active.live_state()
     empty(active)
 
     def down(state: LiveState) -> LiveState:
         assert state == held
         raise StoreUnavailable("down")
 
-    active.publish(*random_range_set(600))
-    monkeypatch.setattr(active, "put_back", down)
+    active.range_sets.publish(*random_range_set(600))
+    monkeypatch.setattr(active, "restore", down)
     with pytest.raises(StoreUnavailable, match=r"^down$") as caught:
         mirror.refresh()
-    assert not isinstance(caught.value, LostState)
+    assert not isinstance(caught.value, LiveStateLost)
 
 
 def test_foreign_range_set_of_a_new_epoch_is_reported_as_foreign(active: RangeStore, mirrors: Mirrors) -> None:
@@ -227,7 +228,7 @@ def test_foreign_range_set_of_a_new_epoch_is_reported_as_foreign(active: RangeSt
     mirror = mirrors()
     held = mirror.refresh()
     empty(active)
-    active.activate(active.publish(*random_range_set(602, fingerprint="ef" * 32)))
+    active.activate(active.range_sets.publish(*random_range_set(602, fingerprint="ef" * 32)))
     with pytest.raises(ForeignRangeSet, match="efefef"):
         mirror.refresh()
     assert mirror.problem_kind == "range_set"
@@ -239,17 +240,17 @@ def test_restoring_is_logged(active: RangeStore, mirrors: Mirrors, caplog: pytes
     mirror = mirrors()
     held = mirror.refresh().live
     empty(active)
-    active.publish(*random_range_set(600))
+    active.range_sets.publish(*random_range_set(600))
     state = mirror.refresh().live
     assert state.erasures == held.erasures
     restored, recreated = logged(caplog)
     assert restored == (
         "WARNING",
-        f"{active.model}: Redis has lost the live state (was it emptied?); put back as generation {state.generation}",
+        f"{active.model}: Redis has lost the live state (was it emptied?); restored as generation {state.generation}",
     )
     assert recreated == (
         "WARNING",
-        f"{active.model}: the live state was created anew ({held.generation}, then {state.generation}); "
+        f"{active.model}: the live state has a new epoch ({held.generation}, then {state.generation}); "
         "no longer erased: nothing",
     )
     assert fields(caplog) == [(active.model, held.generation), (active.model, state.generation)]
@@ -262,13 +263,13 @@ def test_dropped_erasures_of_a_new_epoch_are_logged(
     mirror = mirrors()
     held = mirror.refresh().live
     empty(active)
-    active.activate(active.publish(*random_range_set(600)))
+    active.activate(active.range_sets.publish(*random_range_set(600)))
     state = active.set_erasures([erasing("Sports")])
     assert mirror.refresh().live == state
     assert logged(caplog) == [
         (
             "WARNING",
-            f"{active.model}: the live state was created anew ({held.generation}, then {state.generation}); "
+            f"{active.model}: the live state has a new epoch ({held.generation}, then {state.generation}); "
             "no longer erased: Business, World",
         )
     ]
@@ -304,7 +305,7 @@ def test_foreign_range_set_is_refused_and_logged_once(
     active.set_erasure(erasing("World"))
     mirror = mirrors()
     held = mirror.refresh()
-    active.activate(active.publish(*random_range_set(602, fingerprint="ef" * 32)))
+    active.activate(active.range_sets.publish(*random_range_set(602, fingerprint="ef" * 32)))
     for _ in range(5):
         with pytest.raises(ForeignRangeSet, match="efefef"):
             mirror.refresh()

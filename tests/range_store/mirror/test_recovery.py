@@ -13,8 +13,8 @@ from range_store.domain.live import LiveErasure, LiveState
 from range_store.embedded.connection import connect
 from range_store.embedded.server import EmbeddedServer
 from range_store.errors import ForeignRangeSet, InvalidRangeSet, StoreUnavailable, UnknownRangeSet
-from range_store.storage.keys import part_key
 from range_store.storage.mirror import Mirror
+from range_store.storage.schema import part_key
 from range_store.storage.store import RangeStore
 from tests.range_store.builders import random_range_set
 from tests.range_store.mirror.controlled import Mirrors, concepts, empty, erasing
@@ -46,7 +46,7 @@ def restart(server: EmbeddedServer) -> None:
 def test_snapshot_outlives_redis_and_is_renewed_after_its_return(server: EmbeddedServer, mirrors: Mirrors) -> None:
     """The last good snapshot stays and tells its age; after the return the mirror follows the store again."""
     store = RangeStore(connect(f"unix://{server.socket}", server.directory), "news")
-    store.activate(store.publish(*random_range_set(601)))
+    store.activate(store.range_sets.publish(*random_range_set(601)))
     state = store.set_erasure(erasing("World"))
     mirror = mirrors(store, poll=0.05)
     mirror.start()
@@ -93,14 +93,14 @@ def test_emptied_redis_drops_no_erasure(active: RangeStore, mirrors: Mirrors, ca
     until(lambda: mirror.problem)
     with pytest.raises(StoreUnavailable, match="lost the live state"):
         mirror.refresh()
-    assert active.peek() is None, "a worker that knew of erasures creates no state without them"
+    assert active.read_live_state() is None, "a worker that knew of erasures creates no state without them"
     assert (concepts(mirror.snapshot), mirror.snapshot.live, mirror.store_up) == (["World"], held.live, True)
     assert f"neuronlens ranges import FILE --activate --name {active.model}" in caplog.text
 
     newcomer = mirrors()
     newcomer.start()
     assert concepts(newcomer.snapshot) == []
-    with pytest.raises(StoreUnavailable, match="begins anew"):
+    with pytest.raises(StoreUnavailable, match="starts again"):
         mirror.refresh()
     assert (concepts(mirror.snapshot), mirror.problem_kind) == (["World"], "lost"), "reading is no decision"
 
@@ -115,15 +115,15 @@ def test_forgotten_erasures_are_restored_with_the_range_set(
     both = [mirrors(poll=0.02, on_change=lambda snapshot: seen.append(concepts(snapshot))) for _ in range(2)]
     for mirror in both:
         mirror.start()
-    held = active.live()
+    held = active.live_state()
     empty(active)
     until(lambda: all(mirror.problem_kind == "lost" for mirror in both))
-    published = active.publish(*random_range_set(600))
+    published = active.range_sets.publish(*random_range_set(600))
     if activates:
         active.activate(published)
     until(lambda: all(mirror.problem is None for mirror in both))
-    until(lambda: all(mirror.snapshot.live == active.peek() for mirror in both))
-    state = active.live()
+    until(lambda: all(mirror.snapshot.live == active.read_live_state() for mirror in both))
+    state = active.live_state()
     assert (state.erasures, state.range_set) == (held.erasures, published)
     assert state.epoch != held.epoch
     assert all(each == ["Sports", "World"] for each in seen)
@@ -138,13 +138,13 @@ def test_concurrent_restore_is_no_decision_about_the_state_before_it(active: Ran
     """Otherwise a mirror that read that state just before would follow it, and erase nothing for a moment."""
     held = active.set_erasure(erasing("World"))
     empty(active)
-    active.activate(active.publish(*random_range_set(600)))
-    read = active.live()
-    state, put_back = active.put_back(held)
+    active.activate(active.range_sets.publish(*random_range_set(600)))
+    read = active.live_state()
+    state, put_back = active.restore(held)
     assert (state.erasures, put_back) == (held.erasures, True)
-    assert active.restored(held, read) is not None
-    assert active.restored(held, active.live()) is None
-    assert active.put_back(held) == (state, False)
+    assert active.recovered(held, read) is not None
+    assert active.recovered(held, active.live_state()) is None
+    assert active.restore(held) == (state, False)
 
 
 def test_decision_after_the_loss_is_kept(active: RangeStore, mirrors: Mirrors) -> None:
@@ -152,7 +152,7 @@ def test_decision_after_the_loss_is_kept(active: RangeStore, mirrors: Mirrors) -
     mirror = mirrors()
     mirror.refresh()
     empty(active)
-    active.activate(active.publish(*random_range_set(600)))
+    active.activate(active.range_sets.publish(*random_range_set(600)))
     state = active.set_erasures([])
     assert mirror.refresh().live == state
 
@@ -163,7 +163,7 @@ def test_unservable_erasure_is_kept_but_not_restored(active: RangeStore, mirrors
     mirror = mirrors()
     held = mirror.refresh()
     empty(active)
-    active.activate(active.publish(*random_range_set(606, layers=[2])))
+    active.activate(active.range_sets.publish(*random_range_set(606, layers=[2])))
     with pytest.raises(StoreUnavailable, match="cannot serve what was erased"):
         mirror.refresh()
     assert mirror.snapshot is held
@@ -179,7 +179,7 @@ def test_old_copy_of_redis_undoes_nothing(active: RangeStore, mirrors: Mirrors) 
     mirror.refresh()
     active.client.set(active.keys.live, before)
     state = mirror.refresh().live
-    assert state == active.peek()
+    assert state == active.read_live_state()
     assert state.epoch != held.epoch, "the generations that the copy lacks are never used again"
     assert state.is_at_least(held.generation)
     assert (state.erasures, state.range_set) == (held.erasures, held.range_set)
@@ -189,23 +189,23 @@ def test_old_copy_of_redis_undoes_nothing(active: RangeStore, mirrors: Mirrors) 
 def test_old_copy_is_restored_once_the_range_set_is_back(active: RangeStore, mirrors: Mirrors) -> None:
     copy = active.client.get(active.keys.live)
     second, inspect = random_range_set(607)
-    active.publish(second, inspect)
+    active.range_sets.publish(second, inspect)
     active.activate(second.id)
     active.set_erasure(erasing("World"))
     mirror = mirrors()
     held = mirror.refresh()
     active.client.set(active.keys.live, copy)
-    active.remove(second.id)
+    active.range_sets.remove(second.id)
     with pytest.raises(StoreUnavailable, match="went back"):
         mirror.refresh()
     assert mirror.snapshot is held
-    active.publish(second, inspect)
+    active.range_sets.publish(second, inspect)
     state = mirror.refresh().live
     assert (state.range_set, state.erasures) == (second.id, held.live.erasures)
 
 
 def test_foreign_range_set_at_the_start_gives_no_snapshot(store: RangeStore, mirrors: Mirrors) -> None:
-    store.activate(store.publish(*random_range_set(603, fingerprint="ef" * 32)))
+    store.activate(store.range_sets.publish(*random_range_set(603, fingerprint="ef" * 32)))
     mirror = mirrors()
     mirror.start()
     assert mirror.snapshot is None
@@ -216,7 +216,7 @@ def test_corrupt_range_set_keeps_the_last_good_snapshot(active: RangeStore, mirr
     mirror, fresh = mirrors(), mirrors()
     held = mirror.refresh()
     second, inspect = random_range_set(604)
-    active.publish(second, inspect)
+    active.range_sets.publish(second, inspect)
     active.activate(second.id)
     active.client.setrange(part_key(second.id, "layer:1:serve"), 300, b"\0\0")
     for each, snapshot in ((mirror, held), (fresh, None)):
@@ -224,7 +224,7 @@ def test_corrupt_range_set_keeps_the_last_good_snapshot(active: RangeStore, mirr
             each.refresh()
         assert each.snapshot is snapshot
         assert each.store_up
-    active.publish(second, inspect)
+    active.range_sets.publish(second, inspect)
     for each in (mirror, fresh):
         assert each.refresh().live.range_set == second.id
         assert each.problem is None
@@ -262,7 +262,7 @@ def guarded(store: RangeStore, mirrors: Mirrors) -> Mirror:
     """A mirror that has read the store, and that guards its changes, as in a server."""
     mirror = mirrors()
     mirror.refresh()
-    store.guard = mirror.before_change
+    store.before_change = mirror.before_change
     return mirror
 
 
@@ -280,7 +280,7 @@ def test_a_server_restores_before_it_changes_anything(
     active.set_erasure(enforced("Sports"))
     mirror = guarded(active, mirrors)
     empty(active)
-    published = operator.publish(*random_range_set(600))
+    published = operator.range_sets.publish(*random_range_set(600))
     if activates:
         operator.activate(published)
     state = active.set_erasure(erasing("World"))
@@ -299,8 +299,8 @@ def test_a_change_is_refused_while_nothing_can_be_restored(
     for change in (lambda: active.set_erasure(erasing("World")), lambda: active.set_erasures([])):
         with pytest.raises(StoreUnavailable, match="lost the live state"):
             change()
-    assert operator.peek() is None
-    other = active.publish(*random_range_set(608))
+    assert operator.read_live_state() is None
+    other = active.range_sets.publish(*random_range_set(608))
     state = active.activate(other)
     assert state.range_set == other, "activating another range set is the way out"
     assert named(mirror.refresh().live) == ["Sports"]
@@ -312,14 +312,14 @@ def test_only_naming_it_drops_an_enforced_erasure(active: RangeStore, operator: 
     mirror = mirrors()
     mirror.refresh()
     empty(active)
-    operator.activate(operator.publish(*random_range_set(600)))
+    operator.activate(operator.range_sets.publish(*random_range_set(600)))
     operator.set_erasure(erasing("Sci/Tech"))
     operator.remove_erasure("Business")  # it is not there, so nothing is decided
     assert named(mirror.refresh().live) == ["Business", "Sci/Tech", "Sports", "World"]
 
-    held = active.live()
+    held = active.live_state()
     empty(active)
-    operator.activate(operator.publish(*random_range_set(600)))
+    operator.activate(operator.range_sets.publish(*random_range_set(600)))
     operator.set_erasure(erasing("Sports"))
     operator.remove_erasure("Sports")
     operator.set_erasures([erasing("Sci/Tech")])
@@ -348,7 +348,7 @@ def test_servers_that_held_different_generations_agree_on_the_newest(
     generations = [first.generation, newest.generation, restored.generation, final.generation]
     assert len({generation.split("-")[0] for generation in generations}) == 3
     assert all(final.is_at_least(generation) for generation in generations)
-    assert sum("put back" in record.message for record in caplog.records) == 2
+    assert sum("restored as" in record.message for record in caplog.records) == 2
 
 
 def test_the_same_generation_with_other_erasures_is_no_newer_state(
@@ -374,10 +374,10 @@ def test_a_restore_by_another_server_is_logged_by_that_one_alone(
     for mirror in both:
         mirror.refresh()
     empty(active)
-    active.publish(*random_range_set(600))
+    active.range_sets.publish(*random_range_set(600))
     for mirror in both:
         mirror.refresh()
-    assert sum("put back" in record.message for record in caplog.records) == 1
+    assert sum("restored as" in record.message for record in caplog.records) == 1
     assert [entry.action for entry in active.audit()].count("restore") == 1
 
 
@@ -386,7 +386,7 @@ def test_no_change_is_made_on_a_range_set_of_another_model(
 ) -> None:
     active.set_erasure(erasing("World"))
     guarded(active, mirrors)
-    state = operator.activate(operator.publish(*random_range_set(603, fingerprint="ef" * 32)))
+    state = operator.activate(operator.range_sets.publish(*random_range_set(603, fingerprint="ef" * 32)))
     for change in (
         lambda: active.set_erasure(erasing("Sports")),
         lambda: active.remove_erasure("World"),
@@ -394,6 +394,6 @@ def test_no_change_is_made_on_a_range_set_of_another_model(
     ):
         with pytest.raises(ForeignRangeSet):
             change()
-    assert operator.live() == state
-    own = active.publish(*random_range_set(600))
+    assert operator.live_state() == state
+    own = active.range_sets.publish(*random_range_set(600))
     assert active.activate(own).range_set == own

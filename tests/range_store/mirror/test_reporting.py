@@ -53,7 +53,7 @@ def test_replica_reports_the_generation_that_it_holds(active: RangeStore, mirror
     state = mirror.refresh().live
     assert mirror._held() == state
     assert mirror.heartbeat is not None
-    mirror.heartbeat.tell()
+    mirror.heartbeat.report()
     assert reported(active) == [(NAME, state.generation)]
 
 
@@ -73,7 +73,7 @@ def test_change_wakes_the_reporter(active: RangeStore, mirrors: Mirrors) -> None
 def test_start_begins_reporting(active: RangeStore, mirrors: Mirrors) -> None:
     mirror = mirrors(replica=NAME)
     mirror.start()
-    state = active.live()
+    state = active.live_state()
     until(lambda: reported(active) == [(NAME, state.generation)])
 
 
@@ -96,7 +96,7 @@ def test_lapsed_replica_reads_before_it_reports(active: RangeStore, mirrors: Mir
     lapse(mirror, clock)
     state = active.set_erasure(erasing("World"))
     assert mirror.heartbeat is not None
-    mirror.heartbeat.report()
+    mirror.heartbeat.read_and_report()
     assert reported(active) == [(NAME, state.generation)]
 
 

@@ -6,10 +6,10 @@ import pytest
 import redis
 
 from range_store.domain.live import LiveState
-from range_store.errors import InvalidRangeSet, StoreUnavailable
+from range_store.errors import InvalidRangeSet, LiveStateLost, StoreUnavailable
 from range_store.storage import mirror as mirror_module
-from range_store.storage.keys import CHANGES
-from range_store.storage.mirror import FIRST_BACKOFF, LAST_BACKOFF, LostState, Mirror
+from range_store.storage.mirror import FIRST_BACKOFF, LAST_BACKOFF, Mirror
+from range_store.storage.schema import CHANGES
 from range_store.storage.store import RangeStore
 from tests.range_store.mirror.controlled import (
     NEVER,
@@ -38,7 +38,7 @@ def _exact_seconds(monkeypatch: pytest.MonkeyPatch) -> None:
 def reading(mirrors: Mirrors, clock: Clock, poll: float) -> tuple[Mirror, list[float]]:
     """A mirror, and the times at which it reads."""
     times: list[float] = []
-    return mirrors(poll=poll, also=lambda: times.append(clock.now)), times
+    return mirrors(poll=poll, on_read=lambda: times.append(clock.now)), times
 
 
 def test_mirror_reads_when_it_has_subscribed_and_at_every_poll(
@@ -66,7 +66,7 @@ def test_mirror_polls_every_two_seconds_by_default(
     active: RangeStore, mirrors: Mirrors, clock: Clock, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     reads: list[float] = []
-    listen(mirrors(also=lambda: reads.append(clock.now)), clock, [None] * 16, monkeypatch)
+    listen(mirrors(on_read=lambda: reads.append(clock.now)), clock, [None] * 16, monkeypatch)
     assert reads == [0.0, 0.0, 2.0, 4.0]
 
 
@@ -118,11 +118,11 @@ def test_listening_ends_its_subscription(
 def test_message_concerns_the_mirror_unless_it_names_another_model(
     mirrors: Mirrors, kind: str, data: object, concerns: bool
 ) -> None:
-    assert mirrors()._concerns_us({"type": kind, "data": data}) is concerns
+    assert mirrors()._is_relevant({"type": kind, "data": data}) is concerns
 
 
 def test_message_about_its_model_concerns_the_mirror(store: RangeStore, mirrors: Mirrors) -> None:
-    assert mirrors()._concerns_us({"type": "message", "data": store.hint().encode()})
+    assert mirrors()._is_relevant({"type": "message", "data": store.keys.hint.encode()})
 
 
 def test_seconds_until_expiry_are_those_of_the_next_erasure(active: RangeStore, mirrors: Mirrors, clock: Clock) -> None:
@@ -179,15 +179,16 @@ def test_sweep_reads_what_it_left(active: RangeStore, mirrors: Mirrors, clock: C
     active.set_erasures([erasing("World", WALL + 1), erasing("Sports")])
     mirror = mirrors()
     mirror.refresh()
-    mirror._sweep()
+    mirror._remove_expired()
     assert concepts(mirror.snapshot) == ["Sports", "World"], "not due yet"
     clock.advance(1.0)
-    mirror._sweep()
+    mirror._remove_expired()
     assert concepts(mirror.snapshot) == ["Sports"]
 
 
 @pytest.mark.parametrize(
-    ("error", "ends"), [(LostState("lost"), False), (InvalidRangeSet("bad"), False), (StoreUnavailable("down"), True)]
+    ("error", "ends"),
+    [(LiveStateLost("lost"), False), (InvalidRangeSet("bad"), False), (StoreUnavailable("down"), True)],
 )
 def test_listening_ends_only_where_redis_does_not_answer(
     active: RangeStore,
@@ -204,7 +205,7 @@ def test_listening_ends_only_where_redis_does_not_answer(
     def peek() -> LiveState | None:
         raise error
 
-    monkeypatch.setattr(active, "peek", peek)
+    monkeypatch.setattr(active, "read_live_state", peek)
     if ends:
         with pytest.raises(StoreUnavailable, match="down"):
             listen(mirror, clock, [None, None], monkeypatch)
@@ -241,7 +242,7 @@ def test_reconnecting_backs_off_up_to_half_a_second(
         (
             "INFO",
             f"{active.model}: no messages from Redis (Redis cannot be reached (reset by peer): is it running?); "
-            "reading without them",
+            "reading on a timer",
         )
     ], "logged once while it lasts"
     assert fields(caplog) == [(active.model, None)]
@@ -264,7 +265,7 @@ def test_unreadable_store_does_not_end_the_thread(
     def live() -> LiveState:
         raise StoreUnavailable("down")
 
-    monkeypatch.setattr(active, "live", live)
+    monkeypatch.setattr(active, "live_state", live)
     mirror = mirrors()
     assert len(run(mirror, clock, 2, redis.ConnectionError("refused")).waits) == 2
     assert mirror.problem == "down"
@@ -277,7 +278,7 @@ def test_unexpected_error_is_logged_and_does_not_end_the_thread(
     state = mirror.refresh().live
     caplog.clear()
     run(mirror, clock, 2, RuntimeError("surprise"))
-    assert logged(caplog) == [("ERROR", f"{active.model}: the mirror stumbled, and goes on")] * 2
+    assert logged(caplog) == [("ERROR", f"{active.model}: unexpected error in the mirror; retrying")] * 2
     assert fields(caplog) == [(active.model, state.generation)] * 2
     assert "RuntimeError: surprise" in caplog.text
 
@@ -321,10 +322,10 @@ def test_snapshot_is_dated_before_the_read(
     mirror = mirrors()
     if emptied:
         empty(active)
-    peek, live, read = active.peek, active.live, active.read
-    monkeypatch.setattr(active, "peek", lambda: (peek(), clock.advance(1.0))[0])
-    monkeypatch.setattr(active, "live", lambda: (live(), clock.advance(1.0))[0])
-    monkeypatch.setattr(active, "read", lambda id_: (read(id_), clock.advance(1.0))[0])
+    peek, live, read = active.read_live_state, active.live_state, active.range_sets.read
+    monkeypatch.setattr(active, "read_live_state", lambda: (peek(), clock.advance(1.0))[0])
+    monkeypatch.setattr(active, "live_state", lambda: (live(), clock.advance(1.0))[0])
+    monkeypatch.setattr(active.range_sets, "read", lambda id_: (read(id_), clock.advance(1.0))[0])
     assert mirror.refresh().read_at == 0.0
     clock.now = 10.0
     assert mirror.refresh().read_at == 10.0

@@ -42,7 +42,7 @@ def test_second_start_neither_trains_nor_fits(tiny_demo: Path, redis_client: red
     first = start()
     steps = ["training MiniLM", "fitting ranges", "measuring on held-out sentences"]
     assert list(dict.fromkeys(done)) == steps
-    assert store.live().range_set == first.range_set
+    assert store.live_state().range_set == first.range_set
     assert first.model.identity.labels == CONCEPTS
     assert {row.target for row in first.evaluation.rows} == {*CONCEPTS, "mean"}
     second = start()

@@ -46,7 +46,7 @@ def start(
         model = tiny(family)
         store = RangeStore(redis_client, f"{family}-{uuid.uuid4().hex}")
         if publish:
-            store.activate(store.publish(fitted(family).range_set, fitted(family).inspect))
+            store.activate(store.range_sets.publish(fitted(family).range_set, fitted(family).inspect))
         mirror = Mirror(store, model.identity.fingerprint, poll=0.2)
         mirror.start()
         mirror.refresh()

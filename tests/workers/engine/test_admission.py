@@ -27,7 +27,7 @@ def store(redis_client: redis.Redis) -> RangeStore:
 
 @pytest.fixture
 def active(store: RangeStore) -> RangeStore:
-    store.activate(store.publish(*FIRST))
+    store.activate(store.range_sets.publish(*FIRST))
     return store
 
 
@@ -55,7 +55,7 @@ def planned(admitted: Admission) -> list[tuple[str, float]]:
 
 
 def test_request_without_erasures_gets_the_empty_plan(active: RangeStore) -> None:
-    state = active.live()
+    state = active.live_state()
     for erase in (None, []):
         admitted = admit(planner_of(active), erase)
         assert admitted.plan is NO_ERASURE
@@ -186,7 +186,7 @@ def test_another_range_set_makes_another_plan(active: RangeStore) -> None:
     mirror.refresh()
     planner = Planner(mirror, 1 << 20)
     before = admit(planner, [Erasure(concept="World")])
-    active.activate(active.publish(*SECOND))
+    active.activate(active.range_sets.publish(*SECOND))
     mirror.refresh()
     after = admit(planner, [Erasure(concept="World")])
     assert (before.range_set, after.range_set) == (FIRST[0].id, SECOND[0].id)
@@ -203,7 +203,7 @@ def test_request_waits_for_the_generation_that_it_asks_for(active: RangeStore) -
 
 
 def test_request_for_a_future_generation_is_refused(active: RangeStore) -> None:
-    state = active.live()
+    state = active.live_state()
     future = state.next_generation(None, ()).generation
     with pytest.raises(GenerationNotReached) as caught:
         admit(planner_of(active), None, future, timeout=0.0)

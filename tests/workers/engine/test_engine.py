@@ -123,7 +123,7 @@ def test_bfloat16_answers_agree_within_its_tolerance(redis_client: redis.Redis, 
     data = write_jsonl(tmp_path / "train.jsonl", labelled_texts(60, seed=1))
     made = fit(model, load_corpus(str(data), labels=LABELS), layers="all")
     store = RangeStore(redis_client, f"bf16-{uuid.uuid4().hex}")
-    store.activate(store.publish(made.range_set, made.inspect))
+    store.activate(store.range_sets.publish(made.range_set, made.inspect))
     mirror = Mirror(store, model.identity.fingerprint)
     mirror.start()
     registry = CollectorRegistry()
@@ -159,7 +159,7 @@ def test_toggle_does_not_change_a_waiting_request(start: Callable[..., Running])
     clear = [text for text in TEXTS if alone(service, text, [sports])[1] >= NEAR][:3]
     service.store.set_erasures([LiveErasure(erasure=sports)])
     service.mirror.refresh()
-    before = service.store.live().generation
+    before = service.store.live_state().generation
 
     async def toggle_while_waiting() -> tuple[Answer, Answer]:
         async with service.held():
@@ -175,7 +175,10 @@ def test_toggle_does_not_change_a_waiting_request(start: Callable[..., Running])
 
     first, second = asyncio.run(toggle_while_waiting())
     assert (first.generation, [e.concept for e in first.erasures]) == (before, ["Sports"])
-    assert (second.generation, [e.concept for e in second.erasures]) == (service.store.live().generation, ["World"])
+    assert (second.generation, [e.concept for e in second.erasures]) == (
+        service.store.live_state().generation,
+        ["World"],
+    )
     for text, before_toggle, after_toggle in zip(clear, first.texts, second.texts, strict=True):
         assert np.abs(alone(service, text, [sports])[0] - before_toggle.logits).max() < TOLERANCE
         assert np.abs(alone(service, text, [world])[0] - after_toggle.logits).max() < TOLERANCE

@@ -103,7 +103,7 @@ def test_toggles_under_load_change_no_admitted_request(start: Callable[..., Runn
         if min(gaps) >= NEAR and closest > 10 * TOLERANCE:
             reference[text] = list(logits)
     assert len(reference) >= 8, "too few texts tell all settings apart"
-    setting_of: dict[str | None, int] = {service.store.live().generation: 0}
+    setting_of: dict[str | None, int] = {service.store.live_state().generation: 0}
     answered: defaultdict[str | None, asyncio.Event] = defaultdict(asyncio.Event)
     found: list[tuple[list[str], Answer]] = []
     rng = random.Random(2)

@@ -1,9 +1,74 @@
-"""The atomic steps of the store, in Lua: Redis runs each as a whole or not at all.
+"""What the store keeps in Redis: the names of its keys, and the Lua scripts that change them atomically.
 
-Only ids and lengths are decided here; what a range set or a live state is, Python knows.
+The scripts decide by ids and lengths only. Python validates what a range set or a live state contains.
 """
 
+import json
+from dataclasses import dataclass
+
+PREFIX = "neuronlens:"
+CHANGES = f"{PREFIX}changes"
+"""Pub/sub channel; a message names the model that changed, and readers then read the store."""
+API_KEYS = f"{PREFIX}keys"
+"""The API keys of all servers on this Redis, as JSON."""
+RANGE_SET = f"{PREFIX}rangeset:"
+"""Prefix of the keys of all parts of range sets; the id follows."""
+
+
+@dataclass(frozen=True)
+class ModelKeys:
+    """The keys of one served model."""
+
+    model: str
+
+    @property
+    def range_sets(self) -> str:
+        """Sorted set of the ids of published range sets, by time of publication."""
+        return f"{PREFIX}rangesets:{self.model}"
+
+    @property
+    def live(self) -> str:
+        """The live state, as JSON."""
+        return f"{PREFIX}live:{self.model}"
+
+    @property
+    def audit(self) -> str:
+        """Capped stream of changes to the live state."""
+        return f"{PREFIX}audit:{self.model}"
+
+    @property
+    def replicas(self) -> str:
+        """Hash of each replica's status as JSON, by replica name; the field `since` is the time of the first status."""
+        return f"{PREFIX}replicas:{self.model}"
+
+    @property
+    def jobs(self) -> str:
+        """The fits started over HTTP, as JSON."""
+        return f"{PREFIX}jobs:{self.model}"
+
+    @property
+    def job_lease(self) -> str:
+        """The status of the server that runs the fits, as JSON; expires unless it is renewed."""
+        return f"{PREFIX}job-lease:{self.model}"
+
+    @property
+    def hint(self) -> str:
+        """The message on `CHANGES` that makes readers of this model read again."""
+        return json.dumps({"model": self.model})
+
+
+def part_key(range_set: str, part: str) -> str:
+    """Key of one part of a range set, by its name in `range_store.storage.codec`, e.g. "layer:3:serve"."""
+    return f"{RANGE_SET}{range_set}:{part}"
+
+
+def metadata_key(range_set: str) -> str:
+    """Key of a range set's provenance and part digests, as JSON."""
+    return part_key(range_set, "meta")
+
+
 _LIBRARY = """
+-- the active range set, and whether the live state is readable
 local function active_range_set(live_key)
   local live = redis.call('GET', live_key)
   if not live then return nil, true end
@@ -12,7 +77,7 @@ local function active_range_set(live_key)
   return state['range_set'], true
 end
 
-local function let_go(model, range_sets, prefix, id)
+local function release(model, range_sets, prefix, id)
   redis.call('ZREM', range_sets, id)
   redis.call('SREM', prefix .. id .. ':models', model)
   if redis.call('SCARD', prefix .. id .. ':models') > 0 then return end
@@ -30,7 +95,7 @@ end
 """
 
 LIST = """
--- KEYS: range sets. ARGV: prefix. Gives id, time and meta data ('' if lost) of each, newest first.
+-- KEYS: range sets. ARGV: prefix. Returns id, time and metadata ('' if lost) of each, newest first.
 local found = {}
 local listed = redis.call('ZREVRANGE', KEYS[1], 0, -1, 'WITHSCORES')
 for i = 1, #listed, 2 do
@@ -40,20 +105,20 @@ return found
 """
 
 PUT_PART = """
--- KEYS: part. ARGV: bytes, seconds that it lasts unless published.
--- A part that is there already is repaired if it differs, and never given an end if it is published.
+-- KEYS: part. ARGV: bytes, seconds until an unpublished part expires.
+-- A stored part is repaired if it differs. A published part never gets an expiry.
 if redis.call('SET', KEYS[1], ARGV[1], 'NX', 'EX', ARGV[2]) then return 1 end
 if redis.call('GET', KEYS[1]) ~= ARGV[1] then redis.call('SET', KEYS[1], ARGV[1], 'KEEPTTL') end
 if redis.call('PTTL', KEYS[1]) >= 0 then redis.call('EXPIRE', KEYS[1], ARGV[2]) end
 return 0
 """
-# Redis 6.0 brought KEEPTTL, the oldest version that the store runs on.
+# KEEPTTL needs Redis 6.0, the oldest version that is supported
 
 PUBLISH = (
     _LIBRARY
     + """
--- KEYS: range sets, live, then every part. ARGV: id, model, prefix, how many to keep, channel, hint, then every length.
--- Gives the name of a part that is missing or of another length, else an empty string.
+-- KEYS: range sets, live, then every part. ARGV: id, model, prefix, range sets to keep, channel, hint, every length.
+-- Returns the key of a part that is missing or has another length, or an empty string.
 for i = 3, #KEYS do
   if redis.call('STRLEN', KEYS[i]) ~= tonumber(ARGV[i + 4]) then return KEYS[i] end
 end
@@ -61,10 +126,10 @@ for i = 3, #KEYS do redis.call('PERSIST', KEYS[i]) end
 local now = redis.call('TIME')
 redis.call('SADD', ARGV[3] .. ARGV[1] .. ':models', ARGV[2])
 redis.call('ZADD', KEYS[1], now[1] .. '.' .. string.format('%06d', now[2]), ARGV[1])
-local active, known = active_range_set(KEYS[2])
-if known then
+local active, readable = active_range_set(KEYS[2])
+if readable then
   for _, id in ipairs(redis.call('ZREVRANGE', KEYS[1], ARGV[4], -1)) do
-    if id ~= active then let_go(ARGV[2], KEYS[1], ARGV[3], id) end
+    if id ~= active then release(ARGV[2], KEYS[1], ARGV[3], id) end
   end
 end
 redis.call('PUBLISH', ARGV[5], ARGV[6])
@@ -77,19 +142,18 @@ REMOVE = (
     + """
 -- KEYS: range sets, live. ARGV: id, model, prefix, channel, hint.
 if not redis.call('ZSCORE', KEYS[1], ARGV[1]) then return 'unknown' end
-local active, known = active_range_set(KEYS[2])
-if active == ARGV[1] or not known then return 'active' end
-let_go(ARGV[2], KEYS[1], ARGV[3], ARGV[1])
+local active, readable = active_range_set(KEYS[2])
+if active == ARGV[1] or not readable then return 'active' end
+release(ARGV[2], KEYS[1], ARGV[3], ARGV[1])
 redis.call('PUBLISH', ARGV[4], ARGV[5])
 return 'removed'
 """
 )
 
 CHANGE_LIVE = """
--- KEYS: live, audit, range sets. ARGV: live as it was read ('' if absent), live as it is to be, id that must be
--- published ('' if none must), channel, hint, length of the audit, request ('' if none asked), then every entry of the
--- audit.
--- A change whose answer was lost on the way may be sent again: it is then found done.
+-- KEYS: live, audit, range sets. ARGV: expected live state ('' if absent), new live state, id of a range set that must
+-- be published ('' if none), channel, hint, length of the audit, request id ('' if none), then every new audit entry.
+-- A client may send a change again whose reply was lost: that is 'done' too.
 local current = redis.call('GET', KEYS[1]) or ''
 if current == ARGV[2] then return 'done' end
 if current ~= ARGV[1] then return 'conflict' end
@@ -103,7 +167,7 @@ return 'done'
 """
 
 CHANGE_DOCUMENT = """
--- KEYS: a document. ARGV: it as it was read ('' if absent), as it is to be, channel, hint.
+-- KEYS: a document. ARGV: expected document ('' if absent), new document, channel, hint.
 local current = redis.call('GET', KEYS[1]) or ''
 if current == ARGV[2] then return 'done' end
 if current ~= ARGV[1] then return 'conflict' end
@@ -125,10 +189,10 @@ return 1
 """
 
 REPORT = """
--- KEYS: replicas. ARGV: name, generation ('' before the first), range set ('' if none), seconds that the report holds,
--- address of its metrics ('' if they are not served), type of the model's parameters ('' if unknown).
--- Who reports sweeps out what nobody renewed: each one where they are few, one in so many where they are more, so that
--- a report costs no more in a large fleet. Gives how many replicas report now; those to be swept out may be among them.
+-- KEYS: replicas. ARGV: name, generation ('' before the first), range set ('' if none), seconds until the status
+-- expires, address of the replica's metrics ('' if none), dtype of the model's parameters ('' if unknown).
+-- A call also removes expired statuses; in a large fleet only some calls do, so that the cost per call stays the same.
+-- Returns the number of live replicas, or of stored statuses where it did not look for expired ones.
 local time = redis.call('TIME')
 local now = tonumber(time[1]) + tonumber(time[2]) / 1e6
 redis.call('HSETNX', KEYS[1], 'since', string.format('%.6f', now))
