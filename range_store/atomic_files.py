@@ -1,4 +1,4 @@
-"""Files that are there whole or not at all, errors that name them, and directories that only their owner can enter."""
+"""Files that are written completely or not at all, and directories that only their owner can enter."""
 
 import os
 import re
@@ -12,13 +12,13 @@ from safetensors import SafetensorError
 
 _PARTIAL = re.compile(r"\.(\d+)\.partial$")
 _OS_ERROR = re.compile(r"\(os error (\d+)\)")
-"""How safetensors tells what the system said."""
+"""How safetensors reports an error number of the system."""
 
 
 def make_private_directory(path: Path) -> None:
-    """Make a directory, and the missing ones above it, that only its owner can enter (mode 0700).
+    """Create a directory and its missing parents, with mode 0700.
 
-    One that exists keeps its mode: whoever made it may have opened it to a group on purpose.
+    An existing directory keeps its mode: its owner may have opened it to a group on purpose.
     """
     try:
         path.mkdir(mode=0o700, exist_ok=True)
@@ -29,9 +29,9 @@ def make_private_directory(path: Path) -> None:
 
 @contextmanager
 def atomic_write(path: Path) -> Iterator[Path]:
-    """A path to write to, which becomes `path` at the end; after an error nothing is left.
+    """Yield a path to write to, which replaces `path` at the end. After an error, nothing is left.
 
-    It lies in a directory of its own beside `path`, where writers may put what they need meanwhile.
+    It lies in a directory of its own beside `path`, which may also hold temporary files.
 
     Raises:
         OSError: it cannot be written; names `path`.
@@ -42,7 +42,7 @@ def atomic_write(path: Path) -> Iterator[Path]:
         yield partial / path.name
         os.replace(partial / path.name, path)
     except BaseException as error:
-        number = _number(error)
+        number = _error_number(error)
         if number is None:
             raise
         raise OSError(number, os.strerror(number), str(path)) from error
@@ -51,21 +51,21 @@ def atomic_write(path: Path) -> Iterator[Path]:
 
 
 def remove_partial_files(directory: Path, name: str) -> None:
-    """Take out what processes that were killed had written of files whose names match `name`, a glob."""
+    """Remove what killed processes left of files whose names match the glob `name`."""
     for partial in directory.glob(f".{name}.*.partial"):
         found = _PARTIAL.search(partial.name)
-        if found and not _lives(int(found[1])):
+        if found and not _is_running(int(found[1])):
             shutil.rmtree(partial, ignore_errors=True)
 
 
-def _number(error: BaseException) -> int | None:
+def _error_number(error: BaseException) -> int | None:
     if isinstance(error, OSError):
         return error.errno
     found = _OS_ERROR.search(str(error)) if isinstance(error, SafetensorError) else None
     return int(found[1]) if found else None
 
 
-def _lives(pid: int) -> bool:
+def _is_running(pid: int) -> bool:
     try:
         os.kill(pid, 0)
     except ProcessLookupError:

@@ -1,4 +1,4 @@
-"""What Redis's errors mean to whoever asked: one sentence each."""
+"""Turns the errors of redis-py into StoreUnavailable with a message that says what to do."""
 
 import re
 from collections.abc import Iterator
@@ -12,7 +12,7 @@ _REFUSALS = {
     "OOM": "Redis is out of memory and refuses to write: raise its maxmemory or remove range sets",
     "READONLY": "this Redis is a read-only replica: point NEURONLENS_REDIS_URL at the primary",
     "MISCONF": "Redis refuses to write because it cannot save to disk: see its log",
-    "NOAUTH": "Redis wants a password: put it into NEURONLENS_REDIS_URL",
+    "NOAUTH": "Redis requires a password: add it to NEURONLENS_REDIS_URL",
     "WRONGPASS": "Redis refuses the user name or password in NEURONLENS_REDIS_URL",
     "NOPERM": "this Redis user may not run what the store needs: see its ACL",
     "LOADING": "Redis is still loading its data: try again in a moment",
@@ -23,26 +23,26 @@ _REFUSALS = {
 
 @contextmanager
 def translate_redis_errors() -> Iterator[None]:
-    """Turns every error of Redis inside the block into StoreUnavailable with a sentence that says what to do."""
+    """Raise every error of Redis inside the block as StoreUnavailable."""
     try:
         yield
     except (redis.RedisError, OSError) as error:
-        code, sentence = _diagnose(error)
-        raise StoreUnavailable(sentence, code) from error
+        code, message = _diagnose(error)
+        raise StoreUnavailable(message, code) from error
 
 
 def describe_redis_error(error: Exception) -> str:
-    """One sentence on an error of Redis or of the way to it. It never repeats a password."""
+    """Describe an error of Redis or of the connection to it in one sentence, which never contains a password."""
     return _diagnose(error)[1]
 
 
 def _diagnose(error: Exception) -> tuple[str | None, str]:
-    """Redis's error code, or None if it did not answer, and a sentence."""
+    """Return Redis's error code, or None if it did not answer, and a sentence."""
     text = " ".join(str(error).split())
     code = _code(error, text)
     if code in _REFUSALS:
         return code, _REFUSALS[code]
-    if text.startswith("the private Redis"):  # it was said already
+    if text.startswith("the private Redis"):  # raised by `range_store.embedded`
         return None, text
     match error:
         case redis.TimeoutError():
@@ -55,7 +55,7 @@ def _diagnose(error: Exception) -> tuple[str | None, str]:
 
 def _code(error: Exception, text: str) -> str | None:
     for code in _REFUSALS:
-        if re.search(rf"(^|: -?){code}\b", text.upper()):  # in front, or in what a script was told
+        if re.search(rf"(^|: -?){code}\b", text.upper()):  # at the start, or in a script's error
             return code
     if "The user executing the script can't run this" in text or "ACL failure in script" in text:
         return "NOPERM"

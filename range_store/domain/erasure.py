@@ -1,4 +1,4 @@
-"""An erasure: which concept to take out of the activations, where, and how."""
+"""An erasure: which concept to remove from the activations, where, and how."""
 
 from typing import Annotated, Literal
 
@@ -12,15 +12,15 @@ Rule = Literal["sigma"]
 Ranking = Literal["max", "probe", "probeless", "probeless_global", "selectivity"]
 RANKINGS: tuple[Ranking, ...] = ("max", "probe", "probeless", "probeless_global", "selectivity")
 STATISTICAL_RANKINGS: tuple[Ranking, ...] = ("max", "probeless", "probeless_global", "selectivity")
-"""The rankings that follow from statistics alone; `probe` is trained, so it is fitted only when asked for."""
+"""The rankings that are computed from statistics; `probe` is trained, so it is fitted on request only."""
 Site = Literal["block_output", "mlp_output"]
-"""Where values are recorded and masked: what a block gives, or what its MLP adds to the residual stream."""
+"""Where values are recorded and masked: at a block's output, or at what its MLP adds to the residual stream."""
 Positions = Literal["all", "read"]
-"""Which tokens are masked: every real one, or those alone that the head reads."""
+"""Which tokens are masked: all except padding, or only those that the head reads."""
 
 
 class FrozenModel(BaseModel):
-    """Base of the values that cross a border: immutable, unknown fields are errors."""
+    """Base of validated values: immutable, and unknown fields are errors."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
@@ -32,14 +32,14 @@ class Damp(FrozenModel):
 
 
 Replacement = Literal["zero", "mean"] | Damp
-"""What a masked neuron becomes: 0, its mean over the texts of the other concepts, or a fraction of itself."""
+"""New value of a masked neuron: 0, its mean over the texts of the other concepts, or a fraction of itself."""
 
 
 class Erasure(FrozenModel):
-    """One concept taken out of the activations (paper §4; defaults from METHOD "Choices").
+    """One concept to remove from the activations (paper §4; docs/method.md explains the defaults).
 
-    `layers` are block indices, negative ones from the end, or "all" blocks of the model.
-    `top_fraction` of the D neurons are masked, k = ⌊p·D⌋, those highest in `ranking`.
+    `layers` are block indices, negative ones from the end, or "all" blocks of the model. The `top_fraction` of the D
+    neurons that is highest in `ranking` is masked: k = ⌊p·D⌋.
     """
 
     concept: Annotated[str, Field(min_length=1)]
@@ -57,12 +57,12 @@ class Erasure(FrozenModel):
         if not layers:
             raise ValueError("name at least one layer, or 'all'")
         if layers != "all" and len(set(layers)) != len(layers):
-            raise ValueError("a layer is named twice")
+            raise ValueError("a layer is named twice: name each one once")
         return layers
 
 
 def resolve_layers(layers: tuple[int, ...] | Literal["all"], n_layers: int) -> tuple[int, ...]:
-    """Block indices counted from 0, ascending.
+    """Return block indices counted from 0, ascending.
 
     Raises:
         InvalidErasure: a layer outside [-n_layers, n_layers), or one named twice (-1 and 5 of six).
@@ -82,7 +82,7 @@ def resolve_layers(layers: tuple[int, ...] | Literal["all"], n_layers: int) -> t
 
 
 def check_distinct_concepts(concepts: list[str]) -> None:
-    """Raises InvalidErasure if a concept stands twice in one list of erasures."""
+    """Raise InvalidErasure if a concept occurs twice in one list of erasures."""
     for concept in concepts:
         if concepts.count(concept) > 1:
             raise InvalidErasure(f"concept {concept!r} is named twice")

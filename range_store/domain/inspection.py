@@ -1,4 +1,4 @@
-"""What people look at in a range set: ranges by rank, one neuron's densities, overlap of salient sets."""
+"""Views of a range set for people: ranges by rank, one neuron's statistics, overlap of salient sets."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -31,7 +31,7 @@ class RankedRange:
 
 @dataclass(frozen=True, eq=False)
 class Overlap:
-    """Polysemanticity (paper Figure 2). share[c, c']: part of c's k salient neurons that are c''s too, [C, C]."""
+    """Polysemanticity (paper Figure 2). share[c, c']: fraction of c's k salient neurons that c' shares, [C, C]."""
 
     k: int
     hidden: int
@@ -41,7 +41,7 @@ class Overlap:
 
     @property
     def chance(self) -> float:
-        """The expected share of two random sets of k out of D neurons."""
+        """The expected share of two random sets of k of D neurons."""
         return self.k / self.hidden
 
 
@@ -68,7 +68,7 @@ class NeuronStatistics:
 
 
 def block_index(range_set: RangeSet, layer: int) -> int:
-    """`layer` counted from 0, negative ones from the end.
+    """Return `layer` counted from 0; negative ones count from the end.
 
     Raises:
         UnknownNeuron: the model has no such block.
@@ -82,7 +82,7 @@ def block_index(range_set: RangeSet, layer: int) -> int:
 def ranked_ranges(
     range_set: RangeSet, concept: str, layer: int, ranking: Ranking, tau: float, start: int, limit: int
 ) -> list[RankedRange]:
-    """Neurons of ranks `start` to `start + limit` for a concept, most salient first.
+    """Return the ranges of the neurons of ranks `start` to `start + limit` for a concept, most salient first.
 
     Raises:
         UnknownConcept, NotFitted: the range set lacks the concept, layer or ranking.
@@ -111,7 +111,7 @@ def ranked_ranges(
 
 
 def salient_overlap(range_set: RangeSet, layer: int, ranking: Ranking, top_fraction: float) -> Overlap:
-    """How far the salient sets of all concepts coincide.
+    """Return how much the salient sets of all concepts overlap.
 
     Raises:
         NotFitted: the range set lacks the layer or ranking.
@@ -135,7 +135,7 @@ def salient_overlap(range_set: RangeSet, layer: int, ranking: Ranking, top_fract
 def neuron_statistics(
     range_set: RangeSet, inspect: InspectLayer, layer: int, neuron: int, tau: float
 ) -> list[NeuronStatistics]:
-    """Every concept's statistics, range and histogram of one neuron. Moments of a constant neuron are NaN.
+    """Return each concept's statistics, range and histogram of one neuron. Skewness of a constant neuron is NaN.
 
     Raises:
         NotFitted: the range set lacks the layer.

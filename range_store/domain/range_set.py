@@ -1,7 +1,7 @@
 """A range set: the immutable, content-addressed result of one fit.
 
-Statistics come in two parts, because they have two kinds of reader: `ServeLayer` is what masking needs and every
-worker loads; `InspectLayer` (higher moments, histograms) is read on demand. `Provenance` says where they are from.
+Statistics have two parts: `ServeLayer` is what masking needs, and every worker loads it; `InspectLayer` (higher
+moments, histograms) is read on demand. `Provenance` records where they come from.
 
 C: concepts, D: neurons (hidden size), B: histogram bins between the first and the last edge.
 """
@@ -21,18 +21,18 @@ from range_store.domain.erasure import FrozenModel, Ranking, Site
 from range_store.errors import DtypeMismatch, ForeignRangeSet, NotFitted, UnknownConcept
 
 FORMAT: Literal[1] = 1
-"""Version of the stored form; a reader refuses any other."""
+"""Version of the stored form; readers refuse any other."""
 
 Floats = npt.NDArray[np.float64]
 Digest = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
 
 
 ModelKind = Literal["sequence-classification", "label-token", "few-shot"]
-"""How a model classifies: by a head, by one added token per label, or by what a prompted LM says."""
+"""How a model classifies: by a head, by one added token per label, or by a prompted language model's answer."""
 
 
 class ModelIdentity(FrozenModel):
-    """Which model the statistics are of. `fingerprint` hashes config and weights: it decides, names do not."""
+    """The model of the statistics. `fingerprint` hashes config and weights and identifies it; names do not."""
 
     id: str
     revision: str | None
@@ -45,10 +45,10 @@ class ModelIdentity(FrozenModel):
 
 
 class CorpusIdentity(FrozenModel):
-    """Which texts were fitted. `sha256` covers every text and label in order; `counts` has one entry per concept.
+    """The fitted texts. `sha256` covers every text and label in order; `counts` has the number of texts per concept.
 
-    `selection` says in words which rows of the source they are: all, or a sample and its seed. `truncated` texts were
-    cut to fit the model, `empty` ones held no token and were left out, `odd` ones hold characters that look damaged.
+    `selection` describes the rows of the source: all, or a sample and its seed. `truncated` texts were cut to fit the
+    model, `empty` ones had no token and were left out, `odd` ones contain characters that look damaged.
     """
 
     name: str
@@ -63,7 +63,7 @@ class CorpusIdentity(FrozenModel):
 
 
 class ProbeSettings(FrozenModel):
-    """How the `probe` ranking was trained: mean log loss + l1·Σ|w| + l2·Σw², on standardised states of a sample."""
+    """Training of the `probe` ranking: mean log loss + l1·Σ|w| + l2·Σw², on standardized states of a sample."""
 
     l1: Annotated[float, Field(ge=0)] = 1e-3
     l2: Annotated[float, Field(ge=0)] = 1e-3
@@ -73,7 +73,7 @@ class ProbeSettings(FrozenModel):
 
 
 class FitSettings(FrozenModel):
-    """Choices of the fit, each of which changes the numbers."""
+    """Settings of the fit that change its numbers."""
 
     layers: tuple[int, ...]
     rankings: tuple[Ranking, ...]
@@ -88,12 +88,12 @@ class FitSettings(FrozenModel):
     rows_per_class: Annotated[int, Field(ge=1)] | None = None
     probe: ProbeSettings | None = None
     edge_rows: Annotated[int, Field(ge=1)] | None = Field(None, exclude_if=lambda rows: rows is None)
-    """Rows of all of the corpus that set the edges of the histograms; None: those of its first block. Left out where it
-    is None, so that range sets from before there was such a choice keep their ids and files."""
+    """Rows of the whole corpus that set the edges of the histograms; None: those of its first chunk. Not stored if
+    None, so that older range sets keep their ids and files."""
 
 
 class Provenance(FrozenModel):
-    """Where a range set comes from."""
+    """The model, corpus, settings and versions that a range set comes from."""
 
     format: Literal[1] = FORMAT
     model: ModelIdentity
@@ -111,13 +111,13 @@ class Provenance(FrozenModel):
     def _layers_exist(self) -> "Provenance":
         layers = self.settings.layers
         if list(layers) != sorted(set(layers)) or not all(0 <= layer < self.model.n_layers for layer in layers):
-            raise ValueError(f"layers {layers} do not fit a model of {self.model.n_layers} blocks")
+            raise ValueError(f"layers {layers} are not ascending blocks of a model with {self.model.n_layers}")
         return self
 
 
 @dataclass(frozen=True, eq=False)
 class ServeLayer:
-    """What masking at one layer needs: mean and std [C, D] float64, saliency per ranking [C, D] float64."""
+    """Statistics for masking at one layer: mean and std [C, D] float64, saliency per ranking [C, D] float64."""
 
     mean: Floats
     std: Floats
@@ -126,7 +126,7 @@ class ServeLayer:
 
 @dataclass(frozen=True, eq=False)
 class InspectLayer:
-    """The rest of one layer's statistics.
+    """The other statistics of one layer.
 
     mean_abs, third and fourth central moment (m3, m4), minimum, maximum: [C, D] float64.
     edges: [D, B + 1] float64, ascending. histogram: [C, D, B + 2] uint32; column 0 counts values below the first
@@ -160,10 +160,10 @@ class RangeSet:
         return np.array(list(self.provenance.corpus.counts.values()), dtype=np.int64)
 
     def concept_index(self, concept: str) -> int:
-        """Row of `concept` in the statistics.
+        """Return the row of `concept` in the statistics.
 
         Raises:
-            UnknownConcept: there is none; the error lists those there are.
+            UnknownConcept: there is no such concept; the error lists all.
         """
         try:
             return self.concepts.index(concept)
@@ -171,17 +171,17 @@ class RangeSet:
             raise UnknownConcept(concept, self.concepts) from None
 
     def layer(self, layer: int) -> ServeLayer:
-        """Statistics of block `layer`, counted from 0.
+        """Return the statistics of block `layer`, counted from 0.
 
         Raises:
-            NotFitted: the fit left that layer out; the error names those it has.
+            NotFitted: the layer was not fitted; the error lists those that were.
         """
         if layer not in self.layers:
             raise NotFitted("layer", [layer], self.provenance.settings.layers)
         return self.layers[layer]
 
     def saliency(self, layer: int, ranking: Ranking, concept: str) -> Floats:
-        """Saliency [D] of one concept at one layer.
+        """Return the saliency [D] of one concept at one layer.
 
         Raises:
             NotFitted: that layer or ranking was not fitted.
@@ -195,10 +195,10 @@ class RangeSet:
 
 
 def check_model(provenance: Provenance, fingerprint: str, earlier: str | None = None) -> None:
-    """Raises ForeignRangeSet unless the statistics are of the model with that fingerprint.
+    """Raise ForeignRangeSet unless the statistics are of the model with that fingerprint.
 
     Args:
-        earlier: what earlier versions had for it; see `workers.models.checkpoint`.
+        earlier: its fingerprint in earlier versions; see `workers.models.checkpoint`.
     """
     if provenance.model.fingerprint not in (fingerprint, earlier):
         raise ForeignRangeSet(
@@ -208,7 +208,7 @@ def check_model(provenance: Provenance, fingerprint: str, earlier: str | None = 
 
 
 def dtype_mismatch(provenance: Provenance, dtype: str) -> str | None:
-    """What to say where the model runs in another dtype than the one that the range set was fitted in."""
+    """Return a message if the model runs in another dtype than the range set was fitted in, else None."""
     fitted = provenance.settings.dtype
     if fitted == dtype:
         return None
@@ -219,31 +219,31 @@ def dtype_mismatch(provenance: Provenance, dtype: str) -> str | None:
 
 
 def check_dtype(provenance: Provenance, served: Iterable[str]) -> None:
-    """Raises DtypeMismatch unless the statistics are of the dtypes that the model is served in."""
-    if said := next(filter(None, (dtype_mismatch(provenance, dtype) for dtype in served)), None):
-        raise DtypeMismatch(f"{said}; or use force")
+    """Raise DtypeMismatch unless the range set was fitted in the dtypes that the model is served in."""
+    if message := next(filter(None, (dtype_mismatch(provenance, dtype) for dtype in served)), None):
+        raise DtypeMismatch(f"{message}; or use force")
 
 
 def content_id(provenance: Provenance, parts: Mapping[str, str]) -> str:
-    """The id of a range set: a hash of what was fitted and of every stored part's digest.
+    """Return the id of a range set: a hash of what was fitted and of the digests of all stored parts.
 
-    When and with which library versions it was made is left out: the same numbers have the same id.
+    Date and library versions are left out: equal numbers have equal ids.
 
     Args:
         parts: sha256 of the bytes of each stored part, by the part's name.
     """
     identity: dict[str, Any] = provenance.model_dump(mode="json", exclude={"created_at", "versions"})
-    for said_by_the_rows in ("selection", "empty", "odd"):  # the hash of the rows says exactly what they are
-        del identity["corpus"][said_by_the_rows]
-    for later in ("texts", "rows_per_class", "probe"):  # ids from before there was such a choice stay what they were
+    for described in ("selection", "empty", "odd"):  # the hash of the rows covers them
+        del identity["corpus"][described]
+    for later in ("texts", "rows_per_class", "probe"):  # later settings must not change the ids of older range sets
         if identity["settings"][later] == FitSettings.model_fields[later].default:
             del identity["settings"][later]
-    identity["corpus"]["counts"] = list(provenance.corpus.counts.items())  # their order is the statistics' order
+    identity["corpus"]["counts"] = list(provenance.corpus.counts.items())  # in the order of the statistics
     identity["parts"] = dict(sorted(parts.items()))
     canonical = json.dumps(identity, sort_keys=True, separators=(",", ":"), ensure_ascii=True)
     return hashlib.sha256(canonical.encode()).hexdigest()[:20]
 
 
 def field_names(kind: type[ServeLayer] | type[InspectLayer]) -> tuple[str, ...]:
-    """Names of a part's arrays."""
+    """Return the names of a layer's arrays."""
     return tuple(field.name for field in dataclasses.fields(kind))

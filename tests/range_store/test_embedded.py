@@ -277,7 +277,7 @@ def test_each_refusal_of_redis_has_its_own_message(tmp_path: Path) -> None:
     for name, sentence in (
         ("OOM", "out of memory"),
         ("READONLY", "read-only replica"),
-        ("NOAUTH", "wants a password"),
+        ("NOAUTH", "requires a password"),
         ("WRONGPASS", "refuses the user name or password"),
         ("NOPERM", "ACL"),
     ):

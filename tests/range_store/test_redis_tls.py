@@ -101,7 +101,7 @@ def test_credentials_can_be_given_in_the_url(secured: Secured, tmp_path: Path, u
     [
         ({"redis_password": "wrong-secret"}, "user name or password"),
         ({"redis_username": "default"}, "user name or password"),
-        ({"redis_password": None, "redis_username": None}, "wants a password"),
+        ({"redis_password": None, "redis_username": None}, "requires a password"),
         ({"redis_ca_file": None}, "certificate"),
         ({"redis_ca_file": Path("/nowhere/ca.pem")}, "NEURONLENS_REDIS_CA_FILE"),
     ],

@@ -69,7 +69,7 @@ def test_live_erasures_are_read_and_resolved(store: RangeStore) -> None:
     assert [(each.concept, each.enforced) for each in live.erasures] == [("Sci/Tech", True), ("Économie", False)]
     assert live.continues, "the epoch that it took over is lost"
     plan = resolve(store.range_sets.read(str(live.range_set)), [each.erasure for each in live.erasures])
-    assert sorted(plan.masks) == [0, 1]
+    assert sorted(plan.edits) == [0, 1]
     snapshot = Mirror(store, BEFORE["provenance"]["model"]["fingerprint"]).refresh()
     assert (snapshot.live, snapshot.range_set and snapshot.range_set.id) == (live, live.range_set)
 

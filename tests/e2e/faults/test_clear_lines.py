@@ -200,7 +200,7 @@ def test_wrong_redis_password_is_reported_without_it(
 ) -> None:
     own = start_redis("--requirepass", "sesame")
     for url, words in (
-        (own.url, "wants a password"),
+        (own.url, "requires a password"),
         (own.url.replace("//", "//:wrong@"), "refuses the user name or password"),
     ):
         for command in (fit_of(model, data), ["ranges", "import", file], ["erase", "on", "Sports", "--name", "tiny"]):

@@ -164,7 +164,7 @@ def test_unservable_erasure_is_kept_but_not_restored(active: RangeStore, mirrors
     held = mirror.refresh()
     empty(active)
     active.activate(active.range_sets.publish(*random_range_set(606, layers=[2])))
-    with pytest.raises(StoreUnavailable, match="cannot serve what was erased"):
+    with pytest.raises(StoreUnavailable, match="cannot serve the earlier erasures"):
         mirror.refresh()
     assert mirror.snapshot is held
     state = active.set_erasure(erasing("World"))
@@ -363,7 +363,7 @@ def test_the_same_generation_with_other_erasures_is_no_newer_state(
     state = mirror.refresh().live
     assert named(state) == ["Sports"]
     assert state.generation != held.generation
-    assert f"Redis holds something else as generation {held.generation}" in caplog.text
+    assert f"Redis holds another state as generation {held.generation}" in caplog.text
 
 
 def test_a_restore_by_another_server_is_logged_by_that_one_alone(
