@@ -44,20 +44,20 @@ DESCRIPTION = """Classify text with a transformer while erasing chosen concepts 
 
 Each concept occupies its own range of a neuron's values (arXiv 2502.06809): a neuron is zeroed only while its value
 lies in the range fitted for the concept. Errors below `/v1` are `application/problem+json`; on the routes of other
-servers, what their clients read."""
+servers' protocols they have the members that clients of those servers read."""
 
 TAGS = {
-    "classify": "Answers.",
-    "erasures": "What is erased live.",
-    "range sets": "What was fitted.",
-    "fits": "Fitting beside the server.",
+    "classify": "Classification of texts.",
+    "erasures": "Live erasures.",
+    "range sets": "Published range sets.",
+    "fits": "Fits in a process beside the server.",
     "inspection": "Neurons and their ranges.",
-    "reports": "What evaluations measured.",
+    "reports": "Reports of evaluations.",
     "service": "Probes, metrics, models.",
-    "Hugging Face": "As an Inference Endpoint.",
-    "text-embeddings-inference": "As its classifiers answer.",
-    "vLLM": "As its classifiers answer.",
-    "Open Inference Protocol": "As KServe, Triton and MLServer answer.",
+    "Hugging Face": "The protocol of Inference Endpoints.",
+    "text-embeddings-inference": "The protocol of its classifiers.",
+    "vLLM": "The protocol of its classifiers.",
+    "Open Inference Protocol": "The protocol of KServe, Triton and MLServer.",
 }
 ROUTERS = (
     service.router,

@@ -1,4 +1,8 @@
-"""uvicorn's HTTP protocol with bounds on heads, time and connections, and problems as its own error replies."""
+"""uvicorn's HTTP protocol, with bounds on heads, time and connections, and with problems as its error replies.
+
+It is our own because uvicorn bounds neither the size nor the time of a head, nor the time of a reply's reader, nor the
+number of connections without refusing the new ones; and replies to invalid requests in plain text.
+"""
 
 import asyncio
 from collections.abc import Callable
@@ -15,26 +19,26 @@ if TYPE_CHECKING:
     from app.settings import Settings
 
 ABORT = "neuronlens.abort"
-"""Extension of the ASGI scope: breaks the connection without waiting for what was written to be read."""
+"""Extension of the ASGI scope: closes the connection without waiting until the client has read what was written."""
 LINGER = 2.0
-"""Seconds for which a client that is still sending may read the last reply before its connection is broken."""
+"""Seconds in which a client that is still sending may read the last reply before its connection is aborted."""
 LAST_CALL = 0.05
-"""Seconds for which an idle connection is still read when the server stops: a request may have arrived already."""
+"""Seconds in which an idle connection is still read when the server stops: a request may have arrived already."""
 ABORT = "neuronlens.abort"
 """Extension of the ASGI scope: breaks the connection without waiting for the client to read what was written."""
 CUT = ("displaced", "refused", "late_head", "unread_body", "stalled_reader")
-"""Why the server ended a connection that was not merely idle; the labels of `neuronlens_connections_cut_total`."""
+"""Reasons to end connections that are not merely idle: labels of `neuronlens_connections_cut_total`."""
 _PER_HEADER = 4
-"""Bytes of a header besides name and value: colon, space and line end."""
+"""Bytes of a header beside name and value: colon, space and line end."""
 
 
 class Connections:
-    """The connections of one server: their bounds, which are open, and which of these may make room for new ones.
+    """The connections of one server, and their bounds.
 
     Attributes:
-        waiting: those without a request that is being answered, and those whose client takes its time to read; the one
-            that has waited longest first.
-        draining: whether the server is stopping: each connection then ends with its next reply.
+        waiting: connections that may be closed for new ones: they have no request to answer, or their client does not
+            read. Ordered by how long they have waited, the longest first.
+        draining: the server is stopping: each connection ends with its next reply.
     """
 
     def __init__(self, bounds: "Settings", registry: CollectorRegistry) -> None:
@@ -56,12 +60,13 @@ class Connections:
 
 
 class HttpConnection(HttpToolsProtocol):
-    """One connection. Whatever it waits for, it waits for a bounded time.
+    """One connection. Every wait is bounded.
 
-    Waiting for a request ends after `keep_alive` seconds, a head after `header_timeout` (408) or `max_header_bytes`
-    (431), the rest of a body whose request is answered already after `body_timeout`, and a reply that nobody reads
-    after `write_timeout`. Beyond `max_connections`, a new connection displaces the one that has waited longest for a
-    request or, above `write_timeout`, for its reader; where none waits, it is refused (503).
+    A connection without a request ends after `keep_alive` seconds. A head is refused after `header_timeout` seconds
+    (408) or `max_header_bytes` bytes (431). The rest of a body whose request is already answered ends the connection
+    after `body_timeout`, and a reply that is not read after `write_timeout`. Beyond `max_connections`, a new connection
+    displaces the one that has waited longest for a request or, above `write_timeout`, for its reader; if none waits,
+    the new one is refused (503).
 
     An offer to upgrade to another protocol is ignored, as HTTP allows: the request is answered as HTTP/1.1.
     """
@@ -72,10 +77,10 @@ class HttpConnection(HttpToolsProtocol):
         super().__init__(*args, **kwargs)
         self._in_head = False
         self._in_body = False
-        """The head of a request is complete, and its body is not."""
+        """Whether the head of a request is complete and its body is not."""
         self._head_bytes = 0
         self._fed_bytes = 0
-        """Bytes that the parser was given, in whole segments, since it last completed a head or a piece of a body."""
+        """Bytes given to the parser since it last completed a head or a piece of a body."""
         self._completed = False
         self._refused = False
         self._refusal: bytes | None = None
@@ -105,7 +110,7 @@ class HttpConnection(HttpToolsProtocol):
         self.shared.waiting.pop(self, None)
         super().connection_lost(exc)
 
-    # What arrives
+    # Receiving
 
     def data_received(self, data: bytes) -> None:
         if self._refused or self.transport.is_closing():
@@ -122,9 +127,9 @@ class HttpConnection(HttpToolsProtocol):
             self._refuse_large()
 
     def _feed(self, data: bytes) -> None:
-        """Parse; of a request that offers an upgrade, once more without the offer.
+        """Parse data; parse a request that offers an upgrade again, without the offer.
 
-        The parser takes an upgrade for accepted: it reads no body, and what follows the head as another protocol.
+        The parser treats an upgrade as accepted: it reads no body, and leaves what follows to the other protocol.
         """
         while True:
             try:
@@ -161,8 +166,8 @@ class HttpConnection(HttpToolsProtocol):
         self._completed = True
         if self._head_bytes > self.shared.bounds.max_header_bytes:
             self._refuse_large()
-        elif (fault := self._fault_of_head()) is not None:
-            self._refuse("malformed", fault)
+        elif (problem := self._problem_of_head()) is not None:
+            self._refuse("malformed", problem)
         if self._refused or self.parser.should_upgrade():
             return
         super().on_headers_complete()
@@ -172,13 +177,13 @@ class HttpConnection(HttpToolsProtocol):
         if self.shared.draining:
             self.cycle.keep_alive = False
 
-    def _fault_of_head(self) -> str | None:
-        """What is wrong with a head that the parser lets through."""
+    def _problem_of_head(self) -> str | None:
+        """The problem of a head that the parser accepts; None: it is valid."""
         if self.parser.get_method() == b"CONNECT":
             return "CONNECT: this server is not a proxy"
         hosts = sum(name == b"host" for name, _ in self.headers)
         if hosts > 1 or (hosts == 0 and self.parser.get_http_version() == "1.1"):
-            return f"Host: the request has {hosts} of these headers, it must have one"
+            return f"Host: the request has {hosts} of these headers, expected one"
         codings = [value.strip().lower() for name, value in self.headers if name == b"transfer-encoding"]
         if codings not in ([], [b"chunked"]):
             return "Transfer-Encoding: only chunked is supported"
@@ -198,7 +203,7 @@ class HttpConnection(HttpToolsProtocol):
         if self.cycle.response_complete:
             self._await_request()
 
-    # What is answered
+    # Replying
 
     def on_response_complete(self) -> None:
         another = bool(self.pipeline)
@@ -213,7 +218,7 @@ class HttpConnection(HttpToolsProtocol):
             self._await_request()
 
     def _await_request(self) -> None:
-        """Everything that was asked is answered: wait for the end of the last body, or for the next request."""
+        """Wait for the rest of the last body or for the next request, after every request is answered."""
         self.shared.waiting[self] = None
         bounds = self.shared.bounds
         if self._in_body:
@@ -239,7 +244,7 @@ class HttpConnection(HttpToolsProtocol):
         self._refuse("request_timeout", detail)
 
     def _refuse(self, code: str, detail: str) -> None:
-        """Write a problem, as the last thing on this connection, after the replies to the requests before this one."""
+        """Reply with a problem after the replies to earlier requests, then close the connection."""
         if self._refused:
             return
         self._refused = True
@@ -262,13 +267,13 @@ class HttpConnection(HttpToolsProtocol):
             self._socket.write(reply)
             self.close()
 
-    # How it ends
+    # Closing
 
     def close(self) -> None:
-        """End the connection when what is written has been read.
+        """Close the connection once the client has read what was written.
 
-        A client that is still sending gets the end of the stream first: closing on unread data would reset the
-        connection, and with it the reply.
+        If the client is still sending, the end of the stream is sent first: closing with unread data would reset the
+        connection, and the reply would be lost.
         """
         transport = cast(_OrderlyTransport, self.transport)
         if transport.is_closing():
@@ -291,7 +296,7 @@ class HttpConnection(HttpToolsProtocol):
             self._watch(LAST_CALL, self.close)
 
     def answer_last(self) -> None:
-        """Have the request that is being answered, if there is one, be the last one of the connection."""
+        """Close the connection after the reply to the current request, if there is one."""
         if self.cycle is not None:
             self.cycle.keep_alive = False
 
@@ -327,7 +332,7 @@ class HttpConnection(HttpToolsProtocol):
             self._write_timer = None
 
     def _watch_writing(self) -> None:
-        """Break the connection if nothing is read of what is written for `write_timeout` seconds."""
+        """Abort the connection if the client reads nothing for `write_timeout` seconds."""
         self._unwritten = self._socket.get_write_buffer_size()
         if self._unwritten and self._write_timer is None:
             self._write_timer = self.loop.call_later(self.shared.bounds.write_timeout, self._end_stalled)
@@ -352,7 +357,7 @@ class HttpConnection(HttpToolsProtocol):
 
 
 class _OrderlyTransport:
-    """A connection's transport, except that uvicorn's `close` is the connection's own."""
+    """A transport whose `close`, which uvicorn calls, is the one of the connection."""
 
     def __init__(self, transport: asyncio.Transport, close: Callable[[], None]) -> None:
         self._transport = transport
@@ -379,5 +384,5 @@ def _reply(code: str, detail: str) -> bytes:
 
 
 def http_protocol(bounds: "Settings", registry: CollectorRegistry) -> type[HttpConnection]:
-    """The protocol of one server with these bounds, as uvicorn's configuration takes it."""
+    """The protocol class of one server with these bounds, for uvicorn's configuration."""
     return type("HttpConnection", (HttpConnection,), {"shared": Connections(bounds, registry)})

@@ -7,7 +7,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validator
 
-from app.schemas.requests import MOST, Block, In, Reason
+from app.schemas.requests import MAX_ITEMS, Block, In, Reason
 from app.schemas.unions import LIST, TEXT, by_shape
 from app.settings import Settings
 from range_store.domain.erasure import STATISTICAL_RANKINGS, Ranking, Site
@@ -33,7 +33,7 @@ def _printable(value: str) -> str:
 Word = Annotated[str, Field(min_length=1, max_length=500), AfterValidator(_printable)]
 Count = Annotated[int, Field(ge=1, le=2**53)]
 LayersIn = Annotated[
-    Annotated[list[Block], Field(min_length=1, max_length=MOST), LIST] | Annotated[Literal["all"], TEXT],
+    Annotated[list[Block], Field(min_length=1, max_length=MAX_ITEMS), LIST] | Annotated[Literal["all"], TEXT],
     by_shape("a list of layers or 'all'"),
 ]
 
@@ -52,7 +52,7 @@ class FitIn(In):
     split: Word | None = None
     text_field: Word | None = None
     label_field: Word | None = None
-    label_map: Annotated[dict[Word, Word], Field(max_length=MOST)] | None = Field(
+    label_map: Annotated[dict[Word, Word], Field(max_length=MAX_ITEMS)] | None = Field(
         None, description="Labels as they stand in the data, names or class numbers, to names of concepts."
     )
     max_rows: Count | None = None

@@ -10,7 +10,7 @@ from app.http.routing import Router, routes_of
 from app.routes.activations import MAX_TEXTS
 from app.routes.dependencies import ServiceDep
 from app.schemas.replies import CapabilitiesOut
-from app.schemas.requests import MOST
+from app.schemas.requests import MAX_ITEMS
 from app.security.auth import CallerDep
 from app.serving.service import Activation
 from range_store.domain.erasure import Method, Rule
@@ -45,7 +45,7 @@ async def show_capabilities(service: ServiceDep, caller: CallerDep, request: Req
         max_texts=settings.max_texts,
         max_characters=settings.max_characters,
         max_body_bytes=settings.max_body_bytes,
-        max_erasures=MOST,
+        max_erasures=MAX_ITEMS,
         max_shown_texts=min(MAX_TEXTS, settings.max_texts),
         features=features,
         protocols=list(dict.fromkeys(dialect.name for info in routes for dialect in info.dialects)),

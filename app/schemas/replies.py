@@ -1,4 +1,4 @@
-"""What `/v1` replies (DESIGN "HTTP")."""
+"""Replies of `/v1`."""
 
 from typing import Any, Literal
 
@@ -24,9 +24,9 @@ class Baseline(BaseModel):
 
 
 class Result(BaseModel):
-    """One text's answer. `masked_neurons`: at the read position, union over concepts, summed over layers.
+    """The answer for one text. `masked_neurons`: at the read position, union over concepts, summed over layers.
 
-    `at_chance`: what was erased left nothing of the text in its scores: they are even, or those of an empty state.
+    `at_chance`: the erasures left nothing of the text in its scores: they are even, or those of an empty state.
     """
 
     label: str
@@ -53,13 +53,13 @@ class ErasureOut(BaseModel):
 
     @classmethod
     def values(cls, erasure: Erasure, n_layers: int) -> dict[str, Any]:
-        """The fields that stand in the erasure itself, for a model of `n_layers` blocks."""
+        """The fields of the erasure itself, for a model of `n_layers` blocks."""
         values = {name: getattr(erasure, name) for name in Erasure.model_fields}
         return {**values, "layers": list(resolve_layers(erasure.layers, n_layers))}
 
 
 class ErasurePlan(BaseModel):
-    """Which plan a request was admitted with."""
+    """The plan with which a request was admitted."""
 
     source: Literal["live", "request", "none"]
     concepts: list[str]
@@ -100,8 +100,8 @@ class LiveListOut(BaseModel):
 class ReplicaOut(BaseModel):
     """A live replica, as it reported `age` seconds ago.
 
-    `generation`: what it answers under; null while it has not read any. `current`: it has what the server that answers
-    here has, or later. `this`: it is that server.
+    `generation`: under which it answers; null until it has read one. `current`: it has the generation of the server
+    that sends this reply, or a later one. `this`: it is that server.
     """
 
     name: str
@@ -113,7 +113,7 @@ class ReplicaOut(BaseModel):
 
 
 class ReplicasOut(BaseModel):
-    """The live replicas of a model, by name. `generation`: of the server that answers here."""
+    """The live replicas of a model, by name. `generation`: of the server that sends this reply."""
 
     model: str
     generation: str
@@ -121,7 +121,7 @@ class ReplicasOut(BaseModel):
 
 
 class TargetsOut(BaseModel):
-    """Where one replica serves its metrics (`host:port`), and labels that tell it: `model`, `replica`, `node`."""
+    """The address of one replica's metrics (`host:port`), with the labels `model`, `replica` and `node`."""
 
     targets: list[str]
     labels: dict[str, str]
@@ -147,7 +147,7 @@ class ConceptsOut(BaseModel):
 class NeuronRange(BaseModel):
     """One neuron's range for one concept; low and high are null where the range is empty.
 
-    `overlap`: for each other concept, the length that both ranges share over the shorter one's.
+    `overlap`: for each other concept, the length of the common range over that of the shorter one.
     """
 
     rank: int
@@ -209,7 +209,7 @@ class NeuronOut(BaseModel):
 
 
 class OverlapOut(BaseModel):
-    """How far concepts share their salient neurons. `chance`: the share that random sets of this size would have."""
+    """The share of salient neurons that concepts have in common. `chance`: the share of random sets of this size."""
 
     model: str
     range_set: str
@@ -227,7 +227,7 @@ class OverlapOut(BaseModel):
 class AuditEntryOut(BaseModel):
     """A change of the live state. `at`: Unix seconds; `before` is null where the live state was created.
 
-    `concepts`: those that it was about; `dropped`: erasures that a forced activation took out.
+    `concepts`: those that changed; `dropped`: erasures that a forced activation removed.
     """
 
     id: str
@@ -248,7 +248,7 @@ class AuditOut(BaseModel):
 
 
 class RangeSetOut(BaseModel):
-    """A published range set and where it comes from."""
+    """A published range set and its provenance."""
 
     id: str
     published_at: float
@@ -263,7 +263,7 @@ class RangeSetsOut(BaseModel):
 
 
 class ModelOut(BaseModel):
-    """What is loaded. `path`: only to this machine. `object`, `created`, `owned_by`: for clients of OpenAI."""
+    """A loaded model. `path`: for this machine only. `object`, `created`, `owned_by`: for clients of OpenAI."""
 
     id: str
     object: Literal["model"] = "model"
@@ -286,7 +286,7 @@ class ModelOut(BaseModel):
 
 
 class ModelsOut(BaseModel):
-    """Every model, the default first; twice, since clients of OpenAI look for `data`."""
+    """Every model, the default first; twice, since clients of OpenAI read `data`."""
 
     object: Literal["list"] = "list"
     models: list[ModelOut]
@@ -298,22 +298,22 @@ class Alive(BaseModel):
 
 
 class Ready(BaseModel):
-    """Ready to answer. `snapshot_age`: seconds since the live state was last known to be the newest; of several models,
-    of the one where that is longest."""
+    """Ready to answer. `snapshot_age`: seconds since the live state was last known to be the newest; where several
+    models are served, the largest of them."""
 
     status: Literal["ready"] = "ready"
     checks: dict[str, bool]
     generation: str | None = Field(description="Null where several models are served, each with its own.")
     snapshot_age: float
     problem: str | None = Field(
-        description="Why the live state cannot be kept current, or its range set fits the model badly; else null."
+        description="Why the live state cannot be kept up to date, or its range set does not fit the model; else null."
     )
 
 
 class Token(BaseModel):
-    """A token as it stands in the vocabulary. `start`, `stop`: of its characters in the text; null if of none.
+    """A token of the vocabulary. `start`, `stop`: of its characters in the text; null if it stands for none.
 
-    `special`: not of the text, but added around it. `read`: whether the head reads the state at it.
+    `special`: added around the text, and not part of it. `read`: whether the head reads the state at it.
     """
 
     id: int
@@ -325,7 +325,7 @@ class Token(BaseModel):
 
 
 class TextTokens(BaseModel):
-    """One text's tokens. `total`: how many they would be if none were cut off."""
+    """The tokens of one text. `total`: their number before the text was cut."""
 
     tokens: list[Token]
     total: int
@@ -333,7 +333,7 @@ class TextTokens(BaseModel):
 
 
 class TokenizeOut(BaseModel):
-    """`prefix_tokens`: of a few-shot prompt, before every text. `max_tokens`: what is left for a text after them."""
+    """`prefix_tokens`: of a few-shot prompt, before every text. `max_tokens`: that a text may have after them."""
 
     model: str
     results: list[TextTokens]
@@ -342,13 +342,13 @@ class TokenizeOut(BaseModel):
 
 
 class TextValues(BaseModel):
-    """One text's values, in the order of `neurons`; null where one is no finite number."""
+    """The values of one text, in the order of `neurons`; null where one is not a finite number."""
 
     values: list[float | None]
 
 
 class ActivationsOut(BaseModel):
-    """Values before anything is erased. `site`, `position`: where they were taken."""
+    """Values before any erasure. `site`, `position`: where they were taken."""
 
     model: str
     layer: int
@@ -361,8 +361,8 @@ class ActivationsOut(BaseModel):
 class ReportOut(BaseModel):
     """An evaluation's report. `created_at`: Unix seconds at which its newest file was written.
 
-    `incomplete`: files are missing, since it is under way or was stopped; `broken`: run.json cannot be read. What it
-    says is null then. `data`, `texts`: the corpus that was measured on, and its size.
+    `incomplete`: files are missing, since the evaluation runs or was stopped; `broken`: run.json cannot be read, and
+    its fields are null. `data`, `texts`: the corpus of the measurement, and its size.
     """
 
     id: str
@@ -381,13 +381,13 @@ class ReportsOut(BaseModel):
 
 
 class CapabilitiesOut(BaseModel):
-    """What this server can do, and its caller may ask for.
+    """What this server can do, and what its caller may do.
 
-    `rankings_fitted`, `layers_fitted`: of the active range set. `multi_label`: labels are scored each by
-    itself: `activation: auto` is a sigmoid.
-    Limits: `max_tokens` of a text, what is longer is cut; `max_texts`, `max_characters` (of a text), `max_body_bytes`
+    `rankings_fitted`, `layers_fitted`: of the active range set. `multi_label`: each label is scored by itself, so that
+    `activation: auto` is a sigmoid.
+    Limits: `max_tokens` of a text, beyond which it is cut; `max_texts`, `max_characters` (of a text), `max_body_bytes`
     and `max_erasures` of a request; `max_shown_texts` of `/v1/tokenize` and `/v1/activations`.
-    `key`, `scopes`: of the caller; without keys everybody has all scopes.
+    `key`, `scopes`: of the caller; without keys every caller has all scopes.
     """
 
     version: str

@@ -1,4 +1,4 @@
-"""What clients send to `/v1` (DESIGN "HTTP"). Unknown fields are errors, and so are values of the wrong type."""
+"""Requests to `/v1`. Unknown fields are errors, and so are values of the wrong type."""
 
 from typing import Annotated, Any, Literal
 
@@ -12,32 +12,32 @@ from range_store.errors import InvalidErasure
 
 
 def storable(value: str) -> str:
-    """JSON may hold half of a surrogate pair; nothing that is stored, or said again, may."""
+    """The text itself; raises ValueError for half of a surrogate pair, which JSON allows but UTF-8 does not."""
     try:
         value.encode()
     except UnicodeEncodeError:
-        raise ValueError("holds a lone surrogate, which is no character") from None
+        raise ValueError("must not contain a lone surrogate") from None
     return value
 
 
 Concept = Annotated[str, Field(min_length=1, max_length=500), AfterValidator(storable)]
 Reason = Annotated[str, Field(max_length=500), AfterValidator(storable)]
-MOST = 1000
-"""Most erasures, or layers, of a request: more than any model or corpus has, and few enough to be checked at once."""
-MOST_FIELDS = 50
-"""Most fields of an object, known or not; none has half as many."""
+MAX_ITEMS = 1000
+"""Most erasures, or layers, of a request: more than any model or corpus has, and few enough to validate quickly."""
+MAX_FIELDS = 50
+"""Most fields of an object, known or not; no object has half as many."""
 
 
 class In(BaseModel):
-    """Base of what clients send."""
+    """Base of requests."""
 
     model_config = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False)
 
     @model_validator(mode="before")
     @classmethod
     def _few_fields(cls, value: Any) -> Any:
-        """One error for a body of a hundred thousand unknown fields, instead of seconds spent on listing them."""
-        if isinstance(value, dict) and len(value) > MOST_FIELDS:
+        """Refuse an object with very many fields by one error: listing them all as unknown would take seconds."""
+        if isinstance(value, dict) and len(value) > MAX_FIELDS:
             raise PydanticCustomError("too_many_fields", "Input should have fewer fields")
         return value
 
@@ -48,9 +48,11 @@ class DampIn(In):
     damp: Annotated[float, Field(ge=0.0, le=1.0)]
 
 
-Block = Annotated[int, Field(ge=-MOST, le=MOST)]
+Block = Annotated[int, Field(ge=-MAX_ITEMS, le=MAX_ITEMS)]
 Layer = Annotated[
-    Annotated[Block, NUMBER] | Annotated[list[Block], Field(max_length=MOST), LIST] | Annotated[Literal["all"], TEXT],
+    Annotated[Block, NUMBER]
+    | Annotated[list[Block], Field(max_length=MAX_ITEMS), LIST]
+    | Annotated[Literal["all"], TEXT],
     by_shape("a layer, a list of layers or 'all'"),
 ]
 ReplacementIn = Annotated[
@@ -60,7 +62,7 @@ ReplacementIn = Annotated[
 
 
 class ErasureSettings(In):
-    """How to erase; what is left out has the default of the method (METHOD "Choices")."""
+    """How to erase; settings that are left out have the defaults of docs/method.md."""
 
     method: Method = "range"
     rule: Rule = "sigma"
@@ -82,7 +84,7 @@ class ErasureSettings(In):
         else:
             layers = (self.layer,) if isinstance(self.layer, int) else tuple(self.layer)
             if not layers or len(set(layers)) != len(layers):
-                raise InvalidErasure("layer: name at least one layer, and each once")
+                raise InvalidErasure("layer: expected at least one layer, each named once")
         replacement: Replacement
         replacement = Damp(damp=self.replacement.damp) if isinstance(self.replacement, DampIn) else self.replacement
         return Erasure(
@@ -106,20 +108,20 @@ class ErasureIn(ErasureSettings):
 class ErasuresIn(ErasureSettings):
     """Several concepts to erase in the same way."""
 
-    concepts: Annotated[list[Concept], Field(max_length=MOST)]
+    concepts: Annotated[list[Concept], Field(max_length=MAX_ITEMS)]
 
 
 OneErasure = Annotated[
     Annotated[Concept, TEXT] | Annotated[ErasureIn, OBJECT], by_shape("a concept or an object with concept")
 ]
 Erase = Annotated[
-    Annotated[list[OneErasure], Field(max_length=MOST), LIST] | Annotated[ErasuresIn, OBJECT],
+    Annotated[list[OneErasure], Field(max_length=MAX_ITEMS), LIST] | Annotated[ErasuresIn, OBJECT],
     by_shape("null, a list, or an object with concepts"),
 ]
 
 
 def erasures_of(erase: Erase | None) -> list[Erasure] | None:
-    """What a request wants erased, in its order; None: the live erasures.
+    """The erasures of a request, in its order; None: the live erasures.
 
     Raises:
         InvalidErasure: a concept is named twice; see also `ErasureSettings.of`.
@@ -136,7 +138,7 @@ def erasures_of(erase: Erase | None) -> list[Erasure] | None:
 
 
 Inputs = Annotated[
-    # after the first that is no text, looking at the rest of a million tells nothing more
+    # fail_fast: a list of a million numbers is one error
     Annotated[str, TEXT] | Annotated[list[str], Field(fail_fast=True), LIST],
     by_shape("a text or a list of texts"),
 ]
@@ -172,14 +174,14 @@ class ClassifyIn(In):
     model: str | None = None
 
     def erasures(self) -> list[Erasure] | None:
-        """What the request wants erased; see `erasures_of`."""
+        """The erasures of the request; see `erasures_of`."""
         return erasures_of(self.erase)
 
 
 class LiveIn(ErasureSettings):
     """An erasure to switch on."""
 
-    enforced: bool = Field(False, description="Join it to every request, whatever that asks for.")
+    enforced: bool = Field(False, description="Apply it to every request, whatever the request asks for.")
     reason: Reason | None = None
     expires_in: Annotated[float, Field(gt=0, le=10 * 365 * 86400, description="Seconds.")] | None = None
 
@@ -197,7 +199,7 @@ class LiveIn(ErasureSettings):
 
 
 class SwitchOnIn(LiveIn):
-    """An erasure to switch on; its concept stands in the path."""
+    """An erasure to switch on; the path names its concept."""
 
     model_config = ConfigDict(
         json_schema_extra={
@@ -218,7 +220,7 @@ class NamedLiveIn(LiveIn):
 
 
 class LiveListIn(In):
-    """What is to be erased live, and nothing else."""
+    """All live erasures: others are switched off."""
 
     model_config = ConfigDict(
         json_schema_extra={
@@ -228,7 +230,7 @@ class LiveListIn(In):
         }
     )
 
-    erasures: Annotated[list[NamedLiveIn], Field(max_length=MOST)]
+    erasures: Annotated[list[NamedLiveIn], Field(max_length=MAX_ITEMS)]
     reason: Reason | None = None
     model: str | None = None
 
@@ -243,24 +245,24 @@ class ActivateIn(In):
     id: Annotated[str, Field(min_length=1, max_length=100)]
     force: bool = Field(
         False,
-        description="Drop live erasures that it cannot serve, but for enforced ones; take it fitted in another dtype.",
+        description="Drop live erasures that it cannot serve, except enforced ones; accept another dtype.",
     )
     reason: Reason | None = None
     model: str | None = None
 
 
 class TokenizeIn(In):
-    """Texts whose tokens are to be shown."""
+    """Texts whose tokens are listed."""
 
     model_config = ConfigDict(json_schema_extra={"examples": [{"inputs": "The striker scored twice."}]})
 
     inputs: Inputs = Field(description="One text, or several.")
-    add_special_tokens: bool = Field(True, description="List the tokens that are not of the text, too.")
+    add_special_tokens: bool = Field(True, description="List the tokens that are added around the text, too.")
     model: str | None = None
 
 
 class ActivationsIn(In):
-    """Texts, and neurons of one block whose values are to be shown."""
+    """Texts, and neurons of one block whose values are returned."""
 
     model_config = ConfigDict(
         json_schema_extra={"examples": [{"inputs": ["The striker scored twice."], "layer": -1, "neurons": [3, 17]}]}

@@ -1,8 +1,7 @@
-"""Fields that take several forms, told apart by their JSON type.
+"""Fields that take several forms, which are distinguished by their JSON type.
 
-Without this, pydantic tries every form and reports what each of them missed: a wrong `tau` in one form of `erase` would
-come with complaints about all the others. Telling them apart first gives the one error that counts, and costs no time
-on a long list of the wrong thing.
+Without a discriminator, pydantic tries every form and reports the errors of all of them: a wrong `tau` in one form of
+`erase` would come with errors about every other form. It would also validate a long list of the wrong type.
 """
 
 from typing import Any
@@ -14,7 +13,7 @@ _TAGS = {str: TEXT.tag, list: LIST.tag, dict: OBJECT.tag, int: NUMBER.tag}
 
 
 def by_shape(expected: str) -> Discriminator:
-    """Chooses the form of a field by its JSON type; `expected` says what it takes, for whoever sent something else."""
+    """A discriminator by JSON type; `expected` describes the accepted forms in the error message."""
     return Discriminator(
         lambda value: _TAGS.get(type(value)),
         custom_error_type="shape",
@@ -23,5 +22,5 @@ def by_shape(expected: str) -> Discriminator:
 
 
 def without_tags(location: tuple[Any, ...]) -> list[str | int]:
-    """Where an error lies as the client wrote it: field names and indices, no names of forms."""
+    """The location of an error in what the client sent: field names and indices, without names of forms."""
     return [part for part in location if part not in _TAGS.values()]

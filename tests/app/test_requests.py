@@ -7,7 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from pydantic import ValidationError
 
-from app.schemas.requests import MOST, ClassifyIn
+from app.schemas.requests import MAX_ITEMS, ClassifyIn
 from app.schemas.unions import without_tags
 from range_store.domain.erasure import Damp, Erasure
 
@@ -85,9 +85,9 @@ def test_a_layer_of_another_type_is_rejected(value: Any) -> None:
 
 
 def test_every_list_has_a_limit() -> None:
-    names = [str(i) for i in range(MOST + 1)]
+    names = [str(i) for i in range(MAX_ITEMS + 1)]
     assert errors({"inputs": "a", "erase": names}) == [(["erase"], "too_long")]
     assert errors({"inputs": "a", "erase": {"concepts": names}}) == [(["erase", "concepts"], "too_long")]
-    layers = {"concepts": ["b"], "layer": list(range(MOST + 1))}
+    layers = {"concepts": ["b"], "layer": list(range(MAX_ITEMS + 1))}
     assert errors({"inputs": "a", "erase": layers}) == [(["erase", "layer"], "too_long")]
     assert errors({"inputs": [None] * 9}) == [(["inputs", 0], "string_type")]

@@ -247,14 +247,14 @@ def test_log_names_the_trace_of_the_caller_without_an_export(
         raise ValueError(batch[0].request.texts[0])
 
     with configured(Settings(log_format="json")):
-        monkeypatch.setattr(server.service.engine, "_forward", fail)
+        monkeypatch.setattr(server.service.engine._runner, "_forward", fail)
         failed = server.http.post("/v1/classify", json={"inputs": SECRET}, headers={"traceparent": TRACEPARENT})
         server.http.get("/livez")  # answered only after the request before it was logged
     assert failed.status_code == 500
     assert "traceresponse" not in failed.headers
     lines = [json.loads(line) for line in capsys.readouterr().err.splitlines()]
     about = [line for line in lines if line.get("request_id") == failed.headers["x-request-id"]]
-    assert {"workers.engine.engine", "app.http.problems", "app.observability.requests"} <= {
+    assert {"workers.engine.runner", "app.http.problems", "app.observability.requests"} <= {
         line["logger"] for line in about
     }
     assert {(line["trace_id"], line["span_id"]) for line in about} == {(TRACE, PARENT)}

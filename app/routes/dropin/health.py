@@ -1,4 +1,4 @@
-"""`GET /health`: what clients and probes of text-embeddings-inference, of Hugging Face endpoints and of vLLM ask."""
+"""`GET /health`, as probes of text-embeddings-inference, of Hugging Face endpoints and of vLLM use it."""
 
 from fastapi import Response
 
@@ -13,6 +13,6 @@ router = Router("Hugging Face", "text-embeddings-inference", "vLLM", dialects=(D
 
 @router.operation("GET", "/health", key_scope=None, errors=(503,), traced=False, response_class=Response)
 async def health(models: ModelsDep) -> Response:
-    """Requests are answered, as `/readyz` means it; nothing more is said."""
+    """Every model is ready, as for `/readyz`; the reply has no body."""
     await readyz(models)
     return Response()

@@ -14,7 +14,7 @@ from app.http.problems import Dialect, Problem
 from app.http.responses import BODY
 from app.http.routing import Router
 from app.routes.dependencies import ServiceDep
-from app.routes.dropin.steering import TOLD, Loose, Steered, tell
+from app.routes.dropin.steering import STEERING_HEADERS, Loose, Steered, set_headers
 from app.schemas.replies import Score
 from app.schemas.requests import erasures_of
 from app.schemas.unions import LIST, OBJECT, TEXT, by_shape
@@ -62,12 +62,12 @@ OTHER_TASKS = {
     "text-to-speech": ("generation_parameters",),
     "text-to-image": ("guidance_scale", "height", "negative_prompt", "num_inference_steps", "scheduler", "width"),
 }
-"""Names in `parameters` that only other tasks have which take a text: its classification would be no answer to them."""
+"""Parameters of other tasks that take a text: classifying it would not be what their clients ask for."""
 router = Router("Hugging Face", dialects=(DIALECT,), strict_query=False)
 
 
 class HfParameters(Steered):
-    """How to classify. What is unknown here is ignored, but what only another task has is an error."""
+    """How to classify. Unknown parameters are ignored, except those of another task, which are errors."""
 
     top_k: Annotated[int, Field(ge=1)] | None = Field(None, description="Best labels to give; null: all.")
     function_to_apply: Literal["softmax", "sigmoid", "none"] | None = Field(
@@ -82,7 +82,7 @@ class HfParameters(Steered):
             if named := [name for name in names if value.get(name) is not None]:
                 raise PydanticCustomError(
                     "other_task",
-                    "`{name}` is of the task {task}, and this server answers text-classification only",
+                    "`{name}` belongs to the task {task}, and this server supports text-classification only",
                     {"name": named[0], "task": task},
                 )
         return value
@@ -126,14 +126,14 @@ class HfIn(Steered):
 
 
 def _text_or_pair(each: str | HfText) -> TextOrPair:
-    """A second text that is empty is none, as in transformers' pipeline."""
+    """The text, or the pair; an empty second text is none, as in transformers' pipeline."""
     if isinstance(each, str):
         return each
     return (each.text, each.text_pair) if each.text_pair else each.text
 
 
 @router.operation(
-    "POST", "/", key_scope="infer", errors=(*BODY, 404, 422, 429, 503, 504), responses=TOLD, classifies=True
+    "POST", "/", key_scope="infer", errors=(*BODY, 404, 422, 429, 503, 504), responses=STEERING_HEADERS, classifies=True
 )
 async def huggingface_classify(
     request: Request,
@@ -156,7 +156,7 @@ async def huggingface_classify(
         timeout=x_request_timeout,
         min_generation=min_generation,
     )
-    tell(response, answer)
+    set_headers(response, answer)
     activation = chosen.function_to_apply or service.model.activation
     logits = [text.logits for text in answer.texts]
     return ranked(logits, service.model.identity.labels, activation, chosen.top_k)

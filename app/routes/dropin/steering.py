@@ -1,4 +1,4 @@
-"""What is added to every protocol: erasures in a request, and in the reply's headers what was done."""
+"""Extensions to every protocol: erasures in a request, and headers of the reply that say what was erased."""
 
 from typing import Any
 from urllib.parse import quote
@@ -11,17 +11,17 @@ from app.schemas.requests import Erase
 from app.serving.service import Answer, ModelFacts
 
 LONGEST_HEADER = 2000
-"""Most characters of `X-NeuronLens-Erased`; many clients take 8,000 for all headers together."""
+"""Most characters of `X-NeuronLens-Erased`; many clients accept 8,000 for all headers together."""
 
 
 class Loose(BaseModel):
-    """Base of what clients of other servers send: unknown fields are ignored, wrong types are errors."""
+    """Base of requests of other protocols: unknown fields are ignored, wrong types are errors."""
 
     model_config = ConfigDict(extra="ignore", strict=True, allow_inf_nan=False)
 
 
 class Steered(Loose):
-    """A request that may say what to erase."""
+    """A request that may name erasures."""
 
     erase: Erase | None = Field(
         None, description="Extension: what to erase, as in /v1/classify; null or absent: the live erasures."
@@ -29,7 +29,7 @@ class Steered(Loose):
 
 
 def erased_header(concepts: list[str]) -> str:
-    """The names, percent-encoded and with commas between; `*` stands for those that have no room."""
+    """The names, percent-encoded and separated by commas; `*` stands for those beyond the limit."""
     header = ""
     for concept in concepts:
         name = ("," if header else "") + quote(concept, safe="")
@@ -40,7 +40,7 @@ def erased_header(concepts: list[str]) -> str:
 
 
 def check_truncation_side(answer: Answer, model: ModelFacts, side: str, where: str) -> None:
-    """Raises ApiError (422) if a text was cut at another side than `side`. where: before the text's index."""
+    """Raises ApiError (422) if a text was cut at another side than `side`. `where`: what precedes the text's index."""
     if side == model.truncation_side:
         return
     for index, text in enumerate(answer.texts):
@@ -49,29 +49,29 @@ def check_truncation_side(answer: Answer, model: ModelFacts, side: str, where: s
             raise ApiError("unsupported", detail)
 
 
-def tell(response: Response, answer: Answer) -> None:
-    """Say in headers what an answer was made under; bodies have no room for it in these protocols."""
-    told = {
+def set_headers(response: Response, answer: Answer) -> None:
+    """Set the headers that say what was erased; bodies of these protocols have no place for it."""
+    headers = {
         "X-NeuronLens-Source": answer.source,
         "X-NeuronLens-Generation": answer.generation,
         "X-NeuronLens-Range-Set": answer.range_set,
         "X-NeuronLens-Erased": erased_header([erasure.concept for erasure in answer.erasures]),
     }
-    response.headers.update({name: value for name, value in told.items() if value})
+    response.headers.update({name: value for name, value in headers.items() if value})
 
 
 def _header(description: str) -> dict[str, Any]:
     return {"description": description, "schema": {"type": "string"}}
 
 
-TOLD: dict[int | str, dict[str, Any]] = {
+STEERING_HEADERS: dict[int | str, dict[str, Any]] = {
     200: {
         "headers": {
             "X-NeuronLens-Source": _header("Where the erasures came from: live, request or none."),
             "X-NeuronLens-Generation": _header("Generation of the live state that the request was admitted under."),
             "X-NeuronLens-Range-Set": _header("Range set that the erasures were resolved against."),
-            "X-NeuronLens-Erased": _header("Concepts that were erased: percent-encoded, with commas between."),
+            "X-NeuronLens-Erased": _header("Concepts that were erased: percent-encoded, separated by commas."),
         }
     }
 }
-"""The `responses` that document what `tell` sends."""
+"""The `responses` that document the headers of `set_headers`."""

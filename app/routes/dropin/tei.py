@@ -15,7 +15,7 @@ from app.http.problems import Dialect, Problem
 from app.http.responses import BODY
 from app.http.routing import Router
 from app.routes.dependencies import ServiceDep
-from app.routes.dropin.steering import TOLD, Steered, check_truncation_side, tell
+from app.routes.dropin.steering import STEERING_HEADERS, Steered, check_truncation_side, set_headers
 from app.schemas.replies import Score
 from app.schemas.requests import erasures_of
 from app.schemas.unions import LIST, TEXT, by_shape
@@ -95,7 +95,7 @@ class ClassifierType(BaseModel):
 
 
 class InfoOut(BaseModel):
-    """What is served. `max_concurrent_requests`: texts that may wait; `version`: of this server."""
+    """The model and its limits. `max_concurrent_requests`: texts that may wait; `version`: of this server."""
 
     model_id: str
     model_sha: str | None
@@ -114,7 +114,12 @@ class InfoOut(BaseModel):
 
 
 @router.operation(
-    "POST", "/predict", key_scope="infer", errors=(*BODY, 404, 422, 424, 429, 503, 504), responses=TOLD, classifies=True
+    "POST",
+    "/predict",
+    key_scope="infer",
+    errors=(*BODY, 404, 422, 424, 429, 503, 504),
+    responses=STEERING_HEADERS,
+    classifies=True,
 )
 async def tei_predict(
     request: Request,
@@ -138,7 +143,7 @@ async def tei_predict(
     )
     if body.truncation_direction is not None:
         check_truncation_side(answer, service.model, body.truncation_direction.lower(), "inputs.")
-    tell(response, answer)
+    set_headers(response, answer)
     activation = "none" if body.raw_scores else service.model.activation
     predictions = ranked([text.logits for text in answer.texts], service.model.identity.labels, activation, None)
     return predictions[0] if isinstance(body.inputs, str) else predictions
@@ -146,7 +151,7 @@ async def tei_predict(
 
 @router.operation("GET", "/info", key_scope="read", errors=(404, 422))
 async def tei_info(service: ServiceDep) -> InfoOut:
-    """What is loaded, as text-embeddings-inference tells it."""
+    """The loaded model, as text-embeddings-inference describes it."""
     model, limits = service.model, service.engine.settings
     labels = model.identity.labels
     return InfoOut(

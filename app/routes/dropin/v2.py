@@ -1,8 +1,8 @@
 """`/v2`: the Open Inference Protocol, as KServe, Triton and MLServer serve it.
 
 Shapes: `specification/protocol/open_inference_rest.yaml` and `inference_rest.md` of kserve/open-inference-protocol
-(version 2.0). One BYTES tensor `text` goes in; `label`, `score` and `probs` come out. What steers stands in the
-request's `parameters`. There is one version of the model, "1".
+(version 2.0). One BYTES tensor `text` goes in; `label`, `score` and `probs` come out. Erasures are
+in the request's `parameters`. There is one version of the model, "1".
 """
 
 from collections.abc import Sequence
@@ -17,7 +17,7 @@ from starlette.convertors import register_url_convertor
 from app.http.problems import ApiError, Dialect, Problem
 from app.http.routing import Router
 from app.routes.dependencies import ModelsDep, RestOfPath, log_model
-from app.routes.dropin.steering import TOLD, erased_header, tell
+from app.routes.dropin.steering import STEERING_HEADERS, erased_header, set_headers
 from app.routes.dropin.v2_binary import binary_tensors
 from app.routes.dropin.v2_shapes import (
     InferIn,
@@ -50,7 +50,7 @@ def _translate(problem: dict[str, Any]) -> tuple[int, dict[str, Any]]:
 
 
 class _ModelName(RestOfPath):
-    """A model's name, which may hold slashes, but does not end as a path of this protocol does."""
+    """The name of a model: it may hold slashes, but does not end as a path of this protocol does."""
 
     regex = r"(?s:.+)(?<!/infer)(?<!/ready)"
 
@@ -62,7 +62,8 @@ _MODEL = "/v2/models/{model:model_name}"
 _VERSION = "/v2/models/{model:model_name}/versions/{model_version}"
 _INFER_ERRORS = (400, 404, 429, 503, 504)
 router = Router("Open Inference Protocol", dialects=(DIALECT,), strict_query=False)
-# of two decorators the lower one is first: the path of a version must be, or the model would be called "…/versions/1"
+# the lower of two decorators declares its route first: the path with a version must come first, or the model's name
+# would be read as "…/versions/1"
 
 
 async def _get_service(request: Request, models: ModelsDep, model: str) -> Service:
@@ -79,7 +80,7 @@ _PathServiceDep = Annotated[Service, Depends(_get_service)]
 
 async def _check_version(model: str, model_version: str) -> None:  # in this order, which generated clients follow
     if model_version != MODEL_VERSION:
-        raise ApiError("unknown_model", f"no such version; there is {MODEL_VERSION!r} alone")
+        raise ApiError("unknown_model", f"no such version; the only one is {MODEL_VERSION!r}")
 
 
 _CHECK_VERSION = [Depends(_check_version)]
@@ -87,13 +88,13 @@ _CHECK_VERSION = [Depends(_check_version)]
 
 @router.operation("GET", "/v2/health/live", key_scope=None, traced=False)
 async def v2_live() -> ServerLive:
-    """The process lives."""
+    """The process is alive."""
     return ServerLive(live=True)
 
 
 @router.operation("GET", "/v2/health/ready", key_scope=None, errors=(503,), traced=False)
 async def v2_ready(models: ModelsDep) -> ServerReady:
-    """Requests are answered, as `/readyz` means it."""
+    """Every model is ready, as for `/readyz`."""
     for service in models:
         _check_ready(service)
     return ServerReady(ready=True)
@@ -102,7 +103,7 @@ async def v2_ready(models: ModelsDep) -> ServerReady:
 @router.operation("GET", "/v2/", key_scope="read", include_in_schema=False)
 @router.operation("GET", "/v2", key_scope="read")
 async def v2_server() -> ServerMetadata:
-    """What this server is."""
+    """The name, version and extensions of this server."""
     return ServerMetadata(name="neuronlens", version=version("neuronlens"), extensions=["binary_tensor_data", "erase"])
 
 
@@ -116,7 +117,7 @@ async def v2_server() -> ServerMetadata:
     dependencies=_CHECK_VERSION,
 )
 async def v2_model_ready(service: _PathServiceDep) -> ModelReady:
-    """The model answers."""
+    """The model is ready."""
     _check_ready(service)
     return ModelReady(name=service.name, ready=True)
 
@@ -126,7 +127,7 @@ async def v2_model_ready(service: _PathServiceDep) -> ModelReady:
     _MODEL + "/infer",
     key_scope="infer",
     errors=_INFER_ERRORS,
-    responses=TOLD,
+    responses=STEERING_HEADERS,
     classifies=True,
     decode_body=binary_tensors,
     response_model_exclude_none=True,
@@ -136,7 +137,7 @@ async def v2_model_ready(service: _PathServiceDep) -> ModelReady:
     _VERSION + "/infer",
     key_scope="infer",
     errors=_INFER_ERRORS,
-    responses=TOLD,
+    responses=STEERING_HEADERS,
     classifies=True,
     decode_body=binary_tensors,
     name="v2_version_infer",
@@ -154,7 +155,7 @@ async def v2_infer(
 ) -> InferOut:
     """Classify as servers of the Open Inference Protocol do."""
     chosen = body.parameters or InferParameters()
-    wanted = _wanted(body, chosen)
+    names = _output_names(body, chosen)
     answer = await answer_to(
         request,
         service,
@@ -166,7 +167,7 @@ async def v2_infer(
         timeout=x_request_timeout,
         min_generation=min_generation,
     )
-    tell(response, answer)
+    set_headers(response, answer)
     activation = chosen.activation if chosen.activation != "auto" else service.model.activation
     tensors = _tensors([text.logits for text in answer.texts], service, activation, chosen.top_k)
     if chosen.compare:
@@ -179,15 +180,15 @@ async def v2_infer(
         model_name=service.name,
         model_version=MODEL_VERSION,
         id=body.id,
-        parameters=_told(answer),
-        outputs=[tensors[name] for name in wanted],
+        parameters=_parameters(answer),
+        outputs=[tensors[name] for name in names],
     )
 
 
 @router.operation("GET", _MODEL, key_scope="read", errors=(404,))
 @router.operation("GET", _VERSION, key_scope="read", errors=(404,), name="v2_version", dependencies=_CHECK_VERSION)
 async def v2_model(service: _PathServiceDep) -> ModelMetadata:
-    """What goes into the model, and what comes out."""
+    """The inputs and outputs of the model."""
     labels = service.model.identity.labels
     return ModelMetadata(
         name=service.name,
@@ -209,7 +210,7 @@ def _check_ready(service: Service) -> None:
         raise ApiError("not_ready", f"not ready: {', '.join(failing)}")
 
 
-def _wanted(body: InferIn, chosen: InferParameters) -> list[str]:
+def _output_names(body: InferIn, chosen: InferParameters) -> list[str]:
     known = ["label", "score", "probs"]
     if chosen.compare:
         known += [f"baseline_{name}" for name in known]
@@ -239,12 +240,12 @@ def _tensors(
     }
 
 
-def _told(answer: Answer) -> dict[str, str]:
-    """What was erased, as parameters of the reply: strings, as the protocol has it."""
-    told = {
+def _parameters(answer: Answer) -> dict[str, str]:
+    """What was erased, as parameters of the reply: strings, as the protocol requires."""
+    parameters = {
         "source": answer.source,
         "generation": answer.generation,
         "range_set": answer.range_set,
         "erased": erased_header([erasure.concept for erasure in answer.erasures]),
     }
-    return {name: value for name, value in told.items() if value}
+    return {name: value for name, value in parameters.items() if value}

@@ -1,7 +1,7 @@
 """Bodies of inference requests as Triton takes them: JSON that need not be declared as such, or with binary tensors.
 
 The binary tensor extension is what Triton's clients use unless told not to. A body is then JSON, of a length that
-`Inference-Header-Content-Length` tells, and behind it the elements of each BYTES input that has a `binary_data_size`:
+`Inference-Header-Content-Length` gives, and after it the elements of each BYTES input that has a `binary_data_size`:
 for each its length, 4 bytes little-endian, and its bytes. `binary_tensors` makes plain JSON
 of that. Replies are plain JSON in any case; those clients read both.
 Source: `docs/protocol/extension_binary_data.md` of triton-inference-server/server, tritonclient 2.73.
@@ -64,10 +64,10 @@ def plain_json(body: bytes, header_length: str) -> bytes:
         ValueError: lengths or bytes do not fit, or there is no JSON.
     """
     if not header_length.isascii() or not header_length.isdecimal() or len(header_length) > 12:
-        raise ValueError("no length")
+        raise ValueError("the length is not a number")
     split = int(header_length)
     if split > len(body):
-        raise ValueError("shorter than its header")
+        raise ValueError("the body is shorter than its header")
     request = json.loads(body[:split])
     rest = memoryview(body)[split:]
     inputs = request.get("inputs") if isinstance(request, dict) else None
@@ -75,10 +75,10 @@ def plain_json(body: bytes, header_length: str) -> bytes:
         size = _binary_size(each)
         if size is not None:
             if size > len(rest):
-                raise ValueError("fewer bytes than told")
+                raise ValueError("fewer bytes than the sizes of the tensors")
             each["data"], rest = _texts(rest[:size]), rest[size:]
     if len(rest):
-        raise ValueError("more bytes than told")
+        raise ValueError("more bytes than the sizes of the tensors")
     return json.dumps(request).encode()
 
 
@@ -86,7 +86,7 @@ def _binary_size(tensor: Any) -> int | None:
     parameters = tensor.get("parameters") if isinstance(tensor, dict) else None
     size = parameters.get("binary_data_size") if isinstance(parameters, dict) else None
     if size is not None and (type(size) is not int or size < 0):
-        raise ValueError("no size")
+        raise ValueError("the size is not a number")
     return size
 
 

@@ -1,4 +1,4 @@
-"""What goes in and out of `/v2`: tensors, parameters and metadata of the Open Inference Protocol (see `v2.py`)."""
+"""Requests and replies of `/v2`: tensors, parameters and metadata of the Open Inference Protocol (see `v2.py`)."""
 
 import json
 import math
@@ -19,11 +19,11 @@ def _parsed(value: Any) -> Any:
     try:
         return json.loads(value)
     except (ValueError, RecursionError):
-        raise ValueError("holds no JSON") from None
+        raise ValueError("is not valid JSON") from None
 
 
 class InferParameters(Loose):
-    """How to classify; what is unknown here is ignored."""
+    """How to classify; unknown parameters are ignored."""
 
     erase: Annotated[Erase | None, BeforeValidator(_parsed, json_schema_input_type=Erase | str | None)] = Field(
         None, description="What to erase, as in /v1/classify, or that as JSON in a string."
@@ -48,15 +48,15 @@ class TensorIn(Loose):
     data: Annotated[list[Row], Field(min_length=1, fail_fast=True)]
 
     def texts(self) -> list[str]:
-        """The texts, whether they came flat or in rows.
+        """The texts, flat or in rows.
 
         Raises:
-            ApiError: their number is not what the shape says (422).
+            ApiError: their number does not match the shape (422).
         """
         texts = [text for row in self.data for text in ([row] if isinstance(row, str) else row)]
         if len(texts) != math.prod(self.shape):
             wanted = math.prod(self.shape)
-            raise ApiError("invalid", f"inputs.0: the shape is of {wanted} texts, there are {len(texts)}")
+            raise ApiError("invalid", f"inputs.0: the shape has {wanted} texts, the data {len(texts)}")
         return texts
 
 
@@ -84,7 +84,7 @@ class InferIn(Loose):
     parameters: InferParameters | None = None
     inputs: Annotated[list[TensorIn], Field(min_length=1, max_length=1)]
     outputs: Annotated[list[OutputWanted], Field(max_length=20)] | None = Field(
-        None, description="Which outputs to give; absent or empty: all."
+        None, description="Outputs to return; absent or empty: all."
     )
 
 

@@ -1,7 +1,7 @@
 """`POST /classify`: vLLM with a classifier.
 
 Shapes: `entrypoints/pooling/classify/protocol.py`, `pooling/base/protocol.py` and `serve/engine/protocol.py` of the
-package vllm, 0.33; what earlier releases called the activation is taken, too.
+package vllm, 0.33; earlier names of the activation are accepted, too.
 """
 
 import time
@@ -14,7 +14,7 @@ from app.errors import STATUSES
 from app.http.problems import ApiError, Dialect, Problem
 from app.http.routing import Router
 from app.routes.dependencies import ModelDep
-from app.routes.dropin.steering import TOLD, Steered, check_truncation_side, tell
+from app.routes.dropin.steering import STEERING_HEADERS, Steered, check_truncation_side, set_headers
 from app.schemas.requests import Inputs, erasures_of
 from app.security.auth import CallerDep
 from app.serving.classification import MinGeneration, Timeout, all_scores, answer_to
@@ -75,7 +75,7 @@ class VllmClassifyIn(Steered):
     add_special_tokens: Literal[True] = True
 
     def function(self, default: Activation) -> Activation:
-        """What makes scores of the logits."""
+        """The activation that turns logits into scores."""
         chosen = [each for each in (self.use_activation, self.activation, self.softmax) if each is not None]
         return "none" if chosen and not chosen[0] else default
 
@@ -111,7 +111,7 @@ class VllmClassifyOut(BaseModel):
     "/classify",
     key_scope="infer",
     errors=(400, 404, 415, 429, 503, 504),
-    responses=TOLD,
+    responses=STEERING_HEADERS,
     classifies=True,
     model_in_body=True,
 )
@@ -127,10 +127,10 @@ async def vllm_classify(
     """Classify as vLLM does."""
     service = selector.service(body.model)
     if not body.input:
-        raise ApiError("invalid", "input: there is nothing in it")
+        raise ApiError("invalid", "input: expected at least one text")
     most, cut_to = service.model.max_tokens, body.truncate_prompt_tokens
     if cut_to is not None and cut_to > most:
-        raise ApiError("invalid", f"truncate_prompt_tokens: {cut_to} is more than the {most} that the model takes")
+        raise ApiError("invalid", f"truncate_prompt_tokens: {cut_to} is more than the model takes ({most})")
     answer = await answer_to(
         request,
         service,
@@ -145,7 +145,7 @@ async def vllm_classify(
         _check_lengths(answer, cut_to, most)
     if body.truncation_side is not None:
         check_truncation_side(answer, service.model, body.truncation_side, "truncation_side: input ")
-    tell(response, answer)
+    set_headers(response, answer)
     labels = service.model.identity.labels
     scores = all_scores([text.logits for text in answer.texts], body.function(service.model.activation))
     tokens = sum(text.tokens for text in answer.texts)
@@ -162,7 +162,7 @@ async def vllm_classify(
 
 
 def _check_lengths(answer: Answer, cut_to: int, most: int) -> None:
-    """Texts are cut to what the model takes, and to nothing shorter: better no answer than one to another text."""
+    """Raises ApiError (422) if a text has more tokens than `cut_to`: this server cuts texts to `most` tokens only."""
     for index, text in enumerate(answer.texts):
         if text.tokens > cut_to:
             detail = f"truncate_prompt_tokens: input {index} is longer, and this server cuts to {most} tokens only"
