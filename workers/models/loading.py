@@ -140,26 +140,10 @@ def load_model(
     n_embeddings = _embeddings(tokenizer, config, source)
     label_tokens = LabelTokens.of(config, source)
     prompt = None if template is None else load_template(template)
-    auto = AutoModelForSequenceClassification if label_tokens is None and prompt is None else AutoModelForCausalLM
-    if auto is AutoModelForCausalLM and not family.causal:
+    causal = label_tokens is not None or prompt is not None
+    if causal and not family.causal:
         raise CheckpointError(f"{source} is a {config.model_type}, which is not a causal language model")
-    model, info = read_checkpoint(
-        source,
-        lambda: auto.from_pretrained(
-            source,
-            config=config,
-            dtype=torch_dtype,
-            use_safetensors=None if allow_pickle else True,
-            output_loading_info=True,
-            **hub,
-        ),
-    )
-    if missing := sorted(info["missing_keys"]):
-        what = "sequence classifier" if auto is AutoModelForSequenceClassification else "language model"
-        raise CheckpointError(
-            f"{source} is not a trained {what} (it lacks {', '.join(missing[:3])}): "
-            "fine-tune it first with `neuronlens train`, or pass --template to prompt a language model"
-        )
+    model = _trained_model(source, causal, config=config, dtype=torch_dtype, allow_pickle=allow_pickle, **hub)
     model = model.to(place).eval().requires_grad_(False)
     if place.type == "cpu" and not plain and not compiled:
         prepack(model.get_submodule(family.blocks), torch_dtype)
@@ -209,6 +193,22 @@ def load_model(
         earlier_fingerprint=earlier,
         empty_logits=steered.empty_logits(check),
     )
+
+
+def _trained_model(source: str, causal: bool, *, allow_pickle: bool, **options: Any) -> Any:
+    """A causal language model or a sequence classifier of transformers, of which no weight is missing."""
+    auto = AutoModelForCausalLM if causal else AutoModelForSequenceClassification
+    safe = None if allow_pickle else True
+    model, info = read_checkpoint(
+        source, lambda: auto.from_pretrained(source, use_safetensors=safe, output_loading_info=True, **options)
+    )
+    if missing := sorted(info["missing_keys"]):
+        raise CheckpointError(
+            f"{source} is not a trained {'language model' if causal else 'sequence classifier'} "
+            f"(it lacks {', '.join(missing[:3])}): "
+            "fine-tune it first with `neuronlens train`, or pass --template to prompt a language model"
+        )
+    return model
 
 
 def _device(name: str) -> torch.device:
