@@ -163,8 +163,8 @@ class Sleeper:
     async def info(self) -> ReplicaInfo:
         return ReplicaInfo(self._settings, self._facts, 1024, None)
 
-    async def classify(self, wanted: Sequence[RemoteRequest]) -> CallReply:
-        texts = sum(len(each.texts) for each in wanted)
+    async def classify(self, requests: Sequence[RemoteRequest]) -> CallReply:
+        texts = sum(len(each.texts) for each in requests)
         now = time.monotonic()
         self._free_at = max(now, self._free_at) + texts * self._settings.model["seconds"]
         await asyncio.sleep(self._free_at - now)
@@ -178,7 +178,7 @@ class Sleeper:
                     "none", (), frozenset(), None, generation,
                 )
             )
-            for each in wanted
+            for each in requests
         )  # fmt: skip
         return CallReply(self._name, answers, Load(0, None, 0.0))
 
@@ -209,7 +209,8 @@ def _run_ingress(place: Path, replicas: int, rate: float) -> None:
     from app.serving import fleet as wiring
     from app.serving.assembly import engine_limits
     from app.settings import Settings
-    from workers.cluster.launching import FleetPlan, running_fleet
+    from workers.cluster.launching import running_fleet
+    from workers.cluster.plan import FleetPlan
 
     identity = ModelIdentity(
         id="sleepers", revision=None, kind="sequence-classification", family="bert", fingerprint="0" * 64,
@@ -226,7 +227,7 @@ def _run_ingress(place: Path, replicas: int, rate: float) -> None:
         plan = FleetPlan(own, replicas, None, 0.01, 0.0, 5, replica_class=Sleeper)
         with (
             running_fleet(plan, keep=False) as fleet,
-            wiring._service(settings, fleet, client, wiring._End()) as service,
+            wiring._service(settings, fleet, client, wiring._End(1)) as service,
             bind(settings) as bound,
         ):
             serve_until_told([service], settings, bound)

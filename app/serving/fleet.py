@@ -25,9 +25,10 @@ from range_store.storage.replicas import ReplicaRegistry
 from workers.cluster.connection import PRIVATE, connected
 from workers.cluster.errors import ClusterError
 from workers.cluster.fleet import Fleet
-from workers.cluster.launching import FleetPlan, RunningFleet, capacity, delete_fleet, fleet_names, running_fleet
+from workers.cluster.launching import RunningFleet, delete_fleet, fleet_names, running_fleet
 from workers.cluster.messages import RequestContext
 from workers.cluster.metrics import MetricsAddress
+from workers.cluster.plan import FleetPlan, capacity
 from workers.cluster.replica import ReplicaSettings
 from workers.engine.settings import EngineSettings
 
@@ -55,7 +56,7 @@ def open_fleet(
 
     Args:
         redeploy: replace the replicas of a fleet that runs with other settings.
-        scaling: what differs from `workers.cluster.scaling.DEFAULTS`.
+        scaling: what differs from `workers.cluster.plan.AUTOSCALING_DEFAULTS`.
         lost_exit_code: exit code of this process if it hangs after the cluster is lost.
         skip_cleanup: called on leaving if the cluster is lost: exit handlers of libraries would wait for it.
 
@@ -128,11 +129,11 @@ def _service(settings: Settings, fleet: RunningFleet, client: redis.Redis, end: 
         def generation() -> str | None:
             return mirror.snapshot.live.generation if mirror.snapshot is not None else None
 
-        def origin() -> RequestContext:
+        def context() -> RequestContext:
             request = current_request()
             return RequestContext(request.request_id if request is not None else None, traceparent())
 
-        made = Fleet(fleet.handle, limits, fleet.replicas, fleet.target_replicas, generation, registry, origin)
+        made = Fleet(fleet.handle, limits, fleet.replicas, fleet.target_replicas, generation, registry, context)
         end.fleets.append(made)
         yield made
 

@@ -54,7 +54,7 @@ def read_corpus(choice: CorpusChoice, labels: tuple[str, ...], table: Table | No
 
 
 def read_corpus_on_cluster(choice: CorpusChoice, labels: tuple[str, ...]) -> Corpus:
-    """Read a corpus through Ray Data if it consists of files, which are on the nodes; from the hub it is read here."""
+    """Read a corpus of files through Ray Data; a data set of the hub is read in this process."""
     from workers.cluster.corpus_files import RayFileTable, is_file_source
 
     files = choice.source is not None and is_file_source(choice.source)

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from app.observability.logs import RequestFacts, begin, configured, note
 from app.observability.tracing import follow
 from workers.cluster.messages import PackedAnswer, PackedError, RemoteRequest, RequestContext
-from workers.cluster.replica import EngineReplica, ReplicaSettings, replica_name
+from workers.cluster.replica import EngineReplica, Loaded, ReplicaSettings, replica_name
 
 logger = logging.getLogger(__name__)
 
@@ -30,20 +30,20 @@ class LoggedReplica(EngineReplica):
         self._logging.enter_context(configured(logs, model=settings.name, replica=name))
         super().__init__(settings, name)
 
-    def _join(self) -> None:
-        super()._join()
+    def _join(self, loaded: Loaded) -> None:
+        super()._join(loaded)
         logger.info("the replica joined, and takes requests")
 
-    def _serves(self, origin: RequestContext) -> None:
-        begin(RequestFacts(origin.request_id))
-        follow(origin.traceparent)
+    def _begin_request(self, context: RequestContext) -> None:
+        begin(RequestFacts(context.request_id))
+        follow(context.traceparent)
 
-    async def _answered(self, wanted: RemoteRequest) -> PackedAnswer | PackedError:
+    async def _answer(self, request: RemoteRequest) -> PackedAnswer | PackedError:
         began = time.perf_counter()
-        outcome = await super()._answered(wanted)
+        outcome = await super()._answer(request)
         note(generation=outcome.generation if isinstance(outcome, PackedAnswer) else None)
-        said = "answered" if isinstance(outcome, PackedAnswer) else f"not answered: {outcome.kind}"
-        logger.debug(said, extra={"texts": len(wanted.texts), "seconds": round(time.perf_counter() - began, 6)})
+        said = "answered" if isinstance(outcome, PackedAnswer) else f"not answered: {outcome.kind.__name__}"
+        logger.debug(said, extra={"texts": len(request.texts), "seconds": round(time.perf_counter() - began, 6)})
         return outcome
 
     def __del__(self) -> None:

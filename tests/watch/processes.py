@@ -32,14 +32,14 @@ app.serving.serve.open_service = open_service
 """
 LOSE_REQUESTS = """
 import os
-from workers.cluster.fleet import Fleet
+from workers.cluster.calls import ReplicaCalls
 from workers.engine.errors import ReplicaLost
-remote = Fleet._remote
-async def losing(self, method, *arguments, **named):
+call = ReplicaCalls.call
+async def losing(self, method, *arguments):
     if os.path.exists(os.environ["NEURONLENS_DATA_DIR"] + "/lose"):
         raise ReplicaLost("as if it was killed")
-    return await remote(self, method, *arguments, **named)
-Fleet._remote = losing
+    return await call(self, method, *arguments)
+ReplicaCalls.call = losing
 """
 LONG_TEXT = "the keeper saved a penalty and " * 40
 

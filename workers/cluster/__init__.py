@@ -1,19 +1,18 @@
-"""The work of this package's siblings on a Ray cluster: `neuronlens serve --ray`, `fit --ray`, `evaluate --ray`.
+"""The work of the sibling packages on a Ray cluster: `neuronlens serve --ray`, `fit --ray` and `evaluate --ray`.
 
-`connection.py` the cluster · for fits: `nodes.py` a pool of models on its nodes, `reading.py` texts through Ray Data,
-`fitting.py`, `evaluation.py` what the pool is asked · for serving: `replica.py` one engine of a fleet, `launching.py`
-puts a fleet on the cluster, under the `lease.py` of one process at a time, `fleet.py` answers with it, `messages.py`
-what they tell each other, `scaling.py` how many there are. Importing anything of it needs Ray.
+`connection.py` connects to a cluster. Fits and evaluations: `model_pool.py` has models on the nodes, `corpus_files.py`
+reads texts, `fitting.py` and `evaluation.py` say what the pool does. Serving: `replica.py` is one engine of a fleet,
+`plan.py` describes a fleet, `launching.py` starts it, `fleet.py` answers with it. Importing any of it needs Ray.
 """
 
 import os
 
 from workers.cluster.errors import RayMissing
 
-os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")  # nothing is reported to anybody
-os.environ.setdefault("RAY_ENABLE_AUTO_CONNECT", "0")  # else a thread of Serve that outlives a connection makes another
-os.environ.setdefault("RAY_IGNORE_UNHANDLED_ERRORS", "1")  # what is not asked for any more is of no interest
-os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")  # else it warns of a default that will change
+os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")  # no reports to anybody
+os.environ.setdefault("RAY_ENABLE_AUTO_CONNECT", "0")  # else a thread of Serve reconnects after a connection is closed
+os.environ.setdefault("RAY_IGNORE_UNHANDLED_ERRORS", "1")  # results of cancelled work are not fetched
+os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")  # else Ray warns of a default that will change
 
 try:
     import ray as _ray  # noqa: F401

@@ -1,4 +1,8 @@
-"""Texts of any number of files, near or far, read by Ray Data in their order; the parsers are those of one process."""
+"""Labelled texts of any number of files, read by Ray Data in a stream: the corpus is never kept as a whole.
+
+The parsers are those of one process. Generator tasks of Ray would need less code than Ray Data, but Ray 2.60 ends the
+driver if a task is cancelled just as it completes.
+"""
 
 import logging
 from collections.abc import Iterator
@@ -14,24 +18,25 @@ import ray.data
 from ray.data.context import DataContext
 from ray.exceptions import RayTaskError
 
+from workers.cluster.connection import own_node
 from workers.corpora.data_names import is_remote
 from workers.corpora.errors import CorpusError
 from workers.corpora.files import is_hub_dataset, is_saved_dataset, labels_of, read_tables, texts_of
 from workers.corpora.rows import CHUNK_ROWS, FileTable, Rows, TextsAndLabels
 
-AT_ONCE = 4
-"""Files at addresses that are read at once, since each takes its time to answer; their texts are taken in order."""
+REMOTE_FILES = 4
+"""Files at addresses that are read at once, since each takes a while to answer. Their texts are taken in order."""
 BLOCK_BYTES = 4 << 20
-"""Of texts that travel together."""
+"""Size of the blocks in which texts are sent."""
 
 
 def is_file_source(source: str) -> bool:
-    """Whether a corpus's source is of files that Ray reads, and no data set of the `datasets` library."""
+    """Whether a corpus's source names files, and not a data set of the `datasets` library."""
     return "://" in source or not (is_hub_dataset(source) or is_saved_dataset(source))
 
 
 class RayFileTable(FileTable):
-    """Files that Ray Data reads."""
+    """Files that are read by Ray Data."""
 
     def rows(self, text_field: str, label_field: str, name: str) -> Rows:
         return RayFileRows(self.paths, is_remote(self.paths[0]), text_field, label_field)
@@ -39,9 +44,9 @@ class RayFileTable(FileTable):
 
 @dataclass(frozen=True)
 class RayFileRows(Rows):
-    """A text and a label per row of many files: all rows, or those with the indices `chosen`.
+    """A text and a label of each row of many files, or of the rows with the indices `chosen`.
 
-    Files of this machine are read on this machine, whatever nodes there are; addresses are read on any node.
+    Files on this machine are read on this machine only, files at addresses on any node.
     """
 
     paths: tuple[str, ...]
@@ -50,10 +55,10 @@ class RayFileRows(Rows):
     label_field: str
     chosen: npt.NDArray[np.int64] | None = None
     counts: dict[int, int] = field(default_factory=dict)
-    """Rows of each file, as far as they were counted; shared by all selections."""
+    """Rows of each file that has been read to its end; shared with all selections."""
 
     def __len__(self) -> int:
-        return sum(self._counted()) if self.chosen is None else len(self.chosen)
+        return sum(self._all_counts()) if self.chosen is None else len(self.chosen)
 
     def select(self, chosen: npt.NDArray[np.int64]) -> Rows:
         return replace(self, chosen=chosen if self.chosen is None else self.chosen[chosen])
@@ -69,7 +74,7 @@ class RayFileRows(Rows):
     def read(self, first: int = 0) -> Iterator[TextsAndLabels]:
         texts: list[Any] = []
         labels: list[Any] = []
-        for table in self._selected(first):
+        for table in self._tables(first) if self.chosen is None else self._chosen_tables(self.chosen[first:]):
             texts += texts_of(table)
             labels += labels_of(table)
             while len(texts) >= CHUNK_ROWS:
@@ -78,36 +83,29 @@ class RayFileRows(Rows):
         if texts:
             yield texts, labels
 
-    def _selected(self, first: int) -> Iterator[pa.Table]:
-        """Tables of the rows from `first` on."""
-        if self.chosen is None:
-            yield from self._all(first)
-            return
-        chosen = self.chosen[first:]
+    def _chosen_tables(self, chosen: npt.NDArray[np.int64]) -> Iterator[pa.Table]:
+        """Tables of the rows with these indices, which ascend."""
         if not len(chosen):
             return
-        at = start = int(chosen[0])
-        for table in self._all(start):
-            low, high = np.searchsorted(chosen, (at, at + table.num_rows))
+        start = int(chosen[0])
+        for table in self._tables(start):
+            low, high = np.searchsorted(chosen, (start, start + table.num_rows))
             if high > low:
-                yield table.take(pa.array(chosen[low:high] - at))
-            at += table.num_rows
-            if at > chosen[-1]:
+                yield table.take(pa.array(chosen[low:high] - start))
+            start += table.num_rows
+            if start > chosen[-1]:
                 return
 
-    def _all(self, first: int) -> Iterator[pa.Table]:
-        """Tables of all rows from `first` on, in order; files that lie before it are not opened."""
-        file = skip = 0
-        if first:
-            counts = self._counted()
-            skip = first
-            while file < len(counts) and skip >= counts[file]:
-                skip -= counts[file]
-                file += 1
-            if file == len(counts):
-                return
+    def _tables(self, first: int) -> Iterator[pa.Table]:
+        """Tables of all rows from row `first` on, in order. Files before that row are not opened."""
+        counts = self._all_counts() if first else []
+        file, skip = 0, first
+        while file < len(counts) and skip >= counts[file]:
+            file, skip = file + 1, skip - counts[file]
+        if file == len(self.paths):
+            return
         seen = dict.fromkeys(range(len(self.paths)), 0)
-        for table in self._read(file, _Texts(self.text_field, self.label_field)):
+        for table in self._read(file, count=False):
             if not first:
                 files, numbers = np.unique(table.column("file").to_numpy(), return_counts=True)
                 for each, number in zip(files, numbers, strict=True):
@@ -121,31 +119,33 @@ class RayFileRows(Rows):
         if not first:
             self.counts.update(seen)
 
-    def _counted(self) -> list[int]:
-        """Rows of every file, counted now if they were not before."""
+    def _all_counts(self) -> list[int]:
+        """The rows of every file. Those that are unknown are counted now."""
         if len(self.counts) < len(self.paths):
             totals = dict.fromkeys(range(len(self.paths)), 0)
-            for table in self._read(0, _Count(self.text_field, self.label_field)):
+            for table in self._read(0, count=True):
                 for file, rows in zip(*(table.column(name).to_pylist() for name in ("file", "rows")), strict=True):
                     totals[file] += rows
             self.counts.update(totals)
         return [self.counts[file] for file in range(len(self.paths))]
 
-    def _read(self, first: int, parse: Any) -> Iterator[pa.Table]:
-        """What `parse` makes of the files from number `first` on, in their order."""
+    def _read(self, first: int, count: bool) -> Iterator[pa.Table]:
+        """Tables of the files from number `first` on, in their order: see `_Parser`."""
         context = DataContext.get_current()
         context.enable_progress_bars = False
         context.print_on_execution_start = False
         context.execution_options.preserve_order = True
         context.execution_options.verbose_progress = False
         context.target_max_block_size = BLOCK_BYTES
-        _quiet()
+        for name in ("ray.data", "ray"):  # the command has a progress bar of its own
+            logging.getLogger(name).setLevel(logging.ERROR)
         files = [{"file": number, "path": self.paths[number]} for number in range(first, len(self.paths))]
         options: dict[str, Any] = {"num_cpus": 0}  # else models that take every CPU would leave none to read for them
         if not self.remote:
-            options["resources"] = {_this_node(): 0.001}
+            options["resources"] = {f"node:{own_node()['NodeManagerAddress']}": 0.001}
         listed = ray.data.from_items(files, override_num_blocks=len(files))
-        at_once = min(AT_ONCE, len(files)) if self.remote else 1
+        at_once = min(REMOTE_FILES, len(files)) if self.remote else 1
+        parse = _Parser(self.text_field, self.label_field, count)
         tables = listed.map_batches(parse, batch_size=1, batch_format="pyarrow", concurrency=at_once, **options)
         try:
             yield from tables.iter_batches(batch_size=CHUNK_ROWS, batch_format="pyarrow", prefetch_batches=4)
@@ -159,39 +159,17 @@ class RayFileRows(Rows):
 
 
 @dataclass(frozen=True)
-class _Texts:
-    """Parses a file: tables of `files.SCHEMA` and `file`."""
+class _Parser:
+    """Parses a file: tables of `files.SCHEMA` with the number of the `file`, or with `count` its number of rows."""
 
     text_field: str
     label_field: str
+    count: bool
 
     def __call__(self, files: pa.Table) -> Iterator[pa.Table]:
         number, path = files.column("file")[0].as_py(), files.column("path")[0].as_py()
         for table in read_tables(path, self.text_field, self.label_field):
-            yield table.append_column("file", pa.array(np.full(table.num_rows, number, np.int64)))
-
-
-@dataclass(frozen=True)
-class _Count:
-    """Parses a file for its number of rows only."""
-
-    text_field: str
-    label_field: str
-
-    def __call__(self, files: pa.Table) -> Iterator[pa.Table]:
-        number, path = files.column("file")[0].as_py(), files.column("path")[0].as_py()
-        for table in read_tables(path, self.text_field, self.label_field):
-            yield pa.table({"file": [number], "rows": [table.num_rows]})
-
-
-def _this_node() -> str:
-    """The resource that every node of this machine has."""
-    here = ray.get_runtime_context().get_node_id()
-    (address,) = (node["NodeManagerAddress"] for node in ray.nodes() if node["NodeID"] == here)
-    return f"node:{address}"
-
-
-def _quiet() -> None:
-    """Ray Data tells of its own progress through loggers; ours is the one bar."""
-    for name in ("ray.data", "ray"):
-        logging.getLogger(name).setLevel(logging.ERROR)
+            if self.count:
+                yield pa.table({"file": [number], "rows": [table.num_rows]})
+            else:
+                yield table.append_column("file", pa.array(np.full(table.num_rows, number, np.int64)))

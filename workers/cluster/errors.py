@@ -1,14 +1,14 @@
-"""What can go wrong on a cluster.
+"""Errors of work on a cluster.
 
-ClusterError              the work cannot be done there; one line that says why
+ClusterError              the work cannot be done on the cluster; the message is one line
 ├── RayMissing            Ray is not installed
-├── ClusterUnavailable    no cluster at the address
-└── OtherFleet            a fleet of that name runs with other settings
+├── ClusterUnavailable    there is no cluster at the address
+└── OtherFleet            a fleet of this name runs with other settings
 """
 
 
 class ClusterError(Exception):
-    """The work cannot be done on the cluster; one line that says why."""
+    """The work cannot be done on the cluster. The message is one line."""
 
 
 class RayMissing(ClusterError):
@@ -16,14 +16,14 @@ class RayMissing(ClusterError):
 
 
 class ClusterUnavailable(ClusterError):
-    """There is no cluster at the address, or this machine is no part of it."""
+    """There is no cluster at the address, or this machine is not part of it."""
 
 
 class OtherFleet(ClusterError):
-    """A fleet of that name runs with other settings."""
+    """A fleet of this name runs with other settings."""
 
 
 def first_line(error: BaseException) -> str:
-    """What an error of Ray says, without the traces that it adds; its type where it says nothing."""
+    """The first line of an error's message, without the traceback that Ray appends; its type if it has none."""
     lines = str(error).strip().splitlines()
     return lines[0] if lines else type(error).__name__

@@ -1,6 +1,6 @@
-"""Measuring on a pool of models: chunk by chunk, so in the very batches of one process, and with its outcomes."""
+"""An evaluation on a pool of models: chunk by chunk, so in the batches of one process, and with its outcomes."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -18,20 +18,25 @@ from workers.models.predictions import Head
 
 
 @dataclass(frozen=True, eq=False)
-class Asked:
+class ChunkTask:
     """A chunk to measure, and the index of each text's true label."""
 
     chunk: Chunk
     truth: Labels
 
-    def __str__(self) -> str:
+    @property
+    def rows(self) -> slice:
+        """The chunk's rows of the corpus."""
         first = self.chunk.index * CHUNK_ROWS
-        return f"rows {first + 1:,} to {first + len(self.truth):,}"
+        return slice(first, first + len(self.chunk.texts))
+
+    def __str__(self) -> str:
+        return f"rows {self.rows.start + 1:,} to {self.rows.stop:,}"
 
 
 @dataclass(frozen=True, eq=False)
-class _Known:
-    """What every actor needs to know."""
+class _Context:
+    """What all chunks have in common."""
 
     range_set: RangeSet
     grid: Sequence[Setting]
@@ -39,19 +44,18 @@ class _Known:
     head: Head
 
 
-class Answering:
-    """On an actor: outcomes of chunks under every erasure."""
+def _chunk_measurer(model: LoadedModel, context: _Context) -> Callable[[ChunkTask], Outcomes]:
+    """Runs on an actor: makes the function that measures a chunk under every erasure."""
+    measurer = Measurer(model, context.range_set, context.grid, context.settings)
+    erasures = sum(len(setting.erasures) for setting in context.grid)
 
-    def __init__(self, model: LoadedModel, known: _Known) -> None:
-        self._model, self._known = model, known
-        self._measurer = Measurer(model, known.range_set, known.grid, known.settings)
-        self._erasures = sum(len(setting.erasures) for setting in known.grid)
-
-    def __call__(self, asked: Asked) -> Outcomes:
-        outcomes = Outcomes.empty(self._erasures, len(asked.truth), self._known.head)
-        for at, batch in batches_of(self._model, asked.chunk, self._known.settings.batch_tokens):
-            self._measurer.add(outcomes, at, batch, asked.truth[at])
+    def measure_chunk(task: ChunkTask) -> Outcomes:
+        outcomes = Outcomes.empty(erasures, len(task.truth), context.head)
+        for at, batch in batches_of(model, task.chunk, context.settings.batch_tokens):
+            measurer.add(outcomes, at, batch, task.truth[at])
         return outcomes
+
+    return measure_chunk
 
 
 def measure_on(
@@ -66,20 +70,20 @@ def measure_on(
     checkpoint_seconds: float,
     progress: ProgressCallback | None,
 ) -> tuple[Outcomes, Path | None]:
-    """As `workers.evaluation.measure.measure`, on the pool; it goes on from the other's checkpoint, and so back.
+    """As `workers.evaluation.measure.measure`, on a pool. Each resumes from the checkpoints of the other.
 
     Raises:
         NotFitted, UnknownConcept, InvalidErasure: as there.
         ModelError, ClusterError: see `ModelPool`.
     """
-    for setting in grid:  # what cannot be resolved should be known here
+    for setting in grid:  # raises what is wrong with an erasure here, and not on an actor
         for erasure in setting.erasures:
             resolve(range_set, [erasure])
-    about = pool.model_info
-    under_way = start_measuring(
-        about.identity,
-        about.dtype,
-        about.head,
+    info = pool.model_info
+    run = start_measuring(
+        info.identity,
+        info.dtype,
+        info.head,
         range_set,
         corpus,
         grid,
@@ -88,27 +92,27 @@ def measure_on(
         checkpoint_dir=checkpoint_dir,
         checkpoint_seconds=checkpoint_seconds,
     )
-    outcomes = under_way.outcomes
-    outcomes.turns[0] = 0  # a batch that one process was at is measured anew
+    outcomes = run.outcomes
+    outcomes.turns[0] = 0  # repeat a batch that one process left unfinished
 
-    job = ActorFunction[Asked, Outcomes].of(Answering, _Known(range_set, tuple(grid), settings, about.head))
+    context = _Context(range_set, tuple(grid), settings, info.head)
+    measurer = ActorFunction[ChunkTask, Outcomes].of(_chunk_measurer, context)
     try:
-        for asked, part, _ in pool.map(job, _left(under_way)):
-            rows = slice(asked.chunk.index * CHUNK_ROWS, asked.chunk.index * CHUNK_ROWS + len(asked.truth))
+        for task, part, _ in pool.map(measurer, _tasks(run)):
             for name in ("base_predicted", "base_confidence", "predicted", "confidence", "kl", "used", "done"):
-                getattr(outcomes, name)[..., rows] = getattr(part, name)
+                getattr(outcomes, name)[..., task.rows] = getattr(part, name)
             if progress is not None:
-                progress(under_way.progress())
-            under_way.save_if_due()
+                progress(run.progress())
+            run.save_if_due()
     except BaseException:
-        under_way.save()
+        run.save()
         raise
-    return under_way.result()
+    return run.result()
 
 
-def _left(under_way: MeasureRun) -> Iterator[Asked]:
-    """Chunks that are not done."""
-    for chunk in under_way.corpus.chunks():
+def _tasks(run: MeasureRun) -> Iterator[ChunkTask]:
+    """The chunks that are not done."""
+    for chunk in run.corpus.chunks():
         rows = slice(chunk.index * CHUNK_ROWS, chunk.index * CHUNK_ROWS + len(chunk.texts))
-        if not under_way.outcomes.done[rows].all():
-            yield Asked(chunk, under_way.truth[rows])
+        if not run.outcomes.done[rows].all():
+            yield ChunkTask(chunk, run.truth[rows])

@@ -1,22 +1,26 @@
-"""What a fleet and its replicas tell each other. Errors travel as data: pickled, ours would lose their fields."""
+"""The messages between an ingress and its replicas. Errors travel as data: pickled, ours would lose their fields."""
 
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 
 from range_store.domain.erasure import Erasure
 from range_store.errors import RangeStoreError
-from workers.engine.answers import Answer, Load, Logits, Source, TextAnswer
-from workers.engine.errors import EngineError, EngineFailed
+from workers.engine.answers import Answer, Load, Logits, TextAnswer
+from workers.engine.errors import EngineError
 from workers.models.errors import ModelError
 from workers.models.texts import TextOrPair
+
+EXPECTED_ERRORS = (EngineError, RangeStoreError, ModelError)
+"""Errors that a replica sends as they are. Any other is a fault of the program, and belongs in the replica's log."""
 
 
 @dataclass(frozen=True)
 class RequestContext:
-    """What a request is called where it came in: its id, and its place in a trace as a `traceparent`."""
+    """How a request is identified where it came in: its id, and its place in a trace as a `traceparent`."""
 
     request_id: str | None = None
     traceparent: str | None = None
@@ -24,7 +28,7 @@ class RequestContext:
 
 @dataclass(frozen=True, eq=False)
 class RemoteRequest:
-    """One request. `timeout`: seconds that are left of its time."""
+    """One request: the arguments of `Engine.classify`."""
 
     texts: Sequence[TextOrPair]
     erase: Sequence[Erasure] | None
@@ -32,100 +36,73 @@ class RemoteRequest:
     truncate: bool
     timeout: float | None
     min_generation: str | None
-    origin: RequestContext = RequestContext()
+    context: RequestContext = RequestContext()
 
 
 @dataclass(frozen=True, eq=False)
 class PackedAnswer:
-    """An `Answer`, its texts packed into arrays: logits and baselines [N, K], one row of counts per text.
+    """An `Answer` with its texts as arrays, which serialize faster than an object for each text.
 
-    `counts`: masked neurons, whether it was truncated, tokens, whether it has a baseline.
+    Attributes:
+        answer: the answer, without its texts.
+        logits: [N, K]. baselines: [M, K], those of the texts that have one.
+        counts: [N, 4]: masked neurons, whether it was truncated, tokens, whether it has a baseline.
     """
 
+    answer: Answer
     logits: Logits
-    baselines: Logits | None
-    counts: Any
-    source: Source
-    erasures: tuple[Erasure, ...]
-    enforced: frozenset[str]
-    range_set: str | None
-    generation: str | None
-    queued_seconds: float
-    running_seconds: float
+    baselines: Logits
+    counts: npt.NDArray[np.int64]
 
     @classmethod
     def of(cls, answer: Answer) -> "PackedAnswer":
-        texts = answer.texts
+        texts, none = answer.texts, np.empty((0, 0), np.float32)
         baselines = [text.baseline for text in texts if text.baseline is not None]
         counts = [(text.masked_neurons, text.truncated, text.tokens, text.baseline is not None) for text in texts]
         return cls(
-            np.stack([text.logits for text in texts]) if texts else np.empty((0, 0), np.float32),
-            np.stack(baselines) if baselines else None,
+            replace(answer, texts=()),
+            np.stack([text.logits for text in texts]) if texts else none,
+            np.stack(baselines) if baselines else none,
             np.array(counts, np.int64).reshape(-1, 4),
-            answer.source,
-            answer.erasures,
-            answer.enforced,
-            answer.range_set,
-            answer.generation,
-            answer.queued_seconds,
-            answer.running_seconds,
         )
 
-    def answer(self, replica: str) -> Answer:
-        return Answer(
-            tuple(self._texts()),
-            self.source,
-            self.erasures,
-            self.enforced,
-            self.range_set,
-            self.generation,
-            self.queued_seconds,
-            self.running_seconds,
-            replica,
-        )
+    @property
+    def generation(self) -> str | None:
+        return self.answer.generation
 
-    def _texts(self) -> Iterator[TextAnswer]:
-        baselines = iter(self.baselines if self.baselines is not None else ())
-        for logits, (masked, truncated, tokens, compared) in zip(self.logits, self.counts.tolist(), strict=True):
-            yield TextAnswer(logits, next(baselines) if compared else None, masked, bool(truncated), tokens)
+    def unpack(self, replica: str) -> Answer:
+        """The answer, as one that this replica gave."""
+        baselines = iter(self.baselines)
+        texts = tuple(
+            TextAnswer(logits, next(baselines) if compared else None, masked, bool(truncated), tokens)
+            for logits, (masked, truncated, tokens, compared) in zip(self.logits, self.counts.tolist(), strict=True)
+        )
+        return replace(self.answer, texts=texts, replica=replica)
 
 
 @dataclass(frozen=True)
 class PackedError:
-    """An error: the name of its class, its message and its fields."""
+    """An error as its class, message and fields."""
 
-    kind: str
+    kind: type[Exception]
     message: str
     fields: dict[str, Any]
 
     @classmethod
     def of(cls, error: Exception) -> "PackedError":
-        return cls(type(error).__name__, str(error), dict(vars(error)))
+        return cls(type(error), str(error), dict(vars(error)))
 
-    def error(self) -> Exception:
-        """The error again, of the same class and with the same fields."""
-        kind = _KINDS.get(self.kind, EngineFailed)
-        error = kind.__new__(kind, self.message)
+    def unpack(self) -> Exception:
+        error = self.kind.__new__(self.kind, self.message)
         vars(error).update(self.fields)
         return error
 
 
 @dataclass(frozen=True, eq=False)
 class CallReply:
-    """What a replica says to the requests of one call, in their order; and how it is. `gone`: it takes no more."""
+    """A replica's reply to the requests of one call, in their order, and its load. `ending`: it takes no more calls."""
 
     replica: str
     outcomes: tuple[PackedAnswer | PackedError, ...]
     load: Load
-    gone: bool = False
-
-
-def _kinds(base: type[Exception]) -> Iterator[type[Exception]]:
-    yield base
-    for kind in base.__subclasses__():
-        yield from _kinds(kind)
-
-
-EXPECTED_ERRORS = (EngineError, RangeStoreError, ModelError)
-"""What a replica tells as it is; anything else is a fault of the program, and in its log."""
-_KINDS = {kind.__name__: kind for base in EXPECTED_ERRORS for kind in _kinds(base)}
+    ending: bool = False

@@ -1,4 +1,8 @@
-"""A replica's own /metrics, at its node's address: what one process tells of its engine, under the same names."""
+"""Prometheus metrics of a fleet: an ingress has `FleetMetrics`, and each replica serves those of its engine over HTTP.
+
+Ray's own metrics (`ray.util.metrics`) would appear under other names and without the label `model`, so dashboards and
+alerts could not be the ones of a single process.
+"""
 
 import logging
 from collections.abc import Callable, Iterator
@@ -17,21 +21,28 @@ from workers.models.facts import ModelFacts
 logger = logging.getLogger(__name__)
 
 PORTS = 100
-"""So many ports are tried from the first one on: each replica of a node needs one of its own."""
+"""Number of ports that are tried, from the first one on: each replica of a node needs its own."""
 COUNTED_BY_INGRESSES = frozenset({"neuronlens_rejections"})
-"""Requests that were not answered: told here too, they would be counted twice."""
+"""Metrics that replicas leave out: requests that were not answered would be counted twice."""
+REASONS: dict[type[EngineError], str] = {
+    QueueFull: "queue_full",
+    RequestTooLarge: "too_large",
+    Draining: "draining",
+    DeadlineExceeded: "deadline",
+    EngineFailed: "failed",
+}
 
 
 @dataclass(frozen=True)
 class MetricsAddress:
-    """Where replicas serve their metrics. `host` None: at their node's address. `port`: the first; 0 takes any."""
+    """Where replicas serve their metrics. `host` None: their node's address. `port`: the first; 0: any free port."""
 
     host: str | None
     port: int
 
 
 class ReplicaMetrics(Collector):
-    """The engine's registry, and what the replica's mirror knows, under a label `model` as in one process."""
+    """The metrics of a replica's engine, mirror and model, with the label `model`."""
 
     def __init__(self, model: str, engine: CollectorRegistry, mirror: Mirror, facts: ModelFacts) -> None:
         self._model = model
@@ -45,22 +56,22 @@ class ReplicaMetrics(Collector):
 
 
 class MetricsServer:
-    """Serves `metrics`, and what is told of this process, over HTTP until it is closed.
+    """Serves metrics, and those of this process, over HTTP until it is closed.
 
     Args:
-        address: of the node, where `at` names none.
+        node_address: used where `address` has no host.
 
     Raises:
         OSError: there is no such address, or none of the ports is free.
     """
 
-    def __init__(self, metrics: Collector, at: MetricsAddress, address: str) -> None:
+    def __init__(self, metrics: Collector, address: MetricsAddress, node_address: str) -> None:
         disable_created_metrics()  # type: ignore[no-untyped-call]
         registry = CollectorRegistry()
         registry.register(metrics)
         register_process_metrics(registry)
-        host = at.host or address
-        ports = range(at.port, min(at.port + PORTS, 65536)) if at.port else range(1)
+        host = address.host or node_address
+        ports = range(address.port, min(address.port + PORTS, 65536)) if address.port else range(1)
         for port in ports:
             try:
                 self._server, self._thread = start_http_server(port, host, registry)
@@ -76,50 +87,44 @@ class MetricsServer:
         self._thread.join()
 
 
-def serve_metrics(metrics: Collector, at: MetricsAddress | None, address: str) -> MetricsServer | None:
-    """A server for them, if there is to be one. That it cannot be had is logged, and costs no answer."""
-    if at is None:
+def serve_metrics(metrics: Collector, address: MetricsAddress | None, node_address: str) -> MetricsServer | None:
+    """Serve metrics if there is an address. A failure is logged, and the replica answers without metrics."""
+    if address is None:
         return None
     try:
-        return MetricsServer(metrics, at, address)
+        return MetricsServer(metrics, address, node_address)
     except OSError as error:
-        logger.warning("this replica's metrics are not served: %s:%d: %s", at.host or address, at.port, error.strerror)
+        host = address.host or node_address
+        logger.warning("cannot serve this replica's metrics at %s:%d: %s", host, address.port, error.strerror)
         return None
-
-
-REASONS: dict[type[EngineError], str] = {
-    QueueFull: "queue_full",
-    RequestTooLarge: "too_large",
-    Draining: "draining",
-    DeadlineExceeded: "deadline",
-    EngineFailed: "failed",
-}
 
 
 class FleetMetrics:
-    """Registered in `registry`. `replicas`, `wanted`: tell how many take requests, and how many are to."""
+    """Metrics of an ingress. `replicas`, `target_replicas`: return how many take requests, and how many are the aim."""
 
-    def __init__(self, registry: CollectorRegistry, replicas: Callable[[], int], wanted: Callable[[], int]) -> None:
+    def __init__(
+        self, registry: CollectorRegistry, replicas: Callable[[], int], target_replicas: Callable[[], int]
+    ) -> None:
         Gauge("neuronlens_fleet_replicas", "Replicas that take requests.", registry=registry).set_function(replicas)
         Gauge(
             "neuronlens_fleet_replicas_wanted",
-            "Replicas that there are to be: as many as were asked for, or as the load asks for.",
+            "Target number of replicas: as configured, or as autoscaling chose.",
             registry=registry,
-        ).set_function(wanted)
+        ).set_function(target_replicas)
         self.calls = Histogram(
             "neuronlens_fleet_call_requests",
-            "Requests that travelled to a replica together, in one call.",
+            "Requests sent to a replica together, in one call.",
             buckets=(1, 2, 4, 8, 16, 32, 64),
             registry=registry,
         )
         self.retried = Counter(
             "neuronlens_fleet_retried",
-            "Requests that were sent once more, because the replica that had them was lost.",
+            "Requests sent again because their replica was lost.",
             registry=registry,
         )
         self.lost = Counter(
             "neuronlens_fleet_lost",
-            "Requests that were not answered, because the next was lost too.",
+            "Requests not answered because a second replica was lost too.",
             registry=registry,
         )
         self.rejections = Counter(
@@ -129,5 +134,5 @@ class FleetMetrics:
             self.rejections.labels(reason)
 
     def count(self, error: EngineError) -> None:
-        """A request was not answered."""
+        """Count a request that was not answered."""
         self.rejections.labels(REASONS.get(type(error), "lost")).inc()

@@ -1,8 +1,9 @@
-"""A pool of models on the nodes of a Ray cluster that work is handed to.
+"""A pool of models on the nodes of a Ray cluster, which applies functions to tasks.
 
-Where a model runs, and on which node another one starts in the place of one that died, is Ray's work. Ours is that
-each piece of work counts once: a result is taken in the order of the pieces, and a piece whose model died is handed
-out again.
+Ray places the actors. Its pool (`ray.util.ActorPool`) submits all tasks at once and gives up when an actor dies; its
+task retries wait for the same actor, for which a cluster that lost a node may have no room; and calls to an actor that
+it restarts use up their retries within seconds, or never end where a model kills its process for lack of memory. So
+here few tasks are taken ahead, a task whose actor dies goes to another one, and new actors replace those that died.
 """
 
 import logging
@@ -11,7 +12,7 @@ import os
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from importlib.metadata import version
 from typing import Any, Generic, TypeVar
 
@@ -21,7 +22,7 @@ from ray.exceptions import RayError, RayTaskError
 
 from range_store.domain.range_set import ModelIdentity
 from range_store.errors import RangeStoreError
-from workers.cluster.connection import TELL_SECONDS, free_resources
+from workers.cluster.connection import WARN_SECONDS, free_resources
 from workers.cluster.errors import ClusterError, first_line
 from workers.corpora.errors import CorpusError
 from workers.models.errors import ModelError
@@ -31,10 +32,11 @@ from workers.models.predictions import Head
 logger = logging.getLogger(__name__)
 
 PER_ACTOR = 2
-"""Pieces of work that an actor is given at once: the next one is there when it is done with one."""
+"""Tasks that an actor has at once, so that it need not wait for the next one."""
 ATTEMPTS = 4
-"""So many times a piece of work is handed out when whoever has it dies."""
+"""How many actors may die with the same task, or, for each actor of the pool, in a row before any work is done."""
 WAIT_SECONDS = 0.5
+"""Longest wait between two checks of the pool."""
 
 Task = TypeVar("Task")
 Result = TypeVar("Result")
@@ -42,7 +44,7 @@ Result = TypeVar("Result")
 
 @dataclass(frozen=True)
 class PoolLayout:
-    """How models are spread: so many actors, each with so many CPU threads, on a GPU of its own or on none."""
+    """The number of actors, the CPU threads of each, and whether each has a GPU of its own."""
 
     actors: int
     threads: int
@@ -50,31 +52,30 @@ class PoolLayout:
 
     @classmethod
     def of(cls, actors: int | None, threads: int | None, device: str) -> "PoolLayout":
-        """What the cluster has room for, where it is not said.
+        """The layout for the connected cluster, as far as it is not given.
 
         Args:
-            actors: None: one per GPU, or without GPUs one per node.
-            threads: of each; None: an equal share of the CPUs of its node.
-            device: "auto" takes GPUs where the cluster has some.
+            actors: None: one for each GPU, or without GPUs one for each node.
+            threads: of each; None: an equal share of its node's CPUs.
+            device: "auto" takes GPUs if the cluster has any.
 
         Raises:
-            ClusterError: a GPU is wanted and there is none, or one by its number; or there is no CPU. Where both
-                numbers are given, nodes are waited for.
+            ClusterError: no node fits, and `actors` or `threads` is not given. If both are, the pool waits for nodes.
         """
         if device.startswith("cuda:"):
-            raise ClusterError(f"with --ray the cluster chooses the GPU: --device cuda instead of {device}")
+            raise ClusterError(f"with --ray the cluster chooses the GPU: use --device cuda instead of {device}")
         nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
         with_gpu = [node for node in nodes if node.get("GPU", 0) >= 1]
         gpu = device == "cuda" or (device == "auto" and bool(with_gpu))
         hosts = with_gpu if gpu else [node for node in nodes if node.get("CPU", 0) >= 1]
-        if not hosts and actors and threads:  # nodes may be still to come, where they are started on demand
+        if not hosts and actors and threads:
             return cls(actors, threads, gpu)
         if not hosts:
-            offered = "has a GPU: --device cpu" if gpu else "offers a CPU"
-            raise ClusterError(f"no node of the cluster {offered}; --actors and --threads wait for nodes to come")
-        wanted = actors or (sum(int(node["GPU"]) for node in hosts) if gpu else len(hosts))
-        share = int(min(node.get("CPU", 1) for node in hosts)) // math.ceil(wanted / len(hosts))
-        return cls(wanted, threads or max(1, share), gpu)
+            missing = "a GPU: use --device cpu" if gpu else "a CPU"
+            raise ClusterError(f"no node of the cluster has {missing}; to wait for nodes, pass --actors and --threads")
+        count = actors or (sum(int(node["GPU"]) for node in hosts) if gpu else len(hosts))
+        share = int(min(node.get("CPU", 1) for node in hosts)) // math.ceil(count / len(hosts))
+        return cls(count, threads or max(1, share), gpu)
 
     def __str__(self) -> str:
         return f"{self.actors} × {self.threads} CPUs" + (" and a GPU" if self.gpu else "")
@@ -82,7 +83,7 @@ class PoolLayout:
 
 @dataclass(frozen=True)
 class ModelInfo:
-    """What an actor loaded, and where."""
+    """The model that an actor loaded, and the process that it runs in."""
 
     identity: ModelIdentity
     earlier_fingerprint: str | None
@@ -97,7 +98,7 @@ class ModelInfo:
 
 
 class ModelActor:
-    """A model on some node. Not a class of Ray's: `ModelPool` makes actors of it."""
+    """A model on some node. `ModelPool` makes a Ray actor of this class."""
 
     def __init__(self, source: str, choices: Mapping[str, Any], threads: int) -> None:
         self._source, self._choices, self._threads = source, choices, threads
@@ -105,7 +106,7 @@ class ModelActor:
         self._made: dict[str, Callable[[Any], Any]] = {}
 
     def load(self) -> ModelInfo:
-        """Load the model. Not done by `__init__`, whose errors Ray would wrap. Raises ModelError."""
+        """Load the model. Not done by `__init__`, whose errors Ray turns into text. Raises ModelError."""
         use_threads(self._threads)
         model = self._model = load_model(self._source, **self._choices)
         gpu = model.device.type == "cuda"
@@ -122,10 +123,10 @@ class ModelActor:
             {name: version(name) for name in ("neuronlens", "torch", "transformers", "numpy")},
         )
 
-    def work(self, key: str, make: Callable[[LoadedModel, Any], Callable[[Any], Any]], shared: Any, task: Any) -> Any:
-        """Seconds that it took, and what `make(model, shared)`, made once per key, gives for the task."""
-        started = time.monotonic()
+    def run(self, key: str, make: Callable[[LoadedModel, Any], Callable[[Any], Any]], shared: Any, task: Any) -> Any:
+        """The seconds that a task took, and its result: `make(model, shared)(task)`. It is made once for each key."""
         assert self._model is not None
+        started = time.monotonic()
         if key not in self._made:
             self._made = {key: make(self._model, shared)}
         result = self._made[key](task)
@@ -134,7 +135,7 @@ class ModelActor:
 
 @dataclass(frozen=True, eq=False)
 class ActorFunction(Generic[Task, Result]):
-    """Work of one kind: `make(model, shared)` gives what is called with every task; `shared` is sent to a node once."""
+    """A function that actors apply to tasks: `make(model, shared)` makes it. `shared` is sent to each node once."""
 
     make: Callable[[LoadedModel, Any], Callable[[Task], Result]]
     shared: Any  # a reference to it
@@ -144,238 +145,224 @@ class ActorFunction(Generic[Task, Result]):
     def of(
         cls, make: Callable[[LoadedModel, Any], Callable[[Task], Result]], shared: Any
     ) -> "ActorFunction[Task, Result]":
-        kept = ray.put(shared)
-        return cls(make, kept, kept.hex())
+        reference = ray.put(shared)
+        return cls(make, reference, reference.hex())
 
 
 @dataclass(eq=False)
-class _Member:
+class _Actor:
+    """An actor: `loading` refers to its `ModelInfo` until it has loaded, `tasks` is the number that it has now."""
+
     handle: Any
     loading: Any
-    about: ModelInfo | None = None
-    in_hand: int = 0
-
-    @property
-    def ready(self) -> bool:
-        return self.loading is None
+    info: ModelInfo | None = None
+    tasks: int = 0
 
 
 @dataclass(eq=False)
-class _Piece(Generic[Task]):
-    """A piece of work; `said` and `result` refer to what its actor gives, the first of it small."""
+class _Call(Generic[Task]):
+    """A task at an actor. Of the references to its seconds and its result, the second may be to a large object."""
 
-    place: int
+    index: int
     task: Task
     attempts: int = 0
-    member: _Member | None = None
-    said: Any = None
+    actor: _Actor | None = None
+    seconds: Any = None
     result: Any = None
-    seconds: float = 0.0
 
 
-@dataclass(eq=False)
 class ModelPool:
-    """Models on the nodes of the cluster that this process is connected to.
+    """Models on the nodes of the connected cluster.
 
     Args:
         source, choices: arguments of `load_model`.
-        check_cancelled: called about twice a second during a wait, and with each result; its exceptions end the work.
     """
 
-    source: str
-    choices: Mapping[str, Any]
-    layout: PoolLayout
-    check_cancelled: Callable[[], None] = lambda: None
-    _members: list[_Member] = field(default_factory=list)
-    _deaths: int = 0
-    _about: ModelInfo | None = None
-    _without_since: float | None = None
+    def __init__(self, source: str, choices: Mapping[str, Any], layout: PoolLayout) -> None:
+        self.layout = layout
+        self._arguments = (source, dict(choices), layout.threads)
+        self._actors: list[_Actor] = []
+        self._deaths = 0
+        self._info: ModelInfo | None = None
+        self._unloaded_since: float | None = None
 
     def __enter__(self) -> "ModelPool":
-        self._members = [self._start() for _ in range(self.layout.actors)]
+        self._actors = [self._start() for _ in range(self.layout.actors)]
         return self
 
     def __exit__(self, *error: object) -> None:
-        for member in self._members:
+        for actor in self._actors:
             with suppress(RayError):
-                ray.kill(member.handle)
+                ray.kill(actor.handle)
+
+    def _start(self) -> _Actor:
+        resources = {"num_cpus": self.layout.threads, "num_gpus": int(self.layout.gpu)}
+        handle = ray.remote(ModelActor).options(**resources, max_restarts=0).remote(*self._arguments)
+        return _Actor(handle, handle.load.remote())
 
     @property
     def model_info(self) -> ModelInfo:
-        """What all actors loaded; waits for the first of them. Raises ModelError, ClusterError."""
-        while self._about is None:
+        """What the first actor loaded, and so all of them. Waits for it. Raises ModelError, ClusterError."""
+        while self._info is None:
             self._wait({}, {})
-        return self._about
+        return self._info
 
-    def map(self, job: ActorFunction[Task, Result], tasks: Iterator[Task]) -> Iterator[tuple[Task, Result, float]]:
-        """Each task, in their order, with its result and the seconds that it took.
+    def map(self, function: ActorFunction[Task, Result], tasks: Iterator[Task]) -> Iterator[tuple[Task, Result, float]]:
+        """Each task with its result and the seconds that it took, in the order of the tasks.
 
-        Tasks are taken as actors come free, and only so many ahead of the first that is not done that memory does not
-        grow with their number.
+        Tasks are taken as actors come free, and only a bounded number ahead of the first one that is not done.
 
         Raises:
-            ModelError, CorpusError, RangeStoreError: an actor said so.
-            ClusterError: anything else went wrong there, or actors died again and again.
+            ModelError, CorpusError, RangeStoreError: an actor raised it.
+            ClusterError: an actor raised another error, or actors died with the task again and again.
         """
-        yield from self._in_order(job, tasks, PER_ACTOR)
+        yield from self._map(function, tasks, PER_ACTOR)
 
-    def call(self, job: ActorFunction[Task, Result], task: Task) -> Result:
-        """One task, done now, whatever else is in hand."""
-        (done,) = self._in_order(job, iter((task,)), math.inf)
-        return done[1]
+    def call(self, function: ActorFunction[Task, Result], task: Task) -> Result:
+        """The result of one task, which is submitted at once, however many tasks actors have."""
+        ((_, result, _),) = self._map(function, iter((task,)), math.inf)
+        return result
 
-    def _in_order(
-        self, job: ActorFunction[Task, Result], tasks: Iterator[Task], at_once: float
+    def _map(
+        self, function: ActorFunction[Task, Result], tasks: Iterator[Task], per_actor: float
     ) -> Iterator[tuple[Task, Result, float]]:
-        in_hand: dict[Any, _Piece[Task]] = {}
+        running: dict[Any, _Call[Task]] = {}
         try:
-            yield from self._handed(job, tasks, at_once, in_hand)
+            yield from self._results(function, tasks, per_actor, running)
         finally:
-            for piece in in_hand.values():  # nobody waits for these any more, and their actors are there for other work
-                assert piece.member is not None
-                piece.member.in_hand -= 1
+            for call in running.values():  # nobody waits for these any more, and their actors are free for other tasks
+                assert call.actor is not None
+                call.actor.tasks -= 1
 
-    def _handed(
-        self, job: ActorFunction[Task, Result], tasks: Iterator[Task], at_once: float, in_hand: dict[Any, _Piece[Task]]
+    def _results(
+        self,
+        function: ActorFunction[Task, Result],
+        tasks: Iterator[Task],
+        per_actor: float,
+        running: dict[Any, _Call[Task]],
     ) -> Iterator[tuple[Task, Result, float]]:
-        window = (PER_ACTOR + 1) * len(self._members)
-        again: list[_Piece[Task]] = []
-        done: dict[int, _Piece[Task]] = {}
+        window = (PER_ACTOR + 1) * len(self._actors)
+        waiting: dict[int, _Call[Task]] = {}
+        done: dict[int, _Call[Task]] = {}
         taken = given = 0
         more = True
-        while more or again or in_hand or done:
-            while (again or (more and taken - given < window)) and (member := self._free(at_once)) is not None:
-                if again:
-                    piece = min(again, key=lambda each: each.place)
-                    again.remove(piece)
-                elif (task := next(tasks, None)) is not None:
-                    piece = _Piece(taken, task)
-                    taken += 1
-                else:
-                    more = False
+        while more or given < taken:
+            while (actor := self._free(per_actor)) is not None:
+                if more and not waiting and taken - given < window:
+                    if (task := next(tasks, None)) is None:
+                        more = False
+                    else:
+                        waiting[taken] = _Call(taken, task)
+                        taken += 1
+                if not waiting:
                     break
-                self._hand(job, piece, member)
-                in_hand[piece.said] = piece
+                call = waiting.pop(min(waiting))
+                run = actor.handle.run.options(num_returns=2)
+                call.seconds, call.result = run.remote(function.key, function.make, function.shared, call.task)
+                call.actor = actor
+                actor.tasks += 1
+                running[call.seconds] = call
             while given in done:
-                piece = done.pop(given)
+                call = done.pop(given)
                 try:
-                    result = ray.get(piece.result)
+                    seconds, result = ray.get([call.seconds, call.result])
                 except RayError as error:
-                    again.append(self._failed(piece, error))
+                    waiting[given] = self._failed(call, error)
                     break
-                piece.result = None
+                call.result = None
                 given += 1
-                yield piece.task, result, piece.seconds
-                self.check_cancelled()
-            if in_hand or self._free(at_once) is None:
-                again += self._wait(in_hand, done)
+                yield call.task, result, seconds
+            if running or self._free(per_actor) is None:
+                waiting |= self._wait(running, done)
 
-    def _start(self) -> _Member:
-        resources = {"num_cpus": self.layout.threads, "num_gpus": int(self.layout.gpu)}
-        actor = ray.remote(ModelActor).options(**resources, max_restarts=0)  # `_failed` starts another
-        handle = actor.remote(self.source, dict(self.choices), self.layout.threads)
-        return _Member(handle, handle.load.remote())
+    def _free(self, per_actor: float) -> _Actor | None:
+        """The loaded actor with the fewest tasks, if it has fewer than `per_actor`."""
+        free = [actor for actor in self._actors if actor.loading is None and actor.tasks < per_actor]
+        return min(free, key=lambda actor: actor.tasks, default=None)
 
-    def _free(self, at_once: float) -> _Member | None:
-        """The idlest model, if it has less than so much work in hand."""
-        ready = [member for member in self._members if member.ready and member.in_hand < at_once]
-        return min(ready, key=lambda member: member.in_hand, default=None)
-
-    def _hand(self, job: ActorFunction[Task, Result], piece: _Piece[Task], member: _Member) -> None:
-        work = member.handle.work.options(num_returns=2)
-        piece.said, piece.result = work.remote(job.key, job.make, job.shared, piece.task)
-        piece.member = member
-        member.in_hand += 1
-
-    def _wait(self, in_hand: dict[Any, _Piece[Task]], done: dict[int, _Piece[Task]]) -> list[_Piece[Task]]:
-        """Wait a while for what comes first, and put it into `done`; gives the pieces that must be handed out again."""
-        self.check_cancelled()
-        self._tell()
-        loading = {member.loading: member for member in self._members if member.loading is not None}
-        refs = [*in_hand, *loading]
-        ready, _ = ray.wait(refs, num_returns=len(refs), timeout=0, fetch_local=False)
+    def _wait(self, running: dict[Any, _Call[Task]], done: dict[int, _Call[Task]]) -> dict[int, _Call[Task]]:
+        """Wait for a call or a model. Moves calls into `done`; returns those to be made again, by index."""
+        self._warn_if_unloaded()
+        loading = {actor.loading: actor for actor in self._actors if actor.loading is not None}
+        references = [*running, *loading]
+        ready, _ = ray.wait(references, num_returns=len(references), timeout=0, fetch_local=False)
         if not ready:
-            ready, _ = ray.wait(refs, num_returns=1, timeout=WAIT_SECONDS, fetch_local=False)
-        again = []
-        for ref in ready:
-            if ref in loading:
-                self._loaded(loading[ref])
+            ready, _ = ray.wait(references, num_returns=1, timeout=WAIT_SECONDS, fetch_local=False)
+        again = {}
+        for reference in ready:
+            if reference in loading:
+                self._loaded(loading[reference])
                 continue
-            piece = in_hand.pop(ref)
-            assert piece.member is not None
-            piece.member.in_hand -= 1
+            call = running.pop(reference)
+            assert call.actor is not None
+            call.actor.tasks -= 1
             try:
-                piece.seconds = ray.get(ref)
+                ray.get(reference)
             except RayError as error:
-                again.append(self._failed(piece, error))
+                again[call.index] = self._failed(call, error)
             else:
                 self._deaths = 0
-                done[piece.place] = piece
+                done[call.index] = call
         return again
 
-    def _tell(self) -> None:
-        """Say so when there has been no model for a while, at first or as all were lost: others may have the room."""
-        if any(member.ready for member in self._members):
-            self._without_since = None
-        elif self._without_since is None:
-            self._without_since = time.monotonic()
-        elif time.monotonic() - self._without_since > TELL_SECONDS:
-            self._without_since = math.inf  # it is said once
-            logger.warning("no model is loaded: %s were asked for, %s", self.layout, free_resources())
+    def _warn_if_unloaded(self) -> None:
+        """Log once that no model has been loaded for a while: others may hold the resources."""
+        if any(actor.loading is None for actor in self._actors):
+            self._unloaded_since = None
+        elif self._unloaded_since is None:
+            self._unloaded_since = time.monotonic()
+        elif time.monotonic() - self._unloaded_since > WARN_SECONDS:
+            self._unloaded_since = math.inf
+            logger.warning("no model is loaded: the pool needs %s, %s", self.layout, free_resources())
 
-    def _loaded(self, member: _Member) -> None:
-        """An actor that loads its model is done with it, one way or another."""
+    def _loaded(self, actor: _Actor) -> None:
+        """Take in what an actor loaded."""
         try:
-            about: ModelInfo = ray.get(member.loading)
+            info: ModelInfo = ray.get(actor.loading)
         except RayTaskError as error:
             raise _reason(error) from None
         except RayError as error:
-            self._replace(member, error)
+            self._replace(actor, error)
             return
-        member.loading, member.about = None, about
-        self._about = self._about or about
+        actor.loading, actor.info = None, info
+        first = self._info = self._info or info
         for what, own, other in (
-            ("another model", about.identity.fingerprint, self._about.identity.fingerprint),
-            ("other versions", about.versions, self._about.versions),
+            ("another model", info.identity.fingerprint, first.identity.fingerprint),
+            ("other versions", info.versions, first.versions),
         ):
             if own != other:
-                raise ClusterError(f"node {about.node} has {what} than node {self._about.node}: {own}, not {other}")
-        if about.hardware != self._about.hardware:
-            logger.warning(
-                "node %s computes on %s, node %s on %s: results can differ in the last bits from run to run",
-                about.node,
-                about.hardware,
-                self._about.node,
-                self._about.hardware,
-            )
+                raise ClusterError(f"node {info.node} has {what} than node {first.node}: {own}, not {other}")
+        if info.hardware != first.hardware:
+            message = "node %s computes on %s, node %s on %s: results can differ in the last bits from run to run"
+            logger.warning(message, info.node, info.hardware, first.node, first.hardware)
 
-    def _failed(self, piece: _Piece[Task], error: RayError) -> _Piece[Task]:
-        """The piece, to be handed out again, and its actor replaced; or what the error says, raised."""
+    def _failed(self, call: _Call[Task], error: RayError) -> _Call[Task]:
+        """The call, to be made again since its actor was lost. Raises any other error."""
         if isinstance(error, RayTaskError):
             raise _reason(error) from None
-        piece.attempts += 1
-        if piece.attempts >= ATTEMPTS:
-            raise ClusterError(f"{piece.task}: whoever was given it died, {ATTEMPTS} times: {first_line(error)}")
-        assert piece.member is not None
-        self._replace(piece.member, error)
-        return piece
+        call.attempts += 1
+        if call.attempts >= ATTEMPTS:
+            raise ClusterError(f"{call.task}: {ATTEMPTS} actors died with this task: {first_line(error)}")
+        assert call.actor is not None
+        self._replace(call.actor, error)
+        return call
 
-    def _replace(self, member: _Member, error: RayError) -> None:
-        """Start an actor in the place of one that died, on whatever node Ray finds for it."""
-        if member not in self._members:
-            return  # several pieces were in its hands
-        where = f"process {member.about.pid} of node {member.about.node}" if member.about else "before it had loaded"
+    def _replace(self, actor: _Actor, error: RayError) -> None:
+        """Start an actor in place of one that died, on whatever node Ray finds for it."""
+        if actor not in self._actors:
+            return  # it had several tasks
+        where = f"process {actor.info.pid} of node {actor.info.node}" if actor.info else "before it had loaded"
         logger.warning("an actor was lost, %s: its work is done again (%s)", where, first_line(error))
         self._deaths += 1
-        if self._deaths > ATTEMPTS * len(self._members):
+        if self._deaths > ATTEMPTS * len(self._actors):
             raise ClusterError(f"actors die before any work is done: {first_line(error)}")
         with suppress(RayError):
-            ray.kill(member.handle)
-        self._members[self._members.index(member)] = self._start()
+            ray.kill(actor.handle)
+        self._actors[self._actors.index(actor)] = self._start()
 
 
 def _reason(error: RayTaskError) -> Exception:
-    """What an actor raised: as it is where it says what to do, else in one line."""
+    """The error that an actor raised, if it is one of ours; else a ClusterError of one line."""
     cause = error.cause
     if isinstance(cause, (ModelError, CorpusError, RangeStoreError)):
         return cause

@@ -169,14 +169,14 @@ def test_fleet_without_room_says_how_much_is_missing(
     monkeypatch: pytest.MonkeyPatch,
     caplog: pytest.LogCaptureFixture,
 ) -> None:
-    monkeypatch.setattr(launching, "TELL_SECONDS", 0.2)
-    monkeypatch.setattr(launching, "FIRST_SECONDS", 1.0)
-    with pytest.raises(ClusterError, match=r"^no replica of 'large' came up in 1 s: "):
+    monkeypatch.setattr(launching, "WARN_SECONDS", 0.2)
+    monkeypatch.setattr(launching, "START_SECONDS", 1.0)
+    with pytest.raises(ClusterError, match=r"^no replica of the fleet of 'large' started within 1 s: "):
         open_services("large", threads=17, drain_seconds=1)  # more than a node has
-    (message,) = [each for each in caplog.messages if "engines run yet" in each]
+    (message,) = [each for each in caplog.messages if "wait for resources" in each]
     until(lambda: "large" not in fleet_names(), 60)
     free = r"\d+ CPUs and 0 GPUs are free on all .*"
-    assert re.fullmatch(f"0 of 1 engines run yet: each asks for 17 CPUs, {free}", message)
+    assert re.fullmatch(f"0 of 1 replicas run, others wait for resources: each needs 17 CPUs, {free}", message)
 
 
 def running(name: str) -> int:

@@ -33,9 +33,9 @@ ON_NODE = """
 import functools, os, time
 import workers.cluster, ray
 from app.serving import fleet
-from workers.cluster import lifeline
+from workers.cluster import connection
 ray.init = functools.partial(ray.init, _node_ip_address={node!r})
-lifeline.head_seconds = lambda: 1.0 if os.path.exists({directory!r} + "/head") else 3600.0
+connection.head_seconds = lambda: 1.0 if os.path.exists({directory!r} + "/head") else 3600.0
 class Clock:
     @staticmethod
     def sleep(seconds):
@@ -145,7 +145,7 @@ def test_ingress_that_lost_its_node_or_head_answers_while_it_can_and_ends(
 
     head = re.escape(nodes.address)
     nodes.head_node.kill_gcs_server()
-    second.running.says(second.running.stderr, "does not answer; engines do")
+    second.running.says(second.running.stderr, "does not answer; engines continue")
     for _ in range(5):
         assert second.answers()
         assert second.ready() == 200

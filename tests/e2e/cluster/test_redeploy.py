@@ -32,7 +32,7 @@ TOLERANCE = 2e-4
 """Largest difference of a logit of the same text in two batches."""
 PATIENT = {"max_queue_seconds": 600.0}
 BROKEN = 888
-"""As `max_queue_texts`: engines with this setting do not come up."""
+"""As `max_queue_texts`: engines with this setting do not start."""
 
 
 @contextmanager
@@ -173,7 +173,7 @@ def test_failed_redeploy_keeps_the_old_engines_and_settings(
     before = set(pids(fleet))
     with (
         load_on(fleet) as answers,
-        pytest.raises(ClusterError, match=r"those that are left go on: .*it is broken"),
+        pytest.raises(ClusterError, match=r"those that are left continue: .*it is broken"),
     ):
         open_services("rolling", redeploy=True, max_queue_texts=BROKEN, **PATIENT)
     assert set(pids(fleet)) == before

@@ -36,9 +36,9 @@ import asyncio, json, logging, sys
 logging.basicConfig(level="INFO", stream=sys.stdout, format="%(message)s", force=True)
 from app.serving.fleet import open_fleet
 from app.settings import Settings
-from workers.cluster import launching, lease
+from workers.cluster import launching
 settings, texts, pauses = map(json.loads, sys.argv[1:])
-lease.TELL_SECONDS = 0.2
+launching.WARN_SECONDS = 0.2
 about = launching._replica_info
 def pausing(plan):
     found = about(plan)
@@ -130,15 +130,15 @@ def test_processes_that_start_the_same_fleet_wait_for_each_other(starting: Start
     killed = starting("shared", pauses=True)
     killed.says("half-way")
     failing = starting("shared", pauses=True)
-    failing.says("another process starts or changes the fleet of 'shared', and is waited for")
+    failing.says("waiting for another process that starts or changes the fleet of 'shared'")
     os.kill(killed.process.pid, signal.SIGKILL)
     failing.says("half-way")
     first = starting("shared", pauses=True)
-    first.says("another process starts")
+    first.says("waiting for another process")
     failing.tell("fail")
     first.says("half-way")
     second = starting("shared")
-    second.says("another process starts")
+    second.says("waiting for another process")
     first.tell("go on")
     for each in (first, second):
         np.testing.assert_allclose(each.answers(), expected, atol=TOLERANCE)

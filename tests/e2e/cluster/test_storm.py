@@ -102,16 +102,17 @@ def test_toggles_reach_every_replica_while_one_is_killed(
 
     generations: list[tuple[str, str]] = []
     """Replica and generation of each answer at the ingress of this process, in the order of admission."""
-    remote = fleet.engine._remote  # type: ignore[attr-defined]
+    calls = fleet.engine.calls  # type: ignore[attr-defined]
+    call = calls.call
 
-    async def recorded(method: str, *arguments: Any, **more: Any) -> Any:
-        reply = await remote(method, *arguments, **more)
+    async def recorded(method: str, *arguments: Any) -> Any:
+        reply = await call(method, *arguments)
         generations.extend(
             (reply.replica, each.generation) for each in reply.outcomes if isinstance(each, PackedAnswer)
         )
         return reply
 
-    monkeypatch.setattr(fleet.engine, "_remote", recorded)
+    monkeypatch.setattr(calls, "call", recorded)
 
     def one_by_one() -> None:
         async def ask() -> None:

@@ -232,7 +232,8 @@ def test_fit_is_that_of_one_process_for_every_file_format(
 
 def test_layout_without_a_suitable_node_needs_actors_and_threads(cluster: Cluster) -> None:
     with pytest.raises(
-        ClusterError, match=r"^no node of the cluster has a GPU: --device cpu; --actors and --threads wait"
+        ClusterError,
+        match=r"^no node of the cluster has a GPU: use --device cpu; to wait for nodes, pass",
     ):
         PoolLayout.of(None, 1, "cuda")
     assert PoolLayout.of(2, 1, "cuda") == PoolLayout(2, 1, gpu=True)
@@ -243,20 +244,21 @@ def test_pool_that_waits_for_cpus_logs_what_is_free(
     pool: ModelPool, source: str, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     until(lambda: ray.available_resources().get("CPU", 0) == 0, 120)
-    monkeypatch.setattr(model_pool, "TELL_SECONDS", 0.1)
+    monkeypatch.setattr(model_pool, "WARN_SECONDS", 0.1)
 
     def logged() -> list[str]:
         return [each.getMessage() for each in caplog.records if each.name == model_pool.logger.name]
 
-    def cancel_once_logged() -> None:
+    def stop_once_logged() -> None:
         if logged():
             raise Stopped
 
-    waiting = ModelPool(source, {"device": "cpu"}, PoolLayout(1, 2, gpu=False), cancel_once_logged)
+    waiting = ModelPool(source, {"device": "cpu"}, PoolLayout(1, 2, gpu=False))
+    during_waits(waiting, monkeypatch, stop_once_logged)
     with waiting, pytest.raises(Stopped):
         assert waiting.model_info
-    asked = "no model is loaded: 1 × 2 CPUs were asked for, 0 CPUs and 0 GPUs are free on all nodes together"
-    assert logged() == [asked]
+    expected = "no model is loaded: the pool needs 1 × 2 CPUs, 0 CPUs and 0 GPUs are free on all nodes together"
+    assert logged() == [expected]
 
 
 def test_caps_probe_and_correct_only_give_the_fit_of_one_process(
@@ -341,18 +343,29 @@ def test_stopped_fit_resumes_on_the_cluster_and_in_one_process(
     assert numbers(resumed) == numbers(local_fit)
 
 
+def during_waits(pool: ModelPool, monkeypatch: pytest.MonkeyPatch, action: Callable[[], None]) -> None:
+    """Let the pool call `action` whenever it waits."""
+    wait = pool._wait
+
+    def acting(*arguments: Any) -> Any:
+        action()
+        return wait(*arguments)
+
+    monkeypatch.setattr(pool, "_wait", acting)
+
+
 class _Victim:
     """An actor that is stopped at once, so that it finishes no work; a call kills it if it has been given some."""
 
     def __init__(self, pool: ModelPool) -> None:
         until(lambda: all_ready(pool), 300)
-        self._member = pool._members[-1]
-        assert self._member.about
-        self.pid = self._member.about.pid
+        self._actor = pool._actors[-1]
+        assert self._actor.info
+        self.pid = self._actor.info.pid
         os.kill(self.pid, signal.SIGSTOP)
 
     def __call__(self) -> None:
-        if self._member.in_hand:
+        if self._actor.tasks:
             with suppress(ProcessLookupError):  # it has ended already
                 os.kill(self.pid, signal.SIGKILL)
 
@@ -360,7 +373,7 @@ class _Victim:
 def all_ready(pool: ModelPool) -> bool:
     """Whether all actors answer; the work that this sends makes the pool replace those that have died."""
     done = list(pool.map(ActorFunction[int, int].of(_Squares, 0), iter(range(30))))
-    return bool(done) and all(member.ready for member in pool._members)
+    return bool(done) and all(actor.loading is None for actor in pool._actors)
 
 
 def test_killed_actor_does_not_change_the_fit(
@@ -372,7 +385,7 @@ def test_killed_actor_does_not_change_the_fit(
 ) -> None:
     own = on_cluster(path)
     victim = _Victim(pool)
-    monkeypatch.setattr(pool, "check_cancelled", victim)
+    during_waits(pool, monkeypatch, victim)
     fitted = fit_on(pool, own, **CHOICES)
     assert f"an actor was lost, process {victim.pid} of node" in caplog.text
     assert fitted.range_set.id == local_fit.range_set.id
@@ -399,7 +412,7 @@ def test_evaluation_is_that_of_one_process_after_a_kill_and_a_resume(
         return repr(evaluate_by(by, pool.model_info.identity, local_fit.range_set, drawn, settings, **options).rows)
 
     victim = _Victim(pool)
-    monkeypatch.setattr(pool, "check_cancelled", victim)
+    during_waits(pool, monkeypatch, victim)
     assert on_pool(progress=seen.append) == expected
     monkeypatch.undo()
     assert f"an actor was lost, process {victim.pid} of node" in caplog.text
@@ -453,7 +466,7 @@ def test_abandoned_work_leaves_every_actor_free(pool: ModelPool) -> None:
         with suppress(ClusterError):
             next(results), next(results)
         results.close()
-        assert [member.in_hand for member in pool._members] == [0] * 3
+        assert [actor.tasks for actor in pool._actors] == [0] * 3
 
 
 def test_error_of_an_actor_is_one_line(pool: ModelPool, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -463,7 +476,7 @@ def test_error_of_an_actor_is_one_line(pool: ModelPool, monkeypatch: pytest.Monk
     assert pool.call(job, 4) == 16
     with monkeypatch.context() as patched:
         patched.setattr(model_pool, "ATTEMPTS", 1)
-        with pytest.raises(ClusterError, match=r"^-2: whoever was given it died"):
+        with pytest.raises(ClusterError, match=r"^-2: 1 actors died with this task: "):
             pool.call(job, -2)
 
 
@@ -479,7 +492,7 @@ def test_removed_node_does_not_change_the_fit(
     until(lambda: all_ready(pool), 300)
 
     def remove_node_once() -> None:
-        busy = [member.about.pid for member in pool._members if member.in_hand and member.about]
+        busy = [actor.info.pid for actor in pool._actors if actor.tasks and actor.info]
         if not removed and len(busy) >= 2:  # the node runs one of them, and is removed before that one finishes
             for pid in busy:
                 os.kill(pid, signal.SIGSTOP)
@@ -489,7 +502,7 @@ def test_removed_node_does_not_change_the_fit(
                 with suppress(ProcessLookupError):
                     os.kill(pid, signal.SIGCONT)
 
-    monkeypatch.setattr(pool, "check_cancelled", remove_node_once)
+    during_waits(pool, monkeypatch, remove_node_once)
     fitted = fit_on(pool, on_cluster(path), **CHOICES)
     assert removed, "two actors had work at the same time"
     assert "an actor was lost" in caplog.text
