@@ -1,4 +1,4 @@
-"""What the command line ends with: exit codes, and which error means which."""
+"""Exit codes of the command line; `app.errors` has the table of errors."""
 
 import logging
 import os
@@ -18,19 +18,19 @@ MEANINGS: Final = {
 }
 
 EPILOG: Final = "Exit codes: " + " · ".join(f"{code} {meaning}" for code, meaning in MEANINGS.items()) + "."
-"""Printed below every --help."""
+"""Printed below every `--help`."""
 
 _at_once = False
 
 
 def end_at_once() -> None:
-    """Have `leave` skip what libraries do when a process ends: it would wait for what is lost."""
+    """Have `leave` skip the exit handlers of libraries, which would wait for a cluster that is lost."""
     global _at_once
     _at_once = True
 
 
 def leave(code: int) -> NoReturn:
-    """End the process, as `sys.exit` does where nothing else was said."""
+    """End the process as `sys.exit` does or, after `end_at_once`, without exit handlers."""
     if not _at_once:
         sys.exit(code)
     logging.shutdown()
@@ -40,7 +40,7 @@ def leave(code: int) -> NoReturn:
 
 
 class CommandError(Exception):
-    """A command cannot go on; one line that says what to do, and what to exit with."""
+    """A command fails: one line that says what to do, and the exit code."""
 
     def __init__(self, message: str, exit_code: int = FAILED) -> None:
         self.exit_code = exit_code
@@ -48,5 +48,5 @@ class CommandError(Exception):
 
 
 def exit_code_of(error: BaseException) -> int | None:
-    """The exit code of an error that a user can meet; None for one that only a bug can cause."""
+    """The exit code of an expected error; None for one that only a bug can cause."""
     return error.exit_code if isinstance(error, CommandError) else errors.exit_code_of(error)

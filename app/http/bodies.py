@@ -126,7 +126,7 @@ def _unpack(receive: Receive, max_packed_bytes: int) -> Receive:
         try:
             piece = unpacker.decompress(packed, PIECE)
         except zlib.error:
-            raise ApiError("malformed", "the body is not valid gzip, as its Content-Encoding says") from None
+            raise ApiError("malformed", "the body is not valid gzip, although its Content-Encoding is gzip") from None
         packed = unpacker.unconsumed_tail or unpacker.unused_data
         pending = bool(packed) or (len(piece) == PIECE and not unpacker.eof)
         if not pending and not more:

@@ -94,7 +94,7 @@ async def replace_erasures(
     def change(store: RangeStore) -> LiveState:
         return store.set_erasures(wanted, expected_generation(store, required), caller.by, body.reason, change_id)
 
-    return await applied(service, store_threads, change, change_id, wait_for_replicas, response)
+    return await apply_change(service, store_threads, change, change_id, wait_for_replicas, response)
 
 
 @router.operation(
@@ -119,7 +119,7 @@ async def switch_on(
     def change(store: RangeStore) -> LiveState:
         return store.set_erasure(wanted, expected_generation(store, required), change_id)
 
-    return await applied(service, store_threads, change, change_id, wait_for_replicas, response)
+    return await apply_change(service, store_threads, change, change_id, wait_for_replicas, response)
 
 
 @router.operation(
@@ -141,10 +141,10 @@ async def switch_off(
     def change(store: RangeStore) -> LiveState:
         return store.remove_erasure(concept, expected_generation(store, required), caller.by, reason, change_id)
 
-    return await applied(service, store_threads, change, change_id, wait_for_replicas, response)
+    return await apply_change(service, store_threads, change, change_id, wait_for_replicas, response)
 
 
-async def applied(
+async def apply_change(
     service: Service,
     store_threads: StoreThreads,
     change: Callable[[RangeStore], LiveState],
@@ -152,15 +152,15 @@ async def applied(
     wait_for_replicas: WaitForReplicas,
     response: Response,
 ) -> LiveListOut:
-    """Make a change and reply to it. The next request that this process admits sees it.
+    """Change the live state and reply with it. The next request that this process admits follows the change.
 
-    A request that is sent again because its first answer was lost may find that it has made the change already: then
-    it is answered as made, and not as stale.
+    A client that lost the reply may repeat the request; if the change was made by then, the reply says so, instead of
+    refusing it as stale.
 
     Raises:
-        ApiError: it was made, and is not in force everywhere in time (504).
-        StoreUnavailable: it was not made, or it was, as the error then says, and this process cannot follow it yet.
-        RangeStoreError: it was not made.
+        ApiError: the change was made, but not all replicas follow it in time (504).
+        StoreUnavailable: the change was not made; or it was, as the message then says, but this process cannot follow.
+        RangeStoreError: the change was not made.
     """
 
     def work() -> LiveState:

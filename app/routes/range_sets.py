@@ -8,7 +8,14 @@ from app.http.routing import Router
 from app.live.store_threads import StoreThreadsDep
 from app.live.wait_for_replicas import WaitDep
 from app.routes.dependencies import ModelDep, ServiceDep
-from app.routes.erasures import CHANGE_ERRORS, CHANGE_RESPONSES, ChangeIdDep, IfMatchDep, applied, expected_generation
+from app.routes.erasures import (
+    CHANGE_ERRORS,
+    CHANGE_RESPONSES,
+    ChangeIdDep,
+    IfMatchDep,
+    apply_change,
+    expected_generation,
+)
 from app.schemas.replies import LiveListOut, RangeSetOut, RangeSetsOut
 from app.schemas.requests import ActivateIn
 from app.security.auth import CallerDep
@@ -72,7 +79,7 @@ async def activate(
             body.id, body.force, expected_generation(store, required), caller.by, body.reason, change_id
         )
 
-    return await applied(service, store_threads, change, change_id, wait_for_replicas, response)
+    return await apply_change(service, store_threads, change, change_id, wait_for_replicas, response)
 
 
 def _out(each: PublishedRangeSet) -> RangeSetOut:

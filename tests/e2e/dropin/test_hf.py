@@ -124,7 +124,7 @@ def test_clients_that_call_another_task_are_told(server: RunningServer) -> None:
         lambda: client.translation(TEXT, src_lang="en", tgt_lang="de"),
     )
     for call in calls:
-        with pytest.raises(HfHubHTTPError, match="answers text-classification only"):
+        with pytest.raises(HfHubHTTPError, match="supports text-classification only"):
             call()
 
 
