@@ -281,7 +281,7 @@ def _print(evaluation: "Evaluation") -> None:
         table([COLUMNS[index] for index in own], lines, spare=SPARE)
     for line in chance_warnings(evaluation.rows):
         say(line)
-    for choice in evaluation.choices:
+    for choice in evaluation.selected:
         layer, ranking, method, tau, fraction, replacement, positions = choice.setting
         width = "" if tau is None else f" · τ {tau:g}"
         say(

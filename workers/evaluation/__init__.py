@@ -1,7 +1,7 @@
-"""Evaluation: what erasing takes from a concept's texts and from all others, and the paper's tables and figures of it.
+"""Evaluation: what an erasure takes from a concept's texts and from all others, with the paper's tables and figures.
 
 `settings.py` what is measured · `measure.py` one pass for all of it · `measures.py` rows, with `bootstrap.py` their
-intervals · `selection.py` choosing on texts of their own · `evaluate.py` all of these together · `perplexity.py` a
-pass of its own · `statistics.py` shapes of activations · `claims.py` the paper's claims · `figures.py`,
-`activations.py`, `html.py`, `report.py` the page · `files.py` the directory that results are written to.
+intervals · `selection.py` the best settings on separate texts · `evaluate.py` all of these together · `workload.py` how
+long it takes · `perplexity.py` a pass of its own · `statistics.py` shapes of activations · `claims.py` the paper's
+claims · `figures.py`, `activations.py`, `html.py`, `report.py` the page · `files.py` the directory of results.
 """

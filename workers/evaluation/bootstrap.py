@@ -1,4 +1,7 @@
-"""Bootstrap intervals of means over texts: resampled within each true class, all settings on the same resamples."""
+"""Bootstrap intervals of means over texts: resampled within each true class, with the same resamples for all settings.
+
+`scipy.stats.bootstrap` has neither strata nor resamples that several statistics share.
+"""
 
 import numpy as np
 import numpy.typing as npt
@@ -9,8 +12,8 @@ Floats = npt.NDArray[np.float64]
 class Bootstrap:
     """R resamples of N texts, drawn once by a seed.
 
-    Texts are drawn within their true class, so that every resample has the test set's class sizes; deltas are paired
-    by text. One set of resamples serves all settings: differences between settings are paired too.
+    Texts are drawn within their true class, so every resample has the class sizes of the test set. All settings use the
+    same resamples, so differences between settings are paired, and deltas are paired by text.
 
     Args:
         truth: index of the true label of each text, [N].
@@ -31,7 +34,7 @@ class Bootstrap:
         """Resampled means of `values` [M, N] over the target's texts and over all others, [M, 2, R]; NaN if none.
 
         Args:
-            per_class: the others' is the unweighted mean of their classes' means, instead of that over all their texts.
+            per_class: average the others over their classes, unweighted, instead of over all their texts.
         """
         sums = np.zeros((len(values), 2, self.resamples))
         counts = np.zeros(2)

@@ -1,4 +1,4 @@
-"""An evaluation: settings chosen on texts of their own, measured on test texts, as rows with intervals."""
+"""An evaluation: settings are selected on separate texts and measured on test texts, as rows with intervals."""
 
 import time
 from collections.abc import Sequence
@@ -12,7 +12,7 @@ from workers.corpora.corpus import Corpus, match_labels
 from workers.evaluation.bootstrap import Bootstrap
 from workers.evaluation.measure import CHECKPOINT_SECONDS, measure, truth_of
 from workers.evaluation.measures import Outcomes, Row, Summary
-from workers.evaluation.selection import Choice, choose
+from workers.evaluation.selection import SelectedSetting, select_settings
 from workers.evaluation.settings import EvaluationSettings, Setting, grid
 from workers.evaluation.workload import Workload
 from workers.fitting.progress import ProgressCallback
@@ -20,26 +20,32 @@ from workers.models.loading import LoadedModel
 
 
 class EvaluationError(Exception):
-    """The evaluation cannot be done as asked; one line that says why."""
+    """The evaluation is not possible with these settings or texts. The message is one line that says why."""
 
 
 @dataclass(frozen=True)
 class Evaluation:
-    """Rows in the order of the settings, a mean row after the targets of each; settings chosen; every choice made."""
+    """The result of an evaluation.
+
+    Attributes:
+        rows: in the order of the settings, the mean row of each after its targets.
+        selected: the best setting of each method on the selection texts.
+        run: every choice that the numbers depend on, as in run.json.
+    """
 
     rows: tuple[Row, ...]
-    choices: tuple[Choice, ...]
+    selected: tuple[SelectedSetting, ...]
     run: dict[str, Any]
     checkpoints: tuple[Path, ...] = field(default=(), repr=False)
 
     def discard_checkpoints(self) -> None:
-        """Call when the results are written."""
+        """Delete the checkpoints, once the results are written."""
         for path in self.checkpoints:
             path.unlink(missing_ok=True)
 
 
 class Measure(Protocol):
-    """`workers.evaluation.measure.measure` of some model."""
+    """Measures a model: `workers.evaluation.measure.measure`, or its counterpart on a cluster."""
 
     def __call__(
         self,
@@ -56,7 +62,7 @@ class Measure(Protocol):
 
 
 class EvaluationOptions(TypedDict, total=False):
-    """What `evaluate_by` is told, which says what each means."""
+    """Options of an evaluation; see `evaluate_by`."""
 
     selection: Corpus | None
     checkpoint_dir: Path | None
@@ -69,10 +75,10 @@ def evaluate(
     range_set: RangeSet,
     test: Corpus,
     settings: EvaluationSettings,
-    **choices: Unpack[EvaluationOptions],
+    **options: Unpack[EvaluationOptions],
 ) -> Evaluation:
-    """`evaluate_by` of a model in this process."""
-    return evaluate_by(partial(measure, model), model.identity, range_set, test, settings, **choices)
+    """Evaluate a model in this process; see `evaluate_by`."""
+    return evaluate_by(partial(measure, model), model.identity, range_set, test, settings, **options)
 
 
 def evaluate_by(
@@ -87,18 +93,18 @@ def evaluate_by(
     checkpoint_seconds: float = CHECKPOINT_SECONDS,
     progress: ProgressCallback | None = None,
 ) -> Evaluation:
-    """Erase each target in each setting, and measure its texts and all others.
+    """Erase each target with each setting, and measure the target's texts and all others.
 
     Args:
-        measure: says what the model answers, masked and unmasked.
+        measure: computes the model's answers, masked and unmasked.
         range_set: fitted on other texts than `test` and `selection`, with the layers and rankings of `settings`.
-        test: its concepts are the model's labels (after the label map).
-        selection: texts to choose the best setting of each method on, where there is more than one; None: none is.
-        checkpoint_dir: where to keep what is done so far; an evaluation with the same arguments goes on from it.
+        test: its concepts are labels of the model.
+        selection: texts to select the best setting of each method on, if a method has several; None: select none.
+        checkpoint_dir: where checkpoints are kept; an evaluation with the same arguments resumes from them.
 
     Raises:
-        CorpusError: labels of `test` or `selection` that the model does not have; both sides are listed.
-        EvaluationError: a target without ranges, or no text that is left to measure.
+        CorpusError: `test` or `selection` has labels that the model does not have.
+        EvaluationError: a target has no ranges, or no text is left to measure.
         NotFitted, InvalidErasure: the range set cannot serve a setting.
     """
     started = time.monotonic()
@@ -106,42 +112,44 @@ def evaluate_by(
     groups = settings.resolved_layers(model.n_layers)
     targets = settings.targets or range_set.concepts
     check_targets(settings, range_set.concepts)
-    settings_of_grid = list(grid(settings, groups, targets))
+    combinations = list(grid(settings, groups, targets))
 
     def rows_on(corpus: Corpus, phase: str) -> tuple[list[Row], Path | None]:
         outcomes, path = measure(
             range_set,
             corpus,
-            settings_of_grid,
+            combinations,
             settings,
             phase=phase,
             checkpoint_dir=checkpoint_dir,
             checkpoint_seconds=checkpoint_seconds,
             progress=progress,
         )
-        return _rows(outcomes, corpus, model.labels, settings_of_grid, settings), path
+        return _rows(outcomes, corpus, model.labels, combinations, settings), path
 
-    choices: tuple[Choice, ...] = ()
-    chosen_path = None
-    if selection is not None and _offers_a_choice(settings_of_grid):
+    selected: tuple[SelectedSetting, ...] = ()
+    paths = []
+    if selection is not None and _has_candidates(combinations):
         match_labels(selection.concepts, model.labels)
-        chosen_rows, chosen_path = rows_on(selection, "choosing settings")
-        choices = choose(chosen_rows)
+        selection_rows, path = rows_on(selection, "choosing settings")
+        selected = select_settings(selection_rows)
+        paths.append(path)
     rows, path = rows_on(test, "measuring")
-    run = _run(model, range_set, test, selection if choices else None, settings, groups, targets)
+    paths.append(path)
+    run = _run(model, range_set, test, selection if selected else None, settings, groups, targets)
     run["seconds"] = round(time.monotonic() - started, 3)
-    run["chosen"] = [asdict(choice) for choice in choices]
-    return Evaluation(tuple(rows), choices, run, tuple(each for each in (chosen_path, path) if each is not None))
+    run["chosen"] = [asdict(each) for each in selected]
+    return Evaluation(tuple(rows), selected, run, tuple(path for path in paths if path is not None))
 
 
 def workload_of(
     settings: EvaluationSettings, n_layers: int, concepts: Sequence[str], test: Corpus, selection: Corpus | None
 ) -> Workload:
-    """What `evaluate_by` will have to do with ranges of these concepts."""
+    """How much work `evaluate_by` will have with ranges of these concepts."""
     groups, targets = settings.resolved_layers(n_layers), settings.targets or concepts
-    settings_of_grid = list(grid(settings, groups, targets))
-    choosing = len(selection) if selection is not None and _offers_a_choice(settings_of_grid) else 0
-    return Workload(settings, len(settings_of_grid), len(groups), len(targets), len(test), choosing)
+    combinations = list(grid(settings, groups, targets))
+    selection_texts = len(selection) if selection is not None and _has_candidates(combinations) else 0
+    return Workload(settings, len(combinations), len(groups), len(targets), len(test), selection_texts)
 
 
 def check_targets(settings: EvaluationSettings, concepts: Sequence[str]) -> None:
@@ -149,7 +157,7 @@ def check_targets(settings: EvaluationSettings, concepts: Sequence[str]) -> None
     unknown = [target for target in settings.targets or () if target not in concepts]
     if unknown:
         raise EvaluationError(
-            f"unknown target {', '.join(map(repr, unknown))}; the ranges are of: {', '.join(map(repr, concepts))}"
+            f"unknown target {', '.join(map(repr, unknown))}; ranges exist for: {', '.join(map(repr, concepts))}"
         )
 
 
@@ -169,8 +177,9 @@ def _rows(
     return rows
 
 
-def _offers_a_choice(settings_of_grid: Sequence[Setting]) -> bool:
-    methods = [setting.erasures[0].method for setting in settings_of_grid]
+def _has_candidates(combinations: Sequence[Setting]) -> bool:
+    """Whether a method has several settings to select from."""
+    methods = [setting.erasures[0].method for setting in combinations]
     return len(set(methods)) < len(methods)
 
 
@@ -183,13 +192,13 @@ def _run(
     groups: Sequence[tuple[int, ...]],
     targets: Sequence[str],
 ) -> dict[str, Any]:
-    """Every choice that the numbers were made with."""
+    """Every choice that the numbers depend on."""
     fitted = range_set.provenance
     return {
         "range_set": {"id": range_set.id, **fitted.model_dump(mode="json")},
         "model": model.model_dump(mode="json"),
-        "test": _about(test),
-        "selection": {} if selection is None else _about(selection),
+        "test": _corpus_facts(test),
+        "selection": {} if selection is None else _corpus_facts(selection),
         "settings": {**settings.as_json(), "layers": [list(group) for group in groups], "targets": list(targets)},
         "choices": {
             "site": fitted.settings.site,
@@ -208,7 +217,7 @@ def _run(
     }
 
 
-def _about(corpus: Corpus) -> dict[str, Any]:
+def _corpus_facts(corpus: Corpus) -> dict[str, Any]:
     return {
         "name": corpus.name,
         "selection": corpus.selection,

@@ -1,4 +1,4 @@
-"""The directory that an evaluation leaves: results.json, results.csv, statistics.json, run.json and report.html."""
+"""Writes the results of an evaluation: results.json, results.csv, statistics.json, run.json and report.html."""
 
 import csv
 import io
@@ -19,7 +19,7 @@ from workers.evaluation.statistics import range_overlap, shapes
 
 
 def write(out: Path, evaluation: Evaluation, range_set: RangeSet, inspect: Mapping[int, InspectLayer]) -> None:
-    """Write every file into the directory `out`, each whole or not at all.
+    """Write the files into the directory `out`, each atomically.
 
     Args:
         inspect: moments and histograms of the layers that the report shows.
@@ -34,11 +34,11 @@ def write(out: Path, evaluation: Evaluation, range_set: RangeSet, inspect: Mappi
     _replace(out / "results.csv", table.getvalue())
     _replace(out / "run.json", _json(evaluation.run))
     _replace(out / "statistics.json", _json(_statistics(evaluation, range_set, inspect)))
-    write_report(out / "report.html", evaluation.rows, evaluation.run, evaluation.choices, range_set, inspect)
+    write_report(out / "report.html", evaluation.rows, evaluation.run, evaluation.selected, range_set, inspect)
 
 
 def _statistics(evaluation: Evaluation, range_set: RangeSet, inspect: Mapping[int, InspectLayer]) -> dict[str, object]:
-    """What the report shows beside the rows: claims, shapes of activations and overlaps, by layer."""
+    """The claims, and by layer the shapes of activations and the overlaps of concepts."""
     rankings = range_set.provenance.settings.rankings
     layers = {}
     for layer in sorted(inspect):
@@ -62,7 +62,7 @@ def _statistics(evaluation: Evaluation, range_set: RangeSet, inspect: Mapping[in
 
 
 def _finite(values: dict[str, object]) -> dict[str, object]:
-    """NaN, which JSON has no word for, as null."""
+    """The values with null instead of NaN, which JSON does not have."""
     return {key: None if value != value else value for key, value in values.items()}
 
 

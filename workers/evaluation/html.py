@@ -1,134 +1,95 @@
-"""One self-contained HTML page: sections with a heading, a sentence, the settings, and a table or a figure each."""
+"""The parts of the report as HTML. The markup is in `templates/`; Jinja escapes every text in it."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from html import escape
+from itertools import zip_longest
 from pathlib import Path
+from typing import Any
 
 import plotly.graph_objects as go
+from jinja2 import Environment, FileSystemLoader, StrictUndefined
+from markupsafe import Markup
 
 PLOTLY = Path(__file__).parent / "plotly" / "plotly-basic.min.js"
 """Draws lines and bars; all of plotly.js would be four times as large."""
-
-_STYLE = """
-:root { color-scheme: light; --ink: #1c2430; --dim: #66707f; --line: #dde2e8; --tint: #f4f6f8 }
-body { font: 15px/1.5 system-ui, sans-serif; color: var(--ink); margin: 0; padding: 1.5rem }
-h1 { font-size: 1.6rem; margin: 0 0 .3rem } h2 { font-size: 1.2rem; margin: 2.6rem 0 .3rem;
-border-top: 1px solid var(--line); padding-top: 1rem } p { margin: .3rem 0; max-width: 78ch }
-.settings { color: var(--dim); font-size: .86rem }
-.figure { max-width: 1200px; margin: .7rem 0 }
-.scroll { overflow-x: auto; margin: .7rem 0 } table { border-collapse: collapse; font-size: .88rem;
-font-variant-numeric: tabular-nums } th, td { padding: .22rem .6rem; text-align: right; white-space: nowrap;
-border-bottom: 1px solid var(--line) } th { background: var(--tint); font-weight: 600 }
-td.word, th.word { text-align: left }
-td.long { white-space: normal; text-align: left; min-width: 17rem } tr.mean td { font-weight: 600 }
-td small { color: var(--dim); display: block; font-size: .76rem } nav { columns: 2; font-size: .9rem; margin: 1rem 0;
-max-width: 1200px }
-nav a { color: inherit; display: block } details { margin: .5rem 0 } summary { cursor: pointer; color: var(--dim) }
-.yes { color: #1c7a43 } .no { color: #b03030 }
-pre { background: var(--tint); padding: .8rem; overflow-x: auto; font-size: .8rem }
-@media (max-width: 700px) { nav { columns: 1 } body { padding: .8rem } }
-"""
+_TEMPLATES = Environment(
+    loader=FileSystemLoader(Path(__file__).parent / "templates"), autoescape=True, undefined=StrictUndefined
+)
 
 
 @dataclass
 class Section:
-    """A heading, one sentence that says what is seen, and the settings it was made with; then its parts, as HTML."""
+    """A heading, one sentence that says what is seen, and the settings it was made with; then its parts."""
 
     title: str
     sentence: str
     settings: str
-    parts: list[str] = field(default_factory=list)
+    parts: list[Markup] = field(default_factory=list)
 
 
 @dataclass(frozen=True)
 class Cell:
-    """A cell with a small second line."""
+    """A cell with a small second line. kind: its CSS class."""
 
     text: str
     small: str = ""
     kind: str = ""
 
 
-def table(columns: Sequence[str], rows: Sequence[Sequence[object]], mean_rows: Sequence[bool] = ()) -> str:
-    """A table; everything is escaped. Columns without a number align left. mean_rows: which rows stand out."""
-    words = [any(not _numeric(row[index]) for row in rows) for index in range(len(columns))]
-    head = "".join(
-        f"<th{' class=word' if word else ''}>{escape(name)}</th>" for name, word in zip(columns, words, strict=True)
+def table(columns: Sequence[str], rows: Sequence[Sequence[object]], mean_rows: Sequence[bool] = ()) -> Markup:
+    """A table. Columns with anything but numbers align left. mean_rows: which rows stand out."""
+    cells = [[value if isinstance(value, Cell) else Cell(str(value)) for value in row] for row in rows]
+    is_text = [any(not _is_numeric(row[index].text) for row in cells) for index in range(len(columns))]
+    classified = [
+        [(cell, f"word {cell.kind}".strip() if word else cell.kind) for cell, word in zip(row, is_text, strict=True)]
+        for row in cells
+    ]
+    return _render(
+        "table.html",
+        columns=list(zip(columns, is_text, strict=True)),
+        rows=list(zip_longest(classified, mean_rows, fillvalue=False)),
     )
-    body = []
-    for number, row in enumerate(rows):
-        cells = "".join(_cell(value, word) for value, word in zip(row, words, strict=True))
-        body.append(f"<tr{' class=mean' if mean_rows and mean_rows[number] else ''}>{cells}</tr>")
-    return f"<div class=scroll><table><thead><tr>{head}</tr></thead><tbody>{''.join(body)}</tbody></table></div>"
-
-
-def _cell(value: object, word: bool) -> str:
-    cell = value if isinstance(value, Cell) else Cell(str(value))
-    small = f"<small>{escape(cell.small)}</small>" if cell.small else ""
-    kinds = " ".join(filter(None, ("word" if word else "", cell.kind)))
-    attribute = f' class="{escape(kinds)}"' if kinds else ""
-    return f"<td{attribute}>{escape(cell.text)}{small}</td>"
-
-
-def _numeric(value: object) -> bool:
-    text = (value.text if isinstance(value, Cell) else str(value)).rstrip("%")
-    try:
-        float(text)
-    except ValueError:
-        return text in ("", "–")
-    return True
-
-
-def figure(drawn: go.Figure) -> str:
-    """A plotly figure as a part of the page."""
-    html: str = drawn.to_html(
-        full_html=False, include_plotlyjs=False, config={"displaylogo": False, "responsive": True}
-    )
-    return f"<div class=figure>{html}</div>"
 
 
 def shaded(
     columns: Sequence[str], rows: Sequence[tuple[str, Sequence[float]]], hints: Sequence[Sequence[str]] = ()
-) -> str:
-    """A table of shares in [0, 1], the larger the darker. hints: what to show when a share is pointed at."""
-    head = "".join(f"<th>{escape(name)}</th>" for name in columns)
-    body = []
-    for number, (name, shares) in enumerate(rows):
-        cells = []
-        for place, share in enumerate(shares):
-            hint = f' title="{escape(hints[number][place])}"' if hints else ""
-            ink = "; color: white" if share > 0.6 else ""
-            shade = f"background: rgba(8, 48, 107, {share:.3f}){ink}"
-            cells.append(f'<td style="{shade}"{hint}>{share:.2f}</td>')
-        body.append(f"<tr><th class=word>{escape(name)}</th>{''.join(cells)}</tr>")
-    return (
-        f"<div class=scroll><table><thead><tr><th></th>{head}</tr></thead><tbody>{''.join(body)}</tbody></table></div>"
-    )
+) -> Markup:
+    """A table of shares in [0, 1]: the larger, the darker. hints: tooltip of each share."""
+    hints = hints or [[""] * len(columns)] * len(rows)
+    cells = [
+        (name, list(zip(shares, own_hints, strict=True))) for (name, shares), own_hints in zip(rows, hints, strict=True)
+    ]
+    return _render("shaded.html", columns=columns, rows=cells)
 
 
-def folded(summary: str, content: str) -> str:
+def figure(drawn: go.Figure) -> Markup:
+    """A plotly figure as a part of the page."""
+    html = drawn.to_html(full_html=False, include_plotlyjs=False, config={"displaylogo": False, "responsive": True})
+    return Markup(f"<div class=figure>{html}</div>")
+
+
+def folded(summary: str, content: Markup) -> Markup:
     """Content that opens on a click."""
-    return f"<details><summary>{escape(summary)}</summary>{content}</details>"
+    return Markup("<details><summary>{}</summary>{}</details>").format(summary, content)
 
 
-def preformatted(text: str) -> str:
-    """Text as it is."""
-    return f"<pre>{escape(text)}</pre>"
+def preformatted(text: str) -> Markup:
+    """Text with its line breaks and spaces."""
+    return Markup("<pre>{}</pre>").format(text)
 
 
 def page(title: str, facts: Sequence[str], sections: Sequence[Section]) -> str:
-    """The whole page, plotly inside: it needs no network."""
-    contents = "".join(f'<a href="#s{n}">{escape(each.title)}</a>' for n, each in enumerate(sections))
-    body = "".join(
-        f'<section><h2 id="s{n}">{escape(each.title)}</h2><p>{escape(each.sentence)}</p>'
-        f"<p class=settings>{escape(each.settings)}</p>{''.join(each.parts)}</section>"
-        for n, each in enumerate(sections)
-    )
-    plotly = PLOTLY.read_text("utf-8")
-    said = "".join(f"<p class=settings>{escape(fact)}</p>" for fact in facts)
-    return (
-        f'<!doctype html><html lang="en"><head><meta charset="utf-8"><title>{escape(title)}</title>'
-        f'<meta name="viewport" content="width=device-width, initial-scale=1"><style>{_STYLE}</style>'
-        f"<script>{plotly}</script></head><body><h1>{escape(title)}</h1>{said}<nav>{contents}</nav>{body}</body></html>\n"
-    )
+    """The whole page. plotly.js is inside, so the page needs no network."""
+    return _render("page.html", title=title, facts=facts, sections=sections, plotly=Markup(PLOTLY.read_text("utf-8")))
+
+
+def _render(template: str, **values: Any) -> Markup:
+    return Markup(_TEMPLATES.get_template(template).render(**values))
+
+
+def _is_numeric(text: str) -> bool:
+    try:
+        float(text.rstrip("%"))
+    except ValueError:
+        return text.rstrip("%") in ("", "–")
+    return True

@@ -1,7 +1,7 @@
-"""Acc, Conf, CAcc, CConf and what goes beyond the paper (METHOD "Measures"), from the outcome of every test text."""
+"""Acc, Conf, CAcc, CConf and further measures (docs/method.md, "Measures") from the outcome of every test text."""
 
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, field, fields, replace
 from typing import Any
 
 import numpy as np
@@ -16,19 +16,22 @@ from workers.models.predictions import CHANCE, NO_LABEL, Head, predicted_labels
 Floats = npt.NDArray[np.float64]
 Labels = npt.NDArray[np.int16]
 NEARLY_ALL = 0.99
-"""Share of the texts whose answers are alike where a result is at chance."""
+"""Share of the texts that must get the same answer for a result to be at chance."""
 MEAN = "mean"
-"""Target name of the row that averages over the targets, unweighted."""
+"""Target of the row that averages over the targets, unweighted."""
 
 
 @dataclass(eq=False)
 class Outcomes:
-    """What the model said of N texts, unmasked and under E erasures; K labels.
+    """The model's answers to N texts, unmasked and under E erasures. There are K labels.
 
-    base_predicted [N], predicted [E, N]: index of the label, or NO_LABEL. base_confidence [N], confidence [E, N]:
-    probability of the true label. kl [E, N]: KL divergence, in nats, of the masked from the unmasked output. done [N]:
-    texts whose batch went through. used [N]: those of them that count. turns [1]: of the batch that is under way, how
-    many turns of erasures went through. head: how the model's logits are read.
+    Attributes:
+        base_predicted [N], predicted [E, N]: index of the label, or NO_LABEL.
+        base_confidence [N], confidence [E, N]: probability of the true label.
+        kl [E, N]: KL divergence of the masked from the unmasked output, in nats.
+        done [N]: whether the text's batch is measured. used [N]: whether the text counts.
+        turns [1]: number of turns of erasures that are done for the batch that is under way.
+        head: how the model's logits are read.
     """
 
     base_predicted: Labels
@@ -68,7 +71,7 @@ class Outcomes:
         return found
 
     def add_base(self, at: npt.NDArray[np.int64], logits: npt.NDArray[np.float32], truth: Labels) -> Floats:
-        """Put the unmasked model's logits [B, K] of texts `at` in; gives their `log_probabilities`."""
+        """Store the unmasked model's logits [B, K] of texts `at`. Returns their `log_probabilities`."""
         log = log_probabilities(logits, self.head)
         self.base_predicted[at] = predicted_labels(logits, self.head)
         self.base_confidence[at] = np.exp(log[np.arange(len(at)), truth])
@@ -76,52 +79,54 @@ class Outcomes:
 
     def add(
         self,
-        places: npt.NDArray[np.int64],
+        erasures: npt.NDArray[np.int64],
         at: npt.NDArray[np.int64],
         logits: npt.NDArray[np.float32],
         base: Floats,
         truth: Labels,
     ) -> None:
-        """Put masked logits [P, B, K] of texts `at` under the erasures at `places` in.
+        """Store the masked logits [P, B, K] of texts `at` under the erasures `erasures`.
 
         Args:
             base: `log_probabilities` of the unmasked model.
             truth: index of each text's true label, [B].
         """
         log = log_probabilities(logits, self.head)
-        cells = np.ix_(places, at)
+        cells = np.ix_(erasures, at)
         self.predicted[cells] = predicted_labels(logits, self.head)
         self.confidence[cells] = np.exp(log[:, np.arange(len(at)), truth])
         self.kl[cells] = (np.exp(base) * (base - log)).sum(axis=-1)
 
 
 def log_probabilities(logits: npt.NDArray[np.float32], head: Head) -> Floats:
-    """Log-probabilities of K labels in float64: of a softmax, [..., K].
+    """Log-probabilities of K labels in float64.
 
-    Of a sigmoid, [..., 2K]: that each label applies, and then that it does not. Their KL divergence is the sum of those
-    of the labels.
+    Of a softmax, [..., K]. Of a sigmoid, [..., 2K]: that each label applies, then that it does not, so that a KL
+    divergence is the sum of those of the labels.
     """
     values = logits.astype(np.float64)
     if head == "sigmoid":
-        either = np.concatenate([-values, values], axis=-1)
-        both: Floats = -np.logaddexp(0.0, either)
-        return both
+        found: Floats = -np.logaddexp(0.0, np.concatenate([-values, values], axis=-1))
+        return found
     shifted = values - values.max(axis=-1, keepdims=True)
-    normal: Floats = shifted - np.log(np.exp(shifted).sum(axis=-1, keepdims=True))
-    return normal
+    found = shifted - np.log(np.exp(shifted).sum(axis=-1, keepdims=True))
+    return found
 
 
 @dataclass(frozen=True)
 class Row:
-    """One setting and target: the unmasked model, and what masking changed. Field names are the file format's.
+    """The measures of one setting and target. Field names are those of results.json and results.csv.
 
-    Acc and Conf are over the target's texts, CAcc and CConf over all others, pooled; deltas are masked minus unmasked,
-    `…_low` and `…_high` their bootstrap interval. `layer` is a block, or several masked jointly, as in "4+5".
-    kl_target, kl_others: mean KL divergence of the masked from the unmasked output, in nats. unchanged_others: share of
-    the other texts whose prediction stays. worst_other: the other class whose accuracy falls most, and by how much.
-    at_chance: nearly all texts get one label, or even scores, though they are of several classes.
-    destinations: how many of the target's texts get each label when masked ("" counts those without any).
-    perplexity: of the test texts, unmasked and masked, if it was asked for.
+    Attributes:
+        layer: a block, or several that are masked jointly, such as "4+5".
+        base_acc, base_conf: accuracy and confidence of the unmasked model on the target's texts; base_cacc, base_cconf:
+            on all others. delta_…: masked minus unmasked; …_low, …_high: bootstrap interval.
+        kl_target, kl_others: mean KL divergence of the masked from the unmasked output, in nats.
+        unchanged_others: share of the other texts whose prediction does not change.
+        worst_other, worst_other_delta_acc: the other class whose accuracy falls most, and its change.
+        at_chance: nearly all texts get one label, or even scores, though they are of several classes.
+        destinations: number of the target's texts that get each label when masked; "" is no label.
+        base_perplexity, perplexity: of the test texts, unmasked and masked, if measured.
     """
 
     layer: int | str
@@ -165,13 +170,18 @@ class Row:
         """What rows of the same setting share: (layer, ranking, method, τ, top_fraction, replacement, positions)."""
         return self.layer, self.ranking, self.method, self.tau, self.top_fraction, self.replacement, self.positions
 
+    @property
+    def score(self) -> float:
+        """What the target loses in accuracy, less what the others lose."""
+        return self.delta_cacc - self.delta_acc
+
     def as_json(self) -> dict[str, Any]:
-        """The row with NaN, which JSON has no word for, as null."""
+        """The row with null instead of NaN, which JSON does not have."""
         return {key: None if value != value else value for key, value in asdict(self).items()}
 
 
 CSV_COLUMNS = tuple(each.name for each in fields(Row) if each.name != "destinations")
-"""Columns of results.csv: all of a row that is one value."""
+"""Columns of results.csv: all fields with a single value."""
 _AVERAGED = tuple(
     each.name
     for each in fields(Row)
@@ -181,13 +191,13 @@ _AVERAGED = tuple(
 )
 
 
-def words(replacement: str | Damp) -> str:
-    """A replacement as the command line writes it."""
+def replacement_name(replacement: str | Damp) -> str:
+    """A replacement as it is written on the command line."""
     return replacement if isinstance(replacement, str) else f"damp:{replacement.damp:g}"
 
 
 def layer_name(layers: tuple[int, ...]) -> int | str:
-    """A block by its number, or several masked jointly as "4+5"."""
+    """The number of a block, or several that are masked jointly as "4+5"."""
     return layers[0] if len(layers) == 1 else "+".join(map(str, layers))
 
 
@@ -195,12 +205,12 @@ _DELTAS = ("delta_acc", "delta_conf", "delta_cacc", "delta_cconf")
 
 
 class Summary:
-    """Rows of an evaluation from the outcomes of its texts.
+    """Computes rows from the outcomes of the texts.
 
     Args:
-        truth: index of the true label of each text, [N]; labels: K names.
+        truth: index of the true label of each text, [N]. labels: K names.
         bootstrap: over the texts that count.
-        others: whether CAcc and CConf are over all other texts pooled, or over the other classes, unweighted.
+        others: whether CAcc and CConf pool all other texts, or average over the other classes, unweighted.
     """
 
     def __init__(
@@ -223,32 +233,29 @@ class Summary:
         self._per_class = np.bincount(self._truth, minlength=len(labels))
 
     def rows(self, erasures: Sequence[Erasure], first: int, positions: str) -> list[Row]:
-        """The rows of one setting's targets, and their mean row at the end.
+        """The rows of one setting's targets, followed by their mean row.
 
         Args:
-            erasures: one per target, alike but for the concept; layers resolved. A concept that is no label of the
-                model has no texts of its own: all texts are others.
-            first: place of the first of them among the outcomes.
+            erasures: one per target, equal except for the concept, with resolved layers. A concept that is no label of
+                the model has no texts of its own: all texts are others.
+            first: index of the first of them among the outcomes.
         """
-        rows, replicas = [], []
-        for number, erasure in enumerate(erasures):
-            row, replica = self._row(erasure, first + number, positions)
-            rows.append(row)
-            replicas.append(replica)
-        return [*rows, _mean(rows, replicas, self._bootstrap)]
+        measured = [self._row(erasure, first + number, positions) for number, erasure in enumerate(erasures)]
+        rows = [row for row, _ in measured]
+        return [*rows, _mean_row(rows, [replicas for _, replicas in measured], self._bootstrap)]
 
     def _mean_of_classes(self, values: npt.NDArray[Any], chosen: npt.NDArray[np.bool_]) -> float:
-        """Mean over the classes that the chosen texts are of, each counting the same; NaN if there are none."""
+        """Unweighted mean over the classes of the chosen texts; NaN if there are none."""
         means = [_mean_of(values, chosen & (self._truth == c)) for c in np.unique(self._truth[chosen])]
         return float(np.mean(means)) if means else float("nan")
 
     def _at_chance(self, index: int) -> bool:
-        """Whether the answers under an erasure say nearly nothing of the texts, though these are of several classes."""
+        """Whether the answers under an erasure hardly depend on the texts, though these are of several classes."""
         if np.count_nonzero(self._per_class) < 2:
             return False
         predicted = self._outcomes.predicted[index, self._used].astype(np.int64)
         one_label = np.bincount(predicted - NO_LABEL).max() / len(predicted)
-        if self._outcomes.head == "greedy":  # its scores are no probabilities
+        if self._outcomes.head == "greedy":  # its scores are not probabilities
             return bool(one_label >= NEARLY_ALL)
         even = 1 / len(self._labels) if self._outcomes.head == "softmax" else 0.5
         confidence = self._outcomes.confidence[index, self._used].astype(np.float64)
@@ -282,7 +289,7 @@ class Summary:
             method=erasure.method,
             tau=None if erasure.method == "neuron" else erasure.tau,
             top_fraction=erasure.top_fraction,
-            replacement=words(erasure.replacement),
+            replacement=replacement_name(erasure.replacement),
             positions=positions,
             target=erasure.concept,
             n_target=int(own.sum()),
@@ -315,29 +322,26 @@ def _interval(bootstrap: Bootstrap, replicas: Floats) -> dict[str, float]:
     }
 
 
-def _mean(rows: list[Row], replicas: list[Floats], bootstrap: Bootstrap) -> Row:
-    """The unweighted mean over targets. Those without texts do not count, unless none has any: of these there is only
-    what became of the others."""
-    some = [index for index, row in enumerate(rows) if row.n_target] or list(range(len(rows)))
-    first = rows[0]
-    values = {name: float(np.mean([getattr(rows[i], name) for i in some])) for name in _AVERAGED}
-    values |= _interval(bootstrap, np.mean([replicas[index] for index in some], axis=0))
-    worst = min((rows[i] for i in some if rows[i].worst_other), key=lambda row: row.worst_other_delta_acc, default=None)
-    return Row(
-        layer=first.layer,
-        ranking=first.ranking,
-        method=first.method,
-        tau=first.tau,
-        top_fraction=first.top_fraction,
-        replacement=first.replacement,
-        positions=first.positions,
+def _mean_row(rows: list[Row], replicas: list[Floats], bootstrap: Bootstrap) -> Row:
+    """The unweighted mean over targets.
+
+    Targets without texts do not count. If no target has texts, the means of the others remain.
+    """
+    counted = [index for index, row in enumerate(rows) if row.n_target] or list(range(len(rows)))
+    values: dict[str, Any] = {name: float(np.mean([getattr(rows[i], name) for i in counted])) for name in _AVERAGED}
+    values |= _interval(bootstrap, np.mean([replicas[index] for index in counted], axis=0))
+    losers = [rows[i] for i in counted if rows[i].worst_other]
+    worst = min(losers, key=lambda row: row.worst_other_delta_acc, default=None)
+    return replace(
+        rows[0],
         target=MEAN,
         n_target=sum(row.n_target for row in rows),
         n_others=sum(row.n_others for row in rows),
         worst_other=worst.worst_other if worst else None,
         worst_other_delta_acc=worst.worst_other_delta_acc if worst else float("nan"),
-        at_chance=all(rows[i].at_chance for i in some),
-        **values,  # type: ignore[arg-type]
+        at_chance=all(rows[i].at_chance for i in counted),
+        destinations={},
+        **values,
     )
 
 

@@ -1,4 +1,4 @@
-"""Choosing a setting, on texts that are neither fitted nor measured (METHOD "Traps": never on the test split)."""
+"""Selects a setting on texts that are neither fitted nor measured: a choice on test texts would flatter the result."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -7,11 +7,11 @@ from workers.evaluation.measures import MEAN, Row
 
 
 @dataclass(frozen=True)
-class Choice:
-    """The setting of one method that did best on the selection texts, out of `candidates`.
+class SelectedSetting:
+    """The best setting of one method on the selection texts, out of `candidates`.
 
     `setting` is `Row.setting`: (layer, ranking, method, τ, top_fraction, replacement, positions). `score` is
-    ΔCAcc − ΔAcc on the selection texts, mean over targets: what the target loses, less what the others lose.
+    `Row.score` of its mean row.
     """
 
     method: str
@@ -20,17 +20,12 @@ class Choice:
     candidates: int
 
 
-def choose(rows: Sequence[Row]) -> tuple[Choice, ...]:
-    """The best setting of each method by the mean rows of the selection texts; ties go to the earlier setting."""
-    choices = []
+def select_settings(rows: Sequence[Row]) -> tuple[SelectedSetting, ...]:
+    """The best setting of each method by the mean rows of the selection texts; of equal ones, the earlier."""
+    selected = []
     for method in dict.fromkeys(row.method for row in rows):
-        means = [row for row in rows if row.method == method and row.target == MEAN and score(row) == score(row)]
+        means = [row for row in rows if row.method == method and row.target == MEAN and row.score == row.score]
         if means:
-            best = max(means, key=score)
-            choices.append(Choice(method, best.setting, score(best), len(means)))
-    return tuple(choices)
-
-
-def score(row: Row) -> float:
-    """What the target loses in accuracy, less what the others lose; 1 at most where base accuracy is 1."""
-    return row.delta_cacc - row.delta_acc
+            best = max(means, key=lambda row: row.score)
+            selected.append(SelectedSetting(method, best.setting, best.score, len(means)))
+    return tuple(selected)

@@ -1,4 +1,4 @@
-"""What an evaluation measures: every combination of its settings, each with every target."""
+"""The settings of an evaluation: every combination of them is measured with every target."""
 
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
@@ -14,17 +14,18 @@ Layers = tuple[int, ...]
 
 @dataclass(frozen=True)
 class EvaluationSettings:
-    """Every combination is measured; neuron masking has no τ and is measured once whatever the τ.
+    """Neuron masking has no τ, and is measured once for all of them.
 
     Attributes:
-        layers: blocks to mask, negative ones from the end; each entry alone, its blocks jointly. "all": each alone.
+        layers: blocks to mask; negative ones count from the end. The blocks of an entry are masked jointly, the entries
+            one after another. "all": each block alone.
         targets: concepts to erase, each alone; None: all of the range set.
         positions: mask every real token, or the read position alone.
-        correct_only: measure only texts that the unmasked model gets right (the paper's curation for Llama).
-        rows_per_class: then, the first so many of each class.
-        others: what CAcc and CConf are over: all other texts "pooled", or the unweighted mean of the other "classes"
-            (the paper's own aggregates mix the two).
-        resamples: of the bootstrap; 0 leaves the intervals out. seed: of its draws.
+        correct_only: measure only texts that the unmasked model classifies correctly (the paper's curation for Llama).
+        rows_per_class: measure only the first so many of these of each class.
+        others: whether CAcc and CConf are over all other texts "pooled", or the unweighted mean over the other
+            "classes". The paper's aggregates mix the two.
+        resamples: of the bootstrap; 0: no intervals. seed: of its draws.
         batch_tokens: padded tokens of a batch.
     """
 
@@ -44,10 +45,10 @@ class EvaluationSettings:
     batch_tokens: int = 4096
 
     def resolved_layers(self, n_layers: int) -> tuple[Layers, ...]:
-        """Groups of blocks counted from 0.
+        """Groups of blocks, counted from 0.
 
         Raises:
-            InvalidErasure: a block that the model does not have, or one twice in a group.
+            InvalidErasure: a group has a block that the model does not have, or a block twice.
         """
         groups = tuple((layer,) for layer in range(n_layers)) if self.layers == "all" else self.layers
         return tuple(dict.fromkeys(resolve_layers(group, n_layers) for group in groups))
@@ -61,7 +62,7 @@ class EvaluationSettings:
 
 @dataclass(frozen=True)
 class Setting:
-    """One combination, and its erasures: one per target, in the order of the targets."""
+    """One combination of settings, and its erasures: one per target, in the order of the targets."""
 
     layers: Layers
     positions: Positions
@@ -69,11 +70,7 @@ class Setting:
 
 
 def grid(settings: EvaluationSettings, groups: Sequence[Layers], targets: Sequence[str]) -> Iterator[Setting]:
-    """Every setting, layer by layer.
-
-    Args:
-        groups: blocks counted from 0.
-    """
+    """Every combination of settings, layer by layer. groups: blocks counted from 0."""
     choices = product(
         groups,
         settings.positions,

@@ -15,18 +15,25 @@ LONG_SECONDS = 3600.0
 
 
 class Workload:
-    """The settings, targets and texts of an evaluation.
+    """The amount of work of an evaluation.
 
     Args:
-        groups, targets: how many groups of layers and targets there are.
-        texts: how many are measured. choosing: how many settings are chosen on.
+        n_settings: combinations of settings.
+        groups, targets: number of groups of layers, and of targets.
+        texts: number of texts to measure. selection_texts: number of texts to select settings on.
     """
 
     def __init__(
-        self, settings: EvaluationSettings, n_settings: int, groups: int, targets: int, texts: int, choosing: int = 0
+        self,
+        settings: EvaluationSettings,
+        n_settings: int,
+        groups: int,
+        targets: int,
+        texts: int,
+        selection_texts: int = 0,
     ) -> None:
-        self.n_settings, self.targets, self.texts, self.choosing = n_settings, targets, texts, choosing
-        self._parts = {
+        self.n_settings, self.targets, self.texts, self.selection_texts = n_settings, targets, texts, selection_texts
+        self._factors = {
             "--layer": groups,
             "--top-fraction": len(settings.top_fractions),
             "--tau": len(settings.taus),
@@ -38,16 +45,17 @@ class Workload:
         }
 
     def __str__(self) -> str:
-        chosen = f", and {self.choosing:,} to choose settings on" if self.choosing else ""
+        settings, erasures = self.n_settings, self.n_settings * self.targets
+        selection = f", and {self.selection_texts:,} to choose settings on" if self.selection_texts else ""
         return (
-            f"{format_count(self.n_settings, 'setting')}, each for {format_count(self.targets, 'target')}: "
-            f"{format_count(self.n_settings * self.targets, 'erasure')} of {format_count(self.texts, 'text')}{chosen}"
+            f"{format_count(settings, 'setting')}, each for {format_count(self.targets, 'target')}: "
+            f"{format_count(erasures, 'erasure')} of {format_count(self.texts, 'text')}{selection}"
         )
 
     def advice(self) -> str:
-        """Options that make it long, those that multiply it most first."""
-        parts = sorted(self._parts.items(), key=lambda part: -part[1])
-        named = ", ".join(f"{option} ({count})" for option, count in parts if count > 1)
+        """How to reduce the work: the options that multiply it, those that multiply it most first."""
+        factors = sorted(self._factors.items(), key=lambda factor: -factor[1])
+        named = ", ".join(f"{option} ({count})" for option, count in factors if count > 1)
         return f"fewer texts (--max-test-rows, now {self.texts:,})" + (f", or less of {named}" if named else "")
 
 
@@ -74,7 +82,7 @@ class Estimate:
         work = self._work
         left = seconds * (1 - now.share) / share
         if now.phase != "measuring":
-            left += seconds / share * work.texts / work.choosing
+            left += seconds / share * work.texts / work.selection_texts
         if left >= LONG_SECONDS:
             self._say(
                 f"warning: this will take about {format_duration(left)} more ({work}). To shorten it: {work.advice()}. "

@@ -1,8 +1,8 @@
-"""Exact streaming moments, merged as in Chan/Pébay, in float64.
+"""Exact streaming moments in float64, merged by Pébay's formulas.
 
 Every variable is counted from a *shift*, one of its own first values. States are float32 or narrower, so the
 difference to the shift is exact in float64, and a mean far larger than the deviation costs no precision: the error of
-the r-th central moment stays below 1e-12·σ^r whatever the mean.
+the r-th central moment stays below 1e-12·σ^r for any mean.
 """
 
 from dataclasses import dataclass
@@ -15,10 +15,13 @@ Floats = npt.NDArray[np.float64]
 
 @dataclass(frozen=True, eq=False)
 class Moments:
-    """Moments of `count` observations of variables of any shape S.
+    """Moments of `count` observations of variables of any shape S. All arrays have shape S.
 
-    shift: S; mean: of the differences to the shift, S; m2, m3, m4: sums of powers of deviations from the mean, S;
-    total_abs: sum of absolute values, S; minimum, maximum: S. A variable that ever was NaN or infinite has NaN in all.
+    Attributes:
+        shift: a value of the variable. relative_mean: mean of the differences to the shift.
+        m2, m3, m4: sums of powers of the deviations from the mean. total_abs: sum of absolute values.
+
+    A variable that ever was NaN or infinite has NaN in all of them.
     """
 
     count: int
@@ -39,7 +42,7 @@ class Moments:
 
     @classmethod
     def of(cls, states: npt.NDArray[np.floating]) -> "Moments":
-        """Moments of a chunk held in memory. states: [n, *S], n ≥ 0."""
+        """Moments of states [n, *S], n ≥ 0."""
         if not len(states):
             return cls.empty(states.shape[1:])
         values = states.astype(np.float64)
@@ -47,7 +50,7 @@ class Moments:
         shift = values[0].copy()
         apart = values - shift
         mean = apart.mean(axis=0)
-        mean = mean + (apart - mean).mean(axis=0)  # a second pass takes out the rounding of the first
+        mean = mean + (apart - mean).mean(axis=0)  # a second pass removes the rounding error of the first
         deviation = apart - mean
         square = deviation * deviation
         return cls(
@@ -62,15 +65,22 @@ class Moments:
             values.max(axis=0),
         )
 
+    @classmethod
+    def from_central(cls, count: int, mean: Floats, std: Floats, m3: Floats, m4: Floats) -> "Moments":
+        """Moments from the third and fourth central moment; absolute values and extremes are unknown (NaN)."""
+        unknown = np.full_like(mean, np.nan)
+        sums = (std**2 * count, m3 * count, m4 * count)
+        return cls(count, mean, np.zeros_like(mean), *sums, unknown, unknown, unknown)
+
     def merge(self, other: "Moments") -> "Moments":
-        """Moments of both together (Pébay 2008, eqs. 2.1, 3.1)."""
+        """Moments of both groups of observations together (Pébay 2008, eqs. 2.1, 3.1)."""
         if not self.count:
             return other
         if not other.count:
             return self
         na, nb = self.count, other.count
         n = na + nb
-        # shifts are observations: their difference is exact, and the means' difference is of the size of σ
+        # shifts are observations: their difference is exact, and that of the means is of the size of σ
         delta = (other.shift - self.shift) + (other.relative_mean - self.relative_mean)
         step = delta / n
         m2 = self.m2 + other.m2 + delta * step * na * nb

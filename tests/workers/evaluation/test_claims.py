@@ -110,5 +110,5 @@ def test_collapse_at_all_neurons_only_does_not_count() -> None:
     early = [row("neuron", fraction, -0.6 if fraction > 0.7 else 0.01) for fraction in fractions]
     found = claims([*late, *ranged], separated(True), {})[1]
     assert found.verdict == "no"
-    assert "1 of 5 measured fractions beyond a half, from top 1 on" in found.evidence
+    assert "1 of 5 measured fractions beyond one half, from top 1 on" in found.evidence
     assert claims([*early, *ranged], separated(True), {})[1].verdict == "yes"

@@ -374,14 +374,14 @@ def test_settings_are_chosen_on_separate_texts(tiny: Tiny, learned: Corpus, held
     settings = EvaluationSettings(top_fractions=(0.1, 0.5, 1.0), taus=(0.5, 2.5), resamples=0)
     evaluation = evaluate(model, range_set, held_out, settings, selection=kept)
     on_kept = evaluate(model, range_set, kept, settings).rows
-    assert [choice.method for choice in evaluation.choices] == ["neuron", "range"]
-    for choice in evaluation.choices:
+    assert [each.method for each in evaluation.selected] == ["neuron", "range"]
+    for choice in evaluation.selected:
         means = [row for row in on_kept if row.method == choice.method and row.target == "mean"]
         best = max(means, key=lambda row: row.delta_cacc - row.delta_acc)
         assert choice.score == pytest.approx(best.delta_cacc - best.delta_acc)
         assert choice.candidates == len(means)
         assert choice.setting in {row.setting for row in evaluation.rows}
-    assert evaluate(model, range_set, held_out, EvaluationSettings(), selection=kept).choices == ()
+    assert evaluate(model, range_set, held_out, EvaluationSettings(), selection=kept).selected == ()
 
 
 def test_stopped_evaluation_resumes_to_the_same_result(

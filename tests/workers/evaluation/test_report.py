@@ -45,7 +45,7 @@ def made(
     )
     evaluation = evaluate(model, fitted.range_set, test, settings, selection=test)
     path = directory / "report.html"
-    write_report(path, evaluation.rows, evaluation.run, evaluation.choices, fitted.range_set, fitted.inspect)
+    write_report(path, evaluation.rows, evaluation.run, evaluation.selected, fitted.range_set, fitted.inspect)
     assert sorted(each.name for each in directory.iterdir()) == ["report.html", "test.jsonl", "train.jsonl"]
     return fitted, evaluation, path.read_text("utf-8")
 
@@ -111,7 +111,7 @@ def test_page_stays_below_2_megabytes(
     assert "31 further settings<" in page
     monkeypatch.setattr("workers.evaluation.report.FURTHER_CHARACTERS", 20_000)
     path = tmp_path / "report.html"
-    write_report(path, evaluation.rows, evaluation.run, evaluation.choices, fitted.range_set, fitted.inspect)
+    write_report(path, evaluation.rows, evaluation.run, evaluation.selected, fitted.range_set, fitted.inspect)
     assert re.search(r"\d further settings? of 31; all are in results\.csv", path.read_text("utf-8"))
 
 
@@ -131,8 +131,8 @@ def test_page_names_the_data_and_how_many_texts_keep_their_label_by_masking(
     assert ", measured on test.jsonl</h1>" in page
     classes = ", ".join(f"{name} {count}" for name, count in test["counts"].items())
     assert f"24 rows (all rows), sha256 {test['sha256'][:12]}: {classes}." in unescape(page)
-    (sentence,) = re.findall(r"so many keep its label on average – (.*?); the bars show", page)
-    chosen = {choice.setting for choice in evaluation.choices}
+    (sentence,) = re.findall(r"that keep its label – (.*?)\. The bars show", page)
+    chosen = {choice.setting for choice in evaluation.selected}
     rows = [row for row in evaluation.rows if row.target == "Sports" and row.setting in chosen]
     parts = sentence.split("; ")
     assert len(parts) == len(rows) == 2
@@ -168,8 +168,8 @@ def test_many_labels_are_a_shaded_table_instead_of_colours(
     everywhere = dict.fromkeys([*labels, ""], 1)
     rows = [replace(row, destinations=everywhere) if row.destinations else row for row in evaluation.rows]
     path = tmp_path / "report.html"
-    write_report(path, rows, run, evaluation.choices, fitted.range_set, fitted.inspect)
-    section = path.read_text("utf-8").partition("the table shows which labels")[2].partition("</section>")[0]
+    write_report(path, rows, run, evaluation.selected, fitted.range_set, fitted.inspect)
+    section = path.read_text("utf-8").partition("The table shows which labels")[2].partition("</section>")[0]
     assert section.count('style="background: rgba(8, 48, 107, 0.077)"') == 2 * 13, "two maskings of Sports"
     assert all(f"<th>{label}</th>" in section for label in (*labels, "no label"))
 
@@ -190,7 +190,7 @@ def test_page_of_a_single_setting_has_no_sweeps(
     settings = EvaluationSettings(methods=("range",), targets=("Sports",), resamples=0)
     evaluation = evaluate(tiny("bert"), fitted.range_set, test, settings)
     path = tmp_path / "report.html"
-    write_report(path, evaluation.rows, evaluation.run, evaluation.choices, fitted.range_set, fitted.inspect)
+    write_report(path, evaluation.rows, evaluation.run, evaluation.selected, fitted.range_set, fitted.inspect)
     found = headings(path.read_text("utf-8"))
     assert not any(each.startswith(("Table 1:", "Figure 6", "Tables 9", "Chosen", "Perplexity")) for each in found)
     assert any(each.startswith("Table 2") for each in found)

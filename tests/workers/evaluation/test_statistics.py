@@ -10,15 +10,14 @@ from range_store.domain.range_set import InspectLayer
 from tests.range_store.builders import random_range_set
 from workers.evaluation.statistics import (
     POOLED,
-    Moments,
     ks_distance,
     neurons_by_rank,
-    neurons_of_every_concept,
-    pooled,
     range_overlap,
     shapes,
+    shared_neurons,
 )
 from workers.fitting.fitter import RangeFitter
+from workers.fitting.moments import Moments
 
 SAMPLERS = {
     "normal": lambda rng, n: rng.normal(3.0, 2.0, n),
@@ -39,23 +38,23 @@ def fitted(values: np.ndarray, bins: int = 512, concepts: list[str] | None = Non
 
 def moments_of(values: np.ndarray) -> Moments:
     deviation = values - values.mean(axis=0)
-    return Moments(
+    return Moments.from_central(
         len(values), values.mean(axis=0), values.std(axis=0), (deviation**3).mean(axis=0), (deviation**4).mean(axis=0)
     )
 
 
 @given(seed=st.integers(0, 2**32 - 1), n=st.integers(2, 60), m=st.integers(2, 60), apart=st.floats(-50, 50))
 @settings(max_examples=60, deadline=None)
-def test_pooled_moments_equal_those_of_all_values(seed: int, n: int, m: int, apart: float) -> None:
+def test_merged_moments_equal_those_of_all_values(seed: int, n: int, m: int, apart: float) -> None:
     rng = np.random.default_rng(seed)
     one, other = rng.normal(size=(n, 3)), rng.exponential(2.0, size=(m, 3)) + apart
-    found, expected = pooled(moments_of(one), moments_of(other)), moments_of(np.concatenate([one, other]))
+    found, expected = moments_of(one).merge(moments_of(other)), moments_of(np.concatenate([one, other]))
     scale = expected.std
-    assert found.n == expected.n
+    assert found.count == expected.count
     np.testing.assert_allclose(found.mean, expected.mean, atol=1e-10)
     np.testing.assert_allclose(found.std, expected.std, rtol=1e-10)
-    np.testing.assert_allclose(found.m3 / scale**3, expected.m3 / scale**3, atol=1e-9)
-    np.testing.assert_allclose(found.m4 / scale**4, expected.m4 / scale**4, atol=1e-9)
+    np.testing.assert_allclose(found.central(3) / scale**3, expected.central(3) / scale**3, atol=1e-9)
+    np.testing.assert_allclose(found.central(4) / scale**4, expected.central(4) / scale**4, atol=1e-9)
 
 
 @pytest.mark.parametrize("name", sorted(SAMPLERS))
@@ -108,9 +107,9 @@ def test_ranges_apart_at_the_top_neurons_are_found() -> None:
     found = range_overlap(range_set, 0, "max")
     assert (found.neurons, found.top, found.bottom) == (5, 0.0, 1.0)
     ranked = neurons_by_rank(range_set, 0, "max", "a")
-    assert [each.why for each in ranked] == ["top", "top", "middle", "middle", "bottom", "bottom"]
+    assert [each.reason for each in ranked] == ["top", "top", "middle", "middle", "bottom", "bottom"]
     assert {each.neuron for each in ranked[:2]} <= set(range(5))
-    shared = neurons_of_every_concept(range_set, 0, "max")
+    shared = shared_neurons(range_set, 0, "max")
     assert {each.neuron for each in shared} <= set(range(5))
-    assert "2 of 2 concepts" in shared[0].why
+    assert "2 of 2 concepts" in shared[0].reason
     assert isinstance(inspect[0], InspectLayer)

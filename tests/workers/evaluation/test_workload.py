@@ -45,7 +45,7 @@ def test_beyond_an_hour_what_to_cut_is_named_by_its_weight() -> None:
 
 
 def test_choosing_settings_foretells_the_measuring_too() -> None:
-    work = Workload(SWEEP, 36, 12, 4, texts=900, choosing=100)
+    work = Workload(SWEEP, 36, 12, 4, texts=900, selection_texts=100)
     assert estimates(work, ("choosing settings", 0, 0.0), ("choosing settings", 10, 0.5), ("measuring", 20, 0.5)) == [
         "this will take about 3 min more"
     ]
