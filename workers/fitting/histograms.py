@@ -1,16 +1,16 @@
-"""Histograms of every neuron's values per concept, with edges from a sample of the texts and overflow columns."""
+"""Histograms of every neuron's values, with edges from a sample of the texts and overflow columns."""
 
 import numpy as np
 import numpy.typing as npt
 
 WIDEN = 0.25
-"""Share of the sample's span that the edges reach beyond it on either side."""
+"""How far the edges reach beyond the values of the sample on either side, as a share of their span."""
 
 
 def edges_from(states: npt.NDArray[np.floating], bins: int) -> npt.NDArray[np.float64]:
-    """Strictly ascending edges [D, bins + 1] that hold the values of a sample [n, D] with room to spare.
+    """Strictly ascending edges [D, bins + 1] around the values of a sample [n, D], with a margin.
 
-    A neuron that is constant gets edges around its value; one without a finite value gets them around 0.
+    The edges of a constant neuron are around its value, those of a neuron without a finite value around 0.
     """
     finite = np.isfinite(states)
     seen = finite.any(axis=0)
@@ -31,16 +31,16 @@ def count(states: npt.NDArray[np.floating], edges: npt.NDArray[np.float64]) -> n
     if not len(states):
         return np.zeros((hidden, bins + 2), dtype=np.int64)
     values = states.astype(np.float64)
-    known = ~np.isnan(values)
+    is_number = ~np.isnan(values)
     neuron = np.broadcast_to(np.arange(hidden), values.shape)
     low, width = edges[:, 0], (edges[:, -1] - edges[:, 0]) / bins
     with np.errstate(invalid="ignore"):
         guess = np.floor((values - low) / width)
-    place = np.clip(np.where(known, guess, 0), -1, bins).astype(np.int64)
-    # arithmetic may be one bin off at an edge: the edges themselves decide
-    below = known & (place >= 0) & (values < edges[neuron, np.clip(place, 0, bins)])
+    place = np.clip(np.where(is_number, guess, 0), -1, bins).astype(np.int64)
+    # the guess may be one bin off near an edge, so values are compared with the edges
+    below = is_number & (place >= 0) & (values < edges[neuron, np.clip(place, 0, bins)])
     place = place - below
-    above = known & (place < bins) & (values >= edges[neuron, np.clip(place + 1, 0, bins)])
+    above = is_number & (place < bins) & (values >= edges[neuron, np.clip(place + 1, 0, bins)])
     place = place + above
-    flat = (neuron * (bins + 2) + place + 1)[known]
+    flat = (neuron * (bins + 2) + place + 1)[is_number]
     return np.bincount(flat, minlength=hidden * (bins + 2)).reshape(hidden, bins + 2)

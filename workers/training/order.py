@@ -1,4 +1,4 @@
-"""Which text when: an order that depends on seed and epoch alone, so that a resumed training sees the same batches."""
+"""The order of the training texts. It depends only on seed and epoch, so a resumed training sees the same batches."""
 
 from collections.abc import Iterator, Sequence
 
@@ -6,11 +6,11 @@ import numpy as np
 from torch.utils.data import Sampler
 
 POOL = 50
-"""Batches that are drawn together and sorted by length: little padding, and still an order by chance."""
+"""Batches that are drawn together and sorted by length: little padding, and the order is still random."""
 
 
 class LengthPools(Sampler[int]):
-    """Rows in random pools, each sorted by length and cut into batches, the batches shuffled.
+    """Draws rows in random pools, sorts each pool by length, cuts it into batches and shuffles the batches.
 
     Args:
         lengths: tokens of each row.
@@ -38,6 +38,8 @@ class LengthPools(Sampler[int]):
             own = own[np.argsort(-self._lengths[own], kind="stable")]
             batches += [own[first : first + self._batch] for first in range(0, len(own), self._batch)]
         last = [batches.pop()] if len(batches) > 1 and len(batches[-1]) < self._batch else []
-        order = [batches[index] for index in rng.permutation(len(batches))] + last  # a short batch must stay last
+        order = [
+            batches[index] for index in rng.permutation(len(batches))
+        ] + last  # the Trainer expects a short batch at the end
         for each in order:
             yield from each.tolist()

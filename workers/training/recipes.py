@@ -1,8 +1,8 @@
-"""The kinds of classifier that can be trained: what is loaded, what a row becomes, and the loss.
+"""The kinds of classifier that can be trained: what is loaded, how a row is encoded, and the loss.
 
-`sequence-classification` puts a fresh head on a checkpoint. `label-token` (paper Appendix B) adds one token per label
-to a causal LM, lets it read `text <sep> label <eos>`, and takes the loss on the label token alone. What stands after
-`<sep>` cannot change that loss in a causal model, so it is not computed.
+`sequence-classification` puts a new head on a checkpoint. `label-token` (paper Appendix B) adds one token per label to
+a causal LM, trains it on `text <sep> label <eos>`, and takes the loss at the label token only. In a causal model, what
+follows `<sep>` cannot change that loss, so it is not computed.
 """
 
 from dataclasses import dataclass
@@ -31,17 +31,17 @@ Recipe = Literal["sequence-classification", "label-token"]
 
 
 class Task(Protocol):
-    """A model in training. `model` and `tokenizer` are saved when it is done."""
+    """A model in training. `model` and `tokenizer` are saved at the end."""
 
     model: Any
     tokenizer: Any
 
     def rows(self, corpus: Corpus, max_length: int | None) -> datasets.Dataset:
-        """Rows with `input_ids`, `attention_mask` and `labels` (index of the label)."""
+        """Rows with `input_ids`, `attention_mask` and `labels` (the index of the label)."""
         ...
 
     def loss(self, model: Any, inputs: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
-        """Loss, and logits over labels [B, K], of a padded batch."""
+        """The loss of a padded batch, and its logits over labels [B, K]."""
         ...
 
     @property
@@ -50,7 +50,7 @@ class Task(Protocol):
 
 @dataclass
 class SequenceClassification:
-    """A checkpoint with a fresh head for the labels."""
+    """A checkpoint with a new head for the labels."""
 
     model: Any
     tokenizer: Any
@@ -90,7 +90,7 @@ class SequenceClassification:
 
 @dataclass
 class LabelToken:
-    """A causal LM with `<sep>` and one added token per label."""
+    """A causal LM with added tokens: `<sep>`, and one per label."""
 
     model: Any
     tokenizer: Any
@@ -101,7 +101,7 @@ class LabelToken:
         """A checkpoint, or a new model with a tokenizer trained on `corpus`.
 
         Raises:
-            CheckpointError: it cannot be loaded or made. UnsupportedModel: a family without a causal LM.
+            CheckpointError: the model cannot be loaded or made. UnsupportedModel: the family is unknown.
         """
         labels = corpus.concepts
         if isinstance(base, NewModel):
@@ -112,7 +112,7 @@ class LabelToken:
             try:
                 config = AutoConfig.from_pretrained(base, trust_remote_code=False)
                 if not family_of(config.model_type).causal:
-                    raise CheckpointError(f"{base} is a {config.model_type}, which is no causal language model")
+                    raise CheckpointError(f"{base} is a {config.model_type}, which is not a causal language model")
                 tokenizer = _tokenizer(base)
                 model = AutoModelForCausalLM.from_pretrained(base, use_safetensors=True, trust_remote_code=False)
             except (OSError, ValueError) as error:
@@ -150,7 +150,7 @@ def _add_tokens(tokenizer: Any, labels: tuple[str, ...]) -> None:
     tokenizer.add_tokens(added, special_tokens=True)
     ids = tokenizer.convert_tokens_to_ids(added)
     if len(set(ids)) != len(added):
-        raise CheckpointError("the label tokens cannot be told apart from tokens that the tokenizer has already")
+        raise CheckpointError("the tokenizer has tokens of the same name as the label tokens already")
 
 
 def _tokenizer(base: str) -> Any:
@@ -168,7 +168,7 @@ def _cannot_load(base: str, error: Exception) -> CheckpointError:
 def _dataset(
     corpus: Corpus, tokenizer: Any, index: dict[str, int], limit: int, suffix: tuple[int, ...]
 ) -> datasets.Dataset:
-    """Token ids and label index of every row, texts cut so that the suffix fits; those without a token are left out."""
+    """Token ids and label index of every row, cut so that the suffix fits. Texts without a token are omitted."""
     columns: dict[str, list[Any]] = {"input_ids": [], "attention_mask": [], "labels": []}
     for chunk in corpus.chunks():
         clean = [text.encode("utf-8", "replace").decode("utf-8") for text in chunk.texts]
@@ -190,5 +190,5 @@ def _dataset(
 
 
 def lengths_of(rows: datasets.Dataset) -> list[int]:
-    """Tokens of each row."""
+    """Number of tokens of each row."""
     return [int(n) for n in np.fromiter((len(ids) for ids in rows["input_ids"]), dtype=np.int64, count=len(rows))]

@@ -1,4 +1,4 @@
-"""A small causal LM from nothing: a tokenizer trained on the corpus, and a model with random weights."""
+"""A small causal LM from scratch: a tokenizer trained on the corpus, and a model with random weights."""
 
 import json
 from collections.abc import Iterator
@@ -17,7 +17,7 @@ EOS, PAD = "<eos>", "<pad>"
 
 @dataclass(frozen=True)
 class NewModel:
-    """Sizes of a model that is to be made. `config`: JSON text of transformers settings that go before the sizes."""
+    """Sizes of a new model. config: transformers settings as JSON text; they take precedence over the sizes."""
 
     family: str
     layers: int = 6
@@ -29,7 +29,7 @@ class NewModel:
 
 
 def new_tokenizer(corpus: Corpus, size: int) -> Any:
-    """A byte-level BPE tokenizer of `size` tokens, trained on the corpus's texts: it knows every character."""
+    """A byte-level BPE tokenizer of `size` tokens, trained on the corpus. It can encode every character."""
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=True)
     tokenizer.decoder = decoders.ByteLevel()
@@ -46,16 +46,16 @@ def new_tokenizer(corpus: Corpus, size: int) -> Any:
 
 
 def new_model(new: NewModel, tokenizer: Any) -> Any:
-    """A causal LM with random weights (seed torch before).
+    """A causal LM with random weights. The caller seeds torch.
 
     Raises:
-        CheckpointError: a family without a causal LM, or sizes that do not fit together.
+        CheckpointError: the family has no causal LM, or the sizes do not fit together.
     """
     causal = [name for name, family in FAMILIES.items() if family.causal]
     if new.family not in causal:
-        raise CheckpointError(f"a new model can be one of {', '.join(causal)}, not {new.family!r}")
+        raise CheckpointError(f"invalid family {new.family!r} of a new model: expected one of {', '.join(causal)}")
     if new.hidden % new.heads:
-        raise CheckpointError(f"{new.hidden} neurons do not divide into {new.heads} heads")
+        raise CheckpointError(f"{new.hidden} neurons cannot be divided among {new.heads} heads")
     sizes: dict[str, Any] = {
         "vocab_size": len(tokenizer),
         "pad_token_id": tokenizer.pad_token_id,
@@ -80,7 +80,7 @@ def new_model(new: NewModel, tokenizer: Any) -> Any:
         config = AutoConfig.for_model(new.family, **{**sizes, **own})
         return AutoModelForCausalLM.from_config(config)  # type: ignore[no-untyped-call]
     except (ValueError, TypeError) as error:
-        raise CheckpointError(f"no {new.family} can be made of these sizes: {str(error).splitlines()[0]}") from error
+        raise CheckpointError(f"a {new.family} of these sizes cannot be made: {str(error).splitlines()[0]}") from error
 
 
 def _texts(corpus: Corpus) -> Iterator[str]:

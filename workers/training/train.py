@@ -1,4 +1,4 @@
-"""One training run on the transformers Trainer, which goes on where it was stopped."""
+"""One training run with the transformers Trainer, which resumes from its last checkpoint."""
 
 import hashlib
 import json
@@ -33,13 +33,12 @@ logger = logging.getLogger(__name__)
 CHECKPOINT_SECONDS = 40.0
 EVAL_BATCH = 64
 
-
 Phase = Literal["training", "measuring accuracy", "saving"]
 
 
 @dataclass(frozen=True)
 class Epoch:
-    """What one pass over the data came to: mean loss and accuracy of its batches, each before it was learned from."""
+    """Mean loss and accuracy over one pass, each batch before the step that learns from it."""
 
     number: int
     loss: float
@@ -48,10 +47,12 @@ class Epoch:
 
 @dataclass(frozen=True)
 class TrainReport:
-    """What was trained. `accuracy` is that on the evaluation corpus, None without one.
+    """What was trained.
 
-    learned_accuracy: on the training texts, over the last epoch; None if a resumed training had nothing left to do.
-    at_chance: whether that is no better than always giving the most frequent label.
+    Attributes:
+        accuracy: on the evaluation corpus; None without one.
+        learned_accuracy: on the training texts, over the last epoch; None if a resumed run had no step left.
+        at_chance: whether the classifier is no better than always giving the most frequent label.
     """
 
     out: Path
@@ -66,7 +67,7 @@ class TrainReport:
 
 @dataclass(frozen=True)
 class TrainSettings:
-    """Choices of a training, each of which changes the weights."""
+    """Settings of a training. All of them affect the weights."""
 
     recipe: Recipe = "sequence-classification"
     epochs: float = 3.0
@@ -90,16 +91,17 @@ def train(
 ) -> TrainReport:
     """Train with one label per concept of `data`, and save checkpoint and tokenizer in `out`.
 
-    `out` appears whole at the end or not at all. A training that was stopped or killed goes on from its last checkpoint
-    when it is started again with the same arguments. The same seed and threads give the same weights.
+    `out` appears as a whole at the end, or not at all. A training that was stopped or killed resumes from its last
+    checkpoint when it is started again with the same arguments. The same seed and number of threads give the same
+    weights.
 
     Args:
         base: a checkpoint to fine-tune, or the sizes of a new model (label-token only).
-        epoch: told of each pass over the data, when it is done.
+        epoch: called at the end of each pass over the data.
 
     Raises:
-        CheckpointError: `base` cannot be loaded, `out` is in the way, or another process trains into it.
-        UnsupportedModel: a family that could not be served afterwards.
+        CheckpointError: `base` cannot be loaded, `out` is not empty, or another process trains into it.
+        UnsupportedModel: a family that cannot be served.
         CorpusError: `data` has a single label, or `eval_data` labels that `data` does not have.
     """
     settings = settings or TrainSettings()
@@ -114,9 +116,9 @@ def train(
         )
     if eval_data is not None:
         match_labels(eval_data.concepts, data.concepts)
-    _warn_of_few(data)
+    _warn_about_rare_labels(data)
     transformers.utils.logging.disable_progress_bar()  # type: ignore[no-untyped-call]
-    transformers.utils.logging.set_verbosity_error()  # type: ignore[no-untyped-call]  # that the head is new is what training is for
+    transformers.utils.logging.set_verbosity_error()  # type: ignore[no-untyped-call]  # the warning about a new head is expected
     out.parent.mkdir(parents=True, exist_ok=True)
     lock = out.parent / f".{out.name}.training.lock"
     try:
@@ -127,7 +129,7 @@ def train(
                 lock.unlink(missing_ok=True)
     except Timeout:
         raise CheckpointError(f"another process is training {out}: wait for it, or choose another --out") from None
-    learned = run.last.accuracy if run.last else None
+    learned = run.last_epoch.accuracy if run.last_epoch else None
     at_chance = _at_chance(learned, data) if eval_data is None else _at_chance(accuracy, eval_data)
     seconds = time.monotonic() - run.started
     return TrainReport(out, settings.recipe, data.concepts, len(data), accuracy, learned, at_chance, seconds)
@@ -138,17 +140,17 @@ def _check_free(out: Path) -> None:
         raise CheckpointError(f"{out} is not empty: choose another --out, or pass --overwrite")
 
 
-def _warn_of_few(data: Corpus) -> None:
-    """Warn of what a classifier can hardly learn from."""
+def _warn_about_rare_labels(data: Corpus) -> None:
+    """Log labels and texts that a classifier can hardly learn from."""
     single = [concept for concept, count in data.counts.items() if count == 1]
     if single:
-        named = ", ".join(map(repr, single[:5])) + (", …" if len(single) > 5 else "")
-        logger.warning("%s: only one row has the label %s: too few to learn it from", data.name, named)
+        listed = ", ".join(map(repr, single[:5])) + (", …" if len(single) > 5 else "")
+        logger.warning("%s: only one row has the label %s: too few to learn it from", data.name, listed)
     warn_about_blank_texts(data)
 
 
 def _at_chance(accuracy: float | None, measured: Corpus) -> bool:
-    """Whether the model is no better than one that always gives the most frequent label; no if it was not measured."""
+    """Whether the accuracy is no better than that of the most frequent label; False if it was not measured."""
     if accuracy is None:
         return False
     return no_better_than_chance(accuracy, max(measured.counts.values()) / len(measured), len(measured))
@@ -157,10 +159,10 @@ def _at_chance(accuracy: float | None, measured: Corpus) -> bool:
 def _train_into(
     out: Path, base: str | NewModel, data: Corpus, eval_data: Corpus | None, run: "_Run", overwrite: bool
 ) -> float | None:
-    """Train, save, and give the accuracy on `eval_data`. The caller holds the lock of `out`."""
+    """Train and save. Returns the accuracy on `eval_data`. The caller holds the lock of `out`."""
     settings = run.settings
-    left = f".{out.name}.training-"
-    scratch = out.parent / f"{left}{_digest(base, data, settings)}"
+    prefix = f".{out.name}.training-"
+    scratch = out.parent / f"{prefix}{_digest(base, data, settings)}"
     scratch.mkdir(exist_ok=True)
     try:
         set_seed(settings.seed)
@@ -171,36 +173,32 @@ def _train_into(
             assert isinstance(base, str)
             task = SequenceClassification.of(base, data.concepts)
         accuracy = run(task, data, eval_data, scratch)
-        run.tell("saving", 0, 0)
-        made = scratch / "model"
-        task.model.save_pretrained(made)
-        task.tokenizer.save_pretrained(made)
+        run.report("saving", 0, 0)
+        result = scratch / "model"
+        task.model.save_pretrained(result)
+        task.tokenizer.save_pretrained(result)
         if not overwrite:
-            _check_free(out)  # once more: it took a while
+            _check_free(out)  # again, since training took a while
         if out.exists():
             shutil.rmtree(out)
-        os.replace(made, out)
+        os.replace(result, out)
     except BaseException:
         if _last_checkpoint(scratch) is None:
             shutil.rmtree(scratch, ignore_errors=True)
         raise
     for old in out.parent.iterdir():
-        if old.name.startswith(left):
+        if old.name.startswith(prefix):
             shutil.rmtree(old, ignore_errors=True)
     return accuracy
 
 
 def _digest(base: str | NewModel, data: Corpus, settings: TrainSettings) -> str:
-    """Names everything that the weights depend on."""
+    """A digest of everything that the weights depend on."""
     return hashlib.sha256(f"{base} {data.sha256} {data.concepts} {settings}".encode()).hexdigest()[:12]
 
 
 class _Run:
-    """A training from its start, or from its last checkpoint, to its end.
-
-    Attributes:
-        last: the last epoch that was done, None before.
-    """
+    """A training from its start, or its last checkpoint, to its end. last_epoch: the last one that is complete."""
 
     def __init__(
         self,
@@ -210,35 +208,35 @@ class _Run:
         epoch: Callable[[Epoch], None] | None,
     ) -> None:
         self.settings, self.started = settings, time.monotonic()
-        self.last: Epoch | None = None
+        self.last_epoch: Epoch | None = None
         self._checkpoint_seconds = checkpoint_seconds
         self._progress, self._epoch = progress, epoch
         self._resumed = 0
 
-    def tell(self, phase: Phase, done: int, total: int) -> None:
+    def report(self, phase: Phase, done: int, total: int) -> None:
         """Report the progress to the caller."""
         if self._progress is not None:
             seconds = time.monotonic() - self.started
             self._progress(Progress(phase, done, total, seconds, self._resumed, done / total if total else 0.0))
 
     def __call__(self, task: Task, data: Corpus, eval_data: Corpus | None, scratch: Path) -> float | None:
-        """Train to the end; the accuracy on `eval_data`."""
-        settings, tell, checkpoint_seconds = self.settings, self.tell, self._checkpoint_seconds
+        """Train to the end. Returns the accuracy on `eval_data`."""
+        settings, report, checkpoint_seconds = self.settings, self.report, self._checkpoint_seconds
         rows = task.rows(data, settings.max_length)
         order = LengthPools(lengths_of(rows), settings.batch_size, settings.seed)
         last = _last_checkpoint(scratch)
         if last is not None:
             self._resumed = json.loads((last / "trainer_state.json").read_text())["global_step"]
         held_out = None if eval_data is None else task.rows(eval_data, settings.max_length)
-        sums = _Sums()
-        ended = self._end_epoch
+        metrics = _EpochMetrics()
+        end_epoch = self._end_epoch
 
-        class Watch(TrainerCallback):
+        class ReportProgress(TrainerCallback):
             saved = time.monotonic()
             measured = 0
 
             def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> Any:
-                tell("training", state.global_step, state.max_steps)
+                report("training", state.global_step, state.max_steps)
                 now = time.monotonic()
                 if now - self.saved >= checkpoint_seconds and state.global_step < state.max_steps:
                     control.should_save = True
@@ -246,25 +244,25 @@ class _Run:
                 return control
 
             def on_epoch_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-                ended(math.ceil(state.epoch - 1e-6), sums)
+                end_epoch(math.ceil(state.epoch - 1e-6), metrics)
 
             def on_prediction_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
                 self.measured += 1
-                tell("measuring accuracy", self.measured, -(-len(held_out or ()) // EVAL_BATCH))
+                report("measuring accuracy", self.measured, -(-len(held_out or ()) // EVAL_BATCH))
 
-        class OwnTrainer(Trainer):
+        class TaskTrainer(Trainer):
             def compute_loss(
                 self, model: Any, inputs: Any, return_outputs: bool = False, num_items_in_batch: Any = None
             ) -> Any:
                 loss, logits = task.loss(model, inputs)
                 if model.training:
-                    sums.add(loss, logits, inputs["labels"])
+                    metrics.add(loss, logits, inputs["labels"])
                 return (loss, {"logits": logits}) if return_outputs else loss
 
             def _get_train_sampler(self, train_dataset: Any = None) -> Sampler[int]:
                 return order
 
-        trainer = OwnTrainer(
+        trainer = TaskTrainer(
             model=task.model,
             args=TrainingArguments(
                 output_dir=str(scratch),
@@ -288,7 +286,7 @@ class _Run:
             ),
             train_dataset=rows,
             data_collator=task.collator,
-            callbacks=[Watch()],
+            callbacks=[ReportProgress()],
         )
         trainer.remove_callback(transformers.PrinterCallback)
         trainer.train(resume_from_checkpoint=str(last) if last else None)
@@ -297,42 +295,45 @@ class _Run:
         prediction = trainer.predict(held_out)
         return float((np.argmax(prediction.predictions, axis=1) == prediction.label_ids).mean())
 
-    def _end_epoch(self, number: int, sums: "_Sums") -> None:
-        if sums.rows:
-            self.last = Epoch(number, *sums.means())
+    def _end_epoch(self, number: int, metrics: "_EpochMetrics") -> None:
+        if metrics.rows:
+            self.last_epoch = Epoch(number, *metrics.reset())
             if self._epoch is not None:
-                self._epoch(self.last)
+                self._epoch(self.last_epoch)
 
 
-class _Sums:
-    """Loss and correct predictions of the batches since the last epoch ended."""
+class _EpochMetrics:
+    """Loss and correct predictions of the batches of an epoch."""
 
     rows = 0
     _loss: Any = 0.0
     _correct: Any = 0
 
     def add(self, loss: Tensor, logits: Tensor, labels: Tensor) -> None:
-        """Count a batch in; nothing waits for the device."""
+        """Add a batch, without waiting for the device."""
         self.rows += len(labels)
         self._loss = self._loss + loss.detach() * len(labels)
         self._correct = self._correct + (logits.detach().argmax(dim=1) == labels).sum()
 
-    def means(self) -> tuple[float, float]:
-        """Loss and accuracy; begins anew."""
-        found = float(self._loss) / self.rows, float(self._correct) / self.rows
+    def reset(self) -> tuple[float, float]:
+        """Mean loss and accuracy, and start anew."""
+        means = float(self._loss) / self.rows, float(self._correct) / self.rows
         self.rows, self._loss, self._correct = 0, 0.0, 0
-        return found
+        return means
 
 
 def _last_checkpoint(scratch: Path) -> Path | None:
-    """The newest whole checkpoint: the Trainer writes its state file last, so one without it was being written."""
-    whole = [path for path in scratch.glob("checkpoint-*") if _is_whole(path)]
-    for path in set(scratch.glob("checkpoint-*")) - set(whole):
-        shutil.rmtree(path, ignore_errors=True)
-    return max(whole, key=lambda path: int(path.name.rpartition("-")[2]), default=None)
+    """The newest complete checkpoint; incomplete ones are deleted. The Trainer writes its state file last."""
+    complete = []
+    for path in scratch.glob("checkpoint-*"):
+        if _is_complete(path):
+            complete.append(path)
+        else:
+            shutil.rmtree(path, ignore_errors=True)
+    return max(complete, key=lambda path: int(path.name.rpartition("-")[2]), default=None)
 
 
-def _is_whole(checkpoint: Path) -> bool:
+def _is_complete(checkpoint: Path) -> bool:
     try:
         json.loads((checkpoint / "trainer_state.json").read_text())
     except (OSError, ValueError):
