@@ -19,7 +19,7 @@ from workers.corpora.errors import CorpusError
 from workers.corpora.sources import check_source
 from workers.evaluation.evaluate import Evaluation, Measure, check_targets, evaluate_by, workload_of
 from workers.evaluation.files import write
-from workers.evaluation.measure import measure
+from workers.evaluation.measure import CHECKPOINTS, measure
 from workers.evaluation.perplexity import check_perplexity, with_perplexity
 from workers.evaluation.settings import EvaluationSettings
 from workers.evaluation.workload import Estimate
@@ -192,5 +192,5 @@ def _read_other_texts(data: CorpusChoice, test: Corpus, backend: _Backend) -> Co
 def _remove_checkpoints(out: Path) -> None:
     """Remove the checkpoints of this evaluation, and of interrupted ones in the same directory."""
     remove_partial_files(out, "*")
-    for checkpoint in (*out.glob(".measuring-*.safetensors"), *out.glob("fit-*.safetensors")):
+    for checkpoint in (*out.glob(CHECKPOINTS), *out.glob("fit-*.safetensors")):
         checkpoint.unlink(missing_ok=True)

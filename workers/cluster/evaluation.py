@@ -69,7 +69,7 @@ def measure_on(
     checkpoint_dir: Path | None,
     checkpoint_seconds: float,
     progress: ProgressCallback | None,
-) -> tuple[Outcomes, Path | None]:
+) -> Outcomes:
     """As `workers.evaluation.measure.measure`, on a pool. Each resumes from the checkpoints of the other.
 
     Raises:
@@ -103,9 +103,9 @@ def measure_on(
                 getattr(outcomes, name)[..., task.rows] = getattr(part, name)
             if progress is not None:
                 progress(run.progress())
-            run.save_if_due()
+            run.checkpoint.save_if_due(run.outcomes.arrays)
     except BaseException:
-        run.save()
+        run.checkpoint.save(run.outcomes.arrays())
         raise
     return run.result()
 

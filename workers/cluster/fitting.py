@@ -139,10 +139,10 @@ def fit_on(
             spans.set_length(seconds / len(result.part.moments))
             if progress is not None:
                 progress(run.progress(spans.resumed))
-            run.save_if_due()
+            run.checkpoint.save_if_due(run.arrays)
     except BaseException:
         if consistent and run.rows_done > spans.resumed:
-            run.save()
+            run.checkpoint.save(run.arrays())
         raise
     return run.result()
 

@@ -2,7 +2,7 @@
 
 import time
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any, Protocol, TypedDict, Unpack
@@ -36,12 +36,6 @@ class Evaluation:
     rows: tuple[Row, ...]
     selected: tuple[SelectedSetting, ...]
     run: dict[str, Any]
-    checkpoints: tuple[Path, ...] = field(default=(), repr=False)
-
-    def discard_checkpoints(self) -> None:
-        """Delete the checkpoints, once the results are written."""
-        for path in self.checkpoints:
-            path.unlink(missing_ok=True)
 
 
 class Measure(Protocol):
@@ -58,7 +52,7 @@ class Measure(Protocol):
         checkpoint_dir: Path | None,
         checkpoint_seconds: float,
         progress: ProgressCallback | None,
-    ) -> tuple[Outcomes, Path | None]: ...
+    ) -> Outcomes: ...
 
 
 class EvaluationOptions(TypedDict, total=False):
@@ -101,6 +95,7 @@ def evaluate_by(
         test: its concepts are labels of the model.
         selection: texts to select the best setting of each method on, if a method has several; None: select none.
         checkpoint_dir: where checkpoints are kept; an evaluation with the same arguments resumes from them.
+            The caller deletes them (`workers.evaluation.measure.CHECKPOINTS`) once the results are written.
 
     Raises:
         CorpusError: `test` or `selection` has labels that the model does not have.
@@ -114,8 +109,8 @@ def evaluate_by(
     check_targets(settings, range_set.concepts)
     combinations = list(grid(settings, groups, targets))
 
-    def rows_on(corpus: Corpus, phase: str) -> tuple[list[Row], Path | None]:
-        outcomes, path = measure(
+    def rows_on(corpus: Corpus, phase: str) -> list[Row]:
+        outcomes = measure(
             range_set,
             corpus,
             combinations,
@@ -125,21 +120,17 @@ def evaluate_by(
             checkpoint_seconds=checkpoint_seconds,
             progress=progress,
         )
-        return _rows(outcomes, corpus, model.labels, combinations, settings), path
+        return _rows(outcomes, corpus, model.labels, combinations, settings)
 
     selected: tuple[SelectedSetting, ...] = ()
-    paths = []
     if selection is not None and _has_candidates(combinations):
         match_labels(selection.concepts, model.labels)
-        selection_rows, path = rows_on(selection, "choosing settings")
-        selected = select_settings(selection_rows)
-        paths.append(path)
-    rows, path = rows_on(test, "measuring")
-    paths.append(path)
+        selected = select_settings(rows_on(selection, "choosing settings"))
+    rows = rows_on(test, "measuring")
     run = _run(model, range_set, test, selection if selected else None, settings, groups, targets)
     run["seconds"] = round(time.monotonic() - started, 3)
     run["chosen"] = [asdict(each) for each in selected]
-    return Evaluation(tuple(rows), selected, run, tuple(path for path in paths if path is not None))
+    return Evaluation(tuple(rows), selected, run)
 
 
 def workload_of(

@@ -27,6 +27,8 @@ from workers.models.steerable import Trunk
 from workers.models.tokens import TokenBatch
 
 CHECKPOINT_SECONDS = 30.0
+CHECKPOINTS = ".measuring-*.safetensors"
+"""Pattern of the names of checkpoints."""
 _HEAD = 0.1
 """Cost of a head, in blocks. Only the share of the work in a progress report depends on it."""
 
@@ -58,10 +60,11 @@ def measure(
     checkpoint_dir: Path | None = None,
     checkpoint_seconds: float = CHECKPOINT_SECONDS,
     progress: ProgressCallback | None = None,
-) -> tuple[Outcomes, Path | None]:
-    """Outcomes of every text under every erasure of `grid`, in its order; and the checkpoint, to be deleted at the end.
+) -> Outcomes:
+    """Outcomes of every text under every erasure of `grid`, in its order.
 
-    Killed and started again with the same arguments, it resumes from the checkpoint and ends in the same bits.
+    A measurement that was killed resumes from its checkpoint when it is started again with the same arguments, and ends
+    in the same bits. The caller deletes the files `CHECKPOINTS` in `checkpoint_dir` at the end.
 
     Args:
         phase: name of this measurement in its progress.
@@ -88,12 +91,12 @@ def measure(
             continue
 
         def after_turn(share: float, before: float = before, own: float = own) -> None:
-            run.save_if_due()
+            run.checkpoint.save_if_due(run.outcomes.arrays)
             if progress is not None and share < 1:  # the end of a batch is reported once its texts are done
                 progress(run.progress(before + share * own))
 
         measurer.add(run.outcomes, at, batch, run.truth[at], after_turn)
-        run.save_if_due()
+        run.checkpoint.save_if_due(run.outcomes.arrays)
         if progress is not None:
             progress(run.progress(before + own))
     return run.result()
@@ -162,7 +165,7 @@ class MeasureRun:
     settings: EvaluationSettings
     truth: Labels
     outcomes: Outcomes
-    checkpoint: Checkpoint | None
+    checkpoint: Checkpoint
     started: float = field(default_factory=time.monotonic)
     resumed: int = field(init=False)
 
@@ -175,23 +178,13 @@ class MeasureRun:
         seconds = time.monotonic() - self.started
         return Progress(self.phase, done, total, seconds, self.resumed, done / total if share is None else share)
 
-    def save_if_due(self) -> None:
-        """Save the checkpoint if there is one and it is time."""
-        if self.checkpoint is not None and self.checkpoint.due:
-            self.save()
-
-    def save(self) -> None:
-        """Save the checkpoint, if there is one."""
-        if self.checkpoint is not None:
-            self.checkpoint.save(self.outcomes.arrays())
-
-    def result(self) -> tuple[Outcomes, Path | None]:
-        """Outcomes when all texts are measured, and the path of the checkpoint."""
+    def result(self) -> Outcomes:
+        """Outcomes when all texts are measured."""
         if (limit := self.settings.rows_per_class) is not None:
             used = self.outcomes.used
             for label in np.unique(self.truth):
                 used[np.flatnonzero(used & (self.truth == label))[limit:]] = False
-        return self.outcomes, self.checkpoint.path if self.checkpoint else None
+        return self.outcomes
 
 
 def start_measuring(
@@ -218,13 +211,14 @@ def start_measuring(
     if head == "none":
         raise PredictsNoLabels(model.id, "an evaluation")
     outcomes = Outcomes.empty(sum(len(setting.erasures) for setting in grid), len(corpus), head)
-    checkpoint = None
+    path = None
     if checkpoint_dir is not None:
         checkpoint_dir.mkdir(parents=True, exist_ok=True)
         erasures = [(each.positions, [erasure.model_dump(mode="json") for erasure in each.erasures]) for each in grid]
         inputs = (model.fingerprint, dtype, range_set.id, corpus.sha256, settings.as_json(), erasures)
-        checkpoint = Checkpoint(checkpoint_path(checkpoint_dir, ".measuring-", *inputs), checkpoint_seconds)
-        outcomes = checkpoint.load(outcomes.restored, outcomes)
+        path = checkpoint_path(checkpoint_dir, ".measuring-", *inputs)
+    checkpoint = Checkpoint(path, checkpoint_seconds)
+    outcomes = checkpoint.load(outcomes.restored, outcomes)
     return MeasureRun(phase, corpus, settings, truth_of(corpus, model.labels), outcomes, checkpoint)
 
 

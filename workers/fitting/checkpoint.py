@@ -4,7 +4,7 @@ import hashlib
 import json
 import logging
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -36,10 +36,11 @@ class Checkpoint:
     """A file of named arrays that is replaced as a whole.
 
     Args:
+        path: None: nothing is saved.
         seconds: least time between two saves; 0: save whenever there is a chance to.
     """
 
-    def __init__(self, path: Path, seconds: float) -> None:
+    def __init__(self, path: Path | None, seconds: float) -> None:
         self.path = path
         self._seconds = seconds
         self._saved = time.monotonic()
@@ -47,7 +48,7 @@ class Checkpoint:
 
     def load(self, restore: Callable[[Arrays], State], fresh: State) -> State:
         """What `restore` makes of the saved arrays; `fresh` if there are none, or they cannot be used."""
-        if not self.path.exists():
+        if self.path is None or not self.path.exists():
             return fresh
         try:
             return restore(load_file(self.path))
@@ -55,14 +56,16 @@ class Checkpoint:
             logger.warning("cannot read the checkpoint %s (%s): starting over", self.path, error)
             return fresh
 
-    @property
-    def due(self) -> bool:
-        """Whether it is time to save again."""
+    def save_if_due(self, arrays: Callable[[], Arrays]) -> None:
+        """Save if enough time has passed. arrays: called for the state to save."""
         interval = min(max(self._seconds, self._cost / MAX_COST), max(MAX_INTERVAL, self._seconds))
-        return not self._seconds or time.monotonic() - self._saved >= interval
+        if self.path is not None and (not self._seconds or time.monotonic() - self._saved >= interval):
+            self.save(arrays())
 
-    def save(self, arrays: Mapping[str, npt.NDArray[Any]]) -> None:
+    def save(self, arrays: Arrays) -> None:
         """Replace the file. Raises OSError, naming the file, if it cannot be written."""
+        if self.path is None:
+            return
         started = time.monotonic()
         with atomic_write(self.path) as partial:
             save_file({name: np.ascontiguousarray(array) for name, array in arrays.items()}, partial)

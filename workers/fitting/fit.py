@@ -101,7 +101,7 @@ def fit(
 
     def after_batch(states: ChunkStates) -> None:
         run.unfinished = states
-        run.save_if_due()
+        run.checkpoint.save_if_due(run.arrays)
         if progress is not None:
             progress(run.progress(resumed))
 
@@ -112,7 +112,7 @@ def fit(
         run.next_chunk += 1
         run.truncated += states.truncated
         run.empty += states.empty
-        run.save_if_due()
+        run.checkpoint.save_if_due(run.arrays)
     return run.result()
 
 
@@ -130,7 +130,7 @@ class FitRun:
     corpus: Corpus
     settings: FitSettings
     fitter: RangeFitter
-    checkpoint: Checkpoint | None
+    checkpoint: Checkpoint
     next_chunk: int = 0
     truncated: int = 0
     empty: int = 0
@@ -163,23 +163,16 @@ class FitRun:
         done, total = self.rows_done, len(self.corpus)
         return Progress("fitting", done, total, time.monotonic() - self.started, resumed, done / total)
 
-    def save_if_due(self) -> None:
-        """Save the checkpoint if there is one and it is time."""
-        if self.checkpoint is not None and self.checkpoint.due:
-            self.save()
-
-    def save(self) -> None:
-        """Save the checkpoint, if there is one."""
-        if self.checkpoint is None:
-            return
+    def arrays(self) -> Arrays:
+        """The state of the fit, for a checkpoint."""
         arrays = self.fitter.arrays()
         arrays |= {f"counters.{name}": np.array(getattr(self, name)) for name in _COUNTERS}
         if self.unfinished is not None:
             arrays |= {f"chunk.{name}": getattr(self.unfinished, name) for name in _STATES}
-        self.checkpoint.save(arrays)
+        return arrays
 
     def restore(self, arrays: Arrays) -> "FitRun":
-        """Continue from what `save` saved. Raises KeyError or ValueError if that is not of this fit."""
+        """Continue from `arrays`. Raises KeyError or ValueError if they are not of this fit."""
         counters = {name: arrays[f"counters.{name}"].item() for name in _COUNTERS}
         unfinished = None
         if "chunk.states" in arrays:
@@ -218,8 +211,7 @@ class FitRun:
             layers[layer], inspect[layer] = self.fitter.layer(
                 index, tuple(counts), self.settings.rankings, self.settings.probe
             )
-        path = self.checkpoint.path if self.checkpoint else None
-        return FitResult(assemble(provenance, layers, inspect), inspect, path)
+        return FitResult(assemble(provenance, layers, inspect), inspect, self.checkpoint.path)
 
 
 def start_fit(
@@ -287,14 +279,14 @@ def start_fit(
     hidden = model.hidden_size
     sample = ProbeSample.draw(len(corpus), len(chosen), hidden, settings.probe) if settings.probe else None
     fitter = RangeFitter(corpus.concepts, len(chosen), hidden, bins, sample)
-    if checkpoint_dir is None:
-        return FitRun(model, corpus, settings, fitter, None)
-    make_private_directory(checkpoint_dir)
-    remove_partial_files(checkpoint_dir, "fit-*")
-    path = checkpoint_path(checkpoint_dir, "fit-", model.fingerprint, corpus.sha256, settings.model_dump(mode="json"))
-    checkpoint = Checkpoint(path, checkpoint_seconds)
-    fresh = FitRun(model, corpus, settings, fitter, checkpoint)
-    return checkpoint.load(fresh.restore, fresh)
+    path = None
+    if checkpoint_dir is not None:
+        make_private_directory(checkpoint_dir)
+        remove_partial_files(checkpoint_dir, "fit-*")
+        inputs = (model.fingerprint, corpus.sha256, settings.model_dump(mode="json"))
+        path = checkpoint_path(checkpoint_dir, "fit-", *inputs)
+    run = FitRun(model, corpus, settings, fitter, Checkpoint(path, checkpoint_seconds))
+    return run.checkpoint.load(run.restore, run)
 
 
 def add_chunk(
