@@ -192,7 +192,7 @@ def test_causal_checkpoint_is_fine_tuned_with_label_tokens(
     report = train(str(first.out), learned, held_out, tmp_path / "second", LABEL_TOKEN)
     assert report.accuracy is not None
     assert report.accuracy >= LEARNED
-    with pytest.raises(CheckpointError, match="no causal language model"):
+    with pytest.raises(CheckpointError, match="not a causal language model"):
         train(bert, learned, None, tmp_path / "third", LABEL_TOKEN)
     assert not (tmp_path / "third").exists()
 
