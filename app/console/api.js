@@ -1,10 +1,10 @@
-// Calls of the public /v1 API.
+// Calls of the /v1 API.
 
-import { askForKey, key } from "./key.js";
-import { named } from "./model.js";
-import { Watched } from "./watched.js";
+import { askForKey, key } from "./api-key.js";
+import { modelQuery } from "./model.js";
+import { Observable } from "./observable.js";
 
-/** What the server answered instead of what was asked for (application/problem+json). */
+/** An error that the server returned (application/problem+json). */
 export class Problem extends Error {
   constructor(status, body, retryAfter) {
     super(body.detail ?? `the server answered ${status}`);
@@ -17,44 +17,44 @@ export class Problem extends Error {
   }
 }
 
-/** No answer came: the server, or the way to it, is away. */
-export class Lost extends Error {
+/** No answer: the server cannot be reached. */
+export class ConnectionLost extends Error {
   constructor() {
     super("The server cannot be reached.");
   }
 }
 
-/** Whether the server answers, as far as is known. */
-export const connected = new Watched(true);
+/** Whether the server answered last. */
+export const connected = new Observable(true);
 
 export const isAbort = (error) => error.name === "AbortError";
 
-const AGAIN = 1500; // milliseconds between two looks for a server that is away
+const RECONNECT_EVERY = 1500; // milliseconds
 
-/** The headers of a call by this tab's key. */
+/** Headers of a call, with this tab's key. */
 export function headers(more = {}) {
   return key.value ? { Authorization: `Bearer ${key.value}`, ...more } : more;
 }
 
-/** The path of something with a name of a user's making. */
+/** A path of quoted parts. */
 export const path = (...parts) => `/${parts.map(encodeURIComponent).join("/")}`;
 
-/** A concept in a path, and what goes into the query with it: browsers resolve "." and "..", however they are written. */
-export const ofConcept = (concept) => (concept === "." || concept === ".." ? { at: "-", named: { name: concept } } : { at: concept, named: {} });
+/** A concept as a path segment and query parameters: browsers resolve "." and ".." in a path even if they are quoted. */
+export const conceptPath = (concept) => (concept === "." || concept === ".." ? { at: "-", named: { name: concept } } : { at: concept, named: {} });
 
-/** An address of the API with a query, which names the page's model. */
-export function asked(where, query = {}) {
-  const known = Object.entries({ ...named, ...query }).filter(([, value]) => value !== null && value !== undefined);
-  return known.length ? `${where}?${new URLSearchParams(known)}` : where;
+/** An address of the API with a query that names the page's model. */
+export function withQuery(address, query = {}) {
+  const present = Object.entries({ ...modelQuery, ...query }).filter(([, value]) => value !== null && value !== undefined);
+  return present.length ? `${address}?${new URLSearchParams(present)}` : address;
 }
 
 /**
- * Call the API and give { data, etag, text }.
- * Asks for a key once if the server wants one. Throws Problem, Lost, or AbortError by `signal`.
+ * Call the API; returns { data, etag }. `text`: do not parse the body.
+ * Asks for a key once if the server requires one. Throws Problem, ConnectionLost, or AbortError by `signal`.
  */
-export async function call(method, where, { body, query, ifMatch, signal, text = false } = {}) {
-  const address = asked(where, query);
-  for (let asked = false; ; asked = true) {
+export async function call(method, route, { body, query, ifMatch, signal, text = false } = {}) {
+  const address = withQuery(route, query);
+  for (let prompted = false; ; prompted = true) {
     const used = key.value;
     const response = await send(address, {
       method,
@@ -68,10 +68,10 @@ export async function call(method, where, { body, query, ifMatch, signal, text =
     });
     if (response.ok) {
       const etag = (response.headers.get("ETag") ?? "").replaceAll('"', "");
-      return { data: await bodyOf(response, text), etag };
+      return { data: await readBody(response, text), etag };
     }
     const problem = await problemOf(response);
-    const again = response.status === 401 && !asked && (key.value !== used || (await askForKey(reasonFor(problem))));
+    const again = response.status === 401 && !prompted && (key.value !== used || (await askForKey(keyPrompt(problem))));
     if (!again) throw problem;
   }
 }
@@ -82,55 +82,55 @@ async function send(address, options) {
     if (!connected.value) connected.value = true;
     return response;
   } catch (error) {
-    throw lostOr(error);
+    throw connectionError(error);
   }
 }
 
-async function bodyOf(response, text) {
-  let said;
+async function readBody(response, text) {
+  let body;
   try {
-    said = await response.text();
+    body = await response.text();
   } catch (error) {
-    throw lostOr(error); // half-way
+    throw connectionError(error); // the connection broke
   }
-  return text ? said : JSON.parse(said);
+  return text ? body : JSON.parse(body);
 }
 
-/** What to throw where a call failed: it was aborted, or the server is away. */
-function lostOr(error) {
+/** The error to throw after a failed fetch: the call was aborted, or the server cannot be reached. */
+function connectionError(error) {
   if (isAbort(error)) return error;
-  lost();
-  return new Lost();
+  reportLost();
+  return new ConnectionLost();
 }
 
-/** The problem that a refused call was answered with. */
+/** The error in a response. */
 export async function problemOf(response) {
   const wait = Number(response.headers.get("Retry-After"));
   let body = {};
   try {
     body = await response.json();
   } catch {
-    // something between here and the server answered
+    // a proxy answered
   }
   return new Problem(response.status, body, Number.isFinite(wait) && wait > 0 ? wait : null);
 }
 
-/** Why a key is asked for, in the words of the dialog. */
-export function reasonFor(problem) {
-  return problem.code === "bad_key" ? "The server does not know this key: it is wrong, was revoked, or has expired." : "This server asks for an API key.";
+/** Why a key is needed, for the dialog. */
+export function keyPrompt(problem) {
+  return problem.code === "bad_key" ? "The server rejected this key: it is wrong, revoked or expired." : "This server requires an API key.";
 }
 
-/** Note that the server is away, and look for it until it is back. */
-export function lost() {
+/** Record that the server cannot be reached, and try until it answers again. */
+export function reportLost() {
   if (!connected.value) return;
   connected.value = false;
-  const look = async () => {
+  const reconnect = async () => {
     try {
       await fetch("/livez", { cache: "no-store" });
       connected.value = true;
     } catch {
-      setTimeout(look, AGAIN);
+      setTimeout(reconnect, RECONNECT_EVERY);
     }
   };
-  setTimeout(look, AGAIN);
+  setTimeout(reconnect, RECONNECT_EVERY);
 }

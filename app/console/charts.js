@@ -1,16 +1,16 @@
-// Charts by plotly, which is fetched from this server when the first one is drawn.
+// Charts by plotly, which is loaded from this server when the first chart is drawn.
 
 import { el } from "./elements.js";
-import { percent, value } from "./numbers.js";
+import { percent, value } from "./format.js";
 
-// the palette of Okabe and Ito; beyond it, lines differ by their dashes
+// the palette of Okabe and Ito; further lines differ by their dashes
 const COLOURS = {
   light: ["#0072b2", "#d55e00", "#007a5a", "#b0478a", "#8a6400", "#3b7fa8", "#4d4d4d"],
   dark: ["#56b4e9", "#ff8c42", "#2fc79a", "#e79bc6", "#f0c14b", "#9ad0ff", "#c8c8c8"],
 };
 const DASHES = ["solid", "dash", "dot", "dashdot"];
-const DRAWN_BINS = 48; // a few hundred texts do not fill 512
-const LEGEND = 150; // pixels of a legend at most; what is more is scrolled to
+const DRAWN_BINS = 48; // a few hundred texts would not fill 512 bins
+const LEGEND = 150; // maximum height in pixels; longer legends scroll
 
 let plotly = null;
 
@@ -27,7 +27,7 @@ function load() {
   return plotly;
 }
 
-/** A place for a chart; `draw()` gives { data, layout } anew whenever colours change. Its words stand in for it. */
+/** A chart. `draw(colours)` returns { data, layout } and is called again when the colours change; `words` describe it. */
 export function chart(signal) {
   const place = el("div", { class: "chart", role: "img", "aria-label": "" });
   let current = null;
@@ -76,7 +76,7 @@ const plain = (look, height) => ({
   dragmode: false,
 });
 
-// plotly reads a little HTML in its texts; a name of a user is no HTML
+// plotly interprets some HTML in its texts, so names are escaped
 const shown = (name) => name.replaceAll("&", "&amp;").replaceAll("<", "&lt;").replaceAll(">", "&gt;");
 const short = (name) => shown(name.length > 18 ? `${name.slice(0, 17)}…` : name);
 
@@ -151,7 +151,7 @@ export function heatMap({ concepts, share }) {
   return (look) => {
     const names = concepts.map((name, at) => (concepts.length <= 30 ? short(name) : `${at + 1}`));
     const written = concepts.length <= 10;
-    const marked = concepts.map((_, at) => at).filter((at) => concepts.length <= 30 || at % 5 === 4); // numbers would run into each other
+    const marked = concepts.map((_, at) => at).filter((at) => concepts.length <= 30 || at % 5 === 4); // more labels would overlap
     return {
       data: [
         {

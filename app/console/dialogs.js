@@ -1,13 +1,13 @@
-// Dialogs that confirm a change, and stay open with the reason if it is refused.
+// Dialogs that confirm a change. They stay open and show the error if it fails.
 
 import { isAbort } from "./api.js";
 import { button, el, field, freshId } from "./elements.js";
-import { failed } from "./notices.js";
+import { errorCard } from "./notices.js";
 
 /**
- * Ask before `run` is done; `run` may throw, and its error is shown in the dialog, which can then be tried again.
- * `refused(error)` may give an element that goes with the error, at once or later, and change what the next attempt does.
- * `dismiss`: what the button that does nothing says.
+ * Ask before `run`. If it throws, the dialog shows the error and `run` can be tried again.
+ * `refused(error)` may return an element to show below the error, or a promise of one, and prepare the next attempt.
+ * `dismiss`: the text of the button that closes the dialog.
  */
 export function confirm({ title, content, action, dismiss = "Cancel", danger = false, run, refused = () => null }) {
   const id = freshId("dialog");
@@ -25,7 +25,7 @@ export function confirm({ title, content, action, dismiss = "Cancel", danger = f
           dialog.close();
         } catch (error) {
           if (isAbort(error)) return;
-          problem.replaceChildren(failed(error));
+          problem.replaceChildren(errorCard(error));
           const more = await refused(error);
           if (more) problem.append(more);
           problem.scrollIntoView({ block: "nearest" });
@@ -43,22 +43,22 @@ export function confirm({ title, content, action, dismiss = "Cancel", danger = f
   const opener = document.activeElement;
   dialog.addEventListener("close", () => {
     dialog.remove();
-    backTo(opener);
+    returnFocus(opener);
   });
   document.body.append(dialog);
   dialog.showModal();
   return dialog;
 }
 
-/** A field for the reason of a change, which the audit keeps. */
+/** A field for the reason of a change, which is recorded in the audit log. */
 export function reasonField(value = "") {
   const input = el("input", { type: "text", maxlength: 500, autocomplete: "off", name: "reason" });
   input.value = value;
-  return { element: field("Reason, for the audit", input), value: () => input.value.trim() || null };
+  return { element: field("Reason, for the audit log", input), value: () => input.value.trim() || null };
 }
 
-/** Give the focus back to where it was; what was there may have been drawn anew, or be gone. */
-function backTo(opener) {
+/** Return the focus to the element that opened the dialog, or to its replacement if it was redrawn. */
+function returnFocus(opener) {
   if (opener?.isConnected && !opener.hidden) return; // the browser does it
   const name = opener?.getAttribute("aria-label");
   const same = name ? document.querySelector(`main [aria-label="${CSS.escape(name)}"]:not([hidden])`) : null;

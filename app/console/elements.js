@@ -1,6 +1,6 @@
-// Elements of the page. Text only ever enters as text: nothing here, or anywhere in the console, parses HTML.
+// Elements of the page. No module of the console parses HTML: strings always become text nodes.
 
-/** An element; `on…` props are listeners, `true`/`false` set or leave out an attribute, strings become text nodes. */
+/** An element. Props named `on…` are listeners; `true` sets an empty attribute, `false` none. */
 export function el(tag, props = {}, ...children) {
   const element = document.createElement(tag);
   for (const [name, value] of Object.entries(props)) {
@@ -12,33 +12,33 @@ export function el(tag, props = {}, ...children) {
   return fill(element, ...children);
 }
 
-/** Give an element other children; null, undefined and false are left out. */
+/** Replace an element's children; null, undefined and false are left out. */
 export function fill(element, ...children) {
   element.replaceChildren(...children.flat(Infinity).filter((child) => child !== null && child !== undefined && child !== false));
   return element;
 }
 
-/** As `fill`, where the new children stand for the old: what was open stays open, and what has the focus keeps it. */
-export function refill(element, ...children) {
-  const opened = new Set([...element.querySelectorAll("details[open]")].map(standsFor));
-  const focused = element.contains(document.activeElement) ? standsFor(document.activeElement) : null;
+/** As `fill`, for children that replace similar ones: open details stay open, and the focus is kept. */
+export function refresh(element, ...children) {
+  const opened = new Set([...element.querySelectorAll("details[open]")].map(identityOf));
+  const focused = element.contains(document.activeElement) ? identityOf(document.activeElement) : null;
   fill(element, ...children);
-  for (const each of element.querySelectorAll("details")) if (opened.has(standsFor(each))) each.open = true;
-  if (focused !== null) [...element.querySelectorAll("button, summary, input, [tabindex]")].find((each) => standsFor(each) === focused)?.focus({ preventScroll: true });
+  for (const each of element.querySelectorAll("details")) if (opened.has(identityOf(each))) each.open = true;
+  if (focused !== null) [...element.querySelectorAll("button, summary, input, [tabindex]")].find((each) => identityOf(each) === focused)?.focus({ preventScroll: true });
 }
 
-const standsFor = (element) => element.dataset.key ?? element.getAttribute("aria-label") ?? (element.tagName === "DETAILS" ? "" : element.textContent);
+const identityOf = (element) => element.dataset.key ?? element.getAttribute("aria-label") ?? (element.tagName === "DETAILS" ? "" : element.textContent);
 
 let ids = 0;
 
-/** An id that nothing else on the page has. */
+/** An id that is unique on the page. */
 export function freshId(prefix) {
   ids += 1;
   return `${prefix}-${ids}`;
 }
 
-/** A text of a user, in its own direction: it cannot turn the words beside it around. */
-export function quoted(text, props = {}) {
+/** A user's text, isolated so that its direction does not affect the text around it. */
+export function userText(text, props = {}) {
   return el("bdi", props, text);
 }
 
@@ -49,7 +49,7 @@ export function field(label, control, after = null) {
 }
 
 /** A drop-down list of [value, text] pairs. */
-export function choice(options, chosen, onchange, props = {}) {
+export function dropDown(options, chosen, onchange, props = {}) {
   const select = el(
     "select",
     { ...props, onchange: () => onchange(select.value) },
@@ -63,7 +63,7 @@ export function button(text, onclick, props = {}) {
   return el("button", { type: "button", onclick, ...props }, text);
 }
 
-/** A table with a caption for screen readers; cells are texts or elements, the first of a row is its heading. */
+/** A table with a caption for screen readers. Cells are texts or elements; the first of each row is its heading. */
 export function table(caption, columns, rows, props = {}) {
   return el(
     "div",
@@ -82,12 +82,12 @@ export function table(caption, columns, rows, props = {}) {
   );
 }
 
-let speaking = 0;
+let announcing = 0;
 
-/** Have a screen reader say something, once the words have settled. */
+/** Have screen readers read a text, unless another one follows within 0.4 s. */
 export function announce(words) {
-  clearTimeout(speaking);
-  speaking = setTimeout(() => {
+  clearTimeout(announcing);
+  announcing = setTimeout(() => {
     document.getElementById("spoken").textContent = words;
   }, 400);
 }

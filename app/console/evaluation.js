@@ -1,10 +1,10 @@
-// Evaluation: the reports of `neuronlens evaluate` in the data directory, opened in place.
+// The page Evaluation: reports of `neuronlens evaluate`.
 
 import { call, isAbort, path } from "./api.js";
-import { button, el, fill, quoted } from "./elements.js";
-import { empty, failed, loading } from "./notices.js";
-import { count, moment } from "./numbers.js";
-import { keep } from "./state.js";
+import { button, el, fill, userText } from "./elements.js";
+import { empty, errorCard, loading } from "./notices.js";
+import { count, moment } from "./format.js";
+import { setAddress } from "./address.js";
 
 const PAGE = "report.html";
 
@@ -23,13 +23,13 @@ export async function showEvaluation(part, params, signal) {
       draw(data.reports);
     } catch (error) {
       if (isAbort(error) || signal.aborted) return;
-      if (error.status === 404) fill(list, empty("No reports here", "This server shows none."));
-      else fill(list, failed(error, read));
+      if (error.status === 404) fill(list, empty("No reports here", "This server does not serve reports."));
+      else fill(list, errorCard(error, read));
     }
   };
   const draw = (reports) => {
     if (!reports.length) {
-      fill(list, empty("No reports yet", "neuronlens evaluate … writes one, and without --out it shows up here, unless this server looks elsewhere (NEURONLENS_REPORTS_DIR)."));
+      fill(list, empty("No reports yet", "neuronlens evaluate … writes one here if it runs without --out. NEURONLENS_REPORTS_DIR sets another directory."));
       return;
     }
     fill(list, el("ul", { class: "erasures" }, reports.map((report) => item(report, open))));
@@ -37,20 +37,20 @@ export async function showEvaluation(part, params, signal) {
     if (wanted) open(wanted);
   };
   const open = async (report) => {
-    keep("evaluation", { report: report.id });
+    setAddress("evaluation", { report: report.id });
     for (const each of list.querySelectorAll("[data-report]")) each.setAttribute("aria-pressed", String(each.dataset.report === report.id));
     fill(opened, loading("the report"));
     try {
       const { data } = await call("GET", path("v1", "reports", report.id, PAGE), { signal, text: true });
-      fill(opened, el("section", { class: "card", "aria-label": "Report" }, el("div", { class: "heading" }, el("h2", {}, quoted(report.id)), button("Close", () => {
-        keep("evaluation", {});
+      fill(opened, el("section", { class: "card", "aria-label": "Report" }, el("div", { class: "heading" }, el("h2", {}, userText(report.id)), button("Close", () => {
+        setAddress("evaluation", {});
         fill(opened);
         list.querySelector(`[data-report="${CSS.escape(report.id)}"]`)?.focus();
       })), frame(report.id, data, signal)));
       opened.scrollIntoView({ block: "start" });
     } catch (error) {
       if (isAbort(error) || signal.aborted) return;
-      fill(opened, failed(error, () => open(report)));
+      fill(opened, errorCard(error, () => open(report)));
     }
   };
   await read();
@@ -58,14 +58,14 @@ export async function showEvaluation(part, params, signal) {
 
 function item(report, open) {
   const { id, state, files, model, data, texts, targets, methods } = report;
-  const about = [model ? ["of ", quoted(model)] : null, data ? ["on ", quoted(data), texts === null ? "" : ` (${count(texts, "text")})`] : null, targets.length ? count(targets.length, "target") : null, methods.length ? methods.join(", ") : null].filter(Boolean);
+  const about = [model ? ["of ", userText(model)] : null, data ? ["on ", userText(data), texts === null ? "" : ` (${count(texts, "text")})`] : null, targets.length ? count(targets.length, "target") : null, methods.length ? methods.join(", ") : null].filter(Boolean);
   return el(
     "li",
     { class: "erasure" },
     el(
       "div",
       {},
-      el("h3", {}, quoted(id), state === "complete" ? null : el("span", { class: "badge outline" }, state)),
+      el("h3", {}, userText(id), state === "complete" ? null : el("span", { class: "badge outline" }, state)),
       el("p", {}, about.map((each, at) => [at ? " · " : "", each])),
       el("p", { class: "quiet" }, `written ${moment(report.created_at)}`),
     ),
@@ -73,7 +73,7 @@ function item(report, open) {
   );
 }
 
-/** A frame with an origin of its own: the report's scripts run, and reach nothing else. */
+/** A frame with an origin of its own, so that the report's scripts reach nothing else. */
 function frame(name, html, signal) {
   const element = el("iframe", { src: "/console/report-frame.html", sandbox: "allow-scripts", title: `Report ${name}`, class: "report", referrerpolicy: "no-referrer" });
   addEventListener(

@@ -1,4 +1,4 @@
-// Texts that are one click away: those that suit the model's labels, else a few that suit any.
+// Example texts: those that match the model's labels, or a few that suit any model.
 
 const EXAMPLES = [
   [["sport"], "Sport", "The striker scored twice in extra time and the home side won the cup."],

@@ -1,17 +1,17 @@
-// Jobs: fits that run beside the server; how far they are, cancelling one, starting one. Hidden where there are none.
+// The part Fits of the page Live: progress, cancelling, starting. Hidden if the server takes no fits and has none.
 
 import { call, path } from "./api.js";
 import { confirm, reasonField } from "./dialogs.js";
-import { button, el, field, fill, freshId, quoted } from "./elements.js";
-import { facts, may, needing } from "./facts.js";
-import { following, jobs as told } from "./follow.js";
-import { empty, failed } from "./notices.js";
-import { count, duration, moment } from "./numbers.js";
+import { button, el, field, fill, freshId, userText } from "./elements.js";
+import { serverInfo, hasFeature, requireScope } from "./server-info.js";
+import { updateMode, latestJob } from "./updates.js";
+import { empty, errorCard } from "./notices.js";
+import { count, duration, moment } from "./format.js";
 
-const OVER = ["done", "failed", "cancelled"];
-const ASK_EVERY = 2000; // milliseconds, while a job is under way and no stream tells of it
+const ENDED = ["done", "failed", "cancelled"];
+const POLL_EVERY = 2000; // milliseconds, while a job runs and there is no stream
 
-/** The part of the page; null where the server takes no jobs. */
+/** The part of the page; null if it is hidden. */
 export async function jobsPart(signal) {
   const list = el("div", {});
   const known = new Map();
@@ -20,16 +20,16 @@ export async function jobsPart(signal) {
   const draw = () => {
     const shown = [...known.values()].sort((a, b) => b.created_at - a.created_at).slice(0, 10);
     for (const job of shown) {
-      if (!items.has(job.id)) items.set(job.id, item(see));
+      if (!items.has(job.id)) items.set(job.id, item(update));
       items.get(job.id).show(job);
     }
     const order = shown.map(({ id }) => id).join();
-    if (order === drawn) return; // a button that is being pressed stays where it is
+    if (order === drawn) return; // so that a button stays in place while it is pressed
     drawn = order;
     fill(list, shown.length ? el("ul", { class: "erasures" }, shown.map(({ id }) => items.get(id).element)) : empty("No fits yet", "A fit reads labelled texts and publishes a range set."));
   };
-  const see = (job) => {
-    if (OVER.includes(known.get(job.id)?.state) && !OVER.includes(job.state)) return; // an older word, that came late
+  const update = (job) => {
+    if (ENDED.includes(known.get(job.id)?.state) && !ENDED.includes(job.state)) return; // an older state that arrived late
     known.set(job.id, job);
     draw();
   };
@@ -43,42 +43,42 @@ export async function jobsPart(signal) {
     await read();
   } catch (error) {
     if (error.status === 404 || error.status === 405 || signal.aborted) return null;
-    fill(list, failed(error, read));
+    fill(list, errorCard(error, read));
   }
-  if (!may("fits") && !known.size) return null;
-  if (known.has(told.value?.id)) see(told.value); // told while the list was read
-  told.watch(see, signal);
-  const asking = setInterval(() => {
-    const busy = [...known.values()].some(({ state }) => !OVER.includes(state));
-    if (busy && following.value === "poll") read().catch(() => {});
-  }, ASK_EVERY);
-  signal.addEventListener("abort", () => clearInterval(asking));
+  if (!hasFeature("fits") && !known.size) return null;
+  if (known.has(latestJob.value?.id)) update(latestJob.value); // it changed while the list was read
+  latestJob.subscribe(update, signal);
+  const polling = setInterval(() => {
+    const busy = [...known.values()].some(({ state }) => !ENDED.includes(state));
+    if (busy && updateMode.value === "poll") read().catch(() => {});
+  }, POLL_EVERY);
+  signal.addEventListener("abort", () => clearInterval(polling));
   return el(
     "section",
     { class: "card", "aria-labelledby": "jobs-title" },
-    el("div", { class: "heading" }, el("h2", { id: "jobs-title" }, "Fits"), may("fits") ? needing("admin", button("Start a fit…", () => start(see))) : null),
-    el("p", { class: "quiet" }, "They run beside the server, on files that it may read."),
+    el("div", { class: "heading" }, el("h2", { id: "jobs-title" }, "Fits"), hasFeature("fits") ? requireScope("admin", button("Start a fit…", () => start(update))) : null),
+    el("p", { class: "quiet" }, "A fit runs in a process of its own, on a file that the server may read."),
     list,
   );
 }
 
-/** An element of the list, and how to show a job in it. */
-function item(see) {
+/** An element of the list, with a function that shows a job in it. */
+function item(update) {
   let shown = null;
   const about = el("div", {});
-  const stop = needing("admin", button("Cancel…", () => cancel(shown, see), { class: "danger" }));
+  const stop = requireScope("admin", button("Cancel…", () => cancel(shown, update), { class: "danger" }));
   const show = (job) => {
     shown = job;
-    const over = OVER.includes(job.state);
+    const ended = ENDED.includes(job.state);
     const what = job.request?.data ?? job.request?.dataset ?? job.id;
-    stop.hidden = over || job.state === "cancelling";
+    stop.hidden = ended || job.state === "cancelling";
     stop.setAttribute("aria-label", `Cancel the fit of ${what}`);
     fill(
       about,
-      el("h3", {}, quoted(what), el("span", { class: over ? "badge outline" : "badge" }, job.state)),
-      over ? null : progress(job),
-      el("p", { class: "quiet" }, `asked ${moment(job.created_at)} by `, quoted(job.by ?? "unknown"), job.ended_at ? ` · ended ${moment(job.ended_at)}` : null, job.range_set ? [" · range set ", el("code", {}, job.range_set)] : null),
-      job.error ? el("p", { class: "problem-text" }, quoted(job.error)) : null,
+      el("h3", {}, userText(what), el("span", { class: ended ? "badge outline" : "badge" }, job.state)),
+      ended ? null : progress(job),
+      el("p", { class: "quiet" }, `requested ${moment(job.created_at)} by `, userText(job.by ?? "unknown"), job.ended_at ? ` · ended ${moment(job.ended_at)}` : null, job.range_set ? [" · range set ", el("code", {}, job.range_set)] : null),
+      job.error ? el("p", { class: "problem-text" }, userText(job.error)) : null,
     );
   };
   return { element: el("li", { class: "erasure" }, about, el("div", { class: "actions" }, stop)), show };
@@ -92,18 +92,18 @@ function progress({ progress: now }) {
   return el("div", {}, el("label", { for: id, class: "quiet" }, words.filter(Boolean).join(" · ")), el("progress", { id, max: total || null, value: total ? done : undefined }));
 }
 
-function cancel(job, see) {
+function cancel(job, update) {
   confirm({
     title: "Cancel the fit",
-    content: el("p", {}, "It publishes nothing. What it has read so far is lost."),
+    content: el("p", {}, "It publishes nothing, and its progress is lost."),
     action: "Cancel the fit",
-    dismiss: "Let it run",
+    dismiss: "Keep it running",
     danger: true,
-    run: async () => see((await call("DELETE", path("v1", "jobs", job.id))).data),
+    run: async () => update((await call("DELETE", path("v1", "jobs", job.id))).data),
   });
 }
 
-function start(see) {
+function start(update) {
   const input = (type, props = {}) => el("input", { type, autocomplete: "off", ...props });
   const data = input("text", { required: true, placeholder: "news/train.jsonl" });
   const most = input("number", { min: 1, step: 1, placeholder: "all" });
@@ -115,18 +115,18 @@ function start(see) {
     content: el(
       "div",
       {},
-      field("File, below the server’s directories for this", data),
-      field("Texts at most", most),
-      el("div", { class: "tickbox" }, all, el("label", { for: all.id }, `All ${facts.value.model.layers ?? "its"} blocks (else the last one)`)),
-      el("div", { class: "tickbox" }, activate, el("label", { for: activate.id }, "Activate it when it is done")),
+      field("File, relative to the server’s fit directories", data),
+      field("Maximum number of texts", most),
+      el("div", { class: "tickbox" }, all, el("label", { for: all.id }, `All ${serverInfo.value.model.layers ?? "its"} blocks (otherwise the last one)`)),
+      el("div", { class: "tickbox" }, activate, el("label", { for: activate.id }, "Activate the range set when the fit is done")),
       reason.element,
     ),
-    action: "Start it",
+    action: "Start the fit",
     run: async () => {
       const body = { data: data.value.trim(), layers: all.checked ? "all" : [-1], activate: activate.checked };
       if (most.value) body.max_rows = Number(most.value);
       if (reason.value()) body.reason = reason.value();
-      see((await call("POST", "/v1/fits", { body })).data);
+      update((await call("POST", "/v1/fits", { body })).data);
     },
   });
 }

@@ -1,15 +1,15 @@
-// Which of the server's models the page is about: ?model= of its own address, and of every call. "" is the first, or only, one.
+// The model that the page shows: ?model= in its address and in every call. "" is the server's default.
 
-import { address, read, settle } from "./state.js";
+import { addressOf, flushAddress, readAddress } from "./address.js";
 
 export const model = new URLSearchParams(location.search).get("model") ?? "";
 
-/** What a query or a body says of it. */
-export const named = model ? { model } : {};
+/** The model's name in a query or a body. */
+export const modelQuery = model ? { model } : {};
 
-/** The page of another model, at the same part and with the same text. */
-export function choose(name) {
-  settle();
-  const { view, params } = read();
-  location.assign(`${location.pathname}?${new URLSearchParams({ model: name })}${address(view, { text: params.get("text") })}`);
+/** Open the page of another model, at the same view and with the same text. */
+export function selectModel(name) {
+  flushAddress();
+  const { view, params } = readAddress();
+  location.assign(`${location.pathname}?${new URLSearchParams({ model: name })}${addressOf(view, { text: params.get("text") })}`);
 }

@@ -1,62 +1,62 @@
-// Neurons: a concept's neurons by rank, one neuron's densities and ranges, and how far concepts share their neurons.
+// The page Neurons: a concept's neurons by rank, one neuron's densities and ranges, and the neurons that concepts share.
 
-import { call, isAbort, ofConcept, path } from "./api.js";
+import { call, isAbort, conceptPath, path } from "./api.js";
 import { chart, densities, heatMap } from "./charts.js";
-import { button, choice, el, field, fill, freshId, quoted, refill, table } from "./elements.js";
-import { allowed, facts, may } from "./facts.js";
-import { Latest } from "./latest.js";
-import { empty, failed, loading } from "./notices.js";
-import { count, percent, range, value } from "./numbers.js";
-import { RANKINGS, slider } from "./settings.js";
-import { keep } from "./state.js";
-import { tried } from "./try.js";
+import { button, dropDown, el, field, fill, freshId, userText, refresh, table } from "./elements.js";
+import { hasScope, serverInfo, hasFeature } from "./server-info.js";
+import { LatestCall } from "./latest-call.js";
+import { empty, errorCard, loading } from "./notices.js";
+import { count, percent, range, value } from "./format.js";
+import { RANKINGS, slider } from "./erasure-settings.js";
+import { setAddress } from "./address.js";
+import { tryState } from "./try.js";
 
 const PAGE = 12;
-const DRAWN = 14; // concepts that a chart draws unless more are chosen
+const DRAWN = 14; // concepts in a chart, unless others are chosen
 
 export async function showNeurons(part, params, signal) {
-  const { concepts, layers, rankings, problem } = facts.value;
+  const { concepts, layers, rankings, problem } = serverInfo.value;
   part.append(el("h1", { class: "unseen" }, "Neurons"));
   if (!concepts.length) {
-    part.append(problem && problem.code !== "no_range_set" ? failed(problem) : empty("No range set is active", "Neurons have ranges once texts are fitted: neuronlens fit --model … --data … --activate"));
+    part.append(problem && problem.code !== "no_range_set" ? errorCard(problem) : empty("No range set is active", "Neurons have ranges once texts are fitted: neuronlens fit --model … --data … --activate"));
     return;
   }
   const names = concepts.map(({ concept }) => concept);
   const wanted = Number(params.get("layer") ?? NaN);
   const number = (name, normal) => (/^\d+(\.\d+)?$/.test(params.get(name) ?? "") ? Number(params.get(name)) : normal);
   const chosen = {
-    concept: [params.get("concept"), tried.concepts[0]].find((name) => names.includes(name)) ?? names[0],
+    concept: [params.get("concept"), tryState.concepts[0]].find((name) => names.includes(name)) ?? names[0],
     layer: layers.includes(wanted) ? wanted : layers.at(-1),
     ranking: rankings.includes(params.get("ranking")) ? params.get("ranking") : rankings[0],
     tau: number("tau", 2.5),
     neuron: number("neuron", null),
   };
-  if (params.get("text")) tried.text = params.get("text");
+  if (params.get("text")) tryState.text = params.get("text");
   const ranked = el("div", {}, loading("neurons"));
   const shown = el("div", { class: "card", role: "region", "aria-label": "One neuron" });
   const shared = el("div", { class: "card", role: "region", "aria-label": "Overlap" });
   const density = chart(signal);
   const overlap = chart(signal);
-  const latest = { table: new Latest(), neuron: new Latest(), overlap: new Latest() };
-  signal.addEventListener("abort", () => Object.values(latest).forEach((each) => each.stop()));
-  let cursors = [null]; // of the pages up to the one that is shown
-  let others = null; // concepts that are drawn beside the chosen one, once somebody chose them
+  const latest = { table: new LatestCall(), neuron: new LatestCall(), overlap: new LatestCall() };
+  signal.addEventListener("abort", () => Object.values(latest).forEach((each) => each.cancel()));
+  let cursors = [null]; // of the pages up to the current one
+  let others = null; // concepts in the chart beside the chosen one, once the user has chosen them
 
-  const remember = () => keep("neurons", { ...chosen, tau: chosen.tau === 2.5 ? null : chosen.tau, text: tried.text });
+  const remember = () => setAddress("neurons", { ...chosen, tau: chosen.tau === 2.5 ? null : chosen.tau, text: tryState.text });
   const guarded = (place, again, work) => async (stop) => {
     try {
       await work(stop);
     } catch (error) {
       if (isAbort(error) || signal.aborted) return;
-      fill(place, failed(error, again));
+      fill(place, errorCard(error, again));
     }
   };
 
-  const read = (which, moving, ask) => (moving ? latest[which].soon(ask) : latest[which].now(ask));
+  const read = (which, moving, ask) => (moving ? latest[which].schedule(ask) : latest[which].runNow(ask));
 
   const readTable = (moving = false) => read("table", moving, guarded(ranked, () => readTable(), async (stop) => {
     const { concept, layer, ranking, tau } = chosen;
-    const { at, named } = ofConcept(concept);
+    const { at, named } = conceptPath(concept);
     const query = { ...named, layer, ranking, tau, limit: PAGE, cursor: cursors.at(-1) };
     let page;
     try {
@@ -75,7 +75,7 @@ export async function showNeurons(part, params, signal) {
       cursors = to;
       readTable();
     };
-    refill(
+    refresh(
       ranked,
       table(
         `Neurons of ${page.concept} by rank`,
@@ -87,7 +87,7 @@ export async function showNeurons(part, params, signal) {
             button(`${each.neuron}`, () => select(each.neuron), { class: "pick", "aria-label": `Show neuron ${each.neuron}`, "aria-pressed": String(each.neuron === chosen.neuron), "data-neuron": each.neuron }),
             value(each.saliency),
             range(each.low, each.high),
-            other === null || share === 0 ? "none" : [`${percent(share, 0)} `, quoted(other, { class: "quiet" })],
+            other === null || share === 0 ? "none" : [`${percent(share, 0)} `, userText(other, { class: "quiet" })],
           ];
         }),
         { class: "ranked" },
@@ -119,7 +119,7 @@ export async function showNeurons(part, params, signal) {
       const ranges = data.concepts.map((each) => `${each.concept}: ${range(each.low, each.high)}`).join("; ");
       const drawn = () => [concept, ...(others ?? names.filter((name) => name !== concept).slice(0, DRAWN - 1)).filter((name) => name !== concept)];
       const draw = () => density.show(`Neuron ${neuron}, ranges: ${ranges}`, densities(data, drawn(), at));
-      refill(
+      refresh(
         shown,
         el("h2", {}, `Neuron ${neuron} of block ${layer}`),
         el("p", { class: "quiet" }, `How the texts of ${names.length > DRAWN ? "some concepts" : "each concept"} spread over its values, and below, ${names.length > DRAWN ? "their ranges" : "each concept’s range"} (mean ± ${tau} σ).`),
@@ -136,7 +136,7 @@ export async function showNeurons(part, params, signal) {
           table(
             `Statistics of neuron ${neuron}`,
             ["Concept", "Texts", "Mean", "Standard deviation", "Range", "Skewness", "Kurtosis", "Rank"],
-            data.concepts.map((each) => [quoted(each.concept), each.texts.toLocaleString("en"), value(each.mean), value(each.std), range(each.low, each.high), value(each.skewness, 2), value(each.kurtosis, 2), (each.rank[chosen.ranking] ?? 0) + 1]),
+            data.concepts.map((each) => [userText(each.concept), each.texts.toLocaleString("en"), value(each.mean), value(each.std), range(each.low, each.high), value(each.skewness, 2), value(each.kurtosis, 2), (each.rank[chosen.ranking] ?? 0) + 1]),
           ),
         ),
       );
@@ -146,16 +146,16 @@ export async function showNeurons(part, params, signal) {
 
   const readOverlap = () => read("overlap", false, guarded(shared, () => readOverlap(), async (stop) => {
     const { data } = await call("GET", "/v1/overlap", { query: { layer: chosen.layer, ranking: chosen.ranking }, signal: stop });
-    refill(
+    refresh(
       shared,
       el("h2", {}, "Shared neurons"),
-      el("p", { class: "quiet" }, `Which part of a concept’s ${data.neurons} most salient neurons (${percent(data.top_fraction, 0)}) is salient for another one too. By chance it would be ${percent(data.chance, 0)}; ${data.shared_by_all.length} are salient for all.`),
+      el("p", { class: "quiet" }, `The share of a concept’s ${data.neurons} most salient neurons (${percent(data.top_fraction, 0)}) that are also among another concept’s. By chance it would be ${percent(data.chance, 0)}; all concepts share ${data.shared_by_all.length}.`),
       overlap.place,
       el(
         "details",
         {},
         el("summary", {}, "The same as numbers"),
-        table("Shared salient neurons", ["of ↓, also of →", ...data.concepts], data.share.map((row, at) => [quoted(data.concepts[at]), ...row.map((each) => percent(each, 0))])),
+        table("Shared salient neurons", ["of ↓, also of →", ...data.concepts], data.share.map((row, at) => [userText(data.concepts[at]), ...row.map((each) => percent(each, 0))])),
       ),
     );
     await overlap.show(`Heat map of shared neurons of ${data.concepts.length} concepts`, heatMap(data));
@@ -184,9 +184,9 @@ export async function showNeurons(part, params, signal) {
         el(
           "div",
           { class: "pickers" },
-          field("Concept", choice(names.map((name) => [name, name]), chosen.concept, (name) => set("concept", name))),
-          field("Block", choice(layers.map((layer) => [layer, layer]), chosen.layer, (layer) => set("layer", layer))),
-          field("Ranking", choice(rankings.map((name) => [name, RANKINGS[name] ?? name]), chosen.ranking, (name) => set("ranking", name))),
+          field("Concept", dropDown(names.map((name) => [name, name]), chosen.concept, (name) => set("concept", name))),
+          field("Block", dropDown(layers.map((layer) => [layer, layer]), chosen.layer, (layer) => set("layer", layer))),
+          field("Ranking", dropDown(rankings.map((name) => [name, RANKINGS[name] ?? name]), chosen.ranking, (name) => set("ranking", name))),
           slider("τ", 0, 6, 0.1, chosen.tau, (number_) => `${number_.toFixed(1)} σ`, (tau) => {
             chosen.tau = tau;
             remember();
@@ -204,7 +204,7 @@ export async function showNeurons(part, params, signal) {
   again({ neuron: chosen.neuron });
 }
 
-/** Boxes to choose by which concepts a chart draws; the one that the page is about always is. */
+/** Checkboxes for the concepts in a chart; the chosen concept is always drawn. */
 function drawnChoice(names, first, drawn, changed) {
   const chosen = new Set(drawn);
   const summary = el("summary", { "data-key": "drawn" });
@@ -225,32 +225,32 @@ function drawnChoice(names, first, drawn, changed) {
         changed(names.filter((each) => chosen.has(each)));
       },
     });
-    return el("span", { class: "tick" }, input, el("label", { for: id, class: "chip", title: name }, quoted(name)));
+    return el("span", { class: "tick" }, input, el("label", { for: id, class: "chip", title: name }, userText(name)));
   };
   return el("details", { "data-key": "drawn" }, summary, el("fieldset", { class: "chips", "aria-label": "Concepts that are drawn" }, names.map(box)));
 }
 
-/** Which ranges a value lies in, in words. */
+/** The ranges that contain a value, as text. */
 function within(data, at) {
   const inside = data.concepts.filter(({ low, high }) => low !== null && at >= low && at <= high);
   if (!inside.length) return ["outside of every concept’s range"];
-  return ["inside the range of ", ...inside.flatMap(({ concept }, place) => [place ? ", " : "", quoted(concept)])];
+  return ["inside the range of ", ...inside.flatMap(({ concept }, place) => [place ? ", " : "", userText(concept)])];
 }
 
-let known = { of: "", value: null }; // a moved slider does not change it
+let cached = { request: "", value: null }; // so that moving a slider sends no request
 
-/** The value that the text under Try has at a neuron; null without a text, or where the server does not tell. */
+/** The value of the text of the page Try at a neuron; null if there is none. */
 async function valueOfText(layer, neuron, signal) {
-  if (!may("activations") || !allowed("infer") || !tried.text.trim()) return null;
-  const body = { inputs: tried.text, layer, neurons: [neuron] };
-  const of = JSON.stringify(body);
-  if (known.of === of) return known.value;
+  if (!hasFeature("activations") || !hasScope("infer") || !tryState.text.trim()) return null;
+  const body = { inputs: tryState.text, layer, neurons: [neuron] };
+  const request = JSON.stringify(body);
+  if (cached.request === request) return cached.value;
   try {
     const { data } = await call("POST", "/v1/activations", { body, signal });
-    known = { of, value: data.results[0].values[0] };
-    return known.value;
+    cached = { request, value: data.results[0].values[0] };
+    return cached.value;
   } catch (error) {
     if (!error.status) throw error;
-    return null; // a text without tokens, or an enforced erasure that it would show
+    return null; // the text has no tokens, or an enforced erasure hides its values
   }
 }

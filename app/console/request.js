@@ -1,31 +1,31 @@
-// The request that stands under Try, and the same as a command or a program.
+// The request of the page Try, also as a curl command and a Python program.
 
-import { key } from "./key.js";
-import { named } from "./model.js";
-import { asRequest } from "./settings.js";
+import { key } from "./api-key.js";
+import { modelQuery } from "./model.js";
+import { asRequest } from "./erasure-settings.js";
 
 /** The body of POST /v1/classify. */
-export function bodyOf({ text, source, concepts, settings }, layers, compare = true) {
-  const body = { inputs: text, ...named };
+export function classifyBody({ text, source, concepts, settings }, layers, compare = true) {
+  const body = { inputs: text, ...modelQuery };
   if (source === "chosen") body.erase = concepts.length ? { concepts, ...asRequest(settings, layers) } : [];
   if (compare) body.compare = true;
   return body;
 }
 
-// what would not show, or would turn around, where it is pasted
-const UNSEEN = /[\u007f-\u009f\u00ad\u061c\u200b-\u200f\u2028-\u202f\u2060-\u206f\ufeff]/g;
+// characters that are invisible, or change the direction of text, where it is pasted
+const INVISIBLE = /[\u007f-\u009f\u00ad\u061c\u200b-\u200f\u2028-\u202f\u2060-\u206f\ufeff]/g;
 
-const json = (body, indent) => JSON.stringify(body, null, indent).replace(UNSEEN, (char) => `\\u${char.charCodeAt(0).toString(16).padStart(4, "0")}`);
+const json = (body, indent) => JSON.stringify(body, null, indent).replace(INVISIBLE, (char) => `\\u${char.charCodeAt(0).toString(16).padStart(4, "0")}`);
 
-/** A curl command; the key is left to a variable of the shell. */
-export function asCurl(body) {
+/** A curl command, which reads the key from an environment variable. */
+export function curlCommand(body) {
   const quoted = json(body).replaceAll("'", "'\\''");
   const auth = key.value ? ` -H "Authorization: Bearer $NEURONLENS_API_KEY"` : "";
   return `curl -s ${location.origin}/v1/classify${auth} -H 'Content-Type: application/json' -d '${quoted}'`;
 }
 
-/** A program in Python; the key is left to the environment. */
-export function asPython(body) {
+/** A Python program, which reads the key from an environment variable. */
+export function pythonProgram(body) {
   const literal = python(body, "    ");
   const auth = key.value ? `    headers={"Authorization": "Bearer " + os.environ["NEURONLENS_API_KEY"]},\n` : "";
   return `${key.value ? "import os\n\n" : ""}import httpx

@@ -1,11 +1,11 @@
-// Scores without and with erasure, beside each other: a table whose first column carries the bars.
+// A table of the scores without and with erasure, with bars.
 
-import { button, el, quoted } from "./elements.js";
-import { percent, points } from "./numbers.js";
+import { button, el, userText } from "./elements.js";
+import { percent, points } from "./format.js";
 
-const SHOWN = 12; // labels, before the rest is asked for
+const SHOWN = 12; // labels, until all are requested
 
-/** The table of one result; `baseline` is null where nothing was compared. */
+/** The table of one result; its `baseline` is null if there is nothing to compare. */
 export function scoreTable(result, share, everything, showAll) {
   const { baseline } = result;
   const bare = new Map((baseline?.scores ?? []).map(({ label, score }) => [label, score]));
@@ -37,7 +37,7 @@ function scoreRow({ label, score, before }, result, share) {
     el(
       "tr",
       { class: first ? "first" : "" },
-      el("th", { scope: "row" }, quoted(label), first ? el("span", { class: "badge" }, result.baseline ? "erased says" : "best") : null, was ? el("span", { class: "badge outline" }, "without says") : null),
+      el("th", { scope: "row" }, userText(label), first ? el("span", { class: "badge" }, result.baseline ? "erased says" : "best") : null, was ? el("span", { class: "badge outline" }, "without says") : null),
       before === null ? null : el("td", {}, text(before)),
       el("td", {}, text(score)),
       before === null ? null : el("td", { class: Math.abs(change) < 0.0005 ? "same" : change > 0 ? "up" : "down" }, share ? points(change) : change.toFixed(2)),

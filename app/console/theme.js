@@ -1,13 +1,13 @@
-// Light or dark, before the first paint: what was chosen here, else what the system prefers.
+// Sets light or dark before the first paint, if one was chosen here. Otherwise the style sheet follows the system.
 "use strict";
 (() => {
-  const kept = () => {
+  const stored = () => {
     try {
       return localStorage.getItem("neuronlens-theme");
     } catch {
-      return null; // a browser may forbid it
+      return null; // storage is disabled
     }
   };
-  const chosen = kept();
+  const chosen = stored();
   if (chosen === "light" || chosen === "dark") document.documentElement.dataset.theme = chosen;
 })();

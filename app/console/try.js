@@ -1,64 +1,64 @@
-// Try: a text, what to erase, and the scores without and with it.
+// The page Try: a text, what to erase, and the scores without and with the erasure.
 
 import { Problem, call, connected, isAbort } from "./api.js";
-import { copy } from "./copy.js";
-import { announce, button, el, freshId, quoted, refill } from "./elements.js";
+import { copy } from "./clipboard.js";
+import { announce, button, el, freshId, userText, refresh } from "./elements.js";
 import { examplesFor } from "./examples.js";
-import { allowed, facts } from "./facts.js";
-import { Latest } from "./latest.js";
-import { live } from "./follow.js";
-import { empty, failed } from "./notices.js";
-import { count, percent, value } from "./numbers.js";
-import { asCurl, asPython, bodyOf } from "./request.js";
+import { hasScope, serverInfo } from "./server-info.js";
+import { LatestCall } from "./latest-call.js";
+import { live } from "./updates.js";
+import { empty, errorCard } from "./notices.js";
+import { count, percent, value } from "./format.js";
+import { curlCommand, pythonProgram, classifyBody } from "./request.js";
 import { scoreTable } from "./scores.js";
-import { controls, inWords, parse, unusual } from "./settings.js";
-import { keep, settle } from "./state.js";
+import { settingsControls, describe, parseSettings, nonDefault } from "./erasure-settings.js";
+import { setAddress, flushAddress } from "./address.js";
 
-const TYPING = 150; // milliseconds of rest after which a text is asked about
+const TYPING = 150; // milliseconds after the last key before a request is sent
 
-/** What stands under Try, for as long as the page is open. */
-export const tried = { text: "", source: "chosen", concepts: [], settings: parse(new URLSearchParams()) };
+/** The inputs of this page, kept while other pages are shown. */
+export const tryState = { text: "", source: "chosen", concepts: [], settings: parseSettings(new URLSearchParams()) };
 
 function parameters() {
-  return { text: tried.text, erase: tried.concepts, ...(tried.source === "live" ? { source: "live" } : {}), ...unusual(tried.settings) };
+  return { text: tryState.text, erase: tryState.concepts, ...(tryState.source === "live" ? { source: "live" } : {}), ...nonDefault(tryState.settings) };
 }
 
 export function showTry(part, params, signal) {
   if ([...params].length) {
-    tried.text = params.get("text") ?? "";
-    tried.source = params.get("source") === "live" ? "live" : "chosen";
-    tried.concepts = [...new Set(params.getAll("erase"))];
-    tried.settings = parse(params);
+    tryState.text = params.get("text") ?? "";
+    tryState.source = params.get("source") === "live" ? "live" : "chosen";
+    tryState.concepts = [...new Set(params.getAll("erase"))];
+    tryState.settings = parseSettings(params);
   }
-  const { model, concepts, layers, rankings, problem } = facts.value;
-  const latest = new Latest();
-  signal.addEventListener("abort", () => latest.stop());
+  const { model, concepts, layers, rankings, problem } = serverInfo.value;
+  const latest = new LatestCall();
+  signal.addEventListener("abort", () => latest.cancel());
   const out = el("div", { class: "card result", "aria-label": "Result", role: "region" });
-  // on a narrow page the controls are below the result, and this keeps it in sight
+  // on a narrow screen the controls are below the result, and this strip keeps the result in sight
   const strip = button("", () => out.scrollIntoView({ block: "start" }), { class: "strip", tabindex: "-1", "aria-hidden": "true" });
   let everything = false;
-  let asked = null; // the body of the last question, unless it failed
+  let sent = null; // the body of the last request, unless it failed
 
-  /** Something was changed: ask, unless that was the last question already. `again`: ask even so. */
+  /** Classify after a change, unless the request is the same as the last one. `again`: even then. */
   const changed = ({ again = false, ...when } = {}) => {
-    keep("try", parameters());
-    if (!allowed("infer")) {
-      out.replaceChildren(failed(new Problem(403, { detail: "Classifying a text needs a key with scope infer." }, null)));
+    setAddress("try", parameters());
+    if (!hasScope("infer")) {
+      out.replaceChildren(errorCard(new Problem(403, { detail: "Classifying a text needs a key with scope infer." }, null)));
       return;
     }
-    if (!tried.text.trim()) {
-      latest.stop();
-      asked = null;
+    if (!tryState.text.trim()) {
+      latest.cancel();
+      sent = null;
       out.classList.remove("busy");
       strip.textContent = "";
-      out.replaceChildren(empty("Nothing to classify yet", "Type a text, or take one of the examples."));
+      out.replaceChildren(empty("Nothing to classify yet", "Type a text or choose an example."));
       return;
     }
-    const body = bodyOf(tried, layers);
-    const question = JSON.stringify(body);
-    if (question === asked && !again) return; // such as a slider that moves while no concept is chosen
-    asked = question;
-    latest.soon((stop) => answer(body, stop), when);
+    const body = classifyBody(tryState, layers);
+    const request = JSON.stringify(body);
+    if (request === sent && !again) return; // for example a slider that moves while no concept is chosen
+    sent = request;
+    latest.schedule((stop) => answer(body, stop), when);
   };
 
   async function answer(body, stop) {
@@ -69,9 +69,9 @@ export function showTry(part, params, signal) {
       draw(data, body, performance.now() - started, hidden);
     } catch (error) {
       if (isAbort(error)) return;
-      asked = null;
+      sent = null;
       strip.textContent = "";
-      out.replaceChildren(failed(error, () => changed()));
+      out.replaceChildren(errorCard(error, () => changed()));
     } finally {
       clearTimeout(slow);
       if (!stop.aborted) out.classList.remove("busy");
@@ -82,26 +82,26 @@ export function showTry(part, params, signal) {
     const [result] = data.results;
     const { baseline } = result;
     const share = result.scores.every(({ score }) => score >= 0 && score <= 1);
-    const score = (number) => (share ? percent(number) : value(number, 2)); // a regression model's scores are no shares
+    const score = (number) => (share ? percent(number) : value(number, 2)); // a regression model's scores are not shares
     const moved = baseline && baseline.label !== result.label;
     const erased = data.erasure.concepts.length > 0;
     const headline = el("p", { class: "headline" }, baseline && erased ? [
-      quoted(baseline.label),
+      userText(baseline.label),
       ` ${score(baseline.score)} `,
       el("span", { class: "arrow", "aria-label": "becomes" }, "→"),
       " ",
-      quoted(result.label, { class: moved ? "moved" : "" }),
+      userText(result.label, { class: moved ? "moved" : "" }),
       ` ${score(result.score)}`,
-    ] : [quoted(result.label), ` ${score(result.score)}`]);
+    ] : [userText(result.label), ` ${score(result.score)}`]);
     const masked = `${count(result.masked_neurons, "neuron")} masked at the read position`;
-    refill(
+    refresh(
       out,
       el("h2", {}, "Result"),
       headline,
-      el("p", { class: "quiet" }, erased ? masked : tried.source === "live" ? "Nothing is erased live." : "Nothing is erased: choose a concept to see what changes."),
-      hidden ? el("p", { class: "note" }, "An erasure is enforced, so the scores without it are shown to scope admin only.") : null,
-      result.at_chance ? el("p", { class: "note" }, "At chance: nothing of the text is left in these scores. They are even, or what the model says of no text at all.") : null,
-      result.truncated ? el("p", { class: "note" }, `The text is longer than the model reads: it was cut to ${model.max_tokens} tokens.`) : null,
+      el("p", { class: "quiet" }, erased ? masked : tryState.source === "live" ? "Nothing is erased live." : "Nothing is erased: choose a concept to see what changes."),
+      hidden ? el("p", { class: "note" }, "An erasure is enforced, so the scores without it need a key with scope admin.") : null,
+      result.at_chance ? el("p", { class: "note" }, "At chance: the erasure left nothing of the text in these scores. They are even, or those of an empty text.") : null,
+      result.truncated ? el("p", { class: "note" }, `The text was cut to ${model.max_tokens} tokens, the most that the model reads.`) : null,
       scoreTable(erased || hidden ? result : { ...result, baseline: null }, share, everything, () => {
         everything = true;
         draw(data, body, milliseconds, hidden);
@@ -112,10 +112,10 @@ export function showTry(part, params, signal) {
       el(
         "div",
         { class: "actions start" },
-        button("Copy as curl", ({ currentTarget }) => copy(asCurl(body), "curl command", currentTarget)),
-        button("Copy as Python", ({ currentTarget }) => copy(asPython(body), "Python program", currentTarget)),
+        button("Copy as curl", ({ currentTarget }) => copy(curlCommand(body), "curl command", currentTarget)),
+        button("Copy as Python", ({ currentTarget }) => copy(pythonProgram(body), "Python program", currentTarget)),
         button("Copy link", ({ currentTarget }) => {
-          settle();
+          flushAddress();
           copy(location.href, "link", currentTarget);
         }),
       ),
@@ -129,19 +129,19 @@ export function showTry(part, params, signal) {
     placeholder: "A sentence to classify",
     "aria-describedby": "examples",
     oninput: () => {
-      tried.text = text.value;
+      tryState.text = text.value;
       changed({ wait: TYPING, rest: true });
     },
   });
   text.id = freshId("text");
-  text.value = tried.text;
+  text.value = tryState.text;
   const examples = el(
     "div",
     { class: "chips", id: "examples", role: "group", "aria-label": "Examples" },
     examplesFor([...model.labels, ...concepts.map(({ concept }) => concept)]).map(([name, example]) =>
       button(name, () => {
         text.value = example;
-        tried.text = example;
+        tryState.text = example;
         changed({ wait: 0 });
       }, { class: "chip", title: example }),
     ),
@@ -163,29 +163,29 @@ export function showTry(part, params, signal) {
         "section",
         { class: "card erase", "aria-label": "What is erased" },
         el("h2", {}, "Erase"),
-        problem ? failed(problem) : null,
+        problem ? errorCard(problem) : null,
         conceptChoice(signal, changed),
-        controls(tried.settings, { model, layers, rankings }, () => changed()),
+        settingsControls(tryState.settings, { model, layers, rankings }, () => changed()),
       ),
     ),
     strip,
   );
-  if (!allowed("infer")) for (const each of part.querySelectorAll("section :is(input, textarea, select, button)")) each.disabled = true;
+  if (!hasScope("infer")) for (const each of part.querySelectorAll("section :is(input, textarea, select, button)")) each.disabled = true;
   const enforcedNow = () => JSON.stringify(live.value?.erasures.filter(({ enforced }) => enforced) ?? []);
   let enforced = enforcedNow();
-  live.watch(() => {
+  live.subscribe(() => {
     const before = enforced;
     enforced = enforcedNow();
-    if (tried.source === "live" || enforced !== before) changed({ again: true });
+    if (tryState.source === "live" || enforced !== before) changed({ again: true });
   }, signal);
-  connected.watch((good) => good && changed({ again: true }), signal);
+  connected.subscribe((good) => good && changed({ again: true }), signal);
   changed({ wait: 0 });
 }
 
-/** Which concepts: chosen here, or those that are live. */
+/** Choice of the erasures: concepts chosen here, or the live erasures. */
 function conceptChoice(signal, changed) {
-  const { concepts } = facts.value;
-  const unknown = tried.concepts.filter((name) => !concepts.some(({ concept }) => concept === name)).map((concept) => ({ concept, texts: null }));
+  const { concepts } = serverInfo.value;
+  const unknown = tryState.concepts.filter((name) => !concepts.some(({ concept }) => concept === name)).map((concept) => ({ concept, texts: null }));
   const group = freshId("source");
   const boxes = el(
     "fieldset",
@@ -196,25 +196,25 @@ function conceptChoice(signal, changed) {
       const box = el("input", {
         type: "checkbox",
         id,
-        checked: tried.concepts.includes(concept),
+        checked: tryState.concepts.includes(concept),
         onchange: () => {
-          tried.concepts = box.checked ? [...tried.concepts, concept] : tried.concepts.filter((name) => name !== concept);
+          tryState.concepts = box.checked ? [...tryState.concepts, concept] : tryState.concepts.filter((name) => name !== concept);
           changed();
         },
       });
-      return el("span", { class: "tick" }, box, el("label", { for: id, class: "chip", title: texts === null ? `${concept}: not in the active range set` : `${concept}: fitted on ${count(texts, "text")}` }, quoted(concept)));
+      return el("span", { class: "tick" }, box, el("label", { for: id, class: "chip", title: texts === null ? `${concept}: not in the active range set` : `${concept}: fitted on ${count(texts, "text")}` }, userText(concept)));
     }),
-    concepts.length ? null : el("p", { class: "quiet" }, "None are known: no range set is active, or the key may not look."),
+    concepts.length ? null : el("p", { class: "quiet" }, "None: no range set is active, or the key has no scope read."),
   );
   const liveNow = el("p", { class: "quiet" });
   const sayLive = () => {
     const erasures = live.value?.erasures ?? [];
-    liveNow.replaceChildren("Live now: ", ...(erasures.length ? erasures.flatMap(({ concept }, at) => [at ? ", " : "", quoted(concept)]) : ["nothing"]), ". Its settings are under ", el("a", { href: "#/live" }, "Live"), ".");
+    liveNow.replaceChildren("Live now: ", ...(erasures.length ? erasures.flatMap(({ concept }, at) => [at ? ", " : "", userText(concept)]) : ["nothing"]), ". Its settings are under ", el("a", { href: "#/live" }, "Live"), ".");
   };
   const apply = () => {
-    boxes.hidden = tried.source === "live";
-    liveNow.hidden = tried.source !== "live";
-    boxes.closest(".card")?.classList.toggle("by-live", tried.source === "live");
+    boxes.hidden = tryState.source === "live";
+    liveNow.hidden = tryState.source !== "live";
+    boxes.closest(".card")?.classList.toggle("by-live", tryState.source === "live");
   };
   const option = (value, label) => {
     const id = freshId("source");
@@ -223,9 +223,9 @@ function conceptChoice(signal, changed) {
         type: "radio",
         id,
         name: group,
-        checked: tried.source === value,
+        checked: tryState.source === value,
         onchange: () => {
-          tried.source = value;
+          tryState.source = value;
           apply();
           changed();
         },
@@ -234,24 +234,24 @@ function conceptChoice(signal, changed) {
     ];
   };
   sayLive();
-  live.watch(sayLive, signal);
+  live.subscribe(sayLive, signal);
   queueMicrotask(apply);
   return el("div", { class: "settings-group" }, el("fieldset", { class: "segments" }, el("legend", {}, "What to erase"), option("chosen", "Chosen here"), option("live", "What is live")), boxes, liveNow);
 }
 
-/** What was applied, as the reply says it. */
+/** The applied erasures of a reply. */
 function applied({ erasure }) {
   if (!erasure.erasures.length) return null;
   return el(
     "details",
     {},
     el("summary", {}, `Applied: ${count(erasure.erasures.length, "erasure")}, ${erasure.source === "live" ? "live" : "of this request"}`),
-    el("ul", {}, erasure.erasures.map((each) => el("li", {}, quoted(each.concept), `: ${inWords(each)}${each.enforced ? ", enforced" : ""}`))),
+    el("ul", {}, erasure.erasures.map((each) => el("li", {}, userText(each.concept), `: ${describe(each)}${each.enforced ? ", enforced" : ""}`))),
     el("p", { class: "quiet" }, "Range set ", el("code", {}, erasure.range_set ?? "none")),
   );
 }
 
-/** Ask with the baseline beside it; where an enforced erasure forbids that, without. */
+/** Classify with the baseline, or without it if an enforced erasure forbids it. */
 async function classify(body, signal) {
   try {
     return { ...(await call("POST", "/v1/classify", { body, signal })), hidden: false };

@@ -153,7 +153,7 @@ def assert_no_horizontal_scroll(page: Page) -> None:
 def enter_key(page: Page, token: str) -> None:
     """Fill in the dialog that asks for an API key."""
     page.get_by_label("Key", exact=True).fill(token)
-    page.get_by_role("button", name="Use it").click()
+    page.get_by_role("button", name="Use this key").click()
 
 
 @contextmanager

@@ -17,7 +17,7 @@ PARTS = {
     "#/try": "Nothing to classify yet",
     "#/try?text=a+goal+in+the+last+minute&erase=Sports": "masked at the read position",
     "#/live": "since",
-    "#/neurons": "Which part of a concept",
+    "#/neurons": "The share of a concept",
     "#/evaluation": "Reports",
 }
 
@@ -152,7 +152,7 @@ def test_empty_server_with_a_running_fit_is_accessible(
     opened = window(fitting_server, **options)
     for address, text in {
         "#/live": "news/long.jsonl",
-        "#/try": "None are known",
+        "#/try": "None: no range set",
         "#/neurons": "No range set is active",
         "#/evaluation": "No reports yet",
     }.items():

@@ -19,12 +19,12 @@ def test_missing_key_is_asked_for_once_and_kept_for_the_tab(
 ) -> None:
     running, tokens, _ = server_with_keys
     page = window(running).open("#/live")
-    expect(page.get_by_role("dialog")).to_contain_text("This server asks for an API key")
+    expect(page.get_by_role("dialog")).to_contain_text("This server requires an API key")
     expect(page.get_by_role("dialog")).to_contain_text("--scope infer,read")  # what the first part needs
     enter_key(page, "two words")
-    expect(page.get_by_role("dialog").get_by_role("alert")).to_contain_text("A key is one word")
+    expect(page.get_by_role("dialog").get_by_role("alert")).to_contain_text("Invalid key")
     enter_key(page, "nl_wrong")
-    expect(page.get_by_role("dialog")).to_contain_text("does not know this key")
+    expect(page.get_by_role("dialog")).to_contain_text("rejected this key")
     enter_key(page, tokens["admin"])
     expect(page.get_by_text("Nothing is erased", exact=True)).to_be_visible()
     page.reload()
@@ -32,7 +32,7 @@ def test_missing_key_is_asked_for_once_and_kept_for_the_tab(
     expect(page.get_by_role("dialog")).to_have_count(0)
     page.get_by_role("button", name="Key").click()
     page.get_by_role("button", name="Forget the key").click()
-    expect(page.get_by_role("alert").filter(has_text="A key is needed")).to_be_visible()
+    expect(page.get_by_role("alert").filter(has_text="API key required")).to_be_visible()
     page.get_by_role("button", name="Use another key").click()
     page.get_by_role("button", name="Not now").click()
     expect(page.get_by_role("dialog")).to_have_count(0)
@@ -49,7 +49,7 @@ def test_what_the_key_may_not_do_is_disabled(server_with_keys: ServerWithKeys, w
     page = opened.open("#/live")
     actions = ("Switch on…", "Change World", "Switch off World", "Activate")
     enter_key(page, tokens["read"])
-    expect(page.locator("main")).to_contain_text("needs a key with scope admin")
+    expect(page.locator("main")).to_contain_text("need a key with scope admin")
     for action in actions:
         expect(page.get_by_role("button", name=action)).to_be_disabled()
     page.get_by_role("link", name="Try").click()

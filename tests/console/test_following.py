@@ -67,7 +67,7 @@ def test_server_without_streams_is_polled_every_second(fresh_server: RunningServ
     refuse_streams(opened.page, 404)
     stop_clock(opened.page)
     page = opened.open("#/live")
-    following(page, "following (asking)")
+    following(page, "following (polling)")
     expect(page.get_by_text("Nothing is erased", exact=True)).to_be_visible()
     fresh_server.http.put("/v1/erasures/Sports").raise_for_status()
     page.clock.run_for(999)
@@ -82,7 +82,7 @@ def test_refused_stream_is_replaced_by_polling_and_tried_again(server: RunningSe
     refuse_streams(opened.page, 429, **{"Retry-After": "600"})
     stop_clock(opened.page)
     page = opened.open("#/live")
-    connection = following(page, "following (asking)")
+    connection = following(page, "following (polling)")
     server.http.put("/v1/erasures/Sports").raise_for_status()
     page.clock.run_for(999)
     expect(page.get_by_role("heading", name="Sports")).to_be_visible()
@@ -107,7 +107,7 @@ def test_ended_stream_is_opened_again(server: RunningServer, window: OpenWindow)
     expect(page.get_by_role("heading", name="Sports")).to_be_visible()
 
 
-@pytest.mark.parametrize("state", ["following", "following (asking)"])
+@pytest.mark.parametrize("state", ["following", "following (polling)"])
 def test_change_elsewhere_keeps_focus_and_opened_details(
     fresh_server: RunningServer, window: OpenWindow, state: str
 ) -> None:

@@ -158,7 +158,7 @@ def refused_change(page: Page, server: RunningServer, concept: str, **body: obje
 def test_stale_change_is_refused_and_can_be_confirmed(server: RunningServer, window: OpenWindow) -> None:
     page = window(server).open("#/live")
     dialog = refused_change(page, server, "Business")
-    expect(dialog.get_by_text("Somebody was faster")).to_be_visible()
+    expect(dialog.get_by_text("Changed in the meantime")).to_be_visible()
     assert set(erasures_of(server)) == {"Business"}
     expect(page.locator(".erasures h3", has_text="Business")).to_be_attached()
     dialog.get_by_role("button", name="Switch it on for everybody").click()
@@ -168,7 +168,7 @@ def test_stale_change_is_refused_and_can_be_confirmed(server: RunningServer, win
 
 def test_stale_change_of_the_same_concept_shows_what_it_replaces(server: RunningServer, window: OpenWindow) -> None:
     dialog = refused_change(window(server).open("#/live"), server, "World", method="neuron", enforced=True)
-    expect(dialog).to_contain_text(re.compile(r"World is erased now: .*enforced.*The same button replaces that"))
+    expect(dialog).to_contain_text(re.compile(r"World is erased now: .*enforced.*Press the button again to replace it"))
     assert erasures_of(server)["World"]["enforced"]
     dialog.get_by_label("Enforced").check()
     dialog.get_by_role("button", name="Switch it on for everybody").click()
@@ -195,7 +195,7 @@ def test_range_sets_are_compared_activated_and_rolled_back(fresh_server: Running
     dialog = open_dialog(page, "Activate")
     expect(dialog.get_by_label("Force")).to_have_count(0)
     dialog.get_by_role("button", name="Activate for everybody").click()
-    expect(dialog.get_by_role("alert")).to_contain_text("That does not fit what is there")
+    expect(dialog.get_by_role("alert")).to_contain_text("Conflict")
     assert fresh_server.service.store.live_state().range_set == before
     dialog.get_by_label("Force").check()
     dialog.get_by_role("button", name="Activate for everybody").click()

@@ -80,7 +80,7 @@ def test_every_control_is_sent_with_the_request(server: RunningServer, window: O
     page.get_by_label("Masked neurons become").select_option("damp")
     damped = '"damp":0.25'  # other requests are sent while the controls are set
     with page.expect_request(lambda request: damped in (request.post_data or "")) as request:
-        page.get_by_label("Part that is left").fill("25")
+        page.get_by_label("Remaining part").fill("25")
     erase = request.value.post_data_json["erase"]
     assert erase == {
         "concepts": ["Sci/Tech", "Météo & co"],
@@ -173,7 +173,7 @@ def test_link_shares_the_state_but_not_the_key(
     running, tokens, _ = server_with_keys
     first = window(running).open(f"#/try?text={TEXT}")
     enter_key(first, tokens["read"])
-    expect(first.locator(".result")).to_contain_text("This key may not do that")
+    expect(first.locator(".result")).to_contain_text("Not allowed with this key")
     first.get_by_role("button", name="Use another key").click()
     enter_key(first, tokens["admin"])
     first.get_by_label("World").check(force=True)
@@ -284,6 +284,6 @@ def test_enforced_erasure_hides_the_baseline_from_an_infer_key(
     running.service.mirror.refresh()
     page = window(running).open(f"#/try?text={TEXT}")
     enter_key(page, tokens["infer"])
-    expect_result(page, "the scores without it are shown to scope admin only")
+    expect_result(page, "the scores without it need a key with scope admin")
     assert all(len(cells) == 1 for cells in scores(page).values())
     expect(page.locator("main")).to_contain_text("needs a key with scope read")

@@ -1,7 +1,7 @@
-// How to erase: method, τ, share of neurons, block, ranking, replacement. The same controls under Try and in dialogs.
+// Settings of an erasure and their controls, for the page Try and for dialogs.
 
-import { choice, el, field, freshId } from "./elements.js";
-import { percent } from "./numbers.js";
+import { dropDown, el, field, freshId } from "./elements.js";
+import { percent } from "./format.js";
 
 /** The defaults of the method (docs/method.md). `layer` is a block from 0, a list of some, or "all"; null: the last fitted one. */
 export const DEFAULTS = { method: "range", tau: 2.5, top: 0.3, layer: null, ranking: "max", replacement: "zero", damp: 0.5 };
@@ -13,10 +13,10 @@ export const RANKINGS = {
   probeless_global: "probeless, over all pairs",
   selectivity: "selectivity: distance over spread",
 };
-const REPLACEMENTS = { zero: "zero", mean: "mean of the others", damp: "a part of itself" };
+const REPLACEMENTS = { zero: "zero", mean: "mean of the other concepts", damp: "part of their value" };
 
-/** The settings that an address or a form holds as text; what is unreadable has its default. */
-export function parse(params) {
+/** The settings in the parameters of an address. An invalid one gets its default. */
+export function parseSettings(params) {
   const number = (name, low, high, normal) => {
     const text = params.get(name);
     const value = Number(text);
@@ -35,14 +35,14 @@ export function parse(params) {
   };
 }
 
-/** Those that are not the defaults, as an address holds them. */
-export function unusual(settings) {
+/** The settings that differ from the defaults, for an address. */
+export function nonDefault(settings) {
   return Object.fromEntries(
     Object.entries(settings).filter(([name, value]) => name in DEFAULTS && value !== DEFAULTS[name] && (name !== "damp" || settings.replacement === "damp")),
   );
 }
 
-/** The settings as the API takes them. */
+/** The settings as JSON of the API. */
 export function asRequest(settings, layers) {
   return {
     method: settings.method,
@@ -54,8 +54,8 @@ export function asRequest(settings, layers) {
   };
 }
 
-/** The settings of an erasure that the API gave. */
-export function ofErasure(erasure, layers) {
+/** The settings of an erasure in a reply of the API. */
+export function settingsOf(erasure, layers) {
   const damped = typeof erasure.replacement === "object";
   return {
     method: erasure.method,
@@ -68,17 +68,17 @@ export function ofErasure(erasure, layers) {
   };
 }
 
-/** Blocks of an erasure as the controls hold them: some of several stay those, and do not become all. */
+/** The blocks of an erasure, for the controls: the last fitted one, all fitted ones, or a list. */
 function blocksOf(chosen, fitted) {
   if (chosen.length === 1) return chosen[0] === fitted.at(-1) ? null : chosen[0];
   return fitted.every((layer) => chosen.includes(layer)) ? "all" : chosen;
 }
 
-/** A share in per cent, with as many digits as it has, two at most: a slider shows 30.5 % too, though it moves by whole ones. */
+/** A share in percent with up to two decimals, for shares that are no whole percentage. */
 const hundredths = (share) => Number((100 * share).toFixed(2));
 
 /** An erasure's settings in a few words. */
-export function inWords(erasure) {
+export function describe(erasure) {
   const { method, tau, top_fraction: top, layers, ranking, replacement } = erasure;
   const blocks = layers.length === 1 ? `block ${layers[0]}` : `blocks ${layers.join(", ")}`;
   const what = method === "range" ? `within ±${tau} σ` : "whatever their value";
@@ -86,8 +86,8 @@ export function inWords(erasure) {
   return `${hundredths(top)} % of the neurons (${ranking}) of ${blocks}, ${what}, ${becomes}`;
 }
 
-/** The controls; `settings` is changed in place, then `changed` is called. */
-export function controls(settings, { model, layers, rankings }, changed) {
+/** Controls that change `settings` in place and then call `changed`. */
+export function settingsControls(settings, { model, layers, rankings }, changed) {
   const set = (name, value) => {
     settings[name] = value;
     tau.hidden = settings.method !== "range";
@@ -99,11 +99,11 @@ export function controls(settings, { model, layers, rankings }, changed) {
   const blocks = layers.map((layer) => [layer, layer === -1 ? "the last one" : layer === last ? `${layer} (last fitted)` : layer]);
   if (layers.length > 1) blocks.push(["all", `all ${layers.length} fitted`]);
   const { layer: given } = settings;
-  // what an erasure or a link says stays what it says, though it be none of these
+  // keep the blocks of an erasure or a link even if they are not among the fitted ones
   if (Array.isArray(given)) blocks.push([given, given.join(", ")]);
   else if (Number.isInteger(given) && !layers.includes(given)) blocks.push([given, given]);
   const asBlock = (value) => (value === "all" ? value : value === String(given) ? given : Number(value) === last ? null : Number(value));
-  if (settings.ranking === DEFAULTS.ranking && !rankings.includes(settings.ranking)) settings.ranking = rankings[0] ?? settings.ranking; // nobody asked for it
+  if (settings.ranking === DEFAULTS.ranking && !rankings.includes(settings.ranking)) settings.ranking = rankings[0] ?? settings.ranking;
   const ranked = rankings.includes(settings.ranking) ? rankings : [...rankings, settings.ranking];
   const method = el(
     "fieldset",
@@ -130,7 +130,7 @@ export function controls(settings, { model, layers, rankings }, changed) {
     (value) => (hidden ? `${value} % · ${Math.floor((value * hidden) / 100)} of ${hidden}` : `${value} %`),
     (value) => set("top", value / 100),
   );
-  const damp = slider("Part that is left", 0, 100, 1, Math.round(100 * settings.damp), (value) => `${value} %`, (value) => set("damp", value / 100));
+  const damp = slider("Remaining part", 0, 100, 1, Math.round(100 * settings.damp), (value) => `${value} %`, (value) => set("damp", value / 100));
   tau.hidden = settings.method !== "range";
   damp.hidden = settings.replacement !== "damp";
   return el(
@@ -139,16 +139,16 @@ export function controls(settings, { model, layers, rankings }, changed) {
     method,
     tau,
     top,
-    field("Block", choice(blocks, given ?? last, (value) => set("layer", asBlock(value)))),
-    field("Ranking of neurons", choice(ranked.map((name) => [name, RANKINGS[name] ?? name]), settings.ranking, (value) => set("ranking", value))),
-    field("Masked neurons become", choice(Object.entries(REPLACEMENTS), settings.replacement, (value) => set("replacement", value))),
+    field("Block", dropDown(blocks, given ?? last, (value) => set("layer", asBlock(value)))),
+    field("Ranking of neurons", dropDown(ranked.map((name) => [name, RANKINGS[name] ?? name]), settings.ranking, (value) => set("ranking", value))),
+    field("Masked neurons become", dropDown(Object.entries(REPLACEMENTS), settings.replacement, (value) => set("replacement", value))),
     damp,
   );
 }
 
-/** A slider with its value in words. */
+/** A slider with its value as text. */
 export function slider(label, low, high, step, value, words, changed) {
-  const said = el("output", {}, words(value));
+  const output = el("output", {}, words(value));
   const input = el("input", {
     type: "range",
     min: low,
@@ -157,11 +157,11 @@ export function slider(label, low, high, step, value, words, changed) {
     "aria-valuetext": words(value),
     oninput: () => {
       const now = Number(input.value);
-      said.textContent = words(now);
+      output.textContent = words(now);
       input.setAttribute("aria-valuetext", words(now));
       changed(now);
     },
   });
   input.value = value;
-  return field(label, input, said);
+  return field(label, input, output);
 }

@@ -1,41 +1,40 @@
-// What the page knows about the server: its model, the concepts of the active range set, what was fitted.
+// Information about the server: its model, the concepts of the active range set, what was fitted, what the key may do.
 
 import { call, path } from "./api.js";
 import { model as chosen } from "./model.js";
-import { Watched } from "./watched.js";
+import { Observable } from "./observable.js";
 
 /**
- * { model, models, concepts, rangeSet, layers, rankings, features, scopes, problem }; null until they are known.
- * `models`: the names of all that the server has. `layers`: the fitted blocks; [-1], the last one, where none is told.
- * `features`: what the server can do, by name; null if it does not say. `scopes`: those of the key; null if it does not
- * say. `problem`: why concepts are not known.
+ * { model, models, concepts, rangeSet, layers, rankings, features, scopes, problem }; null until it is loaded.
+ * `models`: names of all models. `layers`: the fitted blocks; [-1], the last one, if they are unknown.
+ * `features` of the server and `scopes` of the key: null if unknown. `problem`: why the concepts are unknown.
  */
-export const facts = new Watched(null);
+export const serverInfo = new Observable(null);
 
-const UNTOLD = { id: "", kind: "", family: "", labels: [], layers: null, hidden_size: null, max_tokens: null, dtype: "", device: "" };
+const UNKNOWN_MODEL = { id: "", kind: "", family: "", labels: [], layers: null, hidden_size: null, max_tokens: null, dtype: "", device: "" };
 
-/** The models; a key that may classify but not look is told nothing. */
+/** The models. A key without scope read gets an unknown one. */
 async function loadModels(signal) {
   try {
     return (await call("GET", "/v1/models", { query: { model: null }, signal })).data.models;
   } catch (error) {
     if (error.status !== 403) throw error;
-    return [UNTOLD];
+    return [UNKNOWN_MODEL];
   }
 }
 
-/** Whether the server has a feature; one that does not say may have it. */
-export const may = (feature) => facts.value.features?.includes(feature) ?? true;
+/** Whether the server has a feature; true if unknown. */
+export const hasFeature = (feature) => serverInfo.value.features?.includes(feature) ?? true;
 
-/** Whether the key has a scope; where the server does not say, it may have. */
-export function allowed(scope) {
-  const { scopes } = facts.value;
+/** Whether the key has a scope; true if unknown. */
+export function hasScope(scope) {
+  const { scopes } = serverInfo.value;
   return scopes === null || scopes.includes(scope) || scopes.includes("admin");
 }
 
-/** An element that is disabled unless the key has a scope. */
-export function needing(scope, element) {
-  if (!allowed(scope)) {
+/** Disable an element unless the key has a scope. */
+export function requireScope(scope, element) {
+  if (!hasScope(scope)) {
     element.disabled = true;
     element.title = `Needs a key with scope ${scope}`;
   }
@@ -48,12 +47,12 @@ async function loadCapabilities(signal) {
     return { features, scopes };
   } catch (error) {
     if (!error.status) throw error;
-    return { features: null, scopes: error.status === 403 ? ["infer"] : null }; // whoever may look may read them
+    return { features: null, scopes: error.status === 403 ? ["infer"] : null }; // any key with scope read may read them
   }
 }
 
-/** Read them. Throws what calls throw; that no range set is active, or that the key may not look, is no error. */
-export async function loadFacts(signal) {
+/** Load it. Throws as `call`; no active range set, or a key without scope read, is no error. */
+export async function loadServerInfo(signal) {
   const models = await loadModels(signal);
   const model = models.find(({ id }) => id === chosen) ?? models[0];
   const found = { model, models: models.map(({ id }) => id), concepts: [], rangeSet: null, layers: model.layers === null ? [-1] : [...Array(model.layers).keys()], rankings: ["max"], problem: null, ...(await loadCapabilities(signal)) };
@@ -68,6 +67,6 @@ export async function loadFacts(signal) {
     if (!error.status) throw error;
     found.problem = error;
   }
-  facts.value = found;
+  serverInfo.value = found;
   return found;
 }

@@ -1,4 +1,4 @@
-// Numbers and times as people read them, always with their unit.
+// Numbers and times as text, with their units.
 
 export const percent = (share, digits = 1) => `${(100 * share).toFixed(digits)} %`;
 
@@ -21,7 +21,7 @@ export const range = (low, high) => (low === null || high === null ? "empty" : `
 
 export const count = (number, one, many = `${one}s`) => `${number.toLocaleString("en")} ${number === 1 ? one : many}`;
 
-/** A moment, given in Unix seconds, in this browser's time zone. */
+/** A Unix time in this browser's time zone. */
 export function moment(seconds) {
   const at = new Date(1000 * seconds);
   const today = at.toDateString() === new Date().toDateString();
@@ -29,7 +29,7 @@ export function moment(seconds) {
   return today ? time : `${at.toLocaleDateString("en-CA")} ${time}`;
 }
 
-/** A length of time in seconds, in its two largest units. */
+/** A duration in seconds as text, in its two largest units. */
 export function duration(seconds) {
   const whole = Math.max(0, Math.round(seconds));
   const parts = [

@@ -1,4 +1,4 @@
-// Copying a text; where the browser has no clipboard for the page (plain HTTP elsewhere), a box to copy it from.
+// Copies a text. If the page may not use the clipboard (plain HTTP from another host), a dialog shows the text instead.
 
 import { announce, button, el } from "./elements.js";
 
@@ -6,7 +6,7 @@ export async function copy(text, what, pressed) {
   try {
     await navigator.clipboard.writeText(text);
   } catch {
-    box(text, what);
+    showText(text, what);
     return;
   }
   announce(`${what} copied`);
@@ -17,7 +17,7 @@ export async function copy(text, what, pressed) {
   }, 1200);
 }
 
-function box(text, what) {
+function showText(text, what) {
   const area = el("textarea", { readonly: true, rows: 8, "aria-label": what });
   area.value = text;
   const dialog = el("dialog", { "aria-label": what }, el("h2", {}, what), area, el("div", { class: "actions" }, button("Close", () => dialog.close(), { class: "primary" })));
