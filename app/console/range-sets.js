@@ -12,7 +12,7 @@ import { count, moment } from "./format.js";
 export function rangeSetsPart(signal) {
   const list = el("div", {}, loading("range sets"));
   const compared = el("div", {});
-  const part = el("section", { class: "card", "aria-labelledby": "sets-title" }, el("h2", { id: "sets-title" }, "Range sets"), el("p", { class: "quiet" }, "Results of fits. Erasures use the active one. Choose two to compare their provenance."), list, compared);
+  const part = el("section", { class: "card", "aria-labelledby": "sets-title" }, el("h2", { id: "sets-title" }, "Range sets"), el("p", { class: "quiet" }, "Results of fits. Erasures use the active one. Choose two to compare where they come from."), list, compared);
   const picked = [];
   let drawn = "";
   const read = async () => {
@@ -89,7 +89,7 @@ function comparison(one, other) {
     "div",
     { role: "region", "aria-label": "Comparison" },
     el("h3", {}, differing.length ? `${count(differing.length, "difference")} of ${names.length} facts` : `The same model, texts and settings: no difference in ${names.length} facts`),
-    el("p", { class: "quiet" }, "This compares their provenance and the number of texts of each concept, not the ranges themselves."),
+    el("p", { class: "quiet" }, "This compares models, texts and settings, and the number of texts of each concept, not the ranges themselves."),
     differing.length ? table("Differences", ["Fact", one.id, other.id], differing.map((name) => [name, userText(left.get(name) ?? "–"), userText(right.get(name) ?? "–")]), { class: "facts" }) : null,
   );
 }

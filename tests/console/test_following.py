@@ -114,7 +114,7 @@ def test_change_elsewhere_keeps_focus_and_opened_details(
     """The focused button keeps the focus, and opened Provenance details stay open."""
     fresh_server.http.put("/v1/erasures/Sports").raise_for_status()
     opened = window(fresh_server)
-    if "asking" in state:
+    if "polling" in state:
         refuse_streams(opened.page, 404)
     stop_clock(opened.page)
     page = opened.open("#/live")

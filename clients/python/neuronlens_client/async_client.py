@@ -5,8 +5,6 @@ import math
 import time
 from collections.abc import AsyncIterator, Mapping, Sequence
 from functools import partial
-from itertools import count
-from types import TracebackType
 from typing import Any, Self, Unpack, overload
 from uuid import uuid4
 
@@ -85,14 +83,13 @@ class AsyncClient(BaseClient):
     async def __aenter__(self) -> Self:
         return self
 
-    async def __aexit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    async def __aexit__(self, *error: object) -> None:
         await self.aclose()
 
     async def _send(self, method: str, path: str, **options: Unpack[CallOptions]) -> httpx.Response:
         call = self._new_call(method, path, **options)
-        for attempt in count():
+        attempt = 0
+        while True:
             outcome: httpx.Response | httpx.RequestError
             try:
                 outcome = await self._http.request(**call.request_arguments())
@@ -101,7 +98,7 @@ class AsyncClient(BaseClient):
             if isinstance(outcome, httpx.Response) and outcome.status_code < 300:
                 return outcome
             await asyncio.sleep(call.pause_after(outcome, attempt))
-        raise AssertionError("unreachable")
+            attempt += 1
 
     async def _call(self, reply: type[R], method: str, path: str, **options: Unpack[CallOptions]) -> R:
         return parse(await self._send(method, path, **options), reply)

@@ -4,8 +4,6 @@ import math
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from functools import partial
-from itertools import count
-from types import TracebackType
 from typing import Any, Self, Unpack, overload
 from uuid import uuid4
 
@@ -78,14 +76,13 @@ class Client(BaseClient):
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *error: object) -> None:
         self.close()
 
     def _send(self, method: str, path: str, **options: Unpack[CallOptions]) -> httpx.Response:
         call = self._new_call(method, path, **options)
-        for attempt in count():
+        attempt = 0
+        while True:
             outcome: httpx.Response | httpx.RequestError
             try:
                 outcome = self._http.request(**call.request_arguments())
@@ -94,7 +91,7 @@ class Client(BaseClient):
             if isinstance(outcome, httpx.Response) and outcome.status_code < 300:
                 return outcome
             time.sleep(call.pause_after(outcome, attempt))
-        raise AssertionError("unreachable")
+            attempt += 1
 
     def _call(self, reply: type[R], method: str, path: str, **options: Unpack[CallOptions]) -> R:
         return parse(self._send(method, path, **options), reply)

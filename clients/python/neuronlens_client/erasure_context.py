@@ -3,7 +3,6 @@
 from collections.abc import Sequence
 from contextvars import ContextVar
 from enum import Enum
-from types import TracebackType
 from typing import Final, Self
 
 from neuronlens_client.request_types import ErasureSettings, ErasureSpec
@@ -36,9 +35,7 @@ class ErasureContext:
         _ENTERED.set((*_ENTERED.get(), self))
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *error: object) -> None:
         entered = _ENTERED.get()
         last = max((index for index, each in enumerate(entered) if each is self), default=None)
         if last is not None:  # else a generator was closed in another context than the one it began in
@@ -47,10 +44,8 @@ class ErasureContext:
     async def __aenter__(self) -> Self:
         return self.__enter__()
 
-    async def __aexit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self.__exit__(kind, error, trace)
+    async def __aexit__(self, *error: object) -> None:
+        self.__exit__(*error)
 
 
 _ENTERED: ContextVar[tuple[ErasureContext, ...]] = ContextVar("neuronlens_erasures", default=())
