@@ -64,7 +64,7 @@ def main() -> None:
             browser = playwright.chromium.launch(executable_path=chromium, args=list(FLAGS))
             take(browser, url, "try", tried, masked, WIDE, "light")
             take(browser, url, "narrow", tried, masked, NARROW, "dark")
-            take(browser, url, "neurons", neuron, "The text under Try has the value", WIDE, "dark")
+            take(browser, url, "neurons", neuron, "The text of Try has the value", WIDE, "dark")
             put = {"top_fraction": 0.6, "reason": "ticket 214: no sport in the business feed", "expires_in": 28800}
             httpx.put(f"{url}/v1/erasures/Sports", json=put).raise_for_status()
             enforced = {"enforced": True, "reason": "agreed with the desk"}

@@ -79,7 +79,7 @@ export async function showNeurons(part, params, signal) {
       ranked,
       table(
         `Neurons of ${page.concept} by rank`,
-        ["Rank", "Neuron", "Saliency", `Range, ±${page.tau} σ`, "Overlaps most"],
+        ["Rank", "Neuron", "Saliency", `Range, ±${page.tau} σ`, "Largest overlap"],
         page.neurons.map((each) => {
           const [other, share] = Object.entries(each.overlap).sort((a, b) => b[1] - a[1])[0] ?? [null, 0];
           return [
@@ -122,17 +122,17 @@ export async function showNeurons(part, params, signal) {
       refresh(
         shown,
         el("h2", {}, `Neuron ${neuron} of block ${layer}`),
-        el("p", { class: "quiet" }, `How the texts of ${names.length > DRAWN ? "some concepts" : "each concept"} spread over its values, and below, ${names.length > DRAWN ? "their ranges" : "each concept’s range"} (mean ± ${tau} σ).`),
+        el("p", { class: "quiet" }, `Distribution of the texts of ${names.length > DRAWN ? "some concepts" : "each concept"} over the values of this neuron, and below it the ranges (mean ± ${tau} σ).`),
         density.place,
         names.length > DRAWN ? drawnChoice(names, concept, drawn(), (picked) => {
           others = picked;
           draw();
         }) : null,
-        at === null ? null : el("p", {}, "The text under Try has the value ", el("strong", {}, value(at)), " here, ", ...within(data, at), "."),
+        at === null ? null : el("p", {}, "The text of Try has the value ", el("strong", {}, value(at)), " here, ", ...within(data, at), "."),
         el(
           "details",
           {},
-          el("summary", {}, "The same as numbers"),
+          el("summary", {}, "Show as a table"),
           table(
             `Statistics of neuron ${neuron}`,
             ["Concept", "Texts", "Mean", "Standard deviation", "Range", "Skewness", "Kurtosis", "Rank"],
@@ -154,8 +154,8 @@ export async function showNeurons(part, params, signal) {
       el(
         "details",
         {},
-        el("summary", {}, "The same as numbers"),
-        table("Shared salient neurons", ["of ↓, also of →", ...data.concepts], data.share.map((row, at) => [userText(data.concepts[at]), ...row.map((each) => percent(each, 0))])),
+        el("summary", {}, "Show as a table"),
+        table("Shared salient neurons", ["share of ↓ that is also of →", ...data.concepts], data.share.map((row, at) => [userText(data.concepts[at]), ...row.map((each) => percent(each, 0))])),
       ),
     );
     await overlap.show(`Heat map of shared neurons of ${data.concepts.length} concepts`, heatMap(data));

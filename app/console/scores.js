@@ -37,7 +37,7 @@ function scoreRow({ label, score, before }, result, share) {
     el(
       "tr",
       { class: first ? "first" : "" },
-      el("th", { scope: "row" }, userText(label), first ? el("span", { class: "badge" }, result.baseline ? "erased says" : "best") : null, was ? el("span", { class: "badge outline" }, "without says") : null),
+      el("th", { scope: "row" }, userText(label), first ? el("span", { class: "badge" }, result.baseline ? "best, erased" : "best") : null, was ? el("span", { class: "badge outline" }, "best, without") : null),
       before === null ? null : el("td", {}, text(before)),
       el("td", {}, text(score)),
       before === null ? null : el("td", { class: Math.abs(change) < 0.0005 ? "same" : change > 0 ? "up" : "down" }, share ? points(change) : change.toFixed(2)),

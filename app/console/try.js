@@ -236,7 +236,7 @@ function conceptChoice(signal, changed) {
   sayLive();
   live.subscribe(sayLive, signal);
   queueMicrotask(apply);
-  return el("div", { class: "settings-group" }, el("fieldset", { class: "segments" }, el("legend", {}, "What to erase"), option("chosen", "Chosen here"), option("live", "What is live")), boxes, liveNow);
+  return el("div", { class: "settings-group" }, el("fieldset", { class: "segments" }, el("legend", {}, "What to erase"), option("chosen", "Chosen here"), option("live", "Live erasures")), boxes, liveNow);
 }
 
 /** The applied erasures of a reply. */

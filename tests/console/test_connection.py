@@ -112,7 +112,7 @@ def test_revoked_key_is_asked_for_again(server_with_keys: ServerWithKeys, window
     ("scope", "locator", "text"),
     [
         ("read", ".ranked", "Saliency"),
-        ("admin", "main", "The text under Try has the value"),
+        ("admin", "main", "The text of Try has the value"),
     ],
 )
 def test_neurons_show_what_the_scope_allows(
@@ -125,7 +125,7 @@ def test_neurons_show_what_the_scope_allows(
     expect(page.locator(locator).first).to_contain_text(text)
     if scope == "read":
         expect(page.locator(".js-plotly-plot .main-svg").first).to_be_visible()
-        expect(page.locator("main")).not_to_contain_text("The text under Try has the value")
+        expect(page.locator("main")).not_to_contain_text("The text of Try has the value")
 
 
 @pytest.mark.system

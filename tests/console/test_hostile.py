@@ -86,7 +86,7 @@ def test_hostile_names_and_reasons_are_shown_as_text(hostile_server: RunningServ
         expect(page.locator(".ranked [data-neuron]").first).to_be_visible()
     expect(page.locator(".js-plotly-plot .main-svg").first).to_be_visible()
     expect(page.get_by_role("region", name="Overlap").locator("text", has_text="<img src=x").first).to_be_attached()
-    for summary in page.get_by_text("The same as numbers").all():
+    for summary in page.get_by_text("Show as a table").all():
         summary.click()
     assert_nothing_executed(page)
     assert_no_horizontal_scroll(page)

@@ -57,7 +57,7 @@ def test_keyboard_operates_neurons(server: RunningServer, window: OpenWindow) ->
     expect(chosen).to_have_attribute("aria-pressed", "true")
     region = page.get_by_role("region", name="One neuron")
     expect(region.get_by_role("heading", name=f"Neuron {chosen.inner_text()} of block")).to_be_visible()
-    numbers = region.get_by_text("The same as numbers")
+    numbers = region.get_by_text("Show as a table")
     tab_to(page, numbers)
     press("Enter")
     expect(region.get_by_role("cell").first).to_be_visible()

@@ -136,7 +136,7 @@ def test_value_of_the_text_under_try_is_marked(server: RunningServer, window: Op
     expect(page.locator(".scores")).to_be_visible()
     page.get_by_role("link", name="Neurons").click()
     region = page.get_by_role("region", name="One neuron")
-    expect(region).to_contain_text("The text under Try has the value")
+    expect(region).to_contain_text("The text of Try has the value")
     traces(page, "One neuron")
     neuron = int(page.locator("[data-neuron][aria-pressed=true]").inner_text())
     body = {"inputs": text, "layer": 2, "neurons": [neuron]}
@@ -145,7 +145,7 @@ def test_value_of_the_text_under_try_is_marked(server: RunningServer, window: Op
     assert plot.evaluate("(plot) => plot.layout.shapes.map(({ x0 }) => x0)") == activations["values"]
     server.http.put("/v1/erasures/World", json={"enforced": True})  # an admin may still see the value
     page.reload()
-    expect(region).to_contain_text("The text under Try has the value")
+    expect(region).to_contain_text("The text of Try has the value")
 
 
 def test_charts_follow_the_color_scheme(server: RunningServer, window: OpenWindow) -> None:

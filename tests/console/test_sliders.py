@@ -77,7 +77,7 @@ def test_slider_that_changes_no_request_sends_none(server: RunningServer, window
         page.get_by_label("Sports").check(force=True)
     assert requested.count("classify") == 1
     page.get_by_role("link", name="Neurons").click()
-    expect(page.locator("main")).to_contain_text("The text under Try has the value")
+    expect(page.locator("main")).to_contain_text("The text of Try has the value")
     assert requested.count("activations") == 1
     page.evaluate(MOVE, "6")
     with page.expect_response("**/v1/neurons/**tau=2"):

@@ -268,7 +268,7 @@ def test_command_is_shown_if_there_is_no_clipboard(server: RunningServer, window
 
 def test_live_erasures_are_applied_and_followed(server: RunningServer, window: OpenWindow) -> None:
     page = window(server).open(f"#/try?text={TEXT}")
-    page.get_by_text("What is live").click()
+    page.get_by_text("Live erasures").click()
     expect(page.get_by_text("Live now: nothing")).to_be_visible()
     server.http.put("/v1/erasures/Business", json={"method": "neuron", "top_fraction": 1.0})
     expect(page.get_by_text("Live now: Business")).to_be_visible()
