@@ -16,7 +16,7 @@ def test_each_part_names_what_it_loads(server: RunningServer, window: OpenWindow
         ("#/live", "**/v1/{erasures,events}", "what is live", "Nothing is erased"),
         ("#/live", "**/v1/range-sets", "range sets", "Provenance"),
         ("#/neurons", "**/v1/concepts/*/ranges*", "neurons", "Saliency"),
-        ("#/neurons", "**/v1/neurons/**", "the neuron", "How the texts of each concept spread"),
+        ("#/neurons", "**/v1/neurons/**", "the neuron", "Distribution of the texts of each concept"),
         ("#/neurons", "**/v1/overlap*", "the overlap", "The share of a concept"),
         ("#/evaluation", "**/v1/reports", "reports", "No reports yet"),
     ):
