@@ -9,7 +9,6 @@ from app.http.responses import BODY, QUERY
 from app.http.routing import Router
 from app.observability.logs import note
 from app.routes.dependencies import ModelDep
-from app.routes.inspection import finite
 from app.schemas.replies import ActivationsOut, TextTokens, TextValues, Token, TokenizeOut
 from app.schemas.requests import ActivationsIn, TokenizeIn
 from app.security.auth import CallerDep, check_may_see
@@ -98,7 +97,7 @@ async def show_activations(
         site=site,
         position=position,
         neurons=body.neurons,
-        results=[TextValues(values=[finite(value) for value in row]) for row in states[:, body.neurons].tolist()],
+        results=[TextValues(values=row) for row in states[:, body.neurons].tolist()],
     )
 
 

@@ -2,7 +2,6 @@
 
 import base64
 import binascii
-import math
 from collections.abc import Sequence
 from typing import Annotated
 
@@ -16,7 +15,6 @@ from app.routes.dependencies import ConceptDep, ServiceDep
 from app.schemas.replies import (
     ConceptOut,
     ConceptsOut,
-    Histogram,
     NeuronOfConcept,
     NeuronOut,
     NeuronRange,
@@ -85,19 +83,7 @@ def list_ranges(
         layer=block,
         ranking=ranking,
         tau=tau,
-        neurons=[
-            NeuronRange(
-                rank=each.rank,
-                neuron=each.neuron,
-                saliency=finite(each.saliency),
-                mean=finite(each.mean),
-                std=finite(each.std),
-                low=finite(each.low),
-                high=finite(each.high),
-                overlap=dict(each.overlap),
-            )
-            for each in found
-        ],
+        neurons=[NeuronRange.model_validate(vars(each)) for each in found],
         next_cursor=_cursor(range_set.id, end) if more and found else None,
     )
 
@@ -126,8 +112,8 @@ async def show_neuron(
         layer=block,
         neuron=neuron,
         tau=tau,
-        edges=[finite(edge) for edge in inspect.edges[neuron].tolist()],
-        concepts=[_neuron_of_concept(each) for each in found],
+        edges=inspect.edges[neuron].tolist(),
+        concepts=[NeuronOfConcept.model_validate({**vars(each), "histogram": vars(each)}) for each in found],
     )
 
 
@@ -154,30 +140,6 @@ def show_overlap(
         jaccard=overlap.jaccard.tolist(),
         chance=overlap.chance,
         shared_by_all=list(overlap.shared_by_all),
-    )
-
-
-def finite(value: float) -> float | None:
-    """The value, or None for NaN and infinities, which JSON cannot express."""
-    return value if math.isfinite(value) else None
-
-
-def _neuron_of_concept(each: NeuronStatistics) -> NeuronOfConcept:
-    return NeuronOfConcept(
-        concept=each.concept,
-        texts=each.texts,
-        mean=finite(each.mean),
-        std=finite(each.std),
-        mean_abs=finite(each.mean_abs),
-        skewness=finite(each.skewness),
-        kurtosis=finite(each.kurtosis),
-        minimum=finite(each.minimum),
-        maximum=finite(each.maximum),
-        low=finite(each.low),
-        high=finite(each.high),
-        saliency={ranking: finite(value) for ranking, value in each.saliency.items()},
-        rank=dict(each.rank),
-        histogram=Histogram(below=each.below, counts=list(each.counts), above=each.above),
     )
 
 

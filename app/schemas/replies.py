@@ -1,13 +1,19 @@
 """Replies of `/v1`."""
 
-from typing import Any, Literal
+import math
+from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, Field
+from pydantic import BaseModel, BeforeValidator, Field
 
 from range_store.domain.erasure import Damp, Erasure, Method, Ranking, Rule, Site, resolve_layers
 from range_store.domain.live import Action
 from range_store.domain.range_set import ModelKind
 from range_store.storage.api_keys import Scope
+
+Finite = Annotated[
+    float | None, BeforeValidator(lambda value: value if value is None or math.isfinite(value) else None)
+]
+"""A number; NaN and infinities, which JSON cannot express, become null."""
 
 
 class Score(BaseModel):
@@ -152,11 +158,11 @@ class NeuronRange(BaseModel):
 
     rank: int
     neuron: int
-    saliency: float | None
-    mean: float | None
-    std: float | None
-    low: float | None
-    high: float | None
+    saliency: Finite
+    mean: Finite
+    std: Finite
+    low: Finite
+    high: Finite
     overlap: dict[str, float]
 
 
@@ -184,16 +190,16 @@ class NeuronOfConcept(BaseModel):
 
     concept: str
     texts: int
-    mean: float | None
-    std: float | None
-    mean_abs: float | None
-    skewness: float | None
-    kurtosis: float | None
-    minimum: float | None
-    maximum: float | None
-    low: float | None
-    high: float | None
-    saliency: dict[Ranking, float | None]
+    mean: Finite
+    std: Finite
+    mean_abs: Finite
+    skewness: Finite
+    kurtosis: Finite
+    minimum: Finite
+    maximum: Finite
+    low: Finite
+    high: Finite
+    saliency: dict[Ranking, Finite]
     rank: dict[Ranking, int]
     histogram: Histogram
 
@@ -204,7 +210,7 @@ class NeuronOut(BaseModel):
     layer: int
     neuron: int
     tau: float
-    edges: list[float | None]
+    edges: list[Finite]
     concepts: list[NeuronOfConcept]
 
 
@@ -344,7 +350,7 @@ class TokenizeOut(BaseModel):
 class TextValues(BaseModel):
     """The values of one text, in the order of `neurons`; null where one is not a finite number."""
 
-    values: list[float | None]
+    values: list[Finite]
 
 
 class ActivationsOut(BaseModel):
