@@ -40,14 +40,7 @@ async def tokenize(
         results=[
             TextTokens(
                 tokens=[
-                    Token(
-                        id=each.id,
-                        text=each.text,
-                        start=each.start,
-                        stop=each.stop,
-                        special=each.special,
-                        read=each.read,
-                    )
+                    Token.model_validate(vars(each))
                     for each in text.tokens
                     if body.add_special_tokens or not each.special
                 ],
