@@ -14,7 +14,7 @@ from prometheus_client.metrics_core import Metric
 from prometheus_client.registry import Collector
 
 from range_store.storage.mirror import Mirror
-from workers.engine.errors import DeadlineExceeded, Draining, EngineError, EngineFailed, QueueFull, RequestTooLarge
+from workers.engine.errors import EngineError
 from workers.engine.live_metrics import add_model_label, live_state_metrics, model_metric, register_process_metrics
 from workers.models.facts import ModelFacts
 
@@ -24,13 +24,6 @@ PORTS = 100
 """Number of ports that are tried, from the first one on: each replica of a node needs its own."""
 COUNTED_BY_INGRESSES = frozenset({"neuronlens_rejections"})
 """Metrics that replicas leave out: requests that were not answered would be counted twice."""
-REASONS: dict[type[EngineError], str] = {
-    QueueFull: "queue_full",
-    RequestTooLarge: "too_large",
-    Draining: "draining",
-    DeadlineExceeded: "deadline",
-    EngineFailed: "failed",
-}
 
 
 @dataclass(frozen=True)
@@ -130,9 +123,9 @@ class FleetMetrics:
         self.rejections = Counter(
             "neuronlens_rejections", "Requests not answered, by reason.", ["reason"], registry=registry
         )
-        for reason in (*REASONS.values(), "cancelled", "lost"):
+        for reason in (*(kind.reason for kind in EngineError.__subclasses__()), "cancelled"):
             self.rejections.labels(reason)
 
     def count(self, error: EngineError) -> None:
         """Count a request that was not answered."""
-        self.rejections.labels(REASONS.get(type(error), "lost")).inc()
+        self.rejections.labels(error.reason).inc()
