@@ -225,7 +225,7 @@ class JobStore:
             for old in ended[KEPT_JOBS:]:
                 del jobs[old.id]
             document = _DOCUMENT.dump_json(tuple(jobs.values()))
-            arguments: list[bytes | str] = [raw, document, CHANGES, json.dumps({"model": self.model})]
+            arguments: list[bytes | str] = [raw, document, CHANGES, self._keys.hint]
             with translate_redis_errors():
                 if self._change_document([self._keys.jobs], arguments) == b"done":
                     return job

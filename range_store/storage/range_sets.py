@@ -11,7 +11,7 @@ import redis
 from range_store.domain.range_set import InspectLayer, Provenance, RangeSet
 from range_store.errors import InvalidRangeSet, NotFitted, RangeSetInUse, StoreUnavailable, UnknownRangeSet
 from range_store.redis_errors import translate_redis_errors
-from range_store.storage.archive import read_archive, write_archive
+from range_store.storage.archive import write_archive
 from range_store.storage.codec import (
     Metadata,
     check_metadata,
@@ -191,14 +191,6 @@ class PublishedRangeSets:
         range_set = self.read(id_)
         inspect = {layer: self.read_inspect(id_, layer) for layer in range_set.layers}
         write_archive(path, range_set, inspect)
-
-    def import_file(self, path: Path) -> str:
-        """Publish a file that `export_file` wrote, and return its id.
-
-        Raises:
-            InvalidRangeSet: the file cannot be read, or is not a complete, unchanged range set.
-        """
-        return self.publish(*read_archive(path))
 
     def _metadata(self, id_: str) -> Metadata:
         return decode_metadata(self._parts(id_, ["meta"])[0], id_)

@@ -170,8 +170,6 @@ class ReplicaWait:
         """The replicas that were not at the generation in the last roster."""
         self.replicas = 0
         """The number of replicas in the last roster."""
-        self.settled = False
-        """Whether the roster must be complete: after Redis was emptied, each replica has to report again."""
         self._own = own
         self._empty_since: float | None = None
 
@@ -182,12 +180,13 @@ class ReplicaWait:
         elif self._empty_since is None:
             self._empty_since = roster.now
         since = roster.since if self._empty_since is None else self._empty_since
-        self.settled = since is not None and roster.now - since >= SILENT_SECONDS
+        # after Redis was emptied, the roster is incomplete until each replica has reported again
+        complete = since is not None and roster.now - since >= SILENT_SECONDS
         own, names = self._own(), {each.name for each in roster.replicas}
         silent = () if own is None or own in names else (own,)
         self.missing = (*roster.missing(self.generation), *silent)
         self.replicas = len(names) + len(silent)
-        return self.settled and not self.missing
+        return complete and not self.missing
 
     def why(self) -> str:
         """Describe what was missing in the last roster."""

@@ -12,6 +12,7 @@ from range_store.domain.erasure import Erasure
 from range_store.domain.live import LiveErasure
 from range_store.embedded.connection import connect
 from range_store.errors import StoreUnavailable
+from range_store.storage.archive import read_archive
 from range_store.storage.jobs import JobStore
 from range_store.storage.mirror import Mirror
 from range_store.storage.replicas import ReplicaRegistry, new_replica_name
@@ -52,7 +53,7 @@ def test_operator_can_do_everything_with_the_store(client: Client, tmp_path: Pat
     assert store.live_state().erasures == ()
     store.range_sets.export_file(published, tmp_path / "out.safetensors")
     elsewhere = RangeStore(store.client, "elsewhere")
-    assert elsewhere.range_sets.import_file(tmp_path / "out.safetensors") == published
+    assert elsewhere.range_sets.publish(*read_archive(tmp_path / "out.safetensors")) == published
     elsewhere.range_sets.remove(published)
     store.range_sets.remove(other)
     assert [each.id for each in store.range_sets.list()] == [published]

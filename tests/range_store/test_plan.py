@@ -44,7 +44,7 @@ def apply(mask: LayerEdits, hidden: np.ndarray) -> tuple[np.ndarray, np.ndarray]
 
 
 def expected(range_set: RangeSet, erasures: list[Erasure], layer: int, hidden: np.ndarray) -> np.ndarray:
-    """What METHOD "Masking" says, straight from the statistics."""
+    """The masking of docs/method.md, computed directly from the statistics."""
     result = hidden.astype(np.float64)
     done = np.zeros(len(hidden), bool)
     counts = range_set.counts

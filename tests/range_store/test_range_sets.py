@@ -18,6 +18,7 @@ from range_store.errors import (
     RangeStoreError,
     UnknownRangeSet,
 )
+from range_store.storage.archive import read_archive
 from range_store.storage.codec import describe, encode_metadata, encode_parts, serve_part
 from range_store.storage.range_sets import KEPT, UNPUBLISHED_SECONDS
 from range_store.storage.schema import PUT_PART, metadata_key, part_key
@@ -254,13 +255,13 @@ def test_range_set_is_exported_and_imported_as_one_file(store: RangeStore, tmp_p
     store.range_sets.publish(range_set, inspect)
     store.range_sets.export_file(range_set.id, tmp_path / "ranges.safetensors")
     store.range_sets.remove(range_set.id)
-    assert store.range_sets.import_file(tmp_path / "ranges.safetensors") == range_set.id
+    assert store.range_sets.publish(*read_archive(tmp_path / "ranges.safetensors")) == range_set.id
     assert np.array_equal(store.range_sets.read(range_set.id).layers[2].std, range_set.layers[2].std)
     with pytest.raises(UnknownRangeSet):
         store.range_sets.export_file("0" * 20, tmp_path / "other.safetensors")
     assert not (tmp_path / "other.safetensors").exists()
     with pytest.raises(InvalidRangeSet, match="absent"):
-        store.range_sets.import_file(tmp_path / "absent")
+        store.range_sets.publish(*read_archive(tmp_path / "absent"))
 
 
 def test_readers_see_complete_range_sets_while_others_publish_and_remove(

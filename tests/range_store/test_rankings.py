@@ -1,4 +1,4 @@
-"""Rankings against their definitions on raw states (METHOD "Rankings")."""
+"""Rankings against their definitions on raw states (docs/method.md)."""
 
 import itertools
 from decimal import Decimal

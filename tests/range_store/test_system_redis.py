@@ -14,6 +14,7 @@ from range_store.domain.erasure import Erasure
 from range_store.domain.live import LiveErasure
 from range_store.embedded.connection import connect
 from range_store.errors import StaleGeneration, StoreUnavailable
+from range_store.storage.archive import read_archive
 from range_store.storage.mirror import Mirror
 from range_store.storage.store import RangeStore
 from tests.range_store.builders import random_range_set
@@ -75,7 +76,7 @@ def test_publish_read_activate_export_import(store: RangeStore, tmp_path: Path) 
     assert store.range_sets.read(published).layers.keys() == range_set.layers.keys()
     store.range_sets.export_file(published, tmp_path / "out.safetensors")
     other = RangeStore(store.client, "other")
-    assert other.range_sets.import_file(tmp_path / "out.safetensors") == published
+    assert other.range_sets.publish(*read_archive(tmp_path / "out.safetensors")) == published
 
 
 def test_concurrent_toggles_are_all_kept(store: RangeStore) -> None:

@@ -97,7 +97,7 @@ def test_api_keys_are_read_and_open(client: redis.Redis) -> None:
 
 def test_archive_is_imported_under_its_id(store: RangeStore) -> None:
     path = DIRECTORY / "range_set.safetensors"
-    assert store.range_sets.import_file(path) == BEFORE["published"][0]["id"]
+    assert store.range_sets.publish(*read_archive(path)) == BEFORE["published"][0]["id"]
     assert encode_archive(*read_archive(path)) == path.read_bytes(), "it is written differently now"
 
 

@@ -1,4 +1,4 @@
-"""A mirror never drops what it knows: Redis may go away, forget, or hold something unusable (DESIGN promise 5)."""
+"""A mirror never drops an erasure that it holds: Redis may go away, lose data, or hold something unusable."""
 
 import os
 import signal
