@@ -164,8 +164,8 @@ def test_data_directory_that_cannot_be_written_is_reported(
 @pytest.mark.parametrize(
     ("url", "code", "words"),
     [
-        ("http://127.0.0.1:6379", USAGE, "must be like redis://host:6379/0"),
-        ("redis://:secret@127.0.0.1:port", USAGE, "must be like redis://host:6379/0"),
+        ("http://127.0.0.1:6379", USAGE, "expected redis://host:6379/0"),
+        ("redis://:secret@127.0.0.1:port", USAGE, "expected redis://host:6379/0"),
         # resolvers word the reason differently
         ("redis://no-such-host.invalid:6379", UNREACHABLE, "no-such-host.invalid:6379"),
         ("redis://:secret@127.0.0.1:1", UNREACHABLE, "127.0.0.1:1. Connection refused"),
@@ -182,10 +182,10 @@ def test_wrong_redis_url_is_reported(
 @pytest.mark.parametrize(
     ("options", "words"),
     [
-        (["--redis-url", "redis://127.0.0.1:port", "--host", "0.0.0.0"], "must be like redis://host:6379/0"),
+        (["--redis-url", "redis://127.0.0.1:port", "--host", "0.0.0.0"], "expected redis://host:6379/0"),
         (["--host", f"{'a' * 64}.example"], "no such address"),
-        (["--host", "192.0.2.1"], "cannot listen at 192.0.2.1:0"),
-        (["--ray", "auto"], "every node needs the store"),
+        (["--host", "192.0.2.1"], "cannot listen on 192.0.2.1:0"),
+        (["--ray", "auto"], "no store for the cluster"),
     ],
 )
 def test_settings_that_cannot_be_served_with_are_usage_errors(
