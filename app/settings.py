@@ -38,6 +38,9 @@ def _list_entries(value: object) -> object:
         raise ValueError('invalid JSON list: expected a,b or ["a", "b"]') from None
 
 
+Port = Annotated[int, Field(ge=0, le=65535)]
+Seconds = Annotated[float, Field(gt=0)]
+AtLeastOne = Annotated[int, Field(ge=1)]
 Strings = Annotated[tuple[str, ...], NoDecode, BeforeValidator(_list_entries)]
 Paths = Annotated[tuple[Path, ...], NoDecode, BeforeValidator(_list_entries)]
 
@@ -60,18 +63,14 @@ class ModelSettings(BaseModel):
         description="type of the weights: `float32`, `bfloat16` or `float16`; `auto`: float32 on a CPU, else the "
         "checkpoint's own",
     )
-    threads: Annotated[int, Field(ge=1)] | None = Field(
-        None, description="number of CPU threads; unset: torch's default"
-    )
+    threads: AtLeastOne | None = Field(None, description="number of CPU threads; unset: torch's default")
     allow_pickle: bool = Field(
-        False,
-        description="accept pickled weights. They can run any code when loaded: use them only from a source that you "
-        "trust",
+        False, description="accept pickled weights. They can run any code when loaded: use only sources that you trust"
     )
     template: str | None = Field(
         None,
-        description="prompt template, by name (`ag_news`, …) or JSON file, that makes a language model a few-shot "
-        "classifier",
+        description="prompt template that makes a language model a few-shot classifier: a name (`ag_news`, …) or JSON "
+        "file",
     )
     scoring: Literal["restricted", "greedy"] = Field(
         "restricted",
@@ -79,14 +78,12 @@ class ModelSettings(BaseModel):
         "five tokens (`greedy`)",
     )
     plain: bool = Field(
-        False,
-        description="give the same bits as transformers: batches are padded, oneDNN's weight layout is not used. "
-        "Slower",
+        False, description="give transformers' exact bits: pad batches, and keep oneDNN's weight layout off. Slower"
     )
     compile: bool = Field(
         False,
-        description="compile the model's blocks with `torch.compile`. Takes half a minute or more at start; needs a "
-        "C++ compiler on a CPU",
+        description="compile the blocks with `torch.compile`: half a minute or more at start, and a C++ compiler on a "
+        "CPU",
     )
 
     @property
@@ -164,7 +161,7 @@ class Settings(ModelSettings, BaseSettings):
         None, description="API key that `ranges`, `erase` and `audit` send to that server"
     )
     host: str = Field("127.0.0.1", description="address to listen on")
-    port: Annotated[int, Field(ge=0, le=65535)] = Field(8000, description="port to listen on; 0: any free port")
+    port: Port = Field(8000, description="port to listen on; 0: any free port")
     insecure: bool = Field(
         False, description="listen on an address that other machines can reach, although no API key exists"
     )
@@ -179,7 +176,7 @@ class Settings(ModelSettings, BaseSettings):
         description="origins whose pages may call the server from a browser, like `https://console.example`, "
         "comma-separated or as a JSON list; unset: none",
     )
-    metrics_port: Annotated[int, Field(ge=0, le=65535)] | None = Field(
+    metrics_port: Port | None = Field(
         None, description="serve `/metrics` on this port instead; unset: on the API's port"
     )
     metrics_host: str | None = Field(None, description="address for that port; unset: `host`")
@@ -188,15 +185,15 @@ class Settings(ModelSettings, BaseSettings):
         description="Ray cluster that runs the engines: `host:6379`, `auto` (the cluster that this machine belongs to) "
         "or `local` (a private one); unset: one engine in the server's process",
     )
-    replicas: Annotated[int, Field(ge=1)] | Literal["auto"] | None = Field(
+    replicas: AtLeastOne | Literal["auto"] | None = Field(
         None,
         description="number of engines on the cluster; `auto`: scaled by the number of queued tokens; "
         "unset: 1, or the current number of a running fleet",
     )
-    max_replicas: Annotated[int, Field(ge=1)] | None = Field(
+    max_replicas: AtLeastOne | None = Field(
         None, description="maximum number of engines with `auto`; unset: as many as the cluster has room for"
     )
-    replica_metrics_port: Annotated[int, Field(ge=0, le=65535)] | Literal["off"] = Field(
+    replica_metrics_port: Port | Literal["off"] = Field(
         0,
         description="port of each engine's own `/metrics` on the cluster, at its node's address: this port, or the "
         "next free one. 0: any free port. `off`: none",
@@ -204,17 +201,17 @@ class Settings(ModelSettings, BaseSettings):
     max_header_bytes: Annotated[int, Field(ge=1024)] = Field(
         32768, description="maximum size of a request's head: request line and headers"
     )
-    header_timeout: Annotated[float, Field(gt=0)] = Field(10.0, description="seconds in which the head must arrive")
-    body_timeout: Annotated[float, Field(gt=0)] = Field(30.0, description="seconds in which the body must arrive")
+    header_timeout: Seconds = Field(10.0, description="seconds in which the head must arrive")
+    body_timeout: Seconds = Field(30.0, description="seconds in which the body must arrive")
     keep_alive: Annotated[int, Field(gt=0)] = Field(
         75,
         description="seconds until an idle connection is closed. Longer than in clients and proxies, which may "
         "otherwise send a request on a connection that is being closed",
     )
-    write_timeout: Annotated[float, Field(gt=0)] = Field(
+    write_timeout: Seconds = Field(
         30.0, description="seconds until a connection is aborted whose client does not read the response"
     )
-    max_connections: Annotated[int, Field(ge=1)] = Field(
+    max_connections: AtLeastOne = Field(
         1000,
         description="maximum number of open connections, at least 128 below `ulimit -n`. A new connection then "
         "replaces the one that has been idle longest, or is refused (503) if none is idle",
@@ -227,9 +224,9 @@ class Settings(ModelSettings, BaseSettings):
         description="maximum total size of the bodies of unanswered requests, not counting bodies of up to 64 KiB; "
         "further requests are refused (503)",
     )
-    max_texts: Annotated[int, Field(ge=1)] = Field(1024, description="maximum number of texts in a request")
-    max_characters: Annotated[int, Field(ge=1)] = Field(100000, description="maximum number of characters in a text")
-    request_timeout: Annotated[float, Field(gt=0)] = Field(
+    max_texts: AtLeastOne = Field(1024, description="maximum number of texts in a request")
+    max_characters: AtLeastOne = Field(100000, description="maximum number of characters in a text")
+    request_timeout: Seconds = Field(
         60.0, description="seconds until a request times out, unless it sets a shorter timeout"
     )
     max_event_streams: Annotated[int, Field(ge=0)] = Field(
@@ -240,20 +237,20 @@ class Settings(ModelSettings, BaseSettings):
     max_queue_tokens: Annotated[int, Field(ge=16)] = Field(
         262144, description="maximum number of queued tokens; further requests are refused"
     )
-    max_queue_texts: Annotated[int, Field(ge=1)] = Field(
+    max_queue_texts: AtLeastOne = Field(
         16384, description="maximum number of queued texts; further requests are refused"
     )
-    max_queue_seconds: Annotated[float, Field(gt=0)] = Field(
+    max_queue_seconds: Seconds = Field(
         10.0, description="maximum time that the queue takes at the measured rate; further requests are refused"
     )
     watched_batches: Annotated[float, Field(ge=0, le=1)] = Field(
         0.01,
         description="share of batches whose erased texts are also classified without erasures, to count changed labels",
     )
-    poll_seconds: Annotated[float, Field(gt=0)] = Field(
+    poll_seconds: Seconds = Field(
         2.0, description="interval at which the live state is read again, in addition to the change feed"
     )
-    max_snapshot_age: Annotated[float, Field(gt=0)] | None = Field(
+    max_snapshot_age: Seconds | None = Field(
         None,
         description="seconds without contact to the store after which `/readyz` answers 503; must be more than "
         "`poll_seconds`; unset: never",
@@ -277,7 +274,7 @@ class Settings(ModelSettings, BaseSettings):
         description="device of the server's fits; unset: the device of the served model, which then holds two copies "
         "of it",
     )
-    fit_threads: Annotated[int, Field(ge=1)] | None = Field(
+    fit_threads: AtLeastOne | None = Field(
         None, description="number of CPU threads of the server's fits; unset: half of the server's cores"
     )
     fit_niceness: Annotated[int, Field(ge=0, le=19)] = Field(
@@ -367,16 +364,11 @@ class Settings(ModelSettings, BaseSettings):
         return self.reports_dir or self.data_dir / "reports"
 
     @property
-    def redis_dir(self) -> Path:
-        """Directory of the private Redis."""
-        return self.data_dir / "redis"
-
-    @property
     def redis(self) -> dict[str, Any]:
         """Arguments of `range_store.embedded.connection.connect`."""
         return {
             "url": self.redis_url,
-            "directory": self.redis_dir,
+            "directory": self.data_dir / "redis",
             "username": self.redis_username,
             "password": self.redis_password.get_secret_value() if self.redis_password else None,
             "ca_file": self.redis_ca_file,

@@ -1,10 +1,10 @@
-"""What a process tells Prometheus when asked: of each model readiness, live state and work; and its own figures."""
+"""The metrics of a process, and a server for them on a port of its own."""
 
 import json
 import socket
 import threading
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import suppress
 from itertools import chain
 from typing import Any
@@ -23,29 +23,29 @@ from range_store.errors import StoreUnavailable
 from range_store.storage.jobs import JOB_STATES
 
 TARGETS = "/v1/replicas/targets"
-"""Path of what Prometheus finds the replicas of a fleet by, on the API's port and on that of the metrics."""
+"""Path of the targets that Prometheus discovers a fleet's replicas by, on the API's port and the metrics port."""
 
 
 class ModelMetrics(Collector):
-    """Everything that is told of each model, under a label `model`: its service's own registry, and its state.
+    """The metrics of each model, labelled `model`: its service's registry and its current state.
 
-    A process of one model has the label too, so that a series is the same one whoever else is served beside it.
+    A process with one model has the label, too, so that a series does not depend on which models are served together.
     """
 
     def __init__(self, services: Iterable[Service]) -> None:
         self._services = tuple(services)
-        # else a second series beside each counter says when that was made
+        # without this, each counter has a second series with its creation time
         disable_created_metrics()  # type: ignore[no-untyped-call]
 
     def collect(self) -> Iterator[Metric]:
         families: dict[str, Metric] = {}
         for service in self._services:
-            add_model_label(service.name, chain(service.registry.collect(), _State(service).collect()), families)
+            add_model_label(service.name, chain(service.registry.collect(), _state_metrics(service)), families)
         yield from families.values()
 
 
 def targets_of(services: Iterable[Service]) -> list[TargetsOut]:
-    """Where replicas of the models serve metrics of their own. Raises StoreUnavailable."""
+    """The replicas that serve metrics of their own, as Prometheus targets. Raises StoreUnavailable."""
     return [
         TargetsOut(targets=[each.metrics], labels={"model": service.name, "replica": each.name, "node": each.host})
         for service in services
@@ -57,7 +57,7 @@ def targets_of(services: Iterable[Service]) -> list[TargetsOut]:
 def start_metrics_server(
     port: int, host: str, registry: CollectorRegistry, services: Iterable[Service]
 ) -> tuple[WSGIServer, threading.Thread]:
-    """Serve the registry, and `TARGETS`, without keys. Raises OSError: there is no such address, or it is taken."""
+    """Serve the registry and `TARGETS` without API keys. Raises OSError for an address that is invalid or in use."""
     metrics = make_wsgi_app(registry)
 
     def answer(environ: dict[str, Any], start_response: Callable[..., Any]) -> Any:
@@ -68,9 +68,9 @@ def start_metrics_server(
             return metrics(environ, start_response)
         try:
             found = targets_of(services)
-        except StoreUnavailable:  # Prometheus then keeps those that it knows
+        except StoreUnavailable:  # Prometheus keeps the targets that it has
             start_response("503 Service Unavailable", [("Content-Type", "text/plain")])
-            return [b"the store does not say which replicas there are"]
+            return [b"the store with the list of replicas cannot be reached"]
         start_response("200 OK", [("Content-Type", "application/json")])
         return [json.dumps([each.model_dump() for each in found]).encode()]
 
@@ -83,7 +83,7 @@ def start_metrics_server(
 
 
 class _Silent(WSGIRequestHandler):
-    """Ends connections that stay silent, and logs no request: it would be with its path."""
+    """Closes idle connections. Logs nothing, because a log line would contain the path."""
 
     timeout = 10
 
@@ -95,44 +95,31 @@ class _Silent(WSGIRequestHandler):
         """Nothing."""
 
 
-class _State:
-    """A model's readiness, what its mirror knows, what is erased now, and what is loaded: read for every scrape."""
+def _state_metrics(service: Service) -> Iterator[Metric]:
+    """Readiness, live state, fits and model, read for every scrape."""
+    checks = conditions(service)
+    yield GaugeMetricFamily(
+        "neuronlens_ready",
+        "1 while the model takes requests; /readyz answers 200 while all do.",
+        float(all(checks.values())),
+    )
+    yield _by_label("neuronlens_ready_condition", "1 for each condition of readiness that holds.", "condition", checks)
+    yield from live_state_metrics(service.mirror)
+    fits = service.fits.known
+    states = Counter(job.state for job in fits.jobs)
+    by_state = {state: states[state] for state in JOB_STATES}
+    yield _by_label("neuronlens_fit_jobs", "Fits of this model that are kept, by state.", "state", by_state)
+    progress = fits.progress if any(fits.progress_of(job) for job in fits.jobs) else {}
+    yield GaugeMetricFamily(
+        "neuronlens_fit_progress_ratio",
+        "Share of its texts that the running fit has processed; 0 without one.",
+        progress.get("rows_done", 0) / (progress.get("rows_total") or 1),
+    )
+    yield model_metric(service.model)
 
-    def __init__(self, service: Service) -> None:
-        self._service = service
 
-    def collect(self) -> Iterator[Metric]:
-        yield from self._readiness()
-        yield from live_state_metrics(self._service.mirror)
-        yield from self._fits()
-        yield model_metric(self._service.model)
-
-    def _readiness(self) -> Iterator[Metric]:
-        checks = conditions(self._service)
-        yield GaugeMetricFamily(
-            "neuronlens_ready",
-            "1 while the model takes requests; /readyz answers 200 while all do.",
-            float(all(checks.values())),
-        )
-        by_condition = GaugeMetricFamily(
-            "neuronlens_ready_condition", "1 for each condition of readiness that holds.", labels=["condition"]
-        )
-        for condition, holds in checks.items():
-            by_condition.add_metric([condition], float(holds))
-        yield by_condition
-
-    def _fits(self) -> Iterator[Metric]:
-        jobs = self._service.fits.known
-        states = Counter(job.state for job in jobs.jobs)
-        by_state = GaugeMetricFamily(
-            "neuronlens_fit_jobs", "Fits of this model that are kept, by state.", labels=["state"]
-        )
-        for state in JOB_STATES:
-            by_state.add_metric([state], float(states[state]))
-        yield by_state
-        progress = jobs.progress if any(jobs.progress_of(job) for job in jobs.jobs) else {}
-        yield GaugeMetricFamily(
-            "neuronlens_fit_progress_ratio",
-            "Share of its texts that the fit under way has done; 0 where none is.",
-            progress.get("rows_done", 0) / (progress.get("rows_total") or 1),
-        )
+def _by_label(name: str, help: str, label: str, values: Mapping[str, float]) -> Metric:
+    family = GaugeMetricFamily(name, help, labels=[label])
+    for each, value in values.items():
+        family.add_metric([each], float(value))
+    return family

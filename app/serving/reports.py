@@ -1,7 +1,7 @@
-"""The reports of `neuronlens evaluate` below one directory: which there are, and their files.
+"""The reports of `neuronlens evaluate` in one directory, and their files.
 
-Whatever lies there is taken as foreign: no name leads out of the directory, no link is followed, and what cannot be
-read is told as such.
+The content of the directory is not trusted: names cannot leave it, links are not followed, and a file that cannot be
+read makes its report "broken".
 """
 
 import os
@@ -17,9 +17,10 @@ from pydantic import BaseModel, ValidationError
 FileName = Literal["report.html", "results.csv", "run.json"]
 FILES: tuple[FileName, ...] = get_args(FileName)
 State = Literal["complete", "incomplete", "broken"]
-MOST = 200
-"""Reports that are listed, newest first."""
-MOST_RUN_BYTES = 4_000_000
+MAX_REPORTS = 200
+"""Maximum number of listed reports, the newest ones."""
+MAX_RUN_BYTES = 4_000_000
+"""Maximum size of run.json."""
 
 
 class UnknownReport(Exception):
@@ -41,7 +42,7 @@ class _Settings(BaseModel):
 
 
 class _Run(BaseModel):
-    """The part of run.json that is listed."""
+    """The listed part of run.json."""
 
     model: _Model
     test: _Test
@@ -50,10 +51,13 @@ class _Run(BaseModel):
 
 @dataclass(frozen=True)
 class Report:
-    """An evaluation's directory. `created_at`: Unix seconds at which its newest file was written.
+    """The results of an evaluation.
 
-    `state`: "incomplete" while files are missing (it is under way, or was stopped), "broken" if run.json is unreadable.
-    `run`: what run.json says, where it is readable.
+    Attributes:
+        state: "incomplete" if files are missing (the evaluation is running or was interrupted), "broken" if run.json
+            cannot be read.
+        created_at: modification time of the newest file in Unix seconds.
+        run: content of run.json; None if it is missing or cannot be read.
     """
 
     id: str
@@ -64,15 +68,15 @@ class Report:
 
 
 def list_reports(directory: Path) -> list[Report]:
-    """The newest reports, newest first; none if there is no such directory."""
+    """The newest reports, newest first; empty if there is no such directory."""
     found: list[tuple[float, str]] = []
     with suppress(OSError), os.scandir(directory) as entries:
         for entry in entries:
             with suppress(OSError):
-                if _is_name(entry.name) and entry.is_dir(follow_symlinks=False):
+                if _is_valid(entry.name) and entry.is_dir(follow_symlinks=False):
                     found.append((entry.stat(follow_symlinks=False).st_mtime, entry.name))
     reports = []
-    for _, name in sorted(found, reverse=True)[:MOST]:
+    for _, name in sorted(found, reverse=True)[:MAX_REPORTS]:
         with suppress(UnknownReport):
             reports.append(read_report(directory, name))
     return sorted(reports, key=lambda report: (-report.created_at, report.id))
@@ -84,30 +88,33 @@ def read_report(directory: Path, name: str) -> Report:
     Raises:
         UnknownReport: there is none of that name.
     """
-    with _folder(directory, name) as folder:
+    with _open_folder(directory, name) as folder:
         times: dict[FileName, float] = {}
         for file in FILES:
             with suppress(OSError):
-                about = os.stat(file, dir_fd=folder, follow_symlinks=False)
-                if stat.S_ISREG(about.st_mode):
-                    times[file] = about.st_mtime
+                status = os.stat(file, dir_fd=folder, follow_symlinks=False)
+                if stat.S_ISREG(status.st_mode):
+                    times[file] = status.st_mtime
         state: State = "complete" if len(times) == len(FILES) else "incomplete"
         run = None
         if "run.json" in times:
             try:
-                run = _Run.model_validate_json(_content(folder, "run.json", MOST_RUN_BYTES))
+                with _open(folder, "run.json") as stream:
+                    if os.fstat(stream.fileno()).st_size > MAX_RUN_BYTES:
+                        raise UnknownReport(name)
+                    run = _Run.model_validate_json(stream.read(MAX_RUN_BYTES))
             except (OSError, ValidationError, UnknownReport):
                 state = "broken"
         return Report(name, state, max(times.values(), default=os.fstat(folder).st_mtime), tuple(times), run)
 
 
 def open_file(directory: Path, name: str, file: FileName) -> BinaryIO:
-    """A file of a report, to be read and closed.
+    """Open a file of a report for reading.
 
     Raises:
         UnknownReport: there is no such report, or it has no such file.
     """
-    with _folder(directory, name) as folder:
+    with _open_folder(directory, name) as folder:
         try:
             return _open(folder, file)
         except OSError:
@@ -115,13 +122,13 @@ def open_file(directory: Path, name: str, file: FileName) -> BinaryIO:
 
 
 @contextmanager
-def _folder(directory: Path, name: str) -> Iterator[int]:
-    """A report's directory, as a descriptor that stays that directory whatever is renamed meanwhile."""
-    if not _is_name(name):
+def _open_folder(directory: Path, name: str) -> Iterator[int]:
+    """A descriptor of a report's directory. It stays valid if the directory is renamed."""
+    if not _is_valid(name):
         raise UnknownReport(name)
     try:
         folder = os.open(directory / name, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW)
-    except (OSError, ValueError):  # a name may be too long, or hold what no name can
+    except (OSError, ValueError):  # ValueError: an impossible name
         raise UnknownReport(name) from None
     try:
         yield folder
@@ -129,23 +136,17 @@ def _folder(directory: Path, name: str) -> Iterator[int]:
         os.close(folder)
 
 
-def _content(folder: int, file: FileName, most: int) -> bytes:
-    with _open(folder, file) as stream:
-        if os.fstat(stream.fileno()).st_size > most:
-            raise UnknownReport(file)
-        return stream.read(most)
-
-
 def _open(folder: int, file: FileName) -> BinaryIO:
-    opened = os.open(file, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK, dir_fd=folder)  # a pipe would wait for a writer
-    if not stat.S_ISREG(os.fstat(opened).st_mode):
-        os.close(opened)
+    # O_NONBLOCK: opening a named pipe would wait for a writer
+    descriptor = os.open(file, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK, dir_fd=folder)
+    if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+        os.close(descriptor)
         raise UnknownReport(file)
-    return open(opened, "rb")
+    return open(descriptor, "rb")
 
 
-def _is_name(name: str) -> bool:
-    """Whether it names something in a directory, and nothing hidden, in characters that JSON can say."""
+def _is_valid(name: str) -> bool:
+    """Whether it is the name of a visible directory entry that can be encoded as JSON."""
     if not name or name.startswith(".") or "/" in name or "\0" in name:
         return False
     try:
