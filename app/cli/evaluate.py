@@ -14,8 +14,7 @@ import typer
 from app.cli import options, parsing
 from app.cli.control import open_store
 from app.cli.fit import corpus_warnings
-from app.cli.terminal import hint, print_json, progress, say, table
-from app.errors import INTERRUPTED
+from app.cli.terminal import hint, print_json, progress, resumable, say, table
 from app.serving.inputs import check_model, check_texts
 from app.settings import ModelSettings, Settings
 from range_store.atomic_files import make_private_directory
@@ -42,9 +41,7 @@ MOST_LINES = 60
 @options.expand
 def evaluate(
     texts: options.CorpusOptions,
-    settings: Annotated[
-        Settings, options.SettingsOptions("model", *options.MODEL, *options.STORE, required=("model",))
-    ],
+    settings: options.ModelAndStore,
     *,
     out: Annotated[
         Path | None,
@@ -187,30 +184,26 @@ def evaluate(
         raise typer.BadParameter(f"{out} is a file, not a directory", param_hint="--out")
     check_texts(learned, test, selection, cluster=cluster)
     check_model(model, cluster)
-    try:
-        with progress("rows") as on_progress, _store_for(range_set, settings) as store:
-            if store is not None and range_set is not None:
-                store.range_sets.provenance(range_set)  # an unknown range set should fail before the model is loaded
-            on_progress("loading the model", 0, 0)
-            from app.serving.evaluate import evaluate_model  # here, because it loads torch
+    with resumable(), progress("rows") as on_progress, _store_for(range_set, settings) as store:
+        if store is not None and range_set is not None:
+            store.range_sets.provenance(range_set)  # an unknown range set should fail before the model is loaded
+        on_progress("loading the model", 0, 0)
+        from app.serving.evaluate import evaluate_model  # here, because it loads torch
 
-            evaluation = evaluate_model(
-                model,
-                learned,
-                test,
-                out,
-                selection=selection,
-                published=None if store is None or range_set is None else (store, range_set),
-                fit_settings=fit_settings,
-                perplexity=perplexity,
-                on_progress=on_progress,
-                announce=hint,
-                cluster=cluster,
-                **grid,
-            )
-    except KeyboardInterrupt:
-        hint("interrupted: the same command resumes from the last checkpoint")
-        raise typer.Exit(INTERRUPTED) from None
+        evaluation = evaluate_model(
+            model,
+            learned,
+            test,
+            out,
+            selection=selection,
+            published=None if store is None or range_set is None else (store, range_set),
+            fit_settings=fit_settings,
+            perplexity=perplexity,
+            on_progress=on_progress,
+            announce=hint,
+            cluster=cluster,
+            **grid,
+        )
     if as_json:
         print_json([row.as_json() for row in evaluation.rows])
     else:

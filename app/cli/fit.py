@@ -9,8 +9,7 @@ import typer
 
 from app.cli import options, parsing
 from app.cli.control import open_store, operator
-from app.cli.terminal import command, hint, model_options, print_json, progress, say, store_options, table
-from app.errors import INTERRUPTED
+from app.cli.terminal import command, hint, model_options, print_json, progress, resumable, say, store_options, table
 from app.jobs import child
 from app.serving.inputs import check_model, check_texts
 from app.settings import DType, Settings
@@ -26,9 +25,7 @@ DEFAULT_RANKINGS = ",".join(STATISTICAL_RANKINGS)
 @options.expand
 def fit(
     texts: options.CorpusOptions,
-    settings: Annotated[
-        Settings, options.SettingsOptions("model", *options.MODEL, *options.STORE, required=("model",))
-    ],
+    settings: options.ModelAndStore,
     *,
     rows_per_class: options.RowsPerClass = None,
     correct_only: Annotated[
@@ -62,27 +59,23 @@ def fit(
     with server_job or nullcontext(), open_store(settings, publishes=True) as store:
         store.read_live_state()  # an unreachable store should fail before the work, not after it
         model = settings.model_settings.model_copy(update={"dtype": _dtype(settings.dtype, store)})
-        try:
-            with nullcontext(server_job) if server_job else progress("rows") as on_progress:
-                on_progress("loading the model", 0, 0)
-                from app.serving.fit import fit_corpus  # here, because it loads torch
+        with resumable(), nullcontext(server_job) if server_job else progress("rows") as on_progress:
+            on_progress("loading the model", 0, 0)
+            from app.serving.fit import fit_corpus  # here, because it loads torch
 
-                fitted = fit_corpus(
-                    model,
-                    corpus,
-                    layers=layers,
-                    rankings=rankings,
-                    checkpoint_dir=job / child.CHECKPOINTS if job else settings.data_dir / "fits",
-                    checkpoint_seconds=child.CHECKPOINT_SECONDS if job else None,
-                    cluster=cluster,
-                    on_progress=on_progress,
-                    **fitting.arguments(correct_only, rows_per_class),
-                )
-                on_progress("publishing", 0, 0)
-                published = store.range_sets.publish(fitted.range_set, fitted.inspect)
-        except KeyboardInterrupt:
-            hint("interrupted: the same command resumes from the last checkpoint")
-            raise typer.Exit(INTERRUPTED) from None
+            fitted = fit_corpus(
+                model,
+                corpus,
+                layers=layers,
+                rankings=rankings,
+                checkpoint_dir=job / child.CHECKPOINTS if job else settings.data_dir / "fits",
+                checkpoint_seconds=child.CHECKPOINT_SECONDS if job else None,
+                cluster=cluster,
+                on_progress=on_progress,
+                **fitting.arguments(correct_only, rows_per_class),
+            )
+            on_progress("publishing", 0, 0)
+            published = store.range_sets.publish(fitted.range_set, fitted.inspect)
         if server_job:
             server_job.published(published)
             return

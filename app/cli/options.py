@@ -139,6 +139,7 @@ def _parameter_of(name: str, required: bool) -> inspect.Parameter:
     )
 
 
+ModelAndStore = Annotated[Settings, SettingsOptions("model", *MODEL, *STORE, required=("model",))]
 Activate = Annotated[bool, typer.Option("--activate", help="Make it the active range set, which erasures use.")]
 IfMatch = Annotated[
     str | None, typer.Option("--if-match", help="Change nothing unless the live state has this generation.")

@@ -33,6 +33,7 @@ from rich.text import Text
 
 from app.cli.options import MODEL
 from app.cli.parsing import SECONDS
+from app.errors import INTERRUPTED
 from app.serving.inputs import OnProgress
 from app.settings import Settings, default_data_dir
 from range_store.formatting import format_duration
@@ -180,6 +181,16 @@ def progress(unit: str) -> Iterator[OnProgress]:
             bars.update(tasks[what], completed=done, total=total or None)
 
         yield report
+
+
+@contextmanager
+def resumable() -> Iterator[None]:
+    """Ends an interrupted command that saves checkpoints with a hint."""
+    try:
+        yield
+    except KeyboardInterrupt:
+        hint("interrupted: the same command resumes from the last checkpoint")
+        raise typer.Exit(INTERRUPTED) from None
 
 
 class _CountColumn(ProgressColumn):

@@ -7,8 +7,7 @@ from typing import Annotated, Literal
 import typer
 
 from app.cli import options
-from app.cli.terminal import command, hint, print_json, progress, say
-from app.errors import INTERRUPTED
+from app.cli.terminal import command, hint, print_json, progress, resumable, say
 from app.serving.inputs import NewModelChoice, check_model, check_texts
 from app.settings import ModelSettings, Settings
 from range_store.formatting import format_count
@@ -99,30 +98,26 @@ def train(
     check_texts(learned, held_out)
     if base is not None:
         check_model(ModelSettings(model=base))
-    try:
-        with progress("steps") as on_progress:
-            on_progress("loading model and data", 0, 0)
-            from app.serving.train import train_model  # here, because it loads torch
+    with resumable(), progress("steps") as on_progress:
+        on_progress("loading model and data", 0, 0)
+        from app.serving.train import train_model  # here, because it loads torch
 
-            trained = train_model(
-                start,
-                learned,
-                held_out,
-                out,
-                recipe=chosen,
-                epochs=epochs,
-                learning_rate=learning_rate or (5e-5 if new is None else 5e-4),
-                batch_size=batch_size or (16 if new is None else 32),
-                max_length=max_length,
-                seed=seed,
-                threads=settings.threads,
-                overwrite=overwrite,
-                on_progress=on_progress,
-                announce=hint,
-            )
-    except KeyboardInterrupt:
-        hint("interrupted: the same command resumes from the last checkpoint")
-        raise typer.Exit(INTERRUPTED) from None
+        trained = train_model(
+            start,
+            learned,
+            held_out,
+            out,
+            recipe=chosen,
+            epochs=epochs,
+            learning_rate=learning_rate or (5e-5 if new is None else 5e-4),
+            batch_size=batch_size or (16 if new is None else 32),
+            max_length=max_length,
+            seed=seed,
+            threads=settings.threads,
+            overwrite=overwrite,
+            on_progress=on_progress,
+            announce=hint,
+        )
     if as_json:
         print_json({**asdict(trained), "out": str(trained.out)})
         return
