@@ -107,7 +107,7 @@ def _state_metrics(service: Service) -> Iterator[Metric]:
     yield from live_state_metrics(service.mirror)
     fits = service.fits.known
     states = Counter(job.state for job in fits.jobs)
-    by_state = {state: states[state] for state in JOB_STATES}
+    by_state: dict[str, int] = {state: states[state] for state in JOB_STATES}
     yield _by_label("neuronlens_fit_jobs", "Fits of this model that are kept, by state.", "state", by_state)
     progress = fits.progress if any(fits.progress_of(job) for job in fits.jobs) else {}
     yield GaugeMetricFamily(
