@@ -207,7 +207,7 @@ def _run_ingress(place: Path, replicas: int, rate: float) -> None:
     from app.cli.serve import serve_until_told
     from app.http.server import bind
     from app.serving import fleet as wiring
-    from app.serving.assembly import engine_limits
+    from app.serving.service import engine_limits
     from app.settings import Settings
     from workers.cluster.launching import running_fleet
     from workers.cluster.plan import FleetPlan

@@ -10,8 +10,7 @@ from app.http.routing import Router
 from app.routes.dependencies import ModelsDep, log_model, select_model
 from app.schemas.replies import Alive, ModelOut, ModelsOut, Ready
 from app.security.auth import Caller, CallerDep
-from app.serving.readiness import conditions_of_all
-from app.serving.service import Service
+from app.serving.service import Service, conditions_of_all
 from app.settings import LOOPBACK
 from range_store.domain.range_set import dtype_mismatch
 

@@ -1,4 +1,4 @@
-"""Services whose engines run on a Ray cluster. Without torch: this process is only their ingress."""
+"""Serves models with engines on a Ray cluster. This process is only their ingress, and does not import torch."""
 
 import logging
 import os
@@ -14,9 +14,8 @@ from prometheus_client import CollectorRegistry
 
 from app.observability.logs import current_request
 from app.observability.tracing import traceparent
-from app.serving.assembly import engine_limits, service_around
 from app.serving.logged_replica import LoggedReplica, Logs
-from app.serving.service import Answerer, Service
+from app.serving.service import Answerer, Service, assemble_service, engine_limits
 from app.settings import ModelSettings, Settings
 from range_store.embedded.connection import EmbeddedRedis, connect
 from range_store.errors import StoreUnavailable
@@ -35,10 +34,10 @@ from workers.engine.settings import EngineSettings
 logger = logging.getLogger(__name__)
 
 GRACE_SECONDS = 5.0
-"""When the cluster is lost, `/readyz` says 503 at once; for so long what replicas still answer is answered. Then what
-waits is given up (503), and the server ends."""
+"""Time that replicas have to finish their requests after the cluster is lost. `/readyz` answers 503 at once; after this
+time, pending requests fail (503), and the server ends."""
 END_SECONDS = 10.0
-"""If it has not ended after so long, as it waits for what is lost, it ends there and then."""
+"""Time that the server then has to end, before it is ended without cleaning up."""
 
 
 @contextmanager
@@ -50,18 +49,18 @@ def open_fleet(
     lost_exit_code: int = 1,
     skip_cleanup: Callable[[], None] = lambda: None,
 ) -> Iterator[list[Service]]:
-    """Services in front of fleets, one for each model of the settings, the default first.
+    """Open a service in front of a fleet for each model of the settings, the default first.
 
-    A fleet is started, or found where it runs; on a private cluster it ends with them.
+    A running fleet is used, else one is started. It keeps running afterwards, except on a private cluster.
 
     Args:
         redeploy: replace the replicas of a fleet that runs with other settings.
-        scaling: what differs from `workers.cluster.plan.AUTOSCALING_DEFAULTS`.
-        lost_exit_code: exit code of this process if it hangs after the cluster is lost.
-        skip_cleanup: called on leaving if the cluster is lost: exit handlers of libraries would wait for it.
+        scaling: changes to `workers.cluster.plan.AUTOSCALING_DEFAULTS`.
+        lost_exit_code: exit code if the process hangs after the cluster is lost.
+        skip_cleanup: called on exit if the cluster is lost, because exit handlers of libraries would wait for it.
 
     Raises:
-        ClusterError: there is no such cluster, or a fleet does not come up.
+        ClusterError: there is no such cluster, or a fleet does not start.
         ModelError: a checkpoint cannot be served.
         StoreUnavailable: Redis cannot be reached.
     """
@@ -86,7 +85,7 @@ def open_fleet(
                     redeploy=redeploy,
                     keep=not private,
                     unreachable=lambda: watch.unreachable,
-                    forget_replica=partial(_forgotten, replicas),
+                    forget_replica=partial(_forget_replica, replicas),
                 )
             )
             services.append(stack.enter_context(_service(each, fleet, client, end)))
@@ -94,29 +93,29 @@ def open_fleet(
 
 
 class _End:
-    """What happens when the cluster is lost: see `GRACE_SECONDS`, `END_SECONDS`."""
+    """Ends the server when the cluster is lost: see `GRACE_SECONDS`, `END_SECONDS`."""
 
     def __init__(self, exit_code: int) -> None:
         self._exit_code = exit_code
         self.fleets: list[Fleet] = []
 
     def __call__(self, why: str) -> None:
-        logger.critical("the Ray cluster is lost: %s; this server ends", why)
+        logger.critical("the Ray cluster is lost: %s; shutting down", why)
         for fleet in self.fleets:
             fleet.mark_lost()
         time.sleep(GRACE_SECONDS)
         for fleet in self.fleets:
             fleet.fail_pending(why)
         time.sleep(END_SECONDS)
-        logger.critical("it waits for what is lost, and ends at once")
+        logger.critical("the shutdown hangs on the lost cluster; exiting")
         os._exit(self._exit_code)
 
 
-def _forgotten(replicas: ReplicaRegistry, ended: str) -> bool:
-    """Whether nobody waits any more for a replica that Serve has seen end."""
+def _forget_replica(replicas: ReplicaRegistry, ended: str) -> bool:
+    """Remove a replica that has ended, so that no change waits for it. Returns whether it was removed."""
     try:
         return replicas.forget(ended)
-    except StoreUnavailable:  # it is asked again, and the report expires by itself
+    except StoreUnavailable:  # called again later; the entry also expires by itself
         return False
 
 
@@ -125,7 +124,7 @@ def _service(settings: Settings, fleet: RunningFleet, client: redis.Redis, end: 
     limits = EngineSettings(max_batch_tokens=fleet.max_batch_tokens, **engine_limits(settings))
 
     @contextmanager
-    def answering(mirror: Mirror, registry: CollectorRegistry) -> Iterator[Answerer]:
+    def engine(mirror: Mirror, registry: CollectorRegistry) -> Iterator[Answerer]:
         def generation() -> str | None:
             return mirror.snapshot.live.generation if mirror.snapshot is not None else None
 
@@ -133,35 +132,35 @@ def _service(settings: Settings, fleet: RunningFleet, client: redis.Redis, end: 
             request = current_request()
             return RequestContext(request.request_id if request is not None else None, traceparent())
 
-        made = Fleet(fleet.handle, limits, fleet.replicas, fleet.target_replicas, generation, registry, context)
-        end.fleets.append(made)
-        yield made
+        opened = Fleet(fleet.handle, limits, fleet.replicas, fleet.target_replicas, generation, registry, context)
+        end.fleets.append(opened)
+        yield opened
 
-    with service_around(settings, fleet.facts, client, answering) as service:
+    with assemble_service(settings, fleet.facts, client, engine) as service:
         yield service
 
 
 def fleets(address: str) -> list[str]:
-    """The models that have a fleet on a cluster. Raises ClusterError."""
+    """Names of the models with a fleet on a cluster. Raises ClusterError."""
     with connected(address):
         return fleet_names()
 
 
 def end_fleet(address: str, name: str) -> None:
-    """Take the fleet of a model down. Raises ClusterError: there is none of that name, or no cluster."""
+    """Stop the fleet of a model. Raises ClusterError if there is no such fleet or cluster."""
     with connected(address):
         delete_fleet(name)
 
 
 def _private_cpus(settings: Settings) -> int:
-    """What a private cluster must offer, however many cores there are."""
+    """CPUs that a private cluster needs, even if the machine has fewer."""
     replicas = settings.max_replicas if settings.replicas == "auto" else settings.replicas
     return (replicas or 1) * (settings.threads or 1)
 
 
 def _plan(settings: Settings, redis_url: str, models: int, scaling: Mapping[str, float]) -> FleetPlan:
     if settings.device.startswith("cuda:"):
-        raise ClusterError(f"on Ray the cluster chooses the GPU: --device cuda instead of {settings.device}")
+        raise ClusterError(f"Ray chooses the GPU: use --device cuda instead of {settings.device}")
     auto = settings.replicas == "auto"
     wanted = None if settings.replicas == "auto" else settings.replicas
 
@@ -198,7 +197,7 @@ def _load_arguments(model: ModelSettings) -> dict[str, Any]:
 
 
 def _metrics(settings: Settings) -> MetricsAddress | None:
-    """Replicas of a private cluster are as far from others as the server itself is."""
+    """Address of the replicas' metrics. On a private cluster they are no easier to reach than the server."""
     if settings.replica_metrics_port == "off":
         return None
     here_only = settings.ray == PRIVATE and settings.loopback
@@ -206,7 +205,7 @@ def _metrics(settings: Settings) -> MetricsAddress | None:
 
 
 def _absolute(path: str) -> str:
-    """The path of what is here; a name of something else, as on the hub, stays as it is."""
+    """The absolute path of an existing file or directory; other names, as those on the hub, are returned unchanged."""
     return os.path.abspath(Path(path).expanduser()) if Path(path).expanduser().exists() else path
 
 

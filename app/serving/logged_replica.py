@@ -1,4 +1,4 @@
-"""A replica of a fleet that logs as a server does: lines name the request that the ingress serves, and its trace."""
+"""A replica that logs like a server: with the id and the trace of the request that the ingress received."""
 
 import logging
 import time
@@ -15,14 +15,14 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Logs:
-    """How the ingress logs, and not what this node's environment says; see `app.observability.logs.LogSettings`."""
+    """The ingress's settings, not those of this node's environment; see `app.observability.logs.LogSettings`."""
 
     log_level: str
     log_format: str
 
 
 class LoggedReplica(EngineReplica):
-    """Writes to stderr, which is a file of Ray's on its node (docs/observing.md)."""
+    """Logs to stderr, which Ray writes to a file on the node (docs/observing.md)."""
 
     def __init__(self, settings: ReplicaSettings, logs: Logs) -> None:
         name = replica_name()
@@ -32,7 +32,7 @@ class LoggedReplica(EngineReplica):
 
     def _join(self, loaded: Loaded) -> None:
         super()._join(loaded)
-        logger.info("the replica joined, and takes requests")
+        logger.info("replica ready")
 
     def _begin_request(self, context: RequestContext) -> None:
         begin(RequestFacts(context.request_id))
@@ -42,11 +42,11 @@ class LoggedReplica(EngineReplica):
         began = time.perf_counter()
         outcome = await super()._answer(request)
         note(generation=outcome.generation if isinstance(outcome, PackedAnswer) else None)
-        said = "answered" if isinstance(outcome, PackedAnswer) else f"not answered: {outcome.kind.__name__}"
-        logger.debug(said, extra={"texts": len(request.texts), "seconds": round(time.perf_counter() - began, 6)})
+        message = "answered" if isinstance(outcome, PackedAnswer) else f"not answered: {outcome.kind.__name__}"
+        logger.debug(message, extra={"texts": len(request.texts), "seconds": round(time.perf_counter() - began, 6)})
         return outcome
 
     def __del__(self) -> None:
         super().__del__()
-        logger.info("the replica has answered what it held, and goes")
+        logger.info("replica drained, shutting down")
         self._logging.close()

@@ -17,8 +17,7 @@ from prometheus_client.metrics_core import Metric
 from prometheus_client.registry import Collector
 
 from app.schemas.replies import TargetsOut
-from app.serving.readiness import conditions
-from app.serving.service import Service, add_model_label, live_state_metrics, model_metric
+from app.serving.service import Service, add_model_label, conditions, live_state_metrics, model_metric
 from range_store.errors import StoreUnavailable
 from range_store.storage.jobs import JOB_STATES
 

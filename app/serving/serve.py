@@ -6,9 +6,8 @@ from contextlib import contextmanager
 import redis
 from prometheus_client import CollectorRegistry
 
-from app.serving.assembly import engine_limits, service_around
 from app.serving.loading import load_on_thread
-from app.serving.service import Service
+from app.serving.service import Service, assemble_service, engine_limits
 from app.settings import Settings
 from range_store.embedded.connection import connect
 from range_store.storage.mirror import Mirror
@@ -50,5 +49,5 @@ def serve_model(settings: Settings, model: LoadedModel, client: redis.Redis) -> 
         finally:
             started.close()
 
-    with service_around(settings, model.facts, client, engine) as service:
+    with assemble_service(settings, model.facts, client, engine) as service:
         yield service

@@ -161,7 +161,7 @@ def test_fleet_answers_and_survives_the_loss_of_a_node(cluster: Cluster) -> None
         for secret in (*PASSWORDS.values(), token, TOKEN, TEXT):
             assert secret not in cluster.log(service)
     assert "NOPERM" not in cluster.log("ingress")
-    assert "the replica joined" in cluster.log("ray-worker"), "the container's log has the engines' messages"
+    assert "replica ready" in cluster.log("ray-worker"), "the container's log has the engines' messages"
 
 
 def _client(url: str, token: str) -> httpx.Client:

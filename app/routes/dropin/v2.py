@@ -34,8 +34,7 @@ from app.routes.dropin.v2_shapes import (
 from app.schemas.requests import erasures_of
 from app.security.auth import CallerDep
 from app.serving.classification import MinGeneration, Timeout, all_scores, answer_to
-from app.serving.readiness import conditions
-from app.serving.service import Activation, Answer, Logits, Service
+from app.serving.service import Activation, Answer, Logits, Service, conditions
 
 
 class V2Problem(Problem):

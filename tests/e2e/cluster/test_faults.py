@@ -10,7 +10,7 @@ import redis
 from prometheus_client import CollectorRegistry
 from ray.serve.schema import ApplicationStatus
 
-from app.serving.assembly import engine_limits
+from app.serving.service import engine_limits
 from app.settings import Settings
 from range_store.embedded.connection import EmbeddedRedis
 from tests.range_store.waiting import until
