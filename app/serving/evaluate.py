@@ -17,9 +17,9 @@ from range_store.storage.store import RangeStore
 from workers.corpora.corpus import Corpus, match_labels, warn_about_overlap
 from workers.corpora.errors import CorpusError
 from workers.corpora.sources import check_source
-from workers.evaluation.evaluate import Evaluation, Measure, check_targets, evaluate_by, workload_of
+from workers.evaluation.evaluate import Evaluation, check_targets, evaluate_by, workload_of
 from workers.evaluation.files import write
-from workers.evaluation.measure import CHECKPOINTS, measure
+from workers.evaluation.measure import CHECKPOINTS, Measure, measure
 from workers.evaluation.perplexity import check_perplexity, with_perplexity
 from workers.evaluation.settings import EvaluationSettings
 from workers.evaluation.workload import Estimate

@@ -2,17 +2,15 @@
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 
 from range_store.domain.plan import resolve
 from range_store.domain.range_set import RangeSet
 from workers.cluster.model_pool import ActorFunction, ModelPool
-from workers.corpora.corpus import Chunk, Corpus
+from workers.corpora.corpus import Chunk
 from workers.corpora.rows import CHUNK_ROWS
-from workers.evaluation.measure import Measurer, MeasureRun, batches_of, start_measuring
+from workers.evaluation.measure import Measurer, MeasureRun, MeasureTask, batches_of, start_measuring
 from workers.evaluation.measures import Labels, Outcomes
 from workers.evaluation.settings import EvaluationSettings, Setting
-from workers.fitting.progress import ProgressCallback
 from workers.models.loading import LoadedModel
 from workers.models.predictions import Head
 
@@ -58,51 +56,29 @@ def _chunk_measurer(model: LoadedModel, context: _Context) -> Callable[[ChunkTas
     return measure_chunk
 
 
-def measure_on(
-    pool: ModelPool,
-    range_set: RangeSet,
-    corpus: Corpus,
-    grid: Sequence[Setting],
-    settings: EvaluationSettings,
-    *,
-    phase: str,
-    checkpoint_dir: Path | None,
-    checkpoint_seconds: float,
-    progress: ProgressCallback | None,
-) -> Outcomes:
+def measure_on(pool: ModelPool, task: MeasureTask) -> Outcomes:
     """As `workers.evaluation.measure.measure`, on a pool. Each resumes from the checkpoints of the other.
 
     Raises:
         NotFitted, UnknownConcept, InvalidErasure: as there.
         ModelError, ClusterError: see `ModelPool`.
     """
-    for setting in grid:  # raises what is wrong with an erasure here, and not on an actor
+    for setting in task.grid:  # raises what is wrong with an erasure here, and not on an actor
         for erasure in setting.erasures:
-            resolve(range_set, [erasure])
+            resolve(task.range_set, [erasure])
     info = pool.model_info
-    run = start_measuring(
-        info.identity,
-        info.dtype,
-        info.head,
-        range_set,
-        corpus,
-        grid,
-        settings,
-        phase=phase,
-        checkpoint_dir=checkpoint_dir,
-        checkpoint_seconds=checkpoint_seconds,
-    )
+    run = start_measuring(info.identity, info.dtype, info.head, task)
     outcomes = run.outcomes
     outcomes.turns[0] = 0  # repeat a batch that one process left unfinished
 
-    context = _Context(range_set, tuple(grid), settings, info.head)
+    context = _Context(task.range_set, tuple(task.grid), task.settings, info.head)
     measurer = ActorFunction[ChunkTask, Outcomes].of(_chunk_measurer, context)
     try:
-        for task, part, _ in pool.map(measurer, _tasks(run)):
+        for chunk, part, _ in pool.map(measurer, _tasks(run)):
             for name in ("base_predicted", "base_confidence", "predicted", "confidence", "kl", "used", "done"):
-                getattr(outcomes, name)[..., task.rows] = getattr(part, name)
-            if progress is not None:
-                progress(run.progress())
+                getattr(outcomes, name)[..., chunk.rows] = getattr(part, name)
+            if task.progress is not None:
+                task.progress(run.progress())
             run.checkpoint.save_if_due(run.outcomes.arrays)
     except BaseException:
         run.checkpoint.save(run.outcomes.arrays())
@@ -112,7 +88,7 @@ def measure_on(
 
 def _tasks(run: MeasureRun) -> Iterator[ChunkTask]:
     """The chunks that are not done."""
-    for chunk in run.corpus.chunks():
+    for chunk in run.task.corpus.chunks():
         rows = slice(chunk.index * CHUNK_ROWS, chunk.index * CHUNK_ROWS + len(chunk.texts))
         if not run.outcomes.done[rows].all():
             yield ChunkTask(chunk, run.truth[rows])

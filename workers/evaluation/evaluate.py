@@ -5,12 +5,12 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any, Protocol, TypedDict, Unpack
+from typing import Any, TypedDict, Unpack
 
 from range_store.domain.range_set import ModelIdentity, RangeSet
 from workers.corpora.corpus import Corpus, match_labels
 from workers.evaluation.bootstrap import Bootstrap
-from workers.evaluation.measure import CHECKPOINT_SECONDS, measure, truth_of
+from workers.evaluation.measure import CHECKPOINT_SECONDS, Measure, MeasureTask, measure, truth_of
 from workers.evaluation.measures import Outcomes, Row, Summary
 from workers.evaluation.selection import SelectedSetting, select_settings
 from workers.evaluation.settings import EvaluationSettings, Setting, grid
@@ -36,23 +36,6 @@ class Evaluation:
     rows: tuple[Row, ...]
     selected: tuple[SelectedSetting, ...]
     run: dict[str, Any]
-
-
-class Measure(Protocol):
-    """Measures a model: `workers.evaluation.measure.measure`, or its counterpart on a cluster."""
-
-    def __call__(
-        self,
-        range_set: RangeSet,
-        corpus: Corpus,
-        grid: Sequence[Setting],
-        settings: EvaluationSettings,
-        *,
-        phase: str,
-        checkpoint_dir: Path | None,
-        checkpoint_seconds: float,
-        progress: ProgressCallback | None,
-    ) -> Outcomes: ...
 
 
 class EvaluationOptions(TypedDict, total=False):
@@ -110,16 +93,8 @@ def evaluate_by(
     combinations = list(grid(settings, groups, targets))
 
     def rows_on(corpus: Corpus, phase: str) -> list[Row]:
-        outcomes = measure(
-            range_set,
-            corpus,
-            combinations,
-            settings,
-            phase=phase,
-            checkpoint_dir=checkpoint_dir,
-            checkpoint_seconds=checkpoint_seconds,
-            progress=progress,
-        )
+        saving = (checkpoint_dir, checkpoint_seconds)
+        outcomes = measure(MeasureTask(range_set, corpus, combinations, settings, phase, *saving, progress))
         return _rows(outcomes, corpus, model.labels, combinations, settings)
 
     selected: tuple[SelectedSetting, ...] = ()

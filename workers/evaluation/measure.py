@@ -49,44 +49,43 @@ class _Sweep:
     positions: Positions
 
 
-def measure(
-    model: LoadedModel,
-    range_set: RangeSet,
-    corpus: Corpus,
-    grid: Sequence[Setting],
-    settings: EvaluationSettings,
-    *,
-    phase: str = "measuring",
-    checkpoint_dir: Path | None = None,
-    checkpoint_seconds: float = CHECKPOINT_SECONDS,
-    progress: ProgressCallback | None = None,
-) -> Outcomes:
-    """Outcomes of every text under every erasure of `grid`, in its order.
+@dataclass(frozen=True, eq=False)
+class MeasureTask:
+    """What to measure: every text of `corpus` under every erasure of `grid`, in its order.
+
+    Attributes:
+        phase: name of the measurement in its progress.
+        checkpoint_dir: None: nothing is saved.
+    """
+
+    range_set: RangeSet
+    corpus: Corpus
+    grid: Sequence[Setting]
+    settings: EvaluationSettings
+    phase: str = "measuring"
+    checkpoint_dir: Path | None = None
+    checkpoint_seconds: float = CHECKPOINT_SECONDS
+    progress: ProgressCallback | None = None
+
+
+Measure = Callable[[MeasureTask], Outcomes]
+"""`measure` of a model in this process, or its counterpart on a cluster."""
+
+
+def measure(model: LoadedModel, task: MeasureTask) -> Outcomes:
+    """Measure a model in this process.
 
     A measurement that was killed resumes from its checkpoint when it is started again with the same arguments, and ends
     in the same bits. The caller deletes the files `CHECKPOINTS` in `checkpoint_dir` at the end.
-
-    Args:
-        phase: name of this measurement in its progress.
 
     Raises:
         NotFitted, UnknownConcept, InvalidErasure: the range set cannot serve a setting.
         PredictsNoLabels: a regression model.
     """
-    run = start_measuring(
-        model.identity,
-        model.dtype,
-        model.head,
-        range_set,
-        corpus,
-        grid,
-        settings,
-        phase=phase,
-        checkpoint_dir=checkpoint_dir,
-        checkpoint_seconds=checkpoint_seconds,
-    )
-    measurer = Measurer(model, range_set, grid, settings)
-    for at, batch, before, own in batches(model, corpus, settings.batch_tokens):
+    run = start_measuring(model.identity, model.dtype, model.head, task)
+    progress = task.progress
+    measurer = Measurer(model, task.range_set, task.grid, task.settings)
+    for at, batch, before, own in batches(model, task.corpus, task.settings.batch_tokens):
         if run.outcomes.done[at].all():
             continue
 
@@ -160,9 +159,7 @@ class Measurer:
 class MeasureRun:
     """A measurement that is under way. resumed: texts that an earlier run measured."""
 
-    phase: str
-    corpus: Corpus
-    settings: EvaluationSettings
+    task: MeasureTask
     truth: Labels
     outcomes: Outcomes
     checkpoint: Checkpoint
@@ -174,32 +171,20 @@ class MeasureRun:
 
     def progress(self, share: float | None = None) -> Progress:
         """How far the measurement is. share: of the work that is done; None: that of the rows."""
-        done, total = int(self.outcomes.done.sum()), len(self.corpus)
+        done, total = int(self.outcomes.done.sum()), len(self.task.corpus)
         seconds = time.monotonic() - self.started
-        return Progress(self.phase, done, total, seconds, self.resumed, done / total if share is None else share)
+        return Progress(self.task.phase, done, total, seconds, self.resumed, done / total if share is None else share)
 
     def result(self) -> Outcomes:
         """Outcomes when all texts are measured."""
-        if (limit := self.settings.rows_per_class) is not None:
+        if (limit := self.task.settings.rows_per_class) is not None:
             used = self.outcomes.used
             for label in np.unique(self.truth):
                 used[np.flatnonzero(used & (self.truth == label))[limit:]] = False
         return self.outcomes
 
 
-def start_measuring(
-    model: ModelIdentity,
-    dtype: str,
-    head: Head,
-    range_set: RangeSet,
-    corpus: Corpus,
-    grid: Sequence[Setting],
-    settings: EvaluationSettings,
-    *,
-    phase: str,
-    checkpoint_dir: Path | None,
-    checkpoint_seconds: float,
-) -> MeasureRun:
+def start_measuring(model: ModelIdentity, dtype: str, head: Head, task: MeasureTask) -> MeasureRun:
     """A measurement at its start, or where a checkpoint left it.
 
     Args:
@@ -210,16 +195,17 @@ def start_measuring(
     """
     if head == "none":
         raise PredictsNoLabels(model.id, "an evaluation")
+    corpus, grid = task.corpus, task.grid
     outcomes = Outcomes.empty(sum(len(setting.erasures) for setting in grid), len(corpus), head)
     path = None
-    if checkpoint_dir is not None:
-        checkpoint_dir.mkdir(parents=True, exist_ok=True)
+    if task.checkpoint_dir is not None:
+        task.checkpoint_dir.mkdir(parents=True, exist_ok=True)
         erasures = [(each.positions, [erasure.model_dump(mode="json") for erasure in each.erasures]) for each in grid]
-        inputs = (model.fingerprint, dtype, range_set.id, corpus.sha256, settings.as_json(), erasures)
-        path = checkpoint_path(checkpoint_dir, ".measuring-", *inputs)
-    checkpoint = Checkpoint(path, checkpoint_seconds)
+        inputs = (model.fingerprint, dtype, task.range_set.id, corpus.sha256, task.settings.as_json(), erasures)
+        path = checkpoint_path(task.checkpoint_dir, ".measuring-", *inputs)
+    checkpoint = Checkpoint(path, task.checkpoint_seconds)
     outcomes = checkpoint.load(outcomes.restored, outcomes)
-    return MeasureRun(phase, corpus, settings, truth_of(corpus, model.labels), outcomes, checkpoint)
+    return MeasureRun(task, truth_of(corpus, model.labels), outcomes, checkpoint)
 
 
 def batches(

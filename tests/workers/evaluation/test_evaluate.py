@@ -26,7 +26,7 @@ from workers.corpora.loading import load_corpus
 from workers.evaluation.bootstrap import Bootstrap
 from workers.evaluation.evaluate import EvaluationError, evaluate
 from workers.evaluation.files import write
-from workers.evaluation.measure import CHECKPOINTS, measure
+from workers.evaluation.measure import CHECKPOINTS, MeasureTask, measure
 from workers.evaluation.measures import CSV_COLUMNS, Labels, Outcomes, Summary
 from workers.evaluation.perplexity import check_perplexity
 from workers.evaluation.settings import EvaluationSettings, grid
@@ -402,13 +402,15 @@ def test_stopped_evaluation_resumes_to_the_same_result(
     with pytest.raises(Stopped):
         measure(
             model,
-            range_set,
-            held_out,
-            grid_of,
-            settings,
-            checkpoint_dir=tmp_path,
-            checkpoint_seconds=0,
-            progress=stop_after_10_rows,
+            MeasureTask(
+                range_set,
+                held_out,
+                grid_of,
+                settings,
+                checkpoint_dir=tmp_path,
+                checkpoint_seconds=0,
+                progress=stop_after_10_rows,
+            ),
         )
     resumed: list[Progress] = []
     again = evaluate(
