@@ -172,7 +172,7 @@ def test_publishing_again_repairs_damaged_parts(store: RangeStore) -> None:
     store.range_sets.publish(range_set, inspect)
     assert (store.client.get(key), store.client.ttl(key)) == (good, -1)
     store.client.delete(key)
-    with pytest.raises(InvalidRangeSet, match="lost its layer:1:serve"):
+    with pytest.raises(InvalidRangeSet, match="lost its part 'layer:1:serve'"):
         store.range_sets.read(range_set.id)
     store.client.set(metadata_key(range_set.id), b"{}")
     with pytest.raises(InvalidRangeSet, match=range_set.id):

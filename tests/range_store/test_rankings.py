@@ -58,7 +58,7 @@ def test_probeless_global_sums_the_distances_of_all_pairs(states: Texts) -> None
 
 def test_probe_ranking_cannot_be_computed_from_statistics() -> None:
     statistics_of_one = statistics([np.ones((2, 3))])
-    with pytest.raises(ValueError, match=r"^the probe ranking is trained on states, see workers\.fitting\.probe$"):
+    with pytest.raises(ValueError, match=r"^the probe ranking is trained on states: see workers\.fitting\.probe$"):
         saliency("probe", *statistics_of_one)
 
 
