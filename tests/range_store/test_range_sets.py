@@ -181,7 +181,7 @@ def test_publishing_again_repairs_damaged_parts(store: RangeStore) -> None:
     assert store.range_sets.read(range_set.id).id == range_set.id
     store.client.delete(metadata_key(range_set.id))
     for call in (store.range_sets.list, lambda: store.range_sets.read(range_set.id)):
-        with pytest.raises(InvalidRangeSet, match="lost its meta"):
+        with pytest.raises(InvalidRangeSet, match="lost its part 'meta'"):
             call()
     store.range_sets.remove(range_set.id)
     assert store.range_sets.list() == ()
