@@ -25,16 +25,16 @@ FOREVER = 3600.0
 HOLD_BATCHES = """
 import time
 from pathlib import Path
-from workers.engine.engine import Engine
+from workers.engine.runner import BatchRunner
 
-answer = Engine._answer
+answer = BatchRunner.answer
 
 def answer_when_released(self, batch):
     while not Path({release!r}).exists() and not all(text.abandoned for text in batch):
         time.sleep(0.01)
     answer(self, batch)
 
-Engine._answer = answer_when_released
+BatchRunner.answer = answer_when_released
 """
 """Makes the engine answer nothing until a file exists: requests take as long as the test wants."""
 
