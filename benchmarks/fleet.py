@@ -204,7 +204,7 @@ def _ingress(place: Path, replicas: int, rate: float) -> Iterator[Server]:
 
 def _run_ingress(place: Path, replicas: int, rate: float) -> None:
     """In a process of its own: the ingress of a private cluster of sleepers."""
-    from app.cli.serve import serve_until_told
+    from app.cli.serve import serve_until_signal
     from app.http.server import bind
     from app.serving import fleet as wiring
     from app.serving.service import engine_limits
@@ -230,7 +230,7 @@ def _run_ingress(place: Path, replicas: int, rate: float) -> None:
             wiring._service(settings, fleet, client, wiring._End(1)) as service,
             bind(settings) as bound,
         ):
-            serve_until_told([service], settings, bound)
+            serve_until_signal([service], settings, bound)
 
 
 if __name__ == "__main__":
