@@ -34,9 +34,9 @@ def test_only_the_files_of_the_console_need_no_key(
             assert answer.headers["referrer-policy"] == "no-referrer"
             assert bool(answer.content) == (method == "GET")
     problem(server.http.put("/console/main.js"), 401, "no_key")
-    problem(server.http.get("/console"), 401, "no_key")
-    for path in ("/console/", "/console/nothing.js", "/console/..%2Fmain.py", "/console/a/b"):
-        problem(server.http.get(path), 404, "not_found")
+    for path in ("/console", "/console/", "/console/..%2Fmain.py", "/console/a/b"):
+        problem(server.http.get(path), 401, "no_key")
+    problem(server.http.get("/console/nothing.js"), 404, "not_found")
 
 
 def test_content_security_policy_allows_only_own_scripts(server: RunningServer) -> None:

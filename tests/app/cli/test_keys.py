@@ -54,7 +54,7 @@ def test_revoked_keys_are_listed_with_all_only(cli: Cli, tmp_path: Path) -> None
     [
         (("create", "a"), 2, "--scope"),
         (("create", "a", "--scope", "root"), 2, "infer, read, admin"),
-        (("create", "a b", "--scope", "infer"), 2, "name of a key"),
+        (("create", "a b", "--scope", "infer"), 2, "a key's name"),
         (("create", "a", "--scope", "infer", "--rate-limit", "often"), 2, "600/minute"),
         (("create", "a", "--scope", "infer", "--expires-in", "soon"), 2, "invalid duration"),
         (("revoke", "nobody"), 4, "keys list"),
