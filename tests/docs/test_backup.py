@@ -88,7 +88,7 @@ def test_a_backup_is_restored_and_a_server_puts_a_later_state_back(start: Start,
     assert known is not None
     assert known.find_by_token(token) is not None
 
-    mirror._store = again  # a server that knows the later state finds the older one
+    mirror._store = mirror._recovery._store = again  # a server that knows the later state finds the older one
     state = mirror.refresh().live
     assert (state.erasures, state.is_at_least(later.generation)) == ((), True)
     assert again.audit(1)[0].action == "restore"
