@@ -16,7 +16,7 @@ from range_store.storage.range_sets import PublishedRangeSet
 from range_store.storage.store import RangeStore
 
 app = typer.Typer(
-    help="PublishedRangeSet range sets: list, show, activate, and copy them between stores.",
+    help="Published range sets: list, show, activate, and copy them between stores.",
     epilog=EPILOG,
     no_args_is_help=True,
 )
