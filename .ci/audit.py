@@ -17,8 +17,8 @@ PIP_AUDIT = ROOT / "build" / "audit" / "bin" / "pip-audit"
 SERVICES = ("pypi", "osv")
 IDS = r"^[0-9a-f]{20}$"
 """Range sets', which look like secrets. For others that do, the line says `pragma: allowlist secret`."""
-MINIFIED = r"\.min\.js$"
-"""Code of others in long lines, of which some string always looks like a secret."""
+UNCHECKED = r"\.min\.js$|/version_before/stored\.json$"
+"""Minified code, and hashes and arrays of a test fixture: some string of them always looks like a secret."""
 OUR_TOKEN = re.compile(r"\bnl_[0-9a-f]{8}_[A-Za-z0-9_-]{43}")
 FILLED = re.compile(r"nl_[0-9a-f]{8}_(.)\1{42}")
 """A token that is none: one character over and over."""
@@ -42,7 +42,7 @@ def secrets(root: Path) -> list[str]:
 
 def _detected(root: Path, files: list[str], *options: str) -> list[str]:
     hook = Path(sys.executable).parent / "detect-secrets-hook"
-    excluded = ["--exclude-secrets", IDS, "--exclude-files", MINIFIED]
+    excluded = ["--exclude-secrets", IDS, "--exclude-files", UNCHECKED]
     command = [str(hook), "--no-verify", "--json", *excluded, *options, *files]
     done = subprocess.run(command, cwd=root, capture_output=True, text=True)
     if done.returncode not in (0, 1):

@@ -20,7 +20,7 @@ from tests.range_store.builders import random_range_set
 
 HERE = Path(__file__).parent
 YEAR_2100 = 4102444800.0
-TOKEN = "not-a-secret_" + "0" * 30
+TOKEN = "0" * 43
 
 
 def text_or_base64(data):
